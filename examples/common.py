@@ -1,0 +1,244 @@
+"""What the examples share: reading data, metrics, training defaults, timing and counting.
+
+The examples are run as `python examples/<name>.py`, which puts this folder on the path: `from common import ...`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+
+METRICS = Path(__file__).resolve().parent / "metrics"
+
+# Arguments of TrainingArguments that suit a small encoder. Batches of similar length waste little on padding.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 5e-5,
+    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "train_sampling_strategy": "group_by_length",
+    "logging_strategy": "epoch",
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: str | Path) -> Dataset:
+    """Rows of a TSV, CSV, JSON (a list of objects) or JSON Lines file.
+
+    Cells of TSV and CSV files stay strings: a sentence such as "1984", "null" or "NA" must not turn into a number or
+    a hole. TSV files are read without quoting, as the GLUE files need: a lone double quote there is text.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind in (".tsv", ".csv"):
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, **dialect))
+        for number, row in enumerate(rows, start=1):
+            if None in row or None in row.values():
+                raise ValueError(f"{path}: row {number} has more or fewer cells than the header: {row}")
+    elif kind in (".json", ".jsonl"):
+        text = path.read_text(encoding="utf-8-sig")
+        # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+    else:
+        raise ValueError(f"{path}: expected a .tsv, .csv, .json or .jsonl file")
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return Dataset.from_list(rows)
+
+
+def tokenize(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None,
+    labels: Sequence[Any],
+    max_length: int,
+) -> Dataset:
+    """Model inputs only: a batch of the result can go into `model(**batch)`, so it serves for calibration as it is."""
+    limit = min(max_length, tokenizer.model_max_length)
+
+    def encode(batch: dict[str, list]) -> Mapping[str, list]:
+        return tokenizer(batch[text], batch[pair] if pair else None, truncation=True, max_length=limit)
+
+    encoded = dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+    return encoded.add_column("labels", list(labels))
+
+
+def sample(dataset: Dataset, rows: int | None, seed: int) -> Dataset:
+    """A random choice of at most `rows` rows, in mixed order; all of them, as they are, for None."""
+    if rows is None or rows >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(rows))
+
+
+def batches(dataset: Dataset, collator: Callable, batch_size: int = 32, seed: int | None = None) -> DataLoader:
+    """Batches in order, or mixed with a seed of their own: looking at them shifts nobody's random numbers."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    shuffle = generator is not None
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=collator)
+
+
+# --- metrics and results ---------------------------------------------------------------------------------------------
+
+
+def metric_function(kind: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` for Trainer; kind: the name of a file in `examples/metrics`."""
+    metric = evaluate.load(str(METRICS / f"{kind}.py"))
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        predicted = np.squeeze(logits, axis=-1) if kind == "regression" else np.argmax(logits, axis=-1)
+        return metric.compute(predictions=predicted, references=prediction.label_ids)
+
+    return compute
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all: a run that is killed leaves no half file. NaN and infinity become null, which JSON has."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float | np.floating):
+            return float(value) if math.isfinite(value) else None
+        return value
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            json.dump(plain(content), file, indent=2, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def folder_bytes(folder: str | Path) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def plan_figures(model: Any) -> dict[str, float]:
+    """The part of a Sensi model's plan that the examples report; the one place that knows its attribute names."""
+    plan = model.base_model.plan()
+    return {
+        "params_share": plan.params_share,
+        "flops_share": plan.flops_share,
+        "trainable_params": plan.trainable_params,
+    }
+
+
+def trained_model(trainer: Trainer) -> Any:
+    """The model as it was before Trainer took it. With mixed precision Accelerate replaces its `forward` by one under
+    autocast and leaves that in place: logits computed later would be bfloat16 ones without anybody asking for it."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The fused attention of PyTorch counts as no FLOPs at all on a CPU; the eager one is counted in full."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def flops(model: PreTrainedModel, sequence_length: int) -> int:
+    """FLOPs of one forward pass over one sequence, counted while it runs (a multiply and an add are two)."""
+    device = next(model.parameters()).device
+    ids = torch.ones(1, sequence_length, dtype=torch.long, device=device)
+    model.eval()
+    with eager_attention(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def all_logits(model: nn.Module, loader: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat(
+        [model(**{name: value.to(device) for name, value in batch.items()}).logits for batch in loader]
+    ).cpu()
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+def interleaved_medians(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 9, warm_up: int = 2
+) -> dict[str, float]:
+    """Median seconds of each call. They take turns, so that a busy moment of the machine falls on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def inference_call(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+    model.eval()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+    def call() -> object:
+        with torch.inference_mode():
+            return model(**inputs)
+
+    return call
+
+
+def training_call(model: nn.Module, batch: Mapping[str, torch.Tensor], bf16: bool = True) -> Callable[[], None]:
+    """One optimizer step. It changes the model: time it after everything that needs the trained values."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def call() -> None:
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call

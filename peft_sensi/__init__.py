@@ -1,0 +1,33 @@
+"""Sensitivity-ranked tuning and trimming of transformers, as a PEFT method. Importing it registers the method."""
+
+from .anatomy import Anatomy, BlockLayout, build_anatomy
+from .budget import Budget
+from .config import SensiConfig
+from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
+from .model import SensiModel
+from .plan import Plan, make_plan
+from .register import register
+from .scores import Scores, compute_scores
+
+
+register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "AnatomyError",
+    "BlockLayout",
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
+    "Plan",
+    "Scores",
+    "SensiConfig",
+    "SensiError",
+    "SensiLoadError",
+    "SensiModel",
+    "build_anatomy",
+    "compute_scores",
+    "make_plan",
+]

@@ -1,0 +1,347 @@
+"""Which units a model has, and which rows or columns of which Linear each of them owns.
+
+A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, or an
+output row of a Linear that belongs to no known block. A *group* holds the units of one sublayer. Removing a head or a
+neuron means removing slices of several weights at once (its *sides*), and exactly the same function remains as when the
+unit's activation is multiplied by zero at the input of the group's output projection.
+
+Everything here reads shapes only, so it also works on `meta` tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .errors import AnatomyError
+
+
+Kind = Literal["head", "neuron", "row"]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a transformer layer keeps its heads and neurons: one row of the table of families.
+
+    Names are paths below the layer module. `layer` is the end of the layer's own path, with `*` for its index. Leave the
+    attention names or the FFN names empty for a layer that has only the other; a field that names nothing is skipped.
+    `head_size` is a number or the path of an attribute that holds it. `head_counts`, `kv_head_counts` and `head_widths`
+    are attributes that must follow the number of heads (resp. heads times head size) of a trimmed layer. The two norms
+    are the modules whose *input* is the residual sum after the sublayer; they weigh the errors of the refit.
+    """
+
+    layer: str
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    o: str = ""
+    up: str = ""
+    gate: str = ""
+    down: str = ""
+    head_size: int | str = ""
+    head_counts: tuple[str, ...] = ()
+    kv_head_counts: tuple[str, ...] = ()
+    head_widths: tuple[str, ...] = ()
+    attention_norm: str = ""
+    ffn_norm: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BlockLayout:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise AnatomyError(f"A block layout has no field {unknown[0]!r}; its fields are {sorted(known)}.")
+        if not isinstance(values.get("layer"), str) or not values["layer"]:
+            raise AnatomyError("A block layout needs `layer`, the path of the layer modules, such as 'encoder.layer.*'.")
+        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
+
+
+_BERT = BlockLayout(
+    layer="encoder.layer.*",
+    q="attention.self.query",
+    k="attention.self.key",
+    v="attention.self.value",
+    o="attention.output.dense",
+    up="intermediate.dense",
+    down="output.dense",
+    head_size="attention.self.attention_head_size",
+    head_counts=("attention.self.num_attention_heads",),
+    head_widths=("attention.self.all_head_size",),
+    attention_norm="attention.output.LayerNorm",
+    ffn_norm="output.LayerNorm",
+)
+_DISTILBERT = BlockLayout(
+    layer="transformer.layer.*",
+    q="attention.q_lin",
+    k="attention.k_lin",
+    v="attention.v_lin",
+    o="attention.out_lin",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    head_size="attention.attention_head_size",
+    head_counts=("attention.n_heads",),
+    attention_norm="sa_layer_norm",
+    ffn_norm="output_layer_norm",
+)
+
+FAMILIES: dict[str, tuple[BlockLayout, ...]] = {
+    "bert": (_BERT,),
+    "camembert": (_BERT,),
+    "distilbert": (_DISTILBERT,),
+    "electra": (_BERT,),
+    "roberta": (_BERT,),
+    "xlm-roberta": (_BERT,),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The slice of one weight `[out, in]` that each unit of a group owns.
+
+    `dim` 0 means output rows (with their bias entries), 1 input columns; unit `u` owns the positions
+    `offset + u * width ... offset + (u + 1) * width`. `fan` is the length of the other dimension.
+    """
+
+    module: str
+    dim: int
+    width: int
+    fan: int
+    bias: bool = False
+    offset: int = 0
+
+    @property
+    def unit_params(self) -> int:
+        return self.width * (self.fan + int(self.bias and self.dim == 0))
+
+    def positions(self, units: np.ndarray) -> np.ndarray:
+        """Rows or columns (int64) of the given units, in the units' order."""
+        return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts."""
+
+    name: str
+    kind: Kind
+    size: int
+    sides: tuple[Side, ...]
+    output: str
+    layer: str = ""
+    norm: str = ""
+    attributes: tuple[tuple[str, int], ...] = ()
+    attention_width: int = 0
+    repeats: int = 1
+
+    @property
+    def trimmable(self) -> bool:
+        return self.kind != "row"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(side.module for side in self.sides))
+
+    @property
+    def unit_params(self) -> int:
+        """Parameters of one unit; BERT-base: head 196,800, neuron 1,537."""
+        return sum(side.unit_params for side in self.sides)
+
+    def unit_macs(self, sequence_length: int) -> int:
+        """Multiply-accumulates of one unit for one sequence (Kwon et al. 2022, arXiv 2204.09656).
+
+        A head costs `3*S*H*d + 2*S^2*d + S*d*H`, a neuron `2*S*H`: every weight once a token, and for a head the two
+        products of the attention matrix.
+        """
+        weights = sum(side.width * side.fan for side in self.sides)
+        return self.repeats * (sequence_length * weights + 2 * sequence_length**2 * self.attention_width)
+
+    def unit_trainable(self, targets: frozenset[str]) -> int:
+        """Values that training one unit adds: only what lies in targeted modules."""
+        return sum(side.unit_params for side in self.sides if side.module in targets)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All groups of a model. `total_params` counts the base without its task head (the unit of `trainable` shares)."""
+
+    groups: tuple[Group, ...]
+    total_params: int
+    model_type: str = ""
+    by_name: dict[str, Group] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", {group.name: group for group in self.groups})
+
+    @property
+    def trimmable(self) -> tuple[Group, ...]:
+        return tuple(group for group in self.groups if group.trimmable)
+
+    @property
+    def prunable_params(self) -> int:
+        return sum(group.size * group.unit_params for group in self.trimmable)
+
+    def prunable_macs(self, sequence_length: int) -> int:
+        return sum(group.size * group.unit_macs(sequence_length) for group in self.trimmable)
+
+
+def build_anatomy(
+    model: nn.Module,
+    targets: Iterable[str] = (),
+    blocks: Iterable[BlockLayout] | None = None,
+) -> Anatomy:
+    """Finds the groups of `model`: its blocks, and one group of rows for each targeted Linear outside them.
+
+    `blocks` replaces the built-in layouts. Raises `AnatomyError` when given `blocks` match nothing.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
+    layouts = tuple(blocks) if blocks is not None else FAMILIES.get(model_type, ())
+    modules = dict(model.named_modules())
+    groups = [group for layout in layouts for group in _block_groups(modules, layout)]
+    if blocks is not None and not groups:
+        raise AnatomyError(
+            f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
+            f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
+            f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
+        )
+    owned = {module for group in groups for module in group.modules}
+    for name in sorted(set(targets) - owned):
+        linear = base_of(modules[name])
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"Target module {linear} is not supported: only `torch.nn.Linear` can be targeted.")
+        side = Side(name, 0, 1, linear.in_features, linear.bias is not None)
+        groups.append(Group(name, "row", linear.out_features, (side,), output=name))
+    return Anatomy(tuple(groups), _params_without_head(model), model_type)
+
+
+def nothing_to_trim(model: nn.Module) -> AnatomyError:
+    return AnatomyError(
+        f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families are "
+        f"{', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout(layer='encoder.layer.*', "
+        f"q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a `trainable` limit, which trims "
+        f"nothing."
+    )
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The user's own module behind PEFT's wrappers."""
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def is_base_parameter(name: str) -> bool:
+    """Whether a parameter's name belongs to the base model and not to an adapter on it."""
+    return not any(part.startswith("sensi_") or part == "modules_to_save" for part in name.split("."))
+
+
+def task_head(model: nn.Module) -> list[str]:
+    """Names of the children that make up a classification-like head: everything outside the base transformer.
+
+    Empty for a bare transformer and for language models, whose head belongs to the pretrained base.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    children = dict(model.named_children())
+    if not prefix or prefix not in children:
+        return []
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    if get_output_embeddings is not None and get_output_embeddings() is not None:
+        return []
+    return [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
+
+
+def _params_without_head(model: nn.Module) -> int:
+    head = tuple(f"{name}." for name in task_head(model))
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if is_base_parameter(name) and not name.startswith(head)
+    )
+
+
+def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout) -> Iterable[Group]:
+    pattern = re.compile(r"(?:^|.*\.)" + r"\d+".join(re.escape(part) for part in layout.layer.split("*")) + "$")
+    for name, layer in modules.items():
+        # Adapters on the model are wrapped modules inside the layer; the layer itself never is one.
+        if pattern.match(name) and is_base_parameter(name):
+            if layout.o:
+                yield _heads(modules, name, layer, layout)
+            if layout.down:
+                yield _neurons(modules, name, layout)
+
+
+def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
+    path = f"{layer}.{name}"
+    linear = base_of(modules[path]) if path in modules else None
+    if not isinstance(linear, nn.Linear):
+        raise AnatomyError(f"The block layout names {path!r}, which is {'no Linear' if linear else 'not in the model'}.")
+    return path, linear
+
+
+def _heads(modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: BlockLayout) -> Group:
+    head_size = layout.head_size if isinstance(layout.head_size, int) else attrgetter(layout.head_size)(layer)
+    o_name, o = _linear(modules, name, layout.o)
+    _, k = _linear(modules, name, layout.k)
+    if head_size <= 0 or o.in_features % head_size or k.out_features % head_size:
+        raise AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o.in_features}.")
+    units = k.out_features // head_size
+    queries = o.in_features // head_size // units  # query heads that share a key/value head
+    sides = []
+    for part, width in ((layout.q, queries * head_size), (layout.k, head_size), (layout.v, head_size)):
+        path, linear = _linear(modules, name, part)
+        sides.append(Side(path, 0, width, linear.in_features, linear.bias is not None))
+    sides.append(Side(o_name, 1, queries * head_size, o.out_features))
+    attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
+    attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
+    attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
+    return Group(
+        name=f"{name}.heads",
+        kind="head",
+        size=units,
+        sides=tuple(sides),
+        output=o_name,
+        layer=name,
+        norm=f"{name}.{layout.attention_norm}" if layout.attention_norm else "",
+        attributes=tuple(attributes),
+        attention_width=queries * head_size,
+    )
+
+
+def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> Group:
+    down_name, down = _linear(modules, name, layout.down)
+    sides = []
+    for part in filter(None, (layout.up, layout.gate)):
+        path, linear = _linear(modules, name, part)
+        sides.append(Side(path, 0, 1, linear.in_features, linear.bias is not None))
+    sides.append(Side(down_name, 1, 1, down.out_features))
+    return Group(
+        name=f"{name}.neurons",
+        kind="neuron",
+        size=down.in_features,
+        sides=tuple(sides),
+        output=down_name,
+        layer=name,
+        norm=f"{name}.{layout.ffn_norm}" if layout.ffn_norm else "",
+    )
+
+
+def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
+    """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
+    weight = base_of(model.get_submodule(side.module)).weight.detach()
+    start, stop = side.offset, side.offset + group.size * side.width
+    rows = weight[start:stop] if side.dim == 0 else weight[:, start:stop].t()
+    return rows.reshape(group.size, -1).float()

@@ -1,0 +1,116 @@
+"""Running the user's model on calibration batches, and leaving it exactly as it was found."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import CalibrationError
+
+
+LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
+
+
+def materialise(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
+    """The first `steps` batches, so that a generator can be used for several passes. Raises `CalibrationError`."""
+    if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"`calibration` must be an iterable of batches (a DataLoader, a list of dicts, a generator), got "
+            f"{type(calibration).__name__}."
+        )
+    batches = list(itertools.islice(calibration, steps))
+    if not batches:
+        raise CalibrationError("`calibration` is empty: it must yield at least one batch.")
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"Calibration batch {index} is a {type(batch).__name__}: each batch must be a mapping that "
+                f"`model(**batch)` accepts, with labels."
+            )
+    return batches
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def calibration_loss(
+    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None = None, where: str = "a calibration batch"
+) -> torch.Tensor:
+    """The scalar loss (float32) of one batch. Raises `CalibrationError` when there is none, or it is not finite."""
+    batch = to_device(batch, device_of(model))
+    if loss_fn is not None:
+        loss = loss_fn(model, batch)
+    else:
+        output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise CalibrationError(
+            f"The model returned no loss for {where}, whose keys are {sorted(batch)}: calibration batches need labels "
+            f"(or pass `loss_fn=`, a function of the model and the batch)."
+        )
+    loss = loss.float().mean()
+    if not torch.isfinite(loss):
+        raise CalibrationError(f"The loss of {where} is {loss.item()}: the calibration data or the model is broken.")
+    return loss
+
+
+def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
+    """The attention mask as booleans if it has the `[batch, tokens]` shape of these activations, else `None`."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == shape:
+        return mask.bool()
+    return None
+
+
+def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
+    """Mean padded length of token batches, rounded; `None` for inputs that are not tokens."""
+    lengths = [
+        batch[key].shape[1]
+        for batch in batches
+        for key in ("input_ids", "inputs_embeds", "decoder_input_ids")
+        if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
+    ]
+    return round(sum(lengths) / len(lengths)) if lengths else None
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restores what running and differentiating the model may change, whatever happens inside.
+
+    Covers training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all
+    devices. Weights are restored by whoever changes them (see `priming.primed`).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    for parameter in model.parameters():
+        parameter.grad = None  # a backward pass would add to the user's gradients in place
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,197 @@
+"""The configuration of the method: PEFT's fields, and what one ranking and two cuts need."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from .anatomy import BlockLayout
+from .budget import Budget
+from .checkpoint import FORMAT_VERSION
+from .errors import SensiError, SensiLoadError
+from .plan import Plan
+from .scores import METHODS, Scores
+
+
+class SensiPeftType(str, enum.Enum):
+    """PEFT's `PeftType` cannot be extended from outside; Transformers needs an enum member with `.value`."""
+
+    SENSI = "SENSI"
+
+
+ALSO_TRAIN = ("biases", "norms", "pooler", "embeddings")
+
+
+@dataclass
+class SensiConfig(PeftConfig):
+    """Configuration of [`SensiModel`]; every field has a default.
+
+    Args:
+        budget: A share in (0, 1] or a count of the prunable parameters, or a dict of limits on `params`, `flops` and
+            `trainable` that all hold. `None` is 0.5 where the model has something to trim, otherwise everything targeted
+            is tuned.
+        score: `fisher`, `taylor`, `magnitude` or `random`.
+        target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
+            Linears of all known blocks, or all Linears of an unknown model.
+        exclude_modules: What may not be tuned.
+        modules_to_save: Modules that are trained and saved whole. The task head of a classification-like task is added.
+        also_train: Any of `biases` (output biases of the blocks), `norms`, `pooler`, `embeddings`: what else of the base
+            is trained. By default biases, norms and pooler where there is no `trainable` limit, else nothing.
+        calibration_steps: Batches that are scored, and that the refit uses.
+        priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
+        priming_lr: Learning rate of AdamW in these steps.
+        refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given and
+            everything that is kept is tuned.
+        sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
+        multiple_of: Neurons are kept in steps of so many.
+        min_units: Heads and neurons that stay in each block; 0 lets whole sublayers go.
+        blocks: Layouts of blocks that the library does not know ([`BlockLayout`] or dicts).
+        keep_base: Whether the base stays whole inside; `False` keeps only what the adapter needs.
+        seed: Of random scores.
+        init_weights: `False` starts from perturbed values (for tests).
+        plan: A finished plan, which replaces budget and scores. Filled in when the model is wrapped.
+        fingerprint: Statistics of the base, checked on load; `None` skips the check. Filled in as well.
+        format_version: Of the adapter's files.
+        calibration: Batches that `model(**batch)` turns into a loss (any iterable). Used once and never serialised.
+        scores: [`Scores`] from `compute_scores`, instead of scoring again. Never serialised.
+        loss_fn: Function of the model and a batch, for models whose output has no loss. Never serialised.
+
+    Raises:
+        SensiError: A field is malformed, or has no effect in this combination.
+    """
+
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    budget: float | dict[str, float] | None = field(default=None)
+    score: str = field(default="fisher")
+    also_train: list[str] | None = field(default=None)
+    calibration_steps: int = field(default=24)
+    priming_steps: int = field(default=40)
+    priming_lr: float = field(default=1e-4)
+    refit: bool | None = field(default=None)
+    sequence_length: int | None = field(default=None)
+    multiple_of: int = field(default=8)
+    min_units: int = field(default=1)
+    blocks: list[Any] | None = field(default=None)
+    keep_base: bool = field(default=True)
+    seed: int = field(default=0)
+    init_weights: bool = field(default=True)
+    plan: Any = field(default=None)
+    fingerprint: dict[str, Any] | None = field(default=None)
+    format_version: int = field(default=FORMAT_VERSION)
+    calibration: InitVar[Iterable[Mapping[str, Any]] | None] = None
+    scores: InitVar[Scores | None] = None
+    loss_fn: InitVar[Any] = None
+
+    def __post_init__(self, calibration: Any, scores: Scores | None, loss_fn: Any) -> None:
+        super().__post_init__()
+        self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]
+        # Plain attributes and not fields: `asdict` would deep-copy a data loader, and JSON cannot hold one.
+        self.calibration, self.scores, self.loss_fn = calibration, scores, loss_fn
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check()
+
+    def _check(self) -> None:
+        if self.format_version != FORMAT_VERSION or isinstance(self.format_version, bool):
+            raise SensiLoadError(
+                f"The adapter's format_version is {self.format_version!r}; this version of peft_sensi reads "
+                f"{FORMAT_VERSION}. Upgrade with `pip install -U peft-sensi`."
+            )
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        if self.score not in METHODS:
+            raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {self.score!r}.")
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if value is None and name == "sequence_length":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+                raise SensiError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        if isinstance(self.priming_lr, bool) or not isinstance(self.priming_lr, (int, float)):
+            raise SensiError(f"`priming_lr` must be a number, got {self.priming_lr!r}.")
+        if not (math.isfinite(self.priming_lr) and self.priming_lr > 0):
+            raise SensiError(f"`priming_lr` must be positive, got {self.priming_lr!r}.")
+        for name in ("keep_base", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise SensiError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.refit not in (None, True, False):
+            raise SensiError(f"`refit` must be True, False or None, got {self.refit!r}.")
+        if self.also_train is not None:
+            if isinstance(self.also_train, str) or any(name not in ALSO_TRAIN for name in self.also_train):
+                raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {self.also_train!r}.")
+            self.also_train = sorted(self.also_train)
+        if self.scores is not None and not isinstance(self.scores, Scores):
+            raise SensiError(f"`scores` must be a `Scores`, as `compute_scores` returns, got {type(self.scores).__name__}.")
+        if self.loss_fn is not None and self.calibration is None:
+            raise SensiError("`loss_fn` has no effect without `calibration`.")
+        if self.refit and self.calibration is None and self.plan is None:
+            raise SensiError("`refit=True` needs `calibration`: the survivors are fitted to activations.")
+        if self.refit and self.limits.trainable is not None:
+            raise SensiError("`refit=True` changes values that a `trainable` limit may freeze; drop one of the two.")
+        if isinstance(self.plan, Plan):
+            self.plan = self.plan.to_dict()
+        if self.plan is not None and not isinstance(self.plan, Mapping):
+            raise SensiLoadError(f"`plan` must be a Plan or its dict, got {type(self.plan).__name__}.")
+        self.layouts()
+
+    @property
+    def limits(self) -> Budget:
+        return Budget() if self.budget is None else Budget.parse(self.budget)
+
+    def layouts(self) -> tuple[BlockLayout, ...] | None:
+        """`blocks` as layouts; they are kept as dicts, which is what JSON gives back."""
+        if self.blocks is None:
+            return None
+        if not isinstance(self.blocks, (list, tuple)) or not self.blocks:
+            raise SensiError(f"`blocks` must be a list of BlockLayout, got {self.blocks!r}.")
+        self.blocks = [b.to_dict() if isinstance(b, BlockLayout) else b for b in self.blocks]
+        if not all(isinstance(b, Mapping) for b in self.blocks):
+            raise SensiError("`blocks` must hold BlockLayout objects or their dicts.")
+        return tuple(BlockLayout.from_dict(b) for b in self.blocks)
+
+    def own_copy(self) -> SensiConfig:
+        """A copy for one model: the user's object can wrap another one, and keeps the data that we drop here."""
+        mine = copy.copy(self)
+        mine.calibration = mine.scores = mine.loss_fn = None
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train", "blocks"):
+            setattr(mine, name, copy.copy(getattr(mine, name)))
+        return mine
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        values = super().from_json_file(path_json_file, **kwargs)
+        for name in ("calibration", "scores", "loss_fn"):
+            if name in values:
+                raise SensiLoadError(f"{path_json_file}: `{name}` exists at run time only and cannot come from a file.")
+        return values
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # A plan from a file must match the values beside it; one made in this process may be replaced by a checkpoint's.
+        config.from_file = True
+        return config
+
+    from_file = False  # not annotated, so not a field
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
+        # A generator or a data loader with workers cannot be copied, and a copied model does not need one.
+        mine = copy.copy(self)
+        memo[id(self)] = mine
+        for name, value in self.__dict__.items():
+            runtime = name in ("calibration", "scores", "loss_fn")
+            setattr(mine, name, value if runtime else copy.deepcopy(value, memo))
+        return mine
+
+
+_COUNTS = {"calibration_steps": 1, "priming_steps": 0, "sequence_length": 1, "multiple_of": 1, "min_units": 0, "seed": 0}

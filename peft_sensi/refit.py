@@ -1,0 +1,362 @@
+"""Giving the survivors of a cut better values: weighted least squares of the output projections, without labels.
+
+For each sublayer in order, on the already trimmed model, the output projection `W, b` is refitted so that the residual
+sum that enters the next LayerNorm is again what it is in the untrimmed model:
+
+    minimise over W, b:  sum_t w_t |r_t + W z_t + b - s_t|^2 + ridge |W - W_0|^2
+
+with `z_t` the kept activations and `r_t` the residual of the trimmed model, `s_t` the sum in the untrimmed model (so
+each sublayer also mends what the ones before it lost), and `w_t = 1 / var(s_t)`, because after the LayerNorm that is the
+error the next layer sees. Padding is left out. Closed form; the activations are streamed layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .anatomy import Group, base_of
+from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
+from .plan import FROZEN, TRIMMED, Plan
+
+
+RIDGE = 1e-2
+STEPS = (0.0, 0.5, 1.0)
+
+# Weight `[out, kept columns]` (columns in ascending order) and bias `[out]` if the module has one, float32.
+Values = tuple[torch.Tensor, torch.Tensor | None]
+Refitted = dict[str, Values]
+
+
+def refit(
+    model: nn.Module,
+    plan: Plan,
+    batches: list[Mapping[str, Any]],
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+) -> Refitted:
+    """Refits the output projections of all groups whose kept units are all tuned; to be called on the whole base model.
+
+    A quarter of the batches is held out as a guard: a sublayer takes the step (0, 1/2 or 1) whose error after the
+    LayerNorm is smallest there, and when the calibration loss of the trimmed model gets worse all is put back.
+    """
+    groups = [g for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and _is_refittable(model, plan, g)]
+    if not any((plan.of(g) == TRIMMED).any() for g in groups):
+        return {}
+    device = device_of(model)
+    batches = [to_device(batch, device) for batch in batches]
+    with torch.no_grad():
+        streams, order = _capture(model, plan, batches)
+        if order is None:
+            return {}
+        # Error feedback needs the sublayers in the order in which they run; a layer runs attention before FFN.
+        by_layer = {layer: [g for g in groups if g.layer == layer] for layer in order}
+        student = {g.name: _Output(model, plan, g) for g in plan.anatomy.trimmable}
+        held_out = set(range(3, len(batches), 4)) or {0}
+        for layer in tqdm(order, desc="refit", disable=not progress, leave=False):
+            _refit_layer(model, layer, by_layer[layer], student, streams, held_out)
+        refitted = {g.output: output.fitted for g in groups if (output := student[g.name]).fitted is not None}
+        if not refitted:
+            return {}
+        test = [batches[i] for i in sorted(held_out)]
+        after = _trimmed_loss(model, student, test, loss_fn)
+        for output in student.values():
+            output.fitted = None
+        before = _trimmed_loss(model, student, test, loss_fn)
+    return refitted if after <= before * 1.05 else {}
+
+
+def _is_refittable(model: nn.Module, plan: Plan, group: Group) -> bool:
+    states = plan.of(group)
+    return group.output in plan.targets and bool((states != TRIMMED).any()) and not bool((states == FROZEN).any())
+
+
+@dataclass
+class _Output:
+    """The output projection of one group as the trimmed model has it."""
+
+    model: nn.Module
+    plan: Plan
+    group: Group
+    columns: torch.Tensor = field(init=False)
+    fitted: Values | None = None
+
+    def __post_init__(self) -> None:
+        kept = np.flatnonzero(self.plan.of(self.group) != TRIMMED)
+        weight = base_of(self.model.get_submodule(self.group.output)).weight
+        self.columns = torch.from_numpy(self.group.sides[-1].positions(kept)).to(weight.device)
+
+    @property
+    def original(self) -> Values:
+        linear = base_of(self.model.get_submodule(self.group.output))
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        return linear.weight.detach()[:, self.columns].float(), bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.fitted or self.original
+        return F.linear(x[..., self.columns].float(), weight, bias).to(x.dtype)
+
+
+@dataclass
+class _Stream:
+    """One batch on its way through the layers: hidden states of both models, and how each layer is called."""
+
+    batch: Mapping[str, Any]
+    calls: dict[str, tuple[tuple, dict]] = field(default_factory=dict)
+    entries: dict[str, torch.Tensor] = field(default_factory=dict)
+    teacher: torch.Tensor | None = None
+    student: torch.Tensor | None = None
+
+
+def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> tuple[list[_Stream], list[str] | None]:
+    """How each layer is called for each batch, and the layers' order; `None` where a layer runs more than once."""
+    layers = list(dict.fromkeys(g.layer for g in plan.anatomy.trimmable if g.layer))
+    streams, order = [], []
+    for batch in batches:
+        stream, seen, last = _Stream(batch), [], [None]
+
+        def before(module, args, kwargs, name, stream=stream, seen=seen, last=last):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden is not last[0]:
+                stream.entries[name] = hidden
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+            stream.calls[name] = (args[1:], kwargs)
+            seen.append(name)
+
+        def after(module, args, output, last=last):
+            last[0] = _first(output)
+
+        handles = []
+        for name in layers:
+            layer = model.get_submodule(name)
+            handles.append(
+                layer.register_forward_pre_hook(lambda m, a, k, name=name: before(m, a, k, name), with_kwargs=True)
+            )
+            handles.append(layer.register_forward_hook(after))
+        try:
+            model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(seen) != len(set(seen)):
+            return [], None
+        streams.append(stream)
+        order = seen
+    return streams, order
+
+
+class _Stop(Exception):
+    """Raised by a hook when the rest of a layer is not needed."""
+
+
+def _run(
+    model: nn.Module,
+    name: str,
+    stream: _Stream,
+    hidden: torch.Tensor,
+    outputs: Mapping[str, _Output] | None,
+    watch: Mapping[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]],
+    stop: bool = False,
+) -> torch.Tensor | None:
+    """Runs one layer, with the given output projections in place of the model's own.
+
+    `watch[group](z, y, s)` is called with the projection's input and output and with the residual sum.
+    """
+    layer = model.get_submodule(name)
+    groups = [g for g in (outputs or {}).values() if g.group.layer == name]
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = []
+
+    def at_output(group: Group, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if outputs is not None:
+            y = outputs[group.name](x)
+        seen[group.name] = (x, y)
+        return y
+
+    def at_norm(group: Group, total: torch.Tensor) -> None:
+        if group.name in seen and group.name in watch:
+            watch[group.name](*seen.pop(group.name), total)
+            if stop:
+                raise _Stop
+
+    watched = {g.group.name: g.group for g in groups} or _groups_of(watch, name)
+    try:
+        for group in watched.values():
+            module = model.get_submodule(group.output)
+            handles.append(module.register_forward_hook(lambda m, a, y, group=group: at_output(group, a[0], y)))
+            if group.norm:
+                norm = model.get_submodule(group.norm)
+                handles.append(norm.register_forward_pre_hook(lambda m, a, group=group: at_norm(group, a[0])))
+        args, kwargs = stream.calls[name]
+        output = _first(layer(hidden, *args, **kwargs))
+        for group in watched.values():
+            if not group.norm:
+                at_norm(group, output)
+        return output
+    except _Stop:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _groups_of(watch: Mapping[str, Any], layer: str) -> dict[str, Group]:
+    return {name: function.group for name, function in watch.items() if function.group.layer == layer}
+
+
+@dataclass
+class _Recorder:
+    """Keeps the residual sums of the untrimmed model for one group, batch by batch."""
+
+    group: Group
+    sums: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(self, z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
+        self.sums.append(total.detach().float())
+
+
+def _refit_layer(
+    model: nn.Module,
+    layer: str,
+    groups: list[Group],
+    student: dict[str, _Output],
+    streams: list[_Stream],
+    held_out: set[int],
+) -> None:
+    recorders = {g.name: _Recorder(g) for g in groups}
+    before = []
+    for stream in streams:
+        if layer in stream.entries:
+            stream.teacher = stream.student = stream.entries[layer]
+        before.append(stream.student)
+        stream.teacher = _run(model, layer, stream, stream.teacher, None, recorders)
+    for group in groups:
+        output, targets = student[group.name], recorders[group.name].sums
+        if len(targets) != len(streams):
+            continue  # the layer did not run this sublayer
+        system = _LeastSquares(*output.original)
+        for i, (stream, hidden) in enumerate(zip(streams, before, strict=True)):
+            if i not in held_out or len(streams) == 1:
+                add = _Observer(group, output, targets[i], stream.batch, system.add)
+                _run(model, layer, stream, hidden, student, {group.name: add}, stop=True)
+        solution = system.solve()
+        if solution is None:
+            continue
+        errors = _GuardErrors(output.original, solution)
+        for i in sorted(held_out):
+            check = _Observer(group, output, targets[i], streams[i].batch, errors.add)
+            _run(model, layer, streams[i], before[i], student, {group.name: check}, stop=True)
+        output.fitted = errors.best()
+    for stream, hidden in zip(streams, before, strict=True):
+        stream.student = _run(model, layer, stream, hidden, student, {})
+
+
+@dataclass
+class _Observer:
+    """Hands the tokens of one batch to `receive(z, residual, target)`, padding left out, all `[tokens, ...]` float32."""
+
+    group: Group
+    output: _Output
+    target: torch.Tensor
+    batch: Mapping[str, Any]
+    receive: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+    def __call__(self, z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
+        mask = token_mask(self.batch, total.shape[:-1])
+        residual = total.float() - y.float()
+        z = z[..., self.output.columns].float()
+        parts = (z, residual, self.target)
+        self.receive(*(part[mask] if mask is not None else part.flatten(0, -2) for part in parts))
+
+
+class _LeastSquares:
+    """Accumulates the weighted normal equations of the change of `weight` and `bias`; centred if there is a bias."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        out, kept = weight.shape
+        double = torch.float64 if weight.device.type != "mps" else torch.float32
+        self.zz, self.rz = weight.new_zeros(kept, kept, dtype=double), weight.new_zeros(out, kept, dtype=double)
+        self.z, self.r = weight.new_zeros(kept, dtype=double), weight.new_zeros(out, dtype=double)
+        self.total = weight.new_zeros((), dtype=double)
+
+    def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
+        w = 1.0 / target.var(dim=-1, keepdim=True).clamp_min(1e-6)
+        error = target - residual - F.linear(z, self.weight, self.bias)
+        zw = z * w
+        self.zz += z.t() @ zw
+        self.rz += error.t() @ zw
+        self.z += zw.sum(0)
+        self.r += (error * w).sum(0)
+        self.total += w.sum()
+
+    def solve(self) -> Values | None:
+        if not self.weight.shape[1] or self.total <= 0:
+            return None
+        centre = float(self.bias is not None)
+        mean_z, mean_r = centre * self.z / self.total, centre * self.r / self.total
+        gram = self.zz / self.total - torch.outer(mean_z, mean_z)
+        cross = self.rz / self.total - torch.outer(mean_r, mean_z)
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if info or not torch.isfinite(factor).all():
+            return None
+        change = torch.cholesky_solve(cross.t(), factor).t()
+        weight = self.weight + change.float()
+        bias = None if self.bias is None else self.bias + (mean_r - change @ mean_z).float()
+        finite = torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())
+        return (weight, bias) if finite else None
+
+
+class _GuardErrors:
+    """Errors after a LayerNorm, on held-out tokens, of going part of the way from the old to the new values."""
+
+    def __init__(self, old: Values, new: Values) -> None:
+        self.old, self.new = old, new
+        self.errors = [0.0] * len(STEPS)
+
+    def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
+        start, end = residual + F.linear(z, *self.old), residual + F.linear(z, *self.new)
+        normed = F.layer_norm(target, target.shape[-1:])
+        for i, step in enumerate(STEPS):
+            self.errors[i] += float((F.layer_norm(torch.lerp(start, end, step), normed.shape[-1:]) - normed).square().sum())
+
+    def best(self) -> Values | None:
+        step = STEPS[int(np.argmin(self.errors))]
+        if step == 0.0:
+            return None
+        (old_weight, old_bias), (new_weight, new_bias) = self.old, self.new
+        bias = None if old_bias is None or new_bias is None else torch.lerp(old_bias, new_bias, step)
+        return torch.lerp(old_weight, new_weight, step), bias
+
+
+@contextmanager
+def _trimmed(model: nn.Module, student: Mapping[str, _Output]) -> Iterator[None]:
+    handles = [
+        model.get_submodule(output.group.output).register_forward_hook(lambda m, a, y, output=output: output(a[0]))
+        for output in student.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trimmed_loss(
+    model: nn.Module, student: Mapping[str, _Output], batches: list[Mapping[str, Any]], loss_fn: LossFn | None
+) -> float:
+    with _trimmed(model, student):
+        return sum(float(calibration_loss(model, batch, loss_fn, "a held-out batch")) for batch in batches)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

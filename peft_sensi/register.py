@@ -1,0 +1,29 @@
+"""Makes PEFT know the method.
+
+`peft.utils.register_peft_method` accepts only members of PEFT's own enum, and there is no entry point for plugins, so
+the mappings are written directly.
+"""
+
+from __future__ import annotations
+
+from peft import mapping
+
+from .config import SensiConfig, SensiPeftType
+from .errors import SensiError
+from .model import SensiModel
+
+
+def register() -> None:
+    """Idempotent. Raises `SensiError` when another package has taken the name."""
+    name = SensiPeftType.SENSI
+    entries = (
+        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, SensiConfig),
+        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, SensiModel),
+        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, SensiModel.prefix),
+    )
+    for table, value in entries:
+        taken = table.get(name)
+        if taken is not None and taken is not value:
+            raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
+    for table, value in entries:
+        table[name] = value

@@ -1,0 +1,328 @@
+"""How sensitive the model is to each unit.
+
+All gradient scores use one gate a unit, fixed at 1, on the input of the group's output projection (for the rows of a
+lone Linear: on its output). The loss's derivative with respect to the gate of example `i` is `g_i`:
+
+- Taylor (Molchanov et al. 2017, arXiv 1611.06440; Michel et al. 2019, arXiv 1905.10650): `mean_i |g_i|`, the
+  first-order change of the loss when the unit is removed.
+- Fisher (Kwon et al. 2022, arXiv 2204.09656): `mean_i g_i^2`, the diagonal of the empirical Fisher information.
+- Magnitude: the L2 norm of the unit's weights. Random: uniform noise from a seed, the control.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from .anatomy import Anatomy, BlockLayout, Group, build_anatomy, unit_weights
+from .calibration import LossFn, calibration_loss, materialise, mean_length, preserved, to_device, token_mask
+from .errors import CalibrationError, SensiError, SensiLoadError
+from .priming import head_state, primed
+
+
+METHODS = ("random", "magnitude", "taylor", "fisher")
+GRADIENT_METHODS = ("taylor", "fisher")
+SPIKE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One float32 number a unit for each group, and what was learned on the way.
+
+    `protected` marks spike units, which carry more than half of a token's residual sum; no plan should cut them. `head`
+    holds the task head as priming left it. One `Scores` serves many budgets, and many runs: see `save` and `load`.
+    """
+
+    values: dict[str, torch.Tensor]
+    method: str
+    sequence_length: int | None = None
+    protected: dict[str, torch.Tensor] = field(default_factory=dict)
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, under a temporary name first."""
+        tensors = {f"{kind}:{k}": v.contiguous() for kind in _KINDS for k, v in getattr(self, kind).items()}
+        metadata = {"format": "peft_sensi.scores.1", "method": self.method, "length": json.dumps(self.sequence_length)}
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Scores:
+        """Inverse of `save`. Raises `SensiLoadError` for a file that is not ours."""
+        try:
+            opened = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise SensiLoadError(f"{path} is not a safetensors file: {error}.") from None
+        with opened as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "peft_sensi.scores.1":
+                raise SensiLoadError(f"{path} is not a file of scores: its format is {metadata.get('format')!r}.")
+            parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
+            for key in file.keys():
+                kind, _, name = key.partition(":")
+                if kind not in parts:
+                    raise SensiLoadError(f"{path} holds an unexpected tensor {key!r}.")
+                parts[kind][name] = file.get_tensor(key)
+        try:
+            method, length = metadata["method"], json.loads(metadata["length"])
+        except (KeyError, ValueError):
+            method = length = None
+        if method not in METHODS or not (length is None or type(length) is int and length > 0):
+            raise SensiLoadError(f"{path} has malformed metadata: {metadata}.")
+        return cls(method=method, sequence_length=length, **parts)
+
+
+_KINDS = ("values", "protected", "head")
+
+
+def compute_scores(
+    model: nn.Module,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    score: str = "fisher",
+    calibration_steps: int = 32,
+    priming_steps: int = 40,
+    priming_lr: float = 1e-4,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    targets: Iterable[str] = (),
+    blocks: Iterable[BlockLayout] | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Scores every unit of `model`; the model and all random states are left exactly as they were.
+
+    Without `calibration` a gradient score falls back to magnitude, with a warning.
+
+    Args:
+        calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
+        score: One of `random`, `magnitude`, `taylor`, `fisher`.
+        priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        targets: Linears outside the known blocks whose rows are to be scored too.
+
+    Raises:
+        CalibrationError: Empty or unlabelled data, or a loss or gradient that is not finite (the batch is named).
+        SensiError: An unknown `score`.
+    """
+    if score not in METHODS:
+        raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
+    anatomy = build_anatomy(model, targets, blocks)
+    with preserved(model):  # a data loader that shuffles draws random numbers, too
+        batches = None
+        if calibration is not None:
+            batches = materialise(calibration, max(calibration_steps, priming_steps, 1))
+        return score_units(
+            model,
+            anatomy,
+            batches,
+            score=score,
+            calibration_steps=calibration_steps,
+            priming_steps=priming_steps,
+            priming_lr=priming_lr,
+            loss_fn=loss_fn,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def score_units(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: list[Mapping[str, Any]] | None,
+    *,
+    score: str,
+    calibration_steps: int,
+    priming_steps: int,
+    priming_lr: float,
+    loss_fn: LossFn | None,
+    seed: int,
+    progress: bool,
+) -> Scores:
+    """`compute_scores` on given batches; to be called inside `calibration.preserved`."""
+    length = mean_length(batches) if batches else None
+    if score == "random":
+        return Scores(random_scores(anatomy, seed), score, length)
+    if score in GRADIENT_METHODS and batches is None:
+        warnings.warn(
+            f"No calibration data was given, so score={score!r} falls back to 'magnitude', which usually loses more "
+            f"accuracy. Pass `calibration=` (batches with labels).",
+            stacklevel=2,
+        )
+        score = "magnitude"
+    if score == "magnitude":
+        return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
+    assert batches is not None
+    used = batches[: max(1, calibration_steps)]
+    totals = {g.name: torch.zeros(g.size) for g in anatomy.groups}
+    examples = 0
+    with primed(model, batches, steps=priming_steps, lr=priming_lr, loss_fn=loss_fn, progress=progress):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        spikes = _SpikeFinder(model, anatomy)
+        bar = tqdm(used, desc=f"{score} scores", disable=not progress, leave=False)
+        for index, batch in enumerate(bar):
+            with spikes.watching(batch):
+                gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
+            examples += next(iter(gradients.values())).shape[0]
+            for name, gradient in gradients.items():
+                totals[name] += (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+        head = head_state(model) if priming_steps else {}
+    values = {name: total / examples for name, total in totals.items()}
+    return Scores(values, score, length, spikes.found(), head)
+
+
+def random_scores(anatomy: Anatomy, seed: int) -> dict[str, torch.Tensor]:
+    """Noise in proportion to the unit's cost, so that after the division by cost no kind of unit is preferred."""
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.size, generator=generator) * g.unit_params for g in anatomy.groups}
+
+
+def magnitude(model: nn.Module, group: Group) -> torch.Tensor:
+    """L2 norm of all weights of each unit."""
+    squares = [unit_weights(model, group, side).square().sum(1) for side in group.sides]
+    return torch.stack(squares).sum(0).sqrt().cpu()
+
+
+def gate_gradients(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batch: Mapping[str, Any],
+    loss_fn: LossFn | None = None,
+    where: str = "a calibration batch",
+) -> dict[str, torch.Tensor]:
+    """Derivatives of each example's loss with respect to each unit's gate: `{group: [examples, units]}`, float32.
+
+    One forward and one backward pass: every example has its own row of gates, and since the batch's loss is a mean, its
+    gradient times the batch size is the example's own. No weight is differentiated.
+    """
+    gates: dict[str, torch.Tensor] = {}
+
+    def gated(group: Group, x: torch.Tensor) -> torch.Tensor:
+        if group.name not in gates:
+            gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
+        gate = gates[group.name].to(x.dtype)
+        gate = gate.view(x.shape[0], *[1] * (x.dim() - 2), group.size, 1)
+        return (x.unflatten(-1, (group.size, -1)) * gate).flatten(-2)
+
+    with _hooked(model, anatomy, gated), torch.enable_grad():
+        loss = calibration_loss(model, batch, loss_fn, where)
+        grads = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+    result = {g.name: torch.zeros(1, g.size) for g in anatomy.groups}
+    for (name, gate), grad in zip(gates.items(), grads, strict=True):
+        if grad is None:
+            continue
+        if not torch.isfinite(grad).all():
+            raise CalibrationError(f"The gradient of {name!r} is not finite for {where}.")
+        result[name] = grad.float() * gate.shape[0]
+    return result
+
+
+def gate_gradients_reference(
+    model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
+) -> dict[str, torch.Tensor]:
+    """The definition, slowly: each example alone, one shared gate vector a group, plain autograd."""
+    size = max(v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor))
+    rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
+    for i in range(size):
+        gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}
+
+        def gated(group: Group, x: torch.Tensor, gates: dict[str, torch.Tensor] = gates) -> torch.Tensor:
+            return x * gates[group.name].to(x).repeat_interleave(x.shape[-1] // group.size)
+
+        example = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with _hooked(model, anatomy, gated), torch.enable_grad():
+            calibration_loss(model, example, loss_fn).backward()
+        for name, gate in gates.items():
+            rows[name].append(gate.grad if gate.grad is not None else torch.zeros_like(gate))
+    return {name: torch.stack(values).float() for name, values in rows.items()}
+
+
+@contextmanager
+def _hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
+    handles = []
+    try:
+        for group in anatomy.groups:
+            module = model.get_submodule(group.output)
+            if group.kind == "row":
+                handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y)))
+            else:
+                handles.append(
+                    module.register_forward_pre_hook(lambda m, args, group=group: (gated(group, args[0]), *args[1:]))
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SpikeFinder:
+    """Finds units that carry more than half of the energy of some token's residual sum (before the LayerNorm).
+
+    One neuron that fires only on [CLS] can carry 80-97 % of a layer's output there, while its average score is small;
+    cutting it ruins the layer, and refitting around it ruins every other token.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model = model
+        self.groups = [g for g in anatomy.trimmable if g.norm]
+        self.share = {g.name: torch.zeros(g.size) for g in self.groups}
+
+    @contextmanager
+    def watching(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        energies: dict[str, torch.Tensor] = {}
+        batch = to_device(batch, next(self.model.parameters()).device)
+
+        def before_output(group: Group, x: torch.Tensor) -> None:
+            x = x.detach().float()
+            columns = unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
+            if group.kind == "neuron":
+                energies[group.name] = x.square() * columns.square().sum(1)
+            else:  # |W x|^2 of each head by its Gram matrix, which is small
+                weight = columns.view(group.size, group.sides[-1].width, -1)
+                x = x.unflatten(-1, (group.size, -1))
+                energies[group.name] = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
+
+        def before_norm(group: Group, total: torch.Tensor) -> None:
+            energy = energies.pop(group.name, None)
+            if energy is None or energy.shape[:-1] != total.shape[:-1]:
+                return
+            share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
+            mask = token_mask(batch, share.shape[:-1])
+            share = (share[mask] if mask is not None else share.flatten(0, -2)).amax(0).cpu()
+            self.share[group.name] = torch.maximum(self.share[group.name], share)
+
+        handles = []
+        try:
+            for group in self.groups:
+                output, norm = self.model.get_submodule(group.output), self.model.get_submodule(group.norm)
+                handles.append(
+                    output.register_forward_pre_hook(lambda m, args, group=group: before_output(group, args[0]))
+                )
+                handles.append(norm.register_forward_pre_hook(lambda m, args, group=group: before_norm(group, args[0])))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def found(self) -> dict[str, torch.Tensor]:
+        return {name: share > SPIKE_SHARE for name, share in self.share.items()}
+

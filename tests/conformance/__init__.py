@@ -1,0 +1,1 @@
+"""PEFT's own test-suite, pointed at `SensiConfig`."""

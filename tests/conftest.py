@@ -1,0 +1,91 @@
+"""Offline, quiet and reproducible, before anything of Hugging Face is imported."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import random  # noqa: E402
+import warnings  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, tiny_batches, tiny_model  # noqa: E402
+
+
+# Models are built inside the tests, on machines that are busy: time per example says nothing here.
+settings.register_profile(
+    "sensi", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("sensi")
+
+torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def fixed_random_state():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Deprecations of other libraries are theirs to fix; our own warnings are asserted where they belong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=BUDGETS)
+def budget(request) -> dict:
+    """Config fields of each kind of budget: trimming, tuning a part, both."""
+    return BUDGETS[request.param]
+
+
+@pytest.fixture
+def bert():
+    return tiny_model("bert")
+
+
+@pytest.fixture
+def batches():
+    return tiny_batches()
+
+
+class Rows(torch.utils.data.Dataset):
+    """Padded examples that a tiny model can learn: the label is a function of the first token."""
+
+    def __init__(self, size: int = 32, length: int = 10, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, VOCABULARY, (size, length), generator=generator)
+        ends = torch.randint(length // 2, length + 1, (size,), generator=generator)
+        mask = (torch.arange(length)[None] < ends[:, None]).long()
+        self.rows = [
+            {"input_ids": i, "attention_mask": m, "labels": i[0] % LABELS} for i, m in zip(ids * mask, mask, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+@pytest.fixture
+def rows() -> Rows:
+    """A dataset for `Trainer`."""
+    return Rows()

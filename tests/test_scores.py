@@ -1,0 +1,472 @@
+"""Scores: their definitions, what they need, and that the model and all random states are left as they were."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_model, wrap
+from torch import nn
+from torch.utils.data import DataLoader
+
+from peft_sensi import CalibrationError, Scores, SensiConfig, SensiLoadError, build_anatomy, compute_scores, make_plan
+from peft_sensi.calibration import preserved
+from peft_sensi.priming import primed, start_head_at_prior
+from peft_sensi.scores import gate_gradients, gate_gradients_reference
+
+
+QUICK = {"priming_steps": 2, "calibration_steps": 3, "progress": False}
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
+def test_fast_gradients_equal_the_reference(family, task):
+    model = tiny_model(family, task)
+    anatomy = build_anatomy(model)
+    batch = tiny_batches(1, size=5, task=task)[0]
+    assert not batch["attention_mask"].all()
+    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    assert fast.keys() == slow.keys() == {g.name for g in anatomy.groups}
+    for name in slow:
+        assert fast[name].dtype == torch.float32 and slow[name].abs().max() > 1e-4
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
+
+
+def test_fast_gradients_equal_the_reference_for_lone_linears():
+    model = tiny_model("bert")
+    anatomy = build_anatomy(model, ["bert.pooler.dense"])
+    batch = tiny_batches(1)[0]
+    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    torch.testing.assert_close(fast["bert.pooler.dense"], slow["bert.pooler.dense"], atol=1e-6, rtol=1e-4)
+
+
+def test_padding_has_no_influence():
+    model = tiny_model()
+    anatomy = build_anatomy(model)
+    batch = tiny_batches(1)[0]
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 5)}
+    first, second = gate_gradients(model, anatomy, batch), gate_gradients(model, anatomy, other)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-7, rtol=1e-4)
+
+
+def test_gradients_are_the_change_of_the_loss():
+    """Without autograd: the loss when one unit's gate moves a little, in float64."""
+    model = tiny_model(dtype=torch.float64)
+    anatomy = build_anatomy(model)
+    batch = {k: v[:1] for k, v in tiny_batches(1)[0].items()}
+    gradients = gate_gradients(model, anatomy, batch)
+    for group in anatomy.groups:
+        width, module = group.sides[-1].width, model.get_submodule(group.output)
+        for unit in (0, group.size - 1):
+            losses = []
+            for step in (-1e-4, 1e-4):
+                gate = torch.ones(group.size * width, dtype=torch.float64)
+                gate[unit * width : (unit + 1) * width] += step
+                handle = module.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate,))
+                with torch.no_grad():
+                    # The loss itself, because calibration works in float32.
+                    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                    losses.append(nn.functional.cross_entropy(logits, batch["labels"]).item())
+                handle.remove()
+            change = (losses[1] - losses[0]) / 2e-4
+            assert gradients[group.name][0, unit].item() == pytest.approx(change, rel=1e-3, abs=1e-6)
+
+
+def test_taylor_and_fisher_are_what_they_say():
+    model = tiny_model()
+    anatomy, batches = build_anatomy(model), tiny_batches(3)
+    gradients = [gate_gradients_reference(model, anatomy, b) for b in batches]
+    every = {g.name: torch.cat([g_[g.name] for g_ in gradients]) for g in anatomy.groups}
+    options = {**QUICK, "priming_steps": 0}
+    taylor = compute_scores(model, batches, score="taylor", **options)
+    fisher = compute_scores(model, batches, score="fisher", **options)
+    for name, gradient in every.items():
+        torch.testing.assert_close(taylor.values[name], gradient.abs().mean(0), atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(fisher.values[name], gradient.square().mean(0), atol=1e-9, rtol=1e-4)
+
+
+def test_only_so_many_batches_are_scored():
+    model, batches = tiny_model(), tiny_batches(4)
+    options = {**QUICK, "priming_steps": 0}
+    few = compute_scores(model, batches, **{**options, "calibration_steps": 2})
+    same = compute_scores(model, batches[:2], **{**options, "calibration_steps": 4})
+    assert_same_tensors(few.values, same.values)
+    every = compute_scores(model, batches, **{**options, "calibration_steps": 4})
+    assert not torch.equal(next(iter(few.values.values())), next(iter(every.values.values())))
+
+
+def test_magnitude_is_the_norm_of_all_weights_of_a_unit():
+    model = tiny_model()
+    scores = compute_scores(model, score="magnitude")
+    layer = model.bert.encoder.layer[1]
+    unit = 2
+    neuron = torch.cat([layer.intermediate.dense.weight[unit], layer.output.dense.weight[:, unit]]).norm()
+    attention, rows = layer.attention, slice(unit * 8, unit * 8 + 8)
+    parts = [getattr(attention.self, n).weight[rows] for n in ("query", "key", "value")]
+    parts.append(attention.output.dense.weight[:, rows])
+    head = torch.cat([p.reshape(-1) for p in parts]).norm()
+    assert scores.values["bert.encoder.layer.1.neurons"][unit].item() == pytest.approx(neuron.item(), rel=1e-5)
+    assert scores.values["bert.encoder.layer.1.heads"][unit].item() == pytest.approx(head.item(), rel=1e-5)
+
+
+def test_random_scores_follow_the_seed_only():
+    model = tiny_model()
+    first, same = (compute_scores(model, score="random", seed=3) for _ in range(2))
+    other = compute_scores(tiny_model(seed=1), score="random", seed=4)
+    assert_same_tensors(first.values, same.values)
+    assert not torch.equal(first.values["bert.encoder.layer.0.neurons"], other.values["bert.encoder.layer.0.neurons"])
+
+
+def test_random_scores_prefer_no_kind_of_unit():
+    """After the division by cost: otherwise the control would drop all heads before any neuron."""
+    shares = {"head": [], "neuron": []}
+    for seed in range(8):
+        model = tiny_model(num_hidden_layers=4)
+        anatomy = build_anatomy(model)
+        scores = compute_scores(model, score="random", seed=seed)
+        plan = make_plan(anatomy, {k: v.numpy() for k, v in scores.values.items()}, 0.5, multiple_of=1)
+        for kind, values in shares.items():
+            values.append(np.concatenate([plan.of(g) > 0 for g in anatomy.groups if g.kind == kind]).mean())
+    assert abs(np.mean(shares["head"]) - np.mean(shares["neuron"])) < 0.15
+
+
+class Buffered(nn.Module):
+    """A model with a buffer that every forward pass changes, and with randomness of all three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model()
+        self.config = self.inner.config
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, labels=None, **inputs):
+        logits = self.norm(self.inner(**inputs).logits) * (1 + 0.01 * random.random() * np.random.rand())
+        return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def states() -> list:
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("score", ["fisher", "taylor", "magnitude", "random"])
+def test_nothing_is_changed_not_one_bit(score):
+    model = Buffered()
+    model.train()
+    model.inner.bert.encoder.layer[0].eval()  # a mixture of modes
+    model.inner.bert.embeddings.requires_grad_(False)
+    loader = DataLoader(torch.arange(12).tolist(), batch_size=4, shuffle=True, collate_fn=lambda i: tiny_batches(1, seed=i[0])[0])
+    # Gradients of a step in progress are the user's, too.
+    model(**tiny_batches(1)[0])["loss"].backward()
+    tensors, modes = snapshot(model), [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    ids, versions = [id(p) for p in model.parameters()], [id(p.grad) for p in model.parameters()]
+    before = states()
+    scores = compute_scores(model, loader, score=score, **QUICK)
+    assert states() == before
+    assert set(scores.values) == {g.name for g in build_anatomy(model).groups}
+    assert_same_tensors(snapshot(model), tensors)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [id(p) for p in model.parameters()] == ids and [id(p.grad) for p in model.parameters()] == versions
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_gradients_left_by_the_user_do_not_change_the_scores():
+    batches = tiny_batches()
+    clean = compute_scores(tiny_model(), batches, **QUICK)
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    assert_same_tensors(compute_scores(model, batches, **QUICK).values, clean.values)
+
+
+@pytest.mark.parametrize("where", ["priming", "scoring"])
+def test_nothing_is_changed_when_something_goes_wrong(where):
+    model = tiny_model().train()
+    tensors, before = snapshot(model), states()
+    calls = iter(range(100))
+
+    def loss_fn(model, batch):
+        if next(calls) == (1 if where == "priming" else 3):
+            raise RuntimeError("boom")
+        return model(**batch).loss
+
+    with pytest.raises(RuntimeError, match="boom"):
+        compute_scores(model, tiny_batches(), loss_fn=loss_fn, **QUICK)
+    assert_same_tensors(snapshot(model), tensors)
+    assert states() == before and model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_scores_do_not_depend_on_the_random_state_or_mode_without_priming():
+    options = {**QUICK, "priming_steps": 0}
+    first = compute_scores(tiny_model(), tiny_batches(), **options)
+    torch.manual_seed(123)
+    second = compute_scores(tiny_model().train(), tiny_batches(), **options)
+    assert_same_tensors(first.values, second.values)
+
+
+def test_priming_moves_the_weights_and_changes_the_scores():
+    model = tiny_model()
+    without = compute_scores(model, tiny_batches(), **{**QUICK, "priming_steps": 0})
+    with_ = compute_scores(model, tiny_batches(), **QUICK)
+    name = "bert.encoder.layer.0.neurons"
+    assert not torch.allclose(without.values[name], with_.values[name])
+    assert not without.head and with_.head.keys() == {"classifier.weight", "classifier.bias"}
+    assert not torch.equal(with_.head["classifier.weight"], model.classifier.weight)
+
+
+def test_inside_priming_the_loss_is_lower_and_embeddings_are_as_before():
+    model, batches = tiny_model(), tiny_batches(2)
+    embeddings = snapshot(model.bert.embeddings.word_embeddings)
+
+    def loss():
+        with torch.no_grad():
+            return sum(model(**b).loss.item() for b in batches)
+
+    before = loss()
+    with preserved(model), primed(model, batches, steps=30, lr=1e-3, progress=False):
+        assert not model.training
+        assert loss() < before - 0.1
+        assert_same_tensors(snapshot(model.bert.embeddings.word_embeddings), embeddings)
+    assert loss() == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "expected"),
+    [
+        (torch.tensor([0, 0, 1, 1, 1, 2]), 3, [math.log(3 / 9), math.log(4 / 9), math.log(2 / 9)]),
+        (torch.tensor([0, -100, 1, -100]), 3, [math.log(2 / 5), math.log(2 / 5), math.log(1 / 5)]),
+        (torch.tensor([1.0, 4.0]), 1, [2.5]),
+        (torch.tensor([0, 7]), 3, [0, 0, 0]),  # no classes of this head
+        (torch.tensor([0.0, 1.0]), 3, [0, 0, 0]),
+    ],
+)
+def test_a_fresh_head_starts_at_the_prior(labels, outputs, expected):
+    model = tiny_model(num_labels=outputs)
+    nn.init.zeros_(model.classifier.bias)
+    start_head_at_prior(model, [{"labels": labels}])
+    torch.testing.assert_close(model.classifier.bias.detach(), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_a_trained_head_is_left_alone():
+    model = tiny_model()
+    before = model.classifier.bias.clone()
+    start_head_at_prior(model, tiny_batches())
+    assert torch.equal(model.classifier.bias, before)
+
+
+def test_a_generator_is_used_once_and_only_as_far_as_needed():
+    taken = []
+
+    def generator():
+        for batch in tiny_batches(50):
+            taken.append(1)
+            yield batch
+
+    from_generator = compute_scores(tiny_model(), generator(), **QUICK)
+    assert len(taken) == 3
+    assert_same_tensors(from_generator.values, compute_scores(tiny_model(), tiny_batches(50), **QUICK).values)
+
+
+NO_LABELS = tiny_batches(2, labels=False)
+NAN = [*tiny_batches(2), {**tiny_batches(1, labels=False)[0], "labels": torch.full((4,), float("nan"))}]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "empty"),
+        (iter(()), "empty"),
+        (NO_LABELS, "no loss for calibration batch 0.*input_ids.*labels"),
+        (5, "int"),
+        ("train.csv", "str"),
+        ({"input_ids": torch.ones(1, 2)}, "dict"),
+        ([torch.ones(1, 2)], "batch 0 is a Tensor"),
+        ([*tiny_batches(1), ("a", "b")], "batch 1 is a tuple"),
+        ([None], "batch 0 is a NoneType"),
+    ],
+)
+def test_bad_calibration_data_is_refused(calibration, message):
+    with pytest.raises(CalibrationError, match=message) as error:
+        compute_scores(tiny_model(), calibration, **QUICK)
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("priming_steps", [0, 5])
+def test_a_loss_that_is_not_finite_names_the_batch(priming_steps):
+    model = tiny_model(num_labels=1)  # a regression
+    batches = [{**b, "labels": b["labels"].float()} for b in tiny_batches(2)] + NAN[2:]
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match="calibration batch 2.* is nan"):
+        compute_scores(model, batches, **{**QUICK, "priming_steps": priming_steps})
+    assert_same_tensors(snapshot(model), before)
+
+
+def test_a_gradient_that_is_not_finite_names_the_batch_and_the_units():
+    def loss_fn(model, batch):
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        return (logits.sum() * 0).sqrt()  # the loss is 0, its derivative is not a number
+
+    with pytest.raises(CalibrationError, match=r"heads.*not finite.*batch 0|batch 0.*not finite"):
+        compute_scores(tiny_model(), tiny_batches(), loss_fn=loss_fn, **{**QUICK, "priming_steps": 0})
+
+
+def test_without_data_gradient_scores_fall_back_with_a_warning():
+    with pytest.warns(UserWarning, match="falls back to 'magnitude'.*calibration="):
+        scores = compute_scores(tiny_model(), score="fisher")
+    assert scores.method == "magnitude"
+    assert_same_tensors(scores.values, compute_scores(tiny_model(), score="magnitude").values)
+    with pytest.warns(UserWarning, match="falls back"):
+        wrap(tiny_model(), budget=0.5, score="taylor")
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_scores_that_need_no_data_do_not_warn(score):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compute_scores(tiny_model(), score=score)
+
+
+@pytest.mark.parametrize("score", ["fischer", "", None, "FISHER"])
+def test_an_unknown_score_is_refused(score):
+    with pytest.raises(ValueError, match="score"):
+        compute_scores(tiny_model(), tiny_batches(), score=score, **QUICK)
+    with pytest.raises(ValueError, match="score"):
+        SensiConfig(score=score)
+
+
+def test_scores_survive_a_file(tmp_path):
+    scores = compute_scores(tiny_model(), tiny_batches(), **QUICK)
+    scores.save(tmp_path / "scores.safetensors")
+    again = Scores.load(str(tmp_path / "scores.safetensors"))
+    assert (again.method, again.sequence_length) == (scores.method, scores.sequence_length) == ("fisher", 12)
+    for part in ("values", "protected", "head"):
+        assert getattr(scores, part)
+        assert_same_tensors(getattr(again, part), getattr(scores, part))
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]  # no temporary file stays
+
+
+def test_one_scoring_serves_many_budgets(tmp_path):
+    scores = compute_scores(tiny_model(), tiny_batches(), **QUICK)
+    scores.save(tmp_path / "scores")
+    loaded = Scores.load(tmp_path / "scores")
+    for budget in (0.3, 0.7, {"trainable": 0.1}):
+        torch.manual_seed(0)  # priming drops out
+        direct = wrap(tiny_model(), budget=budget, score="fisher", calibration=tiny_batches(), refit=False)
+        shared = wrap(tiny_model(), budget=budget, scores=loaded)
+        assert shared.base_model.plan() == direct.base_model.plan()
+
+
+def test_files_that_hold_no_scores_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "other")
+    with pytest.raises(SensiLoadError, match="not a file of scores"):
+        Scores.load(tmp_path / "other")
+    metadata = {"format": "peft_sensi.scores.1", "method": "fisher", "length": "null"}
+    save_file({"x:y": torch.ones(1)}, tmp_path / "surplus", metadata=metadata)
+    with pytest.raises(SensiLoadError, match="x:y"):
+        Scores.load(tmp_path / "surplus")
+    for broken in ({"length": "{"}, {"length": json.dumps("long")}, {"method": "fischer"}):
+        save_file({"values:a": torch.ones(1)}, tmp_path / "broken", metadata={**metadata, **broken})
+        with pytest.raises(SensiLoadError):
+            Scores.load(tmp_path / "broken")
+    (tmp_path / "noise").write_bytes(b"\x07" * 64)
+    with pytest.raises(SensiLoadError, match="noise"):
+        Scores.load(tmp_path / "noise")
+
+
+def test_scores_of_another_model_are_refused():
+    scores = compute_scores(tiny_model(num_hidden_layers=1), score="magnitude")
+    with pytest.raises(ValueError, match="no scores for"):
+        wrap(tiny_model(), budget=0.5, scores=scores)
+    with pytest.raises(ValueError, match="`Scores`"):
+        SensiConfig(scores=scores.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_of_half_precision(dtype):
+    model = tiny_model(dtype=dtype)
+    before = snapshot(model)
+    scores = compute_scores(model, tiny_batches(), **QUICK)
+    assert_same_tensors(snapshot(model), before)
+    exact = compute_scores(tiny_model(), tiny_batches(), **QUICK)
+    for name, values in scores.values.items():
+        assert values.dtype == torch.float32 and torch.isfinite(values).all()
+        assert np.corrcoef(values, exact.values[name])[0, 1] > 0.9
+
+
+def test_autocast_around_the_scoring():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = compute_scores(tiny_model(), tiny_batches(), **QUICK)
+    exact = compute_scores(tiny_model(), tiny_batches(), **QUICK)
+    for name, values in scores.values.items():
+        assert values.dtype == torch.float32
+        assert not torch.equal(values, exact.values[name])
+        assert np.corrcoef(values, exact.values[name])[0, 1] > 0.9
+
+
+def test_a_model_whose_output_has_no_loss_takes_a_function():
+    model = tiny_model()
+    unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in tiny_batches()]
+    labels = iter([b["labels"] for b in tiny_batches()])
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(**batch).logits, next(labels))
+
+    options = {**QUICK, "priming_steps": 0}
+    scores = compute_scores(model, unlabelled, loss_fn=loss_fn, **options)
+    assert_same_tensors(scores.values, compute_scores(model, tiny_batches(), **options).values)
+
+
+def with_a_spike(model, unit: int = 5):
+    """Neuron `unit` of the first layer carries most of the residual sum of the first token, and of no other."""
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        batch = tiny_batches(1)[0]
+        seen = []
+        handle = layer.intermediate.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        model(**batch)
+        handle.remove()
+        first = seen[0][:, 0].mean(0)
+        others = seen[0][:, 1:].reshape(-1, first.shape[0])
+        direction = first - others.mean(0)
+        reach = (others @ direction).max()
+        layer.intermediate.dense.weight[unit] = direction
+        layer.intermediate.dense.bias[unit] = -reach
+        layer.output.dense.weight[:, unit] = 50 * torch.randn(layer.output.dense.weight.shape[0])
+    return model
+
+
+def test_spikes_are_found_and_kept_whatever_their_score():
+    name = "bert.encoder.layer.0.neurons"
+    batches = [tiny_batches(1)[0]]
+    assert not compute_scores(tiny_model(lively=False), batches, **QUICK).protected[name].any()
+    model = with_a_spike(tiny_model())
+    # A loss that does not see the spike: its score is zero, and it must stay all the same.
+    scores = compute_scores(model, batches, **{**QUICK, "priming_steps": 0})
+    assert scores.protected[name][5] and scores.protected[name].sum() <= 3
+    values = {g: v.clone() for g, v in scores.values.items()}
+    values[name][5] = 0.0
+    blind = Scores(values, "fisher", 12, scores.protected)
+    plan = wrap(with_a_spike(tiny_model()), budget=0.3, scores=blind, multiple_of=1).base_model.plan()
+    assert plan.of(plan.anatomy.by_name[name])[5] == 2
+    unprotected = Scores(values, "fisher", 12)
+    plan = wrap(with_a_spike(tiny_model()), budget=0.3, scores=unprotected, multiple_of=1).base_model.plan()
+    assert plan.of(plan.anatomy.by_name[name])[5] == 0
+
+
+def test_targets_outside_the_blocks_are_scored_when_named():
+    scores = compute_scores(tiny_model(), tiny_batches(), targets=["bert.pooler.dense"], **QUICK)
+    assert scores.values["bert.pooler.dense"].shape == (32,)
+    assert "bert.pooler.dense" not in compute_scores(tiny_model(), tiny_batches(), **QUICK).values

@@ -1,0 +1,168 @@
+"""Tiny random models of every supported family, batches with real padding, and the few steps most tests share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    LlamaConfig,
+    RobertaConfig,
+)
+
+from peft_sensi import SensiConfig
+
+
+FAMILIES = ("bert", "roberta", "electra", "distilbert")
+VOCABULARY = 64
+LABELS = 3
+AUTO = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "MASKED_LM": AutoModelForMaskedLM,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+
+# The three kinds of budget: everything that is left is tuned, nothing is trimmed, and both cuts at once.
+TRIM = {"budget": 0.5}
+TUNE = {"budget": {"trainable": 0.1}}
+BOTH = {"budget": {"flops": 0.6, "trainable": 0.08}}
+BUDGETS = {"trim": TRIM, "tune": TUNE, "both": BOTH}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    common = {"vocab_size": VOCABULARY, "num_labels": LABELS, "pad_token_id": 0}
+    usual = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 40,
+    }
+    if family == "distilbert":
+        short = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
+                 "intermediate_size": "hidden_dim"}  # fmt: skip
+        usual = {short.get(name, name): value for name, value in usual.items()}
+        changes = {short.get(name, name): value for name, value in changes.items()}
+    if family == "electra":
+        usual["embedding_size"] = 16
+    if family == "llama":
+        usual["num_key_value_heads"] = 2
+    classes = {"bert": BertConfig, "roberta": RobertaConfig, "electra": ElectraConfig, "distilbert": DistilBertConfig,
+               "llama": LlamaConfig}  # fmt: skip
+    return classes[family](**{**common, **usual, **changes})
+
+
+def tiny_model(
+    family: str = "bert", task: str = "SEQ_CLS", *, seed: int = 0, lively: bool = True, dtype: Any = None, **changes: Any
+) -> Any:
+    """A random model in evaluation mode; the same arguments give the same weights, whatever the random state.
+
+    `lively` makes weights and biases large enough for all parts to matter: with the stock initialisation, heads and
+    neurons hardly change the output and many a wrong result passes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fixed = {"num_labels": 2} if task == "QUESTION_ANS" else {}
+        model = AUTO[task].from_config(tiny_config(family, **{**fixed, **changes}))
+        if lively:
+            with torch.no_grad():
+                for module in model.modules():
+                    if isinstance(module, nn.Linear):
+                        module.weight.mul_(8.0)
+                        if module.bias is not None:
+                            module.bias.normal_(std=0.2)
+    return model.to(dtype or torch.float32).eval()
+
+
+def tiny_batches(
+    count: int = 4,
+    *,
+    size: int = 4,
+    length: int = 12,
+    seed: int = 0,
+    task: str = "SEQ_CLS",
+    padding: bool = True,
+    labels: bool = True,
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of which every second row is padded to a random length."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(2, VOCABULARY, (size, length), generator=generator)
+        mask = torch.ones(size, length, dtype=torch.long)
+        if padding:
+            ends = torch.randint(length // 3, length, (size,), generator=generator)
+            ends[::2] = length
+            mask = (torch.arange(length)[None] < ends[:, None]).long()
+            ids = ids * mask
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if labels and task == "SEQ_CLS":
+            batch["labels"] = torch.randint(0, LABELS, (size,), generator=generator)
+        elif labels and task == "TOKEN_CLS":
+            values = torch.randint(0, LABELS, (size, length), generator=generator)
+            batch["labels"] = torch.where(mask.bool(), values, -100)
+        elif labels and task == "MASKED_LM":
+            batch["labels"] = torch.where(mask.bool(), ids, -100)
+        elif labels and task == "QUESTION_ANS":
+            batch["start_positions"] = torch.randint(0, length // 3, (size,), generator=generator)
+            batch["end_positions"] = torch.randint(0, length // 3, (size,), generator=generator)
+        batches.append(batch)
+    return batches
+
+
+def wrap(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
+    """Wraps without calibration data unless some is given, for tests that do not care which units are chosen."""
+    config = {"score": "magnitude", "task_type": "SEQ_CLS", "priming_steps": 2, "calibration_steps": 3, **config}
+    return get_peft_model(model, SensiConfig(**config), adapter_name=adapter_name)
+
+
+def train(model: nn.Module, batches: list[dict[str, torch.Tensor]] | None = None, steps: int = 3) -> None:
+    """Moves all trainable values far enough to see; leaves the model in evaluation mode, without gradients."""
+    batches = tiny_batches(steps, seed=7) if batches is None else batches
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in batches[:steps]:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def trained(family: str = "bert", adapter_name: str = "default", **config: Any) -> PeftModel:
+    model = wrap(tiny_model(family), adapter_name, **config)
+    train(model)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    batch = tiny_batches(1, seed=99)[0] if batch is None else batch
+    return model.eval()(**batch).logits.clone()
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    different = [n for n in expected if found[n].dtype != expected[n].dtype or not torch.equal(found[n], expected[n])]
+    assert not different
+
+
+def clone(value: Any) -> Any:
+    return copy.deepcopy(value)
