@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .errors import SensiError
-from .functional import Positions, sliced_linear, sliced_linear_reference
+from .functional import Positions, compose, fused_linear, fused_linear_reference
+from .updates import learned_mask, low_rank_start, pack_mask, sparse_support, top_mask, unpack_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,9 @@ class Slice:
     adapter computes them: tuned first, then frozen, the same on both sides of a group, so that the tuned slice is
     contiguous and no output permutation is needed. A lone Linear keeps its own order instead, and `tuned` is then an
     index into `kept` rather than a number.
+
+    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is none.
+    A `sparsity` belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
     """
 
     dim: int
@@ -32,6 +36,12 @@ class Slice:
     tuned: Positions
     units: int
     train_bias: bool = False
+    rank: int = 0
+    sparse: int = 0
+    support: str = "magnitude"
+    sparsity: float | None = None
+    learns_mask: bool = False
+    seed: int = 0
 
     @property
     def trims(self) -> bool:
@@ -43,8 +53,8 @@ class Slice:
 
     @cached_property
     def whole(self) -> bool:
-        """Everything that is kept is tuned."""
-        return self.tuned_count == len(self.kept)
+        """Everything that is kept is tuned, and nothing else happens to the weight."""
+        return self.tuned_count == len(self.kept) and not (self.rank or self.sparse or self.sparsity is not None)
 
     @cached_property
     def natural(self) -> bool:
@@ -52,31 +62,45 @@ class Slice:
         return torch.equal(self.kept, torch.arange(self.size))
 
     @property
+    def idle(self) -> bool:
+        """The Linear needs no adapter layer at all."""
+        parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
+        return self.natural and not parts
+
+    @property
     def tuned_positions(self) -> torch.Tensor:
         """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
         return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
 
+    def kept_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the kept part of a weight of this shape."""
+        return torch.Size(len(self.kept) if dim == self.dim else size for dim, size in enumerate(shape))
+
 
 class SensiLayer(BaseTunerLayer):
-    """The adapter's state on one Linear.
+    """The adapter's state on one Linear, each a dict by adapter name.
 
-    `sensi_weight[adapter]` holds the trained rows `[n, in]` or columns `[out, n]`, `sensi_bias[adapter]` the trained bias
-    entries, both as values (not differences), in float32 whatever the base's dtype.
+    Trained, float32 whatever the base's dtype: `sensi_weight` (tuned rows `[n, in]` or columns `[out, n]`) and
+    `sensi_bias`, both as values and not differences; `sensi_down` `[rank, in]` and `sensi_up` `[out, rank]`;
+    `sensi_values` `[n]`; `sensi_scores` `[out, in]`, of a mask. Stored but not trained: `sensi_places` `[n]` (int32), flat
+    positions of the values; `sensi_bits` (uint8), a mask. All but the first two are in the adapter's order of units.
     """
 
-    adapter_layer_names = ("sensi_weight", "sensi_bias")
-    other_param_names = ("sensi_slices",)
+    adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
+    other_param_names = ("sensi_places", "sensi_bits", "sensi_slices")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         self.base_layer = base_layer
-        self.sensi_weight = nn.ParameterDict({})
-        self.sensi_bias = nn.ParameterDict({})
+        for name in self._parameter_names():
+            setattr(self, name, nn.ParameterDict({}))
         self.sensi_slices: dict[str, Slice] = {}
         # `(module, attribute, value per unit)`: what parent modules must know about the number of units. A plain list,
         # because Transformers' own `set_adapter` and `disable_adapters` reach only the layers, not the tuner.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
         self.sensi_units = 0
         self.sensi_base_dropped = False
+        # Trained parts that a phase of training has frozen, by adapter.
+        self.sensi_frozen: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # Neither a parameter nor a buffer: DDP would broadcast it on every forward pass, FSDP would shard it.
@@ -84,68 +108,146 @@ class SensiLayer(BaseTunerLayer):
         self._sensi_unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
+    @classmethod
+    def _parameter_names(cls) -> tuple[str, ...]:
+        return (*cls.adapter_layer_names, "sensi_places", "sensi_bits")
+
+    def part(self, name: str, adapter_name: str) -> nn.Parameter | None:
+        """The tensor `sensi_<name>` of an adapter, if it has one."""
+        parameters = getattr(self, f"sensi_{name}")
+        return parameters[adapter_name] if adapter_name in parameters else None
+
     def update_layer(
         self,
         adapter_name: str,
         piece: Slice,
-        values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        values: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
         """Sets up `adapter_name`, starting from the base's values or from refitted ones in the order of `piece.kept`."""
-        base = self.get_base_layer()
-        master = torch.promote_types(base.weight.dtype, torch.float32)
-        bias = values[1] if values is not None else base.bias
-        for parameters in (self.sensi_weight, self.sensi_bias):
-            if adapter_name in parameters:
-                del parameters[adapter_name]
+        for name in self._parameter_names():
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
         self._sensi_fused.clear()
         self.sensi_slices[adapter_name] = piece
-        on_meta = _new_parameters_are_empty()
-        if piece.tuned_count:
-            if on_meta:
-                shape = [*base.weight.shape]
-                shape[piece.dim] = piece.tuned_count
-                weight = torch.empty(shape, dtype=master, device="meta")
-            elif values is not None:
-                weight = values[0]
-            else:
-                weight = base.weight.detach().index_select(piece.dim, piece.tuned_positions.to(base.weight.device))
-            self.sensi_weight[adapter_name] = _master(weight, master, init_weights)
-        if bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
-            index = piece.tuned_positions.to(bias.device) if piece.dim == 0 else None
-            start = bias.detach() if index is None else bias.detach().index_select(0, index)
-            self.sensi_bias[adapter_name] = _master(start, master, init_weights)
+        start = self._empty_parts(piece) if _new_parameters_are_empty() else self._first_parts(piece, values)
+        for name, tensor in start.items():
+            trained = f"sensi_{name}" in self.adapter_layer_names
+            if trained and not init_weights and not tensor.is_meta:
+                scale = tensor.std() if tensor.numel() > 1 else tensor.new_zeros(())
+                tensor = tensor + torch.randn_like(tensor) * scale.clamp_min(0.1)
+            getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=trained)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _first_parts(
+        self, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
+    ) -> dict[str, torch.Tensor]:
+        base = self.get_base_layer()
+        master = torch.promote_types(base.weight.dtype, torch.float32)
+        weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+        if values is not None:
+            bias = values[1] if values[1] is not None else bias
+        parts = {}
+        if piece.tuned_count:
+            index = piece.tuned_positions.to(weight.device)
+            parts["weight"] = values[0] if values is not None else weight.index_select(piece.dim, index)
+        if bias is not None and piece.train_bias:
+            parts["bias"] = bias.index_select(0, piece.kept.to(bias.device)) if piece.dim == 0 else bias
+        elif bias is not None and piece.dim == 0 and piece.tuned_count:
+            parts["bias"] = bias.index_select(0, piece.tuned_positions.to(bias.device))
+        parts = {name: tensor.to(master, copy=True) for name, tensor in parts.items()}
+        shape = piece.kept_shape(weight.shape)
+        if piece.rank:
+            parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
+        if piece.sparse or piece.learns_mask:
+            kept = weight.index_select(piece.dim, piece.kept.to(weight.device))
+            if piece.sparse:
+                places = sparse_support(kept, piece.sparse, piece.support, piece.rank or 1, piece.seed)
+                parts["places"], parts["values"] = places, torch.zeros(len(places), device=weight.device)
+            if piece.learns_mask:
+                # In units of the matrix's spread, so that one learning rate moves all matrices' masks alike.
+                parts["scores"] = kept.float().abs() / kept.float().std().clamp_min(1e-12)
+        if piece.sparsity is not None and not piece.learns_mask:
+            parts["bits"] = pack_mask(torch.ones(shape, dtype=torch.bool, device=weight.device))
+        return parts
+
+    def _empty_parts(self, piece: Slice) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of `_first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
+        base = self.get_base_layer()
+        master = torch.promote_types(base.weight.dtype, torch.float32)
+        shape = piece.kept_shape(base.weight.shape)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if piece.tuned_count:
+            shapes["weight"] = (
+                tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape)),
+                master,
+            )
+        if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
+            shapes["bias"] = ((shape[0] if piece.train_bias else piece.tuned_count,), master)
+        if piece.rank:
+            shapes["down"] = ((piece.rank, shape[1]), torch.float32)
+            shapes["up"] = ((shape[0], piece.rank), torch.float32)
+        if piece.sparse:
+            count = min(piece.sparse, shape.numel())
+            shapes["places"], shapes["values"] = ((count,), torch.int32), ((count,), torch.float32)
+        if piece.learns_mask:
+            shapes["scores"] = (tuple(shape), torch.float32)
+        elif piece.sparsity is not None:
+            shapes["bits"] = ((-(-shape.numel() // 8),), torch.uint8)
+        return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
 
     def drop_base(self, adapter_name: str) -> None:
         """Keeps of the base only what this adapter needs: the kept slices in its order, nothing where all are tuned."""
         piece, base = self.sensi_slices[adapter_name], self.get_base_layer()
-        kept = piece.kept[:0] if piece.whole else piece.kept
-        kept = kept.to(base.weight.device)
-        base.weight = nn.Parameter(base.weight.detach().index_select(piece.dim, kept), requires_grad=False)
+        kept = (piece.kept[:0] if piece.whole else piece.kept).to(base.weight.device)
+        # Not by assignment: while PEFT loads with `low_cpu_mem_usage`, whatever is registered loses its values.
+        parameters = base._parameters
+        parameters["weight"] = nn.Parameter(base.weight.detach().index_select(piece.dim, kept), requires_grad=False)
         if base.bias is not None and piece.dim == 0:
-            base.bias = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
+            parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
         base.out_features, base.in_features = base.weight.shape
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 
-    def assembled(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias that a plain Linear needs to do what this adapter does, units in the base's order."""
-        piece, base = self.sensi_slices[adapter_name], self.get_base_layer()
+    def effective(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias with which a plain Linear does what this adapter does, units in the base's order.
+
+        Differentiable in the trained parts; in their dtype.
+        """
+        piece = self.sensi_slices[adapter_name]
         weight, bias = self._kept_base(piece)
-        weight, bias = self._with_tuned(adapter_name, weight.clone(), None if bias is None else bias.clone())
+        master = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = compose(
+            weight.to(master), None if bias is None else bias.to(master), **self._parts(adapter_name, piece)
+        )
         order = piece.kept.argsort().to(weight.device)
         weight = weight.index_select(piece.dim, order)
         if bias is not None and piece.dim == 0:
             bias = bias.index_select(0, order)
-        return weight.to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)
+        return weight, bias
+
+    def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
+        """Sets the adapter's mask to the best scores `[out, in]` (in the base's order) at its sparsity."""
+        piece, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
+        if bits is None or piece.sparsity is None:
+            raise SensiError(f"The adapter {adapter_name!r} has no mask to be drawn.")
+        rank = piece.kept.argsort().argsort().to(scores.device)  # place of each kept unit in ascending order
+        mask = top_mask(scores.index_select(piece.dim, rank), piece.sparsity)
+        with torch.no_grad():
+            bits.copy_(pack_mask(mask))
+        self._sensi_fused.clear()
 
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_parts()
         self._tell_parents()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_parts()
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.sensi_base_dropped:
@@ -163,7 +265,7 @@ class SensiLayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapter's weights into the base layer, with smaller matrices where units are trimmed.
 
-        Raises `SensiError` when several adapters are to be merged and one of them trims.
+        Raises `SensiError` when several adapters are to be merged and one of them trims or masks.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.sensi_slices]
         together = names + [n for n in self.merged_adapters if n not in names]
@@ -171,15 +273,14 @@ class SensiLayer(BaseTunerLayer):
             self.check_combination(together)
         base = self.get_base_layer()
         for name in names:
-            if not self.merged_adapters:
-                weight, bias = self.assembled(name)
-            else:
-                weight, bias = self._added(name, base.weight.detach(), base.bias, *self._sensi_unmerged[0])
+            with torch.no_grad():
+                weight, bias = self._combined([*self.merged_adapters, name])
             if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._sensi_unmerged.append((base.weight, base.bias))
-            base.weight = nn.Parameter(weight, requires_grad=False)
-            base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            dtype = base.weight.dtype
+            base.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+            base.bias = None if bias is None else nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
             base.out_features, base.in_features = weight.shape
             self.merged_adapters.append(name)
         self._tell_parents()
@@ -197,20 +298,28 @@ class SensiLayer(BaseTunerLayer):
         self._tell_parents()
 
     def check_combination(self, adapter_names: list[str]) -> None:
-        if self.sensi_base_dropped or any(self.sensi_slices[n].trims for n in adapter_names if n in self.sensi_slices):
+        pieces = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
+        if self.sensi_base_dropped or any(piece.trims or piece.sparsity is not None for piece in pieces):
             raise SensiError(
-                f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units, "
-                f"and only adapters that trim nothing can be added up. Activate one at a time."
+                f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units or "
+                f"masks weights, and only adapters that remove nothing can be added up. Activate one at a time."
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round the float32 masters of a bf16 base.
         device = device or self.get_base_layer().weight.device
-        for parameters in (self.sensi_weight, self.sensi_bias):
+        for name in self._parameter_names():
+            parameters = getattr(self, name)
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device)
 
     # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _freeze_parts(self) -> None:
+        for adapter_name, parts in self.sensi_frozen.items():
+            for name in parts:
+                if (parameter := self.part(name, adapter_name)) is not None:
+                    parameter.requires_grad_(False)
 
     def _working_adapter(self) -> str | None:
         """The one adapter whose widths the layer has now."""
@@ -226,77 +335,85 @@ class SensiLayer(BaseTunerLayer):
             setattr(module, attribute, units * per_unit)
 
     def _kept_base(self, piece: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The base's values at the kept positions, in the adapter's order; tuned positions hold anything."""
+        """The base's own values at the kept positions, in the adapter's order; possibly the base's tensors themselves."""
         base = self.get_base_layer()
-        weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+        weight, bias = (self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias))
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:
                 return weight, bias
             kept = piece.kept.to(weight.device)
             weight = weight.index_select(piece.dim, kept)
             bias = bias.index_select(0, kept) if bias is not None and piece.dim == 0 else bias
-        elif piece.whole:
-            shape = [*weight.shape]
-            shape[piece.dim] = len(piece.kept)
-            weight = weight.new_empty(shape)
+        elif piece.whole:  # nothing of the base is left here, and every value will be overwritten
+            weight = weight.new_empty(piece.kept_shape(weight.shape))
             bias = bias.new_empty(len(piece.kept)) if bias is not None and piece.dim == 0 else bias
         return weight, bias
 
-    @torch.no_grad()
-    def _with_tuned(
-        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Writes the trained values into (fresh) tensors in the adapter's order."""
-        piece = self.sensi_slices[name]
-        if name in self.sensi_weight:
-            _write(weight, piece.dim, piece.tuned, self.sensi_weight[name])
-        if name in self.sensi_bias:
-            if bias is None:
-                bias = self.sensi_bias[name].detach().to(weight.dtype)
-            elif piece.dim == 0:
-                _write(bias, 0, piece.tuned, self.sensi_bias[name])
-            else:
-                bias = self.sensi_bias[name].detach().to(bias.dtype)
-        return weight, bias
+    def _parts(self, name: str, piece: Slice) -> dict[str, Any]:
+        """The arguments of `functional.compose`."""
+        device = self.get_base_layer().weight.device
+        places, bits, scores = (self.part(part, name) for part in ("places", "bits", "scores"))
+        mask = None
+        if scores is not None and piece.sparsity is not None:
+            mask = learned_mask(scores, piece.sparsity)
+        elif bits is not None:
+            mask = unpack_mask(bits, piece.kept_shape(torch.Size((self.out_features, self.in_features))))
+        return {
+            "dim": piece.dim,
+            "tuned": piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(device),
+            "tuned_weight": self.part("weight", name),
+            "tuned_bias": self.part("bias", name),
+            "down": self.part("down", name),
+            "up": self.part("up", name),
+            "values": self.part("values", name),
+            "places": None if places is None else places.long(),
+            "mask": mask,
+        }
 
-    def _fused(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The cached weight in the adapter's order, with the trained values copied in."""
-        base = self.get_base_layer()
+    def _fused(
+        self, name: str, dtype: torch.dtype, parts: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias in the adapter's order that hold all trained parts; the frozen values come from a cache."""
+        piece, base = self.sensi_slices[name], self.get_base_layer()
         key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)
         with torch.inference_mode(False), torch.no_grad():
             cached = self._sensi_fused.get(name)
             if cached is None or cached[0] != key:
-                weight, bias = self._kept_base(self.sensi_slices[name])
-                if weight.data_ptr() == base.weight.data_ptr() and self.sensi_slices[name].tuned_count == 0:
-                    cached = (key, weight.to(dtype), None if bias is None else bias.to(dtype))
+                frozen, bias = self._kept_base(piece)
+                # The base's own tensors are shared as long as nothing is written into the cache.
+                writes = piece.tuned_count > 0
+                own = writes and frozen.data_ptr() == base.weight.data_ptr()
+                frozen = frozen.to(dtype, copy=own)
+                bias = None if bias is None else bias.to(dtype, copy=own)
+                cached = self._sensi_fused[name] = (key, frozen, bias)
+            # `.data`: the cache is rewritten with the values it has, while backward passes may still hold it.
+            weight, bias = cached[1].data, None if cached[2] is None else cached[2].data
+            tuned, tuned_weight, tuned_bias = parts["tuned"], parts["tuned_weight"], parts["tuned_bias"]
+            if tuned_weight is not None:
+                _write(weight, piece.dim, tuned, tuned_weight)
+            if tuned_bias is not None:
+                if bias is None or len(tuned_bias) == len(bias):
+                    bias = tuned_bias.detach().to(dtype)
                 else:
-                    cached = (key, weight.to(dtype, copy=True), None if bias is None else bias.to(dtype, copy=True))
-                self._sensi_fused[name] = cached
-            # `.data`: the cache is rewritten with the values it has, and backward passes may still hold it.
-            return self._with_tuned(name, cached[1].data, None if cached[2] is None else cached[2].data)
+                    _write(bias, 0, tuned, tuned_bias)
+            if parts["down"] is not None:
+                weight = torch.addmm(weight, parts["up"].to(dtype), parts["down"].to(dtype))
+            if parts["values"] is not None:
+                weight = weight.flatten().index_add(0, parts["places"], parts["values"].to(dtype)).view_as(weight)
+            return weight, bias
 
-    def _added(
-        self,
-        name: str,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        base_weight: torch.Tensor,
-        base_bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`weight` and `bias` in the base's order plus this adapter's differences from the base; differentiable."""
-        piece = self.sensi_slices[name]
-        index = piece.tuned_positions.to(weight.device)
-        if name in self.sensi_weight:
-            difference = self.sensi_weight[name].to(weight.dtype) - base_weight.index_select(piece.dim, index)
-            weight = weight.index_add(piece.dim, index, difference)
-        if name in self.sensi_bias:
-            trained = self.sensi_bias[name].to(weight.dtype)
-            if base_bias is None:
-                bias = trained if bias is None else bias + trained
-            elif piece.dim == 0:
-                bias = bias.index_add(0, index, trained - base_bias.index_select(0, index))
-            else:
-                bias = bias + trained - base_bias
+    def _combined(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One adapter's effective weight, or the base plus the differences of several; differentiable."""
+        weight, bias = self.effective(names[0])
+        if len(names) > 1:
+            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (self.weight, self.bias)
+            for name in names[1:]:
+                other_weight, other_bias = self.effective(name)
+                weight = weight + (other_weight - base_weight.detach())
+                if other_bias is not None:
+                    difference = other_bias if base_bias is None else other_bias - base_bias.detach()
+                    bias = difference if bias is None else bias + difference
         return weight, bias
 
 
@@ -316,41 +433,34 @@ class SensiLinear(nn.Module, SensiLayer):
         active = [n for n in self.active_adapters if n in self.sensi_slices]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        if len(active) > 1:
-            return self._forward_several(x, active)
-        return self._forward_one(x, active[0])
-
-    def _forward_one(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        piece = self.sensi_slices[name]
-        tuned_weight = self.sensi_weight[name] if name in self.sensi_weight else None
-        tuned_bias = self.sensi_bias[name] if name in self.sensi_bias else None
-        base = self.get_base_layer()
-        if tuned_weight is None and tuned_bias is None and piece.natural:
-            return self.base_layer(x)
-        dtype = base.weight.dtype
+        dtype = self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        if piece.whole and tuned_weight is not None:
-            bias = tuned_bias if tuned_bias is not None else base.bias
-            return F.linear(x, tuned_weight.to(dtype), None if bias is None else bias.to(dtype))
-        if torch.compiler.is_compiling() or _is_sharded(tuned_weight):
-            weight, bias = self._kept_base(piece)
-            return sliced_linear_reference(
-                x, weight.to(dtype), None if bias is None else bias.to(dtype), tuned_weight, tuned_bias, piece.dim,
-                piece.tuned,
-            )  # fmt: skip
-        weight, bias = self._fused(name, dtype)
-        tuned = piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(x.device)
-        return sliced_linear(x, weight, bias, tuned_weight, tuned_bias, piece.dim, tuned)
+        if len(active) > 1:
+            self.check_combination(active)
+            weight, bias = self._combined(active)
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return self._forward_one(x, active[0], dtype)
 
-    def _forward_several(self, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        self.check_combination(names)
-        base = self.get_base_layer()
-        weight, bias = base.weight, base.bias
-        for name in names:
-            weight, bias = self._added(name, weight, bias, base.weight, base.bias)
-        return F.linear(x.to(weight.dtype), weight, bias)
+    def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        piece = self.sensi_slices[name]
+        if piece.whole:
+            weight, bias = self.sensi_weight[name], self.part("bias", name)
+            bias = self.bias if bias is None else bias
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        parts = self._parts(name, piece)
+        sharded = any(type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name)))
+        if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
+            frozen, bias = self._kept_base(piece)
+            return fused_linear_reference(x, frozen.to(dtype), None if bias is None else bias.to(dtype), **parts)
+        del parts["mask"]
+        weight, bias = self._fused(name, dtype, parts)
+        return fused_linear(x, weight, bias, **parts)
+
+    def _own_parameters(self, name: str) -> list[torch.Tensor]:
+        parts = (self.part(part.removeprefix("sensi_"), name) for part in self._parameter_names())
+        return [parameter for parameter in parts if parameter is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
         self._sensi_fused.clear()
@@ -374,28 +484,14 @@ def base_is_dropped(action: str) -> SensiError:
     )
 
 
-def _master(start: torch.Tensor, dtype: torch.dtype, exact: bool) -> nn.Parameter:
-    start = start.detach().to(dtype, copy=True)
-    if not exact and not start.is_meta:
-        scale = start.std() if start.numel() > 1 else start.new_ones(())
-        start += torch.randn_like(start) * scale.clamp_min(0.1)
-    return nn.Parameter(start.contiguous())
-
-
 def _write(target: torch.Tensor, dim: int, positions: Positions, source: torch.Tensor) -> None:
     if isinstance(positions, int):
         target.narrow(dim, 0, positions).copy_(source.detach())
     else:
-        target.index_copy_(dim, positions.to(target.device), source.detach().to(target.dtype))
-
-
-def _is_sharded(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and type(tensor) not in (torch.Tensor, nn.Parameter)
+        target.index_copy_(dim, positions, source.detach().to(target.dtype))
 
 
 def _new_parameters_are_empty() -> bool:
     # Under `low_cpu_mem_usage` PEFT builds the tuner in Accelerate's `init_empty_weights`, and tells nobody: a fresh
     # parameter shows it.
-    probe = nn.Module()
-    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))  # unlike a Linear, it draws no random numbers
-    return probe.probe.is_meta
+    return nn.Linear(1, 1, bias=False).weight.is_meta

@@ -62,8 +62,7 @@ class SensiModel(BaseTuner):
         if adapter_name not in self.peft_config:
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
         config = self.peft_config[adapter_name]
-        targets = _targets(self.model, config)
-        return Plan.from_dict(config.plan, build_anatomy(self.model, targets, config.layouts()), targets)
+        return Plan.from_dict(config.plan, self._sensi_anatomies[adapter_name], _targets(self.model, config))
 
     def inject_adapter(
         self,
@@ -76,11 +75,13 @@ class SensiModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if any(m.sensi_base_dropped for m in model.modules() if isinstance(m, SensiLayer)):
             raise base_is_dropped("add another adapter")
+        if any(m.merged for m in model.modules() if isinstance(m, SensiLayer)):
+            raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            refitted, head = self._prepare(model, given, config)
+            refitted, head = self._prepare(model, adapter_name, given, config)
             self._sensi_injecting = (config, adapter_name, refitted)
             # The plan decides which modules are replaced, so a state dict has nothing to add.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
@@ -95,11 +96,14 @@ class SensiModel(BaseTuner):
                 if isinstance(module, SensiLayer) and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
 
+    # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen later.
+    _sensi_anatomies: dict[str, Anatomy] = {}
+
     # The config, adapter name and refitted values of the injection in progress.
     _sensi_injecting: tuple[SensiConfig, str, Refitted] | None = None
 
     def _prepare(
-        self, model: nn.Module, given: SensiConfig, config: SensiConfig
+        self, model: nn.Module, adapter_name: str, given: SensiConfig, config: SensiConfig
     ) -> tuple[Refitted, dict[str, torch.Tensor]]:
         """Everything that is decided before a module is replaced. Fills in `config`; leaves the model as it was."""
         blocks = build_anatomy(model, (), config.layouts())
@@ -120,6 +124,7 @@ class SensiModel(BaseTuner):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *extra])) or None
         targets = _targets(model, config)
         anatomy = build_anatomy(model, targets, config.layouts())
+        self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:
             if config.fingerprint is not None:
                 check_fingerprint(config.fingerprint, model, anatomy)
@@ -141,6 +146,7 @@ class SensiModel(BaseTuner):
         """A second adapter is scored on the base, not on what other adapters make of it."""
         wrapped = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         enabled = [m for m in wrapped if not m.disable_adapters]
+        flags = [(p, p.requires_grad) for p in model.parameters()]
         for module in enabled:
             module.enable_adapters(False)
         try:
@@ -148,6 +154,9 @@ class SensiModel(BaseTuner):
         finally:
             for module in enabled:
                 module.enable_adapters(True)
+            # Enabling makes the active adapters trainable, also those that were loaded for inference, and no others.
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in list(model.named_modules()):
@@ -287,7 +296,8 @@ class SensiModel(BaseTuner):
             for key, value in model.state_dict().items()
             if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.adapter_layer_names
         }
-        ours = {key: value for key, value in tensors.items() if key in expected or ".sensi_" in key}
+        # Only parameters: a module of the base, and what is below it, may also be called `sensi_...`.
+        ours = {k: v for k, v in tensors.items() if k in expected or f".{k}".split(".")[-2].startswith("sensi_")}
         check_tensors(ours, expected)
         return tensors
 

@@ -149,7 +149,7 @@ def trained(family: str = "bert", adapter_name: str = "default", **config: Any) 
 
 @torch.no_grad()
 def logits(model: nn.Module, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-    batch = tiny_batches(1, seed=99)[0] if batch is None else batch
+    batch = tiny_batches(1, seed=99, labels=False)[0] if batch is None else batch
     return model.eval()(**batch).logits.clone()
 
 

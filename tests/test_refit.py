@@ -1,0 +1,255 @@
+"""The refit of the survivors: it is the least-squares solution, it helps on data it has not seen, and it does no harm."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import tiny
+from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
+
+from peft_sensi import Plan, SensiConfig, build_anatomy, make_plan
+from peft_sensi.plan import TRIMMED
+from peft_sensi.refit import RIDGE, refit
+
+
+def tiny_model(family="bert", **changes):
+    return tiny.tiny_model(family, problem_type="regression", **changes)
+
+
+def half_plan(model, share=0.5, seed=0, **options) -> Plan:
+    anatomy = build_anatomy(model)
+    rng = np.random.default_rng(seed)
+    return make_plan(anatomy, {g.name: rng.random(g.size) for g in anatomy.groups}, share, **options)
+
+
+def only_neurons(model, layers=(0,)) -> Plan:
+    """Trims half the neurons of some layers, and no head."""
+    anatomy = build_anatomy(model)
+    states = []
+    for group in anatomy.groups:
+        state = np.full(group.size, 2, dtype=np.uint8)
+        if group.kind == "neuron" and any(f".{i}." in group.name for i in layers):
+            state[1::2] = TRIMMED
+        states.append(state.tobytes())
+    return Plan(anatomy, tuple(states), frozenset(m for g in anatomy.groups for m in g.modules), 12)
+
+
+@torch.no_grad()
+def data(model, count=12, *, size=8, seed=0):
+    """Batches labelled by the model itself: the loss is the distance from it, and zero before the trim."""
+    batches = tiny_batches(count, size=size, seed=seed)
+    for batch in batches:
+        batch["labels"] = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return batches
+
+
+UNSEEN = tiny_batches(6, size=8, seed=123, labels=False)
+
+
+def fit(model, plan, batches, **options):
+    with torch.no_grad():
+        return refit(model.eval(), plan, batches, progress=False, **options)
+
+
+def trimmed(model, plan, fitted=None):
+    """The trimmed model, with the refitted values if there are any, as a plain one."""
+    small = wrap(model, plan=plan).merge_and_unload()
+    for name, (weight, bias) in (fitted or {}).items():
+        linear = small.get_submodule(name)
+        linear.weight.data.copy_(weight)
+        linear.bias.data.copy_(bias)
+    return small
+
+
+@torch.no_grad()
+def hidden_error(model, small, batches) -> float:
+    """Mean square of the difference of the last hidden states, padding left out."""
+    total = 0.0
+    for batch in batches:
+        keep = batch["attention_mask"].bool()
+        states = [m(**batch, output_hidden_states=True).hidden_states[-1][keep] for m in (model, small)]
+        total += (states[0] - states[1]).square().mean().item()
+    return total / len(batches)
+
+
+def test_it_helps_on_data_it_has_not_seen(family):
+    model = tiny_model(family)
+    plan = half_plan(model)
+    fitted = fit(model, plan, data(model))
+    assert set(fitted) <= {g.output for g in plan.anatomy.groups} and len(fitted) >= 2
+    without = hidden_error(model, trimmed(tiny_model(family), plan), UNSEEN)
+    with_ = hidden_error(model, trimmed(tiny_model(family), plan, fitted), UNSEEN)
+    assert with_ < 0.8 * without
+
+
+def test_the_wrapped_model_starts_from_the_refitted_values():
+    batches = data(tiny_model())
+    errors = {}
+    for refitted in (False, True):
+        model = wrap(tiny_model(), budget=0.5, calibration=batches, calibration_steps=12, refit=refitted)
+        errors[refitted] = hidden_error(tiny_model(), model.base_model.model.eval(), UNSEEN)
+    assert errors[True] < 0.8 * errors[False]
+
+
+@pytest.mark.parametrize("also_train", [[], ["norms"], ["biases"]])
+def test_a_refitted_bias_is_used_whatever_else_is_trained(also_train):
+    """The fit is centred: its weights without its bias would be worse than no fit at all."""
+    batches = data(tiny_model())
+    options = {"budget": 0.5, "score": "taylor", "calibration": batches, "calibration_steps": 12}
+    some = wrap(tiny_model(), also_train=also_train, **options)
+    full = wrap(tiny_model(), **options)
+    assert not torch.equal(logits(full), logits(wrap(tiny_model(), refit=False, **options)))
+    assert torch.equal(logits(some), logits(full))
+
+
+def test_the_refit_survives_saving(tmp_path):
+    from peft import PeftModel
+
+    model = wrap(tiny_model(), budget=0.5, calibration=data(tiny_model()), also_train=[])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+@torch.no_grad()
+def test_the_closed_form_is_the_weighted_least_squares_solution():
+    """Against `torch.linalg.lstsq` on all tokens at once: one FFN of one layer, everything in float64."""
+    model = tiny_model(num_hidden_layers=1)
+    plan = only_neurons(model)
+    (batch,) = data(model, 1, size=24)
+    fitted = fit(model, plan, [batch])["bert.encoder.layer.0.output.dense"]
+
+    layer = model.bert.encoder.layer[0]
+    seen = {}
+    hooks = [
+        layer.output.dense.register_forward_hook(lambda m, a, y: seen.update(z=a[0], y=y)),
+        layer.output.LayerNorm.register_forward_pre_hook(lambda m, a: seen.update(total=a[0])),
+    ]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    real = batch["attention_mask"].bool()
+    z, y, total = (seen[k][real].double() for k in ("z", "y", "total"))
+    kept = np.flatnonzero(plan.of(plan.anatomy.groups[1]) != TRIMMED)
+    z = z[:, kept]
+    old_weight, old_bias = layer.output.dense.weight[:, kept].double(), layer.output.dense.bias.double()
+    # The residual is the untrimmed model's own, because no head is missing: what the fit must give is `y`.
+    error = y - (z @ old_weight.t() + old_bias)
+    share = 1 / total.var(dim=-1, keepdim=True)
+    share = share / share.sum()
+    mean_z, mean_error = (z * share).sum(0), (error * share).sum(0)
+    spread = ((z - mean_z).square() * share).sum() / len(kept)
+    rows = torch.cat([(z - mean_z) * share.sqrt(), (RIDGE * spread).sqrt() * torch.eye(len(kept), dtype=torch.float64)])
+    right = torch.cat([(error - mean_error) * share.sqrt(), torch.zeros(len(kept), error.shape[1], dtype=torch.float64)])
+    change = torch.linalg.lstsq(rows, right).solution.t()
+    torch.testing.assert_close(fitted[0].double(), old_weight + change, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(fitted[1].double(), old_bias + mean_error - change @ mean_z, atol=1e-4, rtol=1e-3)
+
+
+def test_later_layers_mend_what_earlier_ones_lost():
+    """Error feedback: the second layer's target is the untrimmed sum minus the trimmed model's residual."""
+    model = tiny_model()
+    batches = data(tiny_model())
+    plan = only_neurons(model, layers=(0, 1))
+    both = fit(model, plan, batches)
+    alone = fit(model, only_neurons(model, layers=(1,)), batches)
+    name = "bert.encoder.layer.1.output.dense"
+    assert not torch.allclose(both[name][0], alone[name][0], atol=1e-3)
+    mixed = {**both, name: alone[name]}
+    with_feedback = hidden_error(model, trimmed(tiny_model(), plan, both), UNSEEN)
+    assert with_feedback < hidden_error(model, trimmed(tiny_model(), plan, mixed), UNSEEN)
+
+
+def test_nothing_changes_when_nothing_is_trimmed():
+    model = tiny_model()
+    assert fit(model, half_plan(model, 1.0), data(model)) == {}
+    whole = wrap(tiny_model(), budget=1.0, calibration=data(model))
+    torch.testing.assert_close(logits(whole, UNSEEN[0]), logits(model, UNSEEN[0]), atol=1e-6, rtol=0)
+
+
+def test_groups_that_have_lost_nothing_are_refitted_only_against_earlier_losses():
+    model = tiny_model()
+    fitted = fit(model, only_neurons(model, layers=(1,)), data(model))
+    assert "bert.encoder.layer.1.output.dense" in fitted
+    for name, (weight, bias) in fitted.items():
+        if name != "bert.encoder.layer.1.output.dense":
+            linear = model.get_submodule(name)
+            torch.testing.assert_close(weight, linear.weight.detach(), atol=1e-4, rtol=0)
+            torch.testing.assert_close(bias, linear.bias.detach(), atol=1e-4, rtol=0)
+
+
+def test_frozen_or_untargeted_projections_are_left_alone():
+    model = tiny_model()
+    plan = half_plan(model, {"params": 0.5, "trainable": 0.05})
+    for name in fit(model, plan, data(model)):
+        (group,) = [g for g in plan.anatomy.groups if g.output == name]
+        assert not (plan.of(group) == 1).any()
+    untargeted = half_plan(model, targets=frozenset({"bert.encoder.layer.0.intermediate.dense"}))
+    assert fit(model, untargeted, data(model)) == {}
+
+
+def test_a_refit_that_makes_the_loss_worse_is_put_back():
+    model = tiny_model()
+    plan, batches = half_plan(model), data(model)
+
+    def perverse(model, batch):
+        """Small where the model is far from the untrimmed one."""
+        return 1 / model(**batch).loss
+
+    assert fit(model, plan, batches)
+    assert fit(model, plan, batches, loss_fn=perverse) == {}
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model()
+    before = snapshot(model)
+    fit(model, half_plan(model), data(model))
+    assert_same_tensors(snapshot(model), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_padding_is_left_out(family):
+    model = tiny_model(family)
+    plan = half_plan(model)
+    batches = data(model)
+    others = [{**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], 5)} for b in batches]
+    if family == "roberta":  # its position ids depend on which tokens are padding tokens
+        for batch in (*batches, *others):
+            batch["position_ids"] = torch.arange(2, 14).expand(8, -1)
+    first, second = fit(model, plan, batches), fit(model, plan, others)
+    assert first.keys() == second.keys() and first
+    for name in first:
+        for one, other in zip(first[name], second[name], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_of_half_precision_is_refitted_in_single():
+    model = tiny_model(dtype=torch.bfloat16)
+    plan = half_plan(model)
+    for weight, bias in fit(model, plan, data(model)).values():
+        assert weight.dtype == bias.dtype == torch.float32
+        assert torch.isfinite(weight).all() and torch.isfinite(bias).all()
+
+
+def test_one_batch_is_enough_to_run():
+    model = tiny_model()
+    assert fit(model, half_plan(model), data(model, 1, size=32))
+
+
+def test_when_it_is_done():
+    """By default: where calibration is given and everything that is kept is tuned."""
+    batches = data(tiny_model(), 4)
+
+    def changed(**options):
+        model = wrap(tiny_model(), **options)
+        layer = model.base_model.model.bert.encoder.layer[0].output.dense
+        start = layer.get_base_layer().weight.index_select(1, layer.sensi_slices["default"].tuned_positions)
+        return not torch.equal(start, layer.sensi_weight["default"])
+
+    assert changed(budget=0.5, calibration=batches)
+    assert not changed(budget=0.5, calibration=batches, refit=False)
+    assert not changed(budget={"params": 0.5, "trainable": 0.2}, calibration=batches)
+    with pytest.raises(ValueError, match="needs `calibration`"):
+        SensiConfig(budget=0.5, refit=True)
+    with pytest.raises(ValueError, match="trainable"):
+        SensiConfig(budget={"trainable": 0.1}, refit=True, calibration=batches)
