@@ -91,7 +91,7 @@ class MethodOptions:
     trainable: float | None = field(
         default=None, metadata={"help": "Share of the base model's parameters to tune; the rest is frozen"}
     )
-    score: str = field(default="fisher", metadata={"help": "random, magnitude, taylor or fisher"})
+    score: str = field(default="fisher", metadata={"help": "fisher, taylor, mask, movement, magnitude or random"})
     lora_rank: int = 8
 
 

@@ -1,5 +1,6 @@
 """Sensitivity-ranked tuning and trimming of transformers, as a PEFT method. Importing it registers the method."""
 
+from . import recipes
 from .anatomy import Anatomy, BlockLayout, build_anatomy
 from .budget import Budget
 from .config import SensiConfig
@@ -7,6 +8,7 @@ from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, Sen
 from .model import SensiModel
 from .plan import Plan, make_plan
 from .register import register
+from .schedule import Schedule, SensiCallback
 from .scores import Scores, compute_scores
 
 
@@ -22,7 +24,9 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "Plan",
+    "Schedule",
     "Scores",
+    "SensiCallback",
     "SensiConfig",
     "SensiError",
     "SensiLoadError",
@@ -30,4 +34,5 @@ __all__ = [
     "build_anatomy",
     "compute_scores",
     "make_plan",
+    "recipes",
 ]

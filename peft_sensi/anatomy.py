@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch import nn
 from .errors import AnatomyError
 
 
-Kind = Literal["head", "neuron", "row"]
+Kind = Literal["head", "neuron", "row", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Group:
 
     @property
     def trimmable(self) -> bool:
-        return self.kind != "row"
+        return self.kind in ("head", "neuron")
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -166,9 +166,20 @@ class Group:
         weights = sum(side.width * side.fan for side in self.sides)
         return self.repeats * (sequence_length * weights + 2 * sequence_length**2 * self.attention_width)
 
-    def unit_trainable(self, targets: frozenset[str]) -> int:
+    def unit_trainable(self, targets: frozenset[str], with_bias: bool = True) -> int:
         """Values that training one unit adds: only what lies in targeted modules."""
-        return sum(side.unit_params for side in self.sides if side.module in targets)
+        sides = [side for side in self.sides if side.module in targets]
+        return sum(side.unit_params if with_bias else side.width * side.fan for side in sides)
+
+    def as_one_unit(self) -> Group:
+        """The same sublayer, to be kept or to go as a whole."""
+        return replace(
+            self,
+            size=1,
+            sides=tuple(replace(side, width=side.width * self.size) for side in self.sides),
+            attributes=tuple((path, per_unit * self.size) for path, per_unit in self.attributes),
+            attention_width=self.attention_width * self.size,
+        )
 
 
 @dataclass(frozen=True)
@@ -199,10 +210,12 @@ def build_anatomy(
     model: nn.Module,
     targets: Iterable[str] = (),
     blocks: Iterable[BlockLayout] | None = None,
+    whole: Literal["", "sublayers", "tensors"] = "",
 ) -> Anatomy:
     """Finds the groups of `model`: its blocks, and one group of rows for each targeted Linear outside them.
 
-    `blocks` replaces the built-in layouts. Raises `AnatomyError` when given `blocks` match nothing.
+    `blocks` replaces the built-in layouts. With `whole`, a sublayer of a block is one unit, or each targeted Linear is one
+    that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
     layouts = tuple(blocks) if blocks is not None else FAMILIES.get(model_type, ())
@@ -214,13 +227,18 @@ def build_anatomy(
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
+    if whole == "sublayers":
+        groups = [group.as_one_unit() for group in groups]
+    elif whole == "tensors":
+        groups = []
     owned = {module for group in groups for module in group.modules}
     for name in sorted(set(targets) - owned):
         linear = base_of(modules[name])
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"Target module {linear} is not supported: only `torch.nn.Linear` can be targeted.")
         side = Side(name, 0, 1, linear.in_features, linear.bias is not None)
-        groups.append(Group(name, "row", linear.out_features, (side,), output=name))
+        group = Group(name, "row", linear.out_features, (side,), output=name)
+        groups.append(replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group)
     return Anatomy(tuple(groups), _params_without_head(model), model_type)
 
 

@@ -90,16 +90,27 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
         )
 
 
-def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Checks names, dtypes, shapes and finiteness of the adapter's own tensors. Raises `SensiLoadError`."""
+def check_tensors(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], rooms: Mapping[str, int]
+) -> None:
+    """Checks names, dtypes, shapes and values of the adapter's own tensors. Raises `SensiLoadError`.
+
+    `rooms` gives, for each index tensor, the number of positions there are.
+    """
     if missing := sorted(set(expected) - set(found)):
         raise SensiLoadError(f"The adapter file lacks {missing[0]!r} ({len(missing)} tensors missing).")
     if extra := sorted(set(found) - set(expected)):
         raise SensiLoadError(f"The adapter file holds {extra[0]!r}, which its plan does not have ({len(extra)} extra).")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise SensiLoadError(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}.")
-        if not tensor.is_floating_point():
-            raise SensiLoadError(f"{name!r} has dtype {tensor.dtype}, expected a float type.")
-        if not torch.isfinite(tensor).all():
+        like = expected[name]
+        if tensor.shape != like.shape:
+            raise SensiLoadError(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}.")
+        if tensor.is_floating_point() != like.is_floating_point() or (
+            not like.is_floating_point() and tensor.dtype != like.dtype
+        ):
+            raise SensiLoadError(f"{name!r} has dtype {tensor.dtype}, expected {like.dtype}.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SensiLoadError(f"{name!r} contains NaN or infinity.")
+        if name in rooms and tensor.numel():
+            if tensor.min() < 0 or tensor.max() >= rooms[name] or not (tensor.diff() > 0).all():
+                raise SensiLoadError(f"{name!r} must hold ascending positions below {rooms[name]}.")

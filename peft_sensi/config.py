@@ -17,6 +17,7 @@ from .checkpoint import FORMAT_VERSION
 from .errors import SensiError, SensiLoadError
 from .plan import Plan
 from .scores import METHODS, Scores
+from .updates import check_update
 
 
 class SensiPeftType(str, enum.Enum):
@@ -25,7 +26,8 @@ class SensiPeftType(str, enum.Enum):
     SENSI = "SENSI"
 
 
-ALSO_TRAIN = ("biases", "norms", "pooler", "embeddings")
+ALSO_TRAIN = ("output_biases", "biases", "norms", "pooler", "embeddings")
+GRANULARITIES = ("unit", "tensor", "weight")
 
 
 @dataclass
@@ -36,13 +38,26 @@ class SensiConfig(PeftConfig):
         budget: A share in (0, 1] or a count of the prunable parameters, or a dict of limits on `params`, `flops` and
             `trainable` that all hold. `None` is 0.5 where the model has something to trim, otherwise everything targeted
             is tuned.
-        score: `fisher`, `taylor`, `magnitude` or `random`.
+        score: `fisher`, `taylor`, `mask`, `movement`, `magnitude` or `random`.
+        granularity: `unit` (heads, neurons, rows), `tensor` (a limit on parameters or FLOPs removes whole sublayers, one on
+            trained values tunes whole Linears) or `weight` (only with an update of single weights).
+        update: How the tuned part is parametrised: `dense` slices, `low_rank`, `sparse`, `low_rank+sparse`,
+            `dense+low_rank`, or `mask` (see `updates`).
+        rank: Of a low-rank update.
+        sparse: Number of trained values in each matrix.
+        support: Where they are: `magnitude`, `random` or `decomposition`.
+        sparsity: Share of the weights of each matrix that a mask removes.
+        retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
+        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight. Set by
+            `SensiModel.compress`.
+        schedule: What changes during training (see `schedule`); somebody must then step it.
         target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
             Linears of all known blocks, or all Linears of an unknown model.
         exclude_modules: What may not be tuned.
         modules_to_save: Modules that are trained and saved whole. The task head of a classification-like task is added.
-        also_train: Any of `biases` (output biases of the blocks), `norms`, `pooler`, `embeddings`: what else of the base
-            is trained. By default biases, norms and pooler where there is no `trainable` limit, else nothing.
+        also_train: What else of the base is trained: `output_biases` (of blocks whose kept units are all tuned), `biases`
+            (all of targeted Linears), `norms`, `pooler`, `embeddings`. By default output biases, norms and pooler where
+            dense units are tuned without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
         priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
         priming_lr: Learning rate of AdamW in these steps.
@@ -71,6 +86,15 @@ class SensiConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     budget: float | dict[str, float] | None = field(default=None)
     score: str = field(default="fisher")
+    granularity: str = field(default="unit")
+    update: str = field(default="dense")
+    rank: int | None = field(default=None)
+    sparse: int | None = field(default=None)
+    support: str | None = field(default=None)
+    sparsity: float | None = field(default=None)
+    retention: float | None = field(default=None)
+    schedule: dict[str, Any] | None = field(default=None)
+    compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
     calibration_steps: int = field(default=24)
     priming_steps: int = field(default=40)
@@ -113,10 +137,20 @@ class SensiConfig(PeftConfig):
             raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {self.score!r}.")
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name == "sequence_length":
+            if value is None and name in ("sequence_length", "rank", "sparse"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise SensiError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        for name in ("sparsity", "retention"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1):
+                raise SensiError(f"`{name}` must be a share in [0, 1), got {value!r}.")
+        check_update(
+            self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity
+        )
+        self._check_combination()
+        if self.compressed is not None and (self.compressed != "bits" or self.update != "mask"):
+            raise SensiError(f"`compressed` must be None, or 'bits' with update='mask', got {self.compressed!r}.")
         if isinstance(self.priming_lr, bool) or not isinstance(self.priming_lr, (int, float)):
             raise SensiError(f"`priming_lr` must be a number, got {self.priming_lr!r}.")
         if not (math.isfinite(self.priming_lr) and self.priming_lr > 0):
@@ -144,6 +178,32 @@ class SensiConfig(PeftConfig):
             raise SensiLoadError(f"`plan` must be a Plan or its dict, got {type(self.plan).__name__}.")
         self.layouts()
 
+    def _check_combination(self) -> None:
+        """Refuses what cannot be combined, and says why."""
+        limits, dense = self.limits, "dense" in self.update.split("+")
+        if self.granularity not in GRANULARITIES:
+            raise SensiError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
+        if self.granularity == "weight" and (dense or self.update == "low_rank"):
+            raise SensiError(
+                f"Single weights cannot be updated by {self.update!r}: use update='sparse' to tune some of them, or "
+                f"update='mask' to remove some."
+            )
+        if self.granularity == "tensor" and limits.trims and limits.trainable is not None:
+            raise SensiError("granularity='tensor' either removes sublayers or tunes Linears: give one kind of limit.")
+        if self.granularity == "tensor" and not dense:
+            raise SensiError(f"granularity='tensor' chooses what is tuned whole; update={self.update!r} tunes nothing whole.")
+        if limits.trainable is not None and not dense:
+            raise SensiError(
+                f"A `trainable` limit chooses units to tune; the size of a {self.update!r} update follows from `rank`, "
+                f"`sparse` or the mask."
+            )
+        if self.retention is not None and (limits.trainable is not None or not dense):
+            raise SensiError("`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit.")
+        if self.schedule is not None:
+            check_schedule(self.schedule, self.update, self.sparsity)
+        if limits.trainable is not None and "output_biases" in (self.also_train or ()):
+            raise SensiError("Under a `trainable` limit only all `biases` can be trained, not those of finished blocks.")
+
     @property
     def limits(self) -> Budget:
         return Budget() if self.budget is None else Budget.parse(self.budget)
@@ -163,7 +223,7 @@ class SensiConfig(PeftConfig):
         """A copy for one model: the user's object can wrap another one, and keeps the data that we drop here."""
         mine = copy.copy(self)
         mine.calibration = mine.scores = mine.loss_fn = None
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train", "blocks"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train", "blocks", "schedule"):
             setattr(mine, name, copy.copy(getattr(mine, name)))
         return mine
 
@@ -194,4 +254,29 @@ class SensiConfig(PeftConfig):
         return mine
 
 
-_COUNTS = {"calibration_steps": 1, "priming_steps": 0, "sequence_length": 1, "multiple_of": 1, "min_units": 0, "seed": 0}
+def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
+    """Checks `SensiConfig.schedule` (its forms are described in `schedule`). Raises `SensiError`."""
+
+    def is_number(name: str, most: float) -> bool:
+        value = schedule.get(name)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+
+    if not isinstance(schedule, Mapping):
+        raise SensiError(f"`schedule` must be a dict with a `phase`, got {schedule!r}.")
+    phase = schedule.get("phase")
+    if phase == "freeze_dense":
+        if set(schedule) != {"phase", "epochs"} or not is_number("epochs", 1e6):
+            raise SensiError("The phase 'freeze_dense' needs `epochs`, a number, and nothing else.")
+        if "dense" not in update.split("+"):
+            raise SensiError(f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part.")
+    elif phase == "draw_mask":
+        if set(schedule) != {"phase", "at"} or not is_number("at", 1.0):
+            raise SensiError("The phase 'draw_mask' needs `at`, a share of the training, and nothing else.")
+        if sparsity is None or update == "mask":
+            raise SensiError("The phase 'draw_mask' needs a `sparsity`, and an update that does not learn its mask.")
+    else:
+        raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'freeze_dense' and 'draw_mask'.")
+
+
+_COUNTS = {"calibration_steps": 1, "priming_steps": 0, "sequence_length": 1, "multiple_of": 1, "min_units": 0, "seed": 0,
+           "rank": 1, "sparse": 1}  # fmt: skip

@@ -22,6 +22,10 @@ def take(x: torch.Tensor, dim: int, positions: Positions) -> torch.Tensor:
     return x.narrow(dim, 0, positions) if isinstance(positions, int) else x.index_select(dim, positions)
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 would be ambiguous where a whole sublayer is gone
+
+
 def fused_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -96,9 +100,9 @@ class _FusedLinear(torch.autograd.Function):
         result: list[torch.Tensor | None] = [None] * 11
         if needs_x:
             result[0] = grad @ weight
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = _rows(grad)
         if x is not None:
-            x = x.reshape(-1, x.shape[-1])
+            x = _rows(x)
         if needs_slice:
             if ctx.dim == 0:
                 gradient = take(grad, -1, ctx.tuned).t() @ x

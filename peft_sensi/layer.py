@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +42,7 @@ class Slice:
     support: str = "magnitude"
     sparsity: float | None = None
     learns_mask: bool = False
+    drawn_later: bool = False
     seed: int = 0
 
     @property
@@ -54,7 +56,8 @@ class Slice:
     @cached_property
     def whole(self) -> bool:
         """Everything that is kept is tuned, and nothing else happens to the weight."""
-        return self.tuned_count == len(self.kept) and not (self.rank or self.sparse or self.sparsity is not None)
+        others = self.rank or self.sparse or self.sparsity is not None
+        return 0 < self.tuned_count == len(self.kept) and not others
 
     @cached_property
     def natural(self) -> bool:
@@ -87,16 +90,20 @@ class SensiLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
-    other_param_names = ("sensi_places", "sensi_bits", "sensi_slices")
+    other_param_names = ("sensi_places", "sensi_bits", "sensi_slices", "sensi_frozen")
+    # All that is stored, in the order of the docstring.
+    tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         self.base_layer = base_layer
-        for name in self._parameter_names():
+        for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict({}))
         self.sensi_slices: dict[str, Slice] = {}
         # `(module, attribute, value per unit)`: what parent modules must know about the number of units. A plain list,
         # because Transformers' own `set_adapter` and `disable_adapters` reach only the layers, not the tuner.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
+        # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_tell_companions`.
+        self.sensi_companions: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0
         self.sensi_base_dropped = False
         # Trained parts that a phase of training has frozen, by adapter.
@@ -107,10 +114,6 @@ class SensiLayer(BaseTunerLayer):
         self._sensi_fused: dict[str, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
         self._sensi_unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-
-    @classmethod
-    def _parameter_names(cls) -> tuple[str, ...]:
-        return (*cls.adapter_layer_names, "sensi_places", "sensi_bits")
 
     def part(self, name: str, adapter_name: str) -> nn.Parameter | None:
         """The tensor `sensi_<name>` of an adapter, if it has one."""
@@ -126,7 +129,7 @@ class SensiLayer(BaseTunerLayer):
         inference_mode: bool = False,
     ) -> None:
         """Sets up `adapter_name`, starting from the base's values or from refitted ones in the order of `piece.kept`."""
-        for name in self._parameter_names():
+        for name in self.tensor_names:
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self._sensi_fused.clear()
@@ -169,7 +172,10 @@ class SensiLayer(BaseTunerLayer):
                 # In units of the matrix's spread, so that one learning rate moves all matrices' masks alike.
                 parts["scores"] = kept.float().abs() / kept.float().std().clamp_min(1e-12)
         if piece.sparsity is not None and not piece.learns_mask:
-            parts["bits"] = pack_mask(torch.ones(shape, dtype=torch.bool, device=weight.device))
+            mask = torch.ones(shape, dtype=torch.bool, device=weight.device)
+            if not piece.drawn_later:
+                mask = top_mask(weight.index_select(piece.dim, piece.kept.to(weight.device)).abs(), piece.sparsity)
+            parts["bits"] = pack_mask(mask)
         return parts
 
     def _empty_parts(self, piece: Slice) -> dict[str, torch.Tensor]:
@@ -238,6 +244,20 @@ class SensiLayer(BaseTunerLayer):
             bits.copy_(pack_mask(mask))
         self._sensi_fused.clear()
 
+    def settle_mask(self, adapter_name: str) -> None:
+        """Replaces the scores of a learned mask by the mask itself."""
+        scores, piece = self.part("scores", adapter_name), self.sensi_slices.get(adapter_name)
+        if scores is not None and piece is not None and piece.sparsity is not None:
+            bits = pack_mask(top_mask(scores, piece.sparsity))
+            del self.sensi_scores[adapter_name]
+            self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
+            self.sensi_slices[adapter_name] = replace(piece, learns_mask=False)
+
+    def kept_numel(self, adapter_name: str) -> int:
+        """Number of weights that the adapter keeps."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return self.sensi_slices[adapter_name].kept_shape(shape).numel()
+
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -254,6 +274,7 @@ class SensiLayer(BaseTunerLayer):
             raise base_is_dropped("disable the adapter")
         super().enable_adapters(enabled)
         self._tell_parents()
+        self._tell_companions()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.sensi_base_dropped and adapter_name in self.sensi_slices:
@@ -261,6 +282,7 @@ class SensiLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._sensi_fused.clear()
         self._tell_parents()
+        self._tell_companions()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapter's weights into the base layer, with smaller matrices where units are trimmed.
@@ -308,7 +330,7 @@ class SensiLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round the float32 masters of a bf16 base.
         device = device or self.get_base_layer().weight.device
-        for name in self._parameter_names():
+        for name in self.tensor_names:
             parameters = getattr(self, name)
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device)
@@ -333,6 +355,19 @@ class SensiLayer(BaseTunerLayer):
         units = self.sensi_units if name is None else self.sensi_slices[name].units
         for module, attribute, per_unit in self.sensi_attributes:
             setattr(module, attribute, units * per_unit)
+
+    def _tell_companions(self) -> None:
+        """Heads, norms and embeddings of an adapter work when its layers do.
+
+        Transformers' `enable_adapters` forgets them, and after `delete_adapter` PEFT leaves those inactive that the adapter
+        that is active now has, and the deleted one had not.
+        """
+        for wrapper in self.sensi_companions:
+            if wrapper.disable_adapters != self.disable_adapters:
+                wrapper.enable_adapters(not self.disable_adapters)
+            names = [n for n in self.active_adapters if n in wrapper._get_available_adapters()]
+            if len(names) == 1 and wrapper.active_adapters != names:
+                wrapper.set_adapter(names)
 
     def _kept_base(self, piece: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's own values at the kept positions, in the adapter's order; possibly the base's tensors themselves."""
@@ -459,7 +494,7 @@ class SensiLinear(nn.Module, SensiLayer):
         return fused_linear(x, weight, bias, **parts)
 
     def _own_parameters(self, name: str) -> list[torch.Tensor]:
-        parts = (self.part(part.removeprefix("sensi_"), name) for part in self._parameter_names())
+        parts = (self.part(part.removeprefix("sensi_"), name) for part in self.tensor_names)
         return [parameter for parameter in parts if parameter is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
@@ -17,19 +15,20 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy import Anatomy, Group, base_of, build_anatomy, is_base_parameter, nothing_to_trim, task_head
-from .budget import Budget
-from .calibration import materialise, preserved
+from .anatomy import Anatomy, Group, build_anatomy, task_head
+from .calibration import preserved
 from .checkpoint import PLAN_KEY, check_fingerprint, check_tensors, fingerprint, plan_from_tensor, plan_to_tensor
 from .config import SensiConfig
+from .decide import Decision, decide
 from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer, SensiLinear, Slice, base_is_dropped
-from .plan import FROZEN, TUNED, Plan, make_plan
-from .refit import Refitted, refit
-from .scores import Scores, score_units
+from .pieces import also_saved, anatomy_of, pieces_of, plan_of, targets_of
+from .plan import Plan
+from .refit import Refitted
 
 
 logger = logging.getLogger(__name__)
@@ -61,8 +60,8 @@ class SensiModel(BaseTuner):
         """The plan of an adapter: which units it tunes, keeps and trims, and what that costs."""
         if adapter_name not in self.peft_config:
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
-        config = self.peft_config[adapter_name]
-        return Plan.from_dict(config.plan, self._sensi_anatomies[adapter_name], _targets(self.model, config))
+        config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
+        return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
 
     def inject_adapter(
         self,
@@ -81,65 +80,71 @@ class SensiModel(BaseTuner):
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            refitted, head = self._prepare(model, adapter_name, given, config)
-            self._sensi_injecting = (config, adapter_name, refitted)
+            decision = self._prepare(model, adapter_name, given, config)
+            pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+            self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
             # The plan decides which modules are replaced, so a state dict has nothing to add.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+            if decision is not None:
+                _set_head(model, adapter_name, decision.head)
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
         finally:
             self._sensi_injecting = None
-        _set_head(model, adapter_name, head)
-        if not config.keep_base:
-            for module in model.modules():
-                if isinstance(module, SensiLayer) and adapter_name in module.sensi_slices:
+        companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        for module in model.modules():
+            if isinstance(module, SensiLayer):
+                module.sensi_companions = companions
+                if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
 
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen later.
     _sensi_anatomies: dict[str, Anatomy] = {}
 
-    # The config, adapter name and refitted values of the injection in progress.
-    _sensi_injecting: tuple[SensiConfig, str, Refitted] | None = None
+    # Slices and refitted values of the injection in progress, by module.
+    _sensi_injecting: tuple[dict[str, tuple[Slice, Group]], Refitted] | None = None
 
     def _prepare(
         self, model: nn.Module, adapter_name: str, given: SensiConfig, config: SensiConfig
-    ) -> tuple[Refitted, dict[str, torch.Tensor]]:
+    ) -> Decision | None:
         """Everything that is decided before a module is replaced. Fills in `config`; leaves the model as it was."""
         blocks = build_anatomy(model, (), config.layouts())
         if config.target_modules is None:
             names = {module for group in blocks.groups for module in group.modules}
-            config.target_modules = names or "all-linear"
-        saved = list(config.modules_to_save or [])
-        config.modules_to_save = list(dict.fromkeys([*saved, *task_head(model)])) or None
+            config.target_modules = names or "all-linear"  # type: ignore[assignment]
+        _save_whole(config, task_head(model))
         _maybe_include_all_linear_layers(config, model)
-        targets = _targets(model, config)
-        if not targets:
-            config.plan = {"groups": {}}
-            return {}, {}  # PEFT raises its own error for that
+        if not targets_of(model, config):
+            bare = config.own_copy()
+            bare.modules_to_save = None
+            if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
+                # PEFT's message does not name them where a task head is saved whole, which it counts as excluded.
+                raise NoMatchingPeftModuleError(
+                    f"Target modules {config.target_modules} not found in the base model. Please check the target modules "
+                    f"and try again."
+                )
+            return None  # PEFT raises its own error for that
         if config.also_train is None:
-            free = given.plan is None and given.limits.trainable is None and bool(blocks.groups)
-            config.also_train = ["biases", "norms", "pooler"] if free else []
-        extra = _also_saved(model, blocks, config.also_train)
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *extra])) or None
-        targets = _targets(model, config)
-        anatomy = build_anatomy(model, targets, config.layouts())
+            dense = "dense" in given.update.split("+") and given.retention is None
+            free = dense and given.plan is None and given.limits.trainable is None and bool(blocks.groups)
+            config.also_train = ["norms", "output_biases", "pooler"] if free else []
+        saved = also_saved(model, blocks, config.also_train)
+        _save_whole(config, saved)
+        targets = targets_of(model, config)
+        anatomy = anatomy_of(model, config, targets)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:
             if config.fingerprint is not None:
                 check_fingerprint(config.fingerprint, model, anatomy)
-            Plan.from_dict(config.plan, anatomy, targets)
-            refitted: Refitted = {}
-            head: dict[str, torch.Tensor] = {}
+            decision = Decision(Plan.from_dict(config.plan, anatomy, targets))
         else:
-            biases = _bias_values(model, anatomy, targets) if "biases" in config.also_train else 0
-            always = biases + sum(p.numel() for name in extra for p in base_of(model.get_submodule(name)).parameters())
             with self._others_disabled(model), preserved(model):
-                plan, refitted, head = _decide(model, given, anatomy, targets, always)
-            config.plan = plan.to_dict()
-            logger.info("%s", plan.line())
+                decision = decide(model, given, config, anatomy, targets, saved)
+            config.plan = decision.plan.to_dict()
+            logger.info("%s", decision.plan.line())
         config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
-        return refitted, head
+        return decision
 
     @contextmanager
     def _others_disabled(self, model: nn.Module) -> Iterator[None]:
@@ -160,10 +165,15 @@ class SensiModel(BaseTuner):
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in list(model.named_modules()):
-            if isinstance(module, SensiLayer) and adapter_name in module.sensi_slices:
-                module.delete_adapter(adapter_name)
-                if not module.sensi_slices:
+            if isinstance(module, SensiLayer):
+                if adapter_name in module.sensi_slices:
+                    module.delete_adapter(adapter_name)
+                if not module.sensi_slices:  # also the layer in whose setting up the error happened
                     _replace(model, name, module.get_base_layer())
+            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                module.delete_adapter(adapter_name, [a for a in self.active_adapters if a != adapter_name])
+                if not module.modules_to_save:
+                    _replace(model, name, module.original_module)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         self.peft_config.pop(adapter_name, None)
@@ -172,19 +182,9 @@ class SensiModel(BaseTuner):
         return peft_config  # `_prepare` has chosen the targets
 
     def _check_target_module_exists(self, peft_config: SensiConfig, key: str) -> Any:  # type: ignore[override]
-        if self._sensi_injecting is not None and self._sensi_pieces():
-            return key in self._sensi_pieces()
+        if self._sensi_injecting is not None and self._sensi_injecting[0]:
+            return key in self._sensi_injecting[0]
         return check_target_module_exists(peft_config, key)
-
-    def _sensi_pieces(self) -> dict[str, tuple[Slice, Group]]:
-        assert self._sensi_injecting is not None
-        config, adapter_name, _ = self._sensi_injecting
-        if not config.plan["groups"]:
-            return {}
-        cached = self.__dict__.get("_sensi_piece_cache")
-        if cached is None or cached[0] is not config.plan:
-            cached = self.__dict__["_sensi_piece_cache"] = (config.plan, pieces_of(self.model, config))
-        return cached[1]
 
     def _create_and_replace(
         self,
@@ -197,13 +197,11 @@ class SensiModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert self._sensi_injecting is not None
-        piece, group = self._sensi_pieces()[current_key]
-        refitted = self._sensi_injecting[2].get(current_key)
-        layer = _wrap(self.model, current_key, adapter_name, piece, group, sensi_config, refitted)
+        pieces, refitted = self._sensi_injecting
+        piece, group = pieces[current_key]
+        layer = _wrap(self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key))
         if adapter_name not in self.active_adapters:
-            for parameters in (layer.sensi_weight, layer.sensi_bias):
-                if adapter_name in parameters:
-                    parameters[adapter_name].requires_grad_(False)
+            layer.set_requires_grad(adapter_name, False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Trained values are float32 from the start; PEFT's version would re-wrap them and set `requires_grad`.
@@ -233,9 +231,10 @@ class SensiModel(BaseTuner):
             self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
         else:
             self._check_base("unload the adapter")
-            for layer in self._layers():
-                if not layer.merged:
-                    layer.set_adapter([])  # parents get the base's numbers of heads back
+            if not any(layer.merged for layer in self._layers()):
+                for module in self.model.modules():
+                    if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
+                        module.set_adapter([])  # parents get their numbers of heads back, and PEFT the base's own head
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -261,7 +260,29 @@ class SensiModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SensiError("`adapter_names` in forward is not supported: a batch goes through one adapter.")
+        if self.model.training and not self.sensi_schedule_is_stepped and not self._sensi_injecting:
+            scheduled = [name for name in self.active_adapters if self.peft_config[name].schedule is not None]
+            if scheduled and torch.is_grad_enabled():
+                raise SensiError(
+                    f"The adapter {scheduled[0]!r} has a schedule that nobody steps, so training would silently do "
+                    f"without it. Give `SensiCallback()` to Trainer, or step a `Schedule` in your own loop."
+                )
         yield
+
+    # Set by `Schedule`, once somebody steps it.
+    sensi_schedule_is_stepped = False
+
+    def compress(self, kind: str, adapter_name: str = "default") -> None:
+        """Turns the trained values of an adapter into what is stored: `"bits"` is one bit a weight of a learned mask.
+
+        The adapter can be used, saved and merged afterwards, but not trained further.
+        """
+        config = self.peft_config[adapter_name]
+        if kind != "bits" or config.update != "mask":
+            raise SensiError(f"compress({kind!r}) is not possible with update={config.update!r}: only masks have bits.")
+        for layer in self._layers():
+            layer.settle_mask(adapter_name)
+        config.compressed = kind
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
@@ -294,148 +315,20 @@ class SensiModel(BaseTuner):
         expected = {
             key: value
             for key, value in model.state_dict().items()
-            if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.adapter_layer_names
+            if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.tensor_names
         }
-        # Only parameters: a module of the base, and what is below it, may also be called `sensi_...`.
-        ours = {k: v for k, v in tensors.items() if k in expected or f".{k}".split(".")[-2].startswith("sensi_")}
-        check_tensors(ours, expected)
+        # By full names: a module of the base may also be called `sensi_...`. Keys that no layer has are not mapped, and end
+        # with the tensor's name instead of the adapter's.
+        names = set(SensiLayer.tensor_names)
+        ours = {k: v for k, v in tensors.items() if k in expected or names & set(k.split(".")[-2:])}
+        layers = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, SensiLayer)}
+        rooms = {
+            key: layers[key.partition("sensi_places")[0]].kept_numel(adapter_name)
+            for key in expected
+            if ".sensi_places." in key
+        }
+        check_tensors(ours, expected, rooms)
         return tensors
-
-
-def _decide(
-    model: nn.Module, given: SensiConfig, anatomy: Anatomy, targets: frozenset[str], always_trained: int
-) -> tuple[Plan, Refitted, dict[str, torch.Tensor]]:
-    """Scores, plan and refit; to be called inside `preserved`."""
-    limits = given.limits
-    if given.budget is None:
-        if anatomy.trimmable:
-            limits = Budget(params=0.5)
-        else:
-            warnings.warn("No budget was given and the model has nothing to trim: all targeted modules are tuned whole.")
-    elif limits.trims and not anatomy.trimmable:
-        raise nothing_to_trim(model)
-    batches = None
-    if given.calibration is not None:
-        batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
-    scores = given.scores
-    if scores is None and (limits.trims or limits.trainable is not None):
-        scores = score_units(
-            model,
-            anatomy,
-            batches,
-            score=given.score,
-            calibration_steps=given.calibration_steps,
-            priming_steps=given.priming_steps,
-            priming_lr=given.priming_lr,
-            loss_fn=given.loss_fn,
-            seed=given.seed,
-            progress=True,
-        )
-    if scores is None:
-        scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
-        limits = Budget()
-    plan = make_plan(
-        anatomy,
-        {name: values.numpy() for name, values in scores.values.items()},
-        limits if limits != Budget() else None,
-        targets=targets,
-        protected={name: mask.numpy() for name, mask in scores.protected.items()},
-        sequence_length=given.sequence_length or scores.sequence_length or 128,
-        multiple_of=given.multiple_of,
-        min_units=given.min_units,
-        always_trained=always_trained,
-    )
-    wanted = given.refit if given.refit is not None else limits.trainable is None
-    refitted: Refitted = {}
-    if wanted and batches is not None and plan.trims:
-        model.eval()
-        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn)
-    return plan, refitted, scores.head
-
-
-def _targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
-    """Names of the modules that may be tuned: PEFT's own matching, adapter internals left out."""
-    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name)
-    return frozenset(
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    )
-
-
-def _also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list[str]:
-    """Modules of the base that are trained whole beside the blocks, to be saved through PEFT's `modules_to_save`."""
-    layers = tuple(dict.fromkeys(f"{g.layer}." for g in blocks.groups if g.layer))
-    names = [n for n, _ in model.named_modules() if is_base_parameter(n) and "original_module" not in n.split(".")]
-    found = []
-    if "norms" in also_train:
-        found += [n for n in names if n.startswith(layers) and _is_norm(base_of(model.get_submodule(n)))]
-    if "pooler" in also_train and task_head(model):
-        pooler = f"{model.base_model_prefix}.pooler"
-        found += [n for n in names if n == pooler and any(True for _ in model.get_submodule(n).parameters())]
-    if "embeddings" in also_train:
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        embeddings = [n for n in names if isinstance(base_of(model.get_submodule(n)), nn.Embedding)]
-        if output is not None and any(base_of(model.get_submodule(n)).weight is output.weight for n in embeddings):
-            raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
-        parents = {n.rpartition(".")[0] for n in embeddings}
-        found += embeddings
-        found += [
-            n for n in names if n.rpartition(".")[0] in parents and _is_norm(base_of(model.get_submodule(n)))
-        ]  # fmt: skip
-    return list(dict.fromkeys(found))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
-
-
-def _has_trained_bias(model: nn.Module, group: Group, targets: frozenset[str]) -> bool:
-    return group.trimmable and group.output in targets and base_of(model.get_submodule(group.output)).bias is not None
-
-
-def _bias_values(model: nn.Module, anatomy: Anatomy, targets: frozenset[str]) -> int:
-    return sum(
-        base_of(model.get_submodule(g.output)).out_features
-        for g in anatomy.groups
-        if _has_trained_bias(model, g, targets)
-    )
-
-
-def pieces_of(model: nn.Module, config: SensiConfig) -> dict[str, tuple[Slice, Group]]:
-    """For each module that the config's plan concerns: its slice and its group."""
-    targets = _targets(model, config)
-    plan = Plan.from_dict(config.plan, build_anatomy(model, targets, config.layouts()), targets)
-    pieces = {}
-    for group in plan.anatomy.groups:
-        states = plan.of(group)
-        tuned, frozen = np.flatnonzero(states == TUNED), np.flatnonzero(states == FROZEN)
-        biases = "biases" in (config.also_train or ()) and _has_trained_bias(model, group, targets)
-        for module in group.modules:
-            sides = [side for side in group.sides if side.module == module]
-            piece = _slice(model, group, sides, tuned, frozen, module in targets, biases and module == group.output)
-            if piece.tuned_count or piece.train_bias or not piece.natural:
-                pieces[module] = (piece, group)
-    return pieces
-
-
-def _slice(
-    model: nn.Module, group: Group, sides: list, tuned: np.ndarray, frozen: np.ndarray, targeted: bool, bias: bool
-) -> Slice:
-    weight = base_of(model.get_submodule(sides[0].module)).weight
-    units = np.concatenate([tuned, frozen]) if group.trimmable else np.sort(np.concatenate([tuned, frozen]))
-    kept = np.concatenate([side.positions(units) for side in sides])
-    is_tuned = np.concatenate([np.repeat(np.isin(units, tuned), side.width) for side in sides]) & targeted
-    count = int(is_tuned.sum())
-    prefix = bool(is_tuned[:count].all())
-    return Slice(
-        dim=sides[0].dim,
-        size=weight.shape[sides[0].dim],
-        kept=torch.from_numpy(kept),
-        tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
-        units=len(units),
-        train_bias=bias,
-    )
 
 
 def _wrap(
@@ -464,6 +357,10 @@ def _wrap(
     return layer
 
 
+def _save_whole(config: SensiConfig, names: list[str]) -> None:
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -480,14 +377,13 @@ def _replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict
             "model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of the checkpoint."
         )
     config.plan = plan
-    pieces = pieces_of(root, config)
+    pieces = pieces_of(root, config, plan_of(root, config))
     for name, layer in layers.items():
         if name not in pieces:
             layer.delete_adapter(adapter_name)
     for name, (piece, group) in pieces.items():
         _wrap(root, name, adapter_name, piece, group, config)
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
-
 
 
 

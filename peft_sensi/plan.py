@@ -169,6 +169,9 @@ def make_plan(
     multiple_of: int = 8,
     min_units: int = 1,
     always_trained: int = 0,
+    tunes: bool = True,
+    retention: float | None = None,
+    biases_apart: bool = False,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 
@@ -179,6 +182,9 @@ def make_plan(
         multiple_of: Neurons are kept in steps of so many (heads in steps of one).
         min_units: Units that stay in each block; 0 lets whole sublayers go.
         always_trained: Values that are trained in any case and count towards `trainable`.
+        tunes: Whether units are tuned at all; `False` leaves all kept ones frozen.
+        retention: Share of each FFN's kept neurons that are tuned, rounded down (FAR); heads are tuned whole.
+        biases_apart: Biases are among the values that are always trained, not among those of the units.
 
     Raises:
         BudgetError: When even the smallest plan exceeds a limit, or scores are not finite.
@@ -189,10 +195,17 @@ def make_plan(
     kept = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
     if limits.trims:
         kept.update(_choose_kept(anatomy, values, limits, protected or {}, sequence_length, multiple_of, min_units))
-    if limits.trainable is None:
-        tuned = {g.name: kept[g.name] & bool(g.unit_trainable(targets)) for g in anatomy.groups}
+    if not tunes:
+        tuned = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups}
+    elif limits.trainable is not None:
+        costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
+        tuned = _choose_tuned(anatomy, values, kept, costs, limits.trainable, always_trained)
     else:
-        tuned = _choose_tuned(anatomy, values, kept, targets, limits.trainable, always_trained)
+        tuned = {g.name: kept[g.name] & bool(g.unit_trainable(targets)) for g in anatomy.groups}
+        if retention is not None:
+            for group in (g for g in anatomy.groups if g.kind == "neuron"):
+                count = allowance(retention, int(tuned[group.name].sum())) if retention else 0
+                tuned[group.name] &= _best(values[group.name], tuned[group.name], count)
     states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
     return Plan(anatomy, states, targets, sequence_length, always_trained)
 
@@ -356,12 +369,12 @@ def _choose_tuned(
     anatomy: Anatomy,
     values: dict[str, np.ndarray],
     kept: dict[str, np.ndarray],
-    targets: frozenset[str],
+    costs: dict[str, int],
     limit: float | int,
     always_trained: int,
 ) -> dict[str, np.ndarray]:
     allowed = allowance(limit, anatomy.total_params) - always_trained
-    unit_costs = [g.unit_trainable(targets) for g in anatomy.groups]
+    unit_costs = [costs[g.name] for g in anatomy.groups]
     ladders = []
     for group, cost in zip(anatomy.groups, unit_costs, strict=True):
         candidates = np.flatnonzero(kept[group.name]) if cost else np.zeros(0, dtype=np.int64)
@@ -381,6 +394,13 @@ def _choose_tuned(
         mask[ladder.order[: ladder.counts[ladder.taken]]] = True
         tuned[group.name] = mask
     return tuned
+
+
+def _best(values: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
+    """Mask of the `count` candidates with the largest values; ties go to the smaller index."""
+    mask = np.zeros(len(values), dtype=bool)
+    mask[np.lexsort((np.arange(len(values)), -values, ~candidates))[:count]] = True
+    return mask
 
 
 def _pack(mask: np.ndarray) -> str:

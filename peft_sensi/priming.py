@@ -7,7 +7,7 @@ values of what moves wait on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,10 @@ from .calibration import LossFn, calibration_loss
 from .errors import CalibrationError
 
 
+GATE_LR = 1e-2
+GATE_PENALTY = 1e-4
+
+
 @contextmanager
 def primed(
     model: nn.Module,
@@ -29,9 +33,12 @@ def primed(
     lr: float,
     loss_fn: LossFn | None = None,
     progress: bool = True,
-    on_step: Callable[[int, Mapping[str, Any]], None] | None = None,
-) -> Iterator[None]:
+    gates: Sequence[torch.Tensor] = (),
+) -> Iterator[dict[int, torch.Tensor]]:
     """Inside the block the model is primed, in evaluation mode; afterwards every weight is what it was, bit by bit.
+
+    Yields the original values on the CPU by `id` of the parameter. `gates` are trained along with the weights, at their
+    own rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
 
     AdamW with a linear warm-up over the first tenth. Embeddings stay as they are: they move little, and their optimizer
     state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the log prior or mean of
@@ -48,14 +55,18 @@ def primed(
         start_head_at_prior(model, batches)
         # 16-bit weights would swallow small steps, so they are views on float32 masters.
         masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in moving]
-        optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0)
+        groups = [{"params": masters, "lr": lr}, {"params": list(gates), "lr": GATE_LR}]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        rates = [group["lr"] for group in optimizer.param_groups]
         model.train()
         bar = tqdm(range(steps), desc="priming", disable=not progress, leave=False)
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 10))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / max(1, steps // 10))
             index = step % len(batches)
             loss = calibration_loss(model, batches[index], loss_fn, f"calibration batch {index} (priming step {step})")
+            if gates:
+                loss = loss + GATE_PENALTY * sum(gate.abs().sum() for gate in gates).to(loss.device)
             loss.backward()
             for master, parameter in zip(masters, moving, strict=True):
                 if master is not parameter and parameter.grad is not None:
@@ -69,8 +80,10 @@ def primed(
                     if master is not parameter:
                         parameter.copy_(master)
                     parameter.grad = master.grad = None
+                for gate in gates:
+                    gate.grad = None
         model.eval()
-        yield
+        yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:
         with torch.no_grad():
             for parameter, original in zip(moving, originals, strict=True):
@@ -100,10 +113,11 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
 
 
 def head_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the task head's parameters, by name, on the CPU."""
+    """Copies of the task head's parameters, by the names that they have in the base, on the CPU."""
     prefixes = tuple(f"{name}." for name in task_head(model))
     return {
-        name: p.detach().to("cpu", copy=True)
+        # The head of a model that already has an adapter is inside a wrapper of PEFT's.
+        name.replace(".original_module.", "."): p.detach().to("cpu", copy=True)
         for name, p in model.named_parameters()
         if name.startswith(prefixes) and is_base_parameter(name)
     }

@@ -6,6 +6,8 @@ lone Linear: on its output). The loss's derivative with respect to the gate of e
 - Taylor (Molchanov et al. 2017, arXiv 1611.06440; Michel et al. 2019, arXiv 1905.10650): `mean_i |g_i|`, the
   first-order change of the loss when the unit is removed.
 - Fisher (Kwon et al. 2022, arXiv 2204.09656): `mean_i g_i^2`, the diagonal of the empirical Fisher information.
+- Mask (EarlyBERT, arXiv 2101.00063): gates trained along with the weights during priming, with an L1 penalty; `|gate|`.
+- Movement (FAR, arXiv 2205.01541): the L1 norm of (primed - initial) over the unit's weights.
 - Magnitude: the L2 norm of the unit's weights. Random: uniform noise from a seed, the control.
 """
 
@@ -27,14 +29,23 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .anatomy import Anatomy, BlockLayout, Group, build_anatomy, unit_weights
-from .calibration import LossFn, calibration_loss, materialise, mean_length, preserved, to_device, token_mask
+from .anatomy import Anatomy, BlockLayout, Group, base_of, build_anatomy, unit_weights
+from .calibration import (
+    LossFn,
+    calibration_loss,
+    device_of,
+    materialise,
+    mean_length,
+    preserved,
+    to_device,
+    token_mask,
+)
 from .errors import CalibrationError, SensiError, SensiLoadError
 from .priming import head_state, primed
 
 
-METHODS = ("random", "magnitude", "taylor", "fisher")
-GRADIENT_METHODS = ("taylor", "fisher")
+METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
+DATA_METHODS = ("taylor", "fisher", "mask", "movement")
 SPIKE_SHARE = 0.5
 
 
@@ -115,7 +126,7 @@ def compute_scores(
 
     Args:
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
-        score: One of `random`, `magnitude`, `taylor`, `fisher`.
+        score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
         targets: Linears outside the known blocks whose rows are to be scored too.
 
@@ -161,7 +172,7 @@ def score_units(
     length = mean_length(batches) if batches else None
     if score == "random":
         return Scores(random_scores(anatomy, seed), score, length)
-    if score in GRADIENT_METHODS and batches is None:
+    if score in DATA_METHODS and batches is None:
         warnings.warn(
             f"No calibration data was given, so score={score!r} falls back to 'magnitude', which usually loses more "
             f"accuracy. Pass `calibration=` (batches with labels).",
@@ -171,21 +182,34 @@ def score_units(
     if score == "magnitude":
         return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
     assert batches is not None
-    used = batches[: max(1, calibration_steps)]
-    totals = {g.name: torch.zeros(g.size) for g in anatomy.groups}
-    examples = 0
-    with primed(model, batches, steps=priming_steps, lr=priming_lr, loss_fn=loss_fn, progress=progress):
+    if score in ("mask", "movement") and not priming_steps:
+        raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
+    priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
+    spikes = _SpikeFinder(model, anatomy)
+    if score == "mask":
+        device = device_of(model)
+        gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
+        with (
+            _hooked(model, anatomy, lambda group, x: _gate(x, gates[group.name])),
+            primed(model, batches, gates=list(gates.values()), **priming),
+        ):
+            head = head_state(model)
+        return Scores({name: gate.detach().abs().cpu() for name, gate in gates.items()}, score, length, head=head)
+    with primed(model, batches, **priming) as originals:
+        head = head_state(model) if priming_steps else {}
+        if score == "movement":
+            return Scores({g.name: movement(model, g, originals) for g in anatomy.groups}, score, length, head=head)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        spikes = _SpikeFinder(model, anatomy)
-        bar = tqdm(used, desc=f"{score} scores", disable=not progress, leave=False)
+        totals = {g.name: torch.zeros(g.size) for g in anatomy.groups}
+        examples = 0
+        bar = tqdm(batches[: max(1, calibration_steps)], desc=f"{score} scores", disable=not progress, leave=False)
         for index, batch in enumerate(bar):
             with spikes.watching(batch):
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]
             for name, gradient in gradients.items():
                 totals[name] += (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
-        head = head_state(model) if priming_steps else {}
     values = {name: total / examples for name, total in totals.items()}
     return Scores(values, score, length, spikes.found(), head)
 
@@ -200,6 +224,23 @@ def magnitude(model: nn.Module, group: Group) -> torch.Tensor:
     """L2 norm of all weights of each unit."""
     squares = [unit_weights(model, group, side).square().sum(1) for side in group.sides]
     return torch.stack(squares).sum(0).sqrt().cpu()
+
+
+def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """L1 norm of what priming changed in each unit: `originals` holds the values before, by `id` of the parameter."""
+    total = torch.zeros(group.size)
+    for side in group.sides:
+        linear = base_of(model.get_submodule(side.module))
+        if id(linear.weight) not in originals:
+            continue
+        change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
+        rows = slice(side.offset, side.offset + group.size * side.width)
+        change = change[rows] if side.dim == 0 else change[:, rows].t()
+        total += change.reshape(group.size, -1).abs().sum(1)
+        if side.bias and side.dim == 0 and id(linear.bias) in originals:
+            change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
+            total += change[rows].reshape(group.size, -1).abs().sum(1)
+    return total
 
 
 def gate_gradients(
@@ -219,9 +260,7 @@ def gate_gradients(
     def gated(group: Group, x: torch.Tensor) -> torch.Tensor:
         if group.name not in gates:
             gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
-        gate = gates[group.name].to(x.dtype)
-        gate = gate.view(x.shape[0], *[1] * (x.dim() - 2), group.size, 1)
-        return (x.unflatten(-1, (group.size, -1)) * gate).flatten(-2)
+        return _gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size))
 
     with _hooked(model, anatomy, gated), torch.enable_grad():
         loss = calibration_loss(model, batch, loss_fn, where)
@@ -234,6 +273,11 @@ def gate_gradients(
             raise CalibrationError(f"The gradient of {name!r} is not finite for {where}.")
         result[name] = grad.float() * gate.shape[0]
     return result
+
+
+def _gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Multiplies each unit's part of `x` `[..., units * width]` by its gate `[..., units]`."""
+    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
 
 def gate_gradients_reference(
@@ -262,7 +306,7 @@ def _hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
     try:
         for group in anatomy.groups:
             module = model.get_submodule(group.output)
-            if group.kind == "row":
+            if not group.trimmable:
                 handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y)))
             else:
                 handles.append(

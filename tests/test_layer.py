@@ -171,9 +171,8 @@ def test_a_base_of_half_precision(budget, dtype):
     output.loss.backward()
     assert output.logits.dtype == dtype
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in masters)
-    exact = wrap(tiny_model(), **{**budget, "plan": model.base_model.plan()} if False else budget)
-    if exact.base_model.plan() == model.base_model.plan():
-        torch.testing.assert_close(logits(model).float(), logits(exact), atol=0.15, rtol=0.15)
+    exact = wrap(tiny_model(), plan=model.base_model.plan())
+    torch.testing.assert_close(logits(model).float(), logits(exact), atol=0.1, rtol=0.1)
 
 
 def test_small_steps_are_not_lost_on_a_base_of_half_precision():
@@ -277,20 +276,19 @@ def test_a_unit_no_target_of_which_is_tuned_is_frozen_not_trimmed():
     assert {n.rsplit(".", 2)[-2] for n in layers(model)} == {"intermediate"}
 
 
-@pytest.mark.parametrize("init_weights", [True, False])
-def test_a_fresh_adapter_that_trims_nothing_changes_nothing(init_weights):
+def test_a_fresh_adapter_that_trims_nothing_changes_nothing():
     base = tiny_model()
-    model = wrap(tiny_model(), budget={"trainable": 0.2}, init_weights=init_weights)
-    assert torch.equal(logits(model), logits(base)) == init_weights
+    fresh = wrap(tiny_model(), budget={"trainable": 0.2})
+    torch.testing.assert_close(logits(fresh), logits(base), atol=1e-6, rtol=1e-5)
+    perturbed = wrap(tiny_model(), budget={"trainable": 0.2}, init_weights=False)
+    assert (logits(perturbed) - logits(base)).abs().max() > 1e-2
 
 
 class TestWithoutTheBase:
     """`keep_base=False` keeps only what the adapter needs."""
 
     def test_it_computes_the_same_with_less(self, budget):
-        torch.manual_seed(0)
         whole = wrap(tiny_model(), **budget)
-        torch.manual_seed(0)
         less = wrap(tiny_model(), keep_base=False, **budget)
         for model in (whole, less):
             train(model)

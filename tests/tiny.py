@@ -134,10 +134,12 @@ def train(model: nn.Module, batches: list[dict[str, torch.Tensor]] | None = None
     batches = tiny_batches(steps, seed=7) if batches is None else batches
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for batch in batches[:steps]:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dropout
+        for batch in batches[:steps]:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     model.eval()
 
 

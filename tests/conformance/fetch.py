@@ -1,4 +1,4 @@
-"""PEFT's own tests, which its source distribution ships and its wheel does not. Nothing of them is kept in this repository."""
+"""PEFT's own tests, from its source distribution (the wheel has none). Nothing of them is kept in this repository."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Blocks(nn.Module):
         self.lin0 = nn.Linear(10, 2)
         self.dtype = torch.float
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
         hidden = X.to(self.dtype) / 10
         for layer in self.layers:
             hidden = layer["norm"](hidden + layer["down"](layer["up"](hidden).relu()))

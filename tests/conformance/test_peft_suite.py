@@ -1,14 +1,16 @@
 """PEFT's tests with our config class, models and budgets in place of its own lists of parameters.
 
-`_point_at` replaces the values of the tests' `parametrize` marks, found by their argument names. Tests that take LoRA as an
-example of any method get ours by another name. What is left out, and why, says `deselected.py`.
+`_point_at` replaces the values of the tests' `parametrize` marks, found by their argument names. Tests that take LoRA
+as an example of any method get ours in its place. What is left out, and why, says `deselected.py`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ except Unavailable as reason:
 
 pytestmark = pytest.mark.conformance
 
-# -- what PEFT's tests are run with: "whole" tunes its targets, "tune" a part of them, "trim" drops units --------------
+# -- what PEFT's tests are run with: "whole" tunes its targets, "tune" a part of them, "trim" drops units -------------
 
 TUNE, TRIM = {"budget": {"trainable": 0.3}}, {"budget": 0.5}
 TRIM_TUNE = {"budget": {"params": 0.5, "trainable": 0.2}}
@@ -52,14 +54,16 @@ CUSTOM = [
     ("Blocks", "tune-blocks", {**BLOCKS, **TUNE}),
     ("Blocks", "trim-blocks", {**BLOCKS, **TRIM}),
     ("Blocks", "trim-tune-blocks", {**BLOCKS, **TRIM_TUNE}),
+    ("MLP", "low-rank", {"update": "low_rank", "rank": 2}),
+    ("Blocks", "trim-low-rank-blocks", {**BLOCKS, **TRIM, "update": "low_rank", "rank": 2}),
 ]
 PAIRS = [
     ("pair-same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
     ("pair-different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
     ("pair-overlapping", {"target_modules": ["lin0"], **TUNE}, {"target_modules": ["lin0", "lin1"]}),
 ]
-# Norms are trained with what is trimmed, by default; "trim-blocks" leaves them alone.
-ENCODER = {"tune": TUNE, "trim": TRIM, "trim-blocks": {**TRIM, "also_train": ["biases"]}, "trim-tune": TRIM_TUNE}
+# By default norms are trained together with blocks that are trimmed.
+ENCODER = {"tune": TUNE, "trim": {**TRIM, "also_train": []}, "trim-norms": TRIM, "trim-tune": TRIM_TUNE}
 DECODER = {"tune": TUNE, "whole": {}}
 
 
@@ -130,18 +134,25 @@ class _Local:
 
 
 class LoraIsSensi:
-    """For tests without parameters: where they make a LoRA config or load a model, they get ours."""
+    """For tests whose parameters are not ours: where they make a LoRA config or load a model, they get ours."""
 
     @pytest.fixture(autouse=True)
-    def _lora_is_sensi(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Many of them load an adapter onto freshly drawn weights, which for us is the wrong base.
-        monkeypatch.setattr("peft_sensi.model.check_fingerprint", lambda *args: None)
-        if not hasattr(request.node, "callspec") or not {"config_cls", "config0"} & request.node.callspec.params.keys():
-            for module in (custom, low_level):
-                monkeypatch.setattr(module, "LoraConfig", lora_as_sensi)
-                monkeypatch.setattr(module, "AutoModelForCausalLM", _Local(AutoModelForCausalLM, "opt"))
-            classifier = _Local(AutoModelForSequenceClassification, "bert")
-            monkeypatch.setattr(custom, "AutoModelForSequenceClassification", classifier)
+    def _lora_is_sensi(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        if "config_kwargs" not in parameters:
+            # Many of these load an adapter onto freshly drawn weights, which for us is the wrong base.
+            monkeypatch.setattr("peft_sensi.model.check_fingerprint", lambda *args: None)
+        if {"config_cls", "config0"} & parameters.keys():
+            yield
+            return
+        stand_in = Mock(side_effect=lora_as_sensi)
+        for module in (custom, low_level):
+            monkeypatch.setattr(module, "LoraConfig", stand_in)
+            monkeypatch.setattr(module, "AutoModelForCausalLM", _Local(AutoModelForCausalLM, "opt"))
+        bert = _Local(AutoModelForSequenceClassification, "bert")
+        monkeypatch.setattr(custom, "AutoModelForSequenceClassification", bert)
+        yield
+        assert stand_in.called, "this test is about another method: deselect it"
 
 
 # -- the suites ------------------------------------------------------------------------------------------------------
@@ -157,8 +168,8 @@ class TestSeveralActive(_point_at(custom.TestMultipleActiveAdapters, **OURS)):
 
 class TestRequiresGrad(LoraIsSensi, _point_at(custom.TestRequiresGrad, **OURS)):
     def check_requires_grad(self, model: Any, *params_expected: str) -> None:
-        names = {"A": "weight", "B": "bias"}
-        ours = [re.sub(r"lora_(A|B)\.(\w+)\.weight", lambda m: f"sensi_{names[m[1]]}.{m[2]}", n) for n in params_expected]
+        ours = [re.sub(r"lora_A\.(\w+)\.weight", r"sensi_weight.\1", name) for name in params_expected]
+        ours = [re.sub(r"lora_B\.(\w+)\.weight", r"sensi_bias.\1", name) for name in ours]
         super().check_requires_grad(model, *ours)
 
 

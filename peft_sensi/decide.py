@@ -1,0 +1,98 @@
+"""Data in, decisions out: calibration batches become scores, a plan and refitted values."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from .anatomy import Anatomy, base_of, nothing_to_trim
+from .budget import Budget
+from .calibration import materialise
+from .config import SensiConfig
+from .pieces import pieces_of, trained_values
+from .plan import Plan, make_plan
+from .refit import Refitted, refit
+from .scores import Scores, score_units
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a wrap is going to do. `head` is the task head as priming left it, by parameter name."""
+
+    plan: Plan
+    refitted: Refitted = field(default_factory=dict)
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def decide(
+    model: nn.Module,
+    given: SensiConfig,
+    config: SensiConfig,
+    anatomy: Anatomy,
+    targets: frozenset[str],
+    saved: list[str],
+) -> Decision:
+    """Scores the units, plans, refits; to be called inside `calibration.preserved`.
+
+    `given` is the user's config with the data, `config` the model's own copy with all defaults filled in, `saved` the base
+    modules that are trained whole.
+    """
+    limits = _limits(model, given, anatomy)
+    batches = None
+    if given.calibration is not None:
+        batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
+    scores = given.scores
+    if scores is None and (limits != Budget() or given.retention):
+        scores = score_units(
+            model,
+            anatomy,
+            batches,
+            score=given.score,
+            calibration_steps=given.calibration_steps,
+            priming_steps=given.priming_steps,
+            priming_lr=given.priming_lr,
+            loss_fn=given.loss_fn,
+            seed=given.seed,
+            progress=True,
+        )
+    if scores is None:
+        scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
+    whole = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
+    biases = [base_of(model.get_submodule(name)).bias for name in targets] if "biases" in (config.also_train or ()) else []
+    plan = make_plan(
+        anatomy,
+        {name: values.numpy() for name, values in scores.values.items()},
+        limits if limits != Budget() else None,
+        targets=targets,
+        protected={name: mask.numpy() for name, mask in scores.protected.items()},
+        sequence_length=given.sequence_length or scores.sequence_length or 128,
+        multiple_of=given.multiple_of,
+        min_units=given.min_units if given.granularity != "tensor" else 0,
+        always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),
+        tunes="dense" in given.update.split("+"),
+        retention=given.retention,
+        biases_apart=bool(biases),
+    )
+    # Now that the plan is known, what is trained beside its units can be counted exactly.
+    tuned = replace(plan, always_trained=0).trainable_params
+    plan = replace(plan, always_trained=whole + trained_values(model, pieces_of(model, config, plan)) - tuned)
+    wanted = given.refit if given.refit is not None else limits.trainable is None
+    refitted: Refitted = {}
+    if wanted and batches is not None and plan.trims:
+        model.eval()
+        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn)
+    return Decision(plan, refitted, scores.head)
+
+
+def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:
+    limits = given.limits
+    if limits.trims and not anatomy.trimmable:
+        raise nothing_to_trim(model)
+    if given.budget is None and given.update == "dense" and given.retention is None and given.sparsity is None:
+        if anatomy.trimmable:
+            return Budget(params=0.5)
+        warnings.warn("No budget was given and the model has nothing to trim: all targeted modules are tuned whole.")
+    return limits

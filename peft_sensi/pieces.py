@@ -1,0 +1,133 @@
+"""From a plan to what happens to each Linear, and what is trained beside the units."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, task_head
+from .config import SensiConfig
+from .errors import SensiError
+from .layer import Slice
+from .plan import FROZEN, TUNED, Plan
+
+
+def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
+    """Names of the modules that may be tuned: PEFT's own matching, adapter internals left out."""
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name)
+    return frozenset(
+        name
+        for name, _ in model.named_modules()
+        if name and not name.startswith(inside) and check_target_module_exists(config, name)
+    )
+
+
+def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> Anatomy:
+    """The model's groups at the granularity of the config."""
+    whole: Literal["", "sublayers", "tensors"] = ""
+    if config.granularity == "tensor":
+        whole = "sublayers" if config.limits.trims else "tensors"
+    return build_anatomy(model, targets, config.layouts(), whole)
+
+
+def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
+    """The plan that a config holds in packed form. Raises `SensiLoadError` when it does not fit this model."""
+    targets = targets_of(model, config)
+    return Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
+
+
+def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list[str]:
+    """Modules of the base that are trained whole beside the blocks, to be saved through PEFT's `modules_to_save`."""
+    head = tuple(f"{name}." for name in task_head(model))
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if is_base_parameter(name) and "original_module" not in name.split(".") and not f"{name}.".startswith(head)
+    ]
+    modules = {name: base_of(model.get_submodule(name)) for name in names}
+    found = []
+    if "norms" in also_train and blocks.groups:
+        found += [name for name, module in modules.items() if _is_norm(module)]
+    if "pooler" in also_train and head:
+        pooler = f"{model.base_model_prefix}.pooler"
+        found += [name for name in names if name == pooler and any(True for _ in modules[name].parameters())]
+    if "embeddings" in also_train:
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+        if output is not None and any(modules[name].weight is output.weight for name in embeddings):
+            raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
+        found += embeddings
+    return list(dict.fromkeys(found))
+
+
+def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
+    """For each module that the plan concerns: its slice and its group."""
+    pieces = {}
+    for group in plan.anatomy.groups:
+        states = plan.of(group)
+        tuned, frozen = np.flatnonzero(states == TUNED), np.flatnonzero(states == FROZEN)
+        for module in group.modules:
+            sides = [side for side in group.sides if side.module == module]
+            piece = _slice(model, group, sides, tuned, frozen, config, module in plan.targets)
+            if not piece.idle:
+                pieces[module] = (piece, group)
+    return pieces
+
+
+def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> int:
+    """Number of values that the slices train."""
+    total = 0
+    for name, (piece, _) in pieces.items():
+        linear = base_of(model.get_submodule(name))
+        out, features = piece.kept_shape(linear.weight.shape)
+        total += piece.tuned_count * (features if piece.dim == 0 else out)
+        if linear.bias is not None:
+            total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
+        total += piece.rank * (out + features) + min(piece.sparse, out * features)
+        total += out * features * piece.learns_mask
+    return total
+
+
+def _slice(
+    model: nn.Module,
+    group: Group,
+    sides: list[Side],
+    tuned: np.ndarray,
+    frozen: np.ndarray,
+    config: SensiConfig,
+    targeted: bool,
+) -> Slice:
+    linear = base_of(model.get_submodule(sides[0].module))
+    units = np.concatenate([tuned, frozen]) if group.trimmable else np.sort(np.concatenate([tuned, frozen]))
+    kept = np.concatenate([side.positions(units) for side in sides])
+    is_tuned = np.concatenate([np.repeat(np.isin(units, tuned), side.width) for side in sides]) & targeted
+    count = int(is_tuned.sum())
+    prefix = bool(is_tuned[:count].all())
+    also, update = config.also_train or (), config.update.split("+")
+    finished = "output_biases" in also and sides[0].dim == 1 and len(tuned) > 0 and not len(frozen)
+    sizes: dict[str, Any] = {}
+    if targeted and "low_rank" in update:
+        sizes["rank"] = config.rank
+    if targeted and "sparse" in update:
+        sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
+    # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.
+    if config.sparsity is not None and (targeted or ("mask" not in update and group.trimmable)):
+        sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
+        sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
+    return Slice(
+        dim=sides[0].dim,
+        size=linear.weight.shape[sides[0].dim],
+        kept=torch.from_numpy(kept),
+        tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
+        units=len(units),
+        train_bias=linear.bias is not None and targeted and (finished or "biases" in also),
+        **sizes,
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))

@@ -1,0 +1,110 @@
+"""The five published systems as configurations of the one method: what distinguishes them can be read here.
+
+Every function returns a [`SensiConfig`]; further keyword arguments go to it (`calibration=`, `task_type=`, ...). A recipe
+whose training has phases sets `schedule`: step it with [`Schedule`], or give [`SensiCallback`] to `Trainer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .config import SensiConfig
+from .errors import SensiError
+
+
+QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]
+
+
+def sensi_bert(
+    budget: float | int,
+    limit: Literal["params", "flops"] = "params",
+    score: str = "mask",
+    granularity: Literal["unit", "tensor"] = "unit",
+    **kwargs: Any,
+) -> SensiConfig:
+    """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters or FLOPs, fine-tune the rest.
+
+    The procedure of the abstract; scoring and allocation follow the closest published methods (EarlyBERT's learned masks,
+    Kwon et al.'s allocation). `granularity="tensor"` keeps or removes whole sublayers.
+    """
+    return SensiConfig(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
+
+
+def far(
+    retention: float = 0.1,
+    priming: float = 0.01,
+    training_steps: int | None = None,
+    embeddings: bool = True,
+    score: str = "movement",
+    **kwargs: Any,
+) -> SensiConfig:
+    """FAR, Freeze And Reconfigure (arXiv 2205.01541): the FFN neurons that priming moves most learn, the others do not.
+
+    Everything outside the FFNs is trained; `embeddings=False` leaves them out, which halves what a small model trains.
+    `training_steps` gives the `priming` share its length. `score="random"` is the control.
+    """
+    if training_steps is not None:
+        kwargs["priming_steps"] = max(1, round(priming * training_steps))
+    also_train = ["norms", "output_biases", "pooler", *(["embeddings"] if embeddings else [])]
+    return SensiConfig(retention=retention, score=score, also_train=also_train, **kwargs)
+
+
+def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiConfig:
+    """Learners + priming (arXiv 2208.02070): two projections parallel to every Linear of the blocks, folded afterwards.
+
+    For `priming_epochs` the attention is trained too, and stays what it became; then only the learners, biases and norms.
+    """
+    also_train = ["biases", "norms"]
+    if not priming_epochs:
+        return SensiConfig(update="low_rank", rank=rank, also_train=also_train, **kwargs)
+    # Retention 0 tunes no neuron, which leaves attention as the dense part.
+    schedule = {"phase": "freeze_dense", "epochs": priming_epochs}
+    return SensiConfig(
+        update="dense+low_rank", rank=rank, retention=0.0, also_train=also_train, schedule=schedule, **kwargs
+    )
+
+
+def dsee(
+    rank: int = 16,
+    sparse: int = 128,
+    mask: Literal["unstructured", "structured"] | None = None,
+    sparsity: float | None = None,
+    support: str = "decomposition",
+    draw_at: float = 0.5,
+    **kwargs: Any,
+) -> SensiConfig:
+    """DSEE (arXiv 2111.00160): `(W + U V + S2) * S1` with `U V + S2` on query and value.
+
+    `mask="unstructured"` removes the share `sparsity` of the weights of every Linear of the blocks once, after the share
+    `draw_at` of the training; `mask="structured"` removes heads and neurons to that share of the FLOPs when the model is
+    wrapped.
+    """
+    if (mask is None) != (sparsity is None):
+        raise SensiError("`mask` and `sparsity` belong together: give both or none.")
+    kwargs.setdefault("target_modules", QUERY_AND_VALUE)
+    if mask == "unstructured":
+        kwargs |= {"sparsity": sparsity, "schedule": {"phase": "draw_mask", "at": draw_at}}
+    elif mask == "structured":
+        kwargs["budget"] = {"flops": 1.0 - float(sparsity or 0.0)}
+    elif mask is not None:
+        raise SensiError(f"`mask` must be 'unstructured', 'structured' or None, got {mask!r}.")
+    return SensiConfig(update="low_rank+sparse", rank=rank, sparse=sparse, support=support, **kwargs)
+
+
+def l0_close(share: float = 0.25, score: str = "movement", **kwargs: Any) -> SensiConfig:
+    """L0-close fine-tuning (arXiv 2004.14129): only the tensors that matter most are tuned.
+
+    `share` bounds their parameters, as a share of the base's; `model.base_model.plan()` prints which were chosen.
+    """
+    return SensiConfig(granularity="tensor", budget={"trainable": share}, score=score, **kwargs)
+
+
+def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:
+    """Fine-tuning by a binary mask over frozen weights (arXiv 2004.14129); only the task head is trained beside it.
+
+    `model.base_model.compress("bits")` turns the trained scores into one bit a weight.
+    """
+    return SensiConfig(granularity="weight", update="mask", sparsity=sparsity, **kwargs)
+
+
+RECIPES = {f.__name__: f for f in (sensi_bert, far, learners, dsee, l0_close, binary_mask)}
