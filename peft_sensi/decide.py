@@ -12,6 +12,7 @@ from .anatomy import Anatomy, base_of, nothing_to_trim
 from .budget import Budget
 from .calibration import materialise
 from .config import SensiConfig
+from .errors import SensiError
 from .pieces import pieces_of, trained_values
 from .plan import Plan, make_plan
 from .refit import Refitted, refit
@@ -79,7 +80,12 @@ def decide(
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     tuned = replace(plan, always_trained=0).trainable_params
     plan = replace(plan, always_trained=whole + trained_values(model, pieces_of(model, config, plan)) - tuned)
-    wanted = given.refit if given.refit is not None else limits.trainable is None
+    # The fit is centred, so it moves the output biases where there are any: the adapter must hold them, too.
+    has_biases = any(base_of(model.get_submodule(group.output)).bias is not None for group in anatomy.trimmable)
+    fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
+    if given.refit and not fits:
+        raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")
+    wanted = given.refit if given.refit is not None else limits.trainable is None and fits
     refitted: Refitted = {}
     if wanted and batches is not None and plan.trims:
         model.eval()

@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -182,9 +183,11 @@ class SensiModel(BaseTuner):
         return peft_config  # `_prepare` has chosen the targets
 
     def _check_target_module_exists(self, peft_config: SensiConfig, key: str) -> Any:  # type: ignore[override]
+        result = check_target_module_exists(peft_config, key)
         if self._sensi_injecting is not None and self._sensi_injecting[0]:
-            return key in self._sensi_injecting[0]
-        return check_target_module_exists(peft_config, key)
+            # The plan decides; but PEFT warns when `exclude_modules` seems to exclude nothing.
+            return key in self._sensi_injecting[0] or (result if isinstance(result, _ExcludedModule) else False)
+        return result
 
     def _create_and_replace(
         self,

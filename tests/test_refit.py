@@ -8,7 +8,7 @@ import torch
 import tiny
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 
-from peft_sensi import Plan, SensiConfig, build_anatomy, make_plan
+from peft_sensi import Plan, SensiConfig, SensiError, build_anatomy, make_plan
 from peft_sensi.plan import TRIMMED
 from peft_sensi.refit import RIDGE, refit
 
@@ -92,21 +92,26 @@ def test_the_wrapped_model_starts_from_the_refitted_values():
     assert errors[True] < 0.8 * errors[False]
 
 
-@pytest.mark.parametrize("also_train", [[], ["norms"], ["biases"]])
-def test_a_refitted_bias_is_used_whatever_else_is_trained(also_train):
-    """The fit is centred: its weights without its bias would be worse than no fit at all."""
-    batches = data(tiny_model())
-    options = {"budget": 0.5, "score": "taylor", "calibration": batches, "calibration_steps": 12}
-    some = wrap(tiny_model(), also_train=also_train, **options)
-    full = wrap(tiny_model(), **options)
-    assert not torch.equal(logits(full), logits(wrap(tiny_model(), refit=False, **options)))
-    assert torch.equal(logits(some), logits(full))
+@pytest.mark.parametrize("also_train", [[], ["norms"], ["biases"], ["output_biases"]])
+def test_a_refit_needs_the_output_biases(also_train):
+    """The fit is centred: its weights without its biases would be worse than no fit at all."""
+    options = {"budget": 0.5, "calibration": data(tiny_model()), "calibration_steps": 12, "also_train": also_train}
+    without = logits(wrap(tiny_model(), refit=False, **options))
+    default = logits(wrap(tiny_model(), **options))
+    if {"biases", "output_biases"} & set(also_train):
+        assert not torch.equal(default, without)
+        assert torch.equal(default, logits(wrap(tiny_model(), refit=True, **options)))
+        assert torch.equal(default, logits(wrap(tiny_model(), **{**options, "also_train": None})))
+    else:
+        assert torch.equal(default, without)
+        with pytest.raises(SensiError, match="output_biases"):
+            wrap(tiny_model(), refit=True, **options)
 
 
 def test_the_refit_survives_saving(tmp_path):
     from peft import PeftModel
 
-    model = wrap(tiny_model(), budget=0.5, calibration=data(tiny_model()), also_train=[])
+    model = wrap(tiny_model(), budget=0.5, calibration=data(tiny_model()))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
 

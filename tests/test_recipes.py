@@ -1,0 +1,230 @@
+"""Every recipe and mixture keeps the contract, and trains as many values as its paper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import tiny_batches, tiny_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from peft_sensi import Schedule, SensiCallback, SensiConfig, SensiError, recipes
+
+
+DATA = {"task_type": "SEQ_CLS", "calibration": tiny_batches(4), "priming_steps": 2, "calibration_steps": 3}
+PLAIN = {"task_type": "SEQ_CLS"}
+
+CONFIGS = {
+    "sensi_bert": lambda: recipes.sensi_bert(0.5, **DATA),
+    "sensi_bert_flops": lambda: recipes.sensi_bert(0.5, "flops", score="fisher", **DATA),
+    "sensi_bert_tensor": lambda: recipes.sensi_bert(0.6, granularity="tensor", **DATA),
+    "far": lambda: recipes.far(0.1, training_steps=200, **DATA),
+    "far_random": lambda: recipes.far(0.1, embeddings=False, score="random", **PLAIN),
+    "learners": lambda: recipes.learners(4, priming_epochs=1, **PLAIN),
+    "learners_unprimed": lambda: recipes.learners(4, priming_epochs=0, **PLAIN),
+    "dsee": lambda: recipes.dsee(4, 16, **PLAIN),
+    "dsee_magnitude": lambda: recipes.dsee(4, 16, support="magnitude", **PLAIN),
+    "dsee_random": lambda: recipes.dsee(4, 16, support="random", **PLAIN),
+    "dsee_unstructured": lambda: recipes.dsee(4, 16, mask="unstructured", sparsity=0.3, **PLAIN),
+    "dsee_structured": lambda: recipes.dsee(4, 16, mask="structured", sparsity=0.3, **DATA),
+    "l0_close": lambda: recipes.l0_close(0.2, **DATA),
+    "binary_mask": lambda: recipes.binary_mask(0.1, **PLAIN),
+    "trim_and_tune": lambda: SensiConfig(budget={"flops": 0.6, "trainable": 0.08}, **DATA),
+    "trim_and_low_rank": lambda: SensiConfig(budget=0.6, update="low_rank", rank=2, **DATA),
+    "mask_and_tune": lambda: SensiConfig(budget={"trainable": 0.1}, sparsity=0.2, **DATA),
+}
+
+
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def fit(model: PeftModel, steps: int = 4) -> None:
+    config = model.peft_config["default"]
+    schedule = Schedule(model, steps, steps_per_epoch=steps // 2) if config.schedule else None
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in tiny_batches(steps, seed=3):
+        if schedule is not None:
+            schedule.step(optimizer)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny_batches(1, seed=9)[0]).logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_contract(name, tmp_path):
+    base = logits(tiny_model())
+    model = get_peft_model(tiny_model(), CONFIGS[name]())
+    plan = model.base_model.plan()
+    head = sum(p.numel() for p in tiny_model().classifier.parameters())
+    assert trained(model) == plan.trainable_params + head
+    fit(model)
+    expected = logits(model)
+    assert not torch.equal(expected, base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    model.save_pretrained(tmp_path)
+    for kwargs in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}, {"is_trainable": True}):
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), str(tmp_path), **kwargs).eval()), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+    assert all(type(m).__module__.split(".")[0] != "peft_sensi" for m in merged.modules())
+
+
+@pytest.mark.parametrize("name", ["learners", "dsee_unstructured", "binary_mask", "far", "mask_and_tune"])
+def test_trainer_resumes_to_the_same_model(name, tmp_path):
+    rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(6, padding=False, seed=5) for i in range(4)]
+
+    def trainer(steps_to_save: int) -> Trainer:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model(), CONFIGS[name]())
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=6, per_device_train_batch_size=4, save_steps=steps_to_save, learning_rate=1e-2,
+            use_cpu=True, report_to=[], seed=1, disable_tqdm=True,
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=rows, callbacks=[SensiCallback()])
+
+    whole = trainer(4)
+    whole.train()
+    resumed = trainer(100)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(logits(resumed.model.eval()), logits(whole.model.eval()))
+
+
+def test_trained_values_of_the_papers():
+    with torch.device("meta"):
+        shape = DistilBertForSequenceClassification(DistilBertConfig(num_labels=2))
+
+    def distilbert():
+        return DistilBertForSequenceClassification(shape.config)
+
+    far = get_peft_model(distilbert(), recipes.far(0.1, score="random", task_type="SEQ_CLS"))
+    assert trained(far) == 41_451_572
+    primed = get_peft_model(distilbert(), recipes.learners(64, task_type="SEQ_CLS"))
+    assert trained(primed) == 5_961_986 + 14_155_776
+    unprimed = get_peft_model(distilbert(), recipes.learners(64, priming_epochs=0, task_type="SEQ_CLS"))
+    assert trained(unprimed) == 5_961_986
+    added = sum(p.numel() for n, p in unprimed.named_parameters() if ".sensi_down." in n or ".sensi_up." in n)
+    assert added == 5_308_416
+    bert = BertForSequenceClassification(BertConfig())
+    dsee = get_peft_model(bert, recipes.dsee(16, 128, support="magnitude", task_type="SEQ_CLS"))
+    assert dsee.base_model.plan().trainable_params == 592_896
+
+
+def test_learners_freeze_attention_after_priming_and_keep_what_it_learned():
+    model = get_peft_model(tiny_model(), CONFIGS["learners"]())
+    before = trained(model)
+    dense = {n: p for n, p in model.named_parameters() if ".sensi_weight." in n}
+    assert dense and all("attention" in n for n in dense)
+    start = {n: p.detach().clone() for n, p in dense.items()}
+    schedule = Schedule(model, 4, steps_per_epoch=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    middle = {}
+    for step, batch in enumerate(tiny_batches(4)):
+        schedule.step(optimizer)
+        if step == 2:
+            middle = {n: p.detach().clone() for n, p in dense.items()}
+            assert trained(model) == before - sum(p.numel() for p in dense.values())
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(middle[n], start[n]) and torch.equal(p, middle[n]) for n, p in dense.items())
+
+
+def test_a_schedule_that_nobody_steps_raises():
+    model = get_peft_model(tiny_model(), CONFIGS["dsee_unstructured"]()).train()
+    with pytest.raises(SensiError, match="SensiCallback"):
+        model(**tiny_batches(1)[0])
+    logits(model.eval())  # inference needs no schedule
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.137, 0.5])
+@pytest.mark.parametrize("kind", ["dsee", "binary_mask"])
+def test_merged_sparsity_is_what_was_asked_for(kind, sparsity):
+    if kind == "dsee":
+        config = recipes.dsee(4, 16, mask="unstructured", sparsity=sparsity, **PLAIN)
+    else:
+        config = recipes.binary_mask(sparsity, **PLAIN)
+    model = get_peft_model(tiny_model(), config)
+    fit(model)
+    merged = model.merge_and_unload()
+    for name, module in merged.bert.encoder.named_modules():
+        if isinstance(module, nn.Linear):
+            assert int((module.weight == 0).sum()) == int(sparsity * module.weight.numel() + 1e-9), name
+
+
+def test_compressed_mask_takes_one_bit_a_weight(tmp_path):
+    model = get_peft_model(tiny_model(hidden_size=64, intermediate_size=256), recipes.binary_mask(0.2, **PLAIN))
+    fit(model)
+    expected = logits(model)
+    model.base_model.compress("bits")
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    base = tiny_model(hidden_size=64, intermediate_size=256)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert torch.equal(logits(loaded), expected)
+    state = {n: p for n, p in loaded.named_parameters() if ".sensi_" in n}
+    weights = sum(m.weight.numel() for m in tiny_model(hidden_size=64, intermediate_size=256).bert.encoder.modules()
+                  if isinstance(m, nn.Linear))  # fmt: skip
+    assert sum(p.numel() * p.element_size() for p in state.values()) == weights / 8
+    with pytest.raises(SensiError, match="only masks have bits"):
+        get_peft_model(tiny_model(), SensiConfig(score="magnitude", **PLAIN)).base_model.compress("bits")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"update": "low_rank"},
+        {"update": "sparse"},
+        {"update": "mask"},
+        {"update": "nonsense"},
+        {"rank": 4},
+        {"sparse": 4},
+        {"support": "random"},
+        {"update": "sparse", "sparse": 3, "support": "nonsense"},
+        {"update": "low_rank", "rank": 0},
+        {"update": "low_rank", "rank": 4, "budget": {"trainable": 0.1}},
+        {"granularity": "weight"},
+        {"granularity": "nonsense"},
+        {"granularity": "tensor", "budget": {"params": 0.5, "trainable": 0.1}},
+        {"retention": 0.1, "budget": {"trainable": 0.1}},
+        {"retention": 1.5},
+        {"sparsity": -0.1},
+        {"schedule": {"phase": "nonsense"}},
+        {"schedule": {"phase": "draw_mask", "at": 0.5}},
+        {"schedule": {"phase": "freeze_dense"}},
+        {"schedule": "often"},
+        {"compressed": "bits"},
+        {"also_train": ["output_biases"], "budget": {"trainable": 0.1}},
+    ],
+)
+def test_what_cannot_be_combined_is_refused(fields):
+    with pytest.raises(SensiError):
+        SensiConfig(**fields)
+
+
+def test_dsee_needs_mask_and_sparsity_together():
+    with pytest.raises(SensiError, match="belong together"):
+        recipes.dsee(mask="unstructured")
+    with pytest.raises(SensiError, match="belong together"):
+        recipes.dsee(sparsity=0.5)
