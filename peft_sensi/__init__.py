@@ -1,12 +1,14 @@
 """Sensitivity-ranked tuning and trimming of transformers, as a PEFT method. Importing it registers the method."""
 
 from . import recipes
-from .anatomy import Anatomy, BlockLayout, build_anatomy
+from .allocate import make_plan
+from .anatomy import Anatomy, build_anatomy
 from .budget import Budget
 from .config import SensiConfig
 from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
+from .families import BlockLayout
 from .model import SensiModel
-from .plan import Plan, make_plan
+from .plan import Plan
 from .register import register
 from .schedule import Schedule, SensiCallback
 from .scores import Scores, compute_scores

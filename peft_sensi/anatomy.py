@@ -1,9 +1,9 @@
 """Which units a model has, and which rows or columns of which Linear each of them owns.
 
-A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, or an
-output row of a Linear that belongs to no known block. A *group* holds the units of one sublayer. Removing a head or a
-neuron means removing slices of several weights at once (its *sides*), and exactly the same function remains as when the
-unit's activation is multiplied by zero at the input of the group's output projection.
+A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, or
+an output row of a Linear that belongs to no known block. A *group* holds the units of one sublayer. Removing a head or
+a neuron means removing slices of several weights at once (its *sides*), and exactly the same function remains as when
+the unit's activation is multiplied by zero at the input of the group's output projection.
 
 Everything here reads shapes only, so it also works on `meta` tensors.
 """
@@ -11,10 +11,10 @@ Everything here reads shapes only, so it also works on `meta` tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,86 +23,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import AnatomyError
+from .families import FAMILIES, BlockLayout
 
 
 Kind = Literal["head", "neuron", "row", "tensor"]
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where a transformer layer keeps its heads and neurons: one row of the table of families.
-
-    Names are paths below the layer module. `layer` is the end of the layer's own path, with `*` for its index. Leave the
-    attention names or the FFN names empty for a layer that has only the other; a field that names nothing is skipped.
-    `head_size` is a number or the path of an attribute that holds it. `head_counts`, `kv_head_counts` and `head_widths`
-    are attributes that must follow the number of heads (resp. heads times head size) of a trimmed layer. The two norms
-    are the modules whose *input* is the residual sum after the sublayer; they weigh the errors of the refit.
-    """
-
-    layer: str
-    q: str = ""
-    k: str = ""
-    v: str = ""
-    o: str = ""
-    up: str = ""
-    gate: str = ""
-    down: str = ""
-    head_size: int | str = ""
-    head_counts: tuple[str, ...] = ()
-    kv_head_counts: tuple[str, ...] = ()
-    head_widths: tuple[str, ...] = ()
-    attention_norm: str = ""
-    ffn_norm: str = ""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BlockLayout:
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise AnatomyError(f"A block layout has no field {unknown[0]!r}; its fields are {sorted(known)}.")
-        if not isinstance(values.get("layer"), str) or not values["layer"]:
-            raise AnatomyError("A block layout needs `layer`, the path of the layer modules, such as 'encoder.layer.*'.")
-        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
-
-
-_BERT = BlockLayout(
-    layer="encoder.layer.*",
-    q="attention.self.query",
-    k="attention.self.key",
-    v="attention.self.value",
-    o="attention.output.dense",
-    up="intermediate.dense",
-    down="output.dense",
-    head_size="attention.self.attention_head_size",
-    head_counts=("attention.self.num_attention_heads",),
-    head_widths=("attention.self.all_head_size",),
-    attention_norm="attention.output.LayerNorm",
-    ffn_norm="output.LayerNorm",
-)
-_DISTILBERT = BlockLayout(
-    layer="transformer.layer.*",
-    q="attention.q_lin",
-    k="attention.k_lin",
-    v="attention.v_lin",
-    o="attention.out_lin",
-    up="ffn.lin1",
-    down="ffn.lin2",
-    head_size="attention.attention_head_size",
-    head_counts=("attention.n_heads",),
-    attention_norm="sa_layer_norm",
-    ffn_norm="output_layer_norm",
-)
-
-FAMILIES: dict[str, tuple[BlockLayout, ...]] = {
-    "bert": (_BERT,),
-    "camembert": (_BERT,),
-    "distilbert": (_DISTILBERT,),
-    "electra": (_BERT,),
-    "roberta": (_BERT,),
-    "xlm-roberta": (_BERT,),
-}
 
 
 @dataclass(frozen=True)
@@ -214,8 +138,8 @@ def build_anatomy(
 ) -> Anatomy:
     """Finds the groups of `model`: its blocks, and one group of rows for each targeted Linear outside them.
 
-    `blocks` replaces the built-in layouts. With `whole`, a sublayer of a block is one unit, or each targeted Linear is one
-    that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
+    `blocks` replaces the built-in layouts. With `whole`, a sublayer of a block is one unit, or each targeted Linear is
+    one that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
     layouts = tuple(blocks) if blocks is not None else FAMILIES.get(model_type, ())
@@ -244,10 +168,10 @@ def build_anatomy(
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
     return AnatomyError(
-        f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families are "
-        f"{', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout(layer='encoder.layer.*', "
-        f"q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a `trainable` limit, which trims "
-        f"nothing."
+        f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families "
+        f"are {', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout("
+        f"layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a "
+        f"`trainable` limit, which trims nothing."
     )
 
 
@@ -306,7 +230,9 @@ def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, 
     path = f"{layer}.{name}"
     linear = base_of(modules[path]) if path in modules else None
     if not isinstance(linear, nn.Linear):
-        raise AnatomyError(f"The block layout names {path!r}, which is {'no Linear' if linear else 'not in the model'}.")
+        raise AnatomyError(
+            f"The block layout names {path!r}, which is {'no Linear' if linear else 'not in the model'}."
+        )
     return path, linear
 
 

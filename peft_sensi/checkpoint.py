@@ -1,10 +1,11 @@
 """What is written beside the trained values, and how files are checked before they are believed.
 
-An adapter is PEFT's pair `adapter_config.json` + `adapter_model.safetensors`. The config holds the plan, bit-packed, so
-that every loader can build the right shapes before it reads a weight. The tensors are `<module>.sensi_weight` (trained
-rows `[n, in]` or columns `[out, n]`), `<module>.sensi_bias`, the modules that are saved whole, and `sensi_plan`, the
-plan the values belong to, as JSON in bytes: `Trainer` resumes into a model whose config has another plan without ever
-reading the checkpoint's config, and a pair of files that a kill has torn apart shows itself by two plans.
+An adapter is PEFT's pair `adapter_config.json` + `adapter_model.safetensors`. The config holds the plan, bit-packed,
+so that every loader can build the right shapes before it reads a weight. The tensors are `<module>.sensi_weight`
+(trained rows `[n, in]` or columns `[out, n]`), `<module>.sensi_bias`, the modules that are saved whole, and
+`sensi_plan`, the plan the values belong to, as JSON in bytes: `Trainer` resumes into a model whose config has another
+plan without ever reading the checkpoint's config, and a pair of files that a kill has torn apart shows itself by two
+plans.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
         isinstance(expected, Mapping)
         and isinstance(expected.get("shapes"), Mapping)
         and isinstance(expected.get("marks"), list)
-        and all(isinstance(m, (int, float)) and not isinstance(m, bool) and math.isfinite(m) for m in expected["marks"])
+        and all(
+            isinstance(m, (int, float)) and not isinstance(m, bool) and math.isfinite(m) for m in expected["marks"]
+        )
     )
     if not good:
         raise SensiLoadError("The adapter's `fingerprint` is malformed: it needs `shapes` and a list of `marks`.")
@@ -85,8 +88,8 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
     distance = sum(differences) / max(1, len(differences))
     if distance > _TOLERANCE:
         raise SensiLoadError(
-            f"The adapter was made for another base model: shapes agree, but the weights do not (distance {distance:.2f}, "
-            f"at most {_TOLERANCE} for the same base in any precision). {way_out}"
+            f"The adapter was made for another base model: shapes agree, but the weights do not (distance "
+            f"{distance:.2f}, at most {_TOLERANCE} for the same base in any precision). {way_out}"
         )
 
 
@@ -100,7 +103,9 @@ def check_tensors(
     if missing := sorted(set(expected) - set(found)):
         raise SensiLoadError(f"The adapter file lacks {missing[0]!r} ({len(missing)} tensors missing).")
     if extra := sorted(set(found) - set(expected)):
-        raise SensiLoadError(f"The adapter file holds {extra[0]!r}, which its plan does not have ({len(extra)} extra).")
+        raise SensiLoadError(
+            f"The adapter file holds {extra[0]!r}, which its plan does not have ({len(extra)} extra)."
+        )
     for name, tensor in found.items():
         like = expected[name]
         if tensor.shape != like.shape:

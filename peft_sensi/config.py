@@ -11,16 +11,16 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from .anatomy import BlockLayout
 from .budget import Budget
 from .checkpoint import FORMAT_VERSION
 from .errors import SensiError, SensiLoadError
+from .families import BlockLayout
 from .plan import Plan
 from .scores import METHODS, Scores
 from .updates import check_update
 
 
-class SensiPeftType(str, enum.Enum):
+class SensiPeftType(enum.StrEnum):
     """PEFT's `PeftType` cannot be extended from outside; Transformers needs an enum member with `.value`."""
 
     SENSI = "SENSI"
@@ -36,11 +36,11 @@ class SensiConfig(PeftConfig):
 
     Args:
         budget: A share in (0, 1] or a count of the prunable parameters, or a dict of limits on `params`, `flops` and
-            `trainable` that all hold. `None` is 0.5 where the model has something to trim, otherwise everything targeted
-            is tuned.
+            `trainable` that all hold. `None` is 0.5 where the model has something to trim, otherwise everything
+            targeted is tuned.
         score: `fisher`, `taylor`, `mask`, `movement`, `magnitude` or `random`.
-        granularity: `unit` (heads, neurons, rows), `tensor` (a limit on parameters or FLOPs removes whole sublayers, one on
-            trained values tunes whole Linears) or `weight` (only with an update of single weights).
+        granularity: `unit` (heads, neurons, rows), `tensor` (a limit on parameters or FLOPs removes whole sublayers,
+            one on trained values tunes whole Linears) or `weight` (only with an update of single weights).
         update: How the tuned part is parametrised: `dense` slices, `low_rank`, `sparse`, `low_rank+sparse`,
             `dense+low_rank`, or `mask` (see `updates`).
         rank: Of a low-rank update.
@@ -54,15 +54,16 @@ class SensiConfig(PeftConfig):
         target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
             Linears of all known blocks, or all Linears of an unknown model.
         exclude_modules: What may not be tuned.
-        modules_to_save: Modules that are trained and saved whole. The task head of a classification-like task is added.
-        also_train: What else of the base is trained: `output_biases` (of blocks whose kept units are all tuned), `biases`
-            (all of targeted Linears), `norms`, `pooler`, `embeddings`. By default output biases, norms and pooler where
-            dense units are tuned without a `trainable` limit, else nothing.
+        modules_to_save: Modules that are trained and saved whole. The task head of a classification-like task is
+        added.
+        also_train: What else of the base is trained: `output_biases` (of blocks whose kept units are all tuned),
+            `biases` (all of targeted Linears), `norms`, `pooler`, `embeddings`. By default output biases, norms and
+            pooler where dense units are tuned without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
         priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
         priming_lr: Learning rate of AdamW in these steps.
-        refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given and
-            everything that is kept is tuned.
+        refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given
+            and everything that is kept is tuned.
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
         multiple_of: Neurons are kept in steps of so many.
         min_units: Heads and neurons that stay in each block; 0 lets whole sublayers go.
@@ -143,11 +144,11 @@ class SensiConfig(PeftConfig):
                 raise SensiError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
         for name in ("sparsity", "retention"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1):
+            if value is not None and not (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+            ):
                 raise SensiError(f"`{name}` must be a share in [0, 1), got {value!r}.")
-        check_update(
-            self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity
-        )
+        check_update(self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity)
         self._check_combination()
         if self.compressed is not None and (self.compressed != "bits" or self.update != "mask"):
             raise SensiError(f"`compressed` must be None, or 'bits' with update='mask', got {self.compressed!r}.")
@@ -165,7 +166,9 @@ class SensiConfig(PeftConfig):
                 raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {self.also_train!r}.")
             self.also_train = sorted(self.also_train)
         if self.scores is not None and not isinstance(self.scores, Scores):
-            raise SensiError(f"`scores` must be a `Scores`, as `compute_scores` returns, got {type(self.scores).__name__}.")
+            raise SensiError(
+                f"`scores` must be a `Scores`, as `compute_scores` returns, got {type(self.scores).__name__}."
+            )
         if self.loss_fn is not None and self.calibration is None:
             raise SensiError("`loss_fn` has no effect without `calibration`.")
         if self.refit and self.calibration is None and self.plan is None:
@@ -191,18 +194,24 @@ class SensiConfig(PeftConfig):
         if self.granularity == "tensor" and limits.trims and limits.trainable is not None:
             raise SensiError("granularity='tensor' either removes sublayers or tunes Linears: give one kind of limit.")
         if self.granularity == "tensor" and not dense:
-            raise SensiError(f"granularity='tensor' chooses what is tuned whole; update={self.update!r} tunes nothing whole.")
+            raise SensiError(
+                f"granularity='tensor' chooses what is tuned whole; update={self.update!r} tunes nothing whole."
+            )
         if limits.trainable is not None and not dense:
             raise SensiError(
-                f"A `trainable` limit chooses units to tune; the size of a {self.update!r} update follows from `rank`, "
-                f"`sparse` or the mask."
+                f"A `trainable` limit chooses units to tune; the size of a {self.update!r} update follows from "
+                f"`rank`, `sparse` or the mask."
             )
         if self.retention is not None and (limits.trainable is not None or not dense):
-            raise SensiError("`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit.")
+            raise SensiError(
+                "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
+            )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
         if limits.trainable is not None and "output_biases" in (self.also_train or ()):
-            raise SensiError("Under a `trainable` limit only all `biases` can be trained, not those of finished blocks.")
+            raise SensiError(
+                "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
+            )
 
     @property
     def limits(self) -> Budget:
@@ -232,13 +241,16 @@ class SensiConfig(PeftConfig):
         values = super().from_json_file(path_json_file, **kwargs)
         for name in ("calibration", "scores", "loss_fn"):
             if name in values:
-                raise SensiLoadError(f"{path_json_file}: `{name}` exists at run time only and cannot come from a file.")
+                raise SensiLoadError(
+                    f"{path_json_file}: `{name}` exists at run time only and cannot come from a file."
+                )
         return values
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # A plan from a file must match the values beside it; one made in this process may be replaced by a checkpoint's.
+        # A plan from a file must match the values beside it; one made in this process may be replaced by a
+        # checkpoint's.
         config.from_file = True
         return config
 
@@ -268,7 +280,9 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
         if set(schedule) != {"phase", "epochs"} or not is_number("epochs", 1e6):
             raise SensiError("The phase 'freeze_dense' needs `epochs`, a number, and nothing else.")
         if "dense" not in update.split("+"):
-            raise SensiError(f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part.")
+            raise SensiError(
+                f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part."
+            )
     elif phase == "draw_mask":
         if set(schedule) != {"phase", "at"} or not is_number("at", 1.0):
             raise SensiError("The phase 'draw_mask' needs `at`, a share of the training, and nothing else.")
@@ -278,5 +292,13 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
         raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'freeze_dense' and 'draw_mask'.")
 
 
-_COUNTS = {"calibration_steps": 1, "priming_steps": 0, "sequence_length": 1, "multiple_of": 1, "min_units": 0, "seed": 0,
-           "rank": 1, "sparse": 1}  # fmt: skip
+_COUNTS = {
+    "calibration_steps": 1,
+    "priming_steps": 0,
+    "sequence_length": 1,
+    "multiple_of": 1,
+    "min_units": 0,
+    "seed": 0,
+    "rank": 1,
+    "sparse": 1,
+}

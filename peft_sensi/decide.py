@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from .allocate import make_plan
 from .anatomy import Anatomy, base_of, nothing_to_trim
 from .budget import Budget
 from .calibration import materialise
 from .config import SensiConfig
 from .errors import SensiError
 from .pieces import pieces_of, trained_values
-from .plan import Plan, make_plan
+from .plan import Plan
 from .refit import Refitted, refit
 from .scores import Scores, score_units
 
@@ -38,8 +39,8 @@ def decide(
 ) -> Decision:
     """Scores the units, plans, refits; to be called inside `calibration.preserved`.
 
-    `given` is the user's config with the data, `config` the model's own copy with all defaults filled in, `saved` the base
-    modules that are trained whole.
+    `given` is the user's config with the data, `config` the model's own copy with all defaults filled in, `saved` the
+    base modules that are trained whole.
     """
     limits = _limits(model, given, anatomy)
     batches = None
@@ -62,7 +63,9 @@ def decide(
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
     whole = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
-    biases = [base_of(model.get_submodule(name)).bias for name in targets] if "biases" in (config.also_train or ()) else []
+    biases = (
+        [base_of(model.get_submodule(name)).bias for name in targets] if "biases" in (config.also_train or ()) else []
+    )
     plan = make_plan(
         anatomy,
         {name: values.numpy() for name, values in scores.values.items()},
@@ -100,5 +103,6 @@ def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:
     if given.budget is None and given.update == "dense" and given.retention is None and given.sparsity is None:
         if anatomy.trimmable:
             return Budget(params=0.5)
-        warnings.warn("No budget was given and the model has nothing to trim: all targeted modules are tuned whole.")
+        message = "No budget was given and the model has nothing to trim: all targeted modules are tuned whole."
+        warnings.warn(message, stacklevel=2)
     return limits

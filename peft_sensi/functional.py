@@ -44,9 +44,9 @@ def fused_linear(
 
     Args:
         x: `[..., in]`, of `weight`'s dtype.
-        weight: `[out, in]`, not differentiated. It must already hold `tuned_weight` at the positions `tuned` of dimension
-            `dim`, and the sum of the other parts. A cache may be rewritten after the forward pass, as long as the trained
-            parts stay the same: the backward pass checks that, as autograd does for any weight.
+        weight: `[out, in]`, not differentiated. It must already hold `tuned_weight` at the positions `tuned` of
+            dimension `dim`, and the sum of the other parts. A cache may be rewritten after the forward pass, as long
+            as the trained parts stay the same: the backward pass checks that, as autograd does for any weight.
         bias: `[out]` or none, already holding `tuned_bias`.
         tuned_weight: `[n, in]` for `dim` 0, `[out, n]` for `dim` 1, in any float dtype.
         tuned_bias: `[n]` (the rows `tuned`) or `[out]`.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,69 +14,8 @@ from torch.nn import functional as F
 
 from .errors import SensiError
 from .functional import Positions, compose, fused_linear, fused_linear_reference
-from .updates import learned_mask, low_rank_start, pack_mask, sparse_support, top_mask, unpack_mask
-
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """What one adapter does with one Linear, whose base weight is `[out, in]`.
-
-    `kept` lists the base positions (int64, CPU) along `dim` (0 = rows, 1 = columns) that stay, in the order in which the
-    adapter computes them: tuned first, then frozen, the same on both sides of a group, so that the tuned slice is
-    contiguous and no output permutation is needed. A lone Linear keeps its own order instead, and `tuned` is then an
-    index into `kept` rather than a number.
-
-    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is none.
-    A `sparsity` belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
-    """
-
-    dim: int
-    size: int
-    kept: torch.Tensor
-    tuned: Positions
-    units: int
-    train_bias: bool = False
-    rank: int = 0
-    sparse: int = 0
-    support: str = "magnitude"
-    sparsity: float | None = None
-    learns_mask: bool = False
-    drawn_later: bool = False
-    seed: int = 0
-
-    @property
-    def trims(self) -> bool:
-        return len(self.kept) < self.size
-
-    @property
-    def tuned_count(self) -> int:
-        return self.tuned if isinstance(self.tuned, int) else len(self.tuned)
-
-    @cached_property
-    def whole(self) -> bool:
-        """Everything that is kept is tuned, and nothing else happens to the weight."""
-        others = self.rank or self.sparse or self.sparsity is not None
-        return 0 < self.tuned_count == len(self.kept) and not others
-
-    @cached_property
-    def natural(self) -> bool:
-        """Nothing is trimmed or moved."""
-        return torch.equal(self.kept, torch.arange(self.size))
-
-    @property
-    def idle(self) -> bool:
-        """The Linear needs no adapter layer at all."""
-        parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
-        return self.natural and not parts
-
-    @property
-    def tuned_positions(self) -> torch.Tensor:
-        """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
-        return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
-
-    def kept_shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the kept part of a weight of this shape."""
-        return torch.Size(len(self.kept) if dim == self.dim else size for dim, size in enumerate(shape))
+from .slices import Slice, empty_parts, first_parts
+from .updates import learned_mask, pack_mask, top_mask, unpack_mask
 
 
 class SensiLayer(BaseTunerLayer):
@@ -85,8 +23,9 @@ class SensiLayer(BaseTunerLayer):
 
     Trained, float32 whatever the base's dtype: `sensi_weight` (tuned rows `[n, in]` or columns `[out, n]`) and
     `sensi_bias`, both as values and not differences; `sensi_down` `[rank, in]` and `sensi_up` `[out, rank]`;
-    `sensi_values` `[n]`; `sensi_scores` `[out, in]`, of a mask. Stored but not trained: `sensi_places` `[n]` (int32), flat
-    positions of the values; `sensi_bits` (uint8), a mask. All but the first two are in the adapter's order of units.
+    `sensi_values` `[n]`; `sensi_scores` `[out, in]`, of a mask. Stored but not trained: `sensi_places` `[n]` (int32),
+    flat positions of the values; `sensi_bits` (uint8), a mask. All but the first two are in the adapter's order of
+    units.
     """
 
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
@@ -128,13 +67,14 @@ class SensiLayer(BaseTunerLayer):
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Sets up `adapter_name`, starting from the base's values or from refitted ones in the order of `piece.kept`."""
+        """Sets up `adapter_name`, from the base's values or from refitted ones in the order of `piece.kept`."""
         for name in self.tensor_names:
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self._sensi_fused.clear()
         self.sensi_slices[adapter_name] = piece
-        start = self._empty_parts(piece) if _new_parameters_are_empty() else self._first_parts(piece, values)
+        base = self.get_base_layer()
+        start = empty_parts(base, piece) if _new_parameters_are_empty() else first_parts(base, piece, values)
         for name, tensor in start.items():
             trained = f"sensi_{name}" in self.adapter_layer_names
             if trained and not init_weights and not tensor.is_meta:
@@ -143,68 +83,8 @@ class SensiLayer(BaseTunerLayer):
             getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=trained)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _first_parts(
-        self, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
-    ) -> dict[str, torch.Tensor]:
-        base = self.get_base_layer()
-        master = torch.promote_types(base.weight.dtype, torch.float32)
-        weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
-        if values is not None:
-            bias = values[1] if values[1] is not None else bias
-        parts = {}
-        if piece.tuned_count:
-            index = piece.tuned_positions.to(weight.device)
-            parts["weight"] = values[0] if values is not None else weight.index_select(piece.dim, index)
-        if bias is not None and piece.train_bias:
-            parts["bias"] = bias.index_select(0, piece.kept.to(bias.device)) if piece.dim == 0 else bias
-        elif bias is not None and piece.dim == 0 and piece.tuned_count:
-            parts["bias"] = bias.index_select(0, piece.tuned_positions.to(bias.device))
-        parts = {name: tensor.to(master, copy=True) for name, tensor in parts.items()}
-        shape = piece.kept_shape(weight.shape)
-        if piece.rank:
-            parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
-        if piece.sparse or piece.learns_mask:
-            kept = weight.index_select(piece.dim, piece.kept.to(weight.device))
-            if piece.sparse:
-                places = sparse_support(kept, piece.sparse, piece.support, piece.rank or 1, piece.seed)
-                parts["places"], parts["values"] = places, torch.zeros(len(places), device=weight.device)
-            if piece.learns_mask:
-                # In units of the matrix's spread, so that one learning rate moves all matrices' masks alike.
-                parts["scores"] = kept.float().abs() / kept.float().std().clamp_min(1e-12)
-        if piece.sparsity is not None and not piece.learns_mask:
-            mask = torch.ones(shape, dtype=torch.bool, device=weight.device)
-            if not piece.drawn_later:
-                mask = top_mask(weight.index_select(piece.dim, piece.kept.to(weight.device)).abs(), piece.sparsity)
-            parts["bits"] = pack_mask(mask)
-        return parts
-
-    def _empty_parts(self, piece: Slice) -> dict[str, torch.Tensor]:
-        """Shapes and dtypes of `_first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
-        base = self.get_base_layer()
-        master = torch.promote_types(base.weight.dtype, torch.float32)
-        shape = piece.kept_shape(base.weight.shape)
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if piece.tuned_count:
-            shapes["weight"] = (
-                tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape)),
-                master,
-            )
-        if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
-            shapes["bias"] = ((shape[0] if piece.train_bias else piece.tuned_count,), master)
-        if piece.rank:
-            shapes["down"] = ((piece.rank, shape[1]), torch.float32)
-            shapes["up"] = ((shape[0], piece.rank), torch.float32)
-        if piece.sparse:
-            count = min(piece.sparse, shape.numel())
-            shapes["places"], shapes["values"] = ((count,), torch.int32), ((count,), torch.float32)
-        if piece.learns_mask:
-            shapes["scores"] = (tuple(shape), torch.float32)
-        elif piece.sparsity is not None:
-            shapes["bits"] = ((-(-shape.numel() // 8),), torch.uint8)
-        return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
-
     def drop_base(self, adapter_name: str) -> None:
-        """Keeps of the base only what this adapter needs: the kept slices in its order, nothing where all are tuned."""
+        """Keeps of the base only what this adapter needs: the kept slices in its order, or nothing."""
         piece, base = self.sensi_slices[adapter_name], self.get_base_layer()
         kept = (piece.kept[:0] if piece.whole else piece.kept).to(base.weight.device)
         # Not by assignment: while PEFT loads with `low_cpu_mem_usage`, whatever is registered loses its values.
@@ -310,7 +190,7 @@ class SensiLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Puts the base's own tensors back, exactly."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
         base.weight, base.bias = self._sensi_unmerged[0]
@@ -323,8 +203,8 @@ class SensiLayer(BaseTunerLayer):
         pieces = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
         if self.sensi_base_dropped or any(piece.trims or piece.sparsity is not None for piece in pieces):
             raise SensiError(
-                f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units or "
-                f"masks weights, and only adapters that remove nothing can be added up. Activate one at a time."
+                f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units "
+                f"or masks weights, and only adapters that remove nothing can be added up. Activate one at a time."
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -359,8 +239,8 @@ class SensiLayer(BaseTunerLayer):
     def _tell_companions(self) -> None:
         """Heads, norms and embeddings of an adapter work when its layers do.
 
-        Transformers' `enable_adapters` forgets them, and after `delete_adapter` PEFT leaves those inactive that the adapter
-        that is active now has, and the deleted one had not.
+        Transformers' `enable_adapters` forgets them, and after `delete_adapter` PEFT leaves those inactive that the
+        adapter that is active now has, and the deleted one had not.
         """
         for wrapper in self.sensi_companions:
             if wrapper.disable_adapters != self.disable_adapters:
@@ -370,9 +250,9 @@ class SensiLayer(BaseTunerLayer):
                 wrapper.set_adapter(names)
 
     def _kept_base(self, piece: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The base's own values at the kept positions, in the adapter's order; possibly the base's tensors themselves."""
+        """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
-        weight, bias = (self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias))
+        weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:
@@ -406,9 +286,7 @@ class SensiLayer(BaseTunerLayer):
             "mask": mask,
         }
 
-    def _fused(
-        self, name: str, dtype: torch.dtype, parts: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _fused(self, name: str, dtype: torch.dtype, parts: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in the adapter's order that hold all trained parts; the frozen values come from a cache."""
         piece, base = self.sensi_slices[name], self.get_base_layer()
         key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)

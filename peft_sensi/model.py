@@ -26,10 +26,12 @@ from .checkpoint import PLAN_KEY, check_fingerprint, check_tensors, fingerprint,
 from .config import SensiConfig
 from .decide import Decision, decide
 from .errors import SensiError, SensiLoadError
-from .layer import SensiLayer, SensiLinear, Slice, base_is_dropped
-from .pieces import also_saved, anatomy_of, pieces_of, plan_of, targets_of
+from .layer import SensiLayer, base_is_dropped
+from .pieces import also_saved, anatomy_of, pieces_of, targets_of
 from .plan import Plan
 from .refit import Refitted
+from .slices import Slice
+from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,9 @@ class SensiModel(BaseTuner):
         if any(m.sensi_base_dropped for m in model.modules() if isinstance(m, SensiLayer)):
             raise base_is_dropped("add another adapter")
         if any(m.merged for m in model.modules() if isinstance(m, SensiLayer)):
-            raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
+            raise SensiError(
+                "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
+            )
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -87,7 +91,7 @@ class SensiModel(BaseTuner):
             # The plan decides which modules are replaced, so a state dict has nothing to add.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
             if decision is not None:
-                _set_head(model, adapter_name, decision.head)
+                set_head(model, adapter_name, decision.head)
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
@@ -100,7 +104,8 @@ class SensiModel(BaseTuner):
                 if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
 
-    # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen later.
+    # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
+    # later.
     _sensi_anatomies: dict[str, Anatomy] = {}
 
     # Slices and refitted values of the injection in progress, by module.
@@ -114,7 +119,7 @@ class SensiModel(BaseTuner):
         if config.target_modules is None:
             names = {module for group in blocks.groups for module in group.modules}
             config.target_modules = names or "all-linear"  # type: ignore[assignment]
-        _save_whole(config, task_head(model))
+        save_whole(config, task_head(model))
         _maybe_include_all_linear_layers(config, model)
         if not targets_of(model, config):
             bare = config.own_copy()
@@ -122,8 +127,8 @@ class SensiModel(BaseTuner):
             if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
                 # PEFT's message does not name them where a task head is saved whole, which it counts as excluded.
                 raise NoMatchingPeftModuleError(
-                    f"Target modules {config.target_modules} not found in the base model. Please check the target modules "
-                    f"and try again."
+                    f"Target modules {config.target_modules} not found in the base model. Please check the target "
+                    f"modules and try again."
                 )
             return None  # PEFT raises its own error for that
         if config.also_train is None:
@@ -131,7 +136,7 @@ class SensiModel(BaseTuner):
             free = dense and given.plan is None and given.limits.trainable is None and bool(blocks.groups)
             config.also_train = ["norms", "output_biases", "pooler"] if free else []
         saved = also_saved(model, blocks, config.also_train)
-        _save_whole(config, saved)
+        save_whole(config, saved)
         targets = targets_of(model, config)
         anatomy = anatomy_of(model, config, targets)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
@@ -170,11 +175,11 @@ class SensiModel(BaseTuner):
                 if adapter_name in module.sensi_slices:
                     module.delete_adapter(adapter_name)
                 if not module.sensi_slices:  # also the layer in whose setting up the error happened
-                    _replace(model, name, module.get_base_layer())
+                    replace_module(model, name, module.get_base_layer())
             elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name, [a for a in self.active_adapters if a != adapter_name])
                 if not module.modules_to_save:
-                    _replace(model, name, module.original_module)
+                    replace_module(model, name, module.original_module)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         self.peft_config.pop(adapter_name, None)
@@ -202,7 +207,9 @@ class SensiModel(BaseTuner):
         assert self._sensi_injecting is not None
         pieces, refitted = self._sensi_injecting
         piece, group = pieces[current_key]
-        layer = _wrap(self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key))
+        layer = wrap_linear(
+            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key)
+        )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -282,7 +289,9 @@ class SensiModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         if kind != "bits" or config.update != "mask":
-            raise SensiError(f"compress({kind!r}) is not possible with update={config.update!r}: only masks have bits.")
+            raise SensiError(
+                f"compress({kind!r}) is not possible with update={config.update!r}: only masks have bits."
+            )
         for layer in self._layers():
             layer.settle_mask(adapter_name)
         config.compressed = kind
@@ -310,18 +319,18 @@ class SensiModel(BaseTuner):
         if plan != config.plan:
             if config.from_file:
                 raise SensiLoadError(
-                    "adapter_config.json and adapter_model.safetensors hold different plans: they do not belong together "
-                    "(a save may have been interrupted between them)."
+                    "adapter_config.json and adapter_model.safetensors hold different plans: they do not belong "
+                    "together (a save may have been interrupted between them)."
                 )
-            _replan(model, config, adapter_name, plan)
+            replan(model, config, adapter_name, plan)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             key: value
             for key, value in model.state_dict().items()
             if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.tensor_names
         }
-        # By full names: a module of the base may also be called `sensi_...`. Keys that no layer has are not mapped, and end
-        # with the tensor's name instead of the adapter's.
+        # By full names: a module of the base may also be called `sensi_...`. Keys that no layer has are not mapped,
+        # and end with the tensor's name instead of the adapter's.
         names = set(SensiLayer.tensor_names)
         ours = {k: v for k, v in tensors.items() if k in expected or names & set(k.split(".")[-2:])}
         layers = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, SensiLayer)}
@@ -332,71 +341,3 @@ class SensiModel(BaseTuner):
         }
         check_tensors(ours, expected, rooms)
         return tensors
-
-
-def _wrap(
-    model: nn.Module,
-    name: str,
-    adapter_name: str,
-    piece: Slice,
-    group: Group,
-    config: SensiConfig,
-    refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-) -> SensiLinear:
-    """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, SensiLinear):
-        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise TypeError(f"Target module {layer} is not supported: only `torch.nn.Linear` can be targeted.")
-        layer = SensiLinear(layer, adapter_name)
-        if group.output == name:
-            layer.sensi_units = group.size
-            layer.sensi_attributes = [
-                (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], per_unit)
-                for path, per_unit in group.attributes
-            ]
-        _replace(model, name, layer)
-    layer.update_layer(adapter_name, piece, refitted, config.init_weights, config.inference_mode)
-    return layer
-
-
-def _save_whole(config: SensiConfig, names: list[str]) -> None:
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> None:
-    """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
-    root = model.base_model.model if isinstance(model, PeftModel) else model
-    layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
-    sharded = any(type(p) is not nn.Parameter for m in layers.values() for p in m.parameters())
-    if sharded or any(m.sensi_base_dropped for m in layers.values()):
-        raise SensiLoadError(
-            "The checkpoint was trained under another plan than the one that this model was wrapped with, and a sharded "
-            "model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of the checkpoint."
-        )
-    config.plan = plan
-    pieces = pieces_of(root, config, plan_of(root, config))
-    for name, layer in layers.items():
-        if name not in pieces:
-            layer.delete_adapter(adapter_name)
-    for name, (piece, group) in pieces.items():
-        _wrap(root, name, adapter_name, piece, group, config)
-    logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
-
-
-
-def _set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
-    """Starts the adapter's copy of the task head from what priming taught it; the base's own head stays as it is."""
-    with torch.no_grad():
-        for name, value in head.items():
-            top, _, rest = name.partition(".")
-            wrapper = model.get_submodule(top)
-            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-                parameter = wrapper.modules_to_save[adapter_name].get_parameter(rest)
-                if not parameter.is_meta:
-                    parameter.copy_(value)

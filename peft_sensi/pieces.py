@@ -12,8 +12,8 @@ from torch import nn
 from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, task_head
 from .config import SensiConfig
 from .errors import SensiError
-from .layer import Slice
 from .plan import FROZEN, TUNED, Plan
+from .slices import Slice
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:

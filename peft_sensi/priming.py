@@ -37,12 +37,12 @@ def primed(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Inside the block the model is primed, in evaluation mode; afterwards every weight is what it was, bit by bit.
 
-    Yields the original values on the CPU by `id` of the parameter. `gates` are trained along with the weights, at their
-    own rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
+    Yields the original values on the CPU by `id` of the parameter. `gates` are trained along with the weights, at
+    their own rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
 
-    AdamW with a linear warm-up over the first tenth. Embeddings stay as they are: they move little, and their optimizer
-    state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the log prior or mean of
-    the labels, so that its first steps are not spent on that.
+    AdamW with a linear warm-up over the first tenth. Embeddings stay as they are: they move little, and their
+    optimizer state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the log
+    prior or mean of the labels, so that its first steps are not spent on that.
     """
     moving = _moving_parameters(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
@@ -54,7 +54,9 @@ def primed(
             parameter.requires_grad_(True)
         start_head_at_prior(model, batches)
         # 16-bit weights would swallow small steps, so they are views on float32 masters.
-        masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in moving]
+        masters = [
+            p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in moving
+        ]
         groups = [{"params": masters, "lr": lr}, {"params": list(gates), "lr": GATE_LR}]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]

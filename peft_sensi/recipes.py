@@ -1,7 +1,7 @@
 """The five published systems as configurations of the one method: what distinguishes them can be read here.
 
-Every function returns a [`SensiConfig`]; further keyword arguments go to it (`calibration=`, `task_type=`, ...). A recipe
-whose training has phases sets `schedule`: step it with [`Schedule`], or give [`SensiCallback`] to `Trainer`.
+Every function returns a [`SensiConfig`]; further keyword arguments go to it (`calibration=`, `task_type=`, ...). A
+recipe whose training has phases sets `schedule`: step it with [`Schedule`], or give [`SensiCallback`] to `Trainer`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def sensi_bert(
 ) -> SensiConfig:
     """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters or FLOPs, fine-tune the rest.
 
-    The procedure of the abstract; scoring and allocation follow the closest published methods (EarlyBERT's learned masks,
-    Kwon et al.'s allocation). `granularity="tensor"` keeps or removes whole sublayers.
+    The procedure of the abstract; scoring and allocation follow the closest published methods (EarlyBERT's learned
+    masks, Kwon et al.'s allocation). `granularity="tensor"` keeps or removes whole sublayers.
     """
     return SensiConfig(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
 
@@ -38,7 +38,7 @@ def far(
     score: str = "movement",
     **kwargs: Any,
 ) -> SensiConfig:
-    """FAR, Freeze And Reconfigure (arXiv 2205.01541): the FFN neurons that priming moves most learn, the others do not.
+    """FAR, Freeze And Reconfigure (arXiv 2205.01541): the FFN neurons that priming moves most learn, others do not.
 
     Everything outside the FFNs is trained; `embeddings=False` leaves them out, which halves what a small model trains.
     `training_steps` gives the `priming` share its length. `score="random"` is the control.
@@ -50,9 +50,10 @@ def far(
 
 
 def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiConfig:
-    """Learners + priming (arXiv 2208.02070): two projections parallel to every Linear of the blocks, folded afterwards.
+    """Learners + priming (arXiv 2208.02070): two projections parallel to every Linear of the blocks, foldable.
 
-    For `priming_epochs` the attention is trained too, and stays what it became; then only the learners, biases and norms.
+    For `priming_epochs` the attention is trained too, and stays what it became; then only the learners, biases and
+    norms.
     """
     also_train = ["biases", "norms"]
     if not priming_epochs:
@@ -75,9 +76,9 @@ def dsee(
 ) -> SensiConfig:
     """DSEE (arXiv 2111.00160): `(W + U V + S2) * S1` with `U V + S2` on query and value.
 
-    `mask="unstructured"` removes the share `sparsity` of the weights of every Linear of the blocks once, after the share
-    `draw_at` of the training; `mask="structured"` removes heads and neurons to that share of the FLOPs when the model is
-    wrapped.
+    `mask="unstructured"` removes the share `sparsity` of the weights of every Linear of the blocks once, after the
+    share `draw_at` of the training; `mask="structured"` removes heads and neurons to that share of the FLOPs when the
+    model is wrapped.
     """
     if (mask is None) != (sparsity is None):
         raise SensiError("`mask` and `sparsity` belong together: give both or none.")

@@ -6,8 +6,8 @@ sum that enters the next LayerNorm is again what it is in the untrimmed model:
     minimise over W, b:  sum_t w_t |r_t + W z_t + b - s_t|^2 + ridge |W - W_0|^2
 
 with `z_t` the kept activations and `r_t` the residual of the trimmed model, `s_t` the sum in the untrimmed model (so
-each sublayer also mends what the ones before it lost), and `w_t = 1 / var(s_t)`, because after the LayerNorm that is the
-error the next layer sees. Padding is left out. Closed form; the activations are streamed layer by layer.
+each sublayer also mends what the ones before it lost), and `w_t = 1 / var(s_t)`, because after the LayerNorm that is
+the error the next layer sees. Padding is left out. Closed form; the activations are streamed layer by layer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,11 @@ from tqdm.auto import tqdm
 
 from .anatomy import Group, base_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
+from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import FROZEN, TRIMMED, Plan
 
 
-RIDGE = 1e-2
-STEPS = (0.0, 0.5, 1.0)
-
-# Weight `[out, kept columns]` (columns in ascending order) and bias `[out]` if the module has one, float32.
-Values = tuple[torch.Tensor, torch.Tensor | None]
-Refitted = dict[str, Values]
+Refitted = dict[str, Values]  # by module
 
 
 def refit(
@@ -43,7 +39,7 @@ def refit(
     loss_fn: LossFn | None = None,
     progress: bool = True,
 ) -> Refitted:
-    """Refits the output projections of all groups whose kept units are all tuned; to be called on the whole base model.
+    """Refits the output projections of all groups whose kept units are all tuned, on the whole base model.
 
     A quarter of the batches is held out as a guard: a sublayer takes the step (0, 1/2 or 1) whose error after the
     LayerNorm is smallest there, and when the calibration loss of the trimmed model gets worse all is put back.
@@ -242,7 +238,7 @@ def _refit_layer(
         output, targets = student[group.name], recorders[group.name].sums
         if len(targets) != len(streams):
             continue  # the layer did not run this sublayer
-        system = _LeastSquares(*output.original)
+        system = LeastSquares(*output.original)
         for i, (stream, hidden) in enumerate(zip(streams, before, strict=True)):
             if i not in held_out or len(streams) == 1:
                 add = _Observer(group, output, targets[i], stream.batch, system.add)
@@ -250,7 +246,7 @@ def _refit_layer(
         solution = system.solve()
         if solution is None:
             continue
-        errors = _GuardErrors(output.original, solution)
+        errors = GuardErrors(output.original, solution)
         for i in sorted(held_out):
             check = _Observer(group, output, targets[i], streams[i].batch, errors.add)
             _run(model, layer, streams[i], before[i], student, {group.name: check}, stop=True)
@@ -261,7 +257,7 @@ def _refit_layer(
 
 @dataclass
 class _Observer:
-    """Hands the tokens of one batch to `receive(z, residual, target)`, padding left out, all `[tokens, ...]` float32."""
+    """Hands the tokens of one batch, padding left out, to `receive(z, residual, target)`, each `[tokens, ...]`."""
 
     group: Group
     output: _Output
@@ -275,67 +271,6 @@ class _Observer:
         z = z[..., self.output.columns].float()
         parts = (z, residual, self.target)
         self.receive(*(part[mask] if mask is not None else part.flatten(0, -2) for part in parts))
-
-
-class _LeastSquares:
-    """Accumulates the weighted normal equations of the change of `weight` and `bias`; centred if there is a bias."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        out, kept = weight.shape
-        double = torch.float64 if weight.device.type != "mps" else torch.float32
-        self.zz, self.rz = weight.new_zeros(kept, kept, dtype=double), weight.new_zeros(out, kept, dtype=double)
-        self.z, self.r = weight.new_zeros(kept, dtype=double), weight.new_zeros(out, dtype=double)
-        self.total = weight.new_zeros((), dtype=double)
-
-    def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
-        w = 1.0 / target.var(dim=-1, keepdim=True).clamp_min(1e-6)
-        error = target - residual - F.linear(z, self.weight, self.bias)
-        zw = z * w
-        self.zz += z.t() @ zw
-        self.rz += error.t() @ zw
-        self.z += zw.sum(0)
-        self.r += (error * w).sum(0)
-        self.total += w.sum()
-
-    def solve(self) -> Values | None:
-        if not self.weight.shape[1] or self.total <= 0:
-            return None
-        centre = float(self.bias is not None)
-        mean_z, mean_r = centre * self.z / self.total, centre * self.r / self.total
-        gram = self.zz / self.total - torch.outer(mean_z, mean_z)
-        cross = self.rz / self.total - torch.outer(mean_r, mean_z)
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if info or not torch.isfinite(factor).all():
-            return None
-        change = torch.cholesky_solve(cross.t(), factor).t()
-        weight = self.weight + change.float()
-        bias = None if self.bias is None else self.bias + (mean_r - change @ mean_z).float()
-        finite = torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())
-        return (weight, bias) if finite else None
-
-
-class _GuardErrors:
-    """Errors after a LayerNorm, on held-out tokens, of going part of the way from the old to the new values."""
-
-    def __init__(self, old: Values, new: Values) -> None:
-        self.old, self.new = old, new
-        self.errors = [0.0] * len(STEPS)
-
-    def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
-        start, end = residual + F.linear(z, *self.old), residual + F.linear(z, *self.new)
-        normed = F.layer_norm(target, target.shape[-1:])
-        for i, step in enumerate(STEPS):
-            self.errors[i] += float((F.layer_norm(torch.lerp(start, end, step), normed.shape[-1:]) - normed).square().sum())
-
-    def best(self) -> Values | None:
-        step = STEPS[int(np.argmin(self.errors))]
-        if step == 0.0:
-            return None
-        (old_weight, old_bias), (new_weight, new_bias) = self.old, self.new
-        bias = None if old_bias is None or new_bias is None else torch.lerp(old_bias, new_bias, step)
-        return torch.lerp(old_weight, new_weight, step), bias
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 `SensiConfig.schedule` is one phase as a dict:
 
-- `{"phase": "freeze_dense", "epochs": 2}`: after so many epochs the dense part (attention, in Learners + priming, arXiv
-  2208.02070) is frozen; what it learned stays part of the adapter.
+- `{"phase": "freeze_dense", "epochs": 2}`: after so many epochs the dense part (attention, in Learners + priming,
+  arXiv 2208.02070) is frozen; what it learned stays part of the adapter.
 - `{"phase": "draw_mask", "at": 0.5}`: after this share of the steps the mask on the base is drawn once (DSEE, arXiv
   2111.00160): by the size of the update where there is one, by the size of the weight elsewhere.
 
@@ -55,7 +55,7 @@ class Schedule:
         tuner(model).sensi_schedule_is_stepped = True
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
-        """To be called before each optimizer step; `done_steps` says how many there have been. Whether a phase changed.
+        """To be called before each optimizer step, of which there were `done_steps`. Whether a phase changed.
 
         The optimizer is told to forget its moments of what is frozen.
         """

@@ -6,7 +6,8 @@ lone Linear: on its output). The loss's derivative with respect to the gate of e
 - Taylor (Molchanov et al. 2017, arXiv 1611.06440; Michel et al. 2019, arXiv 1905.10650): `mean_i |g_i|`, the
   first-order change of the loss when the unit is removed.
 - Fisher (Kwon et al. 2022, arXiv 2204.09656): `mean_i g_i^2`, the diagonal of the empirical Fisher information.
-- Mask (EarlyBERT, arXiv 2101.00063): gates trained along with the weights during priming, with an L1 penalty; `|gate|`.
+- Mask (EarlyBERT, arXiv 2101.00063): gates trained along with the weights during priming, with an L1 penalty;
+`|gate|`.
 - Movement (FAR, arXiv 2205.01541): the L1 norm of (primed - initial) over the unit's weights.
 - Magnitude: the L2 norm of the unit's weights. Random: uniform noise from a seed, the control.
 """
@@ -17,8 +18,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,32 +29,32 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .anatomy import Anatomy, BlockLayout, Group, base_of, build_anatomy, unit_weights
+from .anatomy import Anatomy, Group, base_of, build_anatomy, unit_weights
 from .calibration import (
     LossFn,
-    calibration_loss,
     device_of,
     materialise,
     mean_length,
     preserved,
-    to_device,
-    token_mask,
 )
-from .errors import CalibrationError, SensiError, SensiLoadError
+from .errors import SensiError, SensiLoadError
+from .families import BlockLayout
+from .gates import apply_gate, gate_gradients, hooked
 from .priming import head_state, primed
+from .spikes import SpikeFinder
 
 
 METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
 DATA_METHODS = ("taylor", "fisher", "mask", "movement")
-SPIKE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Scores:
     """One float32 number a unit for each group, and what was learned on the way.
 
-    `protected` marks spike units, which carry more than half of a token's residual sum; no plan should cut them. `head`
-    holds the task head as priming left it. One `Scores` serves many budgets, and many runs: see `save` and `load`.
+    `protected` marks spike units, which carry more than half of a token's residual sum; no plan should cut them.
+    `head` holds the task head as priming left it. One `Scores` serves many budgets, and many runs: see `save` and
+    `load`.
     """
 
     values: dict[str, torch.Tensor]
@@ -185,12 +185,12 @@ def score_units(
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
-    spikes = _SpikeFinder(model, anatomy)
+    spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)
         gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
         with (
-            _hooked(model, anatomy, lambda group, x: _gate(x, gates[group.name])),
+            hooked(model, anatomy, lambda group, x: apply_gate(x, gates[group.name])),
             primed(model, batches, gates=list(gates.values()), **priming),
         ):
             head = head_state(model)
@@ -241,132 +241,3 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
             change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
             total += change[rows].reshape(group.size, -1).abs().sum(1)
     return total
-
-
-def gate_gradients(
-    model: nn.Module,
-    anatomy: Anatomy,
-    batch: Mapping[str, Any],
-    loss_fn: LossFn | None = None,
-    where: str = "a calibration batch",
-) -> dict[str, torch.Tensor]:
-    """Derivatives of each example's loss with respect to each unit's gate: `{group: [examples, units]}`, float32.
-
-    One forward and one backward pass: every example has its own row of gates, and since the batch's loss is a mean, its
-    gradient times the batch size is the example's own. No weight is differentiated.
-    """
-    gates: dict[str, torch.Tensor] = {}
-
-    def gated(group: Group, x: torch.Tensor) -> torch.Tensor:
-        if group.name not in gates:
-            gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
-        return _gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size))
-
-    with _hooked(model, anatomy, gated), torch.enable_grad():
-        loss = calibration_loss(model, batch, loss_fn, where)
-        grads = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
-    result = {g.name: torch.zeros(1, g.size) for g in anatomy.groups}
-    for (name, gate), grad in zip(gates.items(), grads, strict=True):
-        if grad is None:
-            continue
-        if not torch.isfinite(grad).all():
-            raise CalibrationError(f"The gradient of {name!r} is not finite for {where}.")
-        result[name] = grad.float() * gate.shape[0]
-    return result
-
-
-def _gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Multiplies each unit's part of `x` `[..., units * width]` by its gate `[..., units]`."""
-    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
-
-
-def gate_gradients_reference(
-    model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
-) -> dict[str, torch.Tensor]:
-    """The definition, slowly: each example alone, one shared gate vector a group, plain autograd."""
-    size = max(v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor))
-    rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
-    for i in range(size):
-        gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}
-
-        def gated(group: Group, x: torch.Tensor, gates: dict[str, torch.Tensor] = gates) -> torch.Tensor:
-            return x * gates[group.name].to(x).repeat_interleave(x.shape[-1] // group.size)
-
-        example = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with _hooked(model, anatomy, gated), torch.enable_grad():
-            calibration_loss(model, example, loss_fn).backward()
-        for name, gate in gates.items():
-            rows[name].append(gate.grad if gate.grad is not None else torch.zeros_like(gate))
-    return {name: torch.stack(values).float() for name, values in rows.items()}
-
-
-@contextmanager
-def _hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
-    handles = []
-    try:
-        for group in anatomy.groups:
-            module = model.get_submodule(group.output)
-            if not group.trimmable:
-                handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y)))
-            else:
-                handles.append(
-                    module.register_forward_pre_hook(lambda m, args, group=group: (gated(group, args[0]), *args[1:]))
-                )
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _SpikeFinder:
-    """Finds units that carry more than half of the energy of some token's residual sum (before the LayerNorm).
-
-    One neuron that fires only on [CLS] can carry 80-97 % of a layer's output there, while its average score is small;
-    cutting it ruins the layer, and refitting around it ruins every other token.
-    """
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self.model = model
-        self.groups = [g for g in anatomy.trimmable if g.norm]
-        self.share = {g.name: torch.zeros(g.size) for g in self.groups}
-
-    @contextmanager
-    def watching(self, batch: Mapping[str, Any]) -> Iterator[None]:
-        energies: dict[str, torch.Tensor] = {}
-        batch = to_device(batch, next(self.model.parameters()).device)
-
-        def before_output(group: Group, x: torch.Tensor) -> None:
-            x = x.detach().float()
-            columns = unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
-            if group.kind == "neuron":
-                energies[group.name] = x.square() * columns.square().sum(1)
-            else:  # |W x|^2 of each head by its Gram matrix, which is small
-                weight = columns.view(group.size, group.sides[-1].width, -1)
-                x = x.unflatten(-1, (group.size, -1))
-                energies[group.name] = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
-
-        def before_norm(group: Group, total: torch.Tensor) -> None:
-            energy = energies.pop(group.name, None)
-            if energy is None or energy.shape[:-1] != total.shape[:-1]:
-                return
-            share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
-            mask = token_mask(batch, share.shape[:-1])
-            share = (share[mask] if mask is not None else share.flatten(0, -2)).amax(0).cpu()
-            self.share[group.name] = torch.maximum(self.share[group.name], share)
-
-        handles = []
-        try:
-            for group in self.groups:
-                output, norm = self.model.get_submodule(group.output), self.model.get_submodule(group.norm)
-                handles.append(
-                    output.register_forward_pre_hook(lambda m, args, group=group: before_output(group, args[0]))
-                )
-                handles.append(norm.register_forward_pre_hook(lambda m, args, group=group: before_norm(group, args[0])))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def found(self) -> dict[str, torch.Tensor]:
-        return {name: share > SPIKE_SHARE for name, share in self.share.items()}
-

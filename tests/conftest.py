@@ -10,14 +10,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import random  # noqa: E402
-import warnings  # noqa: E402
+import random
+import warnings
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
-from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, tiny_batches, tiny_model  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, tiny_batches, tiny_model
 
 
 # Models are built inside the tests, on machines that are busy: time per example says nothing here.
@@ -75,7 +75,8 @@ class Rows(torch.utils.data.Dataset):
         ends = torch.randint(length // 2, length + 1, (size,), generator=generator)
         mask = (torch.arange(length)[None] < ends[:, None]).long()
         self.rows = [
-            {"input_ids": i, "attention_mask": m, "labels": i[0] % LABELS} for i, m in zip(ids * mask, mask, strict=True)
+            {"input_ids": i, "attention_mask": m, "labels": i[0] % LABELS}
+            for i, m in zip(ids * mask, mask, strict=True)
         ]
 
     def __len__(self) -> int:

@@ -74,7 +74,10 @@ def test_costs_of_bert_base():
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig())
     anatomy = build_anatomy(model)
-    assert {g.kind: (g.unit_params, g.size) for g in anatomy.groups} == {"head": (196_800, 12), "neuron": (1_537, 3072)}
+    assert {g.kind: (g.unit_params, g.size) for g in anatomy.groups} == {
+        "head": (196_800, 12),
+        "neuron": (1_537, 3072),
+    }
     assert len(anatomy.groups) == 24
     assert anatomy.prunable_params == 84_999_168
     assert anatomy.total_params == sum(p.numel() for p in model.parameters()) - 2 * 768 - 2
@@ -179,9 +182,14 @@ def test_layers_without_heads_or_neurons_run():
 
 def test_lone_linears_have_rows_that_are_never_trimmed():
     anatomy = build_anatomy(Mlp(), targets=["lin0", "lin1"])
-    assert [(g.name, g.kind, g.size, g.unit_params) for g in anatomy.groups] == [("lin0", "row", 10, 7), ("lin1", "row", 8, 10)]
+    assert [(g.name, g.kind, g.size, g.unit_params) for g in anatomy.groups] == [
+        ("lin0", "row", 10, 7),
+        ("lin1", "row", 8, 10),
+    ]
     assert anatomy.prunable_params == 0 and anatomy.trimmable == ()
-    model = get_peft_model(Mlp(), SensiConfig(budget={"trainable": 0.3}, target_modules=["lin0", "lin1"], score="magnitude"))
+    model = get_peft_model(
+        Mlp(), SensiConfig(budget={"trainable": 0.3}, target_modules=["lin0", "lin1"], score="magnitude")
+    )
     plan = model.base_model.plan()
     assert not plan.trims and 0 < plan.trainable_params <= 0.3 * 168
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.trainable_params
@@ -219,7 +227,10 @@ def test_an_own_layout_makes_an_unknown_model_trimmable(as_dict, tmp_path):
     base = Stack()
     model = get_peft_model(copy.deepcopy(base), config)
     plan = model.base_model.plan()
-    assert plan.params_share == 0.5 and [g.name for g in plan.anatomy.groups] == ["blocks.0.neurons", "blocks.1.neurons"]
+    assert plan.params_share == 0.5 and [g.name for g in plan.anatomy.groups] == [
+        "blocks.0.neurons",
+        "blocks.1.neurons",
+    ]
     x = torch.randn(3, 6)
     before = model(x)
     model.save_pretrained(tmp_path)

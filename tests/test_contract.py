@@ -25,7 +25,19 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
-from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import (
+    BOTH,
+    TRIM,
+    TUNE,
+    assert_same_tensors,
+    logits,
+    snapshot,
+    tiny_batches,
+    tiny_model,
+    train,
+    trained,
+    wrap,
+)
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
@@ -102,9 +114,9 @@ def test_get_peft_model(family, budget):
     model = wrap(tiny_model(family), calibration=tiny_batches(), **budget)
     assert type(model) is PeftModelForSequenceClassification
     plan = model.base_model.plan()
-    assert plan.trims == ("trainable" not in budget.get("budget", {}) if isinstance(budget["budget"], dict) else True) or (
-        budget is BOTH
-    )
+    assert plan.trims == (
+        "trainable" not in budget.get("budget", {}) if isinstance(budget["budget"], dict) else True
+    ) or (budget is BOTH)
     assert model.peft_config["default"].plan == plan.to_dict()
     train(model)
     assert logits(model).shape == (4, 3)
@@ -137,7 +149,11 @@ def test_other_tasks(family, task, budget, tmp_path):
 def test_the_task_head_is_trained_and_saved_whole(family):
     model = trained(family, **TRIM)
     heads = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"]}.get(family, ["classifier"])
-    names = {n.split(".modules_to_save")[0].rpartition(".")[2] for n, _ in model.named_parameters() if ".modules_to_save" in n}
+    names = {
+        n.split(".modules_to_save")[0].rpartition(".")[2]
+        for n, _ in model.named_parameters()
+        if ".modules_to_save" in n
+    }
     assert set(heads) <= names
     fresh = tiny_model(family)
     for head in heads:
@@ -145,7 +161,9 @@ def test_the_task_head_is_trained_and_saved_whole(family):
         assert_same_tensors(snapshot(wrapper.original_module), snapshot(getattr(fresh, head)))
         moved = [
             not torch.equal(p, q)
-            for p, q in zip(wrapper.modules_to_save["default"].parameters(), wrapper.original_module.parameters(), strict=True)
+            for p, q in zip(
+                wrapper.modules_to_save["default"].parameters(), wrapper.original_module.parameters(), strict=True
+            )
         ]
         assert all(moved)
 
@@ -168,7 +186,9 @@ def test_modules_to_save_of_the_user(extra, tmp_path):
     assert_is_base(model.unload(), tiny_model())
 
 
-@pytest.mark.parametrize("also", [[], ["biases"], ["norms"], ["pooler"], ["embeddings"], ["norms", "biases", "embeddings"]])
+@pytest.mark.parametrize(
+    "also", [[], ["biases"], ["norms"], ["pooler"], ["embeddings"], ["norms", "biases", "embeddings"]]
+)
 def test_what_else_is_trained_is_counted_saved_and_put_back(also, tmp_path):
     model = trained(also_train=also, **TRIM)
     plan = model.base_model.plan()
@@ -692,7 +712,9 @@ def two_adapters(first=TRIM, second=BOTH) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize(("one", "two"), [(TRIM, BOTH), (TUNE, TRIM), (TRIM, {"budget": 0.3}), (TUNE, {"budget": 1.0})])
+@pytest.mark.parametrize(
+    ("one", "two"), [(TRIM, BOTH), (TUNE, TRIM), (TRIM, {"budget": 0.3}), (TUNE, {"budget": 1.0})]
+)
 def test_two_adapters_with_different_plans(one, two, tmp_path):
     model = two_adapters(one, two)
     assert model.base_model.plan("first") != model.base_model.plan("second")
@@ -864,7 +886,9 @@ def test_add_adapter_of_transformers(budget):
     assert attributes(model) == attributes(tiny_model())
 
 
-@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}], ids=str
+)
 def test_load_adapter_of_transformers(saved, options):
     expected, folder = saved
     model = tiny_model()
@@ -969,7 +993,9 @@ def test_traced_without_graph_breaks(budget, part):
     model = trained(**budget)
     expected = logits(model)
     batch = tiny_batches(1, seed=99, labels=part == "backward")[0]
-    traced = torch.compile(model.base_model.model, backend="eager" if part == "forward" else "aot_eager", fullgraph=True)
+    traced = torch.compile(
+        model.base_model.model, backend="eager" if part == "forward" else "aot_eager", fullgraph=True
+    )
     with torch.set_grad_enabled(part == "backward"):
         output = traced(**batch)
     torch.testing.assert_close(output.logits.detach(), expected, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,9 @@ SLICES = [
     (dim, kind, bias, "")
     for dim, kind, bias in itertools.product((0, 1), ("prefix", "index", "all", "one"), ("trained", "frozen", "none"))
 ]
-OTHERS = [(1, kind, "trained", more) for kind, more in itertools.product(("none", "prefix"), ("low", "sparse", "low sparse"))]
+OTHERS = [
+    (1, kind, "trained", more) for kind, more in itertools.product(("none", "prefix"), ("low", "sparse", "low sparse"))
+]
 TRAINED = ("tuned_weight", "tuned_bias", "down", "up", "values")
 
 
@@ -90,7 +92,9 @@ def test_the_fast_form_equals_the_reference(dim, kind, bias, more, dtype):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype and found[name].shape == value.shape
-        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], value, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -98,7 +102,9 @@ def test_a_slice_is_a_slice_of_the_plain_linear_map(dim):
     arguments = case(dim, "index", "trained")
     weight, bias = arguments["weight"].clone(), arguments["bias"].clone()
     index = arguments["tuned"]
-    (weight if dim == 0 else weight.t())[index] = arguments["tuned_weight"] if dim == 0 else arguments["tuned_weight"].t()
+    (weight if dim == 0 else weight.t())[index] = (
+        arguments["tuned_weight"] if dim == 0 else arguments["tuned_weight"].t()
+    )
     bias[index if dim == 0 else slice(None)] = arguments["tuned_bias"]
     plain = F.linear(arguments["x"], weight, bias)
     torch.testing.assert_close(fused_linear_reference(**arguments), plain)

@@ -240,7 +240,9 @@ def test_frozen_slices_are_not_copied_into_parameters():
 def test_a_lone_linear_keeps_the_order_of_its_outputs():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
-    model = get_peft_model(copy.deepcopy(base), SensiConfig(budget={"trainable": 0.4}, score="random", target_modules=["0"]))
+    model = get_peft_model(
+        copy.deepcopy(base), SensiConfig(budget={"trainable": 0.4}, score="random", target_modules=["0"])
+    )
     x = torch.randn(5, 6)
     assert torch.equal(model(x), base(x))
     layer = model.base_model.model[0]

@@ -96,7 +96,9 @@ def test_no_limit_is_exceeded_and_no_further_step_fits(problem, budget, multiple
     plan = plan_or_none(anatomy, scores, budget, multiple_of=multiple_of, min_units=min_units, sequence_length=length)
     assume(plan is not None)
     budget = Budget.parse(budget)
-    left = {n: allowed(plan, budget, n) - costs(plan)[n] for n in ("params", "flops") if getattr(budget, n) is not None}
+    left = {
+        n: allowed(plan, budget, n) - costs(plan)[n] for n in ("params", "flops") if getattr(budget, n) is not None
+    }
     assert all(rest >= 0 for rest in left.values())
     for group in anatomy.trimmable:
         count = kept_counts(plan)[group.name]

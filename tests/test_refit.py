@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 import tiny
+import torch
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 
 from peft_sensi import Plan, SensiConfig, SensiError, build_anatomy, make_plan
+from peft_sensi.least_squares import RIDGE
 from peft_sensi.plan import TRIMMED
-from peft_sensi.refit import RIDGE, refit
+from peft_sensi.refit import refit
 
 
 def tiny_model(family="bert", **changes):
@@ -144,8 +145,12 @@ def test_the_closed_form_is_the_weighted_least_squares_solution():
     share = share / share.sum()
     mean_z, mean_error = (z * share).sum(0), (error * share).sum(0)
     spread = ((z - mean_z).square() * share).sum() / len(kept)
-    rows = torch.cat([(z - mean_z) * share.sqrt(), (RIDGE * spread).sqrt() * torch.eye(len(kept), dtype=torch.float64)])
-    right = torch.cat([(error - mean_error) * share.sqrt(), torch.zeros(len(kept), error.shape[1], dtype=torch.float64)])
+    rows = torch.cat(
+        [(z - mean_z) * share.sqrt(), (RIDGE * spread).sqrt() * torch.eye(len(kept), dtype=torch.float64)]
+    )
+    right = torch.cat(
+        [(error - mean_error) * share.sqrt(), torch.zeros(len(kept), error.shape[1], dtype=torch.float64)]
+    )
     change = torch.linalg.lstsq(rows, right).solution.t()
     torch.testing.assert_close(fitted[0].double(), old_weight + change, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(fitted[1].double(), old_bias + mean_error - change @ mean_z, atol=1e-4, rtol=1e-3)

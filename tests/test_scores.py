@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from peft_sensi import CalibrationError, Scores, SensiConfig, SensiLoadError, build_anatomy, compute_scores, make_plan
 from peft_sensi.calibration import preserved
+from peft_sensi.gates import gate_gradients, gate_gradients_reference
 from peft_sensi.priming import primed, start_head_at_prior
-from peft_sensi.scores import gate_gradients, gate_gradients_reference
 
 
 QUICK = {"priming_steps": 2, "calibration_steps": 3, "progress": False}
@@ -159,7 +159,9 @@ def test_nothing_is_changed_not_one_bit(score):
     model.train()
     model.inner.bert.encoder.layer[0].eval()  # a mixture of modes
     model.inner.bert.embeddings.requires_grad_(False)
-    loader = DataLoader(torch.arange(12).tolist(), batch_size=4, shuffle=True, collate_fn=lambda i: tiny_batches(1, seed=i[0])[0])
+    loader = DataLoader(
+        torch.arange(12).tolist(), batch_size=4, shuffle=True, collate_fn=lambda i: tiny_batches(1, seed=i[0])[0]
+    )
     # Gradients of a step in progress are the user's, too.
     model(**tiny_batches(1)[0])["loss"].backward()
     tensors, modes = snapshot(model), [m.training for m in model.modules()]

@@ -29,7 +29,9 @@ def trainer(model, rows, folder, *, callbacks=(), **changes) -> Trainer:
         "seed": 1,
         **changes,
     }
-    return Trainer(model, TrainingArguments(**arguments), train_dataset=rows, eval_dataset=rows, callbacks=list(callbacks))
+    return Trainer(
+        model, TrainingArguments(**arguments), train_dataset=rows, eval_dataset=rows, callbacks=list(callbacks)
+    )
 
 
 def wrapped(rows, **config) -> PeftModel:
@@ -102,6 +104,19 @@ def test_resume_when_the_fresh_wrap_chose_another_plan(trained_under, wrapped_un
     torch.testing.assert_close(logits(other.merge_and_unload()), logits(whole), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [(["norms"], []), ([], ["norms"]), (["output_biases"], []), ([], ["output_biases"]), (["pooler"], [])],
+)
+def test_a_checkpoint_that_trains_other_parts_is_not_half_loaded(there, here, rows, tmp_path):
+    trainer(wrapped(rows, also_train=there, score="random", **TRIM), rows, tmp_path).train()
+    other = wrapped(rows, also_train=here, score="random", **TRIM)
+    before = state(other)
+    with pytest.raises((SensiLoadError, KeyError)):
+        trainer(other, rows, tmp_path).train(resume_from_checkpoint=True)
+    assert_same_tensors(state(other), before)
+
+
 def test_another_plan_cannot_be_resumed_without_the_base(rows, tmp_path):
     options = {"score": "random", "budget": 0.5}
     trainer(wrapped(rows, seed=0, **options), rows, tmp_path).train()
@@ -143,7 +158,13 @@ def test_load_best_model_at_end(budget, rows, tmp_path):
     model = wrapped(rows, **budget)
     callback = Worse(model)
     run = trainer(
-        model, rows, tmp_path, callbacks=[callback], load_best_model_at_end=True, eval_strategy="epoch", num_train_epochs=3
+        model,
+        rows,
+        tmp_path,
+        callbacks=[callback],
+        load_best_model_at_end=True,
+        eval_strategy="epoch",
+        num_train_epochs=3,
     )
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-4")
@@ -173,9 +194,6 @@ def test_gradient_accumulation_equals_a_large_batch(rows, tmp_path):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        model.config.attention_probs_dropout_prob = 0.0
-        for layer in model.base_model.model.bert.encoder.layer:
-            layer.attention.self.dropout.p = 0.0
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "save_strategy": "no"}
         trainer(model, rows, tmp_path, num_train_epochs=1, optim="sgd", **options).train()
         states.append(state(model))

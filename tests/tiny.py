@@ -66,7 +66,13 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(
-    family: str = "bert", task: str = "SEQ_CLS", *, seed: int = 0, lively: bool = True, dtype: Any = None, **changes: Any
+    family: str = "bert",
+    task: str = "SEQ_CLS",
+    *,
+    seed: int = 0,
+    lively: bool = True,
+    dtype: Any = None,
+    **changes: Any,
 ) -> Any:
     """A random model in evaluation mode; the same arguments give the same weights, whatever the random state.
 

@@ -1,0 +1,89 @@
+"""Gates on units: one factor a unit, fixed at 1, on the input of an output projection (or the output of a Linear)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .anatomy import Anatomy, Group
+from .calibration import LossFn, calibration_loss
+from .errors import CalibrationError
+
+
+def gate_gradients(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batch: Mapping[str, Any],
+    loss_fn: LossFn | None = None,
+    where: str = "a calibration batch",
+) -> dict[str, torch.Tensor]:
+    """Derivatives of each example's loss with respect to each unit's gate: `{group: [examples, units]}`, float32.
+
+    One forward and one backward pass: every example has its own row of gates, and since the batch's loss is a mean,
+    its gradient times the batch size is the example's own. No weight is differentiated.
+    """
+    gates: dict[str, torch.Tensor] = {}
+
+    def gated(group: Group, x: torch.Tensor) -> torch.Tensor:
+        if group.name not in gates:
+            gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
+        return apply_gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size))
+
+    with hooked(model, anatomy, gated), torch.enable_grad():
+        loss = calibration_loss(model, batch, loss_fn, where)
+        grads = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+    result = {g.name: torch.zeros(1, g.size) for g in anatomy.groups}
+    for (name, gate), grad in zip(gates.items(), grads, strict=True):
+        if grad is None:
+            continue
+        if not torch.isfinite(grad).all():
+            raise CalibrationError(f"The gradient of {name!r} is not finite for {where}.")
+        result[name] = grad.float() * gate.shape[0]
+    return result
+
+
+def apply_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Multiplies each unit's part of `x` `[..., units * width]` by its gate `[..., units]`."""
+    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
+
+
+def gate_gradients_reference(
+    model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
+) -> dict[str, torch.Tensor]:
+    """The definition, slowly: each example alone, one shared gate vector a group, plain autograd."""
+    size = max(v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor))
+    rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
+    for i in range(size):
+        gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}
+
+        def gated(group: Group, x: torch.Tensor, gates: dict[str, torch.Tensor] = gates) -> torch.Tensor:
+            return x * gates[group.name].to(x).repeat_interleave(x.shape[-1] // group.size)
+
+        example = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with hooked(model, anatomy, gated), torch.enable_grad():
+            calibration_loss(model, example, loss_fn).backward()
+        for name, gate in gates.items():
+            rows[name].append(gate.grad if gate.grad is not None else torch.zeros_like(gate))
+    return {name: torch.stack(values).float() for name, values in rows.items()}
+
+
+@contextmanager
+def hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
+    handles = []
+    try:
+        for group in anatomy.groups:
+            module = model.get_submodule(group.output)
+            if not group.trimmable:
+                handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y)))
+            else:
+                handles.append(
+                    module.register_forward_pre_hook(lambda m, args, group=group: (gated(group, args[0]), *args[1:]))
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,136 @@
+"""What one adapter does with one Linear, and the tensors it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from .functional import Positions
+from .updates import low_rank_start, pack_mask, sparse_support, top_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """What one adapter does with one Linear, whose base weight is `[out, in]`.
+
+    `kept` lists the base positions (int64, CPU) along `dim` (0 = rows, 1 = columns) that stay, in the order in which
+    the adapter computes them: tuned first, then frozen, the same on both sides of a group, so that the tuned slice is
+    contiguous and no output permutation is needed. A lone Linear keeps its own order instead, and `tuned` is then an
+    index into `kept` rather than a number.
+
+    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
+    none. A `sparsity` belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned
+    before).
+    """
+
+    dim: int
+    size: int
+    kept: torch.Tensor
+    tuned: Positions
+    units: int
+    train_bias: bool = False
+    rank: int = 0
+    sparse: int = 0
+    support: str = "magnitude"
+    sparsity: float | None = None
+    learns_mask: bool = False
+    drawn_later: bool = False
+    seed: int = 0
+
+    @property
+    def trims(self) -> bool:
+        return len(self.kept) < self.size
+
+    @property
+    def tuned_count(self) -> int:
+        return self.tuned if isinstance(self.tuned, int) else len(self.tuned)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Everything that is kept is tuned, and nothing else happens to the weight."""
+        others = self.rank or self.sparse or self.sparsity is not None
+        return 0 < self.tuned_count == len(self.kept) and not others
+
+    @cached_property
+    def natural(self) -> bool:
+        """Nothing is trimmed or moved."""
+        return torch.equal(self.kept, torch.arange(self.size))
+
+    @property
+    def idle(self) -> bool:
+        """The Linear needs no adapter layer at all."""
+        parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
+        return self.natural and not parts
+
+    @property
+    def tuned_positions(self) -> torch.Tensor:
+        """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
+        return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
+
+    def kept_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the kept part of a weight of this shape."""
+        return torch.Size(len(self.kept) if dim == self.dim else size for dim, size in enumerate(shape))
+
+
+def first_parts(
+    base: nn.Linear, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
+    master = torch.promote_types(base.weight.dtype, torch.float32)
+    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+    if values is not None:
+        bias = values[1] if values[1] is not None else bias
+    parts = {}
+    if piece.tuned_count:
+        index = piece.tuned_positions.to(weight.device)
+        parts["weight"] = values[0] if values is not None else weight.index_select(piece.dim, index)
+    if bias is not None and piece.train_bias:
+        parts["bias"] = bias.index_select(0, piece.kept.to(bias.device)) if piece.dim == 0 else bias
+    elif bias is not None and piece.dim == 0 and piece.tuned_count:
+        parts["bias"] = bias.index_select(0, piece.tuned_positions.to(bias.device))
+    parts = {name: tensor.to(master, copy=True) for name, tensor in parts.items()}
+    shape = piece.kept_shape(weight.shape)
+    if piece.rank:
+        parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
+    if piece.sparse or piece.learns_mask:
+        kept = weight.index_select(piece.dim, piece.kept.to(weight.device))
+        if piece.sparse:
+            places = sparse_support(kept, piece.sparse, piece.support, piece.rank or 1, piece.seed)
+            parts["places"], parts["values"] = places, torch.zeros(len(places), device=weight.device)
+        if piece.learns_mask:
+            # In units of the matrix's spread, so that one learning rate moves all matrices' masks alike.
+            parts["scores"] = kept.float().abs() / kept.float().std().clamp_min(1e-12)
+    if piece.sparsity is not None and not piece.learns_mask:
+        mask = torch.ones(shape, dtype=torch.bool, device=weight.device)
+        if not piece.drawn_later:
+            mask = top_mask(weight.index_select(piece.dim, piece.kept.to(weight.device)).abs(), piece.sparsity)
+        parts["bits"] = pack_mask(mask)
+    return parts
+
+
+def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
+    """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
+    master = torch.promote_types(base.weight.dtype, torch.float32)
+    shape = piece.kept_shape(base.weight.shape)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if piece.tuned_count:
+        shapes["weight"] = (
+            tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape)),
+            master,
+        )
+    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
+        shapes["bias"] = ((shape[0] if piece.train_bias else piece.tuned_count,), master)
+    if piece.rank:
+        shapes["down"] = ((piece.rank, shape[1]), torch.float32)
+        shapes["up"] = ((shape[0], piece.rank), torch.float32)
+    if piece.sparse:
+        count = min(piece.sparse, shape.numel())
+        shapes["places"], shapes["values"] = ((count,), torch.int32), ((count,), torch.float32)
+    if piece.learns_mask:
+        shapes["scores"] = (tuple(shape), torch.float32)
+    elif piece.sparsity is not None:
+        shapes["bits"] = ((-(-shape.numel() // 8),), torch.uint8)
+    return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}

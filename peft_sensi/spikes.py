@@ -1,0 +1,71 @@
+"""Units that no plan should cut, whatever their score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .anatomy import Anatomy, Group, unit_weights
+from .calibration import device_of, to_device, token_mask
+
+
+SPIKE_SHARE = 0.5
+
+
+class SpikeFinder:
+    """Finds units that carry more than half of the energy of some token's residual sum (before the LayerNorm).
+
+    One neuron that fires only on [CLS] can carry 80-97 % of a layer's output there, while its average score is small;
+    cutting it ruins the layer, and refitting around it ruins every other token.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model = model
+        self.groups = [g for g in anatomy.trimmable if g.norm]
+        self.share = {g.name: torch.zeros(g.size) for g in self.groups}
+
+    @contextmanager
+    def watching(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        energies: dict[str, torch.Tensor] = {}
+        batch = to_device(batch, device_of(self.model))
+
+        def before_output(group: Group, x: torch.Tensor) -> None:
+            x = x.detach().float()
+            columns = unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
+            if group.kind == "neuron":
+                energies[group.name] = x.square() * columns.square().sum(1)
+            else:  # |W x|^2 of each head by its Gram matrix, which is small
+                weight = columns.view(group.size, group.sides[-1].width, -1)
+                x = x.unflatten(-1, (group.size, -1))
+                energies[group.name] = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
+
+        def before_norm(group: Group, total: torch.Tensor) -> None:
+            energy = energies.pop(group.name, None)
+            if energy is None or energy.shape[:-1] != total.shape[:-1]:
+                return
+            share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
+            mask = token_mask(batch, share.shape[:-1])
+            share = (share[mask] if mask is not None else share.flatten(0, -2)).amax(0).cpu()
+            self.share[group.name] = torch.maximum(self.share[group.name], share)
+
+        handles = []
+        try:
+            for group in self.groups:
+                output, norm = self.model.get_submodule(group.output), self.model.get_submodule(group.norm)
+                handles.append(
+                    output.register_forward_pre_hook(lambda m, args, group=group: before_output(group, args[0]))
+                )
+                handles.append(
+                    norm.register_forward_pre_hook(lambda m, args, group=group: before_norm(group, args[0]))
+                )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def found(self) -> dict[str, torch.Tensor]:
+        return {name: share > SPIKE_SHARE for name, share in self.share.items()}

@@ -1,0 +1,89 @@
+"""Putting an adapter's slices into a model, and changing them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .anatomy import Group
+from .config import SensiConfig
+from .errors import SensiLoadError
+from .layer import SensiLayer, SensiLinear
+from .pieces import pieces_of, plan_of
+from .slices import Slice
+
+
+logger = logging.getLogger(__name__)
+
+
+def wrap_linear(
+    model: nn.Module,
+    name: str,
+    adapter_name: str,
+    piece: Slice,
+    group: Group,
+    config: SensiConfig,
+    refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> SensiLinear:
+    """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, SensiLinear):
+        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(f"Target module {layer} is not supported: only `torch.nn.Linear` can be targeted.")
+        layer = SensiLinear(layer, adapter_name)
+        if group.output == name:
+            layer.sensi_units = group.size
+            layer.sensi_attributes = [
+                (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], per_unit)
+                for path, per_unit in group.attributes
+            ]
+        replace_module(model, name, layer)
+    layer.update_layer(adapter_name, piece, refitted, config.init_weights, config.inference_mode)
+    return layer
+
+
+def save_whole(config: SensiConfig, names: list[str]) -> None:
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> None:
+    """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
+    root = model.base_model.model if isinstance(model, PeftModel) else model
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
+    sharded = any(type(p) is not nn.Parameter for m in layers.values() for p in m.parameters())
+    if sharded or any(m.sensi_base_dropped for m in layers.values()):
+        raise SensiLoadError(
+            "The checkpoint was trained under another plan than the one that this model was wrapped with, and a "
+            "sharded model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of "
+            "the checkpoint."
+        )
+    config.plan = plan
+    pieces = pieces_of(root, config, plan_of(root, config))
+    for name, layer in layers.items():
+        if name not in pieces:
+            layer.delete_adapter(adapter_name)
+    for name, (piece, group) in pieces.items():
+        wrap_linear(root, name, adapter_name, piece, group, config)
+    logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
+
+
+def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
+    """Starts the adapter's copy of the task head from what priming taught it; the base's own head stays as it is."""
+    with torch.no_grad():
+        for name, value in head.items():
+            top, _, rest = name.partition(".")
+            wrapper = model.get_submodule(top)
+            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+                parameter = wrapper.modules_to_save[adapter_name].get_parameter(rest)
+                if not parameter.is_meta:
+                    parameter.copy_(value)
