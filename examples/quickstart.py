@@ -152,10 +152,11 @@ def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool 
     """What a user does, from the config to a plain smaller model."""
     set_seed(SEED)
     start = time.perf_counter()
-    model = get_peft_model(fresh_base(), config)
+    with torch.autocast("cpu", torch.bfloat16):  # the precision of the training; scores and refit need no more
+        model = get_peft_model(fresh_base(), config)
     prepared = time.perf_counter() - start
     if show_plan:
-        console.print(model.base_model.plan().summary(), markup=False)
+        print(model.base_model.plan().summary())  # a table of its own, which rich would wrap
     figures = plan_figures(model)
     console.print(
         f"prepared in {prepared:.0f} s; kept {figures['params_share']:.1%} of the prunable parameters and "
@@ -189,14 +190,8 @@ def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool 
 def train(model: Any, task: Task, folder: Path) -> tuple[Any, float]:
     """The trained model and the seconds it took; the same recipe for every method."""
     quiet = {"disable_tqdm": True, "logging_strategy": "no"}
-    arguments = TrainingArguments(
-        str(folder),
-        use_cpu=True,
-        bf16=True,
-        seed=SEED,
-        num_train_epochs=2,
-        **(TRAINING_DEFAULTS | quiet | {"learning_rate": 2e-4}),
-    )
+    options = TRAINING_DEFAULTS | quiet
+    arguments = TrainingArguments(str(folder), use_cpu=True, bf16=True, seed=SEED, num_train_epochs=2, **options)
     trainer = Trainer(model, arguments, train_dataset=task.train, data_collator=task.collator)
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()

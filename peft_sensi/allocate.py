@@ -28,6 +28,7 @@ def make_plan(
     *,
     targets: frozenset[str] | None = None,
     protected: Mapping[str, np.ndarray] | None = None,
+    available: Mapping[str, np.ndarray] | None = None,
     sequence_length: int = 128,
     multiple_of: int = 8,
     min_units: int = 1,
@@ -42,6 +43,7 @@ def make_plan(
         scores: For each group one number a unit; larger is more worth keeping. Not divided by cost yet.
         targets: Modules that may be trained; all by default.
         protected: Units that are kept whatever their score, as long as the budget allows it.
+        available: Units that can be kept at all, where some are gone already.
         multiple_of: Neurons are kept in steps of so many (heads in steps of one).
         min_units: Units that stay in each block; 0 lets whole sublayers go.
         always_trained: Values that are trained in any case and count towards `trainable`.
@@ -57,7 +59,11 @@ def make_plan(
     targets = frozenset(m for g in anatomy.groups for m in g.modules) if targets is None else targets
     kept = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
     if limits.trims:
-        kept.update(_choose_kept(anatomy, values, limits, protected or {}, sequence_length, multiple_of, min_units))
+        kept.update(
+            _choose_kept(
+                anatomy, values, limits, protected or {}, available or {}, sequence_length, multiple_of, min_units
+            )
+        )
     if not tunes:
         tuned = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups}
     elif limits.trainable is not None:
@@ -101,6 +107,7 @@ def _choose_kept(
     values: dict[str, np.ndarray],
     limits: Budget,
     protected: Mapping[str, np.ndarray],
+    available: Mapping[str, np.ndarray],
     sequence_length: int,
     multiple_of: int,
     min_units: int,
@@ -122,6 +129,7 @@ def _choose_kept(
         return [
             _ladder(
                 values[g.name],
+                np.flatnonzero(available.get(g.name, np.ones(g.size))),
                 unit_costs[:, i],
                 np.asarray(protected.get(g.name, np.zeros(g.size)), dtype=bool) & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,
@@ -157,15 +165,18 @@ def _choose_kept(
     return kept
 
 
-def _ladder(values: np.ndarray, unit_cost: np.ndarray, forced: np.ndarray, step: int, min_units: int) -> _Ladder:
-    size = len(values)
+def _ladder(
+    values: np.ndarray, candidates: np.ndarray, unit_cost: np.ndarray, forced: np.ndarray, step: int, min_units: int
+) -> _Ladder:
+    size = len(candidates)
+    values, forced = values[candidates], forced[candidates]
     order = np.lexsort((np.arange(size), -values, ~forced))
     counts = np.unique(np.append(np.arange(0, size, step), size))
     # `[0:1]` is the mandatory rung: the first count that covers the minimum and all forced units.
     counts = counts[np.searchsorted(counts, min(size, max(min_units, int(forced.sum())))) :]
     total = np.concatenate(([0.0], np.cumsum(values[order])))
     return _Ladder(
-        order=order,
+        order=candidates[order],
         counts=counts,
         gains=np.diff(total[counts]),
         costs=unit_cost[:, None] * np.diff(counts)[None, :],
@@ -244,9 +255,7 @@ def _choose_tuned(
     ladders = []
     for group, cost in zip(anatomy.groups, unit_costs, strict=True):
         candidates = np.flatnonzero(kept[group.name]) if cost else np.zeros(0, dtype=np.int64)
-        ladder = _ladder(values[group.name][candidates], np.array([cost]), np.zeros(len(candidates), bool), 1, 0)
-        ladder.order = candidates[ladder.order]
-        ladders.append(ladder)
+        ladders.append(_ladder(values[group.name], candidates, np.array([cost]), np.zeros(group.size, bool), 1, 0))
     cheapest = min((cost for cost in unit_costs if cost), default=0)
     if allowed < cheapest:
         raise BudgetError(

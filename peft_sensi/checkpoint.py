@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, base_of
+from .anatomy import Anatomy, base_of, is_base_parameter
 from .errors import SensiLoadError
 
 
@@ -116,6 +116,25 @@ def check_tensors(
             raise SensiLoadError(f"{name!r} has dtype {tensor.dtype}, expected {like.dtype}.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SensiLoadError(f"{name!r} contains NaN or infinity.")
+        if ".sensi_gate." in name and tensor.numel() and tensor.max() > 1:
+            raise SensiLoadError(f"{name!r} must hold zeros and ones.")
         if name in rooms and tensor.numel():
             if tensor.min() < 0 or tensor.max() >= rooms[name] or not (tensor.diff() > 0).all():
                 raise SensiLoadError(f"{name!r} must hold ascending positions below {rooms[name]}.")
+
+
+def check_strays(found: Iterable[str], model: nn.Module) -> None:
+    """Raises `SensiLoadError` for tensors of the base itself, which loading would overwrite for good.
+
+    They are of modules that the file's adapter saves whole and this model does not. PEFT itself saves only embeddings
+    in this way, when their size was changed.
+    """
+    getters = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
+    embeddings = {id(p) for get in getters if get is not None and (m := get()) is not None for p in m.parameters()}
+    allowed = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in embeddings}
+    for name in found:
+        if is_base_parameter(name) and not {name, name.removeprefix("base_model.model.")} & allowed:
+            raise SensiLoadError(
+                f"The adapter file holds {name!r}, which this model does not save: it was made with another "
+                f"`also_train` or `modules_to_save`."
+            )

@@ -208,6 +208,15 @@ class SensiConfig(PeftConfig):
             )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
+            if self.schedule["phase"] == "cut" and (
+                not limits.trims or limits.trainable is not None or not self.keep_base
+            ):
+                raise SensiError(
+                    "The phase 'cut' trims to a limit on `params` or `flops` during training, and needs the whole "
+                    "base: give such a limit, no `trainable` one, and `keep_base=True`."
+                )
+            if self.schedule["phase"] == "cut" and self.score in ("mask", "movement"):
+                raise SensiError(f"score={self.score!r} is learned by priming and cannot rank units during training.")
         if limits.trainable is not None and "output_biases" in (self.also_train or ()):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
@@ -288,8 +297,23 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
             raise SensiError("The phase 'draw_mask' needs `at`, a share of the training, and nothing else.")
         if sparsity is None or update == "mask":
             raise SensiError("The phase 'draw_mask' needs a `sparsity`, and an update that does not learn its mask.")
+    elif phase == "cut":
+        good = set(schedule) == {"phase", "start", "end", "cuts"} and is_number("start", 1.0) and is_number("end", 1.0)
+        cuts = schedule.get("cuts")
+        if (
+            not good
+            or isinstance(cuts, bool)
+            or not isinstance(cuts, int)
+            or cuts < 1
+            or schedule["start"] > schedule["end"]
+        ):
+            raise SensiError(
+                "The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number."
+            )
+        if update != "dense":
+            raise SensiError(f"Units can be cut during training with update='dense' only, not with {update!r}.")
     else:
-        raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'freeze_dense' and 'draw_mask'.")
+        raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
 
 
 _COUNTS = {

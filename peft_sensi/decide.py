@@ -16,6 +16,7 @@ from .config import SensiConfig
 from .errors import SensiError
 from .pieces import pieces_of, trained_values
 from .plan import Plan
+from .priming import head_at_prior
 from .refit import Refitted, refit
 from .scores import Scores, score_units
 
@@ -43,6 +44,8 @@ def decide(
     base modules that are trained whole.
     """
     limits = _limits(model, given, anatomy)
+    if given.schedule is not None and given.schedule["phase"] == "cut":
+        limits = Budget()  # everything stays until the cuts come
     batches = None
     if given.calibration is not None:
         batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
@@ -93,7 +96,10 @@ def decide(
     if wanted and batches is not None and plan.trims:
         model.eval()
         refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn)
-    return Decision(plan, refitted, scores.head)
+    head = scores.head
+    if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
+        head = head_at_prior(model, batches)
+    return Decision(plan, refitted, head)
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:

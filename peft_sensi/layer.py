@@ -29,9 +29,9 @@ class SensiLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
-    other_param_names = ("sensi_places", "sensi_bits", "sensi_slices", "sensi_frozen")
+    other_param_names = ("sensi_places", "sensi_bits", "sensi_gate", "sensi_slices", "sensi_frozen")
     # All that is stored, in the order of the docstring.
-    tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits")
+    tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         self.base_layer = base_layer
@@ -274,6 +274,8 @@ class SensiLayer(BaseTunerLayer):
             mask = learned_mask(scores, piece.sparsity)
         elif bits is not None:
             mask = unpack_mask(bits, piece.kept_shape(torch.Size((self.out_features, self.in_features))))
+        if (gate := self.part("gate", name)) is not None:
+            mask = gate.repeat_interleave(len(piece.kept) // piece.units)  # [columns], the same for every row
         return {
             "dim": piece.dim,
             "tuned": piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(device),

@@ -22,7 +22,15 @@ from torch import nn
 
 from .anatomy import Anatomy, Group, build_anatomy, task_head
 from .calibration import preserved
-from .checkpoint import PLAN_KEY, check_fingerprint, check_tensors, fingerprint, plan_from_tensor, plan_to_tensor
+from .checkpoint import (
+    PLAN_KEY,
+    check_fingerprint,
+    check_strays,
+    check_tensors,
+    fingerprint,
+    plan_from_tensor,
+    plan_to_tensor,
+)
 from .config import SensiConfig
 from .decide import Decision, decide
 from .errors import SensiError, SensiLoadError
@@ -340,4 +348,5 @@ class SensiModel(BaseTuner):
             if ".sensi_places." in key
         }
         check_tensors(ours, expected, rooms)
+        check_strays(tensors, model)
         return tensors

@@ -118,7 +118,9 @@ def _slice(
     if config.sparsity is not None and (targeted or ("mask" not in update and group.trimmable)):
         sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
+    cuts = bool(config.schedule and config.schedule["phase"] == "cut")
     return Slice(
+        gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,
         size=linear.weight.shape[sides[0].dim],
         kept=torch.from_numpy(kept),

@@ -125,6 +125,18 @@ def head_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """`head_state` after `start_head_at_prior`; the head itself stays as it is."""
+    linear = _last_linear(model)
+    before = None if linear is None or linear.bias is None else linear.bias.detach().clone()
+    start_head_at_prior(model, batches)
+    head = head_state(model)
+    if linear is not None and before is not None:
+        with torch.no_grad():
+            linear.bias.copy_(before)
+    return head
+
+
 def _last_linear(model: nn.Module) -> nn.Linear | None:
     linears = [
         module

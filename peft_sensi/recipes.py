@@ -18,15 +18,24 @@ QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]
 def sensi_bert(
     budget: float | int,
     limit: Literal["params", "flops"] = "params",
-    score: str = "mask",
+    score: str | None = None,
     granularity: Literal["unit", "tensor"] = "unit",
+    trim: Literal["at wrap", "after warm-up", "in cuts"] = "at wrap",
     **kwargs: Any,
 ) -> SensiConfig:
     """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters or FLOPs, fine-tune the rest.
 
     The procedure of the abstract; scoring and allocation follow the closest published methods (EarlyBERT's learned
-    masks, Kwon et al.'s allocation). `granularity="tensor"` keeps or removes whole sublayers.
+    masks, Kwon et al.'s allocation). `granularity="tensor"` keeps or removes whole sublayers. Trimmed is when the
+    model is wrapped, after the first tenth of the training, or in four cuts until its middle. During training units
+    are scored by Fisher information, because masks would have to be learned beside the weights.
     """
+    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4)}
+    if trim not in cuts:
+        raise SensiError(f"`trim` must be one of {', '.join(cuts)}, got {trim!r}.")
+    if (when := cuts[trim]) is not None:
+        kwargs["schedule"] = {"phase": "cut", "start": when[0], "end": when[1], "cuts": when[2]}
+    score = score or ("mask" if when is None else "fisher")
     return SensiConfig(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
 
 

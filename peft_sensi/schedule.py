@@ -4,6 +4,10 @@
 
 - `{"phase": "freeze_dense", "epochs": 2}`: after so many epochs the dense part (attention, in Learners + priming,
   arXiv 2208.02070) is frozen; what it learned stays part of the adapter.
+- `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: trims during training (Sensi-BERT, arXiv 2307.11764).
+  Between these shares of the steps units are rescored and closed, along a cubic schedule (Zhu & Gupta 2017, arXiv
+  1710.01878); closed units are masked, because parameters cannot change their shape under an optimizer, and leave the
+  model when training is finished. `start` = `end` with one cut is a cut after a warm-up.
 - `{"phase": "draw_mask", "at": 0.5}`: after this share of the steps the mask on the base is drawn once (DSEE, arXiv
   2111.00160): by the size of the update where there is one, by the size of the weight elsewhere.
 
@@ -14,6 +18,7 @@ silently without it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,38 +26,58 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from .calibration import materialise
 from .config import SensiConfig
+from .cuts import close_units, gates_of, open_units
 from .errors import SensiError
 from .layer import SensiLayer
+from .scores import DATA_METHODS
+from .wrap import shrink
 
 
 class Schedule:
-    """Steps the schedule of a model's active adapter, once before each optimizer step.
+    """Steps the schedule of a model's active adapter: `step` before each optimizer step, `finish` after the last.
 
-    Deterministic in the step number, so a resumed run, and every process of a distributed one, does the same.
+    Deterministic in the step number and the calibration data, so a resumed run, and every process of a distributed
+    one, does the same.
 
     Args:
         model: A `PeftModel` with a `SensiConfig` that has a `schedule`.
         total_steps: Optimizer steps of the whole training.
         steps_per_epoch: Needed for a phase that counts epochs.
+        calibration: Batches for rescoring, needed for cuts by a gradient score.
 
     Raises:
-        SensiError: There is no schedule, or a length that it needs is missing.
+        SensiError: There is no schedule, or something that it needs is missing.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, steps_per_epoch: int | None = None) -> None:
-        self.model = model
-        self.adapter_name, config = scheduled_adapter(model)
-        phase: dict[str, Any] = config.schedule or {}
-        if "epochs" in phase:
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.model = getattr(model, "module", model)
+        self.adapter_name, self.config = scheduled_adapter(model)
+        self.phase: dict[str, Any] = dict(self.config.schedule or {})
+        self.batches = None
+        if self.phase["phase"] == "cut":
+            if calibration is None and self.config.score in DATA_METHODS:
+                raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
+            if calibration is not None:
+                self.batches = materialise(calibration, self.config.calibration_steps)
+            cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
+            shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
+            self.switches = [math.ceil(round(share * total_steps, 6)) for share in shares]
+        elif "epochs" in self.phase:
             if not steps_per_epoch:
                 raise SensiError("This schedule counts epochs: `Schedule` needs `steps_per_epoch`.")
-            self.switch = math.ceil(phase["epochs"] * steps_per_epoch)
+            self.switches = [math.ceil(self.phase["epochs"] * steps_per_epoch)]
         else:
-            self.switch = math.ceil(phase["at"] * total_steps)
-        self.phase = phase["phase"]
+            self.switches = [math.ceil(self.phase["at"] * total_steps)]
         self.done_steps = 0
-        tuner(model).sensi_schedule_is_stepped = True
+        tuner(self.model).sensi_schedule_is_stepped = True
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
         """To be called before each optimizer step, of which there were `done_steps`. Whether a phase changed.
@@ -61,47 +86,78 @@ class Schedule:
         """
         done = self.done_steps if done_steps is None else done_steps
         self.done_steps = done + 1
-        layers = [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]
-        if self.phase == "freeze_dense":
-            return self._freeze_dense(layers, done >= self.switch, optimizer)
-        if done == self.switch:
-            for layer in layers:
+        if self.phase["phase"] == "freeze_dense":
+            return freeze_dense(self._layers(), self.adapter_name, done >= self.switches[0], optimizer)
+        if done not in self.switches:
+            return False
+        if self.phase["phase"] == "draw_mask":
+            for layer in self._layers():
                 if layer.part("bits", self.adapter_name) is not None:
                     layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
-            return True
-        return False
+        else:
+            cuts = self.phase["cuts"]
+            made = max(i + 1 for i, switch in enumerate(self.switches) if switch == done)
+            close_units(self._root(), self.config, self.adapter_name, self.batches, 1 - (1 - made / cuts) ** 3)
+        return True
 
-    def _freeze_dense(self, layers: list[SensiLayer], freeze: bool, optimizer: torch.optim.Optimizer | None) -> bool:
-        changed = False
-        for layer in layers:
-            parameter = layer.part("weight", self.adapter_name)
-            if parameter is None or freeze == ("weight" in layer.sensi_frozen.get(self.adapter_name, ())):
-                continue
-            changed = True
-            layer.sensi_frozen[self.adapter_name] = ("weight",) if freeze else ()
-            parameter.requires_grad_(not freeze)
-            if freeze:
-                parameter.grad = None
-                if optimizer is not None:
-                    optimizer.state.pop(parameter, None)
-        return changed
+    def finish(self) -> None:
+        """Removes closed units from the model, so that the budget holds. Without cuts there is nothing to do."""
+        if self.phase["phase"] == "cut" and self.config.schedule is not None:
+            if all(bool(gate.all()) for gate in gates_of(self._root(), self.adapter_name).values()):
+                close_units(self._root(), self.config, self.adapter_name, self.batches, 1.0)
+            plan = open_units(self._root(), self.config, self.adapter_name)
+            shrink(self.model, self.config, self.adapter_name, plan)
+
+    def _root(self) -> nn.Module:
+        return self.model.base_model.model if isinstance(self.model, PeftModel) else self.model
+
+    def _layers(self) -> list[SensiLayer]:
+        return [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]
 
 
 class SensiCallback(TrainerCallback):
-    """Steps the schedule in a `transformers.Trainer`; harmless without one."""
+    """Steps the schedule in a `transformers.Trainer`; harmless without one.
 
-    def __init__(self) -> None:
+    `calibration` are the batches by which cuts during training rescore the units.
+    """
+
+    def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None) -> None:
+        self.calibration = calibration
         self.schedule: Schedule | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule = None
+        model = kwargs["model"]
         if scheduled_adapter(model, required=False)[1].schedule is not None:
             steps_per_epoch = math.ceil(state.max_steps / max(1, args.num_train_epochs))
-            self.schedule = Schedule(model, state.max_steps, steps_per_epoch)
+            self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:
             self.schedule.step(kwargs.get("optimizer"), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.finish()  # Trainer has put the best model back by now, if it was asked to
+
+
+def freeze_dense(
+    layers: Sequence[SensiLayer], adapter_name: str, freeze: bool, optimizer: torch.optim.Optimizer | None
+) -> bool:
+    """Freezes (or, in a run that starts again, thaws) the dense part of an adapter. Whether that changed anything."""
+    changed = False
+    for layer in layers:
+        parameter = layer.part("weight", adapter_name)
+        if parameter is None or freeze == ("weight" in layer.sensi_frozen.get(adapter_name, ())):
+            continue
+        changed = True
+        layer.sensi_frozen[adapter_name] = ("weight",) if freeze else ()
+        parameter.requires_grad_(not freeze)
+        if freeze:
+            parameter.grad = None
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+    return changed
 
 
 def mask_scores(layer: SensiLayer, adapter_name: str) -> torch.Tensor:

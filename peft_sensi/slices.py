@@ -22,8 +22,8 @@ class Slice:
     index into `kept` rather than a number.
 
     `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
-    none. A `sparsity` belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned
-    before).
+    none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
+    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
     """
 
     dim: int
@@ -38,6 +38,7 @@ class Slice:
     sparsity: float | None = None
     learns_mask: bool = False
     drawn_later: bool = False
+    gated: bool = False
     seed: int = 0
 
     @property
@@ -52,7 +53,7 @@ class Slice:
     def whole(self) -> bool:
         """Everything that is kept is tuned, and nothing else happens to the weight."""
         others = self.rank or self.sparse or self.sparsity is not None
-        return 0 < self.tuned_count == len(self.kept) and not others
+        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated
 
     @cached_property
     def natural(self) -> bool:
@@ -108,6 +109,8 @@ def first_parts(
         if not piece.drawn_later:
             mask = top_mask(weight.index_select(piece.dim, piece.kept.to(weight.device)).abs(), piece.sparsity)
         parts["bits"] = pack_mask(mask)
+    if piece.gated:
+        parts["gate"] = torch.ones(piece.units, dtype=torch.uint8, device=weight.device)
     return parts
 
 
@@ -133,4 +136,6 @@ def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
         shapes["scores"] = (tuple(shape), torch.float32)
     elif piece.sparsity is not None:
         shapes["bits"] = ((-(-shape.numel() // 8),), torch.uint8)
+    if piece.gated:
+        shapes["gate"] = ((piece.units,), torch.uint8)
     return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}

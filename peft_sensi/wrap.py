@@ -15,6 +15,7 @@ from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer, SensiLinear
 from .pieces import pieces_of, plan_of
+from .plan import Plan
 from .slices import Slice
 
 
@@ -67,14 +68,46 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
             "sharded model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of "
             "the checkpoint."
         )
-    config.plan = plan
-    pieces = pieces_of(root, config, plan_of(root, config))
+    before, config.plan = config.plan, plan
+    try:
+        pieces = pieces_of(root, config, plan_of(root, config))
+    except SensiLoadError:
+        config.plan = before
+        raise
     for name, layer in layers.items():
         if name not in pieces:
             layer.delete_adapter(adapter_name)
     for name, (piece, group) in pieces.items():
         wrap_linear(root, name, adapter_name, piece, group, config)
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
+
+
+def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan) -> None:
+    """Removes the units that `plan` trims from an adapter that has tuned all of them, keeping what it has learned."""
+    root = model.base_model.model if isinstance(model, PeftModel) else model
+    before = {
+        name: (
+            module.sensi_slices[adapter_name],
+            module.part("weight", adapter_name),
+            module.part("bias", adapter_name),
+        )
+        for name, module in root.named_modules()
+        if isinstance(module, SensiLayer) and adapter_name in module.sensi_slices
+    }
+    config.plan, config.schedule = plan.to_dict(), None
+    pieces = pieces_of(root, config, plan)
+    for name, (old, weight, bias) in before.items():
+        piece, group = pieces[name]
+        requires_grad = weight is not None and weight.requires_grad
+        layer = wrap_linear(root, name, adapter_name, piece, group, config)
+        if weight is None:
+            continue
+        places = torch.argsort(old.kept)[piece.kept].to(weight.device)  # where each kept unit was
+        with torch.no_grad():
+            layer.sensi_weight[adapter_name].copy_(weight.index_select(piece.dim, places))
+            if bias is not None:
+                layer.sensi_bias[adapter_name].copy_(bias.index_select(0, places) if piece.dim == 0 else bias)
+        layer.set_requires_grad(adapter_name, requires_grad)
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:

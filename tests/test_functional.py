@@ -51,7 +51,7 @@ def case(dim: int, kind: str, bias: str, more: str = "", dtype=torch.float64, to
 
 
 def fused(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments for the fast form, whose `weight` and `bias` already hold everything, as the layer sees to."""
+    """The same arguments for the fast form, whose `weight` and `bias` already hold everything."""
     with torch.no_grad():
         plain = {k: v for k, v in arguments.items() if k != "x"}
         zero = torch.zeros(1, IN, dtype=arguments["weight"].dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from tiny import FAMILIES, LABELS, logits, tiny_model, train, wrap
 
-from peft_sensi import Plan, build_anatomy
+from peft_sensi import BudgetError, Plan, build_anatomy
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED
 
 
@@ -78,8 +80,6 @@ def test_costs_are_those_of_the_merged_model(case):
 @given(plans(), st.booleans())
 @settings(max_examples=25)
 def test_a_trained_adapter_is_reloaded_and_merged(case, keep_base):
-    import tempfile
-
     family, plan = case
     if not something_to_do(plan):
         return
@@ -92,8 +92,9 @@ def test_a_trained_adapter_is_reloaded_and_merged(case, keep_base):
     assert torch.equal(logits(again), expected)
     assert again.base_model.plan() == plan
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
-    with again.disable_adapter():
-        assert torch.equal(logits(again), logits(MODELS[family]))
+    if keep_base:
+        with again.disable_adapter():
+            assert torch.equal(logits(again), logits(MODELS[family]))
 
 
 budgets = st.fixed_dictionaries(
@@ -116,8 +117,6 @@ budgets = st.fixed_dictionaries(
 @settings(max_examples=40)
 def test_limits_hold_in_the_modules_themselves(family, budget, multiple_of, also, seed):
     """Not in the plan's arithmetic: in the tensors that are trained and in those that are left after the merge."""
-    from peft_sensi import BudgetError
-
     options = {"multiple_of": multiple_of, "seed": seed, "sequence_length": 16, "also_train": sorted(also)}
     try:
         model = wrap(tiny_model(family), budget=budget, score="random", **options)

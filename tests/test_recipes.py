@@ -26,6 +26,8 @@ CONFIGS = {
     "sensi_bert": lambda: recipes.sensi_bert(0.5, **DATA),
     "sensi_bert_flops": lambda: recipes.sensi_bert(0.5, "flops", score="fisher", **DATA),
     "sensi_bert_tensor": lambda: recipes.sensi_bert(0.6, granularity="tensor", **DATA),
+    "sensi_bert_cuts": lambda: recipes.sensi_bert(0.5, trim="in cuts", task_type="SEQ_CLS", calibration_steps=2),
+    "sensi_bert_warm_up": lambda: recipes.sensi_bert(0.5, "flops", trim="after warm-up", score="taylor", **PLAIN),
     "far": lambda: recipes.far(0.1, training_steps=200, **DATA),
     "far_random": lambda: recipes.far(0.1, embeddings=False, score="random", **PLAIN),
     "learners": lambda: recipes.learners(4, priming_epochs=1, **PLAIN),
@@ -49,7 +51,7 @@ def trained(model: nn.Module) -> int:
 
 def fit(model: PeftModel, steps: int = 4) -> None:
     config = model.peft_config["default"]
-    schedule = Schedule(model, steps, steps_per_epoch=steps // 2) if config.schedule else None
+    schedule = Schedule(model, steps, steps // 2, calibration=DATA["calibration"]) if config.schedule else None
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for batch in tiny_batches(steps, seed=3):
@@ -58,6 +60,8 @@ def fit(model: PeftModel, steps: int = 4) -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    if schedule is not None:
+        schedule.finish()
     model.eval()
 
 
@@ -90,8 +94,11 @@ def test_contract(name, tmp_path):
     assert all(type(m).__module__.split(".")[0] != "peft_sensi" for m in merged.modules())
 
 
-@pytest.mark.parametrize("name", ["learners", "dsee_unstructured", "binary_mask", "far", "mask_and_tune"])
-def test_trainer_resumes_to_the_same_model(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["learners", "dsee_unstructured", "binary_mask", "far", "mask_and_tune", "sensi_bert_cuts"]
+)
+@pytest.mark.parametrize("saved_after", [1, 2, 4])
+def test_trainer_resumes_to_the_same_model(name, saved_after, tmp_path):
     rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(6, padding=False, seed=5) for i in range(4)]
 
     def trainer(steps_to_save: int) -> Trainer:
@@ -101,12 +108,12 @@ def test_trainer_resumes_to_the_same_model(name, tmp_path):
             str(tmp_path), max_steps=6, per_device_train_batch_size=4, save_steps=steps_to_save, learning_rate=1e-2,
             use_cpu=True, report_to=[], seed=1, disable_tqdm=True,
         )  # fmt: skip
-        return Trainer(model, arguments, train_dataset=rows, callbacks=[SensiCallback()])
+        return Trainer(model, arguments, train_dataset=rows, callbacks=[SensiCallback(DATA["calibration"])])
 
-    whole = trainer(4)
+    whole = trainer(saved_after)
     whole.train()
     resumed = trainer(100)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_after}"))
     assert torch.equal(logits(resumed.model.eval()), logits(whole.model.eval()))
 
 
@@ -149,6 +156,45 @@ def test_learners_freeze_attention_after_priming_and_keep_what_it_learned():
         optimizer.step()
         optimizer.zero_grad()
     assert all(not torch.equal(middle[n], start[n]) and torch.equal(p, middle[n]) for n, p in dense.items())
+
+
+@pytest.mark.parametrize("limit", ["params", "flops"])
+def test_cuts_close_units_step_by_step_and_end_at_the_budget(limit):
+    config = recipes.sensi_bert(0.4, limit, trim="in cuts", task_type="SEQ_CLS", multiple_of=4)
+    model = get_peft_model(tiny_model(), config)
+    assert model.base_model.plan().params_share == 1.0
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    schedule = Schedule(model, 20, calibration=DATA["calibration"])
+    assert schedule.switches == [2, 5, 8, 10]
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    closed = []
+    for step in range(12):
+        before = {n: p.clone() for n, p in model.named_parameters() if ".sensi_gate." in n}
+        schedule.step(optimizer)
+        after = {n: p for n, p in model.named_parameters() if ".sensi_gate." in n}
+        assert all(bool((after[n] <= before[n]).all()) for n in after), "a closed unit was opened again"
+        closed.append(sum(int((gate == 0).sum()) for gate in after.values()))
+        model(**tiny_batches(1, seed=step)[0]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {n: p.shape for n, p in model.named_parameters()} == shapes
+    assert sorted(set(closed)) == closed[1::3] or len(set(closed)) == 5
+    model.eval()
+    masked = logits(model)
+    schedule.finish()
+    torch.testing.assert_close(logits(model), masked, atol=1e-5, rtol=0)
+    plan = model.base_model.plan()
+    assert 0.3 < getattr(plan, f"{limit}_share") <= 0.4
+    head = sum(p.numel() for p in tiny_model().classifier.parameters())
+    assert trained(model) == plan.trainable_params + head
+    assert model.peft_config["default"].schedule is None
+
+
+def test_gradient_cuts_need_data():
+    model = get_peft_model(tiny_model(), CONFIGS["sensi_bert_cuts"]())
+    with pytest.raises(SensiError, match="calibration"):
+        Schedule(model, 4)
 
 
 def test_a_schedule_that_nobody_steps_raises():
@@ -214,6 +260,10 @@ def test_compressed_mask_takes_one_bit_a_weight(tmp_path):
         {"schedule": {"phase": "draw_mask", "at": 0.5}},
         {"schedule": {"phase": "freeze_dense"}},
         {"schedule": "often"},
+        {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 4}, "budget": {"trainable": 0.1}},
+        {"schedule": {"phase": "cut", "start": 0.5, "end": 0.1, "cuts": 4}, "budget": 0.5},
+        {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 0}, "budget": 0.5},
+        {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}, "budget": 0.5, "score": "mask"},
         {"compressed": "bits"},
         {"also_train": ["output_biases"], "budget": {"trainable": 0.1}},
     ],

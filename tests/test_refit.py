@@ -1,4 +1,4 @@
-"""The refit of the survivors: it is the least-squares solution, it helps on data it has not seen, and it does no harm."""
+"""The refit of the survivors: it is the least-squares solution, it helps on unseen data, and it does no harm."""
 
 from __future__ import annotations
 

@@ -117,6 +117,18 @@ def test_a_checkpoint_that_trains_other_parts_is_not_half_loaded(there, here, ro
     assert_same_tensors(state(other), before)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_checkpoint_of_another_base_is_refused(layers, rows, tmp_path):
+    foreign = get_peft_model(tiny_model(num_hidden_layers=layers), SensiConfig(score="magnitude", **TUNE))
+    foreign.save_pretrained(tmp_path)
+    model = wrapped(rows, task_type=None, **TUNE)
+    plan, before = model.base_model.plan(), state(model)
+    with pytest.raises(SensiLoadError, match="base model"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert model.base_model.plan() == plan
+    assert_same_tensors(state(model), before)
+
+
 def test_another_plan_cannot_be_resumed_without_the_base(rows, tmp_path):
     options = {"score": "random", "budget": 0.5}
     trainer(wrapped(rows, seed=0, **options), rows, tmp_path).train()
@@ -147,7 +159,7 @@ class Worse(TrainerCallback):
     def on_epoch_end(self, args, state_, control, **kwargs):
         if state_.epoch >= 2:
             with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
+                for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.add_(torch.randn_like(parameter))
         else:

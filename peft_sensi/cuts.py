@@ -1,0 +1,98 @@
+"""Cuts during training: units are closed by masks at fixed shapes, and leave the model once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .allocate import make_plan
+from .anatomy import Anatomy
+from .budget import Budget, allowance
+from .calibration import preserved
+from .config import SensiConfig
+from .layer import SensiLayer
+from .pieces import anatomy_of, pieces_of, plan_of, targets_of, trained_values
+from .plan import TRIMMED, Plan
+from .scores import score_units
+
+
+def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The gates (uint8, one a unit) of all output projections, by module."""
+    layers = ((name, m) for name, m in root.named_modules() if isinstance(m, SensiLayer))
+    gates = ((name, layer.part("gate", adapter_name)) for name, layer in layers)
+    return {name: gate for name, gate in gates if gate is not None}
+
+
+def close_units(
+    root: nn.Module, config: SensiConfig, adapter_name: str, batches: list[Mapping[str, Any]] | None, progress: float
+) -> None:
+    """Rescores the model as it is and closes units until the share `progress` of the way to the budget is gone.
+
+    Units that are closed stay closed.
+    """
+    targets = targets_of(root, config)
+    anatomy = anatomy_of(root, config, targets)
+    with preserved(root):
+        root.eval()
+        scores = score_units(
+            root,
+            anatomy,
+            batches,
+            score=config.score,
+            calibration_steps=config.calibration_steps,
+            priming_steps=0,
+            priming_lr=config.priming_lr,
+            loss_fn=None,
+            seed=config.seed,
+            progress=False,
+        )
+    gates = gates_of(root, adapter_name)
+    opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
+    length = plan_of(root, config).sequence_length
+    plan = make_plan(
+        anatomy,
+        {name: values.numpy() for name, values in scores.values.items()},
+        _on_the_way(config.limits, anatomy, length, progress),
+        targets=targets,
+        protected={name: mask.numpy() for name, mask in scores.protected.items()},
+        available=opened,
+        sequence_length=length,
+        multiple_of=config.multiple_of,
+        min_units=config.min_units if config.granularity != "tensor" else 0,
+    )
+    with torch.no_grad():
+        for group in anatomy.trimmable:
+            if group.output in gates:
+                gate = gates[group.output]
+                gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
+
+
+def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
+    """The plan that trims all closed units and tunes the others."""
+    before = plan_of(root, config)
+    gates = gates_of(root, adapter_name)
+    states = []
+    for group in before.anatomy.groups:
+        state = before.of(group).copy()
+        if group.trimmable and group.output in gates:
+            state[gates[group.output].cpu().numpy() == 0] = TRIMMED
+        states.append(state.tobytes())
+    after = replace(before, states=tuple(states), always_trained=0)
+    counted = trained_values(root, pieces_of(root, config, after)) - after.trainable_params
+    saved = before.always_trained - trained_values(root, pieces_of(root, config, before))
+    return replace(after, always_trained=counted + saved + replace(before, always_trained=0).trainable_params)
+
+
+def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
+    """Limits as counts: the whole at progress 0, the budget at progress 1."""
+    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
+    counts = {}
+    for name, whole in wholes.items():
+        if (limit := getattr(limits, name)) is not None:
+            goal = min(whole, allowance(limit, whole))
+            counts[name] = goal if progress >= 1 else max(goal, int(whole - progress * (whole - goal)))
+    return Budget(**counts)

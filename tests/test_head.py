@@ -1,0 +1,78 @@
+"""A fresh task head: it starts at the labels' prior, or keeps what priming taught it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_model, wrap
+from torch import nn
+
+from peft_sensi import compute_scores
+
+
+def fresh(**changes) -> nn.Module:
+    """As Transformers makes it: the bias of the last Linear is exactly zero."""
+    model = tiny_model(**changes)
+    nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def head(model) -> nn.Module:
+    return model.base_model.model.classifier.modules_to_save["default"]
+
+
+def log_prior(batches) -> torch.Tensor:
+    labels = torch.cat([b["labels"] for b in batches])
+    counts = torch.bincount(labels, minlength=3) + 1.0
+    return (counts / counts.sum()).log()
+
+
+def skewed(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    batches = tiny_batches(count)
+    for batch in batches:
+        batch["labels"] = torch.tensor([0, 0, 0, 2])
+    return batches
+
+
+OPTIONS = [
+    {"score": "magnitude"},
+    {"score": "random"},
+    {"score": "fisher", "priming_steps": 0},
+    {"score": "magnitude", "budget": {"trainable": 0.1}},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_without_priming_a_fresh_head_starts_at_the_log_prior(options):
+    batches = skewed()
+    model = wrap(fresh(), **{"budget": 0.5, "calibration": batches, **options})
+    torch.testing.assert_close(head(model).bias.detach(), log_prior(batches))
+    assert torch.equal(head(model).weight, fresh().classifier.weight)
+    assert_same_tensors(snapshot(model.base_model.model.classifier.original_module), snapshot(fresh().classifier))
+
+
+def test_without_priming_the_head_of_a_regression_starts_at_the_mean():
+    batches = [{**b, "labels": b["labels"] + 2.5} for b in tiny_batches(3)]
+    model = wrap(fresh(num_labels=1), budget=0.5, calibration=batches, score="random")
+    mean = torch.cat([b["labels"] for b in batches]).mean()
+    torch.testing.assert_close(head(model).bias.detach(), mean[None])
+
+
+def test_a_head_keeps_what_priming_taught_it():
+    scores = compute_scores(fresh(), skewed(), priming_steps=4, progress=False)
+    model = wrap(fresh(), budget=0.5, scores=scores)
+    for name, value in scores.head.items():
+        assert torch.equal(head(model).get_parameter(name.partition(".")[2]), value)
+    assert not torch.equal(head(model).weight, fresh().classifier.weight)
+    assert_same_tensors(snapshot(model.base_model.model.classifier.original_module), snapshot(fresh().classifier))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_trained_head_is_left_alone(options):
+    model = wrap(tiny_model(), **{"budget": 0.5, "calibration": skewed(), **options})
+    assert torch.equal(head(model).bias, tiny_model().classifier.bias)
+
+
+def test_without_data_nothing_is_known_about_the_labels():
+    model = wrap(fresh(), budget=0.5)
+    assert not head(model).bias.any()
