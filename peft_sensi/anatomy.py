@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -186,6 +186,11 @@ def base_of(module: nn.Module) -> nn.Module:
             return module
 
 
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """The Linear called `name`, behind PEFT's wrappers."""
+    return cast(nn.Linear, base_of(model.get_submodule(name)))
+
+
 def is_base_parameter(name: str) -> bool:
     """Whether a parameter's name belongs to the base model and not to an adapter on it."""
     return not any(part.startswith("sensi_") or part == "modules_to_save" for part in name.split("."))
@@ -285,7 +290,7 @@ def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> G
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
     """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
-    weight = base_of(model.get_submodule(side.module)).weight.detach()
+    weight = linear_of(model, side.module).weight.detach()
     start, stop = side.offset, side.offset + group.size * side.width
     rows = weight[start:stop] if side.dim == 0 else weight[:, start:stop].t()
     return rows.reshape(group.size, -1).float()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, base_of, is_base_parameter
+from .anatomy import Anatomy, is_base_parameter, linear_of
 from .errors import SensiLoadError
 
 
@@ -56,7 +56,7 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
     sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
     shapes, marks = {}, []
     for name in sampled:
-        weight = base_of(model.get_submodule(name)).weight
+        weight = linear_of(model, name).weight
         if weight.is_meta or not weight.is_floating_point():
             return None
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS].float().cpu()

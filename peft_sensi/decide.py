@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .allocate import make_plan
-from .anatomy import Anatomy, base_of, nothing_to_trim
+from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
 from .calibration import materialise
 from .config import SensiConfig
@@ -66,9 +66,7 @@ def decide(
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
     whole = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
-    biases = (
-        [base_of(model.get_submodule(name)).bias for name in targets] if "biases" in (config.also_train or ()) else []
-    )
+    biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
     plan = make_plan(
         anatomy,
         {name: values.numpy() for name, values in scores.values.items()},
@@ -87,7 +85,7 @@ def decide(
     tuned = replace(plan, always_trained=0).trainable_params
     plan = replace(plan, always_trained=whole + trained_values(model, pieces_of(model, config, plan)) - tuned)
     # The fit is centred, so it moves the output biases where there are any: the adapter must hold them, too.
-    has_biases = any(base_of(model.get_submodule(group.output)).bias is not None for group in anatomy.trimmable)
+    has_biases = any(linear_of(model, group.output).bias is not None for group in anatomy.trimmable)
     fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
     if given.refit and not fits:
         raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, task_head
+from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
 from .config import SensiConfig
 from .errors import SensiError
 from .plan import FROZEN, TUNED, Plan
@@ -82,7 +82,7 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     """Number of values that the slices train."""
     total = 0
     for name, (piece, _) in pieces.items():
-        linear = base_of(model.get_submodule(name))
+        linear = linear_of(model, name)
         out, features = piece.kept_shape(linear.weight.shape)
         total += piece.tuned_count * (features if piece.dim == 0 else out)
         if linear.bias is not None:
@@ -101,7 +101,7 @@ def _slice(
     config: SensiConfig,
     targeted: bool,
 ) -> Slice:
-    linear = base_of(model.get_submodule(sides[0].module))
+    linear = linear_of(model, sides[0].module)
     units = np.concatenate([tuned, frozen]) if group.trimmable else np.sort(np.concatenate([tuned, frozen]))
     kept = np.concatenate([side.positions(units) for side in sides])
     is_tuned = np.concatenate([np.repeat(np.isin(units, tuned), side.width) for side in sides]) & targeted

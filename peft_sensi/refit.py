@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .anatomy import Group, base_of
+from .anatomy import Group, linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import FROZEN, TRIMMED, Plan
@@ -87,12 +87,12 @@ class _Output:
 
     def __post_init__(self) -> None:
         kept = np.flatnonzero(self.plan.of(self.group) != TRIMMED)
-        weight = base_of(self.model.get_submodule(self.group.output)).weight
+        weight = linear_of(self.model, self.group.output).weight
         self.columns = torch.from_numpy(self.group.sides[-1].positions(kept)).to(weight.device)
 
     @property
     def original(self) -> Values:
-        linear = base_of(self.model.get_submodule(self.group.output))
+        linear = linear_of(self.model, self.group.output)
         bias = None if linear.bias is None else linear.bias.detach().float()
         return linear.weight.detach()[:, self.columns].float(), bias
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .anatomy import Anatomy, Group, base_of, build_anatomy, unit_weights
+from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
 from .calibration import (
     LossFn,
     device_of,
@@ -230,7 +230,7 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
     """L1 norm of what priming changed in each unit: `originals` holds the values before, by `id` of the parameter."""
     total = torch.zeros(group.size)
     for side in group.sides:
-        linear = base_of(model.get_submodule(side.module))
+        linear = linear_of(model, side.module)
         if id(linear.weight) not in originals:
             continue
         change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
