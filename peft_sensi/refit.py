@@ -49,7 +49,8 @@ def refit(
         return {}
     device = device_of(model)
     batches = [to_device(batch, device) for batch in batches]
-    with torch.no_grad():
+    # Not under autocast: the refit solves for small differences of activations, which 16 bits do not resolve.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         streams, order = _capture(model, plan, batches)
         if order is None:
             return {}

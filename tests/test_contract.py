@@ -22,6 +22,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
@@ -299,23 +300,33 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was(name):
     assert torch.equal(logits(model), before)
 
 
-def test_an_error_while_layers_are_replaced_is_rolled_back(monkeypatch):
+@pytest.mark.parametrize("when", ["first layer", "fifth layer", "before the head", "after the head"])
+def test_an_error_while_modules_are_replaced_is_rolled_back(when, monkeypatch):
     base = tiny_model()
-    replaced = []
-    original = SensiLayer.update_layer
+    base.bert.embeddings.requires_grad_(False)
+    flags = [p.requires_grad for p in base.parameters()]
+    calls = []
+    update, add_head = SensiLayer.update_layer, tuners_utils.set_additional_trainable_modules
 
-    def failing(self, *args, **kwargs):
-        replaced.append(self)
-        if len(replaced) == 5:
+    def failing_layer(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == {"first layer": 1, "fifth layer": 5}.get(when):
             raise RuntimeError("boom")
-        return original(self, *args, **kwargs)
+        return update(self, *args, **kwargs)
 
-    monkeypatch.setattr(SensiLayer, "update_layer", failing)
+    def failing_head(*args, **kwargs):
+        if when == "after the head":
+            add_head(*args, **kwargs)
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(SensiLayer, "update_layer", failing_layer)
+    monkeypatch.setattr(tuners_utils, "set_additional_trainable_modules", failing_head)
     with pytest.raises(RuntimeError, match="boom"):
         wrap(base, **TRIM)
     monkeypatch.undo()
     assert_is_base(base, tiny_model())
-    assert all(p.requires_grad for p in base.parameters())
+    assert [p.requires_grad for p in base.parameters()] == flags
+    train(wrap(base, **TRIM))
 
 
 # -- saving and loading -----------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import BOTH, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 from torch.nn import functional as F
 
@@ -228,6 +229,19 @@ def test_gradients_accumulate_over_several_forward_passes():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, together[name], atol=1e-6, rtol=1e-4)
+
+
+def test_tuned_units_come_first_on_both_sides_of_a_block():
+    """So the trained slice is contiguous, and the outputs of one layer need no permutation before the next."""
+    model = wrap(tiny_model(), **BOTH)
+    plan = model.base_model.plan()
+    for group in plan.anatomy.groups:
+        states = plan.of(group)
+        order = [*(states == 2).nonzero()[0], *(states == 1).nonzero()[0]]
+        for side in group.sides:
+            piece = layers(model)[side.module].sensi_slices["default"]
+            assert piece.kept.tolist() == side.positions(np.array(order)).tolist()
+            assert piece.tuned == int((states == 2).sum()) * side.width
 
 
 def test_frozen_slices_are_not_copied_into_parameters():

@@ -13,6 +13,7 @@ import torch
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_model, wrap
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import BatchEncoding
 
 from peft_sensi import CalibrationError, Scores, SensiConfig, SensiLoadError, build_anatomy, compute_scores, make_plan
 from peft_sensi.calibration import preserved
@@ -466,6 +467,14 @@ def test_spikes_are_found_and_kept_whatever_their_score():
     unprotected = Scores(values, "fisher", 12)
     plan = wrap(with_a_spike(tiny_model()), budget=0.3, scores=unprotected, multiple_of=1).base_model.plan()
     assert plan.of(plan.anatomy.by_name[name])[5] == 0
+
+
+def test_batches_of_a_tokenizer():
+    encodings = [BatchEncoding(b) for b in tiny_batches()]
+    found = compute_scores(tiny_model(), encodings, **QUICK)
+    torch.manual_seed(0)
+    assert found.sequence_length == 12
+    assert_same_tensors(found.values, compute_scores(tiny_model(), tiny_batches(), **QUICK).values)
 
 
 def test_targets_outside_the_blocks_are_scored_when_named():
