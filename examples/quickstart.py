@@ -152,8 +152,7 @@ def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool 
     """What a user does, from the config to a plain smaller model."""
     set_seed(SEED)
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):  # the precision of the training; scores and refit need no more
-        model = get_peft_model(fresh_base(), config)
+    model = get_peft_model(fresh_base(), config)
     prepared = time.perf_counter() - start
     if show_plan:
         print(model.base_model.plan().summary())  # a table of its own, which rich would wrap
