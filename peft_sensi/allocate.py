@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog
+from scipy.optimize import minimize_scalar
 
 from .anatomy import Anatomy, Group
 from .budget import Budget, allowance
@@ -154,8 +154,6 @@ def _choose_kept(
             f"{smallest}. Raise the budget, lower `multiple_of`, or let whole sublayers go with `min_units=0`."
         )
     left = allowed_costs - floor
-    if len(allowed_costs) > 1:
-        left = _take_by_linear_program(chosen, left)
     _fill(chosen, left)
     kept = {}
     for group, ladder in zip(groups, chosen, strict=True):
@@ -184,48 +182,39 @@ def _ladder(
     )
 
 
-def _take_by_linear_program(ladders: list[_Ladder], left: np.ndarray) -> np.ndarray:
-    """Takes the steps that maximise the kept score under several limits; returns what is left of them.
+def _exchange_rate(ladders: list[_Ladder], left: np.ndarray) -> np.ndarray:
+    """Weights of the limits (their sum is 1) in the price of a step, `sum_i weight_i * cost_i / left_i`.
 
-    Scores fall along a ladder, so the relaxation takes steps from the top by itself, and a basic solution is
-    fractional in at most as many steps as there are limits. Rounding those down costs at most their score, a vanishing
-    part of thousands of steps, and what they leave is filled afterwards; the integer program takes minutes for the
-    same.
+    Under two limits, one weighted sum of them is a relaxation, solved by taking steps by score per price; the weights
+    for which its value is least are those of the linear program's dual (surrogate duality, Glover 1975), and taking
+    steps by that price is optimal but for the last few, which do not fit exactly.
     """
+    if len(left) == 1:
+        return np.ones(1)
     gains = np.concatenate([ladder.gains for ladder in ladders])
-    costs = np.concatenate([ladder.costs for ladder in ladders], axis=1)
+    costs = np.concatenate([ladder.costs for ladder in ladders], axis=1) / np.maximum(left, 1)[:, None]
+
+    def relaxed_value(weight: float) -> float:
+        price = np.array([weight, 1 - weight]) @ costs
+        order = np.argsort(-gains / price, kind="stable")
+        spent, value = np.cumsum(price[order]), np.concatenate(([0.0], np.cumsum(gains[order])))
+        return float(np.interp(1.0, np.concatenate(([0.0], spent)), value))
+
     if gains.size == 0:
-        return left
-    result = linprog(
-        c=-gains / max(np.abs(gains).max(), np.finfo(float).tiny),
-        A_ub=costs / np.maximum(left, 1)[:, None],
-        b_ub=np.minimum(left, 1),
-        bounds=(0, 1),
-        method="highs",
-    )
-    if result.x is None:
-        return left
-    taken = np.split(result.x > 1 - 1e-6, np.cumsum([ladder.gains.size for ladder in ladders])[:-1])
-    for ladder, steps in zip(ladders, taken, strict=True):
-        # Ties can make the solver skip a rung; a ladder is climbed from below, and only as far as the limits allow.
-        for step in range(int(steps.sum())):
-            if (ladder.costs[:, step] > left).any():
-                break
-            left = left - ladder.costs[:, step]
-            ladder.taken = step + 1
-    return left
+        return np.full(2, 0.5)
+    weight = minimize_scalar(relaxed_value, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6}).x
+    return np.array([weight, 1 - weight])
 
 
 def _fill(ladders: list[_Ladder], left: np.ndarray) -> None:
-    """Takes steps in the order of score per cost until none fits: with one limit, a merge of the sorted ladders."""
-    # With several limits a step costs what it takes of the scarcest one.
-    scarcity = np.maximum(left, 1).astype(np.float64)
+    """Takes steps in the order of score per price until none fits: a merge of the sorted ladders."""
+    weights = _exchange_rate(ladders, left) / np.maximum(left, 1)
 
     def rung(index: int) -> tuple[float, int] | None:
         ladder = ladders[index]
         if ladder.taken == ladder.gains.size:
             return None
-        price = float((ladder.costs[:, ladder.taken] / scarcity).max())
+        price = float(weights @ ladder.costs[:, ladder.taken])
         return (-ladder.gains[ladder.taken] / max(price, np.finfo(float).tiny), index)
 
     heap = [entry for index in range(len(ladders)) if (entry := rung(index)) is not None]

@@ -155,6 +155,11 @@ class SensiModel(BaseTuner):
         else:
             with self._others_disabled(model), preserved(model):
                 decision = decide(model, given, config, anatomy, targets, saved)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                # Processes see different data; layers of different shapes could not be trained together.
+                box = [decision]
+                torch.distributed.broadcast_object_list(box, src=0)
+                decision = box[0]
             config.plan = decision.plan.to_dict()
             logger.info("%s", decision.plan.line())
         config.fingerprint = fingerprint(model, anatomy) or config.fingerprint

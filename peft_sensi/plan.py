@@ -126,12 +126,12 @@ class Plan:
             share = f"{params / prunable:>12.2%}" if group.trimmable else f"{'-':>12}"
             name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
             lines.append(f"{name:<44} {group.size:>7} {kept:>7} {tuned:>7} {share} {params / total:>9.2%}")
-        lines.append(
-            f"prunable parameters kept {self.kept_params:,} ({self.params_share:.2%}), "
-            f"model parameters kept {self.model_params_share:.2%}, "
-            f"prunable FLOPs kept {self.kept_flops:,} ({self.flops_share:.2%} at {self.sequence_length} tokens), "
-            f"trained values {self.trainable_params:,} ({self.trainable_share:.2%} of the base)"
-        )
+        lines += [
+            f"prunable parameters kept: {self.kept_params:,} ({self.params_share:.2%})",
+            f"model parameters kept: {self.model_params_share:.2%}",
+            f"prunable FLOPs kept: {self.kept_flops:,} ({self.flops_share:.2%} at {self.sequence_length} tokens)",
+            f"trained values: {self.trainable_params:,} ({self.trainable_share:.2%} of the base)",
+        ]
         return "\n".join(lines)
 
     def line(self) -> str:

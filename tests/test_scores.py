@@ -37,6 +37,16 @@ def test_fast_gradients_equal_the_reference(family, task):
         torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.xfail(strict=True, reason="a loss that is a mean over tokens weighs examples by their length")
+def test_fast_gradients_equal_the_reference_for_token_losses():
+    model = tiny_model(task="TOKEN_CLS")
+    anatomy = build_anatomy(model)
+    batch = tiny_batches(1, size=5, task="TOKEN_CLS")[0]
+    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    for name in slow:
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
+
+
 def test_fast_gradients_equal_the_reference_for_lone_linears():
     model = tiny_model("bert")
     anatomy = build_anatomy(model, ["bert.pooler.dense"])
