@@ -69,7 +69,7 @@ class SensiConfig(PeftConfig):
         min_units: Heads and neurons that stay in each block; 0 lets whole sublayers go.
         blocks: Layouts of blocks that the library does not know ([`BlockLayout`] or dicts).
         keep_base: Whether the base stays whole inside; `False` keeps only what the adapter needs.
-        seed: Of random scores.
+        seed: Of random scores, of dropout while priming and of random supports.
         init_weights: `False` starts from perturbed values (for tests).
         plan: A finished plan, which replaces budget and scores. Filled in when the model is wrapped.
         fingerprint: Statistics of the base, checked on load; `None` skips the check. Filled in as well.

@@ -182,6 +182,7 @@ def score_units(
     if score == "magnitude":
         return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
     assert batches is not None
+    torch.manual_seed(seed)  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
