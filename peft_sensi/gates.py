@@ -23,9 +23,9 @@ def gate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Derivatives of each example's loss with respect to each unit's gate: `{group: [examples, units]}`, float32.
 
-    One forward and one backward pass: every example has its own row of gates, and where the batch's loss is a mean over
-    examples, its gradient times the batch size is the example's own. (Where it is a mean over tokens, examples weigh by
-    their length.) No weight is differentiated.
+    One forward and one backward pass: every example has its own row of gates, and where the batch's loss is a mean
+    over examples, its gradient times the batch size is the example's own. (Where it is a mean over tokens, examples
+    weigh by their length.) No weight is differentiated.
     """
     gates: dict[str, torch.Tensor] = {}
 
