@@ -69,6 +69,8 @@ def close_units(
             if group.output in gates:
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.broadcast(gate, src=0)  # all processes cut alike, whatever data they see
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
