@@ -10,10 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.nn import functional as F
 
 from .errors import SensiError
-from .functional import Positions, compose, fused_linear, fused_linear_reference
+from .functional import Positions, compose
 from .slices import Slice, empty_parts, first_parts
 from .updates import learned_mask, pack_mask, top_mask, unpack_mask
 
@@ -330,66 +329,6 @@ class SensiLayer(BaseTunerLayer):
                     difference = other_bias if base_bias is None else other_bias - base_bias.detach()
                     bias = difference if bias is None else bias + difference
         return weight, bias
-
-
-class SensiLinear(nn.Module, SensiLayer):
-    """`SensiLayer` on a `torch.nn.Linear`."""
-
-    def __init__(self, base_layer: nn.Linear, adapter_name: str) -> None:
-        super().__init__()
-        SensiLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        active = [n for n in self.active_adapters if n in self.sensi_slices]
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        dtype = self.base_layer.weight.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        if len(active) > 1:
-            self.check_combination(active)
-            weight, bias = self._combined(active)
-            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        return self._forward_one(x, active[0], dtype)
-
-    def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-        piece = self.sensi_slices[name]
-        if piece.whole:
-            weight, bias = self.sensi_weight[name], self.part("bias", name)
-            bias = self.bias if bias is None else bias
-            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        parts = self._parts(name, piece)
-        sharded = any(type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name)))
-        if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
-            frozen, bias = self._kept_base(piece)
-            return fused_linear_reference(x, frozen.to(dtype), None if bias is None else bias.to(dtype), **parts)
-        del parts["mask"]
-        weight, bias = self._fused(name, dtype, parts)
-        return fused_linear(x, weight, bias, **parts)
-
-    def _own_parameters(self, name: str) -> list[torch.Tensor]:
-        parts = (self.part(part.removeprefix("sensi_"), name) for part in self.tensor_names)
-        return [parameter for parameter in parts if parameter is not None]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
-        self._sensi_fused.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._sensi_fused.clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sensi_fused": {}}
-
-    def __repr__(self) -> str:
-        return "sensi." + super().__repr__()
 
 
 def base_is_dropped(action: str) -> SensiError:

@@ -13,7 +13,8 @@ from torch import nn
 from .anatomy import Group
 from .config import SensiConfig
 from .errors import SensiLoadError
-from .layer import SensiLayer, SensiLinear
+from .layer import SensiLayer
+from .linear import SensiLinear
 from .pieces import pieces_of, plan_of
 from .plan import Plan
 from .slices import Slice

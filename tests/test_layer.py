@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sensi import Plan, SensiConfig, SensiError
-from peft_sensi.layer import SensiLayer, SensiLinear
+from peft_sensi.layer import SensiLayer
+from peft_sensi.linear import SensiLinear
 
 
 def layers(model) -> dict[str, SensiLinear]:
