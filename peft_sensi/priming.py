@@ -84,6 +84,9 @@ def primed(
                     parameter.grad = master.grad = None
                 for gate in gates:
                     gate.grad = None
+            # Inside the user's own autocast block its 16-bit copies of the weights would outlive the step, and all
+            # following passes would run on the weights before it.
+            torch.clear_autocast_cache()
         model.eval()
         yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:
@@ -91,6 +94,7 @@ def primed(
             for parameter, original in zip(moving, originals, strict=True):
                 parameter.grad = None
                 parameter.copy_(original)
+        torch.clear_autocast_cache()
 
 
 def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> None:

@@ -207,7 +207,7 @@ def score_units(
         bar = tqdm(batches[: max(1, calibration_steps)], desc=f"{score} scores", disable=not progress, leave=False)
         for index, batch in enumerate(bar):
             # Not under autocast: a gate's gradient is a small difference of large terms, and what 16 bits round away
-            # is squared into the score (two points of accuracy on SST-2 at 40 %).
+            # is squared into the score.
             with spikes.watching(batch), torch.autocast(device_of(model).type, enabled=False):
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]

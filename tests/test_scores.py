@@ -491,3 +491,14 @@ def test_targets_outside_the_blocks_are_scored_when_named():
     scores = compute_scores(tiny_model(), tiny_batches(), targets=["bert.pooler.dense"], **QUICK)
     assert scores.values["bert.pooler.dense"].shape == (32,)
     assert "bert.pooler.dense" not in compute_scores(tiny_model(), tiny_batches(), **QUICK).values
+
+
+def test_priming_under_an_outer_autocast_block_runs_on_the_weights_it_has_moved():
+    model, batches = tiny_model(), tiny_batches(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(**batches[0]).logits  # the block now holds 16-bit copies of the weights
+        with primed(model, batches, steps=3, lr=0.05, progress=False):
+            inside = model(**batches[0]).logits
+            torch.clear_autocast_cache()
+            assert torch.equal(inside, model(**batches[0]).logits)
+        assert torch.equal(before, model(**batches[0]).logits)
