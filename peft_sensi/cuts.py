@@ -15,7 +15,7 @@ from .budget import Budget, allowance
 from .calibration import preserved
 from .config import SensiConfig
 from .layer import SensiLayer
-from .pieces import anatomy_of, pieces_of, plan_of, targets_of, trained_values
+from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import TRIMMED, Plan
 from .scores import score_units
 
@@ -83,10 +83,9 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
         if group.trimmable and group.output in gates:
             state[gates[group.output].cpu().numpy() == 0] = TRIMMED
         states.append(state.tobytes())
-    after = replace(before, states=tuple(states), always_trained=0)
-    counted = trained_values(root, pieces_of(root, config, after)) - after.trainable_params
-    saved = before.always_trained - trained_values(root, pieces_of(root, config, before))
-    return replace(after, always_trained=counted + saved + replace(before, always_trained=0).trainable_params)
+    after = replace(before, states=tuple(states))
+    saved_whole = before.always_trained - trained_beside_units(root, config, before)
+    return replace(after, always_trained=saved_whole + trained_beside_units(root, config, after))
 
 
 def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:

@@ -14,7 +14,7 @@ from .budget import Budget
 from .calibration import materialise
 from .config import SensiConfig
 from .errors import SensiError
-from .pieces import pieces_of, trained_values
+from .pieces import trained_beside_units
 from .plan import Plan
 from .priming import head_at_prior
 from .refit import Refitted, refit
@@ -82,8 +82,7 @@ def decide(
         biases_apart=bool(biases),
     )
     # Now that the plan is known, what is trained beside its units can be counted exactly.
-    tuned = replace(plan, always_trained=0).trainable_params
-    plan = replace(plan, always_trained=whole + trained_values(model, pieces_of(model, config, plan)) - tuned)
+    plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
     # The fit is centred, so it moves the output biases where there are any: the adapter must hold them, too.
     has_biases = any(linear_of(model, group.output).bias is not None for group in anatomy.trimmable)
     fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +91,11 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
         total += piece.rank * (out + features) + min(piece.sparse, out * features)
         total += out * features * piece.learns_mask
     return total
+
+
+def trained_beside_units(model: nn.Module, config: SensiConfig, plan: Plan) -> int:
+    """What the slices train more than the plan's tuned units: biases, low-rank terms, single values, scores."""
+    return trained_values(model, pieces_of(model, config, plan)) - replace(plan, always_trained=0).trainable_params
 
 
 def _slice(

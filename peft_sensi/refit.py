@@ -49,7 +49,7 @@ def refit(
         return {}
     device = device_of(model)
     batches = [to_device(batch, device) for batch in batches]
-    # Not under autocast: the refit solves for small differences of activations, which 16 bits do not resolve.
+    # As a precaution not under autocast: the refit solves for small differences of activations.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         streams, order = _capture(model, plan, batches)
         if order is None:

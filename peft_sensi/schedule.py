@@ -32,7 +32,7 @@ from .cuts import close_units, gates_of, open_units
 from .errors import SensiError
 from .layer import SensiLayer
 from .scores import DATA_METHODS
-from .wrap import shrink
+from .wrap import root_of, shrink
 
 
 class Schedule:
@@ -97,19 +97,16 @@ class Schedule:
         else:
             cuts = self.phase["cuts"]
             made = max(i + 1 for i, switch in enumerate(self.switches) if switch == done)
-            close_units(self._root(), self.config, self.adapter_name, self.batches, 1 - (1 - made / cuts) ** 3)
+            close_units(root_of(self.model), self.config, self.adapter_name, self.batches, 1 - (1 - made / cuts) ** 3)
         return True
 
     def finish(self) -> None:
         """Removes closed units from the model, so that the budget holds. Without cuts there is nothing to do."""
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
-            if all(bool(gate.all()) for gate in gates_of(self._root(), self.adapter_name).values()):
-                close_units(self._root(), self.config, self.adapter_name, self.batches, 1.0)
-            plan = open_units(self._root(), self.config, self.adapter_name)
+            if all(bool(gate.all()) for gate in gates_of(root_of(self.model), self.adapter_name).values()):
+                close_units(root_of(self.model), self.config, self.adapter_name, self.batches, 1.0)
+            plan = open_units(root_of(self.model), self.config, self.adapter_name)
             shrink(self.model, self.config, self.adapter_name, plan)
-
-    def _root(self) -> nn.Module:
-        return self.model.base_model.model if isinstance(self.model, PeftModel) else self.model
 
     def _layers(self) -> list[SensiLayer]:
         return [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]

@@ -206,8 +206,7 @@ def score_units(
         examples = 0
         bar = tqdm(batches[: max(1, calibration_steps)], desc=f"{score} scores", disable=not progress, leave=False)
         for index, batch in enumerate(bar):
-            # Not under autocast: a gate's gradient is a small difference of large terms, and what 16 bits round away
-            # is squared into the score.
+            # As a precaution not under autocast: a gate's gradient is a small difference of large terms.
             with spikes.watching(batch), torch.autocast(device_of(model).type, enabled=False):
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]

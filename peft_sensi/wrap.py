@@ -49,6 +49,11 @@ def wrap_linear(
     return layer
 
 
+def root_of(model: nn.Module) -> nn.Module:
+    """The user's own model, in whose paths groups and modules are named."""
+    return model.base_model.model if isinstance(model, PeftModel) else model
+
+
 def save_whole(config: SensiConfig, names: list[str]) -> None:
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
 
@@ -60,7 +65,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> None:
     """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
-    root = model.base_model.model if isinstance(model, PeftModel) else model
+    root = root_of(model)
     layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
     sharded = any(type(p) is not nn.Parameter for m in layers.values() for p in m.parameters())
     if sharded or any(m.sensi_base_dropped for m in layers.values()):
@@ -85,7 +90,7 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
 
 def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan) -> None:
     """Removes the units that `plan` trims from an adapter that has tuned all of them, keeping what it has learned."""
-    root = model.base_model.model if isinstance(model, PeftModel) else model
+    root = root_of(model)
     before = {
         name: (
             module.sensi_slices[adapter_name],
