@@ -121,7 +121,7 @@ def _slice(
     if targeted and "sparse" in update:
         sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.
-    if config.sparsity is not None and (targeted or ("mask" not in update and group.trimmable)):
+    if config.sparsity is not None and (targeted or ("mask" not in update and group.in_block)):
         sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
     cuts = bool(config.schedule and config.schedule["phase"] == "cut")

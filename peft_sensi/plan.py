@@ -113,6 +113,8 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."
                 )
+            if int(kept.sum()) < min(group.least, group.size):
+                raise SensiLoadError(f"The plan leaves nothing of {group.name!r}, which cannot run without units.")
             states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
