@@ -79,28 +79,28 @@ def _freeze(base: nn.Module, trained: Callable[[str], bool]) -> nn.Module:
 
 
 SYSTEMS: dict[str, Method] = {
-    "full fine-tuning": Method(full, 5e-5),
+    "full fine-tuning": Method(full, 1.5e-4),
     "head only": Method(head_only, 1e-3),
     "BitFit": Method(bitfit, 1e-3, "head only"),
-    "LoRA r=8, all Linears": Method(lora, 5e-4, "head only"),
-    "SensiConfig(0.5)": Method(sensi(SensiConfig, budget=0.5), 1e-4, "random units 0.5"),
-    "sensi_bert(0.5)": Method(sensi(recipes.sensi_bert, budget=0.5), 1e-4, "random units 0.5"),
+    "LoRA r=8, all Linears": Method(lora, 1e-3, "head only"),
+    "SensiConfig(0.5)": Method(sensi(SensiConfig, budget=0.5), 1.5e-4, "random units 0.5"),
+    "sensi_bert(0.5)": Method(sensi(recipes.sensi_bert, budget=0.5), 1.5e-4, "random units 0.5"),
     "sensi_bert(0.5), in cuts": Method(
-        sensi(recipes.sensi_bert, data=False, budget=0.5, trim="in cuts"), 1e-4, "random units 0.5"
+        sensi(recipes.sensi_bert, data=False, budget=0.5, trim="in cuts"), 1.5e-4, "random units 0.5"
     ),
-    "random units 0.5": Method(sensi(SensiConfig, budget=0.5, score="random"), 1e-4),
-    "far(0.1)": Method(sensi(recipes.far, retention=0.1, training_steps=lambda run: run.steps), 5e-5, "far, random"),
-    "far, random": Method(sensi(recipes.far, retention=0.1, score="random"), 5e-5),
+    "random units 0.5": Method(sensi(SensiConfig, budget=0.5, score="random"), 1.5e-4),
+    "far(0.1)": Method(sensi(recipes.far, retention=0.1, training_steps=lambda run: run.steps), 1.5e-4, "far, random"),
+    "far, random": Method(sensi(recipes.far, retention=0.1, score="random"), 1.5e-4),
     "learners(64)": Method(
-        sensi(recipes.learners, data=False, priming_epochs=lambda run: run.epochs / 2), 2e-4, "learners, no priming"
+        sensi(recipes.learners, data=False, priming_epochs=lambda run: run.epochs / 2), 3e-4, "learners, no priming"
     ),
-    "learners, no priming": Method(sensi(recipes.learners, data=False, priming_epochs=0), 2e-4),
-    "dsee(16, 128)": Method(sensi(recipes.dsee, data=False), 5e-4, "dsee, random support"),
-    "dsee, random support": Method(sensi(recipes.dsee, data=False, support="random"), 5e-4),
-    "dsee, half the weights": Method(sensi(recipes.dsee, data=False, mask="unstructured", sparsity=0.5), 5e-4),
-    "l0_close(0.1)": Method(sensi(recipes.l0_close, share=0.1), 1e-4, "l0_close, random"),
-    "l0_close, random": Method(sensi(recipes.l0_close, share=0.1, score="random"), 1e-4),
-    "binary_mask(0.1)": Method(sensi(recipes.binary_mask, data=False), 1e-3, "head only"),
+    "learners, no priming": Method(sensi(recipes.learners, data=False, priming_epochs=0), 3e-4),
+    "dsee(16, 128)": Method(sensi(recipes.dsee, data=False), 1e-3, "dsee, random support"),
+    "dsee, random support": Method(sensi(recipes.dsee, data=False, support="random"), 1e-3),
+    "dsee, half the weights": Method(sensi(recipes.dsee, data=False, mask="unstructured", sparsity=0.5), 1e-3),
+    "l0_close(0.1)": Method(sensi(recipes.l0_close, share=0.1), 1.5e-4, "l0_close, random"),
+    "l0_close, random": Method(sensi(recipes.l0_close, share=0.1, score="random"), 1.5e-4),
+    "binary_mask(0.1)": Method(sensi(recipes.binary_mask, data=False), 3e-3, "head only"),
 }
 
 
