@@ -40,6 +40,7 @@ from .calibration import (
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
 from .gates import apply_gate, gate_gradients, hooked
+from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
 
@@ -235,7 +236,7 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
         linear = linear_of(model, side.module)
         if id(linear.weight) not in originals:
             continue
-        change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
+        change = oriented(linear, linear.weight.detach().cpu().float() - originals[id(linear.weight)].float())
         rows = slice(side.offset, side.offset + group.size * side.width)
         change = change[rows] if side.dim == 0 else change[:, rows].t()
         total += change.reshape(group.size, -1).abs().sum(1)
