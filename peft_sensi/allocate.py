@@ -158,7 +158,7 @@ def _choose_kept(
                 unit_costs[:, i],
                 np.asarray(protected.get(g.name, np.zeros(g.size)), dtype=bool) & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,
-                min_units,
+                max(min_units, g.least),
             )
             for i, g in enumerate(groups)
         ]

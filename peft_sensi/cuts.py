@@ -15,6 +15,7 @@ from .budget import Budget, allowance
 from .calibration import preserved
 from .config import SensiConfig
 from .layer import SensiLayer
+from .linears import matrix
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import TRIMMED, Plan
 from .scores import Scores, score_units
@@ -90,7 +91,7 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
         for side in group.sides:
             layer = root.get_submodule(side.module)
             with torch.no_grad():
-                before = linear_of(root, side.module).weight.float()
+                before = matrix(linear_of(root, side.module)).float()
                 has_adapter = isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices
                 after = layer.effective(adapter_name)[0].float() if has_adapter else before
             moved += side.per_unit(after - before, group.size).abs().sum(1).cpu()

@@ -113,6 +113,11 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."
                 )
+            if kept.sum() < group.least:
+                raise SensiLoadError(
+                    f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
+                    f"{group.least}."
+                )
             states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
