@@ -103,6 +103,12 @@ class Scores:
             raise SensiLoadError(f"{path} has malformed metadata: {metadata}.")
         return cls(method=method, sequence_length=length, **parts)
 
+    def plot(self, path: str | os.PathLike, style: str = "light") -> None:
+        """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
+        from .charts import plot_scores  # the package works without matplotlib, and scores do not know pictures
+
+        plot_scores(self, path, style=style)
+
 
 _KINDS = ("values", "protected", "head")
 
