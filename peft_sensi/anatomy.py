@@ -11,6 +11,7 @@ Everything here reads shapes only, so it also works on `meta` tensors.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -21,9 +22,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import AnatomyError
-from .families import FAMILIES, BlockLayout
+from .families import FAMILIES, BlockLayout, layouts_of
+from .linears import LINEARS, features, matrix
+from .positions import RelativePositions, relative_positions
 
 
 Kind = Literal["head", "neuron", "row", "tensor"]
@@ -51,6 +55,11 @@ class Side:
     def unit_params(self) -> int:
         return self.width * (self.fan + int(self.bias and self.dim == 0))
 
+    def per_unit(self, weight: torch.Tensor, units: int) -> torch.Tensor:
+        """The entries of a weight `[out, in]` that each of the units owns, as a matrix `[units, width * fan]`."""
+        owned = weight.narrow(self.dim, self.offset, units * self.width)
+        return (owned if self.dim == 0 else owned.t()).reshape(units, -1)
+
     def positions(self, units: np.ndarray) -> np.ndarray:
         """Rows or columns (int64) of the given units, in the units' order."""
         return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
@@ -60,9 +69,9 @@ class Side:
 class Group:
     """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts.
 
-    The units of a `fixed` group can be tuned but not trimmed, nor change places: something outside counts on them. A
-    layer runs `repeats` times in one pass, and at least `least` units must stay for it to run. `relative_rows` is the
-    number of relative positions with which an attention of disentangled positions multiplies each token.
+    At least `least` units must stay for the model to run; `fixed` units can't be trimmed at all, nor change places:
+    something outside counts on them. The layer runs `repeats` times in one pass. `relative_rows` is the number of
+    relative positions with which an attention multiplies each token (see `positions`).
     """
 
     name: str
@@ -75,18 +84,17 @@ class Group:
     attributes: tuple[tuple[str, int], ...] = ()
     attention_width: int = 0
     repeats: int = 1
+    least: int = 0
     fixed: bool = False
     relative_rows: int = 0
-    least: int = 0
+
+    @property
+    def in_block(self) -> bool:
+        return self.kind in ("head", "neuron")
 
     @property
     def trimmable(self) -> bool:
         return self.in_block and not self.fixed
-
-    @property
-    def in_block(self) -> bool:
-        """Whether the units are heads or neurons: their gates act before the output projection."""
-        return self.kind in ("head", "neuron")
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -120,6 +128,7 @@ class Group:
             sides=tuple(replace(side, width=side.width * self.size) for side in self.sides),
             attributes=tuple((path, per_unit * self.size) for path, per_unit in self.attributes),
             attention_width=self.attention_width * self.size,
+            least=min(self.least, 1),
         )
 
 
@@ -159,11 +168,12 @@ def build_anatomy(
     one that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
-    layouts = tuple(blocks) if blocks is not None else FAMILIES.get(model_type, ())
+    layouts = tuple(blocks) if blocks is not None else layouts_of(getattr(model, "config", None))
     modules = dict(model.named_modules())
-    groups = [group for layout in layouts for group in _block_groups(modules, layout, blocks is None)]
+    cached = _layers_that_measure_caches(model)
+    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached)]
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
-        # A decoder alone has cross-attention, which never runs.
+        # The cross-attention of a decoder alone never runs.
         groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
     if blocks is not None and not groups:
         raise AnatomyError(
@@ -171,6 +181,7 @@ def build_anatomy(
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
+    layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
     elif whole == "tensors":
@@ -178,12 +189,20 @@ def build_anatomy(
     owned = {module for group in groups for module in group.modules}
     for name in sorted(set(targets) - owned):
         linear = base_of(modules[name])
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"Target module {linear} is not supported: only `torch.nn.Linear` can be targeted.")
-        side = Side(name, 0, 1, linear.in_features, linear.bias is not None)
-        group = Group(name, "row", linear.out_features, (side,), output=name)
+        if not isinstance(linear, LINEARS):
+            raise not_linear(linear)
+        out, into = features(linear)
+        side = Side(name, 0, 1, into, cast(nn.Linear, linear).bias is not None)
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), _indexed_parent(name))
+        group = Group(name, "row", out, (side,), output=name, layer=layer)
         groups.append(replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group)
     return Anatomy(tuple(groups), _params_without_head(model), model_type)
+
+
+def _indexed_parent(name: str) -> str:
+    """`model.layers.3` for `model.layers.3.mlp.up`: what a layer is in a model whose blocks are unknown."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return found.group() if found else ""
 
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
@@ -192,6 +211,12 @@ def nothing_to_trim(model: nn.Module) -> AnatomyError:
         f"are {', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout("
         f"layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a "
         f"`trainable` limit, which trims nothing."
+    )
+
+
+def not_linear(module: nn.Module) -> TypeError:
+    return TypeError(
+        f"Target module {module} is not supported: only `torch.nn.Linear` and Transformers' `Conv1D` can be targeted."
     )
 
 
@@ -207,7 +232,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
-    """The Linear called `name`, behind PEFT's wrappers."""
+    """The Linear (or `Conv1D`, see `linears`) called `name`, behind PEFT's wrappers."""
     return cast(nn.Linear, base_of(model.get_submodule(name)))
 
 
@@ -240,62 +265,81 @@ def _params_without_head(model: nn.Module) -> int:
     )
 
 
-def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout, lenient: bool) -> Iterable[Group]:
-    """With `lenient`, sublayers that are not there are left out: a family may have alternatives."""
-    path = r"(\d+)".join(re.escape(part) for part in layout.layer.split("*"))
-    pattern = re.compile(rf"(?:^|.*\.){path}$")
+def _layers_that_measure_caches(model: nn.Module) -> frozenset[int]:
+    """Indices of the layers by whose keys Transformers' caches tell how many tokens they hold."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
+    return frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
+
+
+def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int]) -> Iterable[Group]:
+    pattern = re.compile(r"(?:^|.*\.)" + r"(\d+)".join(re.escape(part) for part in layout.layer.split("*")) + "$")
     for name, layer in modules.items():
-        match = pattern.match(name)
         # Adapters on the model are wrapped modules inside the layer; the layer itself never is one.
-        if match and is_base_parameter(name):
-            repeats = _runs(layer, int(match[1]) if match.lastindex else 0, layout)
-            if layout.o and not (lenient and _lacks(modules, name, layout.q, layout.k, layout.v, layout.o)):
-                yield replace(_heads(modules, name, layer, layout), repeats=repeats)
-            if layout.down and not (lenient and _lacks(modules, name, layout.up, layout.gate, layout.down)):
-                yield replace(_neurons(modules, name, layout), repeats=repeats)
+        if (match := pattern.match(name)) and is_base_parameter(name):
+            if layout.o:
+                indices = match.groups()
+                measures = layout.cached and bool(indices) and int(indices[-1]) in cached
+                heads = _heads(modules, name, layer, layout, measures)
+                yield replace(heads, repeats=_runs(layer, match.groups(), layout))
+            if layout.down:
+                yield replace(_neurons(modules, name, layout), repeats=_runs(layer, match.groups(), layout))
 
 
-def _lacks(modules: dict[str, nn.Module], layer: str, *names: str) -> bool:
-    return any(name and f"{layer}.{name}" not in modules for name in names)
-
-
-def _runs(layer: nn.Module, index: int, layout: BlockLayout) -> int:
-    """How often a layer runs in one pass; `index` is its number among those that share the runs (ALBERT)."""
+def _runs(layer: nn.Module, indices: tuple[str, ...], layout: BlockLayout) -> int:
+    """How often a layer runs in one pass; the first index is its number among those that share the runs (ALBERT)."""
     if isinstance(layout.repeats, int):
         return layout.repeats
     runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
-    return sum(int(run / (runs / layers)) == index for run in range(runs))
+    return sum(int(run / (runs / layers)) == int(indices[0]) for run in range(runs))
 
 
 def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
     path = f"{layer}.{name}"
     linear = base_of(modules[path]) if path in modules else None
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, LINEARS):
         raise AnatomyError(
             f"The block layout names {path!r}, which is {'no Linear' if linear else 'not in the model'}."
         )
-    return path, linear
+    return path, cast(nn.Linear, linear)
 
 
-def _heads(modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: BlockLayout) -> Group:
+def _heads(
+    modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: BlockLayout, measures_cache: bool
+) -> Group:
     head_size = layout.head_size if isinstance(layout.head_size, int) else attrgetter(layout.head_size)(layer)
     o_name, o = _linear(modules, name, layout.o)
-    _, k = _linear(modules, name, layout.k)
-    if head_size <= 0 or o.in_features % head_size or k.out_features % head_size:
-        raise AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o.in_features}.")
-    units = k.out_features // head_size
-    queries = o.in_features // head_size // units  # query heads that share a key/value head
-    sides = []
-    for part, width in ((layout.q, queries * head_size), (layout.k, head_size), (layout.v, head_size)):
-        path, linear = _linear(modules, name, part)
-        sides.append(Side(path, 0, width, linear.in_features, linear.bias is not None))
-    sides.append(Side(o_name, 1, queries * head_size, o.out_features))
-    relative_rows = 0
-    if layout.relative:
-        sides, relative_rows = with_positions(modules, f"{name}.{layout.relative}", sides)
+    o_out, o_in = features(o)
+    uneven = AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o_in}.")
+    if head_size <= 0 or o_in % head_size:
+        raise uneven
+    inputs = [_linear(modules, name, part) for part in (layout.q, layout.k, layout.v)]
+    (q_name, _), (k_name, k), (v_name, _) = inputs
+    # What is left of the keys' Linear beside the queries, divided among keys and values.
+    fused = 1 + (v_name == k_name)
+    keys = (features(k)[0] - o_in * (q_name == k_name)) // fused
+    if keys <= 0 or keys % head_size or o_in % keys:
+        raise uneven
+    units = keys // head_size
+    queries = o_in // keys  # query heads that share a key/value head
+    widths = (queries * head_size, head_size, head_size)
+    if layout.interleaved:
+        widths, inputs = (sum(widths),), inputs[:1]
+    sides = _rows(inputs, widths, units)
+    relative = relative_positions(modules[f"{name}.{layout.relative}"]) if layout.relative else RelativePositions()
+    if relative.shared:
+        sides = [*(replace(side, rows=relative.rows) for side in sides[:2]), *sides[2:]]
+    for projection in relative.projections:
+        path, linear = _linear(modules, name, f"{layout.relative}.{projection}")
+        bias = linear.bias is not None
+        sides.append(Side(path, 0, head_size, linear.in_features, bias, tokens=False, rows=relative.rows))
+    sides.append(Side(o_name, 1, queries * head_size, o_out))
     attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
     attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
     attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
+    least = max(layout.min_heads, int(measures_cache), _LEAST.get(type(o), 0))
     return Group(
         name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
         kind="head",
@@ -303,61 +347,80 @@ def _heads(modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: B
         sides=tuple(sides),
         output=o_name,
         layer=name,
-        norm=f"{name}.{layout.attention_norm}" if layout.attention_norm else "",
+        norm=_norm(modules, name, layout.attention_norm),
         attributes=tuple(attributes),
         attention_width=queries * head_size,
-        fixed=layout.fixed_heads,
-        relative_rows=relative_rows,
-        least=1 if layout.relative else 0,  # its shapes cannot be inferred from nothing
+        least=min(least, units),
+        fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, head_size),
+        relative_rows=relative.rows * relative.products,
     )
 
 
 def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> Group:
     down_name, down = _linear(modules, name, layout.down)
-    sides = []
-    for part in filter(None, (layout.up, layout.gate)):
-        path, linear = _linear(modules, name, part)
-        sides.append(Side(path, 0, 1, linear.in_features, linear.bias is not None))
-    sides.append(Side(down_name, 1, 1, down.out_features))
+    out, size = features(down)
+    inputs = [_linear(modules, name, part) for part in (layout.up, layout.gate) if part]
+    sides = _rows(inputs, (1,) * len(inputs), size)
+    sides.append(Side(down_name, 1, 1, out))
     return Group(
         name=f"{name}.neurons",
         kind="neuron",
-        size=down.in_features,
+        size=size,
         sides=tuple(sides),
         output=down_name,
         layer=name,
-        norm=f"{name}.{layout.ffn_norm}" if layout.ffn_norm else "",
+        norm=_norm(modules, name, layout.ffn_norm),
+        least=min(size, _LEAST.get(type(down), 0)),
     )
 
 
-def with_positions(modules: dict[str, nn.Module], path: str, sides: list[Side]) -> tuple[list[Side], int]:
-    """The sides of a head in disentangled attention (DeBERTa-v2 and v3; He et al. 2020, arXiv 2006.03654).
+# `Conv1D` reshapes its input by -1, which is ambiguous where the input has no columns.
+_LEAST: dict[type, int] = {Conv1D: 1}
 
-    Keys and queries of the relative positions come from projections of their own, whose rows follow the heads, or from
-    those of the tokens (`share_att_key`), which then run once more for each relative position. Returns the sides, and
-    the number of relative positions with which each token is multiplied: once for c2p, once for p2c.
-    """
-    attention = modules[path]
-    if not attention.relative_attention:
-        return sides, 0
-    kinds = set(attention.pos_att_type) & {"c2p", "p2c"}
-    rows = 2 * attention.pos_ebd_size
-    if attention.share_att_key:
-        query, key, *others = sides
-        return [replace(query, rows=rows), replace(key, rows=rows), *others], rows * len(kinds)
-    own = []
-    for kind, name in (("c2p", "pos_key_proj"), ("p2c", "pos_query_proj")):
-        if kind in kinds:
-            linear = base_of(modules[f"{path}.{name}"])
-            assert isinstance(linear, nn.Linear)
-            bias = linear.bias is not None
-            own.append(Side(f"{path}.{name}", 0, sides[0].width, linear.in_features, bias, tokens=False, rows=rows))
-    return [*sides[:-1], *own, sides[-1]], rows * len(kinds)
+
+def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: int) -> list[Side]:
+    """The sides of the Linears in front of a group: one that is named several times holds its parts as blocks."""
+    sides, filled = [], dict.fromkeys((path for path, _ in inputs), 0)
+    for (path, linear), width in zip(inputs, widths, strict=True):
+        sides.append(Side(path, 0, width, features(linear)[1], linear.bias is not None, filled[path]))
+        filled[path] += units * width
+    for path, linear in inputs:
+        if features(linear)[0] != filled[path]:
+            raise AnatomyError(
+                f"{path!r} has {features(linear)[0]} outputs, but {units} units of its block need {filled[path]}: the "
+                f"block computes something that its layout does not describe, such as a gate on its output."
+            )
+    return sides
+
+
+def _norm(modules: dict[str, nn.Module], layer: str, name: str) -> str:
+    path = f"{layer}.{name}"
+    if name and path not in modules:
+        raise AnatomyError(f"The block layout names the norm {path!r}, which is not in the model.")
+    return path if name else ""
+
+
+def _depends_on_all_heads(modules: dict[str, nn.Module], name: str, layout: BlockLayout, head_size: int) -> bool:
+    """Whether the attention has parameters of its own that are not the same for all heads, so that none can leave."""
+    parent = layout.v.rpartition(".")[0]
+    if not parent:
+        return False
+    described = [layout.q, layout.k, layout.v, layout.o, layout.attention_norm]
+    if layout.relative:
+        own = relative_positions(modules[f"{name}.{layout.relative}"]).projections
+        described += [f"{layout.relative}.{projection}" for projection in own]
+    known = tuple(f"{part.removeprefix(parent + '.')}." for part in described if part)
+    for path, parameter in modules[f"{name}.{parent}"].named_parameters():
+        if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
+            warnings.warn(
+                f"{name}.{parent} has a parameter {path!r} of shape {tuple(parameter.shape)} that its block layout "
+                f"does not describe: its heads can be tuned, but not trimmed.",
+                stacklevel=2,
+            )
+            return True
+    return False
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
     """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
-    weight = linear_of(model, side.module).weight.detach()
-    start, stop = side.offset, side.offset + group.size * side.width
-    rows = weight[start:stop] if side.dim == 0 else weight[:, start:stop].t()
-    return rows.reshape(group.size, -1).float()
+    return side.per_unit(matrix(linear_of(model, side.module)).detach(), group.size).float()

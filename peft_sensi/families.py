@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -20,11 +20,14 @@ class BlockLayout:
     The two norms are the modules whose *input* is the residual sum after the sublayer; they weigh the errors of the
     refit. Leave `ffn_norm` empty where that sum is what the layer returns.
 
-    `fixed_heads` says that heads cannot be trimmed, only tuned: something outside the layer, such as a position bias
-    that all layers share, has one entry a head. `cross` marks attention to another sequence. `relative` is the path of
-    an attention that projects relative positions, too (see `positions`). `repeats` is how often the layer runs in one
-    pass: a number, or the paths of two attributes, the number of runs of all layers and that of layers (the first `*`
-    of `layer`) over which they are spread.
+    One fused Linear is named several times: as `q`, `k` and `v` (or as `k` and `v`, or `up` and `gate`) it holds their
+    rows one block after another in this order, or, with `interleaved`, those of each head together. `fixed_heads` can
+    be tuned but not trimmed. Where the layer's code cannot run without heads, `min_heads` of them stay; with `cached`,
+    one stays in those layers by whose keys a cache for generation measures its length: the first of each kind in
+    `config.layer_types`. `cross` marks attention to another sequence, which has a group of its own. `relative` is the
+    path of an attention that projects relative positions, too (see `positions`). `repeats` is how often the layer runs
+    in one pass: a number, or the paths of two attributes, the number of runs of all layers and that of the layers (the
+    first `*` of `layer`) over which they are spread.
     """
 
     layer: str
@@ -41,7 +44,10 @@ class BlockLayout:
     head_widths: tuple[str, ...] = ()
     attention_norm: str = ""
     ffn_norm: str = ""
+    interleaved: bool = False
     fixed_heads: bool = False
+    min_heads: int = 0
+    cached: bool = False
     cross: bool = False
     relative: str = ""
     repeats: int | tuple[str, ...] = 1
@@ -115,6 +121,7 @@ _DEBERTA_V2 = replace(
     k="attention.self.key_proj",
     v="attention.self.value_proj",
     relative="attention.self",
+    min_heads=1,  # its shapes cannot be inferred from nothing
 )
 _MPNET = replace(
     _BERT,
@@ -136,19 +143,27 @@ _MOBILEBERT = (
 )
 
 
-def _t5() -> tuple[BlockLayout, ...]:
+def _t5(config: Any) -> tuple[BlockLayout, ...]:
     """The layers of one stack share a position bias with one column a head, so heads stay; FFNs may be gated."""
     layouts = []
     for stack, ffn in (("encoder", 1), ("decoder", 2)):
-        heads = {"head_size": "layer.0.SelfAttention.key_value_proj_dim", "fixed_heads": True}
-        own, other = "layer.0.SelfAttention", "layer.1.EncDecAttention"
-        layer, dense = f"{stack}.block.*", f"layer.{ffn}.DenseReluDense"
-        layouts.append(BlockLayout(layer, f"{own}.q", f"{own}.k", f"{own}.v", f"{own}.o", **heads))
+        own, other, dense = "layer.0.SelfAttention", "layer.1.EncDecAttention", f"layer.{ffn}.DenseReluDense"
+        layer = BlockLayout(
+            layer=f"{stack}.block.*",
+            q=f"{own}.q",
+            k=f"{own}.k",
+            v=f"{own}.v",
+            o=f"{own}.o",
+            up=f"{dense}.{'wi_1' if config.is_gated_act else 'wi'}",
+            gate=f"{dense}.wi_0" if config.is_gated_act else "",
+            down=f"{dense}.wo",
+            head_size=f"{own}.key_value_proj_dim",
+            fixed_heads=True,
+        )
+        layouts.append(layer)
         if stack == "decoder":
-            cross = BlockLayout(layer, f"{other}.q", f"{other}.k", f"{other}.v", f"{other}.o", cross=True, **heads)
-            layouts.append(cross)
-        layouts.append(BlockLayout(layer, up=f"{dense}.wi", down=f"{dense}.wo"))
-        layouts.append(BlockLayout(layer, up=f"{dense}.wi_1", gate=f"{dense}.wi_0", down=f"{dense}.wo"))
+            projections = {part: f"{other}.{part}" for part in "qkvo"}
+            layouts.append(replace(layer, **projections, up="", gate="", down="", cross=True))
     return tuple(layouts)
 
 
@@ -170,7 +185,7 @@ def _bart(norm_first: bool = False) -> tuple[BlockLayout, ...]:
     # The norm whose input is the sum after a sublayer is its own where it comes last, else that of the next sublayer.
     own, cross, last = "self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"
     encoder = replace(heads("encoder", "self_attn", last if norm_first else own), up="fc1", down="fc2")
-    decoder = heads("decoder", "self_attn", cross if norm_first else own)
+    decoder = heads("decoder", "self_attn", cross if norm_first else own, cached=True)
     across = heads("decoder", "encoder_attn", last if norm_first else cross, cross=True)
     across = replace(across, up="fc1", down="fc2")
     ffn_norm = "" if norm_first else last
@@ -190,7 +205,123 @@ _VIT = BlockLayout(
     attention_norm="layernorm_after",
 )
 
-FAMILIES: dict[str, tuple[BlockLayout, ...]] = {
+# Llama's names, which most newer decoders share; heads are counted by -1 and by the ratio of queries to keys.
+_LLAMA = BlockLayout(
+    layer="layers.*",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.o_proj",
+    up="mlp.up_proj",
+    gate="mlp.gate_proj",
+    down="mlp.down_proj",
+    head_size="self_attn.head_dim",
+    attention_norm="post_attention_layernorm",
+    cached=True,
+)
+# The sublayer's output goes through a norm before it is added, and so that output is all that the refit can see.
+_NORMED_TWICE = replace(_LLAMA, attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
+_ATTENTION_ONLY = replace(_LLAMA, up="", gate="", down="")  # the experts of a mixture stay as they are
+# Norms of queries and keys over all heads together: no head can leave without changing the others.
+_NORMED_ACROSS_HEADS = replace(_NORMED_TWICE, fixed_heads=True)
+# The fused projection is taken apart at places that all layers read from the one config.
+_PHI3 = replace(
+    _LLAMA,
+    q="self_attn.qkv_proj",
+    k="self_attn.qkv_proj",
+    v="self_attn.qkv_proj",
+    up="mlp.gate_up_proj",
+    gate="mlp.gate_up_proj",
+    fixed_heads=True,
+)
+_PHI = replace(_LLAMA, o="self_attn.dense", up="mlp.fc1", gate="", down="mlp.fc2", attention_norm="")
+_STARCODER2 = replace(_LLAMA, up="mlp.c_fc", gate="", down="mlp.c_proj")
+_NEMOTRON = replace(_LLAMA, gate="")
+_GPT2 = BlockLayout(
+    layer="h.*",
+    q="attn.c_attn",
+    k="attn.c_attn",
+    v="attn.c_attn",
+    o="attn.c_proj",
+    up="mlp.c_fc",
+    down="mlp.c_proj",
+    head_size="attn.head_dim",
+    head_counts=("attn.num_heads",),
+    head_widths=("attn.split_size",),
+    attention_norm="ln_2",
+    cached=True,
+)
+_MODERNBERT = BlockLayout(
+    layer="layers.*",
+    q="attn.Wqkv",
+    k="attn.Wqkv",
+    v="attn.Wqkv",
+    o="attn.Wo",
+    up="mlp.Wi",
+    gate="mlp.Wi",
+    down="mlp.Wo",
+    head_size="attn.head_dim",
+    attention_norm="mlp_norm",
+)
+
+
+def _opt(config: Any) -> tuple[BlockLayout, ...]:
+    first = getattr(config, "do_layer_norm_before", True)
+    return (
+        BlockLayout(
+            layer="layers.*",
+            q="self_attn.q_proj",
+            k="self_attn.k_proj",
+            v="self_attn.v_proj",
+            o="self_attn.out_proj",
+            up="fc1",
+            down="fc2",
+            head_size="self_attn.head_dim",
+            head_counts=("self_attn.num_heads",),
+            attention_norm="final_layer_norm" if first else "self_attn_layer_norm",
+            ffn_norm="" if first else "final_layer_norm",
+            min_heads=1,
+            cached=True,
+        ),
+    )
+
+
+def _gpt_neox(config: Any) -> tuple[BlockLayout, ...]:
+    return (
+        BlockLayout(
+            layer="layers.*",
+            q="attention.query_key_value",
+            k="attention.query_key_value",
+            v="attention.query_key_value",
+            o="attention.dense",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            head_size="attention.head_size",
+            attention_norm="" if config.use_parallel_residual else "post_attention_layernorm",
+            interleaved=True,
+            cached=True,
+        ),
+    )
+
+
+def _stablelm(config: Any) -> tuple[BlockLayout, ...]:
+    return (
+        replace(
+            _LLAMA,
+            head_counts=("self_attn.num_heads",),
+            kv_head_counts=("self_attn.num_key_value_heads",),
+            attention_norm="" if config.use_parallel_residual else "post_attention_layernorm",
+            fixed_heads=config.qk_layernorm,  # one norm a head
+            min_heads=1,
+        ),
+    )
+
+
+def _cohere(config: Any) -> tuple[BlockLayout, ...]:
+    return (replace(_LLAMA, attention_norm="", fixed_heads=config.use_qk_norm),)  # one norm a head
+
+
+FAMILIES: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout, ...]]] = {
     "albert": (_ALBERT,),
     "bart": _bart(),
     "bert": (_BERT,),
@@ -212,7 +343,7 @@ FAMILIES: dict[str, tuple[BlockLayout, ...]] = {
     "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
     "mobilebert": _MOBILEBERT,
     "mpnet": (_MPNET,),
-    "mt5": _t5(),
+    "mt5": _t5,
     "pegasus": _bart(norm_first=True),
     "plbart": _bart(),
     "rembert": (_BERT,),
@@ -220,10 +351,46 @@ FAMILIES: dict[str, tuple[BlockLayout, ...]] = {
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
     "roformer": (_BERT,),
     "splinter": (_BERT,),
-    "t5": _t5(),
-    "umt5": _t5(),
+    "t5": _t5,
+    "umt5": _t5,
     "vit": (_VIT,),
     "xlm-roberta": (_BERT,),
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
     "xmod": (_BERT,),
+    # Decoders, and ModernBERT, whose blocks are like theirs
+    "arcee": (replace(_LLAMA, gate=""),),
+    "cohere": _cohere,
+    "gemma": (_LLAMA,),
+    "gemma2": (_NORMED_TWICE,),
+    "gemma3_text": (_NORMED_TWICE,),
+    "gpt2": (_GPT2,),
+    "gpt_neox": _gpt_neox,
+    "granite": (_LLAMA,),
+    "helium": (_LLAMA,),
+    "llama": (_LLAMA,),
+    "ministral": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "mixtral": (_ATTENTION_ONLY,),
+    "modernbert": (_MODERNBERT,),
+    "nemotron": (_NEMOTRON,),
+    "olmo": (_LLAMA,),
+    "olmo2": (_NORMED_ACROSS_HEADS,),
+    "olmo3": (_NORMED_ACROSS_HEADS,),
+    "opt": _opt,
+    "phi": (_PHI,),
+    "phi3": (_PHI3,),
+    "qwen2": (_LLAMA,),
+    "qwen2_moe": (_ATTENTION_ONLY,),
+    "qwen3": (_LLAMA,),
+    "qwen3_moe": (_ATTENTION_ONLY,),
+    "seed_oss": (_LLAMA,),
+    "smollm3": (_LLAMA,),
+    "stablelm": _stablelm,
+    "starcoder2": (_STARCODER2,),
 }
+
+
+def layouts_of(config: Any) -> tuple[BlockLayout, ...]:
+    """The layouts of the family of a model with this config; none for an unknown family."""
+    entry = FAMILIES.get(getattr(config, "model_type", "") or "", ())
+    return entry(config) if callable(entry) else entry
