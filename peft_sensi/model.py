@@ -318,7 +318,8 @@ class SensiModel(BaseTuner):
         possible = ("bits",) if config.update == "mask" else tuple(KINDS)
         if kind not in possible:
             raise SensiError(
-                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)}."
+                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)} (only "
+                f"masks have bits)."
             )
         if config.compressed is not None:
             raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
