@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .quantised import dequantised, is_quantised
+
 
 # What can be targeted: `torch.nn.Linear`, and GPT-2's `Conv1D`, a Linear whose weight is stored as `[in, out]`.
 LINEARS = (nn.Linear, Conv1D)
@@ -19,8 +21,8 @@ def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 def matrix(linear: Any) -> torch.Tensor:
-    """The weight as `[out, in]`, sharing its storage."""
-    return oriented(linear, linear.weight)
+    """The weight as `[out, in]`, sharing its storage unless it is quantised."""
+    return dequantised(linear) if is_quantised(linear) else oriented(linear, linear.weight)
 
 
 def features(linear: Any) -> tuple[int, int]:

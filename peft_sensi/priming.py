@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .anatomy import is_base_parameter, task_head
 from .calibration import LossFn, calibration_loss
 from .errors import CalibrationError
+from .quantised import has_codes
 
 
 GATE_LR = 1e-2
@@ -156,5 +157,5 @@ def _moving_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [
         p
         for name, p in model.named_parameters()
-        if is_base_parameter(name) and id(p) not in embeddings and p.is_floating_point()
+        if is_base_parameter(name) and id(p) not in embeddings and p.is_floating_point() and not has_codes(p)
     ]

@@ -72,6 +72,11 @@ class Slice:
         return self.natural and not parts and not self.gated
 
     @property
+    def tuned_index(self) -> torch.Tensor:
+        """The places (int64) of the trained rows or columns among the kept ones."""
+        return torch.arange(self.tuned) if isinstance(self.tuned, int) else self.tuned
+
+    @property
     def tuned_positions(self) -> torch.Tensor:
         """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
         return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
@@ -150,7 +155,7 @@ def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape, trained = piece.kept_shape(matrix(base).shape), part_shapes(base, piece)
+    shape, trained = piece.kept_shape(torch.Size(features(base))), part_shapes(base, piece)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.narrow is not None:
         codes, scales = sizes(trained, piece.dim, piece.narrow)

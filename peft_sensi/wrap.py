@@ -19,6 +19,7 @@ from .linears import LINEARS
 from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
+from .quantised import is_quantised
 from .slices import Slice, kept_parts
 
 
@@ -37,7 +38,8 @@ def wrap_linear(
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
     layer = model.get_submodule(name)
     if not isinstance(layer, SensiLinear):
-        if type(layer) not in (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        known = (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if type(layer) not in known and not (isinstance(layer, nn.Linear) and is_quantised(layer)):
             raise not_linear(layer)
         layer = SensiLinear(layer, adapter_name)
         if group.output == name:
