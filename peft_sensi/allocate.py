@@ -150,7 +150,8 @@ def _choose_kept(
             )
         )
         raise BudgetError(
-            f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block already need "
+            f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block, and what else a "
+            f"model cannot run without, already need "
             f"{smallest}. Raise the budget, lower `multiple_of`, or let whole sublayers go with `min_units=0`."
         )
     left = allowed_costs - floor

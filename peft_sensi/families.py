@@ -18,7 +18,7 @@ class BlockLayout:
     skipped. `head_size` is a number or the path of an attribute that holds it. `head_counts`, `kv_head_counts` and
     `head_widths` are attributes that must follow the number of heads (resp. heads times head size) of a trimmed layer.
     The two norms are the modules whose *input* is the residual sum after the sublayer; they weigh the errors of the
-    refit.
+    refit. Without one, the output of the layer is taken for that sum.
 
     One fused Linear is named several times: as `q`, `k` and `v` (or as `k` and `v`, or `up` and `gate`) it holds their
     rows one block after another in this order, or, with `interleaved`, those of each head together. `fixed_heads` can
@@ -55,6 +55,11 @@ class BlockLayout:
             raise AnatomyError(
                 "A block layout needs `layer`, the path of the layer modules, such as 'encoder.layer.*'."
             )
+        kinds: dict[str, Any] = {f.name: (list, tuple) if f.default == () else type(f.default) for f in fields(cls)}
+        kinds |= {"layer": str, "head_size": (int, str)}
+        for name, value in values.items():
+            if not isinstance(value, kinds[name]):
+                raise AnatomyError(f"The field {name!r} of a block layout cannot be {value!r}.")
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
