@@ -56,7 +56,7 @@ class SensiLinear(nn.Module, SensiLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's weight; outside known blocks the one in effect, because some models (Mamba) do without `forward`."""
+        """The base's; outside known blocks the one in effect, because some models (Mamba) use it without `forward`."""
         weight, _ = self._in_effect()
         return weight
 

@@ -36,7 +36,7 @@ from .config import SensiConfig
 from .decide import Decision, decide
 from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer, base_is_dropped
-from .linears import LINEARS, is_plain
+from .linears import is_plain
 from .pieces import also_saved, anatomy_of, pieces_of, refuse_tied, targets_of
 from .plan import Plan
 from .refit import Refitted
@@ -133,14 +133,14 @@ class SensiModel(BaseTuner):
         everything = isinstance(config.target_modules, str)
         _maybe_include_all_linear_layers(config, model)
         if everything and isinstance(config.target_modules, set):
-            names = {n for n in config.target_modules if isinstance(base_of(model.get_submodule(n)), LINEARS)}
-            special = {n for n in names if not is_plain(base_of(model.get_submodule(n)))}
+            special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
             if special:
-                message = (
-                    f"{len(special)} Linears that compute something else are not tuned, such as {min(special)!r}."
+                warnings.warn(
+                    f"{len(special)} modules are not tuned, such as {min(special)!r}: they are Linears that compute "
+                    f"something else.",
+                    stacklevel=2,
                 )
-                warnings.warn(message, stacklevel=2)
-            config.target_modules = names - special  # type: ignore[assignment]
+            config.target_modules -= special
         if not targets_of(model, config):
             bare = config.own_copy()
             bare.modules_to_save = None

@@ -130,7 +130,7 @@ MORE_CASES = [
     decoder("phi", hidden_size=48),
     decoder("phi3", heads=False),
     decoder("qwen2_moe", neurons=False, **EXPERTS, shared_expert_intermediate_size=12),
-    decoder("qwen3_moe", neurons=False, **EXPERTS, head_dim=10, mlp_only_layers=[1]),
+    decoder("qwen3_moe", **EXPERTS, head_dim=10, mlp_only_layers=[1]),
     decoder("seed_oss", head_dim=10),
     decoder("smollm3"),
     decoder("stablelm", hidden_size=48),
