@@ -41,7 +41,9 @@ from peft_sensi import (
     SensiError,
     SensiLoadError,
     build_anatomy,
+    load_merged,
     make_plan,
+    save_merged,
 )
 from peft_sensi.gates import gate_gradients, gate_gradients_reference
 
@@ -225,6 +227,20 @@ def test_fused_projections_are_cut_in_all_their_parts():
         assert torch.equal(found, parts.reshape(-1, 36))
         if name == "gpt2":
             assert (small.nx, small.nf) == (36, len(heads) * 18) and small.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("widths", ["free", "uniform"])
+def test_merged_decoders_are_saved_and_loaded(name, widths, tmp_path):
+    case = BY_NAME[name]
+    model = case.wrap(case.model("sdpa"), budget=0.5, widths=widths)
+    train(model, case)
+    batch = case.batch(seed=3)
+    prompt = {"input_ids": batch["input_ids"][::2], "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    save_merged(model, tmp_path)
+    small = load_merged(tmp_path)
+    torch.testing.assert_close(run(small, batch), run(model, batch), atol=1e-4, rtol=1e-4)
+    assert torch.equal(small.generate(**prompt), model.generate(**prompt))
 
 
 OTHER_UPDATES = {
