@@ -67,11 +67,15 @@ def calibration_loss(
 
 
 def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """The attention mask as booleans if it has the `[batch, tokens]` shape of these activations, else `None`."""
+    """The attention mask as booleans in this shape, `[batch, tokens]` or `[batch * tokens]`, else `None`."""
     mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == shape:
-        return mask.bool()
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and shape in (mask.shape, (mask.numel(),)):
+        return mask.bool().view(shape)
     return None
+
+
+def examples_in(batch: Mapping[str, Any]) -> int:
+    return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
 
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:

@@ -50,6 +50,7 @@ class SensiLayer(BaseTunerLayer):
         # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_tell_companions`.
         self.sensi_companions: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0
+        self.sensi_in_block = True
         self.sensi_base_dropped = False
         # Trained parts that a phase of training has frozen, by adapter.
         self.sensi_frozen: dict[str, tuple[str, ...]] = {}
@@ -390,8 +391,9 @@ class SensiLayer(BaseTunerLayer):
         """One adapter's effective weight, or the base plus the differences of several; differentiable."""
         weight, bias = self.effective(names[0])
         if len(names) > 1:
-            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (self.weight, self.bias)
-            base_weight = oriented(self.get_base_layer(), base_weight)
+            base = self.get_base_layer()
+            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
+            base_weight = oriented(base, base_weight)
             for name in names[1:]:
                 other_weight, other_bias = self.effective(name)
                 weight = weight + (other_weight - base_weight.detach())

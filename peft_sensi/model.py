@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy import Anatomy, Group, build_anatomy, task_head
+from .anatomy import Anatomy, Group, base_of, build_anatomy, task_head
 from .calibration import preserved
 from .checkpoint import (
     PLAN_KEY,
@@ -35,8 +36,9 @@ from .config import SensiConfig
 from .decide import Decision, decide
 from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer, base_is_dropped
+from .linears import is_plain
 from .narrow import KINDS
-from .pieces import also_saved, anatomy_of, pieces_of, targets_of
+from .pieces import also_saved, anatomy_of, pieces_of, refuse_tied, targets_of
 from .plan import Plan
 from .refit import Refitted
 from .scores import Scores
@@ -147,7 +149,17 @@ class SensiModel(BaseTuner):
             names = {module for group in blocks.groups for module in group.modules}
             config.target_modules = names or "all-linear"  # type: ignore[assignment]
         save_whole(config, task_head(model))
+        everything = isinstance(config.target_modules, str)
         _maybe_include_all_linear_layers(config, model)
+        if everything and isinstance(config.target_modules, set):
+            special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
+            if special:
+                warnings.warn(
+                    f"{len(special)} modules are not tuned, such as {min(special)!r}: they are Linears that compute "
+                    f"something else.",
+                    stacklevel=2,
+                )
+            config.target_modules -= special
         if not targets_of(model, config):
             bare = config.own_copy()
             bare.modules_to_save = None
@@ -165,6 +177,7 @@ class SensiModel(BaseTuner):
         saved = also_saved(model, blocks, config.also_train)
         save_whole(config, saved)
         targets = targets_of(model, config)
+        refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:

@@ -29,6 +29,17 @@ def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     )
 
 
+def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
+    """Raises `SensiError` when a target shares its weight with the embeddings: tuning it would part the two."""
+    embeddings = {id(m.weight) for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)}
+    for name in sorted(targets):
+        if id(getattr(base_of(model.get_submodule(name)), "weight", None)) in embeddings:
+            raise SensiError(
+                f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
+                f"`target_modules`."
+            )
+
+
 def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> Anatomy:
     """The model's groups at the granularity of the config."""
     whole: Literal["", "sublayers", "tensors"] = ""

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import Cache
 
 from .anatomy import Group, linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
@@ -125,8 +126,11 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden is not last[0]:
                 stream.entries[name] = hidden
-            kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-            stream.calls[name] = (args[1:], kwargs)
+            # Layers will be run again, several times: a cache would grow with each.
+            kwargs = {
+                k: v for k, v in kwargs.items() if k not in ("hidden_states", "use_cache") and not isinstance(v, Cache)
+            }
+            stream.calls[name] = (tuple(None if isinstance(a, Cache) else a for a in args[1:]), kwargs)
             seen.append(name)
 
         def after(module, args, output, last=last):
@@ -181,7 +185,10 @@ def _run(
 
     def at_norm(group: Group, total: torch.Tensor) -> None:
         if group.name in seen and group.name in watch:
-            watch[group.name](*seen.pop(group.name), total)
+            z, y = (
+                part.reshape(*total.shape[:-1], -1) for part in seen.pop(group.name)
+            )  # OPT's FFN runs on flat rows
+            watch[group.name](z, y, total)
             if stop:
                 raise _Stop
 

@@ -15,7 +15,7 @@ from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
-from .linears import LINEARS
+from .linears import is_plain
 from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
@@ -37,9 +37,10 @@ def wrap_linear(
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
     layer = model.get_submodule(name)
     if not isinstance(layer, SensiLinear):
-        if type(layer) not in (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if not is_plain(layer):
             raise not_linear(layer)
         layer = SensiLinear(layer, adapter_name)
+        layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
             layer.sensi_attributes = [
