@@ -189,12 +189,12 @@ def _move_in(temporary: Path, folder: Path) -> None:
     """Moves all files into the folder, the config last, each of them on the disk before it has its name."""
     names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == CONFIG)
     for name in names:
-        _flush(temporary / name)
+        flush(temporary / name)
     for name in names:
         if name == CONFIG:
-            _flush(folder)
+            flush(folder)
         os.replace(temporary / name, folder / name)
-    _flush(folder)
+    flush(folder)
 
 
 def _standard_name(folder: Path, weights: str, values: dict[str, Any]) -> None:
@@ -204,14 +204,14 @@ def _standard_name(folder: Path, weights: str, values: dict[str, Any]) -> None:
         os.link(folder / weights, spare)
     except OSError:  # a file system without hard links
         shutil.copyfile(folder / weights, spare)
-        _flush(spare)
+        flush(spare)
     os.replace(spare, folder / WEIGHTS)
-    _flush(folder)
+    flush(folder)
     spare = folder / f"{CONFIG}.tmp"
     spare.write_text(_dumps({k: v for k, v in values.items() if k != "transformers_weights"}), encoding="utf-8")
-    _flush(spare)
+    flush(spare)
     os.replace(spare, folder / CONFIG)
-    _flush(folder)
+    flush(folder)
 
 
 def _remove_old(folder: Path, keep: str) -> None:
@@ -223,7 +223,8 @@ def _remove_old(folder: Path, keep: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
