@@ -241,7 +241,8 @@ def _trace(
                 dynamo=False,
             )
     except Exception as error:  # the exporter's errors have no common class
-        raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {error}") from error
+        message = str(error).strip().partition("\n")[0]
+        raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {message}") from error
 
 
 def _pack(draft: Path, path: Path, external: bool | None) -> bool:

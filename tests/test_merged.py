@@ -19,24 +19,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+)
 
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
 from peft_sensi.allocate import make_plan
 from peft_sensi.families import FAMILIES as LAYOUTS
-
-
-LLAMA = BlockLayout(
-    layer="layers.*",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.o_proj",
-    up="mlp.up_proj",
-    gate="mlp.gate_proj",
-    down="mlp.down_proj",
-    head_size="self_attn.head_dim",
-)
 
 
 def ffn_only(family: str) -> BlockLayout:
@@ -45,8 +37,7 @@ def ffn_only(family: str) -> BlockLayout:
 
 def trained_llama(**config):
     base = AutoModelForCausalLM.from_config(tiny_config("llama", tie_word_embeddings=True)).eval()
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
-    model = wrap(base, task_type="CAUSAL_LM", blocks=[LLAMA], target_modules=targets, **config)
+    model = wrap(base, task_type="CAUSAL_LM", **config)
     train(model, [{**b, "labels": b["input_ids"]} for b in tiny_batches(2, labels=False)], steps=2)
     return model
 
@@ -213,6 +204,54 @@ def test_bert_cannot_say_that_it_has_fewer_heads(tmp_path):
     assert torch.equal(logits(load_merged(tmp_path)), logits(model.merge_and_unload()))
 
 
+DECODERS = {
+    "gpt2": {"n_embd": 48, "n_head": 6, "n_layer": 2},
+    "phi3": {},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 48},
+    "qwen2": {},
+    "mixtral": {"num_local_experts": 2},
+}
+DECODER_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def wrapped_decoder(family: str, **config):
+    sizes = {} if family == "gpt2" else dict(DECODER_SIZES)
+    sizes |= {name: DECODER_SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **DECODERS[family])).eval()
+    return wrap(base, task_type="CAUSAL_LM", budget=0.5, score="random", **config)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_fused_transposed_and_shared_projections(decoder, tmp_path):
+    model = wrapped_decoder(decoder)
+    assert save_merged(model, tmp_path) is False
+    again, merged = load_merged(tmp_path), model.merge_and_unload()
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.parametrize("decoder", ["phi3", "qwen2", "mixtral"])
+def test_configs_that_can_say_it_though_they_do_not_declare_it(decoder, tmp_path):
+    """`head_dim` is read by classes whose config has no such field; Mixtral's checkpoints have names of their own."""
+    model = wrapped_decoder(decoder, widths="uniform")
+    assert save_merged(model, tmp_path) is True
+    again, merged = load_merged(tmp_path), model.merge_and_unload()
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(stock), logits(merged))
+
+
 THREE_LAYERS = build_anatomy(tiny_model("bert", num_hidden_layers=3))
 
 
@@ -377,6 +416,7 @@ def test_nothing_that_a_file_names_is_run(folder, tmp_path):
         attn_implementation="someone/kernels",
         quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
         trust_remote_code=True,
+        task_specific_params={"nested": {"auto_map": {"AutoConfig": "evil.Config"}}},
     )
     assert torch.equal(logits(load_merged(folder)), expected)
     assert not (tmp_path / "sprung").exists()
