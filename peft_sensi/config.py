@@ -220,18 +220,19 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
             )
-        if self.tuned_layers is not None and not dense:
-            raise SensiError(
-                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
-            )
         if self.widths not in ("free", "uniform"):
             raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
         if self.widths == "uniform" and self.granularity == "tensor":
             raise SensiError("granularity='tensor' removes whole sublayers, and cannot keep the same number in each.")
-        trims_by_default = self.budget is None and dense and self.retention is None and self.sparsity is None
-        if self.widths == "uniform" and not (limits.trims or trims_by_default or self.plan is not None):
+        chosen = self.retention, self.sparsity, self.tuned_layers
+        by_default = self.budget is None and self.update == "dense" and all(choice is None for choice in chosen)
+        if self.widths == "uniform" and not (limits.trims or by_default or self.plan is not None):
             raise SensiError(
                 "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
+            )
+        if self.tuned_layers is not None and not dense:
+            raise SensiError(
+                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
             )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
