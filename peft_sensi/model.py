@@ -38,7 +38,9 @@ from .layer import SensiLayer, base_is_dropped
 from .pieces import also_saved, anatomy_of, pieces_of, targets_of
 from .plan import Plan
 from .refit import Refitted
+from .scores import Scores
 from .slices import Slice
+from .widths import note_widths
 from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
 
 
@@ -73,6 +75,14 @@ class SensiModel(BaseTuner):
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
+
+    def explain(self, adapter_name: str = "default") -> str:
+        """Why the plan is what it is: the groups by their scores. Raises `SensiError` for an adapter from a file."""
+        scores = self._sensi_scores.get(adapter_name)
+        if scores is None:
+            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+        values = {name: value.numpy() for name, value in scores.values.items()}
+        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
 
     def inject_adapter(
         self,
@@ -115,6 +125,9 @@ class SensiModel(BaseTuner):
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
     # later.
     _sensi_anatomies: dict[str, Anatomy] = {}
+
+    # What the plans of this process were made from.
+    _sensi_scores: dict[str, Scores] = {}
 
     # Slices and refitted values of the injection in progress, by module.
     _sensi_injecting: tuple[dict[str, tuple[Slice, Group]], Refitted] | None = None
@@ -161,6 +174,8 @@ class SensiModel(BaseTuner):
                 torch.distributed.broadcast_object_list(box, src=0)
                 decision = box[0]
             config.plan = decision.plan.to_dict()
+            if decision.scores is not None and decision.scores.method != "none":
+                self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
             logger.info("%s", decision.plan.line())
         config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
         return decision
@@ -258,7 +273,11 @@ class SensiModel(BaseTuner):
                 for module in self.model.modules():
                     if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
                         module.set_adapter([])  # parents get their numbers of heads back, and PEFT the base's own head
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if trims:
+            note_widths(model)  # so that its `save_pretrained` writes a config that tells the widths
+        return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):

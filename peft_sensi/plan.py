@@ -114,6 +114,11 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."
                 )
+            if kept.sum() < group.least:
+                raise SensiLoadError(
+                    f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
+                    f"{group.least}."
+                )
             states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
@@ -133,6 +138,16 @@ class Plan:
             f"prunable FLOPs kept: {self.kept_flops:,} ({self.flops_share:.2%} at {self.sequence_length} tokens)",
             f"trained values: {self.trainable_params:,} ({self.trainable_share:.2%} of the base)",
         ]
+        return "\n".join(lines)
+
+    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
+        """A table of the groups by their score per thousand parameters, which is what ranks them: the best first."""
+        density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
+        lines = [f"{'score / 1000 params':>19}  {'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"]
+        for group, states in sorted(self._rows(), key=lambda row: -density[row[0].name]):
+            kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
+            name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
+            lines.append(f"{density[group.name]:>19.3e}  {name:<44} {group.size:>7} {kept:>7} {tuned:>7}")
         return "\n".join(lines)
 
     def line(self) -> str:

@@ -40,6 +40,7 @@ from .calibration import (
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
 from .gates import apply_gate, gate_gradients, hooked
+from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
 
@@ -241,11 +242,9 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
         linear = linear_of(model, side.module)
         if id(linear.weight) not in originals:
             continue
-        change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
-        rows = slice(side.offset, side.offset + group.size * side.width)
-        change = change[rows] if side.dim == 0 else change[:, rows].t()
-        total += change.reshape(group.size, -1).abs().sum(1)
+        change = oriented(linear, linear.weight.detach().cpu().float() - originals[id(linear.weight)].float())
+        total += side.per_unit(change, group.size).abs().sum(1)
         if side.bias and side.dim == 0 and id(linear.bias) in originals:
             change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
-            total += change[rows].reshape(group.size, -1).abs().sum(1)
+            total += side.per_unit(change, group.size).abs().sum(1)
     return total
