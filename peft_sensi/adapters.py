@@ -180,7 +180,8 @@ def load_adapter(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
     Raises `SensiError` when the base cannot be loaded, `SensiLoadError` when it is another one.
     """
     name = _base_name(adapter, base)
-    model = found(_class_of(adapter), name, config=_base_config(adapter, base))
+    # The base's own head may be for other labels; the adapter brings its own.
+    model = found(_class_of(adapter), name, config=_base_config(adapter, base), ignore_mismatched_sizes=True)
     return PeftModel.from_pretrained(model, str(adapter.folder)).eval()
 
 

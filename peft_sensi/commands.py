@@ -36,11 +36,6 @@ class Style(enum.StrEnum):
     dark = "dark"
 
 
-class Widths(enum.StrEnum):
-    free = "free"
-    uniform = "uniform"
-
-
 BUDGET, DATA = "The budget", "The data"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model on the Hub, or a folder.", show_default=False)]
 Adapter = Annotated[
@@ -60,7 +55,9 @@ Trainable = Annotated[
     str | None,
     typer.Option(metavar="LIMIT", rich_help_panel=BUDGET, help="Values to tune: a share of the base, or a count."),
 ]
-Ranking = Annotated[Score, typer.Option("--score", help="How sensitive a unit is.")]
+Ranking = Annotated[
+    Score, typer.Option("--score", metavar="NAME", help="fisher, taylor, mask, movement, magnitude or random.")
+]
 SavedScores = Annotated[
     Path | None, typer.Option("--scores", metavar="FILE", help="Scores from --save-scores, instead of scoring again.")
 ]
@@ -73,15 +70,34 @@ Pair = Annotated[
 Label = Annotated[
     str | None, typer.Option("--label-column", metavar="NAME", rich_help_panel=DATA, help="Default: label.")
 ]
-MaxLength = Annotated[int, typer.Option(min=2, rich_help_panel=DATA, help="Longer texts are cut, in tokens.")]
+MaxLength = Annotated[
+    int, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="Longer texts are cut, in tokens.")
+]
 MaxRows = Annotated[
     int | None, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="A random choice of so many rows.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows in a batch.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Of everything random.")]
 
 
-@app.command(epilog="Example: peft-sensi plan bert-base-uncased --data train.tsv --budget 0.5 --plot plan.png")
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"peft-sensi {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: peft-sensi plan bert-base-uncased --data train.tsv --budget 0.5")
 @readable
 def plan(
     model: Model,
@@ -96,15 +112,17 @@ def plan(
     scores: SavedScores = None,
     save_scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep them for other budgets.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.")] = None,
-    style: Annotated[Style, typer.Option(help="Of the picture.")] = Style.light,
+    style: Annotated[Style, typer.Option(metavar="NAME", help="Of the picture: light or dark.")] = Style.light,
     text_column: Text_ = None,
     pair_column: Pair = None,
     label_column: Label = None,
     max_length: MaxLength = 128,
     max_rows: MaxRows = None,
     batch_size: BatchSize = 32,
-    calibration_steps: Annotated[int, typer.Option(min=1, help="Batches that are scored.")] = 24,
-    priming_steps: Annotated[int, typer.Option(min=0, help="Steps of the short fine-tuning before that.")] = 40,
+    calibration_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Batches that are scored.")] = 24,
+    priming_steps: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Steps of the short fine-tuning before that.")
+    ] = 40,
     seed: Seed = 0,
     json: Json = False,
     debug: Debug = False,
@@ -156,12 +174,12 @@ def train(
     flops: Flops = None,
     trainable: Trainable = None,
     recipe: Annotated[
-        Recipe | None, typer.Option(help="A published system with its defaults, instead of limits.")
+        Recipe | None, typer.Option(metavar="NAME", help="A published system, as `peft-sensi recipes` lists them.")
     ] = None,
     score: Ranking = Score.fisher,
     scores: SavedScores = None,
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 3,
-    lr: Annotated[float, typer.Option(help="The learning rate's peak.")] = 5e-5,
+    epochs: Annotated[float, typer.Option(min=0, metavar="N", help="Passes over the data.")] = 3,
+    lr: Annotated[float, typer.Option(metavar="RATE", help="The learning rate's peak.")] = 5e-5,
     batch_size: BatchSize = 32,
     text_column: Text_ = None,
     pair_column: Pair = None,
@@ -237,10 +255,6 @@ def merge(
     adapter: Adapter,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the merged model.", show_default=False)],
     base: Base = None,
-    widths: Annotated[
-        Widths,
-        typer.Option(help="free: what the plan kept, needs peft_sensi to load; uniform: plain Transformers loads it."),
-    ] = Widths.free,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -250,14 +264,19 @@ def merge(
     saved, model = load_saved(adapter, base, json)
     with step("merging", show=not json):
         small = model.merge_and_unload()
-        save_merged(small, folder, widths=widths.value)
+        plain = save_merged(small, folder)
         copy_tokenizer(saved, base, folder)
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     if json:
-        print_json({"folder": str(folder), "parameters": count, "bytes": size, "widths": widths.value})
+        print_json({"folder": str(folder), "parameters": count, "bytes": size, "loads_without_peft_sensi": plain})
         return
     out.print(Text(f"{folder}: {count:,} parameters, {size_of(size)}"), soft_wrap=True)
+    if plain:
+        out.print("Its layers are alike: any AutoModel...from_pretrained loads it, without peft_sensi.")
+    else:
+        out.print("Its layers have widths of their own: load it with peft_sensi.merged.load_merged(folder),")
+        out.print("or, without peft_sensi, with trust_remote_code=True.")
 
 
 @app.command(epilog="Example: peft-sensi export adapter model.onnx")
@@ -270,10 +289,10 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the merged model as ONNX, with any batch size and length."""
-    from .export import export_onnx
-
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
+    from .export import export_onnx
+
     _, model = load_saved(adapter, base, json)
     with step("exporting", show=not json):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -296,6 +315,8 @@ def card(
     adapter: Adapter,
     results: Results = None,
     license: License = None,
+    repo: Annotated[str | None, typer.Option(metavar="REPO", help="The name it will have on the Hub.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Default: the adapter's own.")] = None,
     base: Base = None,
     json: Json = False,
     debug: Debug = False,
@@ -304,7 +325,9 @@ def card(
     from .card import write_card
 
     saved = open_adapter(adapter)
-    written = write_card(saved, results=results, license=license, base=base)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
     if json:
         print_json({"files": [str(path) for path in written]})
         return
@@ -326,17 +349,16 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload an adapter with its card to the Hub (log in first: hf auth login)."""
-    from .card import push_folder
+    from .hub import push_folder
 
     saved = open_adapter(adapter)
     with step(f"uploading to {repo}", show=not json):
-        url = push_folder(
-            saved, repo, private=private or None, message=message, results=results, license=license, base=base
-        )
+        card = {"results": results, "license": license, "base": base}
+        commit = push_folder(saved, repo, private=private or None, message=message, **card)
     if json:
-        print_json({"url": url, "repo": repo})
+        print_json({"url": commit.commit_url, "repo": repo})
         return
-    out.print(Text(url), soft_wrap=True)
+    out.print(Text(commit.commit_url), soft_wrap=True)
 
 
 @app.command("recipes", epilog="Example: peft-sensi recipes --json")

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,15 @@ def score_for(
 
 def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int) -> Plan:
     """The plan that training with these limits and scores would get. Wraps the model."""
-    config = SensiConfig(budget=limits, scores=scores, seed=seed, task_type="SEQ_CLS")
+    config = SensiConfig(budget=limits, scores=for_head_of(model, scores), seed=seed, task_type="SEQ_CLS")
     return get_peft_model(model, config).base_model.plan()
+
+
+def for_head_of(model: nn.Module, scores: Scores) -> Scores:
+    """The scores without the primed head where that was one for other labels."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    fits = all(shapes.get(name) == value.shape for name, value in scores.head.items())
+    return scores if fits else replace(scores, head={})
 
 
 def train_for(
@@ -72,6 +80,7 @@ def train_for(
 ) -> dict[str, Any]:
     """Wraps, trains, evaluates and saves; what is returned is also in `metrics.json`."""
     calibration = list(task.batches(batch_size, seed))[:64]
+    scores = None if scores is None else for_head_of(model, scores)
     config = config_for(recipe, limits, score, scores, calibration, seed)
     start = time.perf_counter()
     name = model.name_or_path

@@ -173,7 +173,8 @@ def load_classifier(model: str, labels: Labels | None = None, tokenizer: Any = N
     elif labels is not None:
         names = dict(enumerate(labels.names))
         heads = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    base = found(AutoModelForSequenceClassification, model, **heads).float()
+    # A head for other labels, which the checkpoint may have, is replaced by a fresh one.
+    base = found(AutoModelForSequenceClassification, model, ignore_mismatched_sizes=True, **heads).float()
     if base.config.get_text_config().pad_token_id is None and tokenizer is not None:
         base.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders look for the last real token
     return base
@@ -183,7 +184,7 @@ def found(auto_class: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` with an error of one line. Raises `SensiError`."""
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, SensiError):
             raise
         reason = str(error).strip().split("\n")[0]
