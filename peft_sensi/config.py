@@ -15,6 +15,7 @@ from .budget import Budget
 from .checkpoint import FORMAT_VERSION
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
+from .narrow import KINDS
 from .plan import Plan
 from .scores import METHODS, Scores
 from .updates import check_update
@@ -49,8 +50,8 @@ class SensiConfig(PeftConfig):
         sparsity: Share of the weights of each matrix that a mask removes.
         retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
         tuned_layers: Number of layers in which something is tuned: those with the best scores for their cost.
-        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight. Set by
-            `SensiModel.compress`.
+        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight,
+            `"bfloat16"` or `"int8"` as differences from the base (see `narrow`). Set by `SensiModel.compress`.
         schedule: What changes during training (see `schedule`); somebody must then step it.
         target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
             Linears of all known blocks, or all Linears of an unknown model.
@@ -68,6 +69,8 @@ class SensiConfig(PeftConfig):
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
         multiple_of: Neurons are kept in steps of so many.
         min_units: Heads and neurons that stay in each block; 0 lets whole sublayers go.
+        widths: `"free"`, or `"uniform"`: all blocks keep the same number of heads, and of neurons, so that a family's
+            own config may be able to describe the merged model (see `save_merged`).
         blocks: Layouts of blocks that the library does not know ([`BlockLayout`] or dicts).
         keep_base: Whether the base stays whole inside; `False` keeps only what the adapter needs.
         seed: Of random scores, of dropout while priming and of random supports.
@@ -106,6 +109,7 @@ class SensiConfig(PeftConfig):
     sequence_length: int | None = field(default=None)
     multiple_of: int = field(default=8)
     min_units: int = field(default=1)
+    widths: str = field(default="free")
     blocks: list[Any] | None = field(default=None)
     keep_base: bool = field(default=True)
     seed: int = field(default=0)
@@ -152,8 +156,16 @@ class SensiConfig(PeftConfig):
                 raise SensiError(f"`{name}` must be a share in [0, 1), got {value!r}.")
         check_update(self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity)
         self._check_combination()
-        if self.compressed is not None and (self.compressed != "bits" or self.update != "mask"):
-            raise SensiError(f"`compressed` must be None, or 'bits' with update='mask', got {self.compressed!r}.")
+        possible = ("bits",) if self.update == "mask" else tuple(KINDS)
+        if self.compressed is not None and self.compressed not in possible:
+            raise SensiError(
+                f"`compressed` must be None or one of {', '.join(possible)} with update={self.update!r}, got "
+                f"{self.compressed!r}."
+            )
+        if self.compressed is not None and self.plan is None:
+            raise SensiError(
+                "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead."
+            )
         if isinstance(self.priming_lr, bool) or not isinstance(self.priming_lr, (int, float)):
             raise SensiError(f"`priming_lr` must be a number, got {self.priming_lr!r}.")
         if not (math.isfinite(self.priming_lr) and self.priming_lr > 0):
@@ -211,6 +223,15 @@ class SensiConfig(PeftConfig):
         if self.tuned_layers is not None and not dense:
             raise SensiError(
                 f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+            )
+        if self.widths not in ("free", "uniform"):
+            raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
+        if self.widths == "uniform" and self.granularity == "tensor":
+            raise SensiError("granularity='tensor' removes whole sublayers, and cannot keep the same number in each.")
+        trims_by_default = self.budget is None and dense and self.retention is None and self.sparsity is None
+        if self.widths == "uniform" and not (limits.trims or trims_by_default or self.plan is not None):
+            raise SensiError(
+                "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
             )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
