@@ -93,7 +93,8 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
             card = ModelCard.load(path)
             # PEFT has replaced the tags, and named a base that may be a path on this machine, which the Hub refuses.
             tags = {*(card.data.tags or []), *our_tags}
-            card.data.tags = sorted(t for t in tags if is_repo(t.removeprefix("base_model:adapter:")))
+            paths = {tag for tag in tags if tag.startswith("base_model:") and not is_repo(tag.rpartition(":")[2])}
+            card.data.tags = sorted(tags - paths)
             if not is_repo(str(card.data.base_model or "")):
                 card.data.base_model = None
             card.save(path)
