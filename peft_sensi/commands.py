@@ -29,6 +29,7 @@ app = typer.Typer(
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
 Recipe = enum.StrEnum("Recipe", {name: name for name in recipes.RECIPES})  # type: ignore[misc]
+FISHER = Score("fisher")
 
 
 class Style(enum.StrEnum):
@@ -108,7 +109,7 @@ def plan(
     budget: Params = None,
     flops: Flops = None,
     trainable: Trainable = None,
-    score: Ranking = Score.fisher,
+    score: Ranking = FISHER,
     scores: SavedScores = None,
     save_scores: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep them for other budgets.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.")] = None,
@@ -134,7 +135,7 @@ def plan(
     from .planning import plan_for, score_for
 
     limits = limits_of(budget, flops, trainable)
-    columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     options = {"max_length": max_length, "max_rows": max_rows, "seed": seed}
     base, task = load_for(model, data, scores is not None or score in ("magnitude", "random"), columns, options)
     if scores is not None:
@@ -176,7 +177,7 @@ def train(
     recipe: Annotated[
         Recipe | None, typer.Option(metavar="NAME", help="A published system, as `peft-sensi recipes` lists them.")
     ] = None,
-    score: Ranking = Score.fisher,
+    score: Ranking = FISHER,
     scores: SavedScores = None,
     epochs: Annotated[float, typer.Option(min=0, metavar="N", help="Passes over the data.")] = 3,
     lr: Annotated[float, typer.Option(metavar="RATE", help="The learning rate's peak.")] = 5e-5,
@@ -198,11 +199,11 @@ def train(
     from .planning import train_for
 
     limits = limits_of(budget, flops, trainable)
-    if recipe is not None and (limits is not None) != (recipe is Recipe.sensi_bert):
+    if recipe is not None and (limits is not None) != (recipe == "sensi_bert"):
         raise SensiError("The recipe sensi_bert needs --budget or --flops; the others bring their own limits.")
     if out_folder.exists() and not out_folder.is_dir():
         raise SensiError(f"{out_folder} is a file; --out names a folder.")
-    columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    columns: dict[str, Any] = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     options: dict[str, Any] = {"max_length": max_length, "max_rows": max_rows, "seed": seed}
     options |= {"validation": validation, "hold_out": 0.0 if validation else 0.1}
     base, task = load_for(model, data, False, columns, options)
@@ -353,7 +354,7 @@ def push(
 
     saved = open_adapter(adapter)
     with step(f"uploading to {repo}", show=not json):
-        card = {"results": results, "license": license, "base": base}
+        card: dict[str, Any] = {"results": results, "license": license, "base": base}
         commit = push_folder(saved, repo, private=private or None, message=message, **card)
     if json:
         print_json({"url": commit.commit_url, "repo": repo})
@@ -398,7 +399,7 @@ def number(name: str, text: str) -> float | int:
 
 
 def load_for(
-    model: str, data: Path | None, without: bool, columns: dict[str, str | None], options: dict[str, Any]
+    model: str, data: Path | None, without: bool, columns: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The base model, and the task that the data poses, if any."""
     from .textdata import load_classifier, read_task

@@ -146,7 +146,7 @@ def train_for(
 def config_for(
     recipe: str | None, limits: Any, score: str, scores: Scores | None, calibration: list[Any], seed: int
 ) -> SensiConfig:
-    common = {"calibration": calibration, "task_type": "SEQ_CLS", "seed": seed}
+    common: dict[str, Any] = {"calibration": calibration, "task_type": "SEQ_CLS", "seed": seed}
     if scores is not None:
         common["scores"] = scores
     if recipe is None:
