@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 from peft_sensi import SensiConfig, recipes
@@ -54,6 +54,39 @@ def lora(base: nn.Module, run: Run, rank: int = 8) -> nn.Module:
         exclude_modules=["classifier"],
     )
     return get_peft_model(base, config)
+
+
+def layer_norm(base: nn.Module, run: Run) -> nn.Module:
+    return _freeze(base, lambda name: "LayerNorm" in name)
+
+
+def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """LoRA on all Linears at the rank that comes closest to a share of the base's values from below."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+        return lora(base, run, rank=max(1, int(share * base.base_model.num_parameters() / per_rank)))
+
+    return build
+
+
+def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+        rank = max(1, int(share * base.base_model.num_parameters() / per_rank))
+        names = sorted({name.rpartition(".")[2] for name in linears(base)})
+        config = ShiraConfig(task_type="SEQ_CLS", r=rank, target_modules=names, exclude_modules=["classifier"])
+        return get_peft_model(base, config)
+
+    return build
+
+
+def linears(base: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of the transformer's blocks."""
+    modules = base.base_model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and "pooler" not in name}
 
 
 def sensi(
