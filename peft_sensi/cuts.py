@@ -69,6 +69,7 @@ def close_units(
         sequence_length=length,
         multiple_of=config.multiple_of,
         min_units=config.min_units if config.granularity != "tensor" else 0,
+        uniform=config.widths == "uniform",
     )
     with torch.no_grad():
         for group in anatomy.trimmable:

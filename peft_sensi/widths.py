@@ -123,6 +123,12 @@ def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
     config, stock, edits = copy.deepcopy(model.config), on_meta(type(model), model.config), dict[str, Any]()
     left = widths
     pairs = _changes(model, stock, widths)
+
+    def without_namesakes(found: Widths, fields: Mapping[str, Any]) -> Widths:
+        # A module's own `intermediate_size` merely repeats the config's, and nothing made it follow the cut.
+        numbers = {n: v for n, v in found.attributes.items() if n.rpartition(".")[2] not in fields}
+        return Widths(found.shapes, numbers)
+
     for edit in _edits(config, pairs):
         trial = copy.deepcopy(config)
         try:
@@ -130,7 +136,7 @@ def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
                 setattr(trial, key, value)
             if hasattr(trial, "validate"):
                 trial.validate()
-            after = compare(model, on_meta(cls, trial), within)
+            after = without_namesakes(compare(model, on_meta(cls, trial), within), edits | edit)
         except Exception:  # any class may refuse any combination of numbers, each with an error of its own
             continue
         if len(after.shapes) < len(left.shapes):
