@@ -104,6 +104,16 @@ def test_text_classification(encoder, tmp_path):
     assert metrics["rows"] == {"train": 36, "validation": 4}
 
 
+def test_amounts_are_a_regression(encoder, tmp_path):
+    rows = [{"sentence": "red " * (1 + i % 4), "score": 0.5 * (i % 4)} for i in range(24)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    metrics = run("text_classification", "--model", encoder, "--train_file", file, "--trainable", 0.1,
+                  "--label_column", "score", "--output_dir", tmp_path / "out")  # fmt: skip
+    check(metrics, trims=False)
+    assert metrics["classes"] == [] and metrics["validation"]["mse"] >= 0
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_other_methods_are_reported_alike(method, encoder, tmp_path):
     file = write_sentences(tmp_path / "rows.tsv")
