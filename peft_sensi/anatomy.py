@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import AnatomyError
 from .families import FAMILIES, BlockLayout, layouts_of
 from .linears import LINEARS, features, matrix
+from .positions import RelativePositions, relative_positions
 
 
 Kind = Literal["head", "neuron", "row", "tensor"]
@@ -37,7 +38,8 @@ class Side:
     """The slice of one weight `[out, in]` that each unit of a group owns.
 
     `dim` 0 means output rows (with their bias entries), 1 input columns; unit `u` owns the positions
-    `offset + u * width ... offset + (u + 1) * width`. `fan` is the length of the other dimension.
+    `offset + u * width ... offset + (u + 1) * width`. `fan` is the length of the other dimension. The weight runs once
+    for each token unless `tokens` is false, and once for each of `rows` vectors that do not depend on the input.
     """
 
     module: str
@@ -46,6 +48,8 @@ class Side:
     fan: int
     bias: bool = False
     offset: int = 0
+    tokens: bool = True
+    rows: int = 0
 
     @property
     def unit_params(self) -> int:
@@ -65,7 +69,9 @@ class Side:
 class Group:
     """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts.
 
-    At least `least` units must stay for the model to run; `fixed` units can't be trimmed at all.
+    At least `least` units must stay for the model to run; `fixed` units can't be trimmed at all, nor change places:
+    something outside counts on them. The layer runs `repeats` times in one pass. `relative_rows` is the number of
+    relative positions with which an attention multiplies each token (see `positions`).
     """
 
     name: str
@@ -80,6 +86,7 @@ class Group:
     repeats: int = 1
     least: int = 0
     fixed: bool = False
+    relative_rows: int = 0
 
     @property
     def in_block(self) -> bool:
@@ -104,8 +111,9 @@ class Group:
         A head costs `3*S*H*d + 2*S^2*d + S*d*H`, a neuron `2*S*H`: every weight once a token, and for a head the two
         products of the attention matrix.
         """
-        weights = sum(side.width * side.fan for side in self.sides)
-        return self.repeats * (sequence_length * weights + 2 * sequence_length**2 * self.attention_width)
+        weights = sum(side.width * side.fan * (sequence_length * side.tokens + side.rows) for side in self.sides)
+        products = sequence_length * (2 * sequence_length + self.relative_rows)
+        return self.repeats * (weights + products * self.attention_width)
 
     def unit_trainable(self, targets: frozenset[str], with_bias: bool = True) -> int:
         """Values that training one unit adds: only what lies in targeted modules."""
@@ -164,6 +172,9 @@ def build_anatomy(
     modules = dict(model.named_modules())
     cached = _layers_that_measure_caches(model)
     groups = [group for layout in layouts for group in _block_groups(modules, layout, cached)]
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
+        # The cross-attention of a decoder alone never runs.
+        groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
     if blocks is not None and not groups:
         raise AnatomyError(
             f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
@@ -271,9 +282,18 @@ def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout, cached: fr
             if layout.o:
                 indices = match.groups()
                 measures = layout.cached and bool(indices) and int(indices[-1]) in cached
-                yield _heads(modules, name, layer, layout, measures)
+                heads = _heads(modules, name, layer, layout, measures)
+                yield replace(heads, repeats=_runs(layer, match.groups(), layout))
             if layout.down:
-                yield _neurons(modules, name, layout)
+                yield replace(_neurons(modules, name, layout), repeats=_runs(layer, match.groups(), layout))
+
+
+def _runs(layer: nn.Module, indices: tuple[str, ...], layout: BlockLayout) -> int:
+    """How often a layer runs in one pass; the first index is its number among those that share the runs (ALBERT)."""
+    if isinstance(layout.repeats, int):
+        return layout.repeats
+    runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
+    return sum(int(run / (runs / layers)) == int(indices[0]) for run in range(runs))
 
 
 def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
@@ -308,13 +328,20 @@ def _heads(
     if layout.interleaved:
         widths, inputs = (sum(widths),), inputs[:1]
     sides = _rows(inputs, widths, units)
+    relative = relative_positions(modules[f"{name}.{layout.relative}"]) if layout.relative else RelativePositions()
+    if relative.shared:
+        sides = [*(replace(side, rows=relative.rows) for side in sides[:2]), *sides[2:]]
+    for projection in relative.projections:
+        path, linear = _linear(modules, name, f"{layout.relative}.{projection}")
+        bias = linear.bias is not None
+        sides.append(Side(path, 0, head_size, linear.in_features, bias, tokens=False, rows=relative.rows))
     sides.append(Side(o_name, 1, queries * head_size, o_out))
     attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
     attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
     attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
     least = max(layout.min_heads, int(measures_cache), _LEAST.get(type(o), 0))
     return Group(
-        name=f"{name}.heads",
+        name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
         kind="head",
         size=units,
         sides=tuple(sides),
@@ -325,6 +352,7 @@ def _heads(
         attention_width=queries * head_size,
         least=min(least, units),
         fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, head_size),
+        relative_rows=relative.rows * relative.products,
     )
 
 
@@ -377,7 +405,10 @@ def _depends_on_all_heads(modules: dict[str, nn.Module], name: str, layout: Bloc
     parent = layout.v.rpartition(".")[0]
     if not parent:
         return False
-    described = (layout.q, layout.k, layout.v, layout.o, layout.attention_norm)
+    described = [layout.q, layout.k, layout.v, layout.o, layout.attention_norm]
+    if layout.relative:
+        own = relative_positions(modules[f"{name}.{layout.relative}"]).projections
+        described += [f"{layout.relative}.{projection}" for projection in own]
     known = tuple(f"{part.removeprefix(parent + '.')}." for part in described if part)
     for path, parameter in modules[f"{name}.{parent}"].named_parameters():
         if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):

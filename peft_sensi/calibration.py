@@ -85,6 +85,14 @@ def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
     return round(sum(lengths) / len(lengths)) if lengths else None
 
 
+def image_tokens(model: nn.Module) -> int | None:
+    """Patches and special tokens of an image: the length of the learned positions `[1, tokens, hidden]`, if any."""
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return None
+    positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
+    return next((p.shape[1] for p in positions if p.dim() == 3), None)
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restores what running and differentiating the model may change, whatever happens inside.

@@ -13,7 +13,7 @@ from torch import nn
 from .allocate import make_plan
 from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
-from .calibration import materialise
+from .calibration import image_tokens, materialise
 from .config import SensiConfig
 from .errors import SensiError
 from .pieces import trained_beside_units
@@ -80,7 +80,7 @@ def decide(
         limits if limits != Budget() else None,
         targets=targets,
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
-        sequence_length=given.sequence_length or scores.sequence_length or 128,
+        sequence_length=given.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         multiple_of=given.multiple_of,
         min_units=given.min_units if given.granularity != "tensor" else 0,
         always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),

@@ -18,13 +18,16 @@ class BlockLayout:
     skipped. `head_size` is a number or the path of an attribute that holds it. `head_counts`, `kv_head_counts` and
     `head_widths` are attributes that must follow the number of heads (resp. heads times head size) of a trimmed layer.
     The two norms are the modules whose *input* is the residual sum after the sublayer; they weigh the errors of the
-    refit.
+    refit. Leave `ffn_norm` empty where that sum is what the layer returns.
 
     One fused Linear is named several times: as `q`, `k` and `v` (or as `k` and `v`, or `up` and `gate`) it holds their
     rows one block after another in this order, or, with `interleaved`, those of each head together. `fixed_heads` can
     be tuned but not trimmed. Where the layer's code cannot run without heads, `min_heads` of them stay; with `cached`,
     one stays in those layers by whose keys a cache for generation measures its length: the first of each kind in
-    `config.layer_types`.
+    `config.layer_types`. `cross` marks attention to another sequence, which has a group of its own. `relative` is the
+    path of an attention that projects relative positions, too (see `positions`). `repeats` is how often the layer runs
+    in one pass: a number, or the paths of two attributes, the number of runs of all layers and that of the layers (the
+    first `*` of `layer`) over which they are spread.
     """
 
     layer: str
@@ -45,6 +48,9 @@ class BlockLayout:
     fixed_heads: bool = False
     min_heads: int = 0
     cached: bool = False
+    cross: bool = False
+    relative: str = ""
+    repeats: int | tuple[str, ...] = 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockLayout:
@@ -58,7 +64,10 @@ class BlockLayout:
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v and (k, v) != _ONCE}
+
+
+_ONCE = ("repeats", 1)
 
 
 _BERT = BlockLayout(
@@ -87,6 +96,113 @@ _DISTILBERT = BlockLayout(
     head_counts=("attention.n_heads",),
     attention_norm="sa_layer_norm",
     ffn_norm="output_layer_norm",
+)
+
+# BERT with the LayerNorms before the sublayers; a family names the norm before its FFN.
+_BERT_PRE_NORM = replace(_BERT, attention_norm="", ffn_norm="")
+_ALBERT = BlockLayout(
+    layer="encoder.albert_layer_groups.*.albert_layers.*",
+    q="attention.query",
+    k="attention.key",
+    v="attention.value",
+    o="attention.dense",
+    up="ffn",
+    down="ffn_output",
+    head_size="attention.attention_head_size",
+    head_counts=("attention.num_attention_heads",),
+    head_widths=("attention.all_head_size",),
+    attention_norm="attention.LayerNorm",
+    ffn_norm="full_layer_layer_norm",
+    repeats=("config.num_hidden_layers", "config.num_hidden_groups"),
+)
+_DEBERTA_V2 = replace(
+    _BERT,
+    q="attention.self.query_proj",
+    k="attention.self.key_proj",
+    v="attention.self.value_proj",
+    relative="attention.self",
+    min_heads=1,  # its shapes cannot be inferred from nothing
+)
+_MPNET = replace(
+    _BERT,
+    q="attention.attn.q",
+    k="attention.attn.k",
+    v="attention.attn.v",
+    o="attention.attn.o",
+    head_size="attention.attn.attention_head_size",
+    head_counts=(),
+    head_widths=(),
+    attention_norm="attention.LayerNorm",
+    fixed_heads=True,
+)
+_MOBILEBERT = (
+    replace(_BERT, ffn_norm="output.LayerNorm"),
+    BlockLayout(
+        layer="encoder.layer.*.ffn.*", up="intermediate.dense", down="output.dense", ffn_norm="output.LayerNorm"
+    ),
+)
+
+
+def _t5(config: Any) -> tuple[BlockLayout, ...]:
+    """The layers of one stack share a position bias with one column a head, so heads stay; FFNs may be gated."""
+    layouts = []
+    for stack, ffn in (("encoder", 1), ("decoder", 2)):
+        own, other, dense = "layer.0.SelfAttention", "layer.1.EncDecAttention", f"layer.{ffn}.DenseReluDense"
+        layer = BlockLayout(
+            layer=f"{stack}.block.*",
+            q=f"{own}.q",
+            k=f"{own}.k",
+            v=f"{own}.v",
+            o=f"{own}.o",
+            up=f"{dense}.{'wi_1' if config.is_gated_act else 'wi'}",
+            gate=f"{dense}.wi_0" if config.is_gated_act else "",
+            down=f"{dense}.wo",
+            head_size=f"{own}.key_value_proj_dim",
+            fixed_heads=True,
+        )
+        layouts.append(layer)
+        if stack == "decoder":
+            projections = {part: f"{other}.{part}" for part in "qkvo"}
+            layouts.append(replace(layer, **projections, up="", gate="", down="", cross=True))
+    return tuple(layouts)
+
+
+def _bart(norm_first: bool = False) -> tuple[BlockLayout, ...]:
+    """Self-attention, cross-attention and FFN of both stacks, each its own group."""
+
+    def heads(stack: str, name: str, norm: str, **more: Any) -> BlockLayout:
+        projections = {part: f"{name}.{part}_proj" for part in "qkv"}
+        return BlockLayout(
+            layer=f"{stack}.layers.*",
+            **projections,
+            o=f"{name}.out_proj",
+            head_size=f"{name}.head_dim",
+            head_counts=(f"{name}.num_heads",),
+            attention_norm=norm,
+            **more,
+        )
+
+    # The norm whose input is the sum after a sublayer is its own where it comes last, else that of the next sublayer.
+    own, cross, last = "self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"
+    encoder = replace(heads("encoder", "self_attn", last if norm_first else own), up="fc1", down="fc2")
+    decoder = heads("decoder", "self_attn", cross if norm_first else own, cached=True)
+    across = heads("decoder", "encoder_attn", last if norm_first else cross, cross=True)
+    across = replace(across, up="fc1", down="fc2")
+    ffn_norm = "" if norm_first else last
+    return replace(encoder, ffn_norm=ffn_norm), decoder, replace(across, ffn_norm=ffn_norm)
+
+
+_VIT = BlockLayout(
+    layer="layers.*",
+    q="attention.q_proj",
+    k="attention.k_proj",
+    v="attention.v_proj",
+    o="attention.o_proj",
+    up="mlp.fc1",
+    down="mlp.fc2",
+    head_size="attention.head_dim",
+    head_counts=("attention.num_attention_heads",),
+    attention_norm="layernorm_after",
 )
 
 # Llama's names, which most newer decoders share; heads are counted by -1 and by the ratio of queries to keys.
@@ -206,12 +322,41 @@ def _cohere(config: Any) -> tuple[BlockLayout, ...]:
 
 
 FAMILIES: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout, ...]]] = {
+    "albert": (_ALBERT,),
+    "bart": _bart(),
     "bert": (_BERT,),
+    "bert-generation": (_BERT,),
+    "blenderbot": _bart(norm_first=True),
+    "blenderbot-small": _bart(),
     "camembert": (_BERT,),
+    "data2vec-text": (_BERT,),
+    "deberta-v2": (_DEBERTA_V2,),
+    "deit": (_VIT,),
     "distilbert": (_DISTILBERT,),
     "electra": (_BERT,),
+    "ernie": (_BERT,),
+    "esm": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
+    "layoutlm": (_BERT,),
+    "m2m_100": _bart(norm_first=True),
+    "marian": _bart(),
+    "mbart": _bart(norm_first=True),
+    "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
+    "mobilebert": _MOBILEBERT,
+    "mpnet": (_MPNET,),
+    "mt5": _t5,
+    "pegasus": _bart(norm_first=True),
+    "plbart": _bart(),
+    "rembert": (_BERT,),
     "roberta": (_BERT,),
+    "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
+    "roformer": (_BERT,),
+    "splinter": (_BERT,),
+    "t5": _t5,
+    "umt5": _t5,
+    "vit": (_VIT,),
     "xlm-roberta": (_BERT,),
+    "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
+    "xmod": (_BERT,),
     # Decoders, and ModernBERT, whose blocks are like theirs
     "arcee": (replace(_LLAMA, gate=""),),
     "cohere": _cohere,

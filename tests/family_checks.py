@@ -91,13 +91,14 @@ def make_lively(model: nn.Module) -> None:
 def token_batch(
     size: int = 4, length: int = 9, *, seed: int = 0, padded: bool = True, task: str = "SEQ_CLS", labels: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Tokens with padding on the right, and labels for the task (a task type of PEFT, or "MASKED_LM")."""
+    """Tokens, token 2 at the end of each row, padding on the right; labels for a task type of PEFT or "MASKED_LM"."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
     mask = torch.ones(size, length, dtype=torch.long)
     if padded:
         mask[1::2, length * 2 // 3 :] = 0
         ids = torch.where(mask.bool(), ids, 1)
+    ids[torch.arange(size), mask.sum(1) - 1] = 2
     batch = {"input_ids": ids, "attention_mask": mask}
     if task == "SEQ_CLS":
         batch["labels"] = torch.randint(0, labels, (size,), generator=generator)
@@ -219,6 +220,7 @@ def check_merge_equals_unmerged(case: Case) -> None:
 
 
 def flops(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    model.requires_grad_(False)  # the counter stumbles over views of parameters
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(**batch)
     return counter.get_total_flops()
