@@ -357,9 +357,9 @@ def test_image_classification(tmp_path):
     few = ["--max_train_rows", 64, "--max_validation_rows", 30, "--layers", 2, "--hidden_size", 32]
     whole = run("image_classification", "--method", "full", *few, "--output_dir", tmp_path / "small")
     assert whole["differences"]["reloaded"] == 0
-    metrics = run("image_classification", "--model", tmp_path / "small", *few, "--trainable", 0.1,
+    metrics = run("image_classification", "--model", tmp_path / "small", *few, "--budget", 0.5,
                   "--output_dir", tmp_path / "out")  # fmt: skip
-    check(metrics, trims=False)
+    check(metrics, trims=True)
 
 
 def test_image_files(tmp_path):

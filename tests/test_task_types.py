@@ -49,14 +49,13 @@ IMAGE = {"image_size": 12, "patch_size": 4, "hidden_size": 24, "num_attention_he
          "intermediate_size": 40, "num_labels": 3}  # fmt: skip
 
 
-def case(task: str | None, model_type: str, auto, sizes: dict, batch=None, **options) -> Case:
+def case(task: str | None, model_type: str, auto, sizes: dict, batch=None) -> Case:
     config = partial(AutoConfig.for_model, model_type, **sizes)
     name = f"{task}-{model_type}"
-    return Case(name, config, auto, batch or partial(token_batch, task=task), task, options=options)
+    return Case(name, config, auto, batch or partial(token_batch, task=task), task)
 
 
-# With each its class in PEFT; tiny models need no budget that trims where their family is only tuned.
-TUNE = {"budget": {"trainable": 0.1}}
+# Each with its class in PEFT.
 CASES = [
     (case("SEQ_CLS", "bert", AutoModelForSequenceClassification, {**ENCODER, "num_labels": 3}),
      PeftModelForSequenceClassification),
@@ -65,8 +64,8 @@ CASES = [
     (case("QUESTION_ANS", "electra", AutoModelForQuestionAnswering, {**ENCODER, "embedding_size": 12}),
      PeftModelForQuestionAnswering),
     (case("CAUSAL_LM", "llama", AutoModelForCausalLM, LLAMA), PeftModelForCausalLM),
-    (case("SEQ_2_SEQ_LM", "bart", AutoModelForSeq2SeqLM, BART, **TUNE), PeftModelForSeq2SeqLM),
-    (case(None, "vit", AutoModelForImageClassification, IMAGE, image_batch, **TUNE), PeftModel),
+    (case("SEQ_2_SEQ_LM", "bart", AutoModelForSeq2SeqLM, BART), PeftModelForSeq2SeqLM),
+    (case(None, "vit", AutoModelForImageClassification, IMAGE, image_batch), PeftModel),
     (case(None, "bert", AutoModelForSequenceClassification, {**ENCODER, "num_labels": 3},
           partial(token_batch, task="SEQ_CLS")), PeftModel),
 ]  # fmt: skip
@@ -86,11 +85,9 @@ def step(model: nn.Module, loss_of, count: int = 3) -> None:
 def test_task_type(made, peft_class, tmp_path):
     batch = made.batch(seed=9)
     base = run(made.model(), batch)
-    budget = made.options or {"budget": 0.5}
-    model = made.wrap(made.model(), calibration=[made.batch(seed=seed) for seed in range(3)], **budget)
+    model = made.wrap(made.model(), calibration=[made.batch(seed=seed) for seed in range(3)], budget=0.5)
     assert type(model) is peft_class
-    plan = model.base_model.plan()
-    assert plan.trims is not bool(made.options)
+    assert model.base_model.plan().trims
     step(model, lambda m, seed: m(**made.batch(seed=seed)).loss)
     expected = run(model, batch)
     assert not torch.equal(expected, base)
