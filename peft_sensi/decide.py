@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +55,7 @@ def decide(
     batches = None
     if given.calibration is not None:
         batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
+        _warn_of_lost_inputs(given, batches)
     scores = given.scores
     if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
         scores = score_units(
@@ -103,6 +106,20 @@ def decide(
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
     return Decision(plan, refitted, head, scores)
+
+
+def _warn_of_lost_inputs(given: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
+    """PEFT's model for question answering takes token types and never passes them on (seen in PEFT 0.21)."""
+    if str(given.task_type).rpartition(".")[2] != "QUESTION_ANS":
+        return
+    types = [batch["token_type_ids"] for batch in batches if isinstance(batch.get("token_type_ids"), torch.Tensor)]
+    if any(bool(ids.any()) for ids in types):
+        message = (
+            "The calibration batches have `token_type_ids`, which PEFT's model for task_type='QUESTION_ANS' drops: "
+            "the adapter is trained without them, but scored with them, and the merged model would use them. Leave "
+            "them out everywhere, or set task_type=None."
+        )
+        warnings.warn(message, stacklevel=2)
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:
