@@ -27,6 +27,21 @@ def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     )
 
 
+def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
+    """`targets_of`; regular expressions in the config become the names that they matched, which is what is saved.
+
+    Raises `SensiError` where names cannot say the same.
+    """
+    targets = targets_of(model, config)
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        config.target_modules, config.exclude_modules = set(targets), None  # type: ignore[assignment]
+        # A name also matches every path that ends with it.
+        config.exclude_modules = set(targets_of(model, config) - targets) or None  # type: ignore[assignment]
+        if targets_of(model, config) != targets:
+            raise SensiError("The regular expression matches modules that lists of names cannot tell apart: give one.")
+    return targets
+
+
 def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> Anatomy:
     """The model's groups at the granularity of the config."""
     whole: Literal["", "sublayers", "tensors"] = ""
@@ -68,6 +83,10 @@ def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list
 def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
     """For each module that the plan concerns: its slice and its group."""
     pieces = {}
+    if config.rank is not None:
+        largest = max((max(linear_of(model, name).weight.shape) for name in plan.targets), default=0)
+        if config.rank > largest:
+            raise SensiError(f"`rank` must be at most {largest}, the longest side of a targeted Linear.")
     for group in plan.anatomy.groups:
         states = plan.of(group)
         tuned, frozen = np.flatnonzero(states == TUNED), np.flatnonzero(states == FROZEN)
