@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -28,8 +29,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
         raise SensiError(f"{path} could not be written, and is as it was before: {error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        _flush(path.parent)  # the rename itself
+    with contextlib.suppress(OSError):  # the rename itself; not every system can flush a folder
+        _flush(path.parent)
 
 
 def _flush(path: Path) -> None:

@@ -94,7 +94,10 @@ def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> tuple[dict[s
     mark = plan.pop("config", None)
     if mark is not None and not isinstance(mark, str):
         raise SensiLoadError(f"{where}: {PLAN_KEY!r} has a `config` that is not a hash.")
-    check_plan_dict(plan)
+    try:
+        check_plan_dict(plan)
+    except SensiLoadError as error:
+        raise SensiLoadError(f"{where}: {PLAN_KEY!r}: {error}") from None
     return plan, mark
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import enum
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
@@ -138,8 +138,8 @@ class SensiConfig(PeftConfig):
                 self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
             self._check()
         except ValueError as error:
-            if self.from_file and not isinstance(error, SensiLoadError):
-                raise SensiLoadError(f"adapter_config.json: {error}") from error
+            if self.from_file:
+                raise SensiLoadError(f"{CONFIG_NAME}: {error}") from error
             raise
         if self.from_file:
             self.file_mark, self.file_meaning = config_mark(self), meaning(self)
@@ -259,9 +259,7 @@ class SensiConfig(PeftConfig):
         values = super().from_json_file(path_json_file, **kwargs)
         for name in ("calibration", "scores", "loss_fn"):
             if name in values:
-                raise SensiLoadError(
-                    f"{path_json_file}: `{name}` exists at run time only and cannot come from a file."
-                )
+                raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
         return values
 
     @classmethod
@@ -275,7 +273,8 @@ class SensiConfig(PeftConfig):
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except SensiLoadError as error:
-            raise SensiLoadError(f"{place}: {error}") from error
+            raise SensiLoadError(os.path.join(place, str(error))) from error  # which begins with the file's name
+        config.file_name = os.path.join(place, CONFIG_NAME)
         if isinstance(config, cls) and not kwargs.get("ignore_mismatched_sizes"):
             hub = cls._split_kwargs(kwargs)[0]
             config.weights_file = find_weights(pretrained_model_name_or_path, subfolder, hub)
@@ -288,15 +287,20 @@ class SensiConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            super().save_pretrained(folder, **kwargs)
-            text = (Path(folder) / CONFIG_NAME).read_text()
-        write_atomically(Path(save_directory) / CONFIG_NAME, lambda name: Path(name).write_text(text))
+        save = super().save_pretrained
+
+        def write(name: str) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                save(folder, **kwargs)
+                shutil.copyfile(os.path.join(folder, CONFIG_NAME), name)
+
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
 
     # Not annotated, so not fields. A plan from a file must match the values beside it, while one made in this process
     # may be replaced by a checkpoint's. The rest is `checkpoint.config_mark` and `meaning` of what the file said, and
     # the path of the values beside it.
     from_file = False
+    file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:

@@ -73,6 +73,7 @@ _TYPES = {
     "update": _TEXT,
     "support": _TEXT_OR_NONE,
     "compressed": _TEXT_OR_NONE,
+    "blocks": (lambda v: v is None or isinstance(v, (list, tuple)), "a list of layouts or None"),
     "schedule": (_is_mapping, "a dict or None"),
     "refit": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
     "keep_base": _TRUTH,

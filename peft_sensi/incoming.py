@@ -9,7 +9,8 @@ first used.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -35,6 +36,17 @@ def file_to_check(config: SensiConfig) -> str | None:
     return (
         path if {**meaning(config), "fingerprint": said.get("fingerprint")} == {"fingerprint": None, **said} else None
     )
+
+
+@contextmanager
+def errors_of_file(config: SensiConfig) -> Iterator[None]:
+    """What a config from a file makes impossible becomes a `SensiLoadError` that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        if not config.from_file:
+            raise
+        raise SensiLoadError(f"{config.file_name}: {error}") from error
 
 
 def check_slices(path: str, model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> None:

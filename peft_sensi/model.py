@@ -35,7 +35,7 @@ from .checkpoint import (
 from .config import SensiConfig
 from .decide import Decision, decide
 from .errors import SensiError
-from .incoming import check_saved_modules, check_slices, check_state, file_to_check
+from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped
 from .pieces import also_saved, anatomy_of, name_targets, pieces_of, targets_of
 from .plan import Plan
@@ -95,8 +95,9 @@ class SensiModel(BaseTuner):
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            decision = self._prepare(model, adapter_name, given, config)
-            pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+            with errors_of_file(given):
+                decision = self._prepare(model, adapter_name, given, config)
+                pieces = {} if decision is None else pieces_of(model, config, decision.plan)
             if (path := file_to_check(given)) is not None:
                 check_slices(path, model, pieces)
             self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
@@ -189,7 +190,7 @@ class SensiModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
-        for name, module in list(model.named_modules()):
+        for name, module in reversed(list(model.named_modules())):  # the innermost first: wrappers can be nested
             if isinstance(module, SensiLayer):
                 if adapter_name in module.sensi_slices:
                     module.delete_adapter(adapter_name)
