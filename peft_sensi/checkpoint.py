@@ -22,6 +22,7 @@ from .adapter_file import Spec, opened, read_specs
 from .anatomy import Anatomy, is_base_parameter, linear_of
 from .errors import SensiLoadError
 from .fields import is_number
+from .linears import matrix
 from .plan import check_plan_dict
 
 
@@ -143,7 +144,7 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
     sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
     shapes, marks = {}, []
     for name in sampled:
-        weight = linear_of(model, name).weight
+        weight = matrix(linear_of(model, name))
         if weight.is_meta or not weight.is_floating_point():
             return None
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS].float().cpu()
@@ -203,6 +204,12 @@ def check_content(name: str, tensor: torch.Tensor, room: int | None, where: str 
     parts = name.split(".")[-2:]  # the adapter's name may follow
     if tensor.dtype in _FLOATS:
         _check_finite(name, tensor, where)
+        # An entry is a code of at most 127 times its scale, and must not overflow.
+        most = torch.finfo(torch.float32).max / 128
+        if "sensi_scales" in parts and tensor.numel() and not 0 <= tensor.min() <= tensor.max() <= most:
+            raise SensiLoadError(f"{where}: {name!r} must hold scales from 0 to {most:.3g}.")
+    elif "sensi_codes" in parts and tensor.numel() and tensor.min() < -127:
+        raise SensiLoadError(f"{where}: {name!r} must hold codes from -127 to 127, found {int(tensor.min())}.")
     elif "sensi_gate" in parts and tensor.numel() and tensor.max() > 1:
         raise SensiLoadError(f"{where}: {name!r} must hold zeros and ones, found {int(tensor.max())}.")
     elif "sensi_places" in parts and tensor.numel() and room is not None:

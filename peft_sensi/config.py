@@ -21,6 +21,7 @@ from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
 from .fields import check_foreign, check_types, is_number, shown
+from .narrow import KINDS
 from .plan import Plan, check_plan_dict
 from .scores import METHODS, Scores
 from .updates import check_update
@@ -54,8 +55,9 @@ class SensiConfig(PeftConfig):
         support: Where they are: `magnitude`, `random` or `decomposition`.
         sparsity: Share of the weights of each matrix that a mask removes.
         retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
-        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight. Set by
-            `SensiModel.compress`.
+        tuned_layers: Number of layers in which something is tuned: those with the best scores for their cost.
+        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight,
+            `"bfloat16"` or `"int8"` as differences from the base (see `narrow`). Set by `SensiModel.compress`.
         schedule: What changes during training (see `schedule`); somebody must then step it.
         target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
             Linears of all known blocks, or all Linears of an unknown model.
@@ -73,6 +75,8 @@ class SensiConfig(PeftConfig):
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
         multiple_of: Neurons are kept in steps of so many.
         min_units: Heads and neurons that stay in each block; 0 lets whole sublayers go.
+        widths: `"free"`, or `"uniform"`: all blocks keep the same number of heads, and of neurons, so that a family's
+            own config may be able to describe the merged model (see `save_merged`).
         blocks: Layouts of blocks that the library does not know ([`BlockLayout`] or dicts).
         keep_base: Whether the base stays whole inside; `False` keeps only what the adapter needs.
         seed: Of random scores, of dropout while priming and of random supports.
@@ -100,6 +104,7 @@ class SensiConfig(PeftConfig):
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)
     retention: float | None = field(default=None)
+    tuned_layers: int | None = field(default=None)
     schedule: dict[str, Any] | None = field(default=None)
     compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
@@ -110,6 +115,7 @@ class SensiConfig(PeftConfig):
     sequence_length: int | None = field(default=None)
     multiple_of: int = field(default=8)
     min_units: int = field(default=1)
+    widths: str = field(default="free")
     blocks: list[Any] | None = field(default=None)
     keep_base: bool = field(default=True)
     seed: int = field(default=0)
@@ -156,7 +162,7 @@ class SensiConfig(PeftConfig):
             raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {self.score!r}.")
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name in ("sequence_length", "rank", "sparse"):
+            if value is None and name in ("sequence_length", "rank", "sparse", "tuned_layers"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise SensiError(f"`{name}` must be a whole number of at least {least}, got {shown(value)}.")
@@ -166,8 +172,16 @@ class SensiConfig(PeftConfig):
                 raise SensiError(f"`{name}` must be a share in [0, 1), got {shown(value)}.")
         check_update(self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity)
         self._check_combination()
-        if self.compressed is not None and (self.compressed != "bits" or self.update != "mask"):
-            raise SensiError(f"`compressed` must be None, or 'bits' with update='mask', got {self.compressed!r}.")
+        possible = ("bits",) if self.update == "mask" else tuple(KINDS)
+        if self.compressed is not None and self.compressed not in possible:
+            raise SensiError(
+                f"`compressed` must be None or one of {', '.join(possible)} with update={self.update!r}, got "
+                f"{self.compressed!r}."
+            )
+        if self.compressed is not None and self.plan is None:
+            raise SensiError(
+                "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead."
+            )
         if self.priming_lr <= 0:
             raise SensiError(f"`priming_lr` must be positive, got {self.priming_lr!r}.")
         if self.also_train is not None:
@@ -215,6 +229,19 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
             )
+        if self.tuned_layers is not None and not dense:
+            raise SensiError(
+                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+            )
+        if self.widths not in ("free", "uniform"):
+            raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
+        if self.widths == "uniform" and self.granularity == "tensor":
+            raise SensiError("granularity='tensor' removes whole sublayers, and cannot keep the same number in each.")
+        trims_by_default = self.budget is None and dense and self.retention is None and self.sparsity is None
+        if self.widths == "uniform" and not (limits.trims or trims_by_default or self.plan is not None):
+            raise SensiError(
+                "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
+            )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
             if self.schedule["phase"] == "cut" and (
@@ -224,8 +251,10 @@ class SensiConfig(PeftConfig):
                     "The phase 'cut' trims to a limit on `params` or `flops` during training, and needs the whole "
                     "base: give such a limit, no `trainable` one, and `keep_base=True`."
                 )
-            if self.schedule["phase"] == "cut" and self.score in ("mask", "movement"):
-                raise SensiError(f"score={self.score!r} is learned by priming and cannot rank units during training.")
+            if self.schedule["phase"] == "cut" and self.score == "mask":
+                raise SensiError("score='mask' is learned by priming and cannot rank units during training.")
+            if self.schedule["phase"] == "cut" and self.sparsity is not None:
+                raise SensiError("Units are cut during training, or weights masked by `sparsity`, but not both.")
         if limits.trainable is not None and "output_biases" in (self.also_train or ()):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
@@ -349,8 +378,8 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
                 f"The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number of at "
                 f"most {_MOST_CUTS}."
             )
-        if update != "dense":
-            raise SensiError(f"Units can be cut during training with update='dense' only, not with {update!r}.")
+        if update == "mask":
+            raise SensiError("Units cannot be cut during training while update='mask' learns to mask weights.")
     else:
         raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
 
@@ -365,4 +394,5 @@ _COUNTS = {
     "seed": 0,
     "rank": 1,
     "sparse": 1,
+    "tuned_layers": 1,
 }

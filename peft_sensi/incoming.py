@@ -18,10 +18,11 @@ from torch import nn
 
 from .adapter_file import Spec, opened, read_specs
 from .anatomy import Group, linear_of
-from .checkpoint import PLAN_KEY, check_content, check_specs, check_strays, embeddings_of, meaning
+from .checkpoint import PLAN_KEY, WEIGHTS, check_content, check_specs, check_strays, embeddings_of, meaning
 from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer
+from .linears import features
 from .slices import Slice, empty_parts
 
 
@@ -57,7 +58,7 @@ def check_slices(path: str, model: nn.Module, pieces: dict[str, tuple[Slice, Gro
         linear = linear_of(model, name)
         for part, tensor in empty_parts(linear, piece).items():
             expected[f"{name}.sensi_{part}"] = (tuple(tensor.shape), tensor.dtype)
-            rooms[f"{name}.sensi_{part}"] = piece.kept_shape(linear.weight.shape).numel()
+            rooms[f"{name}.sensi_{part}"] = piece.kept_shape(torch.Size(features(linear))).numel()
     with opened(path) as file:
         specs = _own_names(read_specs(path, file), path)
         ours = {name: spec for name, (_, spec) in specs.items() if name in expected or is_part(name)}
@@ -93,6 +94,13 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
             expected[key] = (tuple(value.shape), value.dtype)
         elif saved in f".{key}" and key in tensors:
             expected[key] = (tuple(tensors[key].shape), value.dtype)
+    coded, codes = ({key for key in keys if "sensi_codes" in key.split(".")[-2:]} for keys in (tensors, expected))
+    if bool(coded) != bool(codes):
+        raise SensiLoadError(
+            f"{WEIGHTS} holds {'compressed' if coded else 'uncompressed'} values and this model's adapter "
+            f"{'uncompressed' if coded else 'compressed'} ones. Load the folder with `PeftModel.from_pretrained`; "
+            f"training goes on from an uncompressed checkpoint only."
+        )
     check_strays(tensors, model)
     embeddings = {name.removeprefix(_PREFIX) for name in embeddings_of(model)}
     found = {k: t for k, t in tensors.items() if k in expected or k.removeprefix(_PREFIX) not in embeddings}

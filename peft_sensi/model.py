@@ -37,10 +37,13 @@ from .decide import Decision, decide
 from .errors import SensiError
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped
+from .narrow import KINDS
 from .pieces import also_saved, anatomy_of, name_targets, pieces_of, targets_of
 from .plan import Plan
 from .refit import Refitted
+from .scores import Scores
 from .slices import Slice
+from .widths import note_widths
 from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
 
 
@@ -76,6 +79,14 @@ class SensiModel(BaseTuner):
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
 
+    def explain(self, adapter_name: str = "default") -> str:
+        """Why the plan is what it is: the groups by their scores. Raises `SensiError` for an adapter from a file."""
+        scores = self._sensi_scores.get(adapter_name)
+        if scores is None:
+            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+        values = {name: value.numpy() for name, value in scores.values.items()}
+        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -87,6 +98,11 @@ class SensiModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if any(m.sensi_base_dropped for m in model.modules() if isinstance(m, SensiLayer)):
             raise base_is_dropped("add another adapter")
+        if given.compressed is not None and not given.inference_mode:
+            raise SensiError(
+                f"The adapter's values are compressed to {given.compressed}, so it can be used but not trained: load "
+                f"it without `is_trainable`, or train from the checkpoint that was compressed."
+            )
         if any(m.merged for m in model.modules() if isinstance(m, SensiLayer)):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
@@ -122,6 +138,9 @@ class SensiModel(BaseTuner):
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
     # later.
     _sensi_anatomies: dict[str, Anatomy] = {}
+
+    # What the plans of this process were made from.
+    _sensi_scores: dict[str, Scores] = {}
 
     # Slices and refitted values of the injection in progress, by module.
     _sensi_injecting: tuple[dict[str, tuple[Slice, Group]], Refitted] | None = None
@@ -168,6 +187,8 @@ class SensiModel(BaseTuner):
                 torch.distributed.broadcast_object_list(box, src=0)
                 decision = box[0]
             config.plan = decision.plan.to_dict()
+            if decision.scores is not None and decision.scores.method != "none":
+                self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
             logger.info("%s", decision.plan.line())
         config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
         return decision
@@ -265,7 +286,11 @@ class SensiModel(BaseTuner):
                 for module in self.model.modules():
                     if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
                         module.set_adapter([])  # parents get their numbers of heads back, and PEFT the base's own head
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if trims:
+            note_widths(model)  # so that its `save_pretrained` writes a config that tells the widths
+        return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):
@@ -303,17 +328,36 @@ class SensiModel(BaseTuner):
     sensi_schedule_is_stepped = False
 
     def compress(self, kind: str, adapter_name: str = "default") -> None:
-        """Turns the trained values of an adapter into what is stored: `"bits"` is one bit a weight of a learned mask.
+        """Turns the trained values of an adapter into a narrower form, in which it is then used, saved and merged.
 
-        The adapter can be used, saved and merged afterwards, but not trained further.
+        `"bfloat16"` and `"int8"` hold the differences from the base's values, with a scale for each tuned unit (see
+        `narrow`): 2 bytes, or little more than 1, instead of 4 for each value. `"bits"` is one bit for each weight
+        of a learned mask. What PEFT saves whole (the task head, norms, embeddings) stays as it is. The adapter
+        cannot be trained further: keep the checkpoint that you compress.
+
+        Raises `SensiError` for a form that the adapter's update doesn't have, for an adapter that is compressed
+        already, and while it is merged or without its base.
         """
-        config = self.peft_config[adapter_name]
-        if kind != "bits" or config.update != "mask":
+        if adapter_name not in self.peft_config:
+            raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
+        config, layers = self.peft_config[adapter_name], self._layers()
+        possible = ("bits",) if config.update == "mask" else tuple(KINDS)
+        if kind not in possible:
             raise SensiError(
-                f"compress({kind!r}) is not possible with update={config.update!r}: only masks have bits."
+                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)} (only "
+                f"masks have bits)."
             )
-        for layer in self._layers():
-            layer.settle_mask(adapter_name)
+        if config.compressed is not None:
+            raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
+        if kind == "bits":
+            for layer in layers:
+                layer.settle_mask(adapter_name)
+        else:
+            self._check_base("compress the adapter, which needs the differences from the base's values")
+            for layer in layers:
+                layer.compress(adapter_name, kind)
         config.compressed = kind
 
     # -- state dicts --------------------------------------------------------------------------------------------------

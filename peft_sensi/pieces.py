@@ -13,6 +13,8 @@ from torch import nn
 from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
 from .config import SensiConfig
 from .errors import SensiError
+from .linears import features, matrix
+from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
 
@@ -84,7 +86,7 @@ def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tu
     """For each module that the plan concerns: its slice and its group."""
     pieces = {}
     if config.rank is not None:
-        largest = max((max(linear_of(model, name).weight.shape) for name in plan.targets), default=0)
+        largest = max((max(features(linear_of(model, name))) for name in plan.targets), default=0)
         if config.rank > largest:
             raise SensiError(f"`rank` must be at most {largest}, the longest side of a targeted Linear.")
     for group in plan.anatomy.groups:
@@ -103,7 +105,7 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     total = 0
     for name, (piece, _) in pieces.items():
         linear = linear_of(model, name)
-        out, features = piece.kept_shape(linear.weight.shape)
+        out, features = piece.kept_shape(matrix(linear).shape)
         total += piece.tuned_count * (features if piece.dim == 0 else out)
         if linear.bias is not None:
             total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
@@ -140,14 +142,16 @@ def _slice(
     if targeted and "sparse" in update:
         sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.
-    if config.sparsity is not None and (targeted or ("mask" not in update and group.trimmable)):
+    if config.sparsity is not None and (targeted or ("mask" not in update and group.in_block)):
         sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
     cuts = bool(config.schedule and config.schedule["phase"] == "cut")
+    if config.compressed in KINDS:
+        sizes["narrow"] = config.compressed
     return Slice(
         gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,
-        size=linear.weight.shape[sides[0].dim],
+        size=matrix(linear).shape[sides[0].dim],
         kept=torch.from_numpy(kept),
         tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
         units=len(units),

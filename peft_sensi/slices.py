@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from .functional import Positions
+from .linears import features, matrix
+from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
 
@@ -23,7 +26,8 @@ class Slice:
 
     `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
     none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
-    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
+    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before). `narrow` is
+    the type in which trained values are stored once they are not trained any more (see `narrow`).
     """
 
     dim: int
@@ -39,6 +43,7 @@ class Slice:
     learns_mask: bool = False
     drawn_later: bool = False
     gated: bool = False
+    narrow: str | None = None
     seed: int = 0
 
     @property
@@ -53,7 +58,7 @@ class Slice:
     def whole(self) -> bool:
         """Everything that is kept is tuned, and nothing else happens to the weight."""
         others = self.rank or self.sparse or self.sparsity is not None
-        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated
+        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated and self.narrow is None
 
     @cached_property
     def natural(self) -> bool:
@@ -64,7 +69,7 @@ class Slice:
     def idle(self) -> bool:
         """The Linear needs no adapter layer at all."""
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
-        return self.natural and not parts
+        return self.natural and not parts and not self.gated
 
     @property
     def tuned_positions(self) -> torch.Tensor:
@@ -81,7 +86,7 @@ def first_parts(
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+    weight, bias = matrix(base).detach(), None if base.bias is None else base.bias.detach()
     if values is not None:
         bias = values[1] if values[1] is not None else bias
     parts = {}
@@ -111,27 +116,50 @@ def first_parts(
         parts["bits"] = pack_mask(mask)
     if piece.gated:
         parts["gate"] = torch.ones(piece.units, dtype=torch.uint8, device=weight.device)
+    if piece.narrow is not None:
+        origins = {name: parts[name] if name in ("weight", "bias") else 0.0 for name in part_shapes(base, piece)}
+        return narrowed(parts, origins, piece)
     return parts
+
+
+def narrowed(
+    parts: Mapping[str, torch.Tensor], origins: Mapping[str, torch.Tensor | float], piece: Slice
+) -> dict[str, torch.Tensor]:
+    """`parts` with codes and scales of the differences from `origins` in place of the trained values."""
+    assert piece.narrow is not None
+    rest = {name: tensor for name, tensor in parts.items() if name not in origins}
+    codes, scales = encode({n: parts[n].detach().float() - o for n, o in origins.items()}, piece.dim, piece.narrow)
+    return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
+
+
+def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained parts that can be narrowed (a learned mask cannot)."""
+    shape = piece.kept_shape(torch.Size(features(base)))
+    shapes: dict[str, tuple[int, ...]] = {}
+    if piece.tuned_count:
+        shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
+    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
+        shapes["bias"] = (shape[0] if piece.train_bias else piece.tuned_count,)
+    if piece.rank:
+        shapes["down"], shapes["up"] = (piece.rank, shape[1]), (shape[0], piece.rank)
+    if piece.sparse:
+        shapes["values"] = (min(piece.sparse, shape.numel()),)
+    return shapes
 
 
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape = piece.kept_shape(base.weight.shape)
+    shape, trained = piece.kept_shape(matrix(base).shape), part_shapes(base, piece)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if piece.tuned_count:
-        shapes["weight"] = (
-            tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape)),
-            master,
-        )
-    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
-        shapes["bias"] = ((shape[0] if piece.train_bias else piece.tuned_count,), master)
-    if piece.rank:
-        shapes["down"] = ((piece.rank, shape[1]), torch.float32)
-        shapes["up"] = ((shape[0], piece.rank), torch.float32)
+    if piece.narrow is not None:
+        codes, scales = sizes(trained, piece.dim, piece.narrow)
+        shapes |= {"codes": ((codes,), KINDS[piece.narrow])} if trained else {}
+        shapes |= {"scales": ((scales,), torch.float32)} if scales else {}
+    else:
+        shapes |= {n: (size, master if n in ("weight", "bias") else torch.float32) for n, size in trained.items()}
     if piece.sparse:
-        count = min(piece.sparse, shape.numel())
-        shapes["places"], shapes["values"] = ((count,), torch.int32), ((count,), torch.float32)
+        shapes["places"] = (trained["values"], torch.int32)
     if piece.learns_mask:
         shapes["scores"] = (tuple(shape), torch.float32)
     elif piece.sparsity is not None:
@@ -139,3 +167,39 @@ def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     if piece.gated:
         shapes["gate"] = ((piece.units,), torch.uint8)
     return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
+
+
+def kept_parts(
+    parts: Mapping[str, torch.Tensor | None], old: Slice, new: Slice, shape: torch.Size
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What remains of an adapter's tensors when units leave a Linear of this base shape.
+
+    Single values keep their number, because a file's shapes follow from the configuration: those that leave with a
+    unit are replaced by zeros at the first free positions.
+    """
+    now = torch.argsort(old.kept)[torch.searchsorted(old.kept.sort().values, new.kept)]  # where each kept unit was
+    dims = {"weight": new.dim, "bias": 0 if new.dim == 0 else None}
+    dims |= {"up": 0} if new.dim == 0 else {"down": 1}
+    for name in ("weight", "bias", "down", "up"):
+        if (value := parts[name]) is not None:
+            dim = dims.get(name)
+            yield name, value if dim is None else value.index_select(dim, now.to(value.device))
+    places, values = parts["places"], parts["values"]
+    if places is None or values is None:
+        return
+    columns = old.kept_shape(shape)[1]
+    position = [places.long() // columns, places.long() % columns]
+    here = torch.full((len(old.kept),), -1, device=places.device)
+    here[now.to(places.device)] = torch.arange(len(now), device=places.device)
+    position[new.dim] = here[position[new.dim]]
+    stays = position[new.dim] >= 0
+    room = new.kept_shape(shape)
+    count = min(len(places), room.numel())
+    flat = (position[0] * room[1] + position[1])[stays]
+    free = torch.ones(room.numel(), dtype=torch.bool, device=places.device)
+    free[flat] = False
+    flat = torch.cat([flat, free.nonzero()[: count - len(flat), 0]])
+    values = torch.cat([values[stays], values.new_zeros(count - int(stays.sum()))])
+    order = flat.argsort()
+    yield "places", flat[order].to(torch.int32)
+    yield "values", values[order]

@@ -50,12 +50,15 @@ OURS = str(Path(peft_sensi.__file__).parent)
 GOOD = ("loaded", "refused", "theirs")
 SECONDS = 5.0
 
-# One adapter of each form of file: slices with and without trimming, low-rank terms and single values, bits, gates.
+# One adapter of each form of file: slices with and without trimming, low-rank terms and single values, bits, codes,
+# gates.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "trim": {"budget": 0.5},
     "both": {"budget": {"flops": 0.6, "trainable": 0.02}},
     "dsee": {"update": "low_rank+sparse", "rank": 2, "sparse": 5, "target_modules": ["query", "value"]},
     "mask": {"update": "mask", "sparsity": 0.3},
+    "bfloat16": {"budget": {"flops": 0.6, "trainable": 0.02}},
+    "int8": {"update": "low_rank+sparse", "rank": 2, "sparse": 5, "target_modules": ["query", "value"]},
     "scores": {"update": "mask", "sparsity": 0.3, "target_modules": ["query"]},
     "cuts": {"budget": 0.5, "schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}},
     "blocks": {"budget": 0.5, "blocks": [
@@ -70,7 +73,8 @@ _ODD = [
     float("inf"), float("-inf"), 1e308, "", "x", "a" * 5000, ".*", "(a+)+$", "((a|a)*)*b", "(.*)*query", "all-linear",
     "../../../etc/passwd", "os.system", "__class__", "weight", "training", "all", "none", "AAAA", "bits", "dense",
     "low_rank", "mask", "sparse", "low_rank+sparse", "tensor", "weight", "unit", [], [[]], [1], [None], ["x"],
-    ["query"], ["classifier"], ["(.*a)*b"], ["bert"], ["((x|x)+)+$"], ["norms"], ["embeddings"], ["biases"], {}, {"x": 1},
+    ["query"], ["classifier"], ["(.*a)*b"], ["bert"], ["((x|x)+)+$"], ["norms"], ["embeddings"], ["biases"],
+    {}, {"x": 1},
     {"params": 0.5}, {"params": 10**400}, {"phase": "cut"}, {"phase": "cut", "start": 0, "end": 1, "cuts": 10**9},
     {"phase": "draw_mask", "at": 0.5}, {"phase": "freeze_dense", "epochs": 1}, {"shapes": {}, "marks": []},
     [{"layer": "*" * 200}], [{"layer": "encoder.layer.*", "up": "intermediate.dense", "down": "output.dense"}],
@@ -88,8 +92,8 @@ def templates() -> Adapters:
     for name, fields in ADAPTERS.items():
         config = SensiConfig(task_type="SEQ_CLS", score="magnitude", init_weights=True, **fields)
         model = get_peft_model(new_base(), config)
-        if name == "mask":
-            model.base_model.compress("bits")
+        if name in ("mask", "bfloat16", "int8"):
+            model.base_model.compress("bits" if name == "mask" else name)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             found[name] = tuple((Path(folder) / file).read_bytes() for file in (CONFIG, WEIGHTS))
