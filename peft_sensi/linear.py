@@ -40,6 +40,8 @@ class SensiLinear(nn.Module, SensiLayer):
         return self._forward_one(x, active[0], dtype)
 
     def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if self.sensi_unchecked:
+            self.check_loaded(name)
         piece = self.sensi_slices[name]
         if piece.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)

@@ -43,13 +43,21 @@ def wrap_linear(
         layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
-            layer.sensi_attributes = [
-                (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], per_unit)
-                for path, per_unit in group.attributes
-            ]
+            layer.sensi_attributes = [(*_number(model, path), per_unit) for path, per_unit in group.attributes]
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, piece, refitted, config.init_weights, config.inference_mode)
+    if config.from_file:
+        layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the name of an attribute that counts units: a layout from a file may name anything."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    if type(getattr(module, name, 0)) is not int:
+        raise SensiLoadError(f"`blocks` names {path!r}, which is no number in this model and cannot follow the units.")
+    return module, name
 
 
 def root_of(model: nn.Module) -> nn.Module:
