@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
 
+from . import processes
 from .allocate import make_plan
 from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
@@ -28,6 +29,14 @@ class Decision:
     plan: Plan
     refitted: Refitted = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def on_cpu(self) -> Decision:
+        """A tensor that is sent to another process would arrive on the sender's device."""
+        refitted = {
+            name: (weight.cpu(), None if bias is None else bias.cpu())
+            for name, (weight, bias) in self.refitted.items()
+        }
+        return replace(self, refitted=refitted, head={name: value.cpu() for name, value in self.head.items()})
 
 
 def decide(
@@ -61,10 +70,11 @@ def decide(
             priming_lr=given.priming_lr,
             loss_fn=given.loss_fn,
             seed=given.seed,
-            progress=True,
+            progress=processes.rank() == 0,
         )
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
+    _warn_if_nothing_is_ranked(scores)
     whole = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
     biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
     plan = make_plan(
@@ -92,11 +102,49 @@ def decide(
     refitted: Refitted = {}
     if wanted and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn)
+        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn, processes.rank() == 0)
     head = scores.head
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
     return Decision(plan, refitted, head)
+
+
+def decide_together(
+    model: nn.Module,
+    given: SensiConfig,
+    config: SensiConfig,
+    anatomy: Anatomy,
+    targets: frozenset[str],
+    saved: list[str],
+) -> Decision:
+    """`decide` with all processes of `processes.together`, which get the same decision."""
+    if processes.count() == 1:
+        return decide(model, given, config, anatomy, targets, saved)
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("plan", "fingerprint")}
+    data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
+    processes.agree("its configuration", {**settings, **data}, "Give all processes the same.")
+    if processes.somebody_has_no_weights(model):
+        decision = None
+        if processes.rank() == 0:
+            with processes.alone():
+                decision = decide(model, given, config, anatomy, targets, saved)
+    else:
+        decision = decide(model, given, config, anatomy, targets, saved)
+    # Sums are the same everywhere, but rounding on different hardware may not be.
+    decision = processes.from_0(None if decision is None else decision.on_cpu())
+    plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
+    processes.agree("its plan", plan.to_dict(), "The processes must have the same model.")
+    return replace(decision, plan=plan)
+
+
+def _warn_if_nothing_is_ranked(scores: Scores) -> None:
+    values = torch.cat([value.flatten().float() for value in scores.values.values()] or [torch.zeros(0)])
+    if scores.method != "none" and len(values) > 1 and bool((values == values[0]).all()):
+        warnings.warn(
+            f"All {len(values)} units have the same score, {values[0].item():g}, so nothing is ranked: units are kept "
+            f"by their cost and position. Check the calibration data and the loss, or choose another score.",
+            stacklevel=2,
+        )
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:

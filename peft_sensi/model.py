@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from . import processes
 from .anatomy import Anatomy, Group, build_anatomy, task_head
 from .calibration import preserved
 from .checkpoint import (
@@ -32,7 +33,7 @@ from .checkpoint import (
     plan_to_tensor,
 )
 from .config import SensiConfig
-from .decide import Decision, decide
+from .decide import Decision, decide_together
 from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer, base_is_dropped
 from .pieces import also_saved, anatomy_of, pieces_of, targets_of
@@ -92,14 +93,18 @@ class SensiModel(BaseTuner):
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
+        # A finished plan needs nobody else: one process may load an adapter while others do something different.
+        joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
         try:
-            decision = self._prepare(model, adapter_name, given, config)
-            pieces = {} if decision is None else pieces_of(model, config, decision.plan)
-            self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
-            # The plan decides which modules are replaced, so a state dict has nothing to add.
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
-            if decision is not None:
-                set_head(model, adapter_name, decision.head)
+            with joint, processes.weights_of_0(model, keep=True):
+                decision = self._prepare(model, adapter_name, given, config)
+                pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+                self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
+                # The plan decides which modules are replaced, so a state dict has nothing to add.
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                if decision is not None:
+                    set_head(model, adapter_name, decision.head)
+                processes.meet("having wrapped the model")
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
@@ -154,15 +159,10 @@ class SensiModel(BaseTuner):
             decision = Decision(Plan.from_dict(config.plan, anatomy, targets))
         else:
             with self._others_disabled(model), preserved(model):
-                decision = decide(model, given, config, anatomy, targets, saved)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # Processes see different data; layers of different shapes could not be trained together.
-                box = [decision]
-                torch.distributed.broadcast_object_list(box, src=0)
-                decision = box[0]
+                decision = decide_together(model, given, config, anatomy, targets, saved)
             config.plan = decision.plan.to_dict()
             logger.info("%s", decision.plan.line())
-        config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
+        config.fingerprint = processes.from_0(fingerprint(model, anatomy)) or config.fingerprint
         return decision
 
     @contextmanager

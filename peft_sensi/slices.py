@@ -83,6 +83,7 @@ def first_parts(
     master = torch.promote_types(base.weight.dtype, torch.float32)
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     if values is not None:
+        values = (values[0].to(weight.device), None if values[1] is None else values[1].to(weight.device))
         bias = values[1] if values[1] is not None else bias
     parts = {}
     if piece.tuned_count:
