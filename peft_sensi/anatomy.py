@@ -48,6 +48,11 @@ class Side:
     def unit_params(self) -> int:
         return self.width * (self.fan + int(self.bias and self.dim == 0))
 
+    def per_unit(self, weight: torch.Tensor, units: int) -> torch.Tensor:
+        """The entries of a weight `[out, in]` that each of the units owns, as a matrix `[units, width * fan]`."""
+        owned = weight.narrow(self.dim, self.offset, units * self.width)
+        return (owned if self.dim == 0 else owned.t()).reshape(units, -1)
+
     def positions(self, units: np.ndarray) -> np.ndarray:
         """Rows or columns (int64) of the given units, in the units' order."""
         return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
@@ -151,6 +156,7 @@ def build_anatomy(
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
+    layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
     elif whole == "tensors":
@@ -161,9 +167,16 @@ def build_anatomy(
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"Target module {linear} is not supported: only `torch.nn.Linear` can be targeted.")
         side = Side(name, 0, 1, linear.in_features, linear.bias is not None)
-        group = Group(name, "row", linear.out_features, (side,), output=name)
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), _indexed_parent(name))
+        group = Group(name, "row", linear.out_features, (side,), output=name, layer=layer)
         groups.append(replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group)
     return Anatomy(tuple(groups), _params_without_head(model), model_type)
+
+
+def _indexed_parent(name: str) -> str:
+    """`model.layers.3` for `model.layers.3.mlp.up`: what a layer is in a model whose blocks are unknown."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return found.group() if found else ""
 
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
@@ -290,7 +303,4 @@ def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> G
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
     """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
-    weight = linear_of(model, side.module).weight.detach()
-    start, stop = side.offset, side.offset + group.size * side.width
-    rows = weight[start:stop] if side.dim == 0 else weight[:, start:stop].t()
-    return rows.reshape(group.size, -1).float()
+    return side.per_unit(linear_of(model, side.module).weight.detach(), group.size).float()

@@ -48,6 +48,7 @@ class SensiConfig(PeftConfig):
         support: Where they are: `magnitude`, `random` or `decomposition`.
         sparsity: Share of the weights of each matrix that a mask removes.
         retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
+        tuned_layers: Number of layers in which something is tuned: those with the best scores for their cost.
         compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight. Set by
             `SensiModel.compress`.
         schedule: What changes during training (see `schedule`); somebody must then step it.
@@ -94,6 +95,7 @@ class SensiConfig(PeftConfig):
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)
     retention: float | None = field(default=None)
+    tuned_layers: int | None = field(default=None)
     schedule: dict[str, Any] | None = field(default=None)
     compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
@@ -138,7 +140,7 @@ class SensiConfig(PeftConfig):
             raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {self.score!r}.")
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name in ("sequence_length", "rank", "sparse"):
+            if value is None and name in ("sequence_length", "rank", "sparse", "tuned_layers"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise SensiError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
@@ -206,6 +208,10 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
             )
+        if self.tuned_layers is not None and not dense:
+            raise SensiError(
+                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+            )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
             if self.schedule["phase"] == "cut" and (
@@ -215,8 +221,10 @@ class SensiConfig(PeftConfig):
                     "The phase 'cut' trims to a limit on `params` or `flops` during training, and needs the whole "
                     "base: give such a limit, no `trainable` one, and `keep_base=True`."
                 )
-            if self.schedule["phase"] == "cut" and self.score in ("mask", "movement"):
-                raise SensiError(f"score={self.score!r} is learned by priming and cannot rank units during training.")
+            if self.schedule["phase"] == "cut" and self.score == "mask":
+                raise SensiError("score='mask' is learned by priming and cannot rank units during training.")
+            if self.schedule["phase"] == "cut" and self.sparsity is not None:
+                raise SensiError("Units are cut during training, or weights masked by `sparsity`, but not both.")
         if limits.trainable is not None and "output_biases" in (self.also_train or ()):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
@@ -310,8 +318,8 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
             raise SensiError(
                 "The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number."
             )
-        if update != "dense":
-            raise SensiError(f"Units can be cut during training with update='dense' only, not with {update!r}.")
+        if update == "mask":
+            raise SensiError("Units cannot be cut during training while update='mask' learns to mask weights.")
     else:
         raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
 
@@ -325,4 +333,5 @@ _COUNTS = {
     "seed": 0,
     "rank": 1,
     "sparse": 1,
+    "tuned_layers": 1,
 }

@@ -39,6 +39,7 @@ from .layer import SensiLayer, base_is_dropped
 from .pieces import also_saved, anatomy_of, pieces_of, targets_of
 from .plan import Plan
 from .refit import Refitted
+from .scores import Scores
 from .slices import Slice
 from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
 
@@ -74,6 +75,14 @@ class SensiModel(BaseTuner):
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
+
+    def explain(self, adapter_name: str = "default") -> str:
+        """Why the plan is what it is: the groups by their scores. Raises `SensiError` for an adapter from a file."""
+        scores = self._sensi_scores.get(adapter_name)
+        if scores is None:
+            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+        values = {name: value.numpy() for name, value in scores.values.items()}
+        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
 
     def inject_adapter(
         self,
@@ -121,6 +130,9 @@ class SensiModel(BaseTuner):
     # later.
     _sensi_anatomies: dict[str, Anatomy] = {}
 
+    # What the plans of this process were made from.
+    _sensi_scores: dict[str, Scores] = {}
+
     # Slices and refitted values of the injection in progress, by module.
     _sensi_injecting: tuple[dict[str, tuple[Slice, Group]], Refitted] | None = None
 
@@ -161,6 +173,8 @@ class SensiModel(BaseTuner):
             with self._others_disabled(model), preserved(model):
                 decision = decide_together(model, given, config, anatomy, targets, saved)
             config.plan = decision.plan.to_dict()
+            if decision.scores is not None and decision.scores.method != "none":
+                self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
             logger.info("%s", decision.plan.line())
         config.fingerprint = processes.from_0(fingerprint(model, anatomy)) or config.fingerprint
         return decision

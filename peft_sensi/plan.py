@@ -134,6 +134,16 @@ class Plan:
         ]
         return "\n".join(lines)
 
+    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
+        """A table of the groups by their score per thousand parameters, which is what ranks them: the best first."""
+        density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
+        lines = [f"{'score / 1000 params':>19}  {'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"]
+        for group, states in sorted(self._rows(), key=lambda row: -density[row[0].name]):
+            kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
+            name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
+            lines.append(f"{density[group.name]:>19.3e}  {name:<44} {group.size:>7} {kept:>7} {tuned:>7}")
+        return "\n".join(lines)
+
     def line(self) -> str:
         """One line for the log."""
         heads, neurons = ([(g.size, s) for g, s in self._rows() if g.kind == kind] for kind in ("head", "neuron"))

@@ -244,10 +244,8 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
         if id(linear.weight) not in originals:
             continue
         change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
-        rows = slice(side.offset, side.offset + group.size * side.width)
-        change = change[rows] if side.dim == 0 else change[:, rows].t()
-        total += change.reshape(group.size, -1).abs().sum(1)
+        total += side.per_unit(change, group.size).abs().sum(1)
         if side.bias and side.dim == 0 and id(linear.bias) in originals:
             change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
-            total += change[rows].reshape(group.size, -1).abs().sum(1)
+            total += side.per_unit(change, group.size).abs().sum(1)
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,10 @@ from torch import nn
 
 from .functional import Positions
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
+
+
+# What training changes, in the order of `SensiLayer`'s docstring.
+PARTS = ("weight", "bias", "down", "up", "values", "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +69,7 @@ class Slice:
     def idle(self) -> bool:
         """The Linear needs no adapter layer at all."""
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
-        return self.natural and not parts
+        return self.natural and not parts and not self.gated
 
     @property
     def tuned_positions(self) -> torch.Tensor:
@@ -140,3 +145,39 @@ def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     if piece.gated:
         shapes["gate"] = ((piece.units,), torch.uint8)
     return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
+
+
+def kept_parts(
+    parts: Mapping[str, torch.Tensor | None], old: Slice, new: Slice, shape: torch.Size
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What remains of an adapter's tensors when units leave a Linear of this base shape.
+
+    Single values keep their number, because a file's shapes follow from the configuration: those that leave with a
+    unit are replaced by zeros at the first free positions.
+    """
+    now = torch.argsort(old.kept)[torch.searchsorted(old.kept.sort().values, new.kept)]  # where each kept unit was
+    dims = {"weight": new.dim, "bias": 0 if new.dim == 0 else None}
+    dims |= {"up": 0} if new.dim == 0 else {"down": 1}
+    for name in ("weight", "bias", "down", "up"):
+        if (value := parts[name]) is not None:
+            dim = dims.get(name)
+            yield name, value if dim is None else value.index_select(dim, now.to(value.device))
+    places, values = parts["places"], parts["values"]
+    if places is None or values is None:
+        return
+    columns = old.kept_shape(shape)[1]
+    position = [places.long() // columns, places.long() % columns]
+    here = torch.full((len(old.kept),), -1, device=places.device)
+    here[now.to(places.device)] = torch.arange(len(now), device=places.device)
+    position[new.dim] = here[position[new.dim]]
+    stays = position[new.dim] >= 0
+    room = new.kept_shape(shape)
+    count = min(len(places), room.numel())
+    flat = (position[0] * room[1] + position[1])[stays]
+    free = torch.ones(room.numel(), dtype=torch.bool, device=places.device)
+    free[flat] = False
+    flat = torch.cat([flat, free.nonzero()[: count - len(flat), 0]])
+    values = torch.cat([values[stays], values.new_zeros(count - int(stays.sum()))])
+    order = flat.argsort()
+    yield "places", flat[order].to(torch.int32)
+    yield "values", values[order]

@@ -1,0 +1,112 @@
+"""What is compared: each row of a table is a name and a function from a base model to what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from peft_sensi import SensiConfig, recipes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method may know about the training that follows."""
+
+    calibration: Any
+    steps: int
+    epochs: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """`rate` is the AdamW rate, `control` the row that shows what the method's choice is worth."""
+
+    build: Callable[[nn.Module, Run], nn.Module]
+    rate: float
+    control: str = ""
+
+
+def full(base: nn.Module, run: Run) -> nn.Module:
+    return base
+
+
+def head_only(base: nn.Module, run: Run) -> nn.Module:
+    return _freeze(base, lambda name: False)
+
+
+def bitfit(base: nn.Module, run: Run) -> nn.Module:
+    """All biases (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+    return _freeze(base, lambda name: name.endswith("bias"))
+
+
+def lora(base: nn.Module, run: Run, rank: int = 8) -> nn.Module:
+    linears = [name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)]
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted(set(linears)),
+        exclude_modules=["classifier"],
+    )
+    return get_peft_model(base, config)
+
+
+def sensi(
+    make: Callable[..., SensiConfig], data: bool = True, **options: Any
+) -> Callable[[nn.Module, Run], nn.Module]:
+    """A row of ours: `make` is a recipe or `SensiConfig`; options that are functions are given the run."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        given = {name: value(run) if callable(value) else value for name, value in options.items()}
+        if data:
+            given["calibration"] = run.calibration
+        return get_peft_model(base, make(**given, task_type="SEQ_CLS", seed=run.seed))
+
+    return build
+
+
+def _freeze(base: nn.Module, trained: Callable[[str], bool]) -> nn.Module:
+    """Leaves the head and what `trained` says trainable."""
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad = not name.startswith(base.base_model_prefix + ".") or trained(name)
+    return base
+
+
+SYSTEMS: dict[str, Method] = {
+    "full fine-tuning": Method(full, 1.5e-4),
+    "head only": Method(head_only, 1e-3),
+    "BitFit": Method(bitfit, 1e-3, "head only"),
+    "LoRA r=8, all Linears": Method(lora, 1e-3, "head only"),
+    "SensiConfig(0.5)": Method(sensi(SensiConfig, budget=0.5), 1.5e-4, "random units 0.5"),
+    "sensi_bert(0.5)": Method(sensi(recipes.sensi_bert, budget=0.5), 1.5e-4, "random units 0.5"),
+    "sensi_bert(0.5), in cuts": Method(
+        sensi(recipes.sensi_bert, data=False, budget=0.5, trim="in cuts"), 1.5e-4, "random units 0.5"
+    ),
+    "random units 0.5": Method(sensi(SensiConfig, budget=0.5, score="random"), 1.5e-4),
+    "far(0.1)": Method(sensi(recipes.far, retention=0.1, training_steps=lambda run: run.steps), 1.5e-4, "far, random"),
+    "far, random": Method(sensi(recipes.far, retention=0.1, score="random"), 1.5e-4),
+    "learners(64)": Method(
+        sensi(recipes.learners, data=False, priming_epochs=lambda run: run.epochs / 2), 3e-4, "learners, no priming"
+    ),
+    "learners, no priming": Method(sensi(recipes.learners, data=False, priming_epochs=0), 3e-4),
+    "dsee(16, 128)": Method(sensi(recipes.dsee, data=False), 1e-3, "dsee, random support"),
+    "dsee, random support": Method(sensi(recipes.dsee, data=False, support="random"), 1e-3),
+    "dsee, half the weights": Method(sensi(recipes.dsee, data=False, mask="unstructured", sparsity=0.5), 1e-3),
+    "l0_close(0.1)": Method(sensi(recipes.l0_close, share=0.1), 1.5e-4, "l0_close, random"),
+    "l0_close, random": Method(sensi(recipes.l0_close, share=0.1, score="random"), 1.5e-4),
+    "binary_mask(0.1)": Method(sensi(recipes.binary_mask, data=False), 3e-3, "head only"),
+}
+
+
+def is_sensi(model: nn.Module) -> bool:
+    return type(getattr(model, "base_model", None)).__name__ == "SensiModel"
+
+
+def saved_whole(model: nn.Module) -> bool:
+    return any(isinstance(m, ModulesToSaveWrapper) for m in model.modules())
