@@ -78,7 +78,6 @@ def decide(
         )
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
-    _warn_if_nothing_is_ranked(scores)
     whole = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
     biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
     plan = make_plan(
@@ -140,16 +139,6 @@ def decide_together(
     plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
     processes.agree("its plan", plan.to_dict(), "The processes must have the same model.")
     return replace(decision, plan=plan)
-
-
-def _warn_if_nothing_is_ranked(scores: Scores) -> None:
-    values = torch.cat([value.flatten().float() for value in scores.values.values()] or [torch.zeros(0)])
-    if scores.method != "none" and len(values) > 1 and bool((values == values[0]).all()):
-        warnings.warn(
-            f"All {len(values)} units have the same score, {values[0].item():g}, so nothing is ranked: units are kept "
-            f"by their cost and position. Check the calibration data and the loss, or choose another score.",
-            stacklevel=2,
-        )
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:

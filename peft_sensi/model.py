@@ -113,7 +113,7 @@ class SensiModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
-                processes.meet("having wrapped the model")
+                processes.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise

@@ -247,8 +247,7 @@ def weights_of_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
     changed: list[tuple[torch.Tensor, torch.Tensor]] = []
     done = False
     try:
-        if count() > 1:
-            _take_weights_of_0(model, changed)
+        take_weights_of_0(model, changed)
         yield
         done = True
     finally:
@@ -258,7 +257,10 @@ def weights_of_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
                     tensor.copy_(before)
 
 
-def _take_weights_of_0(model: nn.Module, changed: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def take_weights_of_0(model: nn.Module, changed: list[tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
+    """Copies what differs from process 0, into whose place the values before go to `changed` (on the CPU)."""
+    if count() == 1:
+        return
     named = [*model.named_parameters(), *model.named_buffers()]
     if any(hasattr(t, "device_mesh") for _, t in named):
         raise SensiError("The model is sharded already. Wrap it with the adapter first, then shard it.")
@@ -274,7 +276,8 @@ def _take_weights_of_0(model: nn.Module, changed: list[tuple[torch.Tensor, torch
     with torch.no_grad():
         for i, (_, tensor) in enumerate(named):
             if any(own[i] != marks[0][i] for own in marks):
-                changed.append((tensor, tensor.detach().to("cpu", copy=True)))
+                if changed is not None:
+                    changed.append((tensor, tensor.detach().to("cpu", copy=True)))
                 send_from_0(tensor)
 
 
