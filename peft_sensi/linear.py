@@ -45,7 +45,10 @@ class SensiLinear(nn.Module, SensiLayer):
             bias = self.bias if bias is None else bias
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         parts = self._parts(name, piece)
-        sharded = any(type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name)))
+        # FSDP2 puts whole parameters in place for the forward pass, and only the module still tells.
+        sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
+            type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name))
+        )
         if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
             frozen, bias = self._kept_base(piece)
             return fused_linear_reference(x, frozen.to(dtype), None if bias is None else bias.to(dtype), **parts)

@@ -99,6 +99,7 @@ class SensiModel(BaseTuner):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
             )
+        processes.check_not_partitioned(model)
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -113,6 +114,7 @@ class SensiModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
+                    processes.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
                 processes.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)

@@ -262,8 +262,6 @@ def take_weights_of_0(model: nn.Module, changed: list[tuple[torch.Tensor, torch.
     if count() == 1:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
-    if any(hasattr(t, "device_mesh") for _, t in named):
-        raise SensiError("The model is sharded already. Wrap it with the adapter first, then shard it.")
     shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
     reports = meet("comparing weights", (shapes, [_mark(t) for _, t in named]))
     for number, (other, _) in enumerate(reports):
@@ -288,6 +286,44 @@ def _mark(tensor: torch.Tensor) -> bytes | None:
     values = tensor.detach().flatten()
     some = values[:: max(1, len(values) // 64)].double()
     return torch.cat([values.sum(dtype=torch.float64).view(1), some]).cpu().numpy().tobytes()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP (1 or 2) manages the module's parameters: between two forward passes they hold a part only."""
+    return getattr(module, "_is_fsdp_managed_module", False) or any(
+        hasattr(p, "device_mesh") for p in module.parameters()
+    )
+
+
+def check_not_partitioned(model: nn.Module) -> None:
+    """Raises `SensiError` for a model whose weights are spread over processes already, so that none can be ranked."""
+    if is_sharded(model):
+        raise SensiError("The model is sharded already (FSDP). Wrap it with the adapter first, then shard it.")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise SensiError(
+            "The model was partitioned by DeepSpeed ZeRO-3, so no process has whole weights to rank or "
+            "trim. Use ZeRO-1 or ZeRO-2, or FSDP2 (see docs/multi_gpu.md)."
+        )
+
+
+def check_launcher(holds_integers: bool) -> None:
+    """Raises `SensiError` where the launcher's environment announces an FSDP1 that cannot work.
+
+    FSDP1 flattens the parameters of a block into one, which must have one dtype: `holds_integers` is an adapter with
+    positions, masks or gates. Without `use_orig_params` it also hides the parameters that adapters are made of.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "1":
+        return
+    way_out = "Set `fsdp_version: 2` in Accelerate's config (see docs/multi_gpu.md)."
+    if holds_integers:
+        raise SensiError(
+            f"This adapter stores positions or masks as integers, which FSDP1 cannot flatten together with weights. "
+            f"{way_out}"
+        )
+    if os.environ.get("FSDP_USE_ORIG_PARAMS", "false").lower() not in ("1", "true"):
+        raise SensiError(f"FSDP1 can train an adapter only with `fsdp_use_orig_params: true`. {way_out}")
 
 
 def somebody_has_no_weights(model: nn.Module) -> bool:

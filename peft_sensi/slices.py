@@ -66,6 +66,11 @@ class Slice:
         return torch.equal(self.kept, torch.arange(self.size))
 
     @property
+    def has_integers(self) -> bool:
+        """Whether the adapter stores something beside floating-point values here."""
+        return bool(self.sparse) or (self.sparsity is not None and not self.learns_mask) or self.gated
+
+    @property
     def idle(self) -> bool:
         """The Linear needs no adapter layer at all."""
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
