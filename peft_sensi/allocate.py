@@ -11,6 +11,7 @@ import heapq
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -37,6 +38,7 @@ def make_plan(
     retention: float | None = None,
     biases_apart: bool = False,
     tuned_layers: int | None = None,
+    uniform: bool = False,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 
@@ -52,6 +54,8 @@ def make_plan(
         retention: Share of each FFN's kept neurons that are tuned, rounded down (FAR); heads are tuned whole.
         tuned_layers: Units are tuned in so many layers only, those with the best scores for their cost.
         biases_apart: Biases are among the values that are always trained, not among those of the units.
+        uniform: Blocks of the same size keep the same number of units, each its own best. A step is then one head, or
+            `multiple_of` neurons, in all of them at once.
 
     Raises:
         BudgetError: When even the smallest plan exceeds a limit, or scores are not finite.
@@ -65,7 +69,15 @@ def make_plan(
     if limits.trims:
         kept.update(
             _choose_kept(
-                anatomy, values, limits, protected or {}, available or {}, sequence_length, multiple_of, min_units
+                anatomy,
+                values,
+                limits,
+                protected or {},
+                available or {},
+                sequence_length,
+                multiple_of,
+                min_units,
+                uniform,
             )
         )
     costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
@@ -130,9 +142,9 @@ def _checked_scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarra
 
 @dataclass
 class _Ladder:
-    """The steps by which one group can grow: `counts[0]` units are mandatory, step `i` leads to `counts[i + 1]`."""
+    """The steps by which groups grow: `counts[0]` units of each are mandatory, step `i` leads to `counts[i + 1]`."""
 
-    order: np.ndarray  # unit indices, best first
+    orders: list[np.ndarray]  # of each group: unit indices, best first
     counts: np.ndarray
     gains: np.ndarray  # score that each step adds
     costs: np.ndarray  # [limits, steps]
@@ -149,6 +161,7 @@ def _choose_kept(
     sequence_length: int,
     multiple_of: int,
     min_units: int,
+    uniform: bool,
 ) -> dict[str, np.ndarray]:
     groups = anatomy.trimmable
     costs, allowed = [], []
@@ -161,18 +174,24 @@ def _choose_kept(
     unit_costs = np.array(costs, dtype=np.int64)  # [limits, groups]
     allowed_costs = np.array(allowed, dtype=np.int64)
 
+    # Groups that grow together: in a uniform plan those that have the same number of units of the same kind.
+    together: dict[object, list[int]] = {}
+    for i, g in enumerate(groups):
+        together.setdefault((g.kind, g.size) if uniform else i, []).append(i)
+
     def ladders(keep_protected: bool) -> list[_Ladder]:
-        return [
+        single = [
             _ladder(
                 values[g.name],
                 np.flatnonzero(available.get(g.name, np.ones(g.size))),
                 unit_costs[:, i],
                 np.asarray(protected.get(g.name, np.zeros(g.size)), dtype=bool) & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,
-                min_units,
+                max(min_units, g.least),
             )
             for i, g in enumerate(groups)
         ]
+        return [_joint([single[i] for i in members]) for members in together.values()]
 
     chosen = ladders(keep_protected=True)
     if (sum(ladder.floor for ladder in chosen) > allowed_costs).any():
@@ -186,16 +205,18 @@ def _choose_kept(
             )
         )
         raise BudgetError(
-            f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block already need "
-            f"{smallest}. Raise the budget, lower `multiple_of`, or let whole sublayers go with `min_units=0`."
+            f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block"
+            f"{' (the same number in all)' if uniform else ''} already need {smallest}. Raise the budget, lower "
+            f"`multiple_of`, or let whole sublayers go with `min_units=0`."
         )
     left = allowed_costs - floor
     _fill(chosen, left)
     kept = {}
-    for group, ladder in zip(groups, chosen, strict=True):
-        mask = np.zeros(group.size, dtype=bool)
-        mask[ladder.order[: ladder.counts[ladder.taken]]] = True
-        kept[group.name] = mask
+    for ladder, members in zip(chosen, together.values(), strict=True):
+        for order, i in zip(ladder.orders, members, strict=True):
+            mask = np.zeros(groups[i].size, dtype=bool)
+            mask[order[: ladder.counts[ladder.taken]]] = True
+            kept[groups[i].name] = mask
     return kept
 
 
@@ -210,11 +231,33 @@ def _ladder(
     counts = counts[np.searchsorted(counts, min(size, max(min_units, int(forced.sum())))) :]
     total = np.concatenate(([0.0], np.cumsum(values[order])))
     return _Ladder(
-        order=candidates[order],
+        orders=[candidates[order]],
         counts=counts,
         gains=np.diff(total[counts]),
         costs=unit_cost[:, None] * np.diff(counts)[None, :],
         floor=unit_cost * counts[0],
+    )
+
+
+def _joint(ladders: list[_Ladder]) -> _Ladder:
+    """One ladder for groups that always keep the same number of units; its costs and gains are the sums."""
+    if len(ladders) == 1:
+        return ladders[0]
+    counts = reduce(np.intersect1d, [ladder.counts for ladder in ladders])
+    if not counts.size:
+        raise BudgetError("Uniform widths are not possible: the blocks have no number of units in common.")
+    places = [np.searchsorted(ladder.counts, counts) for ladder in ladders]
+    totals = [np.concatenate(([0.0], np.cumsum(ladder.gains))) for ladder in ladders]
+    spent = [
+        ladder.floor[:, None] + np.pad(np.cumsum(ladder.costs, axis=1), ((0, 0), (1, 0))) for ladder in ladders
+    ]  # [limits, counts]
+    whole = sum(cost[:, place] for cost, place in zip(spent, places, strict=True))
+    return _Ladder(
+        orders=[ladder.orders[0] for ladder in ladders],
+        counts=counts,
+        gains=sum(np.diff(total[place]) for total, place in zip(totals, places, strict=True)),
+        costs=np.diff(whole, axis=1),
+        floor=whole[:, 0],
     )
 
 
@@ -291,7 +334,7 @@ def _choose_tuned(
     tuned = {}
     for group, ladder in zip(anatomy.groups, ladders, strict=True):
         mask = np.zeros(group.size, dtype=bool)
-        mask[ladder.order[: ladder.counts[ladder.taken]]] = True
+        mask[ladder.orders[0][: ladder.counts[ladder.taken]]] = True
         tuned[group.name] = mask
     return tuned
 

@@ -68,6 +68,8 @@ class SensiConfig(PeftConfig):
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
         multiple_of: Neurons are kept in steps of so many.
         min_units: Heads and neurons that stay in each block; 0 lets whole sublayers go.
+        widths: `"free"`, or `"uniform"`: all blocks keep the same number of heads, and of neurons, so that a family's
+            own config may be able to describe the merged model (see `save_merged`).
         blocks: Layouts of blocks that the library does not know ([`BlockLayout`] or dicts).
         keep_base: Whether the base stays whole inside; `False` keeps only what the adapter needs.
         seed: Of random scores, of dropout while priming and of random supports.
@@ -106,6 +108,7 @@ class SensiConfig(PeftConfig):
     sequence_length: int | None = field(default=None)
     multiple_of: int = field(default=8)
     min_units: int = field(default=1)
+    widths: str = field(default="free")
     blocks: list[Any] | None = field(default=None)
     keep_base: bool = field(default=True)
     seed: int = field(default=0)
@@ -211,6 +214,15 @@ class SensiConfig(PeftConfig):
         if self.tuned_layers is not None and not dense:
             raise SensiError(
                 f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+            )
+        if self.widths not in ("free", "uniform"):
+            raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
+        if self.widths == "uniform" and self.granularity == "tensor":
+            raise SensiError("granularity='tensor' removes whole sublayers, and cannot keep the same number in each.")
+        trims_by_default = self.budget is None and dense and self.retention is None and self.sparsity is None
+        if self.widths == "uniform" and not (limits.trims or trims_by_default or self.plan is not None):
+            raise SensiError(
+                "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
             )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)

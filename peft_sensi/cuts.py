@@ -16,6 +16,7 @@ from .budget import Budget, allowance
 from .calibration import preserved
 from .config import SensiConfig
 from .layer import SensiLayer
+from .linears import matrix
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import TRIMMED, Plan
 from .scores import Scores, score_units
@@ -69,6 +70,7 @@ def close_units(
         sequence_length=length,
         multiple_of=config.multiple_of,
         min_units=config.min_units if config.granularity != "tensor" else 0,
+        uniform=config.widths == "uniform",
     )
     processes.meet("cutting")
     with torch.no_grad():
@@ -93,7 +95,7 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
         for side in group.sides:
             layer = root.get_submodule(side.module)
             with torch.no_grad():
-                before = linear_of(root, side.module).weight.float()
+                before = matrix(linear_of(root, side.module)).float()
                 has_adapter = isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices
                 after = layer.effective(adapter_name)[0].float() if has_adapter else before
             moved += side.per_unit(after - before, group.size).abs().sum(1).cpu()

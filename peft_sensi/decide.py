@@ -94,6 +94,7 @@ def decide(
         retention=given.retention,
         biases_apart=bool(biases),
         tuned_layers=given.tuned_layers,
+        uniform=config.widths == "uniform",
     )
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))

@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import SensiError
 from .functional import Positions, compose
+from .linears import features, matrix, oriented, tell_features
 from .slices import Slice, empty_parts, first_parts
 from .updates import learned_mask, pack_mask, top_mask, unpack_mask
 
@@ -51,7 +52,7 @@ class SensiLayer(BaseTunerLayer):
         # Neither a parameter nor a buffer: DDP would broadcast it on every forward pass, FSDP would shard it.
         self._sensi_fused: dict[str, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
         self._sensi_unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = features(base_layer)
 
     def part(self, name: str, adapter_name: str) -> nn.Parameter | None:
         """The tensor `sensi_<name>` of an adapter, if it has one."""
@@ -89,10 +90,11 @@ class SensiLayer(BaseTunerLayer):
         kept = (piece.kept[:0] if piece.whole else piece.kept).to(base.weight.device)
         # Not by assignment: while PEFT loads with `low_cpu_mem_usage`, whatever is registered loses its values.
         parameters = base._parameters
-        parameters["weight"] = nn.Parameter(base.weight.detach().index_select(piece.dim, kept), requires_grad=False)
+        weight = oriented(base, matrix(base).detach().index_select(piece.dim, kept)).contiguous()
+        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         if base.bias is not None and piece.dim == 0:
             parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
-        base.out_features, base.in_features = base.weight.shape
+        tell_features(base)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 
@@ -181,9 +183,10 @@ class SensiLayer(BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._sensi_unmerged.append((base.weight, base.bias))
             dtype = base.weight.dtype
-            base.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+            weight = oriented(base, weight).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            base.weight = nn.Parameter(weight, requires_grad=False)
             base.bias = None if bias is None else nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
-            base.out_features, base.in_features = weight.shape
+            tell_features(base)
             self.merged_adapters.append(name)
         self._tell_parents()
 
@@ -194,7 +197,7 @@ class SensiLayer(BaseTunerLayer):
             return
         base = self.get_base_layer()
         base.weight, base.bias = self._sensi_unmerged[0]
-        base.out_features, base.in_features = base.weight.shape
+        tell_features(base)
         self._sensi_unmerged.clear()
         self.merged_adapters.clear()
         self._tell_parents()
@@ -253,7 +256,7 @@ class SensiLayer(BaseTunerLayer):
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        weight, bias = oriented(base, weight).detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:
                 return weight, bias
@@ -323,6 +326,7 @@ class SensiLayer(BaseTunerLayer):
         weight, bias = self.effective(names[0])
         if len(names) > 1:
             base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (self.weight, self.bias)
+            base_weight = oriented(self.get_base_layer(), base_weight)
             for name in names[1:]:
                 other_weight, other_bias = self.effective(name)
                 weight = weight + (other_weight - base_weight.detach())

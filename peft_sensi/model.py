@@ -41,6 +41,7 @@ from .plan import Plan
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
+from .widths import note_widths
 from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
 
 
@@ -274,7 +275,11 @@ class SensiModel(BaseTuner):
                 for module in self.model.modules():
                     if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
                         module.set_adapter([])  # parents get their numbers of heads back, and PEFT the base's own head
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if trims:
+            note_widths(model)  # so that its `save_pretrained` writes a config that tells the widths
+        return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):

@@ -41,6 +41,7 @@ from .calibration import (
 from .errors import CalibrationError, SensiError, SensiLoadError
 from .families import BlockLayout
 from .gates import apply_gate, gate_gradients, hooked
+from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
 
@@ -102,6 +103,12 @@ class Scores:
         if method not in METHODS or not (length is None or type(length) is int and length > 0):
             raise SensiLoadError(f"{path} has malformed metadata: {metadata}.")
         return cls(method=method, sequence_length=length, **parts)
+
+    def plot(self, path: str | os.PathLike, style: str = "light") -> None:
+        """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
+        from .charts import plot_scores  # the package works without matplotlib, and scores do not know pictures
+
+        plot_scores(self, path, style=style)
 
 
 _KINDS = ("values", "protected", "head")
@@ -243,7 +250,7 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
         linear = linear_of(model, side.module)
         if id(linear.weight) not in originals:
             continue
-        change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
+        change = oriented(linear, linear.weight.detach().cpu().float() - originals[id(linear.weight)].float())
         total += side.per_unit(change, group.size).abs().sum(1)
         if side.bias and side.dim == 0 and id(linear.bias) in originals:
             change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .functional import Positions
+from .linears import matrix
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
 
@@ -91,7 +92,7 @@ def first_parts(
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+    weight, bias = matrix(base).detach(), None if base.bias is None else base.bias.detach()
     if values is not None:
         values = (values[0].to(weight.device), None if values[1] is None else values[1].to(weight.device))
         bias = values[1] if values[1] is not None else bias
@@ -128,7 +129,7 @@ def first_parts(
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape = piece.kept_shape(base.weight.shape)
+    shape = piece.kept_shape(matrix(base).shape)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.tuned_count:
         shapes["weight"] = (

@@ -11,11 +11,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from . import processes
-from .anatomy import Group
+from .anatomy import Group, not_linear
 from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
+from .linears import LINEARS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
 from .slices import PARTS, Slice, kept_parts
@@ -36,8 +37,8 @@ def wrap_linear(
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
     layer = model.get_submodule(name)
     if not isinstance(layer, SensiLinear):
-        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise TypeError(f"Target module {layer} is not supported: only `torch.nn.Linear` can be targeted.")
+        if type(layer) not in (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise not_linear(layer)
         layer = SensiLinear(layer, adapter_name)
         if group.output == name:
             layer.sensi_units = group.size

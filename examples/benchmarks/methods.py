@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
-from peft.utils.other import ModulesToSaveWrapper
+from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 from peft_sensi import SensiConfig, recipes
@@ -46,15 +45,48 @@ def bitfit(base: nn.Module, run: Run) -> nn.Module:
 
 
 def lora(base: nn.Module, run: Run, rank: int = 8) -> nn.Module:
-    linears = [name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)]
+    names = sorted({name.rpartition(".")[2] for name in linears(base)})
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=sorted(set(linears)),
+        target_modules=names,
         exclude_modules=["classifier"],
     )
     return get_peft_model(base, config)
+
+
+def layer_norm(base: nn.Module, run: Run) -> nn.Module:
+    return _freeze(base, lambda name: "LayerNorm" in name)
+
+
+def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """LoRA on all Linears at the rank that comes closest to a share of the base's values from below."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+        return lora(base, run, rank=max(1, int(share * base.base_model.num_parameters() / per_rank)))
+
+    return build
+
+
+def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+        rank = max(1, int(share * base.base_model.num_parameters() / per_rank))
+        names = sorted({name.rpartition(".")[2] for name in linears(base)})
+        config = ShiraConfig(task_type="SEQ_CLS", r=rank, target_modules=names, exclude_modules=["classifier"])
+        return get_peft_model(base, config)
+
+    return build
+
+
+def linears(base: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of the transformer's blocks."""
+    modules = base.base_model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and "pooler" not in name}
 
 
 def sensi(
@@ -104,9 +136,27 @@ SYSTEMS: dict[str, Method] = {
 }
 
 
+# Trimming: the share of the heads' and neurons' parameters that stays is the row's budget.
+TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
+    "random": lambda budget: sensi(SensiConfig, budget=budget, score="random", refit=False),
+    "magnitude": lambda budget: sensi(SensiConfig, budget=budget, score="magnitude", refit=False),
+    "random, refitted": lambda budget: sensi(SensiConfig, budget=budget, score="random"),
+    "learned masks (EarlyBERT)": lambda budget: sensi(SensiConfig, budget=budget, score="mask", refit=False),
+    "Fisher, not primed (Kwon)": lambda budget: sensi(SensiConfig, budget=budget, priming_steps=0),
+    "ours": lambda budget: sensi(SensiConfig, budget=budget),
+}
+
+# Tuning: the share of the base's values that is trained is the row's budget.
+TUNING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
+    "BitFit": lambda budget: bitfit,
+    "LayerNorm": lambda budget: layer_norm,
+    "LoRA": lambda budget: lora_of(budget),
+    "SHiRA": lambda budget: shira_of(budget),
+    "random units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, score="random"),
+    "ours": lambda budget: sensi(SensiConfig, budget={"trainable": budget}),
+    "ours, half the FLOPs": lambda budget: sensi(SensiConfig, budget={"trainable": budget, "flops": 0.5}),
+}
+
+
 def is_sensi(model: nn.Module) -> bool:
     return type(getattr(model, "base_model", None)).__name__ == "SensiModel"
-
-
-def saved_whole(model: nn.Module) -> bool:
-    return any(isinstance(m, ModulesToSaveWrapper) for m in model.modules())

@@ -25,11 +25,12 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Task:
-    """`train` and `dev` are paths below the data folder. `rows` bounds the training rows, 0 takes all of them."""
+    """`rows` bounds the training rows, 0 takes all. `constant` is the dev metric of always the most frequent class."""
 
     name: str
     classes: int
     epochs: int
+    constant: float
     metric: str = "accuracy"
     pair: bool = False
     rows: int = 0
@@ -39,10 +40,10 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("trec6", classes=6, epochs=4, dev="test.tsv"),
-        Task("sst2", classes=2, epochs=1, rows=16_000),
-        Task("cola", classes=2, epochs=3, metric="matthews_correlation"),
-        Task("rte", classes=2, epochs=4, pair=True),
+        Task("trec6", classes=6, epochs=4, constant=0.276, dev="test.tsv"),
+        Task("sst2", classes=2, epochs=1, constant=0.509, rows=16_000),
+        Task("cola", classes=2, epochs=3, constant=0.0, metric="matthews_correlation"),
+        Task("rte", classes=2, epochs=4, constant=0.527, pair=True),
     )
 }
 
