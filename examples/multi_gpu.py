@@ -128,11 +128,10 @@ def with_accelerate(
             optimizer.zero_grad()
         accelerator.print(f"epoch {epoch}: last loss {loss.item():.3f}")
         accelerator.save_state(str(args.output / "state"))  # resume with accelerator.load_state
-    # The state dict must be collected by all processes (it is sharded under FSDP); one of them writes it.
+    # All processes collect the state dict (it is sharded under FSDP), which only one of them then has.
     state = accelerator.get_state_dict(model)
-    accelerator.unwrap_model(model).save_pretrained(
-        args.output / "adapter", state_dict=state, is_main_process=accelerator.is_main_process
-    )
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(args.output / "adapter", state_dict=state)
 
 
 @torch.no_grad()

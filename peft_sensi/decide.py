@@ -125,7 +125,9 @@ def decide_together(
     """`decide` with all processes of `processes.together`, which get the same decision."""
     if processes.count() == 1:
         return decide(model, given, config, anatomy, targets, saved)
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("plan", "fingerprint")}
+    # Paths may differ between machines; plan and fingerprint are filled in below.
+    own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
     data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
     processes.agree("its configuration", {**settings, **data}, "Give all processes the same.")
     if processes.somebody_has_no_weights(model):

@@ -12,10 +12,11 @@ group that was started without Accelerate's environment variables. Accelerate st
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,11 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
 from . import errors
 from .errors import CalibrationError, SensiError
 
+
+# Share of a model's weights that another process may have to send before it decides alone.
+GAPS = 0.2
 
 _joined: ContextVar[bool] = ContextVar("joined", default=False)
 
@@ -48,11 +53,13 @@ def start() -> int:
     if not dist.is_available():
         return 1
     if not dist.is_initialized():
-        promised = os.environ.get("WORLD_SIZE", "1")
-        if not promised.isdigit() or int(promised) < 2:
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        by_mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
+        promised = get_int_from_env(("WORLD_SIZE", *by_mpi), 1)
+        if promised < 2:
             return 1
-        if "LOCAL_RANK" in os.environ:
-            PartialState()
+        if by_mpi or "LOCAL_RANK" in os.environ:
+            PartialState(cpu=on_cpu)
         if not dist.is_initialized():
             raise SensiError(
                 f"WORLD_SIZE is {promised}, but there is no process group, so the processes would choose different "
@@ -120,7 +127,11 @@ def meet(where: str, payload: Any = None) -> list[Any]:
 def _exchange(where: str, payload: Any, error: Exception | None) -> list[Any]:
     report = (where, payload, None if error is None else (_public_class(error), _text(error)))
     reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, report)
+    try:
+        dist.all_gather_object(reports, report)
+    except RuntimeError as lost:
+        gone = f"Another process is gone or hangs, so {where} cannot be reached: {lost}"
+        raise _FailedTogether(SensiError(gone), own=False) from lost
     failed = [(number, report[2]) for number, report in enumerate(reports) if report[2] is not None]
     if failed:
         texts: dict[str, list[int]] = {}
@@ -240,25 +251,49 @@ def weights_of_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
     """Inside, all processes have the weights of process 0, as after DDP's own broadcast; afterwards their own again.
 
     A fresh task head is random in each process. With `keep` the weights stay unless the block fails. Processes without
-    weights (on `meta`, see `has_no_weights`) are left alone.
+    weights (see `somebody_has_no_weights`) are left alone.
 
     Raises `SensiError` when the processes have different models.
     """
-    changed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    undo: list[Callable[[], object]] = []
     done = False
     try:
-        take_weights_of_0(model, changed)
+        _fill_gaps(model, undo)
+        take_weights_of_0(model, undo)
         yield
         done = True
     finally:
         if not (keep and done):
             with torch.no_grad():
-                for tensor, before in changed:
-                    tensor.copy_(before)
+                for step in reversed(undo):
+                    step()
 
 
-def take_weights_of_0(model: nn.Module, changed: list[tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
-    """Copies what differs from process 0, into whose place the values before go to `changed` (on the CPU)."""
+def _fill_gaps(model: nn.Module, undo: list[Callable[[], object]]) -> None:
+    """Makes room for single weights that are on `meta` here and not in process 0.
+
+    Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head there in all processes but the first.
+    """
+    if count() == 1:
+        return
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    first = meet("looking for gaps", missing)[0]
+    gaps = [name for name in missing if name not in first]
+    if not gaps or sum(sizes[name] for name in gaps) > GAPS * sum(sizes.values()):
+        return
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    for name in gaps:
+        path, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(path)._parameters
+        before = parameters[leaf]
+        assert before is not None
+        undo.append(functools.partial(parameters.__setitem__, leaf, before))
+        parameters[leaf] = nn.Parameter(torch.zeros_like(before, device=device), before.requires_grad)
+
+
+def take_weights_of_0(model: nn.Module, undo: list[Callable[[], object]] | None = None) -> None:
+    """Copies what differs from process 0, and adds to `undo` how to get the values before back."""
     if count() == 1:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
@@ -268,14 +303,11 @@ def take_weights_of_0(model: nn.Module, changed: list[tuple[torch.Tensor, torch.
         if other != reports[0][0]:
             different = sorted(set(other) ^ set(reports[0][0]))[:1] or other[:1]
             raise SensiError(f"Process {number} has another model than process 0; they differ in {different[0][0]!r}.")
-    marks = [marks for _, marks in reports]
-    if any(mark is None for own in marks for mark in own):
-        return
     with torch.no_grad():
-        for i, (_, tensor) in enumerate(named):
-            if any(own[i] != marks[0][i] for own in marks):
-                if changed is not None:
-                    changed.append((tensor, tensor.detach().to("cpu", copy=True)))
+        for (_, tensor), marks in zip(named, zip(*(own for _, own in reports), strict=True), strict=True):
+            if None not in marks and len(set(marks)) > 1:
+                if undo is not None:
+                    undo.append(functools.partial(tensor.copy_, tensor.detach().to("cpu", copy=True)))
                 send_from_0(tensor)
 
 

@@ -49,7 +49,7 @@ class Schedule:
         calibration: Batches for rescoring, needed for cuts by a gradient score.
 
     Raises:
-        SensiError: There is no schedule, or something that it needs is missing.
+        SensiError: There is no schedule, or something that it needs is missing; or, from `step`, the model is sharded.
     """
 
     def __init__(
@@ -91,6 +91,11 @@ class Schedule:
 
         The optimizer is told to forget its moments of what is frozen.
         """
+        if processes.is_sharded(self.model):
+            raise SensiError(
+                f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which a model "
+                f"that is sharded by FSDP cannot. Train it under DDP, or without a schedule."
+            )
         done = self.done_steps if done_steps is None else done_steps
         self.done_steps = done + 1
         if self.phase["phase"] == "freeze_dense":

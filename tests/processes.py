@@ -54,8 +54,11 @@ def run_two(script: str, folder: Path, *arguments: str, timeout: float = 150, **
 def launch_two(
     script: str, folder: Path, *arguments: str, options: tuple[str, ...] = (), timeout: float = 150
 ) -> list[Any]:
-    """`run_two` through `accelerate launch`."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    """`run_two` through `accelerate launch`.
+
+    `--multi_gpu`, because with `--cpu` Accelerate 1.15 starts a single process unless there is `mpirun`.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port()), *options, str(HERE / script), str(folder), *arguments]
     _wait([command], [environment()], folder, timeout)

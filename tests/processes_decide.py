@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -126,8 +127,17 @@ class Odd(nn.Linear):
     """Not a plain Linear: it is refused while layers are being replaced, after all decisions."""
 
 
+def killed(rank: int) -> None:
+    def batches():
+        yield from tiny_batches(2)
+        if rank == 1:
+            os._exit(9)
+
+    wrap(tiny_model(), calibration=batches(), **FISHER)
+
+
 def main(folder: str) -> None:
-    rank = int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found: dict = {"errors": {}}
@@ -218,4 +228,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    killed(int(os.environ["RANK"])) if "killed" in sys.argv else main(sys.argv[1])

@@ -28,6 +28,14 @@ UPDATES = {
 }
 
 
+# A gradient that is zero but for rounding, such as that of the keys' biases, must not become a step of full length.
+EPSILON = 1e-3
+
+
+def adamw(model) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, eps=EPSILON)
+
+
 def state(model) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".sensi_" in n or ".modules_to_save." in n}
 
@@ -47,6 +55,9 @@ def by_trainer(folder: Path, model, processes: int, resume: str | None = None, e
         "per_device_train_batch_size": 8 // processes,
         "num_train_epochs": epochs,
         "learning_rate": 5e-3,
+        "adam_epsilon": EPSILON,
+        # Otherwise Transformers multiplies a loss that is a mean over examples by the number of processes.
+        "average_tokens_across_devices": False,
         "save_strategy": "epoch",
         "report_to": [],
         "disable_tqdm": True,
@@ -65,7 +76,7 @@ def by_loop(folder: Path, update: str, resume: bool = False) -> dict[str, torch.
     accelerator = Accelerator(cpu=True)
     model = fresh(update)
     loader = DataLoader(Rows(), batch_size=8 // accelerator.num_processes)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = adamw(model)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if resume:
         accelerator.load_state(str(folder))

@@ -111,6 +111,14 @@ def test_world_size_without_a_process_group_is_refused():
     assert "SensiError: WORLD_SIZE is 2, but there is no process group" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    """It cannot say what happened to it, but nobody waits for it."""
+    with pytest.raises(AssertionError, match=r"Exit codes \[1, 9\]") as failure:
+        run_two("processes_decide.py", tmp_path, "killed", timeout=100)
+    assert "SensiError: Another process is gone or hangs" in str(failure.value)
+
+
 def test_weight_of_a_batch():
     batch = tiny_batches(1, task="TOKEN_CLS")[0]
     assert weight_of(batch) == int((batch["labels"] >= 0).sum()) < batch["labels"].numel()

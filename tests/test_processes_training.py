@@ -38,7 +38,7 @@ def test_training_equals_one_process_with_the_same_global_batch(trained, update)
     assert_same(two[0]["states"][update], two[1]["states"][update])
     assert_same(two[0]["states"][update], one[update], 1e-4)
     start = state(fresh(update))
-    assert any((one[update][n] - v).norm() > 1e-2 * v.norm() for n, v in start.items() if v.is_floating_point())
+    assert any((one[update][n] - v).norm() > 1e-3 * v.norm() for n, v in start.items() if v.is_floating_point())
 
 
 @pytest.mark.parametrize("update", UPDATES)
