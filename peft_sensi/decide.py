@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import processes
 from .allocate import make_plan
 from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
@@ -34,6 +35,14 @@ class Decision:
     refitted: Refitted = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     scores: Scores | None = None
+
+    def on_cpu(self) -> Decision:
+        """A tensor that is sent to another process would arrive on the sender's device."""
+        refitted = {
+            name: (weight.cpu(), None if bias is None else bias.cpu())
+            for name, (weight, bias) in self.refitted.items()
+        }
+        return replace(self, refitted=refitted, head={name: value.cpu() for name, value in self.head.items()})
 
 
 def decide(
@@ -68,7 +77,7 @@ def decide(
             priming_lr=given.priming_lr,
             loss_fn=given.loss_fn,
             seed=given.seed,
-            progress=True,
+            progress=processes.rank() == 0,
         )
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
@@ -101,7 +110,7 @@ def decide(
     refitted: Refitted = {}
     if wanted and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn)
+        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn, processes.rank() == 0)
     head = scores.head
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
@@ -120,6 +129,36 @@ def _warn_of_lost_inputs(given: SensiConfig, batches: list[Mapping[str, Any]]) -
             "them out everywhere, or set task_type=None."
         )
         warnings.warn(message, stacklevel=2)
+
+
+def decide_together(
+    model: nn.Module,
+    given: SensiConfig,
+    config: SensiConfig,
+    anatomy: Anatomy,
+    targets: frozenset[str],
+    saved: list[str],
+) -> Decision:
+    """`decide` with all processes of `processes.together`, which get the same decision."""
+    if processes.count() == 1:
+        return decide(model, given, config, anatomy, targets, saved)
+    # Paths may differ between machines; plan and fingerprint are filled in below.
+    own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
+    data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
+    processes.agree("its configuration", {**settings, **data}, "Give all processes the same.")
+    if processes.somebody_has_no_weights(model):
+        decision = None
+        if processes.rank() == 0:
+            with processes.alone():
+                decision = decide(model, given, config, anatomy, targets, saved)
+    else:
+        decision = decide(model, given, config, anatomy, targets, saved)
+    # Sums are the same everywhere, but rounding on different hardware may not be.
+    decision = processes.from_0(None if decision is None else decision.on_cpu())
+    plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
+    processes.agree("its plan", plan.to_dict(), "The processes must have the same model.")
+    return replace(decision, plan=plan)
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:

@@ -84,7 +84,8 @@ class SensiLayer(BaseTunerLayer):
         self._sensi_fused.clear()
         self.sensi_slices[adapter_name] = piece
         base = self.get_base_layer()
-        start = empty_parts(base, piece) if _new_parameters_are_empty() else first_parts(base, piece, values)
+        empty = base.weight.is_meta or _new_parameters_are_empty()
+        start = empty_parts(base, piece) if empty else first_parts(base, piece, values)
         for name, tensor in start.items():
             trained = f"sensi_{name}" in self.adapter_layer_names
             if trained and not init_weights and not tensor.is_meta:

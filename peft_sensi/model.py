@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from . import processes
 from .anatomy import Anatomy, Group, base_of, build_anatomy, task_head
 from .calibration import preserved
 from .checkpoint import (
@@ -34,7 +35,7 @@ from .checkpoint import (
     pop_plan,
 )
 from .config import SensiConfig
-from .decide import Decision, decide
+from .decide import Decision, decide_together
 from .errors import SensiError
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped
@@ -109,22 +110,28 @@ class SensiModel(BaseTuner):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
             )
+        processes.check_not_partitioned(model)
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
+        # A finished plan needs nobody else: one process may load an adapter while others do something different.
+        joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
         try:
-            with errors_of_file(given):
-                decision = self._prepare(model, adapter_name, given, config)
-                pieces = {} if decision is None else pieces_of(model, config, decision.plan)
-            if (path := file_to_check(given)) is not None:
-                check_slices(path, model, pieces)
-            self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
-            # The plan decides which modules are replaced, so a state dict has nothing to add.
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
-            if path is not None:
-                check_saved_modules(path, model, adapter_name)
-            if decision is not None:
-                set_head(model, adapter_name, decision.head)
+            with joint, processes.weights_of_0(model, keep=True):
+                with errors_of_file(given):
+                    decision = self._prepare(model, adapter_name, given, config)
+                    pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+                if (path := file_to_check(given)) is not None:
+                    check_slices(path, model, pieces)
+                self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
+                # The plan decides which modules are replaced, so a state dict has nothing to add.
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                if path is not None:
+                    check_saved_modules(path, model, adapter_name)
+                if decision is not None:
+                    set_head(model, adapter_name, decision.head)
+                    processes.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
+                processes.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
@@ -193,17 +200,12 @@ class SensiModel(BaseTuner):
             decision = Decision(Plan.from_dict(config.plan, anatomy, targets))
         else:
             with self._others_disabled(model), preserved(model):
-                decision = decide(model, given, config, anatomy, targets, saved)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # Processes see different data; layers of different shapes could not be trained together.
-                box = [decision]
-                torch.distributed.broadcast_object_list(box, src=0)
-                decision = box[0]
+                decision = decide_together(model, given, config, anatomy, targets, saved)
             config.plan = decision.plan.to_dict()
             if decision.scores is not None and decision.scores.method != "none":
                 self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
             logger.info("%s", decision.plan.line())
-        config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
+        config.fingerprint = processes.from_0(fingerprint(model, anatomy)) or config.fingerprint
         return decision
 
     @contextmanager

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from . import processes
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
 from .atomic import write_atomically
 from .calibration import (
@@ -41,7 +42,7 @@ from .calibration import (
     mean_length,
     preserved,
 )
-from .errors import SensiError, SensiLoadError
+from .errors import CalibrationError, SensiError, SensiLoadError
 from .families import BlockLayout
 from .fields import shown
 from .gates import apply_gate, gate_gradients, hooked
@@ -150,6 +151,7 @@ def compute_scores(
 ) -> Scores:
     """Scores every unit of `model`; the model and all random states are left exactly as they were.
 
+    With several processes all of them must call this, each with its own batches; they get the same scores.
     Without `calibration` a gradient score falls back to magnitude, with a warning.
 
     Args:
@@ -165,7 +167,8 @@ def compute_scores(
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     anatomy = build_anatomy(model, targets, blocks)
-    with preserved(model):  # a data loader that shuffles draws random numbers, too
+    with processes.together("scoring"), processes.weights_of_0(model), preserved(model):
+        # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
             batches = materialise(calibration, max(calibration_steps, priming_steps, 1))
@@ -210,7 +213,7 @@ def score_units(
     if score == "magnitude":
         return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
     assert batches is not None
-    torch.manual_seed(seed)  # dropout while priming: the same data and seed give the same plan
+    torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
@@ -240,7 +243,12 @@ def score_units(
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]
             for name, gradient in gradients.items():
-                totals[name] += (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+                total = (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+                if not torch.isfinite(total).all():
+                    raise CalibrationError(f"The scores of {name!r} are not finite for calibration batch {index}.")
+                totals[name] += total
+    processes.add_up(list(totals.values()), "adding up scores")
+    examples = sum(processes.meet("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
     return Scores(values, score, length, spikes.found(), head)
 
