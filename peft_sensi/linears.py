@@ -15,6 +15,16 @@ from .quantised import dequantised, is_quantised
 LINEARS = (nn.Linear, Conv1D)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module computes `x @ weight.T + bias` and nothing else, which a subclass of Linear need not do."""
+    inherited = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    coded = isinstance(module, nn.Linear) and is_quantised(module)
+    return inherited or coded or type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN
+
+
+_ALSO_PLAIN = ("FalconLinear",)  # it adds its bias in a step of its own
+
+
 def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A view of `linear`'s own `weight` as `[out, in]`, or the other way round: the function is its own inverse."""
     return weight.t() if isinstance(linear, Conv1D) else weight
