@@ -41,6 +41,10 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
+class DataError(ValueError):
+    """The data, or an option that describes it, is wrong: what to mend is in the message."""
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -58,17 +62,40 @@ def read_table(path: str | Path) -> Dataset:
             rows = list(csv.DictReader(file, **dialect))
         for number, row in enumerate(rows, start=1):
             if None in row or None in row.values():
-                raise ValueError(f"{path}: row {number} has more or fewer cells than the header: {row}")
+                raise DataError(f"{path}: row {number} has more or fewer cells than the header: {row}")
     elif kind in (".json", ".jsonl"):
         text = path.read_text(encoding="utf-8-sig")
         # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
         lines = [line for line in text.split("\n") if line.strip()]
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     else:
-        raise ValueError(f"{path}: expected a .tsv, .csv, .json or .jsonl file")
+        raise DataError(f"{path}: expected a .tsv, .csv, .json or .jsonl file")
     if not rows:
-        raise ValueError(f"{path} has no rows")
+        raise DataError(f"{path} has no rows")
     return Dataset.from_list(rows)
+
+
+def check_columns(rows: Dataset, *names: str | None) -> None:
+    """Raises `DataError` for a column that is not there; `None` asks for nothing."""
+    for name in names:
+        if name is not None and name not in rows.column_names:
+            raise DataError(f"no column {name!r}; there are: {', '.join(rows.column_names)}")
+
+
+def hold_out(rows: Dataset, share: float, seed: int, group: str | None = None) -> tuple[Dataset, Dataset]:
+    """Training and validation rows. Rows that have the same value in the column `group` stay on one side."""
+    groups = list(rows[group]) if group else list(range(len(rows)))
+    distinct = sorted(set(groups))
+    np.random.default_rng(seed).shuffle(distinct)
+    count = round(share * len(distinct))
+    if not 0 < count < len(distinct):
+        raise DataError(
+            f"--validation_share {share} of {len(distinct)} {f'values of {group}' if group else 'rows'} leaves one "
+            f"side empty: give a --validation_file, or another share"
+        )
+    held_out = set(distinct[:count])
+    sides = [[i for i, value in enumerate(groups) if (value in held_out) is side] for side in (False, True)]
+    return rows.select(sides[0]), rows.select(sides[1])
 
 
 def tokenize(
@@ -106,9 +133,14 @@ def batches(dataset: Dataset, collator: Callable, batch_size: int = 32, seed: in
 # --- metrics and results ---------------------------------------------------------------------------------------------
 
 
+def load_metric(kind: str) -> evaluate.EvaluationModule:
+    """kind: the name of a file in `examples/metrics`."""
+    return evaluate.load(str(METRICS / f"{kind}.py"))
+
+
 def metric_function(kind: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for Trainer; kind: the name of a file in `examples/metrics`."""
-    metric = evaluate.load(str(METRICS / f"{kind}.py"))
+    """`compute_metrics` for Trainer: "classification" or "regression"."""
+    metric = load_metric(kind)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -181,13 +213,18 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def flops(model: PreTrainedModel, sequence_length: int) -> int:
-    """FLOPs of one forward pass over one sequence, counted while it runs (a multiply and an add are two)."""
+def flops(model: PreTrainedModel, inputs: int | Mapping[str, torch.Tensor]) -> int:
+    """FLOPs of one forward pass, counted while it runs (a multiply and an add are two).
+
+    inputs: what goes into the model, or a number of tokens for one sequence of that length.
+    """
+    if isinstance(inputs, int):
+        ids = torch.ones(1, inputs, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     device = next(model.parameters()).device
-    ids = torch.ones(1, sequence_length, dtype=torch.long, device=device)
     model.eval()
     with eager_attention(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(**{name: value.to(device) for name, value in inputs.items()})
     return counter.get_total_flops()
 
 

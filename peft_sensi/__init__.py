@@ -7,6 +7,7 @@ from .budget import Budget
 from .config import SensiConfig
 from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 from .families import BlockLayout
+from .merged import load_merged, save_merged
 from .model import SensiModel
 from .plan import Plan
 from .register import register
@@ -35,6 +36,8 @@ __all__ = [
     "SensiModel",
     "build_anatomy",
     "compute_scores",
+    "load_merged",
     "make_plan",
     "recipes",
+    "save_merged",
 ]

@@ -36,6 +36,7 @@ def make_plan(
     tunes: bool = True,
     retention: float | None = None,
     biases_apart: bool = False,
+    tuned_layers: int | None = None,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 
@@ -49,6 +50,7 @@ def make_plan(
         always_trained: Values that are trained in any case and count towards `trainable`.
         tunes: Whether units are tuned at all; `False` leaves all kept ones frozen.
         retention: Share of each FFN's kept neurons that are tuned, rounded down (FAR); heads are tuned whole.
+        tuned_layers: Units are tuned in so many layers only, those with the best scores for their cost.
         biases_apart: Biases are among the values that are always trained, not among those of the units.
 
     Raises:
@@ -64,19 +66,42 @@ def make_plan(
                 anatomy, values, limits, protected or {}, available or {}, sequence_length, multiple_of, min_units
             )
         )
+    costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
+    if tuned_layers is not None:
+        costs |= dict.fromkeys(_outside_best_layers(anatomy, values, kept, costs, tuned_layers), 0)
     if not tunes:
         tuned = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups}
     elif limits.trainable is not None:
-        costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
         tuned = _choose_tuned(anatomy, values, kept, costs, limits.trainable, always_trained)
     else:
-        tuned = {g.name: kept[g.name] & bool(g.unit_trainable(targets)) for g in anatomy.groups}
+        tuned = {g.name: kept[g.name] & bool(costs[g.name]) for g in anatomy.groups}
         if retention is not None:
             for group in (g for g in anatomy.groups if g.kind == "neuron"):
                 count = allowance(retention, int(tuned[group.name].sum())) if retention else 0
                 tuned[group.name] &= _best(values[group.name], tuned[group.name], count)
     states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
     return Plan(anatomy, states, targets, sequence_length, always_trained)
+
+
+def _outside_best_layers(
+    anatomy: Anatomy,
+    values: Mapping[str, np.ndarray],
+    kept: Mapping[str, np.ndarray],
+    costs: Mapping[str, int],
+    count: int,
+) -> list[str]:
+    """Groups in no layer, or in one that is not among the `count` with the best score per trained value."""
+    gains: dict[str, float] = {}
+    prices: dict[str, int] = {}
+    for group in anatomy.groups:
+        if costs[group.name]:
+            gains[group.layer] = gains.get(group.layer, 0.0) + float(values[group.name][kept[group.name]].sum())
+            prices[group.layer] = prices.get(group.layer, 0) + costs[group.name] * int(kept[group.name].sum())
+    layers = [layer for layer in gains if layer]
+    if count > len(layers):
+        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(layers)} layers with targeted modules.")
+    best = sorted(layers, key=lambda layer: -gains[layer] / max(1, prices[layer]))[:count]
+    return [group.name for group in anatomy.groups if group.layer not in best]
 
 
 def _checked_scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -133,7 +158,7 @@ def _choose_kept(
                 unit_costs[:, i],
                 np.asarray(protected.get(g.name, np.zeros(g.size)), dtype=bool) & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,
-                min_units,
+                max(min_units, g.least),
             )
             for i, g in enumerate(groups)
         ]

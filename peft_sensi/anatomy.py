@@ -11,6 +11,7 @@ Everything here reads shapes only, so it also works on `meta` tensors.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -21,9 +22,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import AnatomyError
-from .families import FAMILIES, BlockLayout
+from .families import FAMILIES, BlockLayout, layouts_of
+from .linears import LINEARS, features, matrix
 
 
 Kind = Literal["head", "neuron", "row", "tensor"]
@@ -48,6 +51,11 @@ class Side:
     def unit_params(self) -> int:
         return self.width * (self.fan + int(self.bias and self.dim == 0))
 
+    def per_unit(self, weight: torch.Tensor, units: int) -> torch.Tensor:
+        """The entries of a weight `[out, in]` that each of the units owns, as a matrix `[units, width * fan]`."""
+        owned = weight.narrow(self.dim, self.offset, units * self.width)
+        return (owned if self.dim == 0 else owned.t()).reshape(units, -1)
+
     def positions(self, units: np.ndarray) -> np.ndarray:
         """Rows or columns (int64) of the given units, in the units' order."""
         return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
@@ -55,7 +63,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Group:
-    """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts."""
+    """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts.
+
+    At least `least` units must stay for the model to run; `fixed` units can't be trimmed at all.
+    """
 
     name: str
     kind: Kind
@@ -67,10 +78,16 @@ class Group:
     attributes: tuple[tuple[str, int], ...] = ()
     attention_width: int = 0
     repeats: int = 1
+    least: int = 0
+    fixed: bool = False
+
+    @property
+    def in_block(self) -> bool:
+        return self.kind in ("head", "neuron")
 
     @property
     def trimmable(self) -> bool:
-        return self.kind in ("head", "neuron")
+        return self.in_block and not self.fixed
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -103,6 +120,7 @@ class Group:
             sides=tuple(replace(side, width=side.width * self.size) for side in self.sides),
             attributes=tuple((path, per_unit * self.size) for path, per_unit in self.attributes),
             attention_width=self.attention_width * self.size,
+            least=min(self.least, 1),
         )
 
 
@@ -142,15 +160,17 @@ def build_anatomy(
     one that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
-    layouts = tuple(blocks) if blocks is not None else FAMILIES.get(model_type, ())
+    layouts = tuple(blocks) if blocks is not None else layouts_of(getattr(model, "config", None))
     modules = dict(model.named_modules())
-    groups = [group for layout in layouts for group in _block_groups(modules, layout)]
+    cached = _layers_that_measure_caches(model)
+    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached)]
     if blocks is not None and not groups:
         raise AnatomyError(
             f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
+    layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
     elif whole == "tensors":
@@ -158,12 +178,20 @@ def build_anatomy(
     owned = {module for group in groups for module in group.modules}
     for name in sorted(set(targets) - owned):
         linear = base_of(modules[name])
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"Target module {linear} is not supported: only `torch.nn.Linear` can be targeted.")
-        side = Side(name, 0, 1, linear.in_features, linear.bias is not None)
-        group = Group(name, "row", linear.out_features, (side,), output=name)
+        if not isinstance(linear, LINEARS):
+            raise not_linear(linear)
+        out, into = features(linear)
+        side = Side(name, 0, 1, into, cast(nn.Linear, linear).bias is not None)
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), _indexed_parent(name))
+        group = Group(name, "row", out, (side,), output=name, layer=layer)
         groups.append(replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group)
     return Anatomy(tuple(groups), _params_without_head(model), model_type)
+
+
+def _indexed_parent(name: str) -> str:
+    """`model.layers.3` for `model.layers.3.mlp.up`: what a layer is in a model whose blocks are unknown."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return found.group() if found else ""
 
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
@@ -172,6 +200,12 @@ def nothing_to_trim(model: nn.Module) -> AnatomyError:
         f"are {', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout("
         f"layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a "
         f"`trainable` limit, which trims nothing."
+    )
+
+
+def not_linear(module: nn.Module) -> TypeError:
+    return TypeError(
+        f"Target module {module} is not supported: only `torch.nn.Linear` and Transformers' `Conv1D` can be targeted."
     )
 
 
@@ -187,7 +221,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
-    """The Linear called `name`, behind PEFT's wrappers."""
+    """The Linear (or `Conv1D`, see `linears`) called `name`, behind PEFT's wrappers."""
     return cast(nn.Linear, base_of(model.get_submodule(name)))
 
 
@@ -220,13 +254,24 @@ def _params_without_head(model: nn.Module) -> int:
     )
 
 
-def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout) -> Iterable[Group]:
-    pattern = re.compile(r"(?:^|.*\.)" + r"\d+".join(re.escape(part) for part in layout.layer.split("*")) + "$")
+def _layers_that_measure_caches(model: nn.Module) -> frozenset[int]:
+    """Indices of the layers by whose keys Transformers' caches tell how many tokens they hold."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
+    return frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
+
+
+def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int]) -> Iterable[Group]:
+    pattern = re.compile(r"(?:^|.*\.)" + r"(\d+)".join(re.escape(part) for part in layout.layer.split("*")) + "$")
     for name, layer in modules.items():
         # Adapters on the model are wrapped modules inside the layer; the layer itself never is one.
-        if pattern.match(name) and is_base_parameter(name):
+        if (match := pattern.match(name)) and is_base_parameter(name):
             if layout.o:
-                yield _heads(modules, name, layer, layout)
+                indices = match.groups()
+                measures = layout.cached and bool(indices) and int(indices[-1]) in cached
+                yield _heads(modules, name, layer, layout, measures)
             if layout.down:
                 yield _neurons(modules, name, layout)
 
@@ -234,29 +279,40 @@ def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout) -> Iterabl
 def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
     path = f"{layer}.{name}"
     linear = base_of(modules[path]) if path in modules else None
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, LINEARS):
         raise AnatomyError(
             f"The block layout names {path!r}, which is {'no Linear' if linear else 'not in the model'}."
         )
-    return path, linear
+    return path, cast(nn.Linear, linear)
 
 
-def _heads(modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: BlockLayout) -> Group:
+def _heads(
+    modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: BlockLayout, measures_cache: bool
+) -> Group:
     head_size = layout.head_size if isinstance(layout.head_size, int) else attrgetter(layout.head_size)(layer)
     o_name, o = _linear(modules, name, layout.o)
-    _, k = _linear(modules, name, layout.k)
-    if head_size <= 0 or o.in_features % head_size or k.out_features % head_size:
-        raise AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o.in_features}.")
-    units = k.out_features // head_size
-    queries = o.in_features // head_size // units  # query heads that share a key/value head
-    sides = []
-    for part, width in ((layout.q, queries * head_size), (layout.k, head_size), (layout.v, head_size)):
-        path, linear = _linear(modules, name, part)
-        sides.append(Side(path, 0, width, linear.in_features, linear.bias is not None))
-    sides.append(Side(o_name, 1, queries * head_size, o.out_features))
+    o_out, o_in = features(o)
+    uneven = AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o_in}.")
+    if head_size <= 0 or o_in % head_size:
+        raise uneven
+    inputs = [_linear(modules, name, part) for part in (layout.q, layout.k, layout.v)]
+    (q_name, _), (k_name, k), (v_name, _) = inputs
+    # What is left of the keys' Linear beside the queries, divided among keys and values.
+    fused = 1 + (v_name == k_name)
+    keys = (features(k)[0] - o_in * (q_name == k_name)) // fused
+    if keys <= 0 or keys % head_size or o_in % keys:
+        raise uneven
+    units = keys // head_size
+    queries = o_in // keys  # query heads that share a key/value head
+    widths = (queries * head_size, head_size, head_size)
+    if layout.interleaved:
+        widths, inputs = (sum(widths),), inputs[:1]
+    sides = _rows(inputs, widths, units)
+    sides.append(Side(o_name, 1, queries * head_size, o_out))
     attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
     attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
     attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
+    least = max(layout.min_heads, int(measures_cache), _LEAST.get(type(o), 0))
     return Group(
         name=f"{name}.heads",
         kind="head",
@@ -264,33 +320,76 @@ def _heads(modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: B
         sides=tuple(sides),
         output=o_name,
         layer=name,
-        norm=f"{name}.{layout.attention_norm}" if layout.attention_norm else "",
+        norm=_norm(modules, name, layout.attention_norm),
         attributes=tuple(attributes),
         attention_width=queries * head_size,
+        least=min(least, units),
+        fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, head_size),
     )
 
 
 def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> Group:
     down_name, down = _linear(modules, name, layout.down)
-    sides = []
-    for part in filter(None, (layout.up, layout.gate)):
-        path, linear = _linear(modules, name, part)
-        sides.append(Side(path, 0, 1, linear.in_features, linear.bias is not None))
-    sides.append(Side(down_name, 1, 1, down.out_features))
+    out, size = features(down)
+    inputs = [_linear(modules, name, part) for part in (layout.up, layout.gate) if part]
+    sides = _rows(inputs, (1,) * len(inputs), size)
+    sides.append(Side(down_name, 1, 1, out))
     return Group(
         name=f"{name}.neurons",
         kind="neuron",
-        size=down.in_features,
+        size=size,
         sides=tuple(sides),
         output=down_name,
         layer=name,
-        norm=f"{name}.{layout.ffn_norm}" if layout.ffn_norm else "",
+        norm=_norm(modules, name, layout.ffn_norm),
+        least=min(size, _LEAST.get(type(down), 0)),
     )
+
+
+# `Conv1D` reshapes its input by -1, which is ambiguous where the input has no columns.
+_LEAST: dict[type, int] = {Conv1D: 1}
+
+
+def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: int) -> list[Side]:
+    """The sides of the Linears in front of a group: one that is named several times holds its parts as blocks."""
+    sides, filled = [], dict.fromkeys((path for path, _ in inputs), 0)
+    for (path, linear), width in zip(inputs, widths, strict=True):
+        sides.append(Side(path, 0, width, features(linear)[1], linear.bias is not None, filled[path]))
+        filled[path] += units * width
+    for path, linear in inputs:
+        if features(linear)[0] != filled[path]:
+            raise AnatomyError(
+                f"{path!r} has {features(linear)[0]} outputs, but {units} units of its block need {filled[path]}: the "
+                f"block computes something that its layout does not describe, such as a gate on its output."
+            )
+    return sides
+
+
+def _norm(modules: dict[str, nn.Module], layer: str, name: str) -> str:
+    path = f"{layer}.{name}"
+    if name and path not in modules:
+        raise AnatomyError(f"The block layout names the norm {path!r}, which is not in the model.")
+    return path if name else ""
+
+
+def _depends_on_all_heads(modules: dict[str, nn.Module], name: str, layout: BlockLayout, head_size: int) -> bool:
+    """Whether the attention has parameters of its own that are not the same for all heads, so that none can leave."""
+    parent = layout.v.rpartition(".")[0]
+    if not parent:
+        return False
+    described = (layout.q, layout.k, layout.v, layout.o, layout.attention_norm)
+    known = tuple(f"{part.removeprefix(parent + '.')}." for part in described if part)
+    for path, parameter in modules[f"{name}.{parent}"].named_parameters():
+        if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
+            warnings.warn(
+                f"{name}.{parent} has a parameter {path!r} of shape {tuple(parameter.shape)} that its block layout "
+                f"does not describe: its heads can be tuned, but not trimmed.",
+                stacklevel=2,
+            )
+            return True
+    return False
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
     """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
-    weight = linear_of(model, side.module).weight.detach()
-    start, stop = side.offset, side.offset + group.size * side.width
-    rows = weight[start:stop] if side.dim == 0 else weight[:, start:stop].t()
-    return rows.reshape(group.size, -1).float()
+    return side.per_unit(matrix(linear_of(model, side.module)).detach(), group.size).float()

@@ -20,6 +20,7 @@ from torch import nn
 
 from .anatomy import Anatomy, is_base_parameter, linear_of
 from .errors import SensiLoadError
+from .linears import matrix
 
 
 FORMAT_VERSION = 1
@@ -56,7 +57,7 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
     sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
     shapes, marks = {}, []
     for name in sampled:
-        weight = linear_of(model, name).weight
+        weight = matrix(linear_of(model, name))
         if weight.is_meta or not weight.is_floating_point():
             return None
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS].float().cpu()

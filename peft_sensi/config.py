@@ -17,6 +17,7 @@ from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
 from .narrow import KINDS
 from .plan import Plan
+from .priming import OPTIMIZERS
 from .scores import METHODS, Scores
 from .updates import check_update
 
@@ -49,6 +50,7 @@ class SensiConfig(PeftConfig):
         support: Where they are: `magnitude`, `random` or `decomposition`.
         sparsity: Share of the weights of each matrix that a mask removes.
         retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
+        tuned_layers: Number of layers in which something is tuned: those with the best scores for their cost.
         compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight,
             `"bfloat16"` or `"int8"` as differences from the base (see `narrow`). Set by `SensiModel.compress`.
         schedule: What changes during training (see `schedule`); somebody must then step it.
@@ -62,7 +64,8 @@ class SensiConfig(PeftConfig):
             pooler where dense units are tuned without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
         priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
-        priming_lr: Learning rate of AdamW in these steps.
+        priming_lr: Learning rate in these steps.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights (see `priming`).
         refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given
             and everything that is kept is tuned.
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
@@ -95,12 +98,14 @@ class SensiConfig(PeftConfig):
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)
     retention: float | None = field(default=None)
+    tuned_layers: int | None = field(default=None)
     schedule: dict[str, Any] | None = field(default=None)
     compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
     calibration_steps: int = field(default=24)
     priming_steps: int = field(default=40)
     priming_lr: float = field(default=1e-4)
+    priming_optimizer: str = field(default="adamw")
     refit: bool | None = field(default=None)
     sequence_length: int | None = field(default=None)
     multiple_of: int = field(default=8)
@@ -139,7 +144,7 @@ class SensiConfig(PeftConfig):
             raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {self.score!r}.")
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if value is None and name in ("sequence_length", "rank", "sparse"):
+            if value is None and name in ("sequence_length", "rank", "sparse", "tuned_layers"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise SensiError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
@@ -165,6 +170,10 @@ class SensiConfig(PeftConfig):
             raise SensiError(f"`priming_lr` must be a number, got {self.priming_lr!r}.")
         if not (math.isfinite(self.priming_lr) and self.priming_lr > 0):
             raise SensiError(f"`priming_lr` must be positive, got {self.priming_lr!r}.")
+        if self.priming_optimizer not in OPTIMIZERS:
+            raise SensiError(
+                f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {self.priming_optimizer!r}."
+            )
         for name in ("keep_base", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise SensiError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
@@ -215,6 +224,10 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
             )
+        if self.tuned_layers is not None and not dense:
+            raise SensiError(
+                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+            )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
             if self.schedule["phase"] == "cut" and (
@@ -224,8 +237,10 @@ class SensiConfig(PeftConfig):
                     "The phase 'cut' trims to a limit on `params` or `flops` during training, and needs the whole "
                     "base: give such a limit, no `trainable` one, and `keep_base=True`."
                 )
-            if self.schedule["phase"] == "cut" and self.score in ("mask", "movement"):
-                raise SensiError(f"score={self.score!r} is learned by priming and cannot rank units during training.")
+            if self.schedule["phase"] == "cut" and self.score == "mask":
+                raise SensiError("score='mask' is learned by priming and cannot rank units during training.")
+            if self.schedule["phase"] == "cut" and self.sparsity is not None:
+                raise SensiError("Units are cut during training, or weights masked by `sparsity`, but not both.")
         if limits.trainable is not None and "output_biases" in (self.also_train or ()):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
@@ -319,8 +334,8 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
             raise SensiError(
                 "The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number."
             )
-        if update != "dense":
-            raise SensiError(f"Units can be cut during training with update='dense' only, not with {update!r}.")
+        if update == "mask":
+            raise SensiError("Units cannot be cut during training while update='mask' learns to mask weights.")
     else:
         raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
 
@@ -334,4 +349,5 @@ _COUNTS = {
     "seed": 0,
     "rank": 1,
     "sparse": 1,
+    "tuned_layers": 1,
 }

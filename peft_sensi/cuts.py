@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from .allocate import make_plan
-from .anatomy import Anatomy
+from .anatomy import Anatomy, linear_of
 from .budget import Budget, allowance
 from .calibration import preserved
 from .config import SensiConfig
 from .layer import SensiLayer
+from .linears import matrix
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import TRIMMED, Plan
-from .scores import score_units
+from .scores import Scores, score_units
 
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -32,34 +33,39 @@ def close_units(
 ) -> None:
     """Rescores the model as it is and closes units until the share `progress` of the way to the budget is gone.
 
-    Units that are closed stay closed.
+    Units that are closed stay closed, but for the last cut: it may open some again where no other one would fit, so
+    that the budget is used up.
     """
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
-    with preserved(root):
-        root.eval()
-        scores = score_units(
-            root,
-            anatomy,
-            batches,
-            score=config.score,
-            calibration_steps=config.calibration_steps,
-            priming_steps=0,
-            priming_lr=config.priming_lr,
-            loss_fn=None,
-            seed=config.seed,
-            progress=False,
-        )
+    if config.score == "movement":
+        scores = Scores(trained_movement(root, anatomy, adapter_name), "movement")
+    else:
+        with preserved(root):
+            root.eval()
+            scores = score_units(
+                root,
+                anatomy,
+                batches,
+                score=config.score,
+                calibration_steps=config.calibration_steps,
+                priming_steps=0,
+                priming_lr=config.priming_lr,
+                loss_fn=None,
+                seed=config.seed,
+                progress=False,
+            )
     gates = gates_of(root, adapter_name)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
+    values = {name: value.numpy() * opened.get(name, 1) for name, value in scores.values.items()}
     length = plan_of(root, config).sequence_length
     plan = make_plan(
         anatomy,
-        {name: values.numpy() for name, values in scores.values.items()},
+        values,
         _on_the_way(config.limits, anatomy, length, progress),
         targets=targets,
-        protected={name: mask.numpy() for name, mask in scores.protected.items()},
-        available=opened,
+        protected={name: mask.numpy() & opened.get(name, True) for name, mask in scores.protected.items()},
+        available=opened if progress < 1 else None,
         sequence_length=length,
         multiple_of=config.multiple_of,
         min_units=config.min_units if config.granularity != "tensor" else 0,
@@ -71,6 +77,35 @@ def close_units(
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
                 if torch.distributed.is_available() and torch.distributed.is_initialized():
                     torch.distributed.broadcast(gate, src=0)  # all processes cut alike, whatever data they see
+
+
+def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:
+    """L1 norm of what training has changed in the weights of each unit so far.
+
+    Where an update reaches one kind of unit only (DSEE, arXiv 2111.00160: queries and values), the others are ranked
+    among themselves by the L1 norm of their weights, at the same mean score per parameter.
+    """
+    values, untouched = {}, {}
+    for group in anatomy.groups:
+        moved, size = torch.zeros(group.size), torch.zeros(group.size)
+        for side in group.sides:
+            layer = root.get_submodule(side.module)
+            with torch.no_grad():
+                before = matrix(linear_of(root, side.module)).float()
+                has_adapter = isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices
+                after = layer.effective(adapter_name)[0].float() if has_adapter else before
+            moved += side.per_unit(after - before, group.size).abs().sum(1).cpu()
+            size += side.per_unit(before, group.size).abs().sum(1).cpu()
+        values[group.name] = moved
+        if not moved.any():
+            untouched[group.name] = size
+    costs = {g.name: g.size * g.unit_params for g in anatomy.groups}
+    rest = values.keys() - untouched.keys()
+    if rest and untouched:
+        rate = sum(float(values[n].sum()) for n in rest) / sum(costs[n] for n in rest)
+        other = sum(float(size.sum()) for size in untouched.values()) / sum(costs[n] for n in untouched)
+        untouched = {name: size * (rate / max(other, 1e-30)) for name, size in untouched.items()}
+    return values | untouched
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:

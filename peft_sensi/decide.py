@@ -23,11 +23,15 @@ from .scores import Scores, score_units
 
 @dataclass(frozen=True)
 class Decision:
-    """What a wrap is going to do. `head` is the task head as priming left it, by parameter name."""
+    """What a wrap is going to do. `head` is the task head as priming left it, by parameter name.
+
+    `scores` are those that the plan was made from, if it was made here.
+    """
 
     plan: Plan
     refitted: Refitted = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
+    scores: Scores | None = None
 
 
 def decide(
@@ -50,7 +54,7 @@ def decide(
     if given.calibration is not None:
         batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
     scores = given.scores
-    if scores is None and (limits != Budget() or given.retention):
+    if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
         scores = score_units(
             model,
             anatomy,
@@ -59,6 +63,7 @@ def decide(
             calibration_steps=given.calibration_steps,
             priming_steps=given.priming_steps,
             priming_lr=given.priming_lr,
+            priming_optimizer=given.priming_optimizer,
             loss_fn=given.loss_fn,
             seed=given.seed,
             progress=True,
@@ -80,6 +85,7 @@ def decide(
         tunes="dense" in given.update.split("+"),
         retention=given.retention,
         biases_apart=bool(biases),
+        tuned_layers=given.tuned_layers,
     )
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
@@ -96,14 +102,15 @@ def decide(
     head = scores.head
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
-    return Decision(plan, refitted, head)
+    return Decision(plan, refitted, head, scores)
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:
     limits = given.limits
     if limits.trims and not anatomy.trimmable:
         raise nothing_to_trim(model)
-    if given.budget is None and given.update == "dense" and given.retention is None and given.sparsity is None:
+    chosen = given.retention, given.sparsity, given.tuned_layers
+    if given.budget is None and given.update == "dense" and all(choice is None for choice in chosen):
         if anatomy.trimmable:
             return Budget(params=0.5)
         message = "No budget was given and the model has nothing to trim: all targeted modules are tuned whole."

@@ -78,7 +78,7 @@ def hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
     try:
         for group in anatomy.groups:
             module = model.get_submodule(group.output)
-            if not group.trimmable:
+            if not group.in_block:
                 handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y)))
             else:
                 handles.append(

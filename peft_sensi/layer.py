@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import SensiError
 from .functional import Positions, compose, take
+from .linears import features, matrix, oriented, tell_features
 from .narrow import PARTS, decode
 from .slices import Slice, empty_parts, first_parts, narrowed, part_shapes
 from .updates import learned_mask, pack_mask, top_mask, unpack_mask
@@ -57,7 +58,7 @@ class SensiLayer(BaseTunerLayer):
         # Neither a parameter nor a buffer: DDP would broadcast it on every forward pass, FSDP would shard it.
         self._sensi_fused: dict[str, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
         self._sensi_unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = features(base_layer)
 
     def part(self, name: str, adapter_name: str) -> nn.Parameter | None:
         """The tensor `sensi_<name>` of an adapter, if it has one."""
@@ -94,10 +95,11 @@ class SensiLayer(BaseTunerLayer):
         kept = (piece.kept[:0] if piece.whole else piece.kept).to(base.weight.device)
         # Not by assignment: while PEFT loads with `low_cpu_mem_usage`, whatever is registered loses its values.
         parameters = base._parameters
-        parameters["weight"] = nn.Parameter(base.weight.detach().index_select(piece.dim, kept), requires_grad=False)
+        weight = oriented(base, matrix(base).detach().index_select(piece.dim, kept)).contiguous()
+        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         if base.bias is not None and piece.dim == 0:
             parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
-        base.out_features, base.in_features = base.weight.shape
+        tell_features(base)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 
@@ -198,9 +200,10 @@ class SensiLayer(BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._sensi_unmerged.append((base.weight, base.bias))
             dtype = base.weight.dtype
-            base.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+            weight = oriented(base, weight).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            base.weight = nn.Parameter(weight, requires_grad=False)
             base.bias = None if bias is None else nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
-            base.out_features, base.in_features = weight.shape
+            tell_features(base)
             self.merged_adapters.append(name)
         self._tell_parents()
 
@@ -211,7 +214,7 @@ class SensiLayer(BaseTunerLayer):
             return
         base = self.get_base_layer()
         base.weight, base.bias = self._sensi_unmerged[0]
-        base.out_features, base.in_features = base.weight.shape
+        tell_features(base)
         self._sensi_unmerged.clear()
         self.merged_adapters.clear()
         self._tell_parents()
@@ -270,7 +273,7 @@ class SensiLayer(BaseTunerLayer):
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        weight, bias = oriented(base, weight).detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:
                 return weight, bias
@@ -324,7 +327,7 @@ class SensiLayer(BaseTunerLayer):
         codes, scales = self.part("codes", name), self.part("scales", name)
         found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
         if codes is not None:
-            shapes = part_shapes(self, piece)
+            shapes = part_shapes(self.out_features, self.in_features, self.bias is not None, piece)
             differences = decode(codes, scales, shapes, piece.dim)
             origins = self._origins(piece, shapes)
             found |= {part: origins[part] + difference for part, difference in differences.items()}
@@ -359,7 +362,12 @@ class SensiLayer(BaseTunerLayer):
         key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)
         with torch.inference_mode(False), torch.no_grad():
             cached = self._sensi_fused.get(name)
-            if cached is None or cached[0] != key:
+            if self.sensi_base_dropped and dtype == base.weight.dtype:
+                # What is left of the base is this adapter's alone, and what it holds at trained positions is never
+                # read: no second copy of the weight is needed.
+                frozen, bias = self._kept_base(piece)
+                cached = (key, frozen, bias)
+            elif cached is None or cached[0] != key:
                 frozen, bias = self._kept_base(piece)
                 # The base's own tensors are shared as long as nothing is written into the cache.
                 writes = piece.tuned_count > 0
@@ -388,6 +396,7 @@ class SensiLayer(BaseTunerLayer):
         weight, bias = self.effective(names[0])
         if len(names) > 1:
             base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (self.weight, self.bias)
+            base_weight = oriented(self.get_base_layer(), base_weight)
             for name in names[1:]:
                 other_weight, other_bias = self.effective(name)
                 weight = weight + (other_weight - base_weight.detach())

@@ -39,8 +39,10 @@ from .narrow import KINDS
 from .pieces import also_saved, anatomy_of, pieces_of, targets_of
 from .plan import Plan
 from .refit import Refitted
+from .scores import Scores
 from .slices import Slice
-from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
+from .widths import note_widths
+from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_linear
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,14 @@ class SensiModel(BaseTuner):
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
 
+    def explain(self, adapter_name: str = "default") -> str:
+        """Why the plan is what it is: the groups by their scores. Raises `SensiError` for an adapter from a file."""
+        scores = self._sensi_scores.get(adapter_name)
+        if scores is None:
+            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+        values = {name: value.numpy() for name, value in scores.values.items()}
+        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -101,6 +111,7 @@ class SensiModel(BaseTuner):
         try:
             decision = self._prepare(model, adapter_name, given, config)
             pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+            # Each layer takes its refitted values out, so that they are never there twice.
             self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
             # The plan decides which modules are replaced, so a state dict has nothing to add.
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
@@ -112,15 +123,22 @@ class SensiModel(BaseTuner):
         finally:
             self._sensi_injecting = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        dropped = False
         for module in model.modules():
             if isinstance(module, SensiLayer):
                 module.sensi_companions = companions
                 if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
+                    dropped = True
+        if dropped:
+            drop_originals(model, adapter_name)
 
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
     # later.
     _sensi_anatomies: dict[str, Anatomy] = {}
+
+    # What the plans of this process were made from.
+    _sensi_scores: dict[str, Scores] = {}
 
     # Slices and refitted values of the injection in progress, by module.
     _sensi_injecting: tuple[dict[str, tuple[Slice, Group]], Refitted] | None = None
@@ -167,6 +185,8 @@ class SensiModel(BaseTuner):
                 torch.distributed.broadcast_object_list(box, src=0)
                 decision = box[0]
             config.plan = decision.plan.to_dict()
+            if decision.scores is not None and decision.scores.method != "none":
+                self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
             logger.info("%s", decision.plan.line())
         config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
         return decision
@@ -227,7 +247,7 @@ class SensiModel(BaseTuner):
         pieces, refitted = self._sensi_injecting
         piece, group = pieces[current_key]
         layer = wrap_linear(
-            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key)
+            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.pop(current_key, None)
         )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -264,7 +284,11 @@ class SensiModel(BaseTuner):
                 for module in self.model.modules():
                     if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
                         module.set_adapter([])  # parents get their numbers of heads back, and PEFT the base's own head
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if trims:
+            note_widths(model)  # so that its `save_pretrained` writes a config that tells the widths
+        return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):

@@ -13,6 +13,7 @@ from torch import nn
 from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
 from .config import SensiConfig
 from .errors import SensiError
+from .linears import matrix
 from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
@@ -85,7 +86,7 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     total = 0
     for name, (piece, _) in pieces.items():
         linear = linear_of(model, name)
-        out, features = piece.kept_shape(linear.weight.shape)
+        out, features = piece.kept_shape(matrix(linear).shape)
         total += piece.tuned_count * (features if piece.dim == 0 else out)
         if linear.bias is not None:
             total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
@@ -122,7 +123,7 @@ def _slice(
     if targeted and "sparse" in update:
         sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.
-    if config.sparsity is not None and (targeted or ("mask" not in update and group.trimmable)):
+    if config.sparsity is not None and (targeted or ("mask" not in update and group.in_block)):
         sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
     cuts = bool(config.schedule and config.schedule["phase"] == "cut")
@@ -131,7 +132,7 @@ def _slice(
     return Slice(
         gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,
-        size=linear.weight.shape[sides[0].dim],
+        size=matrix(linear).shape[sides[0].dim],
         kept=torch.from_numpy(kept),
         tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
         units=len(units),

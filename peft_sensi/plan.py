@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,11 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."
                 )
+            if kept.sum() < group.least:
+                raise SensiLoadError(
+                    f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
+                    f"{group.least}."
+                )
             states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
@@ -134,6 +140,16 @@ class Plan:
         ]
         return "\n".join(lines)
 
+    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
+        """A table of the groups by their score per thousand parameters, which is what ranks them: the best first."""
+        density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
+        lines = [f"{'score / 1000 params':>19}  {'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"]
+        for group, states in sorted(self._rows(), key=lambda row: -density[row[0].name]):
+            kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
+            name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
+            lines.append(f"{density[group.name]:>19.3e}  {name:<44} {group.size:>7} {kept:>7} {tuned:>7}")
+        return "\n".join(lines)
+
     def line(self) -> str:
         """One line for the log."""
         heads, neurons = ([(g.size, s) for g, s in self._rows() if g.kind == kind] for kind in ("head", "neuron"))
@@ -147,8 +163,29 @@ class Plan:
             f"{self.flops_share:.1%} of prunable FLOPs, {self.trainable_params:,} trained values"
         )
 
+    def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:
+        """Draws the map of the model (and, with the `scores` it was made from, the score curve and its cut lines).
+
+        Needs matplotlib; see `plots.plot_plan`.
+        """
+        from .plots import plot_plan  # the package works without matplotlib, and a plan does not know pictures
+
+        plot_plan(self, path, scores=scores, style=style, cost=cost)
+
     def __str__(self) -> str:
         return self.summary()
+
+
+def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """States (uint8) of each group's units, from `Plan.to_dict`, without a model. Raises `SensiLoadError`."""
+    _check_plan_dict(values)
+    states = {}
+    for name, entry in values["groups"].items():
+        if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
+            raise SensiLoadError(f"The plan's group {name!r} claims {entry['size']:,} units.")
+        kept, tuned = (_unpack(entry[key], entry["size"], f"{name}.{key}") for key in ("kept", "tuned"))
+        states[name] = kept.astype(np.uint8) + (kept & tuned).astype(np.uint8)
+    return states
 
 
 def _pack(mask: np.ndarray) -> str:

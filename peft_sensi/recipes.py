@@ -85,9 +85,9 @@ def dsee(
 ) -> SensiConfig:
     """DSEE (arXiv 2111.00160): `(W + U V + S2) * S1` with `U V + S2` on query and value.
 
-    `mask="unstructured"` removes the share `sparsity` of the weights of every Linear of the blocks once, after the
-    share `draw_at` of the training; `mask="structured"` removes heads and neurons to that share of the FLOPs when the
-    model is wrapped.
+    After the share `draw_at` of the training, `mask="unstructured"` removes the share `sparsity` of the weights of
+    every Linear of the blocks, and `mask="structured"` heads and neurons with that share of the FLOPs: heads by the
+    size of `U V + S2`, neurons by that of their weights.
     """
     if (mask is None) != (sparsity is None):
         raise SensiError("`mask` and `sparsity` belong together: give both or none.")
@@ -95,18 +95,28 @@ def dsee(
     if mask == "unstructured":
         kwargs |= {"sparsity": sparsity, "schedule": {"phase": "draw_mask", "at": draw_at}}
     elif mask == "structured":
-        kwargs["budget"] = {"flops": 1.0 - float(sparsity or 0.0)}
+        kwargs |= {
+            "budget": {"flops": 1.0 - float(sparsity or 0.0)},
+            "score": kwargs.get("score", "movement"),
+            "schedule": {"phase": "cut", "start": draw_at, "end": draw_at, "cuts": 1},
+        }
     elif mask is not None:
         raise SensiError(f"`mask` must be 'unstructured', 'structured' or None, got {mask!r}.")
     return SensiConfig(update="low_rank+sparse", rank=rank, sparse=sparse, support=support, **kwargs)
 
 
-def l0_close(share: float = 0.25, score: str = "movement", **kwargs: Any) -> SensiConfig:
-    """L0-close fine-tuning (arXiv 2004.14129): only the tensors that matter most are tuned.
+def l0_close(
+    share: float | None = None, layers: int | None = None, score: str = "movement", **kwargs: Any
+) -> SensiConfig:
+    """L0-close fine-tuning (arXiv 2004.14129): only what matters most is tuned, by its movement while priming.
 
-    `share` bounds their parameters, as a share of the base's; `model.base_model.plan()` prints which were chosen.
+    `share` bounds the parameters of the chosen tensors, as a share of the base's (a quarter by default); `layers`
+    chooses whole layers, so many of them. `model.base_model.explain()` tells which were chosen and why.
     """
-    return SensiConfig(granularity="tensor", budget={"trainable": share}, score=score, **kwargs)
+    if layers is None:
+        share = 0.25 if share is None else share
+    budget = None if share is None else {"trainable": share}
+    return SensiConfig(granularity="tensor", budget=budget, tuned_layers=layers, score=score, **kwargs)
 
 
 def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:

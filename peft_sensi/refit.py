@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .anatomy import Group, linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .least_squares import GuardErrors, LeastSquares, Values
+from .linears import matrix
 from .plan import FROZEN, TRIMMED, Plan
 
 
@@ -88,14 +89,14 @@ class _Output:
 
     def __post_init__(self) -> None:
         kept = np.flatnonzero(self.plan.of(self.group) != TRIMMED)
-        weight = linear_of(self.model, self.group.output).weight
+        weight = matrix(linear_of(self.model, self.group.output))
         self.columns = torch.from_numpy(self.group.sides[-1].positions(kept)).to(weight.device)
 
     @property
     def original(self) -> Values:
         linear = linear_of(self.model, self.group.output)
         bias = None if linear.bias is None else linear.bias.detach().float()
-        return linear.weight.detach()[:, self.columns].float(), bias
+        return matrix(linear).detach()[:, self.columns].float(), bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.fitted or self.original

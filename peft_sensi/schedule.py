@@ -63,7 +63,7 @@ class Schedule:
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches = None
         if self.phase["phase"] == "cut":
-            if calibration is None and self.config.score in DATA_METHODS:
+            if calibration is None and self.config.score in DATA_METHODS and self.config.score != "movement":
                 raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
             if calibration is not None:
                 self.batches = materialise(calibration, self.config.calibration_steps)

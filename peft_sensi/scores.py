@@ -40,6 +40,7 @@ from .calibration import (
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
 from .gates import apply_gate, gate_gradients, hooked
+from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
 
@@ -102,6 +103,12 @@ class Scores:
             raise SensiLoadError(f"{path} has malformed metadata: {metadata}.")
         return cls(method=method, sequence_length=length, **parts)
 
+    def plot(self, path: str | os.PathLike, style: str = "light") -> None:
+        """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
+        from .charts import plot_scores  # the package works without matplotlib, and scores do not know pictures
+
+        plot_scores(self, path, style=style)
+
 
 _KINDS = ("values", "protected", "head")
 
@@ -114,6 +121,7 @@ def compute_scores(
     calibration_steps: int = 32,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
     seed: int = 0,
     targets: Iterable[str] = (),
@@ -128,6 +136,7 @@ def compute_scores(
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
         targets: Linears outside the known blocks whose rows are to be scored too.
 
     Raises:
@@ -149,6 +158,7 @@ def compute_scores(
             calibration_steps=calibration_steps,
             priming_steps=priming_steps,
             priming_lr=priming_lr,
+            priming_optimizer=priming_optimizer,
             loss_fn=loss_fn,
             seed=seed,
             progress=progress,
@@ -164,6 +174,7 @@ def score_units(
     calibration_steps: int,
     priming_steps: int,
     priming_lr: float,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None,
     seed: int,
     progress: bool,
@@ -185,7 +196,8 @@ def score_units(
     torch.manual_seed(seed)  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
-    priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
+    priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
+    priming |= {"loss_fn": loss_fn, "progress": progress}
     spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)
@@ -235,11 +247,9 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
         linear = linear_of(model, side.module)
         if id(linear.weight) not in originals:
             continue
-        change = linear.weight.detach().cpu().float() - originals[id(linear.weight)].float()
-        rows = slice(side.offset, side.offset + group.size * side.width)
-        change = change[rows] if side.dim == 0 else change[:, rows].t()
-        total += change.reshape(group.size, -1).abs().sum(1)
+        change = oriented(linear, linear.weight.detach().cpu().float() - originals[id(linear.weight)].float())
+        total += side.per_unit(change, group.size).abs().sum(1)
         if side.bias and side.dim == 0 and id(linear.bias) in originals:
             change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
-            total += change[rows].reshape(group.size, -1).abs().sum(1)
+            total += side.per_unit(change, group.size).abs().sum(1)
     return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from .functional import Positions
+from .linears import matrix
 from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
+
+
+# What training changes, in the order of `SensiLayer`'s docstring.
+PARTS = ("weight", "bias", "down", "up", "values", "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +73,7 @@ class Slice:
     def idle(self) -> bool:
         """The Linear needs no adapter layer at all."""
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
-        return self.natural and not parts
+        return self.natural and not parts and not self.gated
 
     @property
     def tuned_positions(self) -> torch.Tensor:
@@ -85,18 +90,20 @@ def first_parts(
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+    weight, bias = matrix(base).detach(), None if base.bias is None else base.bias.detach()
     if values is not None:
         bias = values[1] if values[1] is not None else bias
     parts = {}
     if piece.tuned_count:
         index = piece.tuned_positions.to(weight.device)
-        parts["weight"] = values[0] if values is not None else weight.index_select(piece.dim, index)
+        # Both are new tensors: no further copy.
+        parts["weight"] = (values[0] if values is not None else weight.index_select(piece.dim, index)).to(master)
     if bias is not None and piece.train_bias:
         parts["bias"] = bias.index_select(0, piece.kept.to(bias.device)) if piece.dim == 0 else bias
     elif bias is not None and piece.dim == 0 and piece.tuned_count:
         parts["bias"] = bias.index_select(0, piece.tuned_positions.to(bias.device))
-    parts = {name: tensor.to(master, copy=True) for name, tensor in parts.items()}
+    if "bias" in parts:
+        parts["bias"] = parts["bias"].to(master, copy=True)
     shape = piece.kept_shape(weight.shape)
     if piece.rank:
         parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
@@ -116,7 +123,10 @@ def first_parts(
     if piece.gated:
         parts["gate"] = torch.ones(piece.units, dtype=torch.uint8, device=weight.device)
     if piece.narrow is not None:
-        origins = {name: parts[name] if name in ("weight", "bias") else 0.0 for name in part_shapes(base, piece)}
+        origins = {
+            name: parts[name] if name in ("weight", "bias") else 0.0
+            for name in part_shapes(*matrix(base).shape, base.bias is not None, piece)
+        }
         return narrowed(parts, origins, piece)
     return parts
 
@@ -131,13 +141,13 @@ def narrowed(
     return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
 
 
-def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained parts that can be narrowed (a learned mask cannot)."""
-    shape = piece.kept_shape(torch.Size((base.out_features, base.in_features)))
+def part_shapes(out: int, features: int, has_bias: bool, piece: Slice) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, features]`."""
+    shape = piece.kept_shape(torch.Size((out, features)))
     shapes: dict[str, tuple[int, ...]] = {}
     if piece.tuned_count:
         shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
-    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
+    if has_bias and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
         shapes["bias"] = (shape[0] if piece.train_bias else piece.tuned_count,)
     if piece.rank:
         shapes["down"], shapes["up"] = (piece.rank, shape[1]), (shape[0], piece.rank)
@@ -149,7 +159,10 @@ def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape, trained = piece.kept_shape(base.weight.shape), part_shapes(base, piece)
+    shape, trained = (
+        piece.kept_shape(matrix(base).shape),
+        part_shapes(*matrix(base).shape, base.bias is not None, piece),
+    )
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.narrow is not None:
         codes, scales = sizes(trained, piece.dim, piece.narrow)
@@ -166,3 +179,39 @@ def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     if piece.gated:
         shapes["gate"] = ((piece.units,), torch.uint8)
     return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
+
+
+def kept_parts(
+    parts: Mapping[str, torch.Tensor | None], old: Slice, new: Slice, shape: torch.Size
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What remains of an adapter's tensors when units leave a Linear of this base shape.
+
+    Single values keep their number, because a file's shapes follow from the configuration: those that leave with a
+    unit are replaced by zeros at the first free positions.
+    """
+    now = torch.argsort(old.kept)[torch.searchsorted(old.kept.sort().values, new.kept)]  # where each kept unit was
+    dims = {"weight": new.dim, "bias": 0 if new.dim == 0 else None}
+    dims |= {"up": 0} if new.dim == 0 else {"down": 1}
+    for name in ("weight", "bias", "down", "up"):
+        if (value := parts[name]) is not None:
+            dim = dims.get(name)
+            yield name, value if dim is None else value.index_select(dim, now.to(value.device))
+    places, values = parts["places"], parts["values"]
+    if places is None or values is None:
+        return
+    columns = old.kept_shape(shape)[1]
+    position = [places.long() // columns, places.long() % columns]
+    here = torch.full((len(old.kept),), -1, device=places.device)
+    here[now.to(places.device)] = torch.arange(len(now), device=places.device)
+    position[new.dim] = here[position[new.dim]]
+    stays = position[new.dim] >= 0
+    room = new.kept_shape(shape)
+    count = min(len(places), room.numel())
+    flat = (position[0] * room[1] + position[1])[stays]
+    free = torch.ones(room.numel(), dtype=torch.bool, device=places.device)
+    free[flat] = False
+    flat = torch.cat([flat, free.nonzero()[: count - len(flat), 0]])
+    values = torch.cat([values[stays], values.new_zeros(count - int(stays.sum()))])
+    order = flat.argsort()
+    yield "places", flat[order].to(torch.int32)
+    yield "values", values[order]

@@ -63,9 +63,15 @@ def _sparse_part(weight: torch.Tensor, count: int, rank: int) -> torch.Tensor:
 
 def top_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """A mask (bool) that removes exactly `floor(sparsity * numel)` entries: those with the smallest scores."""
-    removed = int(sparsity * scores.numel() + 1e-9)
-    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[scores.detach().flatten().argsort(stable=True)[:removed]] = False
+    flat = scores.detach().flatten()
+    removed = int(sparsity * flat.numel() + 1e-9)
+    if removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    # A selection and not a sort: a mask that is learned is drawn in every step.
+    threshold = flat.kthvalue(removed).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero()[:, 0]
+    mask[ties[len(ties) - (flat.numel() - removed - int(mask.sum())) :]] = True  # the first of equals go
     return mask.view_as(scores)
 
 

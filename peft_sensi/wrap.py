@@ -10,14 +10,15 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy import Group
+from .anatomy import Group, not_linear
 from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
+from .linears import LINEARS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
-from .slices import Slice
+from .slices import PARTS, Slice, kept_parts
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ def wrap_linear(
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
     layer = model.get_submodule(name)
     if not isinstance(layer, SensiLinear):
-        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise TypeError(f"Target module {layer} is not supported: only `torch.nn.Linear` can be targeted.")
+        if type(layer) not in (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise not_linear(layer)
         layer = SensiLinear(layer, adapter_name)
         if group.output == name:
             layer.sensi_units = group.size
@@ -89,31 +90,36 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
 
 
 def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan) -> None:
-    """Removes the units that `plan` trims from an adapter that has tuned all of them, keeping what it has learned."""
+    """Removes the units that `plan` trims from an adapter that has trimmed none, keeping what it has learned."""
     root = root_of(model)
-    before = {
-        name: (
-            module.sensi_slices[adapter_name],
-            module.part("weight", adapter_name),
-            module.part("bias", adapter_name),
-        )
-        for name, module in root.named_modules()
-        if isinstance(module, SensiLayer) and adapter_name in module.sensi_slices
-    }
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
     config.plan, config.schedule = plan.to_dict(), None
     pieces = pieces_of(root, config, plan)
-    for name, (old, weight, bias) in before.items():
-        piece, group = pieces[name]
-        requires_grad = weight is not None and weight.requires_grad
+    for name in set(layers) - set(pieces):
+        layers[name].delete_adapter(adapter_name)  # it had nothing but a gate, which stayed open
+    for name, (piece, group) in pieces.items():
+        old, parts = None, {}
+        if name in layers:
+            old = layers[name].sensi_slices[adapter_name]
+            parts = {part: layers[name].part(part, adapter_name) for part in PARTS}
         layer = wrap_linear(root, name, adapter_name, piece, group, config)
-        if weight is None:
+        if old is None:
             continue
-        places = torch.argsort(old.kept)[piece.kept].to(weight.device)  # where each kept unit was
         with torch.no_grad():
-            layer.sensi_weight[adapter_name].copy_(weight.index_select(piece.dim, places))
-            if bias is not None:
-                layer.sensi_bias[adapter_name].copy_(bias.index_select(0, places) if piece.dim == 0 else bias)
-        layer.set_requires_grad(adapter_name, requires_grad)
+            for part, value in kept_parts(parts, old, piece, torch.Size((layer.out_features, layer.in_features))):
+                layer.part(part, adapter_name).copy_(value)
+        if parts["weight"] is not None:
+            layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
+
+
+def drop_originals(model: nn.Module, adapter_name: str) -> None:
+    """Frees the base's own copies of the modules that an adapter trains and saves whole."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            for module in wrapper.original_module.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:

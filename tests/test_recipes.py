@@ -16,7 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_sensi import Schedule, SensiCallback, SensiConfig, SensiError, recipes
+from peft_sensi import BudgetError, Plan, Schedule, Scores, SensiCallback, SensiConfig, SensiError, recipes
+from peft_sensi.layer import SensiLayer
+from peft_sensi.plan import TRIMMED
 
 
 DATA = {"task_type": "SEQ_CLS", "calibration": tiny_batches(4), "priming_steps": 2, "calibration_steps": 3}
@@ -36,8 +38,9 @@ CONFIGS = {
     "dsee_magnitude": lambda: recipes.dsee(4, 16, support="magnitude", **PLAIN),
     "dsee_random": lambda: recipes.dsee(4, 16, support="random", **PLAIN),
     "dsee_unstructured": lambda: recipes.dsee(4, 16, mask="unstructured", sparsity=0.3, **PLAIN),
-    "dsee_structured": lambda: recipes.dsee(4, 16, mask="structured", sparsity=0.3, **DATA),
+    "dsee_structured": lambda: recipes.dsee(4, 16, mask="structured", sparsity=0.3, **PLAIN),
     "l0_close": lambda: recipes.l0_close(0.2, **DATA),
+    "l0_close_layers": lambda: recipes.l0_close(layers=1, **DATA),
     "binary_mask": lambda: recipes.binary_mask(0.1, **PLAIN),
     "trim_and_tune": lambda: SensiConfig(budget={"flops": 0.6, "trainable": 0.08}, **DATA),
     "trim_and_low_rank": lambda: SensiConfig(budget=0.6, update="low_rank", rank=2, **DATA),
@@ -95,7 +98,8 @@ def test_contract(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["learners", "dsee_unstructured", "binary_mask", "far", "mask_and_tune", "sensi_bert_cuts"]
+    "name",
+    ["learners", "dsee_unstructured", "dsee_structured", "binary_mask", "far", "mask_and_tune", "sensi_bert_cuts"],
 )
 @pytest.mark.parametrize("saved_after", [1, 2, 4])
 def test_trainer_resumes_to_the_same_model(name, saved_after, tmp_path):
@@ -173,7 +177,8 @@ def test_cuts_close_units_step_by_step_and_end_at_the_budget(limit):
         before = {n: p.clone() for n, p in model.named_parameters() if ".sensi_gate." in n}
         schedule.step(optimizer)
         after = {n: p for n, p in model.named_parameters() if ".sensi_gate." in n}
-        assert all(bool((after[n] <= before[n]).all()) for n in after), "a closed unit was opened again"
+        if step != schedule.switches[-1]:
+            assert all(bool((after[n] <= before[n]).all()) for n in after), "a closed unit was opened again"
         closed.append(sum(int((gate == 0).sum()) for gate in after.values()))
         model(**tiny_batches(1, seed=step)[0]).loss.backward()
         optimizer.step()
@@ -185,10 +190,60 @@ def test_cuts_close_units_step_by_step_and_end_at_the_budget(limit):
     schedule.finish()
     torch.testing.assert_close(logits(model), masked, atol=1e-5, rtol=0)
     plan = model.base_model.plan()
-    assert 0.3 < getattr(plan, f"{limit}_share") <= 0.4
+    assert_filled(plan, 0.4, limit, multiple_of=4)
     head = sum(p.numel() for p in tiny_model().classifier.parameters())
     assert trained(model) == plan.trainable_params + head
     assert model.peft_config["default"].schedule is None
+
+
+def assert_filled(plan: Plan, share: float, limit: str, multiple_of: int) -> None:
+    """The limit holds, and no further step of any group would fit."""
+    anatomy, length = plan.anatomy, plan.sequence_length
+    kept = plan.kept_params if limit == "params" else plan.kept_flops
+    whole = anatomy.prunable_params if limit == "params" else 2 * anatomy.prunable_macs(length)
+    assert kept <= share * whole
+    for group in anatomy.trimmable:
+        units = int((plan.of(group) != TRIMMED).sum())
+        step = min(group.size - units, 1 if group.kind == "head" else multiple_of - units % multiple_of)
+        cost = group.unit_params if limit == "params" else 2 * group.unit_macs(length)
+        assert step == 0 or kept + step * cost > share * whole, group.name
+
+
+def test_structured_dsee_removes_the_heads_that_the_update_leaves_alone():
+    model = get_peft_model(tiny_model(), CONFIGS["dsee_structured"]())
+    query = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
+    anatomy = model.base_model.plan().anatomy
+    heads = anatomy.by_name["bert.encoder.layer.0.heads"]
+    width = heads.sides[0].width
+    for layer in (m for m in model.modules() if isinstance(m, SensiLayer) and m.part("up", "default") is not None):
+        torch.nn.init.ones_(layer.part("up", "default"))
+    with torch.no_grad():
+        query.part("up", "default")[:width] = 0  # the first head's query stays, and so does its value:
+        value = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.value")
+        value.part("up", "default")[:width] = 0
+    schedule = Schedule(model, 2)
+    schedule.step(done_steps=1)
+    schedule.finish()
+    plan = model.base_model.plan()
+    assert plan.of(plan.anatomy.by_name[heads.name])[0] == TRIMMED
+    assert_filled(plan, 0.7, "flops", multiple_of=8)
+    merged = model.merge_and_unload()
+    assert merged.bert.encoder.layer[0].attention.self.query.weight.shape[0] < heads.size * width
+
+
+def test_tuned_layers_are_the_ones_with_the_best_scores():
+    model = get_peft_model(tiny_model(), recipes.l0_close(layers=1, **PLAIN, scores=layer_scores(best=1)))
+    tuned = {n for n, p in model.named_parameters() if p.requires_grad and ".sensi_weight" in n}
+    assert tuned and all(".layer.1." in name for name in tuned)
+    report = model.base_model.explain().splitlines()
+    assert "layer.1." in report[2] and report[2].split()[-1] != "0"
+    with pytest.raises(BudgetError, match="layers"):
+        get_peft_model(tiny_model(), recipes.l0_close(layers=99, **PLAIN, scores=layer_scores(best=1)))
+
+
+def layer_scores(best: int) -> Scores:
+    names = [n for n, m in tiny_model().named_modules() if isinstance(m, nn.Linear) and ".layer." in n]
+    return Scores({n: torch.tensor([2.0 if f".layer.{best}." in n else 1.0]) for n in names}, "random")
 
 
 def test_gradient_cuts_need_data():
@@ -264,6 +319,9 @@ def test_compressed_mask_takes_one_bit_a_weight(tmp_path):
         {"schedule": {"phase": "cut", "start": 0.5, "end": 0.1, "cuts": 4}, "budget": 0.5},
         {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 0}, "budget": 0.5},
         {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}, "budget": 0.5, "score": "mask"},
+        {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}, "budget": 0.5, "sparsity": 0.2},
+        {"tuned_layers": 0},
+        {"tuned_layers": 1, "update": "low_rank", "rank": 2},
         {"compressed": "bits"},
         {"also_train": ["output_biases"], "budget": {"trainable": 0.1}},
     ],

@@ -1,0 +1,145 @@
+"""One run of a method on a task, and many of them: resumable, one JSON file a run."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import torch
+from accelerate import Accelerator
+from methods import Method, Run, is_sensi
+from tasks import BATCH_SIZE, Data, Task, load_task
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
+from transformers.utils import logging
+
+from peft_sensi import Schedule
+
+from common import METRICS, flops, folder_bytes, parameters, write_json
+
+
+def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -> dict[str, Any]:
+    """Trains with bf16 autocast, AdamW and a linear schedule; the metric on dev and on the held-out training rows."""
+    task = data.task
+    logging.set_verbosity_error()  # a fresh head is no news here
+    logging.disable_progress_bar()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    set_seed(seed)
+    base = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=task.classes)
+    whole = parameters(base)
+    steps = task.epochs * (len(data.train) // BATCH_SIZE)
+    start = time.perf_counter()
+    with accelerator.autocast():
+        model = method.build(base, Run(data.calibration(), steps, task.epochs, seed))
+    wrap_seconds = time.perf_counter() - start
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    trained_values = sum(p.numel() for p in weights)
+    optimizer = torch.optim.AdamW(weights, lr=rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    phases = None
+    if is_sensi(model) and model.peft_config["default"].schedule is not None:
+        phases = Schedule(model, steps, steps // task.epochs, calibration=data.calibration())
+    set_seed(seed)
+    model.train()
+    start = time.perf_counter()
+    for epoch in range(task.epochs):
+        for batch in data.training_batches(seed + epoch):
+            if phases is not None:
+                phases.step(optimizer)
+            with accelerator.autocast():
+                loss = model(**batch).loss
+            accelerator.backward(loss)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    if phases is not None:
+        phases.finish()
+    train_seconds = time.perf_counter() - start
+    figures = {
+        "rate": rate,
+        "steps": steps,
+        "wrap_seconds": wrap_seconds,
+        "step_seconds": train_seconds / steps,
+        "trained_values": trained_values,
+        "dev": score(model, data, "dev"),
+        "held_out": score(model, data, "held_out"),
+        "bytes": stored_bytes(model),
+    }
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    length = 32
+    base = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=task.classes)
+    return figures | {
+        "params_share": parameters(merged) / whole,
+        "flops_share": flops(merged, length) / flops(base, length),
+        "zeros_share": zeros_share(merged),
+    }
+
+
+@torch.no_grad()
+def score(model: nn.Module, data: Data, split: str) -> float:
+    model.eval()
+    metric = evaluate.load(str(METRICS / "classification.py"))
+    predicted, labels = [], []
+    for batch in data.batches(split):
+        labels += batch["labels"].tolist()
+        with torch.autocast(model.device.type, torch.bfloat16):
+            predicted += model(**batch).logits.argmax(-1).tolist()
+    return metric.compute(predictions=predicted, references=labels)[data.task.metric]
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """What has to be shipped: the adapter, or what was trained where there is none."""
+    if not hasattr(model, "peft_config"):
+        return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if is_sensi(model) and model.peft_config["default"].update == "mask":
+        model.base_model.compress("bits")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return folder_bytes(folder)
+
+
+def zeros_share(model: nn.Module) -> float:
+    """Zeros among the weights of the transformer's Linears."""
+    weights = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def run_all(
+    tasks: Iterable[Task],
+    methods: Mapping[str, Method],
+    seeds: Iterable[int],
+    model_name: str,
+    data_folder: Path,
+    results: Path,
+    rates: Iterable[float] = (),
+) -> None:
+    """Runs what has no result yet. `rates` replaces the methods' own."""
+    wanted = [
+        (task, seed, name, rate)
+        for seed in seeds
+        for task in tasks
+        for name in methods
+        for rate in (rates or (methods[name].rate,))
+    ]
+    loaded: tuple[tuple[str, int], Data] | None = None
+    for task, seed, name, rate in (bar := tqdm(wanted)):
+        path = results / task.name / f"{slug(name)}-{rate:g}-{seed}.json"
+        bar.set_description(f"{task.name} {name} {rate:g} seed {seed}")
+        if path.exists():
+            continue
+        if loaded is None or loaded[0] != (task.name, seed):
+            loaded = ((task.name, seed), load_task(task, data_folder, model_name, seed))
+        figures = train(loaded[1], methods[name], model_name, rate, seed)
+        write_json(path, {"task": task.name, "method": name, "seed": seed, "metric": task.metric} | figures)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")

@@ -1,0 +1,162 @@
+"""What is compared: each row of a table is a name and a function from a base model to what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import nn
+
+from peft_sensi import SensiConfig, recipes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method may know about the training that follows."""
+
+    calibration: Any
+    steps: int
+    epochs: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """`rate` is the AdamW rate, `control` the row that shows what the method's choice is worth."""
+
+    build: Callable[[nn.Module, Run], nn.Module]
+    rate: float
+    control: str = ""
+
+
+def full(base: nn.Module, run: Run) -> nn.Module:
+    return base
+
+
+def head_only(base: nn.Module, run: Run) -> nn.Module:
+    return _freeze(base, lambda name: False)
+
+
+def bitfit(base: nn.Module, run: Run) -> nn.Module:
+    """All biases (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+    return _freeze(base, lambda name: name.endswith("bias"))
+
+
+def lora(base: nn.Module, run: Run, rank: int = 8) -> nn.Module:
+    names = sorted({name.rpartition(".")[2] for name in linears(base)})
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=names,
+        exclude_modules=["classifier"],
+    )
+    return get_peft_model(base, config)
+
+
+def layer_norm(base: nn.Module, run: Run) -> nn.Module:
+    return _freeze(base, lambda name: "LayerNorm" in name)
+
+
+def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """LoRA on all Linears at the rank that comes closest to a share of the base's values from below."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+        return lora(base, run, rank=max(1, int(share * base.base_model.num_parameters() / per_rank)))
+
+    return build
+
+
+def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+        rank = max(1, int(share * base.base_model.num_parameters() / per_rank))
+        names = sorted({name.rpartition(".")[2] for name in linears(base)})
+        config = ShiraConfig(task_type="SEQ_CLS", r=rank, target_modules=names, exclude_modules=["classifier"])
+        return get_peft_model(base, config)
+
+    return build
+
+
+def linears(base: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of the transformer's blocks."""
+    modules = base.base_model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and "pooler" not in name}
+
+
+def sensi(
+    make: Callable[..., SensiConfig], data: bool = True, **options: Any
+) -> Callable[[nn.Module, Run], nn.Module]:
+    """A row of ours: `make` is a recipe or `SensiConfig`; options that are functions are given the run."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        given = {name: value(run) if callable(value) else value for name, value in options.items()}
+        if data:
+            given["calibration"] = run.calibration
+        return get_peft_model(base, make(**given, task_type="SEQ_CLS", seed=run.seed))
+
+    return build
+
+
+def _freeze(base: nn.Module, trained: Callable[[str], bool]) -> nn.Module:
+    """Leaves the head and what `trained` says trainable."""
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad = not name.startswith(base.base_model_prefix + ".") or trained(name)
+    return base
+
+
+SYSTEMS: dict[str, Method] = {
+    "full fine-tuning": Method(full, 1.5e-4),
+    "head only": Method(head_only, 1e-3),
+    "BitFit": Method(bitfit, 1e-3, "head only"),
+    "LoRA r=8, all Linears": Method(lora, 1e-3, "head only"),
+    "SensiConfig(0.5)": Method(sensi(SensiConfig, budget=0.5), 1.5e-4, "random units 0.5"),
+    "sensi_bert(0.5)": Method(sensi(recipes.sensi_bert, budget=0.5), 1.5e-4, "random units 0.5"),
+    "sensi_bert(0.5), in cuts": Method(
+        sensi(recipes.sensi_bert, data=False, budget=0.5, trim="in cuts"), 1.5e-4, "random units 0.5"
+    ),
+    "random units 0.5": Method(sensi(SensiConfig, budget=0.5, score="random"), 1.5e-4),
+    "far(0.1)": Method(sensi(recipes.far, retention=0.1, training_steps=lambda run: run.steps), 1.5e-4, "far, random"),
+    "far, random": Method(sensi(recipes.far, retention=0.1, score="random"), 1.5e-4),
+    "learners(64)": Method(
+        sensi(recipes.learners, data=False, priming_epochs=lambda run: run.epochs / 2), 3e-4, "learners, no priming"
+    ),
+    "learners, no priming": Method(sensi(recipes.learners, data=False, priming_epochs=0), 3e-4),
+    "dsee(16, 128)": Method(sensi(recipes.dsee, data=False), 1e-3, "dsee, random support"),
+    "dsee, random support": Method(sensi(recipes.dsee, data=False, support="random"), 1e-3),
+    "dsee, half the weights": Method(sensi(recipes.dsee, data=False, mask="unstructured", sparsity=0.5), 1e-3),
+    "l0_close(0.1)": Method(sensi(recipes.l0_close, share=0.1), 1.5e-4, "l0_close, random"),
+    "l0_close, random": Method(sensi(recipes.l0_close, share=0.1, score="random"), 1.5e-4),
+    "binary_mask(0.1)": Method(sensi(recipes.binary_mask, data=False), 3e-3, "head only"),
+}
+
+
+# Trimming: the share of the heads' and neurons' parameters that stays is the row's budget.
+TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
+    "random": lambda budget: sensi(SensiConfig, budget=budget, score="random", refit=False),
+    "magnitude": lambda budget: sensi(SensiConfig, budget=budget, score="magnitude", refit=False),
+    "random, refitted": lambda budget: sensi(SensiConfig, budget=budget, score="random"),
+    "learned masks (EarlyBERT)": lambda budget: sensi(SensiConfig, budget=budget, score="mask", refit=False),
+    "Fisher, not primed (Kwon)": lambda budget: sensi(SensiConfig, budget=budget, priming_steps=0),
+    "ours": lambda budget: sensi(SensiConfig, budget=budget),
+}
+
+# Tuning: the share of the base's values that is trained is the row's budget.
+TUNING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
+    "BitFit": lambda budget: bitfit,
+    "LayerNorm": lambda budget: layer_norm,
+    "LoRA": lambda budget: lora_of(budget),
+    "SHiRA": lambda budget: shira_of(budget),
+    "random units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, score="random"),
+    "ours": lambda budget: sensi(SensiConfig, budget={"trainable": budget}),
+    "ours, half the FLOPs": lambda budget: sensi(SensiConfig, budget={"trainable": budget, "flops": 0.5}),
+}
+
+
+def is_sensi(model: nn.Module) -> bool:
+    return type(getattr(model, "base_model", None)).__name__ == "SensiModel"

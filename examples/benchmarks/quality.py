@@ -1,0 +1,73 @@
+"""Accuracy at every budget: ours beside what a user could do instead, everybody with the same rates to choose from.
+
+    python examples/benchmarks/quality.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
+    python examples/benchmarks/quality.py table
+    python examples/benchmarks/quality.py plot accuracy.png
+
+The rate of a row is the one with the best score on held-out training rows (seed 0); the other seeds run at that rate
+only. Runs that have a result are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grid import run_all
+from methods import TRIMMING, TUNING, Method, full
+from tables import best_rates, budgets_series, quality_table, read_results
+from tasks import TASKS
+
+from peft_sensi.charts import plot_budgets
+
+
+RESULTS = Path(__file__).resolve().parent / "results" / "quality"
+RATES = [5e-5, 1.5e-4, 3e-4]
+KINDS = {"trim": (TRIMMING, [0.5, 0.25, 0.1]), "tune": (TUNING, [0.1, 0.01, 0.001])}
+
+
+def rows(kind: str, names: list[str] | None, budgets: list[float] | None) -> dict[str, Method]:
+    """`<kind> <budget> <method>`, with full fine-tuning first."""
+    makers, usual = KINDS[kind]
+    methods = {"full": Method(full, RATES[0])}
+    for budget in budgets or usual:
+        for name, make in makers.items():
+            if names is None or name in names:
+                methods[f"{kind} {budget:g} {name}"] = Method(make(budget), RATES[0])
+    return methods
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run, table, plot = (commands.add_parser(name) for name in ("run", "table", "plot"))
+    run.add_argument("--model", required=True)
+    run.add_argument("--data", type=Path, required=True)
+    run.add_argument("--kind", choices=KINDS, default="trim")
+    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--methods", nargs="+")
+    run.add_argument("--budgets", nargs="+", type=float)
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from with seed 0")
+    plot.add_argument("picture", type=Path)
+    for command in (run, table, plot):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "run":
+        methods = rows(options.kind, options.methods, options.budgets)
+        for name in options.tasks:
+            common = (options.model, options.data, options.results)
+            run_all([TASKS[name]], methods, [0], *common, rates=options.rates)
+            chosen = best_rates(read_results(options.results), name, methods)
+            for row, rate in chosen.items():
+                seeds = [seed for seed in options.seeds if seed]
+                run_all([TASKS[name]], {row: methods[row]}, seeds, *common, rates=[rate])
+    results = read_results(options.results)
+    if options.command == "plot":
+        plot_budgets(budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning")
+    else:
+        print(quality_table(results))
+
+
+if __name__ == "__main__":
+    main()

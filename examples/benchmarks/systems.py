@@ -1,0 +1,44 @@
+"""The five systems and their controls on real tasks: a JSON file a run, then a Markdown table.
+
+    python examples/benchmarks/systems.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
+    python examples/benchmarks/systems.py table
+
+Runs that have a result are not repeated. The data folder holds `<task>/train.tsv` and `dev.tsv` (TREC: `test.tsv`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grid import run_all
+from methods import SYSTEMS
+from tables import read_results, systems_table
+from tasks import TASKS
+
+
+RESULTS = Path(__file__).resolve().parent / "results" / "systems"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--model", required=True)
+    run.add_argument("--data", type=Path, required=True)
+    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--methods", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each method's own")
+    for command in (run, commands.add_parser("table")):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "run":
+        tasks = [TASKS[name] for name in options.tasks]
+        methods = {name: SYSTEMS[name] for name in options.methods}
+        run_all(tasks, methods, options.seeds, options.model, options.data, options.results, options.rates)
+    print(systems_table(read_results(options.results), SYSTEMS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Results as Markdown tables: means over seeds with their standard errors, and where a row loses to its control."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from methods import Method
+from tasks import TASKS
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error over seeds (NaN for a single one)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+
+
+def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:
+    by_method: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    latest: dict[str, dict[str, Any]] = {}
+    for result in results:
+        by_method[result["method"]][result["task"]].append(result["dev"])
+        latest[result["method"]] = result
+    tasks = [name for name in TASKS if any(name in scores for scores in by_method.values())]
+    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "note"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for name, method in methods.items():
+        if name not in latest:
+            continue
+        scores, figures = by_method[name], latest[name]
+        control = by_method.get(method.control, {})
+        worse = [
+            task
+            for task in tasks
+            if scores.get(task)
+            and control.get(task)
+            and statistics.fmean(scores[task]) < statistics.fmean(control[task])
+        ]
+        note = f"below {method.control} on {', '.join(worse)}" if worse else ""
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    name,
+                    *(cell(scores.get(task, [])) for task in tasks),
+                    f"{figures['trained_values']:,}",
+                    f"{figures['params_share']:.0%}",
+                    f"{figures['flops_share']:.0%}",
+                    f"{figures['zeros_share']:.0%}",
+                    f"{figures['bytes']:,}",
+                    note,
+                ]
+            )
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def best_rates(results: list[dict[str, Any]], task: str, methods: Mapping[str, Any]) -> dict[str, float]:
+    """For each method the rate with the best score on the held-out training rows, seed 0."""
+    best: dict[str, dict[str, Any]] = {}
+    for result in results:
+        name = result["method"]
+        if result["task"] == task and result["seed"] == 0 and name in methods:
+            if name not in best or result["held_out"] > best[name]["held_out"]:
+                best[name] = result
+    return {name: result["rate"] for name, result in best.items()}
+
+
+def at_best_rates(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every method and task only the runs at the rate that was chosen."""
+    rates = {task: best_rates(results, task, {r["method"]: None for r in results}) for task in TASKS}
+    return [r for r in results if rates[r["task"]].get(r["method"]) == r["rate"]]
+
+
+def retentions(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to each run `retention = (metric - m0) / (full - m0)`, with `m0` of the constant predictor (see `Task`)."""
+    chosen = at_best_rates(results)
+    full = {
+        task: statistics.fmean(scores)
+        for task in TASKS
+        if (scores := [r["dev"] for r in chosen if r["task"] == task and r["method"] == "full"])
+    }
+    constant = {task: TASKS[task].constant for task in full}
+    return [
+        r | {"retention": (r["dev"] - constant[r["task"]]) / (full[r["task"]] - constant[r["task"]])}
+        for r in chosen
+        if r["task"] in full
+    ]
+
+
+def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records for `peft_sensi.charts.plot_budgets`: retention of each trimming run over its budget."""
+    records = []
+    for run in retentions(results):
+        kind, _, rest = run["method"].partition(" ")
+        budget, _, name = rest.partition(" ")
+        if kind == "trim":
+            records.append({"budget": float(budget), "method": name, "retention": run["retention"]})
+    return records
+
+
+def quality_table(results: list[dict[str, Any]]) -> str:
+    """Metric by task, and the mean retention over tasks (error: over tasks and seeds)."""
+    runs = retentions(results)
+    tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
+    names = sorted({run["method"] for run in runs}, key=_by_kind_and_budget)
+    header = ["method", *tasks, "retention", "rates", "runs"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for name in names:
+        mine = [run for run in runs if run["method"] == name]
+        scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
+        rates = sorted({f"{run['rate']:g}" for run in mine})
+        kept = cell([run["retention"] for run in mine])
+        lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {', '.join(rates)} | {len(mine)} |")
+    return "\n".join(lines)
+
+
+def _by_kind_and_budget(name: str) -> tuple[str, float, str]:
+    kind, _, rest = name.partition(" ")
+    budget, _, method = rest.partition(" ")
+    return (kind, -float(budget), method) if method else ("", 0.0, name)

@@ -1,0 +1,98 @@
+"""The classification tasks of the benchmarks: which files, which columns, which metric, how long to train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import read_table, sample, tokenize
+
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """`rows` bounds the training rows, 0 takes all. `constant` is the dev metric of always the most frequent class."""
+
+    name: str
+    classes: int
+    epochs: int
+    constant: float
+    metric: str = "accuracy"
+    pair: bool = False
+    rows: int = 0
+    dev: str = "dev.tsv"
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("trec6", classes=6, epochs=4, constant=0.276, dev="test.tsv"),
+        Task("sst2", classes=2, epochs=1, constant=0.509, rows=16_000),
+        Task("cola", classes=2, epochs=3, constant=0.0, metric="matthews_correlation"),
+        Task("rte", classes=2, epochs=4, constant=0.527, pair=True),
+    )
+}
+
+
+@dataclass
+class Data:
+    """A task's tokenised rows. `held_out` are training rows that nobody trains on: rates are chosen there."""
+
+    task: Task
+    train: Dataset
+    held_out: Dataset
+    dev: Dataset
+    collator: Any
+    seed: int
+
+    def training_batches(self, seed: int) -> DataLoader:
+        """Batches of similar length: little is wasted on padding."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = [len(ids) for ids in self.train["input_ids"]]
+        sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths, generator=generator)
+        return DataLoader(self.train, BATCH_SIZE, sampler=sampler, collate_fn=self.collator, drop_last=True)
+
+    def calibration(self) -> DataLoader:
+        """Of the training rows, in an order of their own."""
+        return self.training_batches(self.seed + 1000)
+
+    def batches(self, split: str) -> Iterator[dict[str, torch.Tensor]]:
+        rows = getattr(self, split)
+        order = sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
+        return iter(DataLoader(rows.select(order), 2 * BATCH_SIZE, collate_fn=self.collator))
+
+
+def load_task(task: Task, folder: Path, model: str, seed: int, held_out: int = 500) -> Data:
+    """Reads `folder/<task>/train.tsv` and the dev file. `seed` chooses the rows, the same for every method."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = {name: read_table(folder / task.name / file) for name, file in (("train", "train.tsv"), ("dev", task.dev))}
+    names = sorted(set(rows["train"]["label"]))
+    if len(names) != task.classes:
+        raise ValueError(f"{folder / task.name}: expected {task.classes} classes, found {len(names)}")
+    # The held-out rows are the same for every seed.
+    split = rows["train"].train_test_split(test_size=held_out, seed=0)
+    chosen = {
+        "train": sample(split["train"], task.rows or None, seed),
+        "held_out": split["test"],
+        "dev": rows["dev"],
+    }
+    columns = ("sentence1", "sentence2") if task.pair else ("sentence", None)
+    encoded = {
+        name: tokenize(rows, tokenizer, *columns, [names.index(label) for label in rows["label"]], max_length=128)
+        for name, rows in chosen.items()
+    }
+    return Data(task, **encoded, collator=DataCollatorWithPadding(tokenizer), seed=seed)

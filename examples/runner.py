@@ -1,0 +1,348 @@
+"""What all example scripts do once their data is read: wrap, train, evaluate, save, reload, report.
+
+A script brings its `Task` (a base model, two sets of rows, a metric); everything here is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_sensi import SensiConfig, SensiError
+from peft_sensi.anatomy import task_head
+
+from common import (
+    TRAINING_DEFAULTS,
+    DataError,
+    batches,
+    flops,
+    hold_out,
+    parameters,
+    plan_figures,
+    sample,
+    trained_model,
+    write_json,
+)
+
+
+CHECKED_ROWS = 128  # how many validation rows the reloaded model is compared on
+
+
+@dataclass
+class MethodOptions:
+    model: str = field(metadata={"help": "A model id on the Hub, or a folder"})
+    method: Literal["sensi", "full", "lora"] = "sensi"
+    budget: float | None = field(
+        default=None, metadata={"help": "Share of the heads' and neurons' parameters to keep; 0.5 if no limit is set"}
+    )
+    params: float | None = field(default=None, metadata={"help": "The same as --budget, together with other limits"})
+    flops: float | None = field(default=None, metadata={"help": "Share of the heads' and neurons' FLOPs to keep"})
+    trainable: float | None = field(
+        default=None, metadata={"help": "Share of the base model's parameters to tune; the rest is frozen"}
+    )
+    score: str = field(default="fisher", metadata={"help": "fisher, taylor, mask, movement, magnitude or random"})
+    lora_rank: int = 8
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Of the base model; full fine-tuning in 16 bits loses small steps"}
+    )
+
+
+@dataclass
+class FileOptions:
+    train_file: str | None = None
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Without it a part of the training file is held out"}
+    )
+    validation_share: float = field(default=0.1, metadata={"help": "How much of it, when there is no validation file"})
+    max_train_rows: int | None = None
+    max_validation_rows: int | None = None
+
+
+@dataclass
+class Task:
+    """What is particular to one script.
+
+    The two sets hold model inputs only: `model(**collator(rows))` returns a loss. `load_base` gives the same weights
+    on every call, but for those of a fresh head. `unit_of_cost` is what FLOPs are counted for: a number of tokens, or
+    inputs of the model.
+    """
+
+    task_type: str | None
+    load_base: Callable[[], PreTrainedModel]
+    train_set: Dataset
+    validation_set: Dataset
+    collator: Callable
+    metrics: Callable[[EvalPrediction], dict[str, float]]
+    unit_of_cost: int | Mapping[str, torch.Tensor]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    # Makes small tensors of a batch's logits before they are collected: (logits, labels) -> what `metrics` gets.
+    reduce_logits: Callable[[Any, torch.Tensor], Any] | None = None
+    details: dict[str, Any] = field(default_factory=dict)  # for metrics.json
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """What a user can mend (a path, a file, a budget) ends the script with one line and exit status 1."""
+    try:
+        yield
+    except (OSError, UnicodeError, json.JSONDecodeError, DataError, SensiError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def parse(
+    description: str,
+    data_options: type,
+    method_options: type = MethodOptions,
+    defaults: Mapping[str, Any] | None = None,
+    arguments: list[str] | None = None,
+) -> tuple[Any, Any, TrainingArguments]:
+    """The three groups of options; `arguments` replaces the command line. Contradictions are refused at once."""
+    parser = HfArgumentParser((method_options, data_options, TrainingArguments), description=description)
+    parser.set_defaults(**{**TRAINING_DEFAULTS, **(defaults or {})})
+    method, data, training = parser.parse_args_into_dataclasses(arguments)
+    budget_of(method)
+    set_seed(training.seed)
+    return method, data, training
+
+
+def budget_of(options: MethodOptions) -> float | dict[str, float] | None:
+    """The budget for SensiConfig; None lets it choose its default."""
+    limits = {name: getattr(options, name) for name in ("params", "flops", "trainable")}
+    limits = {name: share_or_count(value) for name, value in limits.items() if value is not None}
+    if options.budget is not None and "params" in limits:
+        raise DataError("--budget and --params are the same limit: give one of them")
+    if options.budget is not None:
+        limits = {"params": share_or_count(options.budget)} | limits
+    if limits and options.method != "sensi":
+        raise DataError(f"--method {options.method} has no budget: leave out {', '.join(limits)}")
+    return limits or None
+
+
+def share_or_count(value: float) -> float | int:
+    """A budget tells shares from counts by their type, which an option on the command line doesn't have."""
+    return int(value) if value > 1 and value.is_integer() else value
+
+
+def split_files(
+    data: FileOptions, read: Callable[[str], Dataset], seed: int, group: str | None = None
+) -> tuple[Dataset, Dataset]:
+    """Training and validation rows of the files; what is held out comes in whole values of the column `group`."""
+    if data.train_file is None:
+        raise DataError("give a --train_file")
+    train = read(data.train_file)
+    if data.validation_file is not None:
+        validation = read(data.validation_file)
+    else:
+        train, validation = hold_out(train, data.validation_share, seed, group)
+    return sample(train, data.max_train_rows, seed), sample(validation, data.max_validation_rows, seed)
+
+
+def pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained`, with an error that names the option."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--model {name}: {error}") from error
+
+
+def typical_length(rows: Dataset) -> int:
+    """Median number of tokens: FLOPs are compared at this length, whatever the method."""
+    return int(statistics.median(len(ids) for ids in rows["input_ids"]))
+
+
+class StepTimer(TrainerCallback):
+    """Wall-clock seconds of each optimizer step, from the first batch's start to the weights' update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.start = self.now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(self.now() - self.start)
+
+    @staticmethod
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class OrderedTrainer(Trainer):
+    """Evaluates rows in their order, as a metric that looks up texts by row needs. Trainer's sampling by length also
+    changes the order of evaluation."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        before, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = before
+
+
+def run(task: Task, options: MethodOptions, training: TrainingArguments) -> dict[str, Any]:
+    """Trains and evaluates; leaves the adapter (or the whole model) and `metrics.json` in the output folder."""
+    folder, limits = Path(training.output_dir), budget_of(options)
+    start = time.perf_counter()
+    base = task.load_base().to(training.device)
+    costs = {"parameters": parameters(base), "flops": flops(base, task.unit_of_cost)}
+    model = wrapped(base, task, options, training)
+    prepared = time.perf_counter() - start
+
+    timer = StepTimer()
+    trainer = OrderedTrainer(
+        model,
+        training,
+        train_dataset=task.train_set,
+        eval_dataset=task.validation_set,
+        data_collator=task.collator,
+        processing_class=task.tokenizer,
+        compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduce_logits,
+        callbacks=[timer],
+    )
+    outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    scores = trainer.evaluate()
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return {}
+
+    trained = trained_model(trainer)
+    trained_values = parameters(trained, trainable_only=True)
+    plan = plan_figures(trained) if options.method == "sensi" else None
+    reloaded, differences = check_reloaded(trained, task, training)
+    metrics = {
+        "model": options.model,
+        "method": options.method,
+        "budget": limits if options.method == "sensi" else None,
+        "rows": {"train": len(task.train_set), "validation": len(task.validation_set)},
+        **task.details,
+        "validation": {name.removeprefix("eval_"): value for name, value in scores.items()},
+        "train": outcome.metrics,
+        "seconds_before_training": prepared,
+        "seconds_per_step": statistics.median(timer.seconds) if timer.seconds else None,
+        "base": costs,
+        "parameters": parameters(reloaded),
+        "flops": flops(reloaded, task.unit_of_cost),
+        "trained_values": trained_values,
+        "plan": plan,
+        "weight_bytes": weight_bytes(folder, "model" if options.method == "full" else "adapter_model"),
+        "differences": differences,
+        "command": sys.argv,
+    }
+    write_json(folder / "metrics.json", metrics)
+    print(report(metrics, task.unit_of_cost, folder))
+    return metrics
+
+
+def wrapped(base: PreTrainedModel, task: Task, options: MethodOptions, training: TrainingArguments) -> nn.Module:
+    """The base model as the chosen method trains it."""
+    if options.method == "sensi":
+        calibration = batches(task.train_set, task.collator, training.per_device_train_batch_size, training.seed)
+        config = SensiConfig(
+            budget=budget_of(options),
+            score=options.score,
+            calibration=calibration,
+            task_type=task.task_type,
+            seed=training.seed,
+        )
+        model = get_peft_model(base, config)
+        print(model.base_model.plan().summary())
+        return model
+    if options.method == "lora":
+        config = LoraConfig(
+            task_type=task.task_type,
+            r=options.lora_rank,
+            lora_alpha=2 * options.lora_rank,
+            target_modules="all-linear" if task.task_type is None else None,
+            modules_to_save=task_head(base) or None,
+        )
+        return get_peft_model(base, config)
+    return base
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, loader: Iterable[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """All logits of all batches, one tensor each (question answering has two a batch)."""
+    model.eval()
+    device = next(model.parameters()).device
+    found = []
+    for batch in loader:
+        output = model(**{name: value.to(device) for name, value in batch.items()})
+        found += [value.cpu() for name, value in output.items() if name.endswith("logits")]
+    return found
+
+
+def check_reloaded(
+    trained: nn.Module, task: Task, training: TrainingArguments
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The plain model that one deploys, from the files; and how far its logits, and those before merging, are off."""
+    rows = task.validation_set.select(range(min(CHECKED_ROWS, len(task.validation_set))))
+    loader = batches(rows, task.collator, training.per_device_eval_batch_size)
+    expected = outputs(trained, loader)
+
+    def difference(model: nn.Module) -> float:
+        found = outputs(model.to(training.device), loader)
+        return max((a.float() - b.float()).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+    set_seed(training.seed + 1)  # a fresh head is another one than in training: all that counts comes from the files
+    if not isinstance(trained, PeftModel):
+        reloaded = type(trained).from_pretrained(training.output_dir, dtype=trained.dtype)
+        return reloaded, {"reloaded": difference(reloaded)}
+    reloaded = PeftModel.from_pretrained(task.load_base(), training.output_dir)
+    differences = {"reloaded": difference(reloaded)}
+    merged = reloaded.merge_and_unload()
+    return merged, differences | {"merged": difference(merged)}
+
+
+def weight_bytes(folder: Path, stem: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(f"{stem}*.safetensors"))
+
+
+def report(metrics: Mapping[str, Any], unit_of_cost: int | Mapping[str, torch.Tensor], folder: Path) -> str:
+    """The same lines for every task and method."""
+    base = metrics["base"]
+    unit = f"one sequence of {unit_of_cost} tokens" if isinstance(unit_of_cost, int) else "one input"
+    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    scores = {n: v for n, v in metrics["validation"].items() if isinstance(v, int | float) and n not in speed}
+    step = metrics["seconds_per_step"]
+    differences = metrics["differences"]
+    lines = {
+        "validation": ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+        "parameters": f"{metrics['parameters']:,} ({metrics['parameters'] / base['parameters']:.1%} of the base)",
+        "FLOPs": f"{metrics['flops']:,} ({metrics['flops'] / base['flops']:.1%}) for {unit}",
+        "trained values": f"{metrics['trained_values']:,}",
+        "file": f"{metrics['weight_bytes']:,} bytes in {folder}",
+        "preparation": f"{metrics['seconds_before_training']:.1f} s",
+        "training step": "none was made" if step is None else f"{step * 1e3:.0f} ms (median)",
+        "reloaded": "logits equal"
+        if differences["reloaded"] == 0
+        else f"LOGITS DIFFER by {differences['reloaded']:.1e}",
+    }
+    if "merged" in differences:
+        lines["merged"] = f"logits within {differences['merged']:.1e}"
+    return "\n".join(f"{name + ':':<16}{value}" for name, value in lines.items())

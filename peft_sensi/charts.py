@@ -1,0 +1,225 @@
+"""Pictures of scores and of benchmarks. They need matplotlib (`pip install 'peft-sensi[plots]'`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .canvas import block_ticks, count_ticks, look_of, new_figure, save_figure, style_axes
+from .errors import SensiError
+from .scores import Scores
+
+
+MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 1)))
+
+
+def plot_scores(scores: Scores, path: str | os.PathLike, style: str = "light") -> None:
+    """The scores of all units on a logarithmic scale: a line a block, each block's units from best to worst.
+
+    Units outside blocks (rows of single Linears) are left out when there are blocks. Raises `SensiError`.
+    """
+    look = look_of(style)
+    values = {name: np.sort(t.double().numpy())[::-1] for name, t in scores.values.items() if t.numel()}
+    if not values:
+        raise SensiError("There are no scores to draw.")
+    parts = {
+        kind: [n for n in values if n.endswith(f".{kind}") or n.endswith(f"_{kind}")] for kind in ("heads", "neurons")
+    }
+    parts = {kind: names for kind, names in parts.items() if names} or {"units": list(values)}
+    lines = max(len(names) for names in parts.values())
+    height = max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
+    figure = new_figure(height + 1.4, look)
+    size = figure.get_figheight()
+    grid = figure.add_gridspec(
+        1,
+        len(parts),
+        left=0.08,
+        right=0.972,
+        top=1 - 0.6 / size,
+        bottom=0.8 / size,
+        wspace=0.16,
+        width_ratios=[1.0 if kind == "heads" and len(parts) > 1 else 1.7 for kind in parts],
+    )
+    for i, (kind, names) in enumerate(parts.items()):
+        axes = figure.add_subplot(grid[i])
+        _draw_heat(figure, axes, [(name, values[name]) for name in names], kind, scores, look)
+        if i == 0:
+            axes.set_ylabel("block", color=look["soft"])
+    figure.text(
+        0.08,
+        1 - 0.16 / size,
+        f"Sensitivity of every unit, score = {scores.method}",
+        color=look["ink"],
+        weight="bold",
+        va="top",
+        size=9,
+    )
+    save_figure(figure, path)
+
+
+def plot_budgets(
+    results: str | os.PathLike | Iterable[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    x: str = "budget",
+    y: str = "accuracy",
+    method: str = "method",
+    reference: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    style: str = "light",
+) -> None:
+    """Accuracy over budget: a line a method, through the means over runs, with the range of the runs.
+
+    Args:
+        results: Records (one run each) or a JSON file with a list of them. A name with dots, such as
+            `validation.accuracy`, looks into nested records. Records without `x` are drawn as horizontal lines, which
+            is how full fine-tuning comes in.
+        x, y, method: Names of the fields.
+        reference: The method that the others are compared with, drawn first and in neutral ink.
+
+    Raises:
+        SensiError: No record has the fields, or matplotlib is missing.
+    """
+    look = look_of(style)
+    groups = _grouped(results, x, y, method)
+    if reference is not None and reference not in groups:
+        raise SensiError(f"There is no method {reference!r} in the results; there are {', '.join(groups)}.")
+    figure = new_figure(3.6, look)
+    axes = figure.add_axes((0.095, 0.135, 0.66, 0.755))
+    style_axes(axes, look)
+    axes.grid(axis="y", color=look["line"], linewidth=0.5)
+    axes.set_axisbelow(True)
+    points = [point for runs in groups.values() for point in runs if point is not None]
+    handles: list[tuple[float, Any]] = []
+    names = sorted(groups, key=lambda name: name != reference)
+    colours = iter(look["methods"] * (1 + len(names) // 6))
+    for index, name in enumerate(names):
+        colour = look["ink"] if name == reference else next(colours)
+        dash = DASHES[index % len(DASHES)]
+        for place in sorted(groups[name], key=lambda p: (p is None, p)):
+            runs = groups[name][place]
+            if place is None:
+                line = axes.axhline(float(np.mean(runs)), color=colour, linestyle=dash, linewidth=1.2, label=name)
+                handles.append((float(np.mean(runs)), line))
+            elif len(runs) > 1:
+                axes.plot([place, place], [min(runs), max(runs)], color=colour, linewidth=1.0, alpha=0.7)
+        places = sorted(p for p in groups[name] if p is not None)
+        if places:
+            means = [float(np.mean(groups[name][p])) for p in places]
+            (line,) = axes.plot(
+                places,
+                means,
+                color=colour,
+                linestyle=dash,
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5,
+                linewidth=1.4,
+                label=name,
+            )
+            handles.append((float(np.mean(means)), line))
+    axes.set_xlabel(xlabel or x, color=look["ink"])
+    axes.set_ylabel(ylabel or y, color=look["ink"])
+    if points and max(points) <= 1:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value >= 0.095 else f"{value:.3g}")
+    # In the order of the lines, best on top: the eye need not go back and forth.
+    handles.sort(key=lambda pair: -pair[0])
+    axes.legend(
+        handles=[line for _, line in handles],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=7.5,
+        labelcolor=look["ink"],
+        handlelength=3.4,
+        labelspacing=0.9,
+    )
+    figure.text(
+        0.095, 0.975, title or f"{ylabel or y} over {xlabel or x}", color=look["ink"], weight="bold", va="top", size=9
+    )
+    save_figure(figure, path)
+
+
+def _draw_heat(
+    figure: Any, axes: Any, rows: list[tuple[str, np.ndarray]], kind: str, scores: Scores, look: Mapping[str, Any]
+) -> None:
+    from matplotlib.colors import LogNorm
+
+    columns = min(200, max(len(values) for _, values in rows))
+    image = np.full((len(rows), columns), np.nan)
+    widest = max(len(values) for _, values in rows)
+    for line, (_, values) in enumerate(rows):
+        for column, part in enumerate(np.array_split(np.arange(widest), columns)):
+            inside = part[part < len(values)]
+            if len(inside):
+                image[line, column] = values[inside].mean()
+    positive = image[image > 0]
+    low, high = (np.quantile(positive, 0.003), positive.max()) if len(positive) else (0.5, 1.0)
+    norm = LogNorm(low, high if high > low else low * 1.0001, clip=True)
+    drawn = axes.imshow(
+        np.maximum(image, low),
+        aspect="auto",
+        cmap=look["map"],
+        norm=norm,
+        interpolation="nearest",
+        extent=(0, widest, len(rows) - 0.5, -0.5),
+    )
+    spiked = [line for line, (name, _) in enumerate(rows) if name in scores.protected and scores.protected[name].any()]
+    for line in spiked:
+        axes.annotate(
+            "▸",
+            (0, line),
+            xytext=(-1, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            size=7,
+            color=look["ink"],
+            annotation_clip=False,
+        )
+    style_axes(axes, look)
+    names = [name for name, _ in rows]
+    block_ticks(axes, names, [name.rpartition(".")[0] for name in names])
+    if spiked:
+        axes.tick_params(axis="y", pad=7)
+    count_ticks(axes, widest)
+    axes.set_title(f"{kind}, each block's best on the left", loc="left", color=look["ink"], size=8, pad=4)
+    inch = 1 / (axes.get_position().height * figure.get_figheight())
+    bar = figure.colorbar(drawn, cax=axes.inset_axes((0, -0.42 * inch, 1, 0.09 * inch)), orientation="horizontal")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, colors=look["soft"], length=2)
+    bar.ax.minorticks_off()
+    note = "score; ▸ has a spike, kept whatever its score" if spiked else "score"
+    bar.ax.set_xlabel(note, color=look["soft"], size=7.5, labelpad=2)
+
+
+def _grouped(results: Any, x: str, y: str, method: str) -> dict[str, dict[float | None, list[float]]]:
+    """Values of `y` by method and place on the x axis, in the order of the records."""
+    if isinstance(results, (str, os.PathLike)):
+        try:
+            results = json.loads(Path(results).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SensiError(f"{results} is not JSON: {error}.") from None
+    if isinstance(results, Mapping):
+        results = [results]
+    groups: dict[str, dict[float | None, list[float]]] = {}
+    for record in results:
+        value, place, name = (_field(record, key) for key in (y, x, method))
+        if isinstance(value, (int, float)) and name is not None:
+            number = float(place) if isinstance(place, (int, float)) else None
+            groups.setdefault(str(name), {}).setdefault(number, []).append(float(value))
+    if not groups:
+        raise SensiError(f"No record has both {method!r} and a number called {y!r}.")
+    return groups
+
+
+def _field(record: Any, name: str) -> Any:
+    for part in name.split("."):
+        record = record.get(part) if isinstance(record, Mapping) else None
+    return record

@@ -1,0 +1,37 @@
+"""One view of every kind of linear map: weight `[out, in]`, bias `[out]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+# What can be targeted: `torch.nn.Linear`, and GPT-2's `Conv1D`, a Linear whose weight is stored as `[in, out]`.
+LINEARS = (nn.Linear, Conv1D)
+
+
+def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A view of `linear`'s own `weight` as `[out, in]`, or the other way round: the function is its own inverse."""
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def matrix(linear: Any) -> torch.Tensor:
+    """The weight as `[out, in]`, sharing its storage."""
+    return oriented(linear, linear.weight)
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """Number of outputs and of inputs."""
+    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+
+
+def tell_features(linear: Any) -> None:
+    """Sets the module's own numbers of outputs and inputs to those of its weight."""
+    out, into = matrix(linear).shape
+    if isinstance(linear, Conv1D):
+        linear.nf, linear.nx = out, into
+    else:
+        linear.out_features, linear.in_features = out, into
