@@ -75,6 +75,7 @@ def decide(
             calibration_steps=given.calibration_steps,
             priming_steps=given.priming_steps,
             priming_lr=given.priming_lr,
+            priming_optimizer=given.priming_optimizer,
             loss_fn=given.loss_fn,
             seed=given.seed,
             progress=processes.rank() == 0,

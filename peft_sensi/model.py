@@ -47,7 +47,7 @@ from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
 from .widths import note_widths
-from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
+from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_linear
 
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ class SensiModel(BaseTuner):
                     pieces = {} if decision is None else pieces_of(model, config, decision.plan)
                 if (path := file_to_check(given)) is not None:
                     check_slices(path, model, pieces)
+                # Each layer takes its refitted values out, so that they are never there twice.
                 self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
                 # The plan decides which modules are replaced, so a state dict has nothing to add.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
@@ -138,11 +139,15 @@ class SensiModel(BaseTuner):
         finally:
             self._sensi_injecting = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        dropped = False
         for module in model.modules():
             if isinstance(module, SensiLayer):
                 module.sensi_companions = companions
                 if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
+                    dropped = True
+        if dropped:
+            drop_originals(model, adapter_name)
 
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
     # later.
@@ -264,7 +269,7 @@ class SensiModel(BaseTuner):
         pieces, refitted = self._sensi_injecting
         piece, group = pieces[current_key]
         layer = wrap_linear(
-            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key)
+            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.pop(current_key, None)
         )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)

@@ -143,6 +143,7 @@ def compute_scores(
     calibration_steps: int = 32,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
     seed: int = 0,
     targets: Iterable[str] = (),
@@ -158,6 +159,7 @@ def compute_scores(
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
         targets: Linears outside the known blocks whose rows are to be scored too.
 
     Raises:
@@ -180,6 +182,7 @@ def compute_scores(
             calibration_steps=calibration_steps,
             priming_steps=priming_steps,
             priming_lr=priming_lr,
+            priming_optimizer=priming_optimizer,
             loss_fn=loss_fn,
             seed=seed,
             progress=progress,
@@ -195,6 +198,7 @@ def score_units(
     calibration_steps: int,
     priming_steps: int,
     priming_lr: float,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None,
     seed: int,
     progress: bool,
@@ -216,7 +220,8 @@ def score_units(
     torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
-    priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
+    priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
+    priming |= {"loss_fn": loss_fn, "progress": progress}
     spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)

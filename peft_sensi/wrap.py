@@ -122,6 +122,16 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
             layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
 
 
+def drop_originals(model: nn.Module, adapter_name: str) -> None:
+    """Frees the base's own copies of the modules that an adapter trains and saves whole."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            for module in wrapper.original_module.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
+
+
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
     """Starts the adapter's copy of the task head from what priming taught it; the base's own head stays as it is."""
     with torch.no_grad():
