@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from . import processes
-from .anatomy import Anatomy, Group, base_of, build_anatomy, task_head
+from .anatomy import Anatomy, Group, base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import (
     PLAN_KEY,
@@ -43,6 +43,7 @@ from .linears import is_plain
 from .narrow import KINDS
 from .pieces import also_saved, anatomy_of, name_targets, pieces_of, refuse_tied, targets_of
 from .plan import Plan
+from .quantised import check_quantised, is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
@@ -198,6 +199,8 @@ class SensiModel(BaseTuner):
         targets = name_targets(model, config)
         refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
+        linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
+        check_quantised(linears, config.update, config.sparsity, config.keep_base)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:
             if config.fingerprint is not None:
@@ -287,6 +290,7 @@ class SensiModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
+        self._check_codes()
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def disable_adapter_layers(self) -> None:
@@ -299,6 +303,7 @@ class SensiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
+            self._check_codes()  # before anything is replaced
             self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
         else:
             self._check_base("unload the adapter")
@@ -326,6 +331,10 @@ class SensiModel(BaseTuner):
         if len(adapter_names) > 1:
             for layer in self._layers():
                 layer.check_combination(adapter_names)
+
+    def _check_codes(self) -> None:
+        if any(is_quantised(layer.get_base_layer()) for layer in self._layers()):
+            raise not_mergeable()
 
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):
