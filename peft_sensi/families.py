@@ -61,6 +61,7 @@ _DEBERTA_V2 = replace(
     k="attention.self.key_proj",
     v="attention.self.value_proj",
     relative="attention.self",
+    min_heads=1,  # its shapes cannot be inferred from nothing
 )
 _MPNET = replace(
     _BERT,
@@ -82,19 +83,27 @@ _MOBILEBERT = (
 )
 
 
-def _t5() -> tuple[BlockLayout, ...]:
+def _t5(config: Any) -> tuple[BlockLayout, ...]:
     """The layers of one stack share a position bias with one column a head, so heads stay; FFNs may be gated."""
     layouts = []
     for stack, ffn in (("encoder", 1), ("decoder", 2)):
-        heads = {"head_size": "layer.0.SelfAttention.key_value_proj_dim", "fixed_heads": True}
-        own, other = "layer.0.SelfAttention", "layer.1.EncDecAttention"
-        layer, dense = f"{stack}.block.*", f"layer.{ffn}.DenseReluDense"
-        layouts.append(BlockLayout(layer, f"{own}.q", f"{own}.k", f"{own}.v", f"{own}.o", **heads))
+        own, other, dense = "layer.0.SelfAttention", "layer.1.EncDecAttention", f"layer.{ffn}.DenseReluDense"
+        layer = BlockLayout(
+            layer=f"{stack}.block.*",
+            q=f"{own}.q",
+            k=f"{own}.k",
+            v=f"{own}.v",
+            o=f"{own}.o",
+            up=f"{dense}.{'wi_1' if config.is_gated_act else 'wi'}",
+            gate=f"{dense}.wi_0" if config.is_gated_act else "",
+            down=f"{dense}.wo",
+            head_size=f"{own}.key_value_proj_dim",
+            fixed_heads=True,
+        )
+        layouts.append(layer)
         if stack == "decoder":
-            cross = BlockLayout(layer, f"{other}.q", f"{other}.k", f"{other}.v", f"{other}.o", cross=True, **heads)
-            layouts.append(cross)
-        layouts.append(BlockLayout(layer, up=f"{dense}.wi", down=f"{dense}.wo"))
-        layouts.append(BlockLayout(layer, up=f"{dense}.wi_1", gate=f"{dense}.wi_0", down=f"{dense}.wo"))
+            projections = {part: f"{other}.{part}" for part in "qkvo"}
+            layouts.append(replace(layer, **projections, up="", gate="", down="", cross=True))
     return tuple(layouts)
 
 
@@ -159,7 +168,7 @@ FAMILIES: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout,
     "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
     "mobilebert": _MOBILEBERT,
     "mpnet": (_MPNET,),
-    "mt5": _t5(),
+    "mt5": _t5,
     "pegasus": _bart(norm_first=True),
     "plbart": _bart(),
     "rembert": (_BERT,),
@@ -167,8 +176,8 @@ FAMILIES: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout,
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
     "roformer": (_BERT,),
     "splinter": (_BERT,),
-    "t5": _t5(),
-    "umt5": _t5(),
+    "t5": _t5,
+    "umt5": _t5,
     "vit": (_VIT,),
     "xlm-roberta": (_BERT,),
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
