@@ -69,9 +69,9 @@ class Side:
 class Group:
     """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts.
 
-    At least `least` units must stay for the model to run; `fixed` units can't be trimmed at all, nor change places:
-    something outside counts on them. The layer runs `repeats` times in one pass. `relative_rows` is the number of
-    relative positions with which an attention multiplies each token (see `positions`).
+    The units of a `fixed` group can be tuned but not trimmed, nor change places: something outside counts on them. A
+    layer runs `repeats` times in one pass, and at least `least` units must stay for it to run. `relative_rows` is the
+    number of relative positions with which an attention of disentangled positions multiplies each token.
     """
 
     name: str
@@ -171,9 +171,9 @@ def build_anatomy(
     layouts = tuple(blocks) if blocks is not None else layouts_of(getattr(model, "config", None))
     modules = dict(model.named_modules())
     cached = _layers_that_measure_caches(model)
-    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached)]
+    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached, blocks is None)]
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
-        # The cross-attention of a decoder alone never runs.
+        # A decoder alone has cross-attention, which never runs.
         groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
     if blocks is not None and not groups:
         raise AnatomyError(
@@ -274,26 +274,35 @@ def _layers_that_measure_caches(model: nn.Module) -> frozenset[int]:
     return frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
 
 
-def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int]) -> Iterable[Group]:
-    pattern = re.compile(r"(?:^|.*\.)" + r"(\d+)".join(re.escape(part) for part in layout.layer.split("*")) + "$")
+def _block_groups(
+    modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int], lenient: bool
+) -> Iterable[Group]:
+    """With `lenient`, sublayers that are not there are left out: a family may have alternatives."""
+    path = r"(\d+)".join(re.escape(part) for part in layout.layer.split("*"))
+    pattern = re.compile(rf"(?:^|.*\.){path}$")
     for name, layer in modules.items():
+        match = pattern.match(name)
         # Adapters on the model are wrapped modules inside the layer; the layer itself never is one.
-        if (match := pattern.match(name)) and is_base_parameter(name):
-            if layout.o:
-                indices = match.groups()
-                measures = layout.cached and bool(indices) and int(indices[-1]) in cached
-                heads = _heads(modules, name, layer, layout, measures)
-                yield replace(heads, repeats=_runs(layer, match.groups(), layout))
-            if layout.down:
-                yield replace(_neurons(modules, name, layout), repeats=_runs(layer, match.groups(), layout))
+        if match and is_base_parameter(name):
+            index = int(match[1]) if match.lastindex else 0
+            repeats = _runs(layer, index, layout)
+            if layout.o and not (lenient and _lacks(modules, name, layout.q, layout.k, layout.v, layout.o)):
+                measures_cache = layout.cached and index in cached
+                yield replace(_heads(modules, name, layer, layout, measures_cache), repeats=repeats)
+            if layout.down and not (lenient and _lacks(modules, name, layout.up, layout.gate, layout.down)):
+                yield replace(_neurons(modules, name, layout), repeats=repeats)
 
 
-def _runs(layer: nn.Module, indices: tuple[str, ...], layout: BlockLayout) -> int:
-    """How often a layer runs in one pass; the first index is its number among those that share the runs (ALBERT)."""
+def _lacks(modules: dict[str, nn.Module], layer: str, *names: str) -> bool:
+    return any(name and f"{layer}.{name}" not in modules for name in names)
+
+
+def _runs(layer: nn.Module, index: int, layout: BlockLayout) -> int:
+    """How often a layer runs in one pass; `index` is its number among those that share the runs (ALBERT)."""
     if isinstance(layout.repeats, int):
         return layout.repeats
     runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
-    return sum(int(run / (runs / layers)) == int(indices[0]) for run in range(runs))
+    return sum(int(run / (runs / layers)) == index for run in range(runs))
 
 
 def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
@@ -339,7 +348,8 @@ def _heads(
     attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
     attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
     attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
-    least = max(layout.min_heads, int(measures_cache), _LEAST.get(type(o), 0))
+    # The shapes of relative positions cannot be inferred from nothing.
+    least = max(layout.min_heads, measures_cache, bool(layout.relative), _LEAST.get(type(o), 0))
     return Group(
         name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
         kind="head",
@@ -351,7 +361,7 @@ def _heads(
         attributes=tuple(attributes),
         attention_width=queries * head_size,
         least=min(least, units),
-        fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, head_size),
+        fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, sides, head_size),
         relative_rows=relative.rows * relative.products,
     )
 
@@ -400,21 +410,19 @@ def _norm(modules: dict[str, nn.Module], layer: str, name: str) -> str:
     return path if name else ""
 
 
-def _depends_on_all_heads(modules: dict[str, nn.Module], name: str, layout: BlockLayout, head_size: int) -> bool:
+def _depends_on_all_heads(
+    modules: dict[str, nn.Module], name: str, layout: BlockLayout, sides: list[Side], head_size: int
+) -> bool:
     """Whether the attention has parameters of its own that are not the same for all heads, so that none can leave."""
     parent = layout.v.rpartition(".")[0]
     if not parent:
         return False
-    described = [layout.q, layout.k, layout.v, layout.o, layout.attention_norm]
-    if layout.relative:
-        own = relative_positions(modules[f"{name}.{layout.relative}"]).projections
-        described += [f"{layout.relative}.{projection}" for projection in own]
-    known = tuple(f"{part.removeprefix(parent + '.')}." for part in described if part)
-    for path, parameter in modules[f"{name}.{parent}"].named_parameters():
+    known = tuple(f"{path}." for path in (*(side.module for side in sides), f"{name}.{layout.attention_norm}"))
+    for path, parameter in modules[f"{name}.{parent}"].named_parameters(f"{name}.{parent}"):
         if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
             warnings.warn(
-                f"{name}.{parent} has a parameter {path!r} of shape {tuple(parameter.shape)} that its block layout "
-                f"does not describe: its heads can be tuned, but not trimmed.",
+                f"{path} of shape {tuple(parameter.shape)} belongs to an attention whose block layout does not "
+                f"describe it: the heads can be tuned, but not trimmed.",
                 stacklevel=2,
             )
             return True

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import processes
 from .errors import CalibrationError
 
 
@@ -79,14 +80,16 @@ def examples_in(batch: Mapping[str, Any]) -> int:
 
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
-    """Mean padded length of token batches, rounded; `None` for inputs that are not tokens."""
+    """Mean padded length of the token batches of all processes, rounded; `None` for inputs that are not tokens."""
     lengths = [
         batch[key].shape[1]
         for batch in batches
         for key in ("input_ids", "inputs_embeds", "decoder_input_ids")
         if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
     ]
-    return round(sum(lengths) / len(lengths)) if lengths else None
+    pooled = processes.meet("measuring lengths", (sum(lengths), len(lengths)))
+    total, number = (sum(values) for values in zip(*pooled, strict=True))
+    return round(total / number) if number else None
 
 
 def image_tokens(model: nn.Module) -> int | None:

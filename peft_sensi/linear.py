@@ -40,12 +40,17 @@ class SensiLinear(nn.Module, SensiLayer):
         return self._forward_one(x, active[0], dtype)
 
     def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if self.sensi_unchecked:
+            self.check_loaded(name)
         piece = self.sensi_slices[name]
         if piece.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
             bias = self.base_layer.bias if bias is None else bias
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        sharded = any(type(p) is not nn.Parameter for p in (self.base_layer.weight, *self._own_parameters(name)))
+        # FSDP2 puts whole parameters in place for the forward pass, and only the module still tells.
+        sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
+            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self._own_parameters(name))
+        )
         if piece.narrow is not None and not sharded and not torch.compiler.is_compiling():
             return F.linear(x, *self._decoded(name, dtype))
         parts = self._parts(name, piece)

@@ -150,14 +150,12 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
 def _bar(row: Row, ascii_only: bool, width: int) -> Text:
     """A state that occurs gets at least one character, and a state that is all gets all."""
     text = _text()
-    counts = {state: row.count(state) for state in GLYPHS}
-    cells = {state: max(count * width / max(1, row.size), 1.0 if count else 0.0) for state, count in counts.items()}
-    whole = {state: int(cell) for state, cell in cells.items()}
+    exact = {state: row.count(state) * width / max(1, row.size) for state in GLYPHS}
+    whole = {state: max(int(cells), int(cells > 0)) for state, cells in exact.items()}
     while sum(whole.values()) > width:
-        whole[max(whole, key=lambda state: whole[state] - cells[state] + whole[state] / 1e3)] -= 1
-    for state in sorted(cells, key=lambda state: whole[state] - cells[state]):
-        if counts[state] and sum(whole.values()) < width:
-            whole[state] += 1
+        whole[max(whole, key=lambda state: whole[state])] -= 1
+    while 0 < sum(whole.values()) < width:
+        whole[max(whole, key=lambda state: exact[state] - whole[state])] += 1
     for state, (glyph, colour) in GLYPHS.items():
         text.append((ASCII[state] if ascii_only else glyph) * whole[state], colour)
     return text

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import processes
 from .anatomy import Anatomy, Group, unit_weights
 from .calibration import device_of, to_device, token_mask
 
@@ -75,4 +76,6 @@ class SpikeFinder:
                 handle.remove()
 
     def found(self) -> dict[str, torch.Tensor]:
+        """Which units are spikes for a token of any process."""
+        processes.maximum(list(self.share.values()), "looking for spikes")
         return {name: share > SPIKE_SHARE for name, share in self.share.items()}

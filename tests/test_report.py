@@ -13,12 +13,12 @@ from rich.console import Console
 from tiny import tiny_model
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.blocks import human, rows_of, short_names
+from peft_sensi.blocks import Row, human, rows_of, short_names
 from peft_sensi.canvas import STYLES
 from peft_sensi.charts import plot_budgets, plot_scores
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED, unpack_states
 from peft_sensi.plots import plot_plan
-from peft_sensi.report import facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
+from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,17 @@ def test_figures_are_json_and_add_up(plan):
     for group in figures["groups"]:
         assert group["tuned"] + group["frozen"] + group["trimmed"] == group["size"]
     assert figures["groups"] == group_counts(plan.to_dict())
+
+
+@pytest.mark.parametrize("counts", [(4, 36, 1496), (1, 1, 1), (1536, 0, 0), (0, 1, 1535), (500, 500, 536), (0, 0, 3)])
+@pytest.mark.parametrize("width", [3, 10, 16])
+def test_a_bar_leaves_nothing_out(counts, width):
+    states = np.repeat(np.array([TUNED, FROZEN, TRIMMED], dtype=np.uint8), counts)
+    bar = _bar(Row("n", "n", "neuron", states), True, width).plain
+    assert len(bar) == width
+    for glyph, count in zip("#=.", counts, strict=True):
+        cells = bar.count(glyph)
+        assert (cells > 0) == (count > 0) and (width < 10 or abs(cells - count * width / sum(counts)) <= 2)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
