@@ -9,8 +9,8 @@ lone Linear: on its output). The loss's derivative with respect to the gate of e
 - Movement (FAR, arXiv 2205.01541): the L1 norm of (primed - initial) over the unit's weights.
 - Magnitude: the squared L2 norm of the unit's weights.
 
-A plan divides scores by costs, so a score must add up over what a unit consists of. These do not, and are multiplied by
-the unit's parameters first, so that heads and neurons are compared by the numbers themselves:
+A plan divides scores by costs, so a score must add up over what a unit consists of. These do not, and are multiplied
+by the unit's parameters first, so that heads and neurons are compared by the numbers themselves:
 
 - Mask (EarlyBERT, arXiv 2101.00063): `|gate|` of gates trained along with the weights during priming, under an L1
   penalty.
@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import processes
+from . import processes, replicas
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
 from .calibration import (
     LossFn,
@@ -151,7 +151,7 @@ def compute_scores(
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     anatomy = build_anatomy(model, targets, blocks)
-    with processes.together("scoring"), processes.weights_of_0(model), preserved(model):
+    with processes.together("scoring"), replicas.weights_of_0(model), preserved(model):
         # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
