@@ -21,7 +21,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from . import processes
+from . import processes, replicas
 from .anatomy import Anatomy, Group, base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import (
@@ -111,14 +111,14 @@ class SensiModel(BaseTuner):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
             )
-        processes.check_not_partitioned(model)
+        replicas.check_not_partitioned(model)
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         # A finished plan needs nobody else: one process may load an adapter while others do something different.
         joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
         try:
-            with joint, processes.weights_of_0(model, keep=True):
+            with joint, replicas.weights_of_0(model, keep=True):
                 with errors_of_file(given):
                     decision = self._prepare(model, adapter_name, given, config)
                     pieces = {} if decision is None else pieces_of(model, config, decision.plan)
@@ -132,8 +132,10 @@ class SensiModel(BaseTuner):
                     check_saved_modules(path, model, adapter_name)
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
-                    processes.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
-                processes.take_weights_of_0(model)  # some parts of an adapter start from random values
+                    replicas.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
+                if not low_cpu_mem_usage:
+                    replicas.make_room_for_adapter(model)
+                replicas.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
