@@ -225,7 +225,7 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
 
 def _number_of_labels(adapter: SavedAdapter, config: PretrainedConfig) -> int | None:
     """Read off the saved head: where a head for a strange number of labels has that number, ours has its own."""
-    strange, before = 7919, config.num_labels
+    strange, before = 7919, int(config.num_labels or 0)
     if getattr(adapter.config.task_type, "value", adapter.config.task_type) not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     try:

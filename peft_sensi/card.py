@@ -139,7 +139,7 @@ def save_card(card: ModelCard, path: Path) -> None:
     """Keeps what somebody else wrote into an older card: its metadata, and the text around our section."""
     if path.is_file():
         try:
-            old = ModelCard.load(path)
+            old: Any = ModelCard.load(path)
         except (ValueError, OSError):  # not a card
             old = None
         if old is not None:

@@ -9,8 +9,8 @@ lone Linear: on its output). The loss's derivative with respect to the gate of e
 - Movement (FAR, arXiv 2205.01541): the L1 norm of (primed - initial) over the unit's weights.
 - Magnitude: the squared L2 norm of the unit's weights.
 
-A plan divides scores by costs, so a score must add up over what a unit consists of. These do not, and are multiplied by
-the unit's parameters first, so that heads and neurons are compared by the numbers themselves:
+A plan divides scores by costs, so a score must add up over what a unit consists of. These do not, and are multiplied
+by the unit's parameters first, so that heads and neurons are compared by the numbers themselves:
 
 - Mask (EarlyBERT, arXiv 2101.00063): `|gate|` of gates trained along with the weights during priming, under an L1
   penalty.

@@ -173,6 +173,14 @@ def test_merge_gives_a_model_that_loads(adapter, work):
     assert model.config.id2label == {0: "bad", 1: "good"} and (work / "merged" / "tokenizer.json").exists()
 
 
+def test_export_writes_a_checked_file(adapter, work):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("peft_sensi.export")
+    found = json.loads(call("export", adapter, work / "out" / "model.onnx", "--json"))
+    assert (work / "out" / "model.onnx").stat().st_size > 0 and found["file"]["difference"] < 1e-4
+    assert found["opset"] == 17 and "input_ids" in found["inputs"]
+
+
 def test_the_number_of_labels_is_read_off_the_head(work):
     (work / "three.jsonl").write_text(
         "\n".join(json.dumps({"text": w, "label": f"c{i % 3}"}) for i, w in enumerate(WORDS * 3))
