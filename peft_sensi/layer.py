@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .checkpoint import check_content
 from .errors import SensiError
 from .functional import Positions, compose, take
 from .linears import features, matrix, oriented, tell_features
@@ -50,7 +51,10 @@ class SensiLayer(BaseTunerLayer):
         # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_tell_companions`.
         self.sensi_companions: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0
+        self.sensi_in_block = True
         self.sensi_base_dropped = False
+        # Adapters that will be loaded from a file and have not been looked at since: see `check_loaded`.
+        self.sensi_unchecked: set[str] = set()
         # Trained parts that a phase of training has frozen, by adapter.
         self.sensi_frozen: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -80,7 +84,8 @@ class SensiLayer(BaseTunerLayer):
         self._sensi_fused.clear()
         self.sensi_slices[adapter_name] = piece
         base = self.get_base_layer()
-        start = empty_parts(base, piece) if _new_parameters_are_empty() else first_parts(base, piece, values)
+        empty = base.weight.is_meta or _new_parameters_are_empty()
+        start = empty_parts(base, piece) if empty else first_parts(base, piece, values)
         for name, tensor in start.items():
             trained = f"sensi_{name}" in self.adapter_layer_names
             if trained and not init_weights and not tensor.is_meta:
@@ -108,6 +113,7 @@ class SensiLayer(BaseTunerLayer):
 
         Differentiable in the trained parts; in their dtype.
         """
+        self.check_loaded(adapter_name)
         piece = self.sensi_slices[adapter_name]
         weight, bias = self._composed(adapter_name)
         order = piece.kept.argsort().to(weight.device)
@@ -156,6 +162,15 @@ class SensiLayer(BaseTunerLayer):
         """Number of weights that the adapter keeps."""
         shape = torch.Size((self.out_features, self.in_features))
         return self.sensi_slices[adapter_name].kept_shape(shape).numel()
+
+    def check_loaded(self, adapter_name: str) -> None:
+        """Checks, once, what a loader that passes none of our hooks has put here. Raises `SensiLoadError`."""
+        if adapter_name in self.sensi_unchecked:
+            room = self.kept_numel(adapter_name)
+            for name in self.tensor_names:
+                if (tensor := self.part(name.removeprefix("sensi_"), adapter_name)) is not None:
+                    check_content(f"{name}.{adapter_name}", tensor.detach(), room)
+            self.sensi_unchecked.discard(adapter_name)
 
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
 
@@ -390,8 +405,9 @@ class SensiLayer(BaseTunerLayer):
         """One adapter's effective weight, or the base plus the differences of several; differentiable."""
         weight, bias = self.effective(names[0])
         if len(names) > 1:
-            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (self.weight, self.bias)
-            base_weight = oriented(self.get_base_layer(), base_weight)
+            base = self.get_base_layer()
+            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
+            base_weight = oriented(base, base_weight)
             for name in names[1:]:
                 other_weight, other_bias = self.effective(name)
                 weight = weight + (other_weight - base_weight.detach())

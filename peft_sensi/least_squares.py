@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from . import processes
+
 
 RIDGE = 1e-2
 STEPS = (0.0, 0.5, 1.0)
@@ -36,6 +38,8 @@ class LeastSquares:
         self.total += w.sum()
 
     def solve(self) -> Values | None:
+        """The solution for the tokens of all processes; `None` where there is none. To be called once."""
+        processes.add_up([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None
         centre = float(self.bias is not None)
@@ -69,6 +73,7 @@ class GuardErrors:
             )
 
     def best(self) -> Values | None:
+        self.errors = [sum(values) for values in zip(*processes.meet("checking a refit", self.errors), strict=True)]
         step = STEPS[int(np.argmin(self.errors))]
         if step == 0.0:
             return None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .functional import fused_linear, fused_linear_reference
 from .layer import SensiLayer
+from .linears import oriented
 
 
 class SensiLinear(nn.Module, SensiLayer):
@@ -39,12 +40,17 @@ class SensiLinear(nn.Module, SensiLayer):
         return self._forward_one(x, active[0], dtype)
 
     def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if self.sensi_unchecked:
+            self.check_loaded(name)
         piece = self.sensi_slices[name]
         if piece.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
-            bias = self.bias if bias is None else bias
+            bias = self.base_layer.bias if bias is None else bias
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        sharded = any(type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name)))
+        # FSDP2 puts whole parameters in place for the forward pass, and only the module still tells.
+        sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
+            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self._own_parameters(name))
+        )
         if piece.narrow is not None and not sharded and not torch.compiler.is_compiling():
             return F.linear(x, *self._decoded(name, dtype))
         parts = self._parts(name, piece)
@@ -54,6 +60,26 @@ class SensiLinear(nn.Module, SensiLayer):
         del parts["mask"]
         weight, bias = self._fused(name, dtype, parts)
         return fused_linear(x, weight, bias, **parts)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's; outside known blocks the one in effect, because some models (Mamba) use it without `forward`."""
+        weight, _ = self._in_effect()
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Like `weight`."""
+        _, bias = self._in_effect()
+        return bias
+
+    def _in_effect(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        base = self.base_layer
+        active = [n for n in self.active_adapters if n in self.sensi_slices]
+        if self.sensi_in_block or self.disable_adapters or self.merged or not active:
+            return base.weight, base.bias
+        weight, bias = self._combined(active)
+        return oriented(base, weight).to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
         self._sensi_fused.clear()

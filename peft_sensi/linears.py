@@ -13,6 +13,15 @@ from transformers.pytorch_utils import Conv1D
 LINEARS = (nn.Linear, Conv1D)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module computes `x @ weight.T + bias` and nothing else, which a subclass of Linear need not do."""
+    inherited = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return inherited or type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN
+
+
+_ALSO_PLAIN = ("FalconLinear",)  # it adds its bias in a step of its own
+
+
 def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A view of `linear`'s own `weight` as `[out, in]`, or the other way round: the function is its own inverse."""
     return weight.t() if isinstance(linear, Conv1D) else weight

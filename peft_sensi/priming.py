@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from . import processes
 from .anatomy import is_base_parameter, task_head
 from .calibration import LossFn, calibration_loss
 from .errors import CalibrationError
@@ -42,7 +43,8 @@ def primed(
 
     AdamW with a linear warm-up over the first tenth. Embeddings stay as they are: they move little, and their
     optimizer state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the log
-    prior or mean of the labels, so that its first steps are not spent on that.
+    prior or mean of the labels, so that its first steps are not spent on that. Several processes take each step
+    together, on the joint batch.
     """
     moving = _moving_parameters(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
@@ -70,6 +72,12 @@ def primed(
             if gates:
                 loss = loss + GATE_PENALTY * sum(gate.abs().sum() for gate in gates).to(loss.device)
             loss.backward()
+            processes.average_gradients(
+                [*moving, *gates],
+                processes.weight_of(batches[index], loss_fn is not None),
+                f"priming step {step}",
+                f"calibration batch {index} (priming step {step})",
+            )
             for master, parameter in zip(masters, moving, strict=True):
                 if master is not parameter and parameter.grad is not None:
                     master.grad = parameter.grad.float()
@@ -100,22 +108,40 @@ def primed(
 def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> None:
     """Sets the bias of a fresh classification head to the log prior of the labels, of a regression head to their mean.
 
-    Does nothing to a head that has been trained (its bias is not zero), and to heads whose labels are not classes.
+    The labels are those of all processes. Does nothing to a head that has been trained (its bias is not zero), and to
+    heads whose labels are not classes.
     """
     linear = _last_linear(model)
-    labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
-    if linear is None or linear.bias is None or not labels or bool(linear.bias.detach().any()):
+    if linear is None or linear.bias is None or bool(linear.bias.detach().any()):
         return
-    values = torch.cat([label.detach().reshape(-1) for label in labels]).cpu()
     outputs = linear.out_features
+    pooled = processes.meet("counting labels", _count_labels(batches, outputs))
+    numbers = [number for number, _, _ in pooled if number is not None]
+    counts = [count for _, count, _ in pooled if count is not None]
     with torch.no_grad():
-        if values.is_floating_point() and outputs == 1:
-            linear.bias.fill_(values.float().mean().item())
-        elif not values.is_floating_point() and outputs > 1:
-            values = values[values >= 0]  # -100 marks positions without a label
-            if len(values) and int(values.max()) < outputs:
-                counts = torch.bincount(values, minlength=outputs).float() + 1.0
-                linear.bias.copy_((counts / counts.sum()).log())
+        if outputs == 1 and numbers:
+            linear.bias.fill_(sum(total for _, total in numbers) / sum(number for number, _ in numbers))
+        elif outputs > 1 and counts and not any(strange for _, _, strange in pooled):
+            smoothed = torch.tensor(counts).sum(0).float() + 1.0
+            linear.bias.copy_((smoothed / smoothed.sum()).log())
+
+
+def _count_labels(
+    batches: list[Mapping[str, Any]], outputs: int
+) -> tuple[tuple[int, float] | None, list[int] | None, bool]:
+    """Number and sum of labels that are numbers, how often each class occurs, and whether there are other classes."""
+    labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
+    if not labels:
+        return None, None, False
+    values = torch.cat([label.detach().reshape(-1) for label in labels]).cpu()
+    if values.is_floating_point():
+        return (len(values), float(values.double().sum())), None, False
+    values = values[values >= 0]  # -100 marks positions without a label
+    if not len(values):
+        return None, None, False
+    if int(values.max()) >= outputs:
+        return None, None, True
+    return None, torch.bincount(values, minlength=outputs).tolist(), False
 
 
 def head_state(model: nn.Module) -> dict[str, torch.Tensor]:

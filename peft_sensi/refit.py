@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import Cache
 
+from . import processes
 from .anatomy import Group, linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .least_squares import GuardErrors, LeastSquares, Values
@@ -58,13 +60,16 @@ def refit(
         # Error feedback needs the sublayers in the order in which they run; a layer runs attention before FFN.
         by_layer = {layer: [g for g in groups if g.layer == layer] for layer in order}
         student = {g.name: _Output(model, plan, g) for g in plan.anatomy.trimmable}
-        held_out = set(range(3, len(batches), 4)) or {0}
+        # By the place of a batch among those of all processes, so that their number changes nothing.
+        places = processes.places(len(batches))
+        total = sum(processes.meet("counting batches", len(batches)))
+        held_out = {i for i, place in enumerate(places) if (place % 4 == 3 if total > 3 else place == 0)}
         for layer in tqdm(order, desc="refit", disable=not progress, leave=False):
-            _refit_layer(model, layer, by_layer[layer], student, streams, held_out)
+            _refit_layer(model, layer, by_layer[layer], student, streams, held_out, total)
         refitted = {g.output: output.fitted for g in groups if (output := student[g.name]).fitted is not None}
         if not refitted:
             return {}
-        test = [batches[i] for i in sorted(held_out)]
+        test = {i: batches[i] for i in sorted(held_out)}
         after = _trimmed_loss(model, student, test, loss_fn)
         for output in student.values():
             output.fitted = None
@@ -125,8 +130,11 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden is not last[0]:
                 stream.entries[name] = hidden
-            kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-            stream.calls[name] = (args[1:], kwargs)
+            # Layers will be run again, several times: a cache would grow with each.
+            kwargs = {
+                k: v for k, v in kwargs.items() if k not in ("hidden_states", "use_cache") and not isinstance(v, Cache)
+            }
+            stream.calls[name] = (tuple(None if isinstance(a, Cache) else a for a in args[1:]), kwargs)
             seen.append(name)
 
         def after(module, args, output, last=last):
@@ -181,7 +189,10 @@ def _run(
 
     def at_norm(group: Group, total: torch.Tensor) -> None:
         if group.name in seen and group.name in watch:
-            watch[group.name](*seen.pop(group.name), total)
+            z, y = (
+                part.reshape(*total.shape[:-1], -1) for part in seen.pop(group.name)
+            )  # OPT's FFN runs on flat rows
+            watch[group.name](z, y, total)
             if stop:
                 raise _Stop
 
@@ -228,6 +239,7 @@ def _refit_layer(
     student: dict[str, _Output],
     streams: list[_Stream],
     held_out: set[int],
+    total: int,
 ) -> None:
     recorders = {g.name: _Recorder(g) for g in groups}
     before = []
@@ -242,7 +254,7 @@ def _refit_layer(
             continue  # the layer did not run this sublayer
         system = LeastSquares(*output.original)
         for i, (stream, hidden) in enumerate(zip(streams, before, strict=True)):
-            if i not in held_out or len(streams) == 1:
+            if i not in held_out or total == 1:
                 add = _Observer(group, output, targets[i], stream.batch, system.add)
                 _run(model, layer, stream, hidden, student, {group.name: add}, stop=True)
         solution = system.solve()
@@ -289,10 +301,12 @@ def _trimmed(model: nn.Module, student: Mapping[str, _Output]) -> Iterator[None]
 
 
 def _trimmed_loss(
-    model: nn.Module, student: Mapping[str, _Output], batches: list[Mapping[str, Any]], loss_fn: LossFn | None
+    model: nn.Module, student: Mapping[str, _Output], batches: Mapping[int, Mapping[str, Any]], loss_fn: LossFn | None
 ) -> float:
+    """Sum of the losses of these batches, which are given by their number, and of those of all processes."""
     with _trimmed(model, student):
-        return sum(float(calibration_loss(model, batch, loss_fn, "a held-out batch")) for batch in batches)
+        losses = [calibration_loss(model, b, loss_fn, f"calibration batch {i} (refit)") for i, b in batches.items()]
+    return sum(processes.meet("comparing losses", sum(float(loss) for loss in losses)))
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +32,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from . import processes
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
+from .atomic import write_atomically
 from .calibration import (
     LossFn,
     device_of,
@@ -42,8 +42,9 @@ from .calibration import (
     mean_length,
     preserved,
 )
-from .errors import SensiError, SensiLoadError
+from .errors import CalibrationError, SensiError, SensiLoadError
 from .families import BlockLayout
+from .fields import shown
 from .gates import apply_gate, gate_gradients, hooked
 from .linears import oriented
 from .priming import head_state, primed
@@ -70,25 +71,19 @@ class Scores:
     head: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, under a temporary name first."""
+        """Writes one safetensors file, under a temporary name first. Raises `SensiError` when the disk is full."""
         tensors = {f"{kind}:{k}": v.contiguous() for kind in _KINDS for k, v in getattr(self, kind).items()}
         metadata = {"format": "peft_sensi.scores.1", "method": self.method, "length": json.dumps(self.sequence_length)}
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, lambda name: save_file(tensors, name, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
         """Inverse of `save`. Raises `SensiLoadError` for a file that is not ours."""
         try:
             opened = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError) as error:
             raise SensiLoadError(f"{path} is not a safetensors file: {error}.") from None
         with opened as file:
             metadata = file.metadata() or {}
@@ -104,8 +99,9 @@ class Scores:
             method, length = metadata["method"], json.loads(metadata["length"])
         except (KeyError, ValueError):
             method = length = None
-        if method not in METHODS or not (length is None or type(length) is int and length > 0):
-            raise SensiLoadError(f"{path} has malformed metadata: {metadata}.")
+        if method not in METHODS or not (length is None or type(length) is int and 0 < length < 2**31):
+            raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}.")
+        _check_tensors(path, parts)
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
@@ -116,6 +112,27 @@ class Scores:
 
 
 _KINDS = ("values", "protected", "head")
+
+
+def _check_tensors(path: str | os.PathLike, parts: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Dtypes, shapes and values of a file of scores. Raises `SensiLoadError`."""
+    for kind, tensors in parts.items():
+        for name, tensor in tensors.items():
+            where = f"{path}: {kind}:{name}"
+            if kind != "head" and tensor.dim() != 1:
+                raise SensiLoadError(f"{where} has shape {tuple(tensor.shape)}, expected one number a unit.")
+            if kind == "protected":
+                if tensor.dtype != torch.bool or name not in parts["values"]:
+                    raise SensiLoadError(f"{where} is {tensor.dtype}, expected one boolean for each score.")
+                if tensor.shape != parts["values"][name].shape:
+                    raise SensiLoadError(f"{where} has {len(tensor)} units, expected {len(parts['values'][name])}.")
+            elif tensor.dtype not in _FLOATS or (kind == "values" and tensor.dtype != torch.float32):
+                raise SensiLoadError(f"{where} has dtype {tensor.dtype}, expected torch.float32.")
+            elif not torch.isfinite(tensor).all():
+                raise SensiLoadError(f"{where} contains NaN or infinity.")
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def compute_scores(
@@ -134,6 +151,7 @@ def compute_scores(
 ) -> Scores:
     """Scores every unit of `model`; the model and all random states are left exactly as they were.
 
+    With several processes all of them must call this, each with its own batches; they get the same scores.
     Without `calibration` a gradient score falls back to magnitude, with a warning.
 
     Args:
@@ -149,7 +167,8 @@ def compute_scores(
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     anatomy = build_anatomy(model, targets, blocks)
-    with preserved(model):  # a data loader that shuffles draws random numbers, too
+    with processes.together("scoring"), processes.weights_of_0(model), preserved(model):
+        # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
             batches = materialise(calibration, max(calibration_steps, priming_steps, 1))
@@ -194,7 +213,7 @@ def score_units(
     if score == "magnitude":
         return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
     assert batches is not None
-    torch.manual_seed(seed)  # dropout while priming: the same data and seed give the same plan
+    torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
@@ -224,7 +243,12 @@ def score_units(
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]
             for name, gradient in gradients.items():
-                totals[name] += (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+                total = (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+                if not torch.isfinite(total).all():
+                    raise CalibrationError(f"The scores of {name!r} are not finite for calibration batch {index}.")
+                totals[name] += total
+    processes.add_up(list(totals.values()), "adding up scores")
+    examples = sum(processes.meet("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
     return Scores(values, score, length, spikes.found(), head)
 

@@ -66,6 +66,11 @@ class Slice:
         return torch.equal(self.kept, torch.arange(self.size))
 
     @property
+    def has_integers(self) -> bool:
+        """Whether the adapter stores something beside floating-point values here."""
+        return bool(self.sparse) or (self.sparsity is not None and not self.learns_mask) or self.gated
+
+    @property
     def idle(self) -> bool:
         """The Linear needs no adapter layer at all."""
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
@@ -88,6 +93,7 @@ def first_parts(
     master = torch.promote_types(base.weight.dtype, torch.float32)
     weight, bias = matrix(base).detach(), None if base.bias is None else base.bias.detach()
     if values is not None:
+        values = (values[0].to(weight.device), None if values[1] is None else values[1].to(weight.device))
         bias = values[1] if values[1] is not None else bias
     parts = {}
     if piece.tuned_count:

@@ -10,12 +10,13 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from . import processes
 from .anatomy import Group, not_linear
 from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
-from .linears import LINEARS
+from .linears import is_plain
 from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
@@ -37,18 +38,27 @@ def wrap_linear(
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
     layer = model.get_submodule(name)
     if not isinstance(layer, SensiLinear):
-        if type(layer) not in (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if not is_plain(layer):
             raise not_linear(layer)
         layer = SensiLinear(layer, adapter_name)
+        layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
-            layer.sensi_attributes = [
-                (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], per_unit)
-                for path, per_unit in group.attributes
-            ]
+            layer.sensi_attributes = [(*_number(model, path), per_unit) for path, per_unit in group.attributes]
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, piece, refitted, config.init_weights, config.inference_mode)
+    if config.from_file:
+        layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the name of an attribute that counts units: a layout from a file may name anything."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    if type(getattr(module, name, 0)) is not int:
+        raise SensiLoadError(f"`blocks` names {path!r}, which is no number in this model and cannot follow the units.")
+    return module, name
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -69,8 +79,7 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
     """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
     root = root_of(model)
     layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
-    sharded = any(type(p) is not nn.Parameter for m in layers.values() for p in m.parameters())
-    if sharded or any(m.sensi_base_dropped for m in layers.values()):
+    if any(processes.is_sharded(m) for m in layers.values()) or any(m.sensi_base_dropped for m in layers.values()):
         raise SensiLoadError(
             "The checkpoint was trained under another plan than the one that this model was wrapped with, and a "
             "sharded model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of "

@@ -504,6 +504,26 @@ def test_priming_under_an_outer_autocast_block_runs_on_the_weights_it_has_moved(
         assert torch.equal(before, model(**batches[0]).logits)
 
 
+@pytest.mark.parametrize("value", [0.0, 2.5])
+def test_constant_scores_warn_and_give_the_same_plan_every_time(bert, value):
+    anatomy = build_anatomy(bert)
+    scores = Scores({g.name: torch.full((g.size,), value) for g in anatomy.groups}, "fisher")
+    plans = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"All scores are {f'{value:g}' if value else 'zero'}, so nothing"):
+            model = wrap(tiny_model(), budget=0.5, score="fisher", scores=scores)
+        plans.append(model.base_model.plan())
+    assert plans[0] == plans[1] and 0.45 < plans[0].params_share <= 0.5
+
+
+def test_scores_that_overflow_name_the_batch(bert, batches):
+    def steep(model, batch):
+        return model(**batch).loss * (1e25 if torch.equal(batch["input_ids"], batches[1]["input_ids"]) else 1)
+
+    with pytest.raises(CalibrationError, match="not finite for calibration batch 1"):
+        compute_scores(bert, batches, priming_steps=0, loss_fn=steep, progress=False)
+
+
 def test_learned_masks_compare_heads_and_neurons_by_their_gates():
     model = tiny_model()
     scores = compute_scores(model, tiny_batches(4), score="mask", priming_steps=6)

@@ -64,7 +64,7 @@ PAIRS = [
 ]
 # By default norms are trained together with blocks that are trimmed.
 ENCODER = {"tune": TUNE, "trim": {**TRIM, "also_train": []}, "trim-norms": TRIM, "trim-tune": TRIM_TUNE}
-DECODER = {"tune": TUNE, "whole": {}}
+DECODER = {"tune": TUNE, "trim": {**TRIM, "also_train": []}, "trim-norms": TRIM, "trim-tune": TRIM_TUNE}
 
 
 def _point_at(cls: Any, **values: Any) -> Any:
