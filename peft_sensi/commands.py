@@ -277,7 +277,7 @@ def merge(
     if plain:
         out.print("Its layers are alike: any AutoModel...from_pretrained loads it, without peft_sensi.")
     else:
-        out.print("Its layers have widths of their own: load it with peft_sensi.merged.load_merged(folder),")
+        out.print("Its layers have widths of their own: load it with peft_sensi.load_merged(folder),")
         out.print("or, without peft_sensi, with trust_remote_code=True.")
 
 

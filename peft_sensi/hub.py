@@ -85,7 +85,8 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
                 name = self.active_adapters[0]
                 config, plan = self.peft_config[name], self.base_model.plan(name)
                 base = config.base_model_name_or_path or self.base_model.model.__dict__.get("name_or_path")
-                card: Any = new_card(config, plan, base=base, repo=path.parent.name)
+                labels = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
+                card: Any = new_card(config, plan, base=base, repo=path.parent.name, num_labels=labels)
                 save_card(card, path)
                 our_tags = card.data.tags or []
         original(self, output_dir)
