@@ -42,18 +42,12 @@ def primed(
     Yields the original values of what moved, on the CPU, by `id` of the parameter. `gates` are trained along with the
     weights, at their own rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
 
-<<<<<<< HEAD
-    AdamW with a linear warm-up over the first tenth. Embeddings stay as they are: they move little, and their
-    optimizer state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the log
-    prior or mean of the labels, so that its first steps are not spent on that. Several processes take each step
-    together, on the joint batch.
-=======
     A linear warm-up over the first tenth. `optimizer` is one of `OPTIMIZERS`: `adamw`, or `sign` (Bernstein et al.
     2018, arXiv 1802.04434), whose steps are as large as Adam's first ones, but which needs no memory beside the
     weights: a gradient is used and freed as soon as it is there. Embeddings stay as they are: they move little, and
     their optimizer state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the
-    log prior or mean of the labels, so that its first steps are not spent on that.
->>>>>>> speed
+    log prior or mean of the labels, so that its first steps are not spent on that. Several processes take each step
+    together, on the joint batch.
     """
     moving = _moving_parameters(model) if steps else _head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
@@ -63,53 +57,10 @@ def primed(
         for parameter in moving:
             parameter.requires_grad_(True)
         start_head_at_prior(model, batches)
-<<<<<<< HEAD
-        # 16-bit weights would swallow small steps, so they are views on float32 masters.
-        masters = [
-            p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for p in moving
-        ]
-        groups = [{"params": masters, "lr": lr}, {"params": list(gates), "lr": GATE_LR}]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        model.train()
-        bar = tqdm(range(steps), desc="priming", disable=not progress, leave=False)
-        for step in bar:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1.0, (step + 1) / max(1, steps // 10))
-            index = step % len(batches)
-            loss = calibration_loss(model, batches[index], loss_fn, f"calibration batch {index} (priming step {step})")
-            if gates:
-                loss = loss + GATE_PENALTY * sum(gate.abs().sum() for gate in gates).to(loss.device)
-            loss.backward()
-            processes.average_gradients(
-                [*moving, *gates],
-                processes.weight_of(batches[index], loss_fn is not None),
-                f"priming step {step}",
-                f"calibration batch {index} (priming step {step})",
-            )
-            for master, parameter in zip(masters, moving, strict=True):
-                if master is not parameter and parameter.grad is not None:
-                    master.grad = parameter.grad.float()
-            norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
-            if not torch.isfinite(norm):
-                raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
-            optimizer.step()
-            with torch.no_grad():
-                for master, parameter in zip(masters, moving, strict=True):
-                    if master is not parameter:
-                        parameter.copy_(master)
-                    parameter.grad = master.grad = None
-                for gate in gates:
-                    gate.grad = None
-            # Inside the user's own autocast block its 16-bit copies of the weights would outlive the step, and all
-            # following passes would run on the weights before it.
-            torch.clear_autocast_cache()
-=======
         if steps:
             model.train()
             # The stepper's state is freed before the scores come, which need memory of their own.
             _prime(model, batches, _STEPPERS[optimizer](moving, lr), steps, loss_fn, progress, gates)
->>>>>>> speed
         model.eval()
         yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:
@@ -134,11 +85,14 @@ def _prime(
         for step in tqdm(range(steps), desc="priming", disable=not progress, leave=False):
             warm_up = min(1.0, (step + 1) / max(1, steps // 10))
             index = step % len(batches)
-            loss = calibration_loss(model, batches[index], loss_fn, f"calibration batch {index} (priming step {step})")
+            name = f"calibration batch {index} (priming step {step})"
+            loss = calibration_loss(model, batches[index], loss_fn, name)
             if gates:
                 loss = loss + GATE_PENALTY * sum(gate.abs().sum() for gate in gates).to(loss.device)
             stepper.factor = warm_up
             loss.backward()
+            share = processes.weight_of(batches[index], loss_fn is not None)
+            processes.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
                 raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
             if gate_optimizer is not None:
@@ -186,8 +140,10 @@ class AdamSteps:
 
 
 class SignSteps:
-    """Moves each weight against its gradient's sign during the backward pass. 16-bit weights are rounded at random,
-    so that small steps are not lost but taken now and then."""
+    """Moves each weight against its gradient's sign, during the backward pass where no other process is to be asked.
+
+    16-bit weights are rounded at random, so that small steps are not lost but taken now and then.
+    """
 
     factor = 1.0
 
@@ -196,7 +152,8 @@ class SignSteps:
         self.finite = True
 
     def __enter__(self) -> SignSteps:
-        self.handles = [p.register_post_accumulate_grad_hook(self._move) for p in self.moving]
+        alone = self.moving if processes.count() == 1 else ()
+        self.handles = [p.register_post_accumulate_grad_hook(self._move) for p in alone]
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -215,6 +172,9 @@ class SignSteps:
             parameter.sub_(grad.sign_(), alpha=self.lr * self.factor)
 
     def step(self) -> bool:
+        for parameter in self.moving:
+            if parameter.grad is not None:
+                self._move(parameter)
         return self.finite
 
 

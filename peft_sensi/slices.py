@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from .functional import Positions
-<<<<<<< HEAD
-from .linears import features, matrix
-=======
 from .linears import matrix
->>>>>>> speed
 from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
@@ -147,15 +143,9 @@ def narrowed(
     return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
 
 
-<<<<<<< HEAD
-def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained parts that can be narrowed (a learned mask cannot)."""
-    shape = piece.kept_shape(torch.Size(features(base)))
-=======
 def part_shapes(out: int, features: int, has_bias: bool, piece: Slice) -> dict[str, tuple[int, ...]]:
     """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, features]`."""
     shape = piece.kept_shape(torch.Size((out, features)))
->>>>>>> speed
     shapes: dict[str, tuple[int, ...]] = {}
     if piece.tuned_count:
         shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
@@ -171,14 +161,10 @@ def part_shapes(out: int, features: int, has_bias: bool, piece: Slice) -> dict[s
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-<<<<<<< HEAD
-    shape, trained = piece.kept_shape(matrix(base).shape), part_shapes(base, piece)
-=======
     shape, trained = (
         piece.kept_shape(matrix(base).shape),
         part_shapes(*matrix(base).shape, base.bias is not None, piece),
     )
->>>>>>> speed
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.narrow is not None:
         codes, scales = sizes(trained, piece.dim, piece.narrow)

@@ -504,7 +504,6 @@ def test_priming_under_an_outer_autocast_block_runs_on_the_weights_it_has_moved(
         assert torch.equal(before, model(**batches[0]).logits)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("value", [0.0, 2.5])
 def test_constant_scores_warn_and_give_the_same_plan_every_time(bert, value):
     anatomy = build_anatomy(bert)
@@ -533,7 +532,8 @@ def test_learned_masks_compare_heads_and_neurons_by_their_gates():
     # A gate starts at 1 and moves by about its rate of 0.01 a step, whatever the unit costs.
     assert all(0.5 < float(gate.min()) and float(gate.max()) < 1.5 for gate in gates.values())
     assert any(float(gate.std()) > 1e-4 for gate in gates.values())
-=======
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_priming_by_sign_needs_no_state_and_leaves_no_trace(dtype):
     """Every weight moves by the rate times the warm-up, 16-bit ones on average; afterwards all is as it was."""
@@ -572,4 +572,3 @@ def test_without_priming_only_the_heads_bias_waits_on_the_cpu():
     model = tiny_model()
     with primed(model, tiny_batches(1), steps=0, lr=1e-4, progress=False) as originals:
         assert set(originals) == {id(model.classifier.bias)}
->>>>>>> speed
