@@ -37,8 +37,8 @@ def make_plan(
     tunes: bool = True,
     retention: float | None = None,
     biases_apart: bool = False,
-    uniform: bool = False,
     tuned_layers: int | None = None,
+    uniform: bool = False,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 

@@ -15,6 +15,7 @@ from .budget import Budget
 from .checkpoint import FORMAT_VERSION
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
+from .narrow import KINDS
 from .plan import Plan
 from .scores import METHODS, Scores
 from .updates import check_update
@@ -49,8 +50,8 @@ class SensiConfig(PeftConfig):
         sparsity: Share of the weights of each matrix that a mask removes.
         retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
         tuned_layers: Number of layers in which something is tuned: those with the best scores for their cost.
-        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight. Set by
-            `SensiModel.compress`.
+        compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight,
+            `"bfloat16"` or `"int8"` as differences from the base (see `narrow`). Set by `SensiModel.compress`.
         schedule: What changes during training (see `schedule`); somebody must then step it.
         target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
             Linears of all known blocks, or all Linears of an unknown model.
@@ -155,8 +156,16 @@ class SensiConfig(PeftConfig):
                 raise SensiError(f"`{name}` must be a share in [0, 1), got {value!r}.")
         check_update(self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity)
         self._check_combination()
-        if self.compressed is not None and (self.compressed != "bits" or self.update != "mask"):
-            raise SensiError(f"`compressed` must be None, or 'bits' with update='mask', got {self.compressed!r}.")
+        possible = ("bits",) if self.update == "mask" else tuple(KINDS)
+        if self.compressed is not None and self.compressed not in possible:
+            raise SensiError(
+                f"`compressed` must be None or one of {', '.join(possible)} with update={self.update!r}, got "
+                f"{self.compressed!r}."
+            )
+        if self.compressed is not None and self.plan is None:
+            raise SensiError(
+                "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead."
+            )
         if isinstance(self.priming_lr, bool) or not isinstance(self.priming_lr, (int, float)):
             raise SensiError(f"`priming_lr` must be a number, got {self.priming_lr!r}.")
         if not (math.isfinite(self.priming_lr) and self.priming_lr > 0):
@@ -211,6 +220,10 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
             )
+        if self.tuned_layers is not None and not dense:
+            raise SensiError(
+                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+            )
         if self.widths not in ("free", "uniform"):
             raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
         if self.widths == "uniform" and self.granularity == "tensor":
@@ -220,10 +233,6 @@ class SensiConfig(PeftConfig):
         if self.widths == "uniform" and not (limits.trims or by_default or self.plan is not None):
             raise SensiError(
                 "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
-            )
-        if self.tuned_layers is not None and not dense:
-            raise SensiError(
-                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
             )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)

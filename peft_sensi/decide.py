@@ -84,8 +84,8 @@ def decide(
         tunes="dense" in given.update.split("+"),
         retention=given.retention,
         biases_apart=bool(biases),
-        uniform=config.widths == "uniform",
         tuned_layers=given.tuned_layers,
+        uniform=config.widths == "uniform",
     )
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))

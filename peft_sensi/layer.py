@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import SensiError
-from .functional import Positions, compose
+from .functional import Positions, compose, take
 from .linears import features, matrix, oriented, tell_features
-from .slices import Slice, empty_parts, first_parts
+from .narrow import PARTS, decode
+from .slices import Slice, empty_parts, first_parts, narrowed, part_shapes
 from .updates import learned_mask, pack_mask, top_mask, unpack_mask
 
 
@@ -25,13 +27,17 @@ class SensiLayer(BaseTunerLayer):
     `sensi_bias`, both as values and not differences; `sensi_down` `[rank, in]` and `sensi_up` `[out, rank]`;
     `sensi_values` `[n]`; `sensi_scores` `[out, in]`, of a mask. Stored but not trained: `sensi_places` `[n]` (int32),
     flat positions of the values; `sensi_bits` (uint8), a mask. All but the first two are in the adapter's order of
-    units.
+    units. Once an adapter is compressed, `sensi_codes` (bfloat16 or int8) and for int8 `sensi_scales` (float32) stand
+    in place of all that was trained (see `narrow`), again without gradients.
     """
 
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
-    other_param_names = ("sensi_places", "sensi_bits", "sensi_gate", "sensi_slices", "sensi_frozen")
+    other_param_names = (
+        *("sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales"),
+        *("sensi_slices", "sensi_frozen"),
+    )
     # All that is stored, in the order of the docstring.
-    tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate")
+    tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         self.base_layer = base_layer
@@ -103,11 +109,7 @@ class SensiLayer(BaseTunerLayer):
         Differentiable in the trained parts; in their dtype.
         """
         piece = self.sensi_slices[adapter_name]
-        weight, bias = self._kept_base(piece)
-        master = torch.promote_types(weight.dtype, torch.float32)
-        weight, bias = compose(
-            weight.to(master), None if bias is None else bias.to(master), **self._parts(adapter_name, piece)
-        )
+        weight, bias = self._composed(adapter_name)
         order = piece.kept.argsort().to(weight.device)
         weight = weight.index_select(piece.dim, order)
         if bias is not None and piece.dim == 0:
@@ -133,6 +135,22 @@ class SensiLayer(BaseTunerLayer):
             del self.sensi_scores[adapter_name]
             self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
             self.sensi_slices[adapter_name] = replace(piece, learns_mask=False)
+
+    def compress(self, adapter_name: str, kind: str) -> None:
+        """Replaces what was trained by codes (see `narrow`). Raises `SensiError` where the base's values are gone."""
+        if adapter_name not in self.sensi_slices:
+            return
+        if self.sensi_base_dropped:
+            raise base_is_dropped("compress the adapter, which needs the differences from the base's values")
+        piece = replace(self.sensi_slices[adapter_name], narrow=kind)
+        trained = {n: p for n in PARTS if (p := self.part(n, adapter_name)) is not None}
+        parts = narrowed(trained, self._origins(piece, trained), piece)
+        for name in trained:
+            del getattr(self, f"sensi_{name}")[adapter_name]
+        for name, tensor in parts.items():
+            getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor, requires_grad=False)
+        self.sensi_slices[adapter_name] = piece
+        self._sensi_fused.clear()
 
     def kept_numel(self, adapter_name: str) -> int:
         """Number of weights that the adapter keeps."""
@@ -278,17 +296,65 @@ class SensiLayer(BaseTunerLayer):
             mask = unpack_mask(bits, piece.kept_shape(torch.Size((self.out_features, self.in_features))))
         if (gate := self.part("gate", name)) is not None:
             mask = gate.repeat_interleave(len(piece.kept) // piece.units)  # [columns], the same for every row
+        trained = self._trained(name, piece)
         return {
             "dim": piece.dim,
             "tuned": piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(device),
-            "tuned_weight": self.part("weight", name),
-            "tuned_bias": self.part("bias", name),
-            "down": self.part("down", name),
-            "up": self.part("up", name),
-            "values": self.part("values", name),
+            "tuned_weight": trained["weight"],
+            "tuned_bias": trained["bias"],
+            "down": trained["down"],
+            "up": trained["up"],
+            "values": trained["values"],
             "places": None if places is None else places.long(),
             "mask": mask,
         }
+
+    def _origins(self, piece: Slice, names: Iterable[str]) -> dict[str, torch.Tensor | float]:
+        """From what the trained parts differ: the base's values at their positions, in float32, or zero."""
+        weight, bias = self._kept_base(piece)
+        index = piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(weight.device)
+        origins: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
+        if "weight" in origins:
+            origins["weight"] = take(weight, piece.dim, index).float()
+        if "bias" in origins and bias is not None:
+            origins["bias"] = (bias if piece.train_bias else take(bias, 0, index)).float()
+        return origins
+
+    def _trained(self, name: str, piece: Slice) -> dict[str, torch.Tensor | None]:
+        """All trained parts as values, decoded if they are compressed."""
+        if piece.narrow is None:
+            return {part: self.part(part, name) for part in PARTS}
+        codes, scales = self.part("codes", name), self.part("scales", name)
+        found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
+        if codes is not None:
+            shapes = part_shapes(self, piece)
+            differences = decode(codes, scales, shapes, piece.dim)
+            origins = self._origins(piece, shapes)
+            found |= {part: origins[part] + difference for part, difference in differences.items()}
+        return found
+
+    def _composed(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias in the adapter's order and the trained parts' dtype, in plain autograd."""
+        piece = self.sensi_slices[name]
+        weight, bias = self._kept_base(piece)
+        master = torch.promote_types(weight.dtype, torch.float32)
+        return compose(weight.to(master), None if bias is None else bias.to(master), **self._parts(name, piece))
+
+    def _decoded(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a compressed adapter computes with, from a cache as long as no code changes."""
+        base = self.get_base_layer().weight
+        tensors = (base, *self._own_parameters(name))
+        key = (dtype, base.device, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        cached = self._sensi_fused.get(name)
+        if cached is None or cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                weight, bias = self._composed(name)
+                cached = self._sensi_fused[name] = (key, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return cached[1], cached[2]
+
+    def _own_parameters(self, name: str) -> list[torch.Tensor]:
+        parts = (self.part(part.removeprefix("sensi_"), name) for part in self.tensor_names)
+        return [parameter for parameter in parts if parameter is not None]
 
     def _fused(self, name: str, dtype: torch.dtype, parts: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in the adapter's order that hold all trained parts; the frozen values come from a cache."""

@@ -44,18 +44,16 @@ class SensiLinear(nn.Module, SensiLayer):
             weight, bias = self.sensi_weight[name], self.part("bias", name)
             bias = self.bias if bias is None else bias
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        parts = self._parts(name, piece)
         sharded = any(type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name)))
+        if piece.narrow is not None and not sharded and not torch.compiler.is_compiling():
+            return F.linear(x, *self._decoded(name, dtype))
+        parts = self._parts(name, piece)
         if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
             frozen, bias = self._kept_base(piece)
             return fused_linear_reference(x, frozen.to(dtype), None if bias is None else bias.to(dtype), **parts)
         del parts["mask"]
         weight, bias = self._fused(name, dtype, parts)
         return fused_linear(x, weight, bias, **parts)
-
-    def _own_parameters(self, name: str) -> list[torch.Tensor]:
-        parts = (self.part(part.removeprefix("sensi_"), name) for part in self.tensor_names)
-        return [parameter for parameter in parts if parameter is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
         self._sensi_fused.clear()

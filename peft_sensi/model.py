@@ -35,6 +35,7 @@ from .config import SensiConfig
 from .decide import Decision, decide
 from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer, base_is_dropped
+from .narrow import KINDS
 from .pieces import also_saved, anatomy_of, pieces_of, targets_of
 from .plan import Plan
 from .refit import Refitted
@@ -95,6 +96,11 @@ class SensiModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if any(m.sensi_base_dropped for m in model.modules() if isinstance(m, SensiLayer)):
             raise base_is_dropped("add another adapter")
+        if given.compressed is not None and not given.inference_mode:
+            raise SensiError(
+                f"The adapter's values are compressed to {given.compressed}, so it can be used but not trained: load "
+                f"it without `is_trainable`, or train from the checkpoint that was compressed."
+            )
         if any(m.merged for m in model.modules() if isinstance(m, SensiLayer)):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
@@ -315,17 +321,36 @@ class SensiModel(BaseTuner):
     sensi_schedule_is_stepped = False
 
     def compress(self, kind: str, adapter_name: str = "default") -> None:
-        """Turns the trained values of an adapter into what is stored: `"bits"` is one bit a weight of a learned mask.
+        """Turns the trained values of an adapter into a narrower form, in which it is then used, saved and merged.
 
-        The adapter can be used, saved and merged afterwards, but not trained further.
+        `"bfloat16"` and `"int8"` hold the differences from the base's values, with a scale for each tuned unit (see
+        `narrow`): 2 bytes, or little more than 1, instead of 4 for each value. `"bits"` is one bit for each weight
+        of a learned mask. What PEFT saves whole (the task head, norms, embeddings) stays as it is. The adapter
+        cannot be trained further: keep the checkpoint that you compress.
+
+        Raises `SensiError` for a form that the adapter's update doesn't have, for an adapter that is compressed
+        already, and while it is merged or without its base.
         """
-        config = self.peft_config[adapter_name]
-        if kind != "bits" or config.update != "mask":
+        if adapter_name not in self.peft_config:
+            raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
+        config, layers = self.peft_config[adapter_name], self._layers()
+        possible = ("bits",) if config.update == "mask" else tuple(KINDS)
+        if kind not in possible:
             raise SensiError(
-                f"compress({kind!r}) is not possible with update={config.update!r}: only masks have bits."
+                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)} (only "
+                f"masks have bits)."
             )
-        for layer in self._layers():
-            layer.settle_mask(adapter_name)
+        if config.compressed is not None:
+            raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
+        if kind == "bits":
+            for layer in layers:
+                layer.settle_mask(adapter_name)
+        else:
+            self._check_base("compress the adapter, which needs the differences from the base's values")
+            for layer in layers:
+                layer.compress(adapter_name, kind)
         config.compressed = kind
 
     # -- state dicts --------------------------------------------------------------------------------------------------
@@ -365,6 +390,13 @@ class SensiModel(BaseTuner):
         # and end with the tensor's name instead of the adapter's.
         names = set(SensiLayer.tensor_names)
         ours = {k: v for k, v in tensors.items() if k in expected or names & set(k.split(".")[-2:])}
+        coded, codes = ({k for k in ks if "sensi_codes" in k.split(".")[-2:]} for ks in (ours, expected))
+        if bool(coded) != bool(codes):
+            raise SensiLoadError(
+                f"The file holds {'compressed' if coded else 'uncompressed'} values and this model's adapter "
+                f"{'uncompressed' if coded else 'compressed'} ones. Load the folder with `PeftModel.from_pretrained`; "
+                f"training goes on from an uncompressed checkpoint only."
+            )
         layers = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, SensiLayer)}
         rooms = {
             key: layers[key.partition("sensi_places")[0]].kept_numel(adapter_name)

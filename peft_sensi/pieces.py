@@ -14,6 +14,7 @@ from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_param
 from .config import SensiConfig
 from .errors import SensiError
 from .linears import matrix
+from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
 
@@ -126,6 +127,8 @@ def _slice(
         sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
     cuts = bool(config.schedule and config.schedule["phase"] == "cut")
+    if config.compressed in KINDS:
+        sizes["narrow"] = config.compressed
     return Slice(
         gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,

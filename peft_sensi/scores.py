@@ -6,10 +6,15 @@ lone Linear: on its output). The loss's derivative with respect to the gate of e
 - Taylor (Molchanov et al. 2017, arXiv 1611.06440; Michel et al. 2019, arXiv 1905.10650): `mean_i |g_i|`, the
   first-order change of the loss when the unit is removed.
 - Fisher (Kwon et al. 2022, arXiv 2204.09656): `mean_i g_i^2`, the diagonal of the empirical Fisher information.
-- Mask (EarlyBERT, arXiv 2101.00063): gates trained along with the weights during priming, with an L1 penalty;
-`|gate|`.
 - Movement (FAR, arXiv 2205.01541): the L1 norm of (primed - initial) over the unit's weights.
-- Magnitude: the L2 norm of the unit's weights. Random: uniform noise from a seed, the control.
+- Magnitude: the squared L2 norm of the unit's weights.
+
+A plan divides scores by costs, so a score must add up over what a unit consists of. These do not, and are multiplied by
+the unit's parameters first, so that heads and neurons are compared by the numbers themselves:
+
+- Mask (EarlyBERT, arXiv 2101.00063): `|gate|` of gates trained along with the weights during priming, under an L1
+  penalty.
+- Random: uniform noise from a seed, the control.
 """
 
 from __future__ import annotations
@@ -202,7 +207,8 @@ def score_units(
             primed(model, batches, gates=list(gates.values()), **priming),
         ):
             head = head_state(model)
-        return Scores({name: gate.detach().abs().cpu() for name, gate in gates.items()}, score, length, head=head)
+        learned = {g.name: gates[g.name].detach().abs().cpu() * g.unit_params for g in anatomy.groups}
+        return Scores(learned, score, length, head=head)
     with primed(model, batches, **priming) as originals:
         head = head_state(model) if priming_steps else {}
         if score == "movement":
@@ -230,9 +236,9 @@ def random_scores(anatomy: Anatomy, seed: int) -> dict[str, torch.Tensor]:
 
 
 def magnitude(model: nn.Module, group: Group) -> torch.Tensor:
-    """L2 norm of all weights of each unit."""
+    """Squared L2 norm of all weights of each unit."""
     squares = [unit_weights(model, group, side).square().sum(1) for side in group.sides]
-    return torch.stack(squares).sum(0).sqrt().cpu()
+    return torch.stack(squares).sum(0).cpu()
 
 
 def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from .functional import Positions
-from .linears import matrix
+from .linears import features, matrix
+from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
-
-
-# What training changes, in the order of `SensiLayer`'s docstring.
-PARTS = ("weight", "bias", "down", "up", "values", "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +26,8 @@ class Slice:
 
     `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
     none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
-    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
+    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before). `narrow` is
+    the type in which trained values are stored once they are not trained any more (see `narrow`).
     """
 
     dim: int
@@ -45,6 +43,7 @@ class Slice:
     learns_mask: bool = False
     drawn_later: bool = False
     gated: bool = False
+    narrow: str | None = None
     seed: int = 0
 
     @property
@@ -59,7 +58,7 @@ class Slice:
     def whole(self) -> bool:
         """Everything that is kept is tuned, and nothing else happens to the weight."""
         others = self.rank or self.sparse or self.sparsity is not None
-        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated
+        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated and self.narrow is None
 
     @cached_property
     def natural(self) -> bool:
@@ -117,27 +116,50 @@ def first_parts(
         parts["bits"] = pack_mask(mask)
     if piece.gated:
         parts["gate"] = torch.ones(piece.units, dtype=torch.uint8, device=weight.device)
+    if piece.narrow is not None:
+        origins = {name: parts[name] if name in ("weight", "bias") else 0.0 for name in part_shapes(base, piece)}
+        return narrowed(parts, origins, piece)
     return parts
+
+
+def narrowed(
+    parts: Mapping[str, torch.Tensor], origins: Mapping[str, torch.Tensor | float], piece: Slice
+) -> dict[str, torch.Tensor]:
+    """`parts` with codes and scales of the differences from `origins` in place of the trained values."""
+    assert piece.narrow is not None
+    rest = {name: tensor for name, tensor in parts.items() if name not in origins}
+    codes, scales = encode({n: parts[n].detach().float() - o for n, o in origins.items()}, piece.dim, piece.narrow)
+    return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
+
+
+def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained parts that can be narrowed (a learned mask cannot)."""
+    shape = piece.kept_shape(torch.Size(features(base)))
+    shapes: dict[str, tuple[int, ...]] = {}
+    if piece.tuned_count:
+        shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
+    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
+        shapes["bias"] = (shape[0] if piece.train_bias else piece.tuned_count,)
+    if piece.rank:
+        shapes["down"], shapes["up"] = (piece.rank, shape[1]), (shape[0], piece.rank)
+    if piece.sparse:
+        shapes["values"] = (min(piece.sparse, shape.numel()),)
+    return shapes
 
 
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape = piece.kept_shape(matrix(base).shape)
+    shape, trained = piece.kept_shape(matrix(base).shape), part_shapes(base, piece)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if piece.tuned_count:
-        shapes["weight"] = (
-            tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape)),
-            master,
-        )
-    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
-        shapes["bias"] = ((shape[0] if piece.train_bias else piece.tuned_count,), master)
-    if piece.rank:
-        shapes["down"] = ((piece.rank, shape[1]), torch.float32)
-        shapes["up"] = ((shape[0], piece.rank), torch.float32)
+    if piece.narrow is not None:
+        codes, scales = sizes(trained, piece.dim, piece.narrow)
+        shapes |= {"codes": ((codes,), KINDS[piece.narrow])} if trained else {}
+        shapes |= {"scales": ((scales,), torch.float32)} if scales else {}
+    else:
+        shapes |= {n: (size, master if n in ("weight", "bias") else torch.float32) for n, size in trained.items()}
     if piece.sparse:
-        count = min(piece.sparse, shape.numel())
-        shapes["places"], shapes["values"] = ((count,), torch.int32), ((count,), torch.float32)
+        shapes["places"] = (trained["values"], torch.int32)
     if piece.learns_mask:
         shapes["scores"] = (tuple(shape), torch.float32)
     elif piece.sparsity is not None:

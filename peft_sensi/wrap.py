@@ -16,9 +16,10 @@ from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
 from .linears import LINEARS
+from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
-from .slices import PARTS, Slice, kept_parts
+from .slices import Slice, kept_parts
 
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
         old, parts = None, {}
         if name in layers:
             old = layers[name].sensi_slices[adapter_name]
-            parts = {part: layers[name].part(part, adapter_name) for part in PARTS}
+            parts = {part: layers[name].part(part, adapter_name) for part in (*PARTS, "places")}
         layer = wrap_linear(root, name, adapter_name, piece, group, config)
         if old is None:
             continue

@@ -111,16 +111,16 @@ def test_only_so_many_batches_are_scored():
     assert not torch.equal(next(iter(few.values.values())), next(iter(every.values.values())))
 
 
-def test_magnitude_is_the_norm_of_all_weights_of_a_unit():
+def test_magnitude_is_the_squared_norm_of_all_weights_of_a_unit():
     model = tiny_model()
     scores = compute_scores(model, score="magnitude")
     layer = model.bert.encoder.layer[1]
     unit = 2
-    neuron = torch.cat([layer.intermediate.dense.weight[unit], layer.output.dense.weight[:, unit]]).norm()
+    neuron = torch.cat([layer.intermediate.dense.weight[unit], layer.output.dense.weight[:, unit]]).norm().square()
     attention, rows = layer.attention, slice(unit * 8, unit * 8 + 8)
     parts = [getattr(attention.self, n).weight[rows] for n in ("query", "key", "value")]
     parts.append(attention.output.dense.weight[:, rows])
-    head = torch.cat([p.reshape(-1) for p in parts]).norm()
+    head = torch.cat([p.reshape(-1) for p in parts]).norm().square()
     assert scores.values["bert.encoder.layer.1.neurons"][unit].item() == pytest.approx(neuron.item(), rel=1e-5)
     assert scores.values["bert.encoder.layer.1.heads"][unit].item() == pytest.approx(head.item(), rel=1e-5)
 
@@ -502,3 +502,13 @@ def test_priming_under_an_outer_autocast_block_runs_on_the_weights_it_has_moved(
             torch.clear_autocast_cache()
             assert torch.equal(inside, model(**batches[0]).logits)
         assert torch.equal(before, model(**batches[0]).logits)
+
+
+def test_learned_masks_compare_heads_and_neurons_by_their_gates():
+    model = tiny_model()
+    scores = compute_scores(model, tiny_batches(4), score="mask", priming_steps=6)
+    anatomy = build_anatomy(model)
+    gates = {g.name: scores.values[g.name] / g.unit_params for g in anatomy.groups}
+    # A gate starts at 1 and moves by about its rate of 0.01 a step, whatever the unit costs.
+    assert all(0.5 < float(gate.min()) and float(gate.max()) < 1.5 for gate in gates.values())
+    assert any(float(gate.std()) > 1e-4 for gate in gates.values())

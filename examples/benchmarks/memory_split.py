@@ -45,8 +45,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 class SavedActivations:
     """Counts what autograd saves for the backward pass: storages once, those of parameters and caches apart.
 
-    Copies of weights (autocast makes 16-bit ones) count as `weight_copies`: an activation has a dimension of `rows`
-    or of `rows * columns`, the batch's size.
+    Copies of weights (autocast makes 16-bit ones) count as `weight_copies`: a matrix is an activation if one dimension
+    is `rows` or `rows * columns`, the batch's size.
     """
 
     def __init__(self, model: nn.Module, rows: int, columns: int) -> None:
@@ -57,7 +57,8 @@ class SavedActivations:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        kind = self.activations if self.sizes & set(tensor.shape) else self.weight_copies
+        of_batch = tensor.dim() > 2 or self.sizes & set(tensor.shape)
+        kind = self.activations if of_batch else self.weight_copies
         kind |= storage_bytes([tensor])
         self._keep.append(tensor.detach())
         return tensor

@@ -1,0 +1,96 @@
+"""Trained values in narrow types: what `SensiModel.compress` registers in place of the float32 tensors.
+
+Of one adapter on one Linear all trained parts lie behind each other in one vector of codes, in the order of `PARTS`,
+each in its own row-major order. `weight` and `bias` are coded as differences from the base's values, which are small
+and of which a file needs only the leading digits; the other parts have no such values and are coded as they are.
+
+- `bfloat16`: the codes are the differences, rounded.
+- `int8`: `difference = code * scale`, with codes in -127..127 and a float32 scale for each tuned row or column, each
+row of `down`, each column of `up`, and every `BLOCK` entries of `bias` and `values`. The scales are a second vector,
+in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional as F
+
+
+KINDS = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+PARTS = ("weight", "bias", "down", "up", "values")
+BLOCK = 64
+_LARGEST = 127
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the parts that there are
+
+
+def sizes(shapes: Shapes, dim: int, kind: str) -> tuple[int, int]:
+    """Numbers of codes and of scales. `dim` is 0 where rows of `weight` are tuned, 1 where columns are."""
+    codes = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if kind != "int8":
+        return codes, 0
+    return codes, sum(_scales(name, shape, dim) for name, shape in shapes.items())
+
+
+def encode(parts: Mapping[str, torch.Tensor], dim: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of differences (float32)."""
+    ordered = [(name, parts[name].detach().float()) for name in PARTS if name in parts]
+    device = ordered[0][1].device if ordered else None
+    if kind == "bfloat16":
+        codes = [part.flatten().to(torch.bfloat16) for _, part in ordered]
+        return _joined(codes, torch.bfloat16, device), torch.empty(0, device=device)
+    codes, scales = [], []
+    for name, part in ordered:
+        scale = _largest(name, part, dim) / _LARGEST
+        rounded = (part / _spread(name, scale, part.shape, dim).clamp_min(torch.finfo(torch.float32).tiny)).round()
+        codes.append(rounded.clamp(-_LARGEST, _LARGEST).to(torch.int8).flatten())
+        scales.append(scale)
+    return _joined(codes, torch.int8, device), _joined(scales, torch.float32, device)
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor | None, shapes: Shapes, dim: int) -> dict[str, torch.Tensor]:
+    """Inverse of `encode`, but for the rounding: differences in float32."""
+    parts, at, scale_at = {}, 0, 0
+    for name in PARTS:
+        if name not in shapes:
+            continue
+        shape = torch.Size(shapes[name])
+        part = codes[at : at + shape.numel()].view(shape).float()
+        at += shape.numel()
+        if codes.dtype == torch.int8 and scales is not None:
+            count = _scales(name, shape, dim)
+            part *= _spread(name, scales[scale_at : scale_at + count].float(), shape, dim)
+            scale_at += count
+        parts[name] = part
+    return parts
+
+
+def _axis(name: str, dim: int) -> int:
+    """The dimension of a matrix along which scales differ."""
+    return {"weight": dim, "down": 0, "up": 1}[name]
+
+
+def _scales(name: str, shape: tuple[int, ...], dim: int) -> int:
+    return -(-shape[0] // BLOCK) if len(shape) == 1 else shape[_axis(name, dim)]
+
+
+def _largest(name: str, part: torch.Tensor, dim: int) -> torch.Tensor:
+    size = part.abs()
+    if part.dim() == 1:
+        return F.pad(size, (0, -len(part) % BLOCK)).view(-1, BLOCK).amax(1)
+    if not part.numel():
+        return part.new_zeros(part.shape[_axis(name, dim)])
+    return size.amax(1 - _axis(name, dim))
+
+
+def _spread(name: str, scales: torch.Tensor, shape: torch.Size, dim: int) -> torch.Tensor:
+    """The scale of each entry, or what broadcasts to it."""
+    if len(shape) == 1:
+        return scales.repeat_interleave(BLOCK)[: shape[0]]
+    return scales.unsqueeze(1 - _axis(name, dim))
+
+
+def _joined(tensors: list[torch.Tensor], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    return torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype, device=device)
