@@ -348,7 +348,7 @@ class SensiLayer(BaseTunerLayer):
         codes, scales = self.part("codes", name), self.part("scales", name)
         found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
         if codes is not None:
-            shapes = part_shapes(self, piece)
+            shapes = part_shapes(self.out_features, self.in_features, self.bias is not None, piece)
             differences = decode(codes, scales, shapes, piece.dim)
             origins = self._origins(piece, shapes)
             found |= {part: origins[part] + difference for part, difference in differences.items()}
@@ -383,7 +383,12 @@ class SensiLayer(BaseTunerLayer):
         key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)
         with torch.inference_mode(False), torch.no_grad():
             cached = self._sensi_fused.get(name)
-            if cached is None or cached[0] != key:
+            if self.sensi_base_dropped and dtype == base.weight.dtype:
+                # What is left of the base is this adapter's alone, and what it holds at trained positions is never
+                # read: no second copy of the weight is needed.
+                frozen, bias = self._kept_base(piece)
+                cached = (key, frozen, bias)
+            elif cached is None or cached[0] != key:
                 frozen, bias = self._kept_base(piece)
                 # The base's own tensors are shared as long as nothing is written into the cache.
                 writes = piece.tuned_count > 0
