@@ -37,8 +37,8 @@ def make_plan(
     tunes: bool = True,
     retention: float | None = None,
     biases_apart: bool = False,
-    tuned_layers: int | None = None,
     uniform: bool = False,
+    tuned_layers: int | None = None,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 
@@ -64,6 +64,8 @@ def make_plan(
     values = {g.name: _checked_scores(g, scores) for g in anatomy.groups}
     targets = frozenset(m for g in anatomy.groups for m in g.modules) if targets is None else targets
     kept = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
+    if limits != Budget() or retention is not None:
+        _warn_if_nothing_is_ranked([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
     if limits.trims:
         kept.update(
             _choose_kept(
@@ -93,6 +95,17 @@ def make_plan(
                 tuned[group.name] &= _best(values[group.name], tuned[group.name], count)
     states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
     return Plan(anatomy, states, targets, sequence_length, always_trained)
+
+
+def _warn_if_nothing_is_ranked(values: list[np.ndarray]) -> None:
+    scores = np.concatenate([np.zeros(0), *values])
+    if len(scores) > 1 and (scores == scores[0]).all():
+        value = f"{scores[0]:g}" if scores[0] else "zero"
+        warnings.warn(
+            f"All scores are {value}, so nothing is ranked: units are chosen by their cost, and the first ones of "
+            f"each block. Check the calibration data and the loss, or choose another score.",
+            stacklevel=3,
+        )
 
 
 def _outside_best_layers(
@@ -151,8 +164,6 @@ def _choose_kept(
     uniform: bool,
 ) -> dict[str, np.ndarray]:
     groups = anatomy.trimmable
-    if not any(values[g.name].any() for g in groups):
-        warnings.warn("All scores are zero: the plan keeps the first units of each block.", stacklevel=2)
     costs, allowed = [], []
     if limits.params is not None:
         costs.append([g.unit_params for g in groups])
@@ -195,8 +206,8 @@ def _choose_kept(
         )
         raise BudgetError(
             f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block"
-            f"{' (the same number in all)' if uniform else ''} already need {smallest}. Raise the budget, lower "
-            f"`multiple_of`, or let whole sublayers go with `min_units=0`."
+            f"{' (the same number in all)' if uniform else ''}, and what else the model cannot run without, already "
+            f"need {smallest}. Raise the budget, lower `multiple_of`, or let whole sublayers go with `min_units=0`."
         )
     left = allowed_costs - floor
     _fill(chosen, left)

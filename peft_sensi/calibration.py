@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import processes
 from .errors import CalibrationError
 
 
@@ -67,22 +68,36 @@ def calibration_loss(
 
 
 def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """The attention mask as booleans if it has the `[batch, tokens]` shape of these activations, else `None`."""
+    """The attention mask as booleans in this shape, `[batch, tokens]` or `[batch * tokens]`, else `None`."""
     mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == shape:
-        return mask.bool()
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and shape in (mask.shape, (mask.numel(),)):
+        return mask.bool().view(shape)
     return None
 
 
+def examples_in(batch: Mapping[str, Any]) -> int:
+    return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
+
+
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
-    """Mean padded length of token batches, rounded; `None` for inputs that are not tokens."""
+    """Mean padded length of the token batches of all processes, rounded; `None` for inputs that are not tokens."""
     lengths = [
         batch[key].shape[1]
         for batch in batches
         for key in ("input_ids", "inputs_embeds", "decoder_input_ids")
         if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
     ]
-    return round(sum(lengths) / len(lengths)) if lengths else None
+    pooled = processes.meet("measuring lengths", (sum(lengths), len(lengths)))
+    total, number = (sum(values) for values in zip(*pooled, strict=True))
+    return round(total / number) if number else None
+
+
+def image_tokens(model: nn.Module) -> int | None:
+    """Patches and special tokens of an image: the length of the learned positions `[1, tokens, hidden]`, if any."""
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return None
+    positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
+    return next((p.shape[1] for p in positions if p.dim() == 3), None)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import processes
 from .allocate import make_plan
 from .anatomy import Anatomy, linear_of
 from .budget import Budget, allowance
@@ -71,13 +72,15 @@ def close_units(
         min_units=config.min_units if config.granularity != "tensor" else 0,
         uniform=config.widths == "uniform",
     )
+    processes.meet("cutting")
     with torch.no_grad():
         for group in anatomy.trimmable:
             if group.output in gates:
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    torch.distributed.broadcast(gate, src=0)  # all processes cut alike, whatever data they see
+                processes.send_from_0(gate)
+    closed = {name: gate.cpu().tolist() for name, gate in gates_of(root, adapter_name).items()}
+    processes.agree("its cut", closed, "The processes must have the same model.")
 
 
 def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from . import processes, replicas
 from .allocate import make_plan
 from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
-from .calibration import materialise
+from .calibration import image_tokens, materialise
 from .config import SensiConfig
 from .errors import SensiError
 from .pieces import trained_beside_units
@@ -33,6 +36,14 @@ class Decision:
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     scores: Scores | None = None
 
+    def on_cpu(self) -> Decision:
+        """A tensor that is sent to another process would arrive on the sender's device."""
+        refitted = {
+            name: (weight.cpu(), None if bias is None else bias.cpu())
+            for name, (weight, bias) in self.refitted.items()
+        }
+        return replace(self, refitted=refitted, head={name: value.cpu() for name, value in self.head.items()})
+
 
 def decide(
     model: nn.Module,
@@ -53,6 +64,7 @@ def decide(
     batches = None
     if given.calibration is not None:
         batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
+        _warn_of_lost_inputs(given, batches)
     scores = given.scores
     if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
         scores = score_units(
@@ -63,9 +75,10 @@ def decide(
             calibration_steps=given.calibration_steps,
             priming_steps=given.priming_steps,
             priming_lr=given.priming_lr,
+            priming_optimizer=given.priming_optimizer,
             loss_fn=given.loss_fn,
             seed=given.seed,
-            progress=True,
+            progress=processes.rank() == 0,
         )
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
@@ -77,15 +90,15 @@ def decide(
         limits if limits != Budget() else None,
         targets=targets,
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
-        sequence_length=given.sequence_length or scores.sequence_length or 128,
+        sequence_length=given.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         multiple_of=given.multiple_of,
         min_units=given.min_units if given.granularity != "tensor" else 0,
         always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),
         tunes="dense" in given.update.split("+"),
         retention=given.retention,
         biases_apart=bool(biases),
-        tuned_layers=given.tuned_layers,
         uniform=config.widths == "uniform",
+        tuned_layers=given.tuned_layers,
     )
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
@@ -98,11 +111,55 @@ def decide(
     refitted: Refitted = {}
     if wanted and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn)
+        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn, processes.rank() == 0)
     head = scores.head
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
     return Decision(plan, refitted, head, scores)
+
+
+def _warn_of_lost_inputs(given: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
+    """PEFT's model for question answering takes token types and never passes them on (seen in PEFT 0.21)."""
+    if str(given.task_type).rpartition(".")[2] != "QUESTION_ANS":
+        return
+    types = [batch["token_type_ids"] for batch in batches if isinstance(batch.get("token_type_ids"), torch.Tensor)]
+    if any(bool(ids.any()) for ids in types):
+        message = (
+            "The calibration batches have `token_type_ids`, which PEFT's model for task_type='QUESTION_ANS' drops: "
+            "the adapter is trained without them, but scored with them, and the merged model would use them. Leave "
+            "them out everywhere, or set task_type=None."
+        )
+        warnings.warn(message, stacklevel=2)
+
+
+def decide_together(
+    model: nn.Module,
+    given: SensiConfig,
+    config: SensiConfig,
+    anatomy: Anatomy,
+    targets: frozenset[str],
+    saved: list[str],
+) -> Decision:
+    """`decide` with all processes of `processes.together`, which get the same decision."""
+    if processes.count() == 1:
+        return decide(model, given, config, anatomy, targets, saved)
+    # Paths may differ between machines; plan and fingerprint are filled in below.
+    own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
+    data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
+    processes.agree("its configuration", {**settings, **data}, "Give all processes the same.")
+    if replicas.somebody_has_no_weights(model):
+        decision = None
+        if processes.rank() == 0:
+            with processes.alone():
+                decision = decide(model, given, config, anatomy, targets, saved)
+    else:
+        decision = decide(model, given, config, anatomy, targets, saved)
+    # Sums are the same everywhere, but rounding on different hardware may not be.
+    decision = processes.from_0(None if decision is None else decision.on_cpu())
+    plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
+    processes.agree("its plan", plan.to_dict(), "The processes must have the same model.")
+    return replace(decision, plan=plan)
 
 
 def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy import Anatomy, Group, build_anatomy, task_head
+from . import processes, replicas
+from .anatomy import Anatomy, Group, base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import (
     PLAN_KEY,
@@ -33,18 +35,20 @@ from .checkpoint import (
     pop_plan,
 )
 from .config import SensiConfig
-from .decide import Decision, decide
+from .decide import Decision, decide_together
 from .errors import SensiError
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped
+from .linears import is_plain
 from .narrow import KINDS
-from .pieces import also_saved, anatomy_of, name_targets, pieces_of, targets_of
+from .pieces import also_saved, anatomy_of, name_targets, pieces_of, refuse_tied, targets_of
 from .plan import Plan
+from .quantised import check_quantised, is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
 from .widths import note_widths
-from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
+from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_linear
 
 
 logger = logging.getLogger(__name__)
@@ -107,33 +111,46 @@ class SensiModel(BaseTuner):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
             )
+        replicas.check_not_partitioned(model)
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
+        # A finished plan needs nobody else: one process may load an adapter while others do something different.
+        joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
         try:
-            with errors_of_file(given):
-                decision = self._prepare(model, adapter_name, given, config)
-                pieces = {} if decision is None else pieces_of(model, config, decision.plan)
-            if (path := file_to_check(given)) is not None:
-                check_slices(path, model, pieces)
-            self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
-            # The plan decides which modules are replaced, so a state dict has nothing to add.
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
-            if path is not None:
-                check_saved_modules(path, model, adapter_name)
-            if decision is not None:
-                set_head(model, adapter_name, decision.head)
+            with joint, replicas.weights_of_0(model, keep=True):
+                with errors_of_file(given):
+                    decision = self._prepare(model, adapter_name, given, config)
+                    pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+                if (path := file_to_check(given)) is not None:
+                    check_slices(path, model, pieces)
+                # Each layer takes its refitted values out, so that they are never there twice.
+                self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
+                # The plan decides which modules are replaced, so a state dict has nothing to add.
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                if path is not None:
+                    check_saved_modules(path, model, adapter_name)
+                if decision is not None:
+                    set_head(model, adapter_name, decision.head)
+                    replicas.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
+                if not low_cpu_mem_usage:
+                    replicas.make_room_for_adapter(model)
+                replicas.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
         finally:
             self._sensi_injecting = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        dropped = False
         for module in model.modules():
             if isinstance(module, SensiLayer):
                 module.sensi_companions = companions
                 if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
+                    dropped = True
+        if dropped:
+            drop_originals(model, adapter_name)
 
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
     # later.
@@ -154,7 +171,17 @@ class SensiModel(BaseTuner):
             names = {module for group in blocks.groups for module in group.modules}
             config.target_modules = names or "all-linear"  # type: ignore[assignment]
         save_whole(config, task_head(model))
+        everything = isinstance(config.target_modules, str)
         _maybe_include_all_linear_layers(config, model)
+        if everything and isinstance(config.target_modules, set):
+            special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
+            if special:
+                warnings.warn(
+                    f"{len(special)} modules are not tuned, such as {min(special)!r}: they are Linears that compute "
+                    f"something else.",
+                    stacklevel=2,
+                )
+            config.target_modules -= special
         if not targets_of(model, config):
             bare = config.own_copy()
             bare.modules_to_save = None
@@ -172,7 +199,10 @@ class SensiModel(BaseTuner):
         saved = also_saved(model, blocks, config.also_train)
         save_whole(config, saved)
         targets = name_targets(model, config)
+        refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
+        linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
+        check_quantised(linears, config.update, config.sparsity, config.keep_base)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:
             if config.fingerprint is not None:
@@ -180,17 +210,12 @@ class SensiModel(BaseTuner):
             decision = Decision(Plan.from_dict(config.plan, anatomy, targets))
         else:
             with self._others_disabled(model), preserved(model):
-                decision = decide(model, given, config, anatomy, targets, saved)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # Processes see different data; layers of different shapes could not be trained together.
-                box = [decision]
-                torch.distributed.broadcast_object_list(box, src=0)
-                decision = box[0]
+                decision = decide_together(model, given, config, anatomy, targets, saved)
             config.plan = decision.plan.to_dict()
             if decision.scores is not None and decision.scores.method != "none":
                 self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
             logger.info("%s", decision.plan.line())
-        config.fingerprint = fingerprint(model, anatomy) or config.fingerprint
+        config.fingerprint = processes.from_0(fingerprint(model, anatomy)) or config.fingerprint
         return decision
 
     @contextmanager
@@ -249,7 +274,7 @@ class SensiModel(BaseTuner):
         pieces, refitted = self._sensi_injecting
         piece, group = pieces[current_key]
         layer = wrap_linear(
-            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key)
+            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.pop(current_key, None)
         )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -267,6 +292,7 @@ class SensiModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
+        self._check_codes()
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def disable_adapter_layers(self) -> None:
@@ -279,6 +305,7 @@ class SensiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
+            self._check_codes()  # before anything is replaced
             self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
         else:
             self._check_base("unload the adapter")
@@ -306,6 +333,10 @@ class SensiModel(BaseTuner):
         if len(adapter_names) > 1:
             for layer in self._layers():
                 layer.check_combination(adapter_names)
+
+    def _check_codes(self) -> None:
+        if any(is_quantised(layer.get_base_layer()) for layer in self._layers()):
+            raise not_mergeable()
 
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):

@@ -26,6 +26,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from . import processes, replicas
 from .calibration import materialise
 from .config import SensiConfig
 from .cuts import close_units, gates_of, open_units
@@ -48,7 +49,7 @@ class Schedule:
         calibration: Batches for rescoring, needed for cuts by a gradient score.
 
     Raises:
-        SensiError: There is no schedule, or something that it needs is missing.
+        SensiError: There is no schedule, or something that it needs is missing; or, from `step`, the model is sharded.
     """
 
     def __init__(
@@ -62,6 +63,14 @@ class Schedule:
         self.adapter_name, self.config = scheduled_adapter(model)
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches = None
+        with processes.together("preparing the schedule"):
+            self._prepare(total_steps, steps_per_epoch, calibration)
+        self.done_steps = 0
+        tuner(self.model).sensi_schedule_is_stepped = True
+
+    def _prepare(
+        self, total_steps: int, steps_per_epoch: int | None, calibration: Iterable[Mapping[str, Any]] | None
+    ) -> None:
         if self.phase["phase"] == "cut":
             if calibration is None and self.config.score in DATA_METHODS and self.config.score != "movement":
                 raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
@@ -76,14 +85,17 @@ class Schedule:
             self.switches = [math.ceil(self.phase["epochs"] * steps_per_epoch)]
         else:
             self.switches = [math.ceil(self.phase["at"] * total_steps)]
-        self.done_steps = 0
-        tuner(self.model).sensi_schedule_is_stepped = True
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
         """To be called before each optimizer step, of which there were `done_steps`. Whether a phase changed.
 
         The optimizer is told to forget its moments of what is frozen.
         """
+        if replicas.is_sharded(self.model):
+            raise SensiError(
+                f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which a model "
+                f"that is sharded by FSDP cannot. Train it under DDP, or without a schedule."
+            )
         done = self.done_steps if done_steps is None else done_steps
         self.done_steps = done + 1
         if self.phase["phase"] == "freeze_dense":
@@ -97,16 +109,20 @@ class Schedule:
         else:
             cuts = self.phase["cuts"]
             made = max(i + 1 for i, switch in enumerate(self.switches) if switch == done)
-            close_units(root_of(self.model), self.config, self.adapter_name, self.batches, 1 - (1 - made / cuts) ** 3)
+            self._close(1 - (1 - made / cuts) ** 3)
         return True
 
     def finish(self) -> None:
         """Removes closed units from the model, so that the budget holds. Without cuts there is nothing to do."""
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
             if all(bool(gate.all()) for gate in gates_of(root_of(self.model), self.adapter_name).values()):
-                close_units(root_of(self.model), self.config, self.adapter_name, self.batches, 1.0)
+                self._close(1.0)
             plan = open_units(root_of(self.model), self.config, self.adapter_name)
             shrink(self.model, self.config, self.adapter_name, plan)
+
+    def _close(self, progress: float) -> None:
+        with processes.together("cutting units"):
+            close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress)
 
     def _layers(self) -> list[SensiLayer]:
         return [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]

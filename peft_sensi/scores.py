@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from . import processes, replicas
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
 from .atomic import write_atomically
 from .calibration import (
@@ -41,7 +42,7 @@ from .calibration import (
     mean_length,
     preserved,
 )
-from .errors import SensiError, SensiLoadError
+from .errors import CalibrationError, SensiError, SensiLoadError
 from .families import BlockLayout
 from .fields import shown
 from .gates import apply_gate, gate_gradients, hooked
@@ -142,6 +143,7 @@ def compute_scores(
     calibration_steps: int = 32,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
     seed: int = 0,
     targets: Iterable[str] = (),
@@ -150,12 +152,14 @@ def compute_scores(
 ) -> Scores:
     """Scores every unit of `model`; the model and all random states are left exactly as they were.
 
+    With several processes all of them must call this, each with its own batches; they get the same scores.
     Without `calibration` a gradient score falls back to magnitude, with a warning.
 
     Args:
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
         targets: Linears outside the known blocks whose rows are to be scored too.
 
     Raises:
@@ -165,7 +169,8 @@ def compute_scores(
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     anatomy = build_anatomy(model, targets, blocks)
-    with preserved(model):  # a data loader that shuffles draws random numbers, too
+    with processes.together("scoring"), replicas.weights_of_0(model), preserved(model):
+        # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
             batches = materialise(calibration, max(calibration_steps, priming_steps, 1))
@@ -177,6 +182,7 @@ def compute_scores(
             calibration_steps=calibration_steps,
             priming_steps=priming_steps,
             priming_lr=priming_lr,
+            priming_optimizer=priming_optimizer,
             loss_fn=loss_fn,
             seed=seed,
             progress=progress,
@@ -192,6 +198,7 @@ def score_units(
     calibration_steps: int,
     priming_steps: int,
     priming_lr: float,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None,
     seed: int,
     progress: bool,
@@ -210,10 +217,11 @@ def score_units(
     if score == "magnitude":
         return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
     assert batches is not None
-    torch.manual_seed(seed)  # dropout while priming: the same data and seed give the same plan
+    torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
-    priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
+    priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
+    priming |= {"loss_fn": loss_fn, "progress": progress}
     spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)
@@ -240,7 +248,12 @@ def score_units(
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]
             for name, gradient in gradients.items():
-                totals[name] += (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+                total = (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
+                if not torch.isfinite(total).all():
+                    raise CalibrationError(f"The scores of {name!r} are not finite for calibration batch {index}.")
+                totals[name] += total
+    processes.add_up(list(totals.values()), "adding up scores")
+    examples = sum(processes.meet("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
     return Scores(values, score, length, spikes.found(), head)
 

@@ -1,0 +1,94 @@
+"""Two real processes for tests: what they run, and how they are started and never waited for in vain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+HERE = Path(__file__).resolve().parent
+
+
+def environment(rank: int | None = None, port: int = 0, size: int = 2, **extra: str) -> dict[str, str]:
+    """For one of `size` processes; without a rank for a launcher, which sets the rest itself."""
+    found = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "PYTEST_"))}
+    found |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    found["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), found.get("PYTHONPATH", "")])
+    if rank is not None:
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        found |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return found | extra
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_two(script: str, folder: Path, *arguments: str, timeout: float = 150, **extra: str) -> list[Any]:
+    """Runs `tests/<script> <folder> <arguments>` as two processes; what each saved as `<folder>/<rank>.pt`.
+
+    A process that fails or does not end in time is a failure, with everything that both have printed.
+    """
+    port = free_port()
+    commands = [[sys.executable, str(HERE / script), str(folder), *arguments]] * 2
+    environments = [environment(rank, port, **extra) for rank in range(2)]
+    _wait(commands, environments, folder, timeout)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def launch_two(
+    script: str, folder: Path, *arguments: str, options: tuple[str, ...] = (), timeout: float = 150
+) -> list[Any]:
+    """`run_two` through `accelerate launch`.
+
+    `--multi_gpu`, because with `--cpu` Accelerate 1.15 starts a single process unless there is `mpirun`.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), *options, str(HERE / script), str(folder), *arguments]
+    _wait([command], [environment()], folder, timeout)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _wait(commands: list[list[str]], environments: list[dict[str, str]], folder: Path, timeout: float) -> None:
+    logs = [folder / f"log{i}.txt" for i in range(len(commands))]
+    running = []
+    try:
+        for command, env, log in zip(commands, environments, logs, strict=True):
+            with log.open("w") as output:
+                running.append(
+                    subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                )
+        deadline = time.monotonic() + timeout
+        while any(p.poll() is None for p in running) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if any(p.poll() for p in running):
+                deadline = min(deadline, time.monotonic() + 20)  # one has failed: the others must end, too
+        codes = [p.poll() for p in running]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if any(codes):
+        said = "\n".join(
+            f"--- process {i}, exit {code}\n{log.read_text()[-6000:]}"
+            for i, (code, log) in enumerate(zip(codes, logs, strict=True))
+        )
+        raise AssertionError(f"Exit codes {codes} (None: it hung).\n{said}")
+    assert None not in codes, f"hung: {codes}\n" + "\n".join(log.read_text()[-6000:] for log in logs)

@@ -1,0 +1,217 @@
+"""FSDP on two processes: by `fully_shard` itself, by Accelerate's own preparation, and FSDP1; and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from conftest import Rows
+from peft import PeftModel
+from processes_train import STILL, adamw, state
+from tiny import LABELS, tiny_batches, tiny_model, wrap
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
+from transformers.models.bert.modeling_bert import BertLayer
+
+from peft_sensi import Schedule
+
+
+UPDATES = {
+    "trim": {"budget": 0.5},
+    "both": {"budget": {"flops": 0.6, "trainable": 0.08}},
+    "sparse": {"budget": 0.7, "update": "low_rank+sparse", "rank": 2, "sparse": 20},
+    "mask": {"update": "mask", "granularity": "weight", "sparsity": 0.2},
+    "drawn mask": {"update": "low_rank", "rank": 2, "sparsity": 0.3},
+}
+FISHER = {"score": "fisher", "calibration_steps": 4, "priming_steps": 0}
+# Of these, `trim` decides with data, `alone` has weights in process 0 only, and `loaded` loads a finished adapter.
+BY_ACCELERATE = ("trim", "alone", "sparse", "loaded")
+
+
+def fresh(update: str):
+    torch.manual_seed(0)
+    return wrap(tiny_model(**STILL), **UPDATES[update])
+
+
+def base_of(folder: Path):
+    """A base without a head, which is made up; under `cpu_ram_efficient_loading` in the first process only."""
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=LABELS).float()
+
+
+def drop_weights(model) -> None:
+    """As loaders leave a model that is to get its weights from another process: buffers are there."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+
+def calibrated(base, rank: int, count: int):
+    return wrap(base, budget=0.5, calibration=tiny_batches(4, seed=3)[rank::count], **FISHER)
+
+
+def loop(model, steps: int = 6, share: slice = slice(None)) -> None:
+    """Some steps of AdamW; `share` takes this process' rows of each global batch of 8."""
+    optimizer = adamw(model)
+    model.train()
+    for batch in (2 * [*DataLoader(Rows(), batch_size=8)])[:steps]:
+        model(**{k: v[share] for k, v in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def shard(model):
+    for layer in [m for m in model.modules() if isinstance(m, BertLayer)]:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def ours(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: v.clone() for n, v in found.items() if ".sensi_" in n or ".modules_to_save." in n}
+
+
+def message_of(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def by_fully_shard(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
+    found = {}
+    for update in UPDATES:
+        log(update)
+        model = shard(fresh(update))
+        loop(model, share=slice(4 * rank, 4 * rank + 4))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        found[update] = ours(get_model_state_dict(model, options=options))
+    return found
+
+
+def on_cpu(plugin: FullyShardedDataParallelPlugin) -> Accelerator:
+    """An Accelerator with FSDP. On CPUs it falls back to DDP by itself, so it is told that it has not."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def by_accelerate(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
+    """`cpu_ram_efficient_loading`, training, `save_state` and `load_state`, and saving the adapter, by Accelerate."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    found = {}
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"],
+        cpu_ram_efficient_loading=True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    accelerator = on_cpu(plugin)
+    for name in BY_ACCELERATE:
+        for resume in (False, True):
+            log(f"Accelerate: {name}, resume {resume}")
+            base = base_of(folder)
+            found["head on meta"] = base.classifier.weight.is_meta
+            if name == "alone" and rank > 0:
+                drop_weights(base)
+            torch.manual_seed(0)
+            if name in ("trim", "alone"):
+                model = calibrated(base, rank, 2)
+            elif name == "loaded":
+                model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+            else:
+                model = wrap(base, **UPDATES["sparse"])
+            found[f"{name}, print"] = model.peft_config["default"].fingerprint
+            loader = DataLoader(Rows(), batch_size=4)
+            optimizer = adamw(model)
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            assert any(isinstance(p, DTensor) for p in model.parameters())
+            if resume:
+                accelerator.load_state(str(folder / "state" / name))
+            model.train()
+            for epoch in range(int(resume), 2):
+                for batch in loader:
+                    accelerator.backward(model(**batch).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if epoch == 0 and not resume:
+                    accelerator.save_state(str(folder / "state" / name))
+            full = accelerator.get_state_dict(model)
+            found[f"{name}, resumed" if resume else name] = ours(full)
+            if accelerator.is_main_process:
+                accelerator.unwrap_model(model).save_pretrained(folder / "saved" / name, state_dict=full)
+            for prepared in (accelerator._models, accelerator._optimizers, accelerator._dataloaders):
+                prepared.clear()
+    return found
+
+
+def with_fsdp1(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
+    """FSDP1 with `use_orig_params`; and what the launcher's environment already says cannot work."""
+    for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_VERSION"):
+        os.environ.pop(name, None)
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_USE_ORIG_PARAMS": "true"}
+    found: dict = {"errors": {}}
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={BertLayer})
+    for update in ("trim", "both"):
+        log(f"FSDP1: {update}")
+        model = FullyShardedDataParallel(
+            fresh(update), use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu")
+        )
+        loop(model, share=slice(4 * rank, 4 * rank + 4))
+        with FullyShardedDataParallel.summon_full_params(model):
+            found[update] = {n.replace("_fsdp_wrapped_module.", ""): v for n, v in state(model).items()}
+    found["errors"]["integers"] = message_of(lambda: fresh("sparse"))
+    os.environ["FSDP_USE_ORIG_PARAMS"] = "false"
+    found["errors"]["flat"] = message_of(lambda: fresh("trim"))
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    found["errors"]["sharded before"] = message_of(lambda: wrap(shard(tiny_model()), **UPDATES["trim"]))
+    cut = {"budget": 0.4, "schedule": {"phase": "cut", "start": 0, "end": 0.5, "cuts": 2}}
+    found["errors"]["schedule"] = message_of(lambda: Schedule(shard(wrap(tiny_model(), **cut)), 4).step())
+    return found
+
+
+PARTS = {"fully_shard": by_fully_shard, "accelerate": by_accelerate, "fsdp1": with_fsdp1}
+
+
+def main(folder: Path, parts: list[str]) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+    def log(what: str) -> None:
+        print(f"{time.strftime('%X')} {rank}: {what}", flush=True)
+
+    dist.init_process_group("gloo")
+    found: dict = {}
+    for part in parts:
+        try:
+            found[part] = PARTS[part](folder, rank, log)
+        except Exception:
+            log(traceback.format_exc())
+            found[part] = traceback.format_exc()
+            if "--keep-going" not in sys.argv:
+                raise
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [part for part in PARTS if part in sys.argv])
