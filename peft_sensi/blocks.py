@@ -49,7 +49,7 @@ def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
 
 
 def block_of(group: Group) -> str:
-    return group.layer or group.name
+    return (group.layer if group.trimmable else "") or group.name
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

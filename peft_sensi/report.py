@@ -44,7 +44,9 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Rend
         for kind in kinds
         for i, header in enumerate(headers[kind])
     ]
-    taken = max((len(label) for label, _ in lines), default=0) + sum(max(map(len, column)) for column in columns)
+    taken = max(len(label) for label in ("block", *(label for label, _ in lines))) + sum(
+        max(map(len, column)) for column in columns
+    )
     room = (WIDTH - taken - 3 * (1 + len(columns) + len(kinds))) // max(1, len(kinds))
     bar = max(MIN_BAR, min(MAX_BAR, room))
     table.add_column("block", no_wrap=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
 from peft_sensi.blocks import Row, human, rows_of, short_names
@@ -97,6 +97,18 @@ def test_the_table_holds_every_count_and_fits_80_columns(plan):
         assert f"{row.count(TUNED, FROZEN):,}/{row.size:,}" in text
     assert "tuned" in text and "frozen" in text and "trimmed" in text
     assert f"{plan.params_share:.2%}" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("neurons", [8, 512, 3072])
+def test_nothing_is_cut_off_at_80_columns(family, neurons):
+    with torch.device("meta"):
+        config = tiny_config(family, intermediate_size=neurons, num_hidden_layers=12)
+        anatomy = build_anatomy((AutoModel if family == "bert" else AutoModelForCausalLM).from_config(config))
+    values = {g.name: np.arange(1.0, g.size + 1) for g in anatomy.groups}
+    for budget in (0.7, {"params": 0.7, "trainable": 0.2}):
+        text = printed(plan_table(make_plan(anatomy, values, budget)))
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80 and text.count(f"/{neurons:,} ") == 12
 
 
 def test_states_can_be_told_apart_without_colour_and_without_unicode(plan):
