@@ -23,6 +23,7 @@ from .families import BlockLayout
 from .fields import check_foreign, check_types, is_number, shown
 from .narrow import KINDS
 from .plan import Plan, check_plan_dict
+from .priming import OPTIMIZERS
 from .scores import METHODS, Scores
 from .updates import check_update
 
@@ -69,7 +70,8 @@ class SensiConfig(PeftConfig):
             pooler where dense units are tuned without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
         priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
-        priming_lr: Learning rate of AdamW in these steps.
+        priming_lr: Learning rate in these steps.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights (see `priming`).
         refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given
             and everything that is kept is tuned.
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
@@ -111,6 +113,7 @@ class SensiConfig(PeftConfig):
     calibration_steps: int = field(default=24)
     priming_steps: int = field(default=40)
     priming_lr: float = field(default=1e-4)
+    priming_optimizer: str = field(default="adamw")
     refit: bool | None = field(default=None)
     sequence_length: int | None = field(default=None)
     multiple_of: int = field(default=8)
@@ -184,6 +187,10 @@ class SensiConfig(PeftConfig):
             )
         if self.priming_lr <= 0:
             raise SensiError(f"`priming_lr` must be positive, got {self.priming_lr!r}.")
+        if self.priming_optimizer not in OPTIMIZERS:
+            raise SensiError(
+                f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {self.priming_optimizer!r}."
+            )
         if self.also_train is not None:
             if any(name not in ALSO_TRAIN for name in self.also_train):
                 raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {self.also_train!r}.")

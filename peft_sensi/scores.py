@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import processes
+from . import processes, replicas
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
 from .atomic import write_atomically
 from .calibration import (
@@ -143,6 +143,7 @@ def compute_scores(
     calibration_steps: int = 32,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
     seed: int = 0,
     targets: Iterable[str] = (),
@@ -158,6 +159,7 @@ def compute_scores(
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
         targets: Linears outside the known blocks whose rows are to be scored too.
 
     Raises:
@@ -167,7 +169,7 @@ def compute_scores(
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     anatomy = build_anatomy(model, targets, blocks)
-    with processes.together("scoring"), processes.weights_of_0(model), preserved(model):
+    with processes.together("scoring"), replicas.weights_of_0(model), preserved(model):
         # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
@@ -180,6 +182,7 @@ def compute_scores(
             calibration_steps=calibration_steps,
             priming_steps=priming_steps,
             priming_lr=priming_lr,
+            priming_optimizer=priming_optimizer,
             loss_fn=loss_fn,
             seed=seed,
             progress=progress,
@@ -195,6 +198,7 @@ def score_units(
     calibration_steps: int,
     priming_steps: int,
     priming_lr: float,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None,
     seed: int,
     progress: bool,
@@ -216,7 +220,8 @@ def score_units(
     torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
-    priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
+    priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
+    priming |= {"loss_fn": loss_fn, "progress": progress}
     spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)
