@@ -67,6 +67,12 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return {path: " ".join(p[common:]) or p[-1] for path, p in zip(paths, parts, strict=True)}
 
 
+def shortened(label: str, width: int) -> str:
+    """The first word, which tells the block, and the end."""
+    first = label.partition(" ")[0][: width // 2]
+    return label if len(label) <= width else f"{first} …{label[len(first) + 2 - width :]}"
+
+
 def human(number: float) -> str:
     """A count in three digits and a unit: `84.9 M`."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

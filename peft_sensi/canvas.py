@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .blocks import short_names
+from .blocks import short_names, shortened
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED
 
@@ -78,7 +78,7 @@ def count_ticks(axes: Any, most: int) -> None:
 def block_labels(names: list[str], blocks: list[str]) -> list[str]:
     """Short names of blocks; of groups, where a block has several."""
     shown = short_names(blocks) if len(set(blocks)) == len(blocks) else short_names(names)
-    return [shown[b if b in shown else n][-24:] for n, b in zip(names, blocks, strict=True)]
+    return [shortened(shown[b if b in shown else n], 24) for n, b in zip(names, blocks, strict=True)]
 
 
 def room_between(parts: list[list[str]]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .blocks import KINDS, Row, human, rows_of, short_names
+from .blocks import KINDS, Row, human, rows_of, short_names, shortened
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED, Plan
 
@@ -156,7 +156,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
             second = line is not None
             line = open_line[row.block] = {}
             label = names[row.block] + (f" {row.name.rpartition('.')[2]}" if second else "")
-            lines.append((label if len(label) <= 20 else "…" + label[-19:], line))
+            lines.append((shortened(label, 36 if len({row.kind for row in rows}) == 1 else 20), line))
         line[row.kind] = row
     return lines
 

@@ -14,7 +14,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.blocks import Row, human, rows_of, short_names
+from peft_sensi.blocks import Row, human, rows_of, short_names, shortened
 from peft_sensi.canvas import STYLES
 from peft_sensi.charts import plot_budgets, plot_scores
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED, unpack_states
@@ -80,6 +80,11 @@ def test_short_names_keep_what_tells_blocks_apart():
     assert short_names(["encoder.block.0", "decoder.block.0", "decoder.block.1"])["decoder.block.1"] == "decoder 1"
     assert short_names(["model.layers.3"]) == {"model.layers.3": "3"}
     assert short_names(["a.b.c", "a.b"]) == {"a.b.c": "c", "a.b": "b"}
+
+
+def test_long_names_keep_their_block_and_their_end():
+    assert shortened("0 attention output dense", 20) == "0 …tion output dense"
+    assert len(shortened("0 attention output dense", 20)) <= 20 and shortened("0 output", 20) == "0 output"
 
 
 def test_counts_for_humans():
