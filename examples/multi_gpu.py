@@ -102,6 +102,7 @@ def with_trainer(
         report_to="none",
         disable_tqdm=True,
         use_cpu=cpu,
+        average_tokens_across_devices=False,  # the loss is a mean over examples
     )
     trainer = Trainer(model, arguments, train_dataset=train, data_collator=collator)
     trainer.train()

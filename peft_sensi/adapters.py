@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +137,22 @@ def facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
         "budget asked": budget_words(config.budget),
         "ranked by": f"{config.score}, {config.granularity}s",
         "update": config.update + (f", stored as {config.compressed}" if config.compressed else ""),
-        "saved whole": ", ".join(config.modules_to_save or []) or "nothing",
+        "saved whole": saved_whole(adapter) or "nothing",
         "file": f"{size_of(adapter.file_bytes)}, {len(adapter.tensors)} tensors ({values} values)",
         "fingerprint": adapter.fingerprint or "none: any base of the same shapes is accepted",
     }
     return lines | (plan_facts(plan) if plan is not None else unit_facts(config.plan))
+
+
+def saved_whole(adapter: SavedAdapter) -> str:
+    """Names of the modules that are in the file whole, those of all layers as one."""
+    keys = [f".{key}" for key in adapter.tensors]
+    names = [n for n in adapter.config.modules_to_save or [] if any(f".{n}." in key for key in keys)]
+    alike: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"\b\d+\b", "*", name)
+        alike[pattern] = alike.get(pattern, 0) + 1
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in alike.items())
 
 
 def unit_facts(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -171,6 +183,14 @@ def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan
         model = _shapes_of(_class_of(adapter), _base_config(adapter, base))
         return plan_of(model, adapter.config)
     except (SensiError, OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def number_of_labels(adapter: SavedAdapter, base: str | None = None) -> int | None:
+    """That the adapter's head is for; `None` when the base's config cannot be had."""
+    try:
+        return _base_config(adapter, base).num_labels
+    except (SensiError, OSError, ValueError):
         return None
 
 
@@ -225,7 +245,7 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
 
 def _number_of_labels(adapter: SavedAdapter, config: PretrainedConfig) -> int | None:
     """Read off the saved head: where a head for a strange number of labels has that number, ours has its own."""
-    strange, before = 7919, config.num_labels
+    strange, before = 7919, int(config.num_labels or 0)
     if getattr(adapter.config.task_type, "value", adapter.config.task_type) not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     try:

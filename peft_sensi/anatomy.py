@@ -28,6 +28,7 @@ from .errors import AnatomyError
 from .families import FAMILIES, BlockLayout, layouts_of
 from .linears import LINEARS, features, matrix
 from .positions import RelativePositions, relative_positions
+from .quantised import count, is_quantised, not_trimmable
 
 
 Kind = Literal["head", "neuron", "row", "tensor"]
@@ -181,6 +182,8 @@ def build_anatomy(
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
+    coded = {name for group in groups for name in group.modules if is_quantised(base_of(modules[name]))}
+    groups = [replace(group, fixed=True) if coded & set(group.modules) else group for group in groups]
     layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
@@ -206,6 +209,8 @@ def _indexed_parent(name: str) -> str:
 
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
+    if any(is_quantised(module) for module in model.modules()):
+        return not_trimmable(model)
     return AnatomyError(
         f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families "
         f"are {', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout("
@@ -259,7 +264,7 @@ def task_head(model: nn.Module) -> list[str]:
 def _params_without_head(model: nn.Module) -> int:
     head = tuple(f"{name}." for name in task_head(model))
     return sum(
-        parameter.numel()
+        count(parameter)
         for name, parameter in model.named_parameters()
         if is_base_parameter(name) and not name.startswith(head)
     )

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .adapters import AUTO_CLASSES, SavedAdapter, budget_words, plan_without_weights, unit_facts
+from .adapters import AUTO_CLASSES, SavedAdapter, budget_words, number_of_labels, plan_without_weights, unit_facts
 from .blocks import human, rows_of
 from .config import SensiConfig
 from .errors import SensiError
@@ -77,6 +77,7 @@ def write_card(
         license=license,
         base_license=license_of(name),
         fingerprint=saved.fingerprint,
+        num_labels=number_of_labels(saved, base),
     )
     save_card(card, folder / "README.md")
     return written
@@ -94,9 +95,12 @@ def new_card(
     license: str | None = None,
     base_license: str | None = None,
     fingerprint: str | None = None,
+    num_labels: int | None = None,
 ) -> ModelCard:
     task = getattr(config.task_type, "value", config.task_type) or ""
     on_hub = base if base and is_repo(base) else None
+    # A path says nothing to others, and may say too much.
+    base = on_hub or (f"path/to/{Path(base).name}" if base else None)
     data = ModelCardData(
         library_name="peft",
         base_model=on_hub,
@@ -116,8 +120,8 @@ def new_card(
         sentence=_sentence(config, plan),
         picture=picture,
         model_class=AUTO_CLASSES.get(task) or str(auto.get("base_model_class") or "AutoModel"),
-        base_name=base or "PATH/OF/THE/BASE",
-        base_options=", num_labels=..." if task in ("SEQ_CLS", "TOKEN_CLS") else "",
+        base_name=base or "path/to/the/base",
+        base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
         repo=repo,
         merged_words="a plain model with smaller matrices" if trims(config, plan) else "a plain model",
         budget=_budget_rows(config, plan),
@@ -139,7 +143,7 @@ def save_card(card: ModelCard, path: Path) -> None:
     """Keeps what somebody else wrote into an older card: its metadata, and the text around our section."""
     if path.is_file():
         try:
-            old = ModelCard.load(path)
+            old: Any = ModelCard.load(path)
         except (ValueError, OSError):  # not a card
             old = None
         if old is not None:
@@ -147,7 +151,7 @@ def save_card(card: ModelCard, path: Path) -> None:
             before, after = _around(old.text)
             card.text = f"{before}{ours}{after}"
             merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
-            merged["tags"] = sorted({*(old.data.tags or []), *(card.data.tags or [])})
+            merged["tags"] = sorted({*(old.data.get("tags") or []), *(card.data.get("tags") or [])})
             card.data = ModelCardData(**merged)
     card.save(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -276,7 +277,7 @@ def merge(
     if plain:
         out.print("Its layers are alike: any AutoModel...from_pretrained loads it, without peft_sensi.")
     else:
-        out.print("Its layers have widths of their own: load it with peft_sensi.merged.load_merged(folder),")
+        out.print("Its layers have widths of their own: load it with peft_sensi.load_merged(folder),")
         out.print("or, without peft_sensi, with trust_remote_code=True.")
 
 
@@ -285,11 +286,13 @@ def merge(
 def export(
     adapter: Adapter,
     file: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write.", show_default=False)],
+    int8: Annotated[bool, typer.Option("--int8", help="Also a copy with weights in 8 bits, OUT.int8.onnx.")] = False,
+    opset: Annotated[int, typer.Option(min=14, metavar="N", help="Of the operators.")] = 17,
     base: Base = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the merged model as ONNX, with any batch size and length."""
+    """Write the merged model as ONNX, with any batch size and length, checked in onnxruntime."""
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
     from .export import export_onnx
@@ -297,11 +300,11 @@ def export(
     _, model = load_saved(adapter, base, json)
     with step("exporting", show=not json):
         file.parent.mkdir(parents=True, exist_ok=True)
-        export_onnx(model, file)
+        report = export_onnx(model, file, int8=int8, opset=opset)
     if json:
-        print_json({"file": str(file), "bytes": file.stat().st_size})
+        print_json(asdict(report))
         return
-    out.print(Text(f"{file}: {size_of(file.stat().st_size)}"), soft_wrap=True)
+    out.print(Text(str(report)), soft_wrap=True)
 
 
 Results = Annotated[
@@ -371,7 +374,8 @@ def list_recipes(json: Json = False, debug: Debug = False) -> None:
         print_json([{"name": name, "what": what} for name, what in lines.items()])
         return
     out.print(records_table(["recipe", "what it does"], [[name, what] for name, what in lines.items()]))
-    out.print("In Python: SensiConfig = peft_sensi.recipes.NAME(...);  here: peft-sensi train --recipe NAME")
+    out.print("In Python: config = peft_sensi.recipes.NAME(...)")
+    out.print("Here:      peft-sensi train ... --recipe NAME")
 
 
 # -- what the commands share ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import processes
+from . import processes, replicas
 from .allocate import make_plan
 from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
@@ -148,7 +148,7 @@ def decide_together(
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
     data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
     processes.agree("its configuration", {**settings, **data}, "Give all processes the same.")
-    if processes.somebody_has_no_weights(model):
+    if replicas.somebody_has_no_weights(model):
         decision = None
         if processes.rank() == 0:
             with processes.alone():

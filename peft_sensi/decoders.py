@@ -23,7 +23,7 @@ _LLAMA = BlockLayout(
     attention_norm="post_attention_layernorm",
     cached=True,
 )
-# Experts of a mixture stay as they are: Mixtral has no other FFN, Qwen's mixtures have it in their dense layers.
+_ATTENTION_ONLY = replace(_LLAMA, up="", gate="", down="")  # the experts of a mixture stay as they are
 # The sublayer's output goes through a norm before it is added, and so that output is all that the refit can see.
 _NORMED_TWICE = replace(_LLAMA, attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
 # Norms of queries and keys over all heads together: no head can leave without changing the others.
@@ -39,6 +39,7 @@ _PHI3 = replace(
     fixed_heads=True,
 )
 _PHI = replace(_LLAMA, o="self_attn.dense", up="mlp.fc1", gate="", down="mlp.fc2", attention_norm="")
+_FUSED_GATE = replace(_LLAMA, up="mlp.gate_up_proj", gate="mlp.gate_up_proj")
 _STARCODER2 = replace(_LLAMA, up="mlp.c_fc", gate="", down="mlp.c_proj")
 _NEMOTRON = replace(_LLAMA, gate="")
 _GPT2 = BlockLayout(
@@ -55,6 +56,33 @@ _GPT2 = BlockLayout(
     attention_norm="ln_2",
     cached=True,
 )
+_GPTJ = BlockLayout(
+    layer="h.*",
+    q="attn.q_proj",
+    k="attn.k_proj",
+    v="attn.v_proj",
+    o="attn.out_proj",
+    up="mlp.fc_in",
+    down="mlp.fc_out",
+    head_size="attn.head_dim",
+    head_counts=("attn.num_attention_heads",),
+    min_heads=1,
+    cached=True,
+)
+_GPT_NEO = BlockLayout(
+    layer="h.*",
+    q="attn.attention.q_proj",
+    k="attn.attention.k_proj",
+    v="attn.attention.v_proj",
+    o="attn.attention.out_proj",
+    up="mlp.c_fc",
+    down="mlp.c_proj",
+    head_size="attn.attention.head_dim",
+    head_counts=("attn.attention.num_heads",),
+    attention_norm="ln_2",
+    min_heads=1,
+    cached=True,
+)
 _MODERNBERT = BlockLayout(
     layer="layers.*",
     q="attn.Wqkv",
@@ -69,25 +97,26 @@ _MODERNBERT = BlockLayout(
 )
 
 
+_OPT = BlockLayout(
+    layer="layers.*",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.out_proj",
+    up="fc1",
+    down="fc2",
+    head_size="self_attn.head_dim",
+    head_counts=("self_attn.num_heads",),
+    attention_norm="final_layer_norm",
+    min_heads=1,
+    cached=True,
+)
+
+
 def _opt(config: Any) -> tuple[BlockLayout, ...]:
-    first = getattr(config, "do_layer_norm_before", True)
-    return (
-        BlockLayout(
-            layer="layers.*",
-            q="self_attn.q_proj",
-            k="self_attn.k_proj",
-            v="self_attn.v_proj",
-            o="self_attn.out_proj",
-            up="fc1",
-            down="fc2",
-            head_size="self_attn.head_dim",
-            head_counts=("self_attn.num_heads",),
-            attention_norm="final_layer_norm" if first else "self_attn_layer_norm",
-            ffn_norm="" if first else "final_layer_norm",
-            min_heads=1,
-            cached=True,
-        ),
-    )
+    if config.do_layer_norm_before:
+        return (_OPT,)
+    return (replace(_OPT, attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm"),)
 
 
 def _gpt_neox(config: Any) -> tuple[BlockLayout, ...]:
@@ -126,20 +155,36 @@ def _cohere(config: Any) -> tuple[BlockLayout, ...]:
 
 
 DECODERS: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout, ...]]] = {
+    "apertus": (replace(_LLAMA, gate="", attention_norm="feedforward_layernorm"),),
     "arcee": (replace(_LLAMA, gate=""),),
+    "biogpt": (_OPT,),
     "cohere": _cohere,
+    "cohere2": (replace(_LLAMA, attention_norm=""),),
+    "cwm": (_LLAMA,),
+    "ernie4_5": (_LLAMA,),
+    "exaone4": (_NORMED_TWICE,),
     "gemma": (_LLAMA,),
     "gemma2": (_NORMED_TWICE,),
     "gemma3_text": (_NORMED_TWICE,),
+    "glm": (_FUSED_GATE,),
+    "glm4": (replace(_FUSED_GATE, attention_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),),
     "gpt2": (_GPT2,),
+    "gpt_neo": (_GPT_NEO,),
     "gpt_neox": _gpt_neox,
+    "gptj": (_GPTJ,),
     "granite": (_LLAMA,),
+    "granitemoe": (_ATTENTION_ONLY,),
     "helium": (_LLAMA,),
+    "hunyuan_v1_dense": (_LLAMA,),
+    "hyperclovax": (_LLAMA,),
+    "jais2": (replace(_LLAMA, gate=""),),
     "llama": (_LLAMA,),
     "ministral": (_LLAMA,),
+    "ministral3": (_LLAMA,),
     "mistral": (_LLAMA,),
-    "mixtral": (_LLAMA,),
+    "mixtral": (_ATTENTION_ONLY,),
     "modernbert": (_MODERNBERT,),
+    "modernbert-decoder": (replace(_MODERNBERT, q="attn.q_proj", k="attn.k_proj", v="attn.v_proj", cached=True),),
     "nemotron": (_NEMOTRON,),
     "olmo": (_LLAMA,),
     "olmo2": (_NORMED_ACROSS_HEADS,),
@@ -148,11 +193,13 @@ DECODERS: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout,
     "phi": (_PHI,),
     "phi3": (_PHI3,),
     "qwen2": (_LLAMA,),
-    "qwen2_moe": (_LLAMA,),
+    "qwen2_moe": (_ATTENTION_ONLY,),
     "qwen3": (_LLAMA,),
-    "qwen3_moe": (_LLAMA,),
+    "qwen3_moe": (_ATTENTION_ONLY,),
     "seed_oss": (_LLAMA,),
     "smollm3": (_LLAMA,),
     "stablelm": _stablelm,
     "starcoder2": (_STARCODER2,),
+    "vaultgemma": (replace(_LLAMA, attention_norm="pre_feedforward_layernorm"),),
+    "xglm": (replace(_OPT, head_widths=("self_attn.embed_dim",)),),
 }

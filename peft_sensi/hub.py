@@ -77,7 +77,7 @@ def hook_cards() -> None:
 
 
 def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
         path, ours = Path(output_dir) / "README.md", isinstance(self.base_model, SensiModel)
         our_tags: list[str] = []
         if ours:
@@ -85,7 +85,8 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
                 name = self.active_adapters[0]
                 config, plan = self.peft_config[name], self.base_model.plan(name)
                 base = config.base_model_name_or_path or self.base_model.model.__dict__.get("name_or_path")
-                card = new_card(config, plan, base=base, repo=path.parent.name)
+                labels = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
+                card: Any = new_card(config, plan, base=base, repo=path.parent.name, num_labels=labels)
                 save_card(card, path)
                 our_tags = card.data.tags or []
         original(self, output_dir)
@@ -104,7 +105,7 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
 
 def _with_our_card(original: Callable[..., Any]) -> Callable[..., Any]:
     def push_to_hub(
-        self: PeftModel,
+        self: Any,
         repo_id: str,
         *,
         commit_message: str | None = None,

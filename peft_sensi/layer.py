@@ -17,6 +17,7 @@ from .errors import SensiError
 from .functional import Positions, compose, take
 from .linears import features, matrix, oriented, tell_features
 from .narrow import PARTS, decode
+from .quantised import is_quantised, not_mergeable
 from .slices import Slice, empty_parts, first_parts, narrowed, part_shapes
 from .updates import learned_mask, pack_mask, top_mask, unpack_mask
 
@@ -208,6 +209,8 @@ class SensiLayer(BaseTunerLayer):
         if len(together) > 1:
             self.check_combination(together)
         base = self.get_base_layer()
+        if names and is_quantised(base):
+            raise not_mergeable()
         for name in names:
             with torch.no_grad():
                 weight, bias = self._combined([*self.merged_adapters, name])
@@ -236,6 +239,8 @@ class SensiLayer(BaseTunerLayer):
 
     def check_combination(self, adapter_names: list[str]) -> None:
         pieces = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
+        if len(adapter_names) > 1 and is_quantised(self.get_base_layer()):
+            raise SensiError("Only one adapter can be active on a quantised base.")
         if self.sensi_base_dropped or any(piece.trims or piece.sparsity is not None for piece in pieces):
             raise SensiError(
                 f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units "
@@ -288,7 +293,8 @@ class SensiLayer(BaseTunerLayer):
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
-        weight, bias = oriented(base, weight).detach(), None if bias is None else bias.detach()
+        weight = matrix(base) if is_quantised(base) else oriented(base, weight)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:
                 return weight, bias

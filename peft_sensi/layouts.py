@@ -21,16 +21,13 @@ class BlockLayout:
     refit. Leave them empty where that sum is what the layer returns.
 
     One fused Linear is named several times: as `q`, `k` and `v` (or as `k` and `v`, or `up` and `gate`) it holds their
-    rows one block after another in this order, or, with `interleaved`, those of each head together. `fixed_heads` says
-    that heads cannot be trimmed, only tuned: something outside the layer, such as a position bias that all layers
-    share, has one entry a head. Where the layer's code cannot run without heads, `min_heads` of them stay; with
-    `cached`, one stays in those layers by whose keys a cache for generation measures its length: the first of each
-    kind in `config.layer_types`.
-
-    `cross` marks attention to another sequence. `relative` is the path of an attention that projects relative
-    positions, too (DeBERTa). `repeats` is how often the layer runs in one pass: a number, or the paths of two
-    attributes, the number of runs of all layers and that of layers (the first `*` of `layer`) over which they are
-    spread.
+    rows one block after another in this order, or, with `interleaved`, those of each head together. `fixed_heads` can
+    be tuned but not trimmed. Where the layer's code cannot run without heads, `min_heads` of them stay; with `cached`,
+    one stays in those layers by whose keys a cache for generation measures its length: the first of each kind in
+    `config.layer_types`. `cross` marks attention to another sequence, which has a group of its own. `relative` is the
+    path of an attention that projects relative positions, too (see `positions`). `repeats` is how often the layer runs
+    in one pass: a number, or the paths of two attributes, the number of runs of all layers and that of the layers (the
+    first `*` of `layer`) over which they are spread.
     """
 
     layer: str

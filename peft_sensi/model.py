@@ -21,8 +21,8 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from . import processes
-from .anatomy import Anatomy, Group, base_of, build_anatomy, task_head
+from . import processes, replicas
+from .anatomy import Anatomy, Group, base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import (
     PLAN_KEY,
@@ -43,6 +43,7 @@ from .linears import is_plain
 from .narrow import KINDS
 from .pieces import also_saved, anatomy_of, name_targets, pieces_of, refuse_tied, targets_of
 from .plan import Plan
+from .quantised import check_quantised, is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
@@ -110,14 +111,14 @@ class SensiModel(BaseTuner):
             raise SensiError(
                 "An adapter is merged into the base. Call `unmerge_adapter()` before another one is added."
             )
-        processes.check_not_partitioned(model)
+        replicas.check_not_partitioned(model)
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         # A finished plan needs nobody else: one process may load an adapter while others do something different.
         joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
         try:
-            with joint, processes.weights_of_0(model, keep=True):
+            with joint, replicas.weights_of_0(model, keep=True):
                 with errors_of_file(given):
                     decision = self._prepare(model, adapter_name, given, config)
                     pieces = {} if decision is None else pieces_of(model, config, decision.plan)
@@ -131,8 +132,10 @@ class SensiModel(BaseTuner):
                     check_saved_modules(path, model, adapter_name)
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
-                    processes.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
-                processes.take_weights_of_0(model)  # some parts of an adapter start from random values
+                    replicas.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
+                if not low_cpu_mem_usage:
+                    replicas.make_room_for_adapter(model)
+                replicas.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
@@ -198,6 +201,8 @@ class SensiModel(BaseTuner):
         targets = name_targets(model, config)
         refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
+        linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
+        check_quantised(linears, config.update, config.sparsity, config.keep_base)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:
             if config.fingerprint is not None:
@@ -287,6 +292,7 @@ class SensiModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
+        self._check_codes()
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def disable_adapter_layers(self) -> None:
@@ -299,6 +305,7 @@ class SensiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
+            self._check_codes()  # before anything is replaced
             self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
         else:
             self._check_base("unload the adapter")
@@ -326,6 +333,10 @@ class SensiModel(BaseTuner):
         if len(adapter_names) > 1:
             for layer in self._layers():
                 layer.check_combination(adapter_names)
+
+    def _check_codes(self) -> None:
+        if any(is_quantised(layer.get_base_layer()) for layer in self._layers()):
+            raise not_mergeable()
 
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):

@@ -13,7 +13,7 @@ from torch import nn
 from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
 from .config import SensiConfig
 from .errors import SensiError
-from .linears import features, matrix
+from .linears import features
 from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
@@ -116,12 +116,12 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     total = 0
     for name, (piece, _) in pieces.items():
         linear = linear_of(model, name)
-        out, features = piece.kept_shape(matrix(linear).shape)
-        total += piece.tuned_count * (features if piece.dim == 0 else out)
+        out, into = piece.kept_shape(torch.Size(features(linear)))
+        total += piece.tuned_count * (into if piece.dim == 0 else out)
         if linear.bias is not None:
             total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
-        total += piece.rank * (out + features) + min(piece.sparse, out * features)
-        total += out * features * piece.learns_mask
+        total += piece.rank * (out + into) + min(piece.sparse, out * into)
+        total += out * into * piece.learns_mask
     return total
 
 
@@ -140,7 +140,12 @@ def _slice(
     targeted: bool,
 ) -> Slice:
     linear = linear_of(model, sides[0].module)
-    units = np.concatenate([tuned, frozen]) if group.trimmable else np.sort(np.concatenate([tuned, frozen]))
+    units = np.concatenate([tuned, frozen])
+    # What is not trained row by row or column by column is stored in the order of units. Where nothing is trimmed,
+    # that is the base's own, so that the same file fits a quantised base, whose units cannot change places.
+    in_order = config.update != "dense" or "biases" in (config.also_train or ())
+    if not group.trimmable or (in_order and len(units) == group.size):
+        units = np.sort(units)
     kept = np.concatenate([side.positions(units) for side in sides])
     is_tuned = np.concatenate([np.repeat(np.isin(units, tuned), side.width) for side in sides]) & targeted
     count = int(is_tuned.sum())
@@ -162,7 +167,7 @@ def _slice(
     return Slice(
         gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,
-        size=matrix(linear).shape[sides[0].dim],
+        size=features(linear)[sides[0].dim],
         kept=torch.from_numpy(kept),
         tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
         units=len(units),

@@ -111,6 +111,11 @@ class Plan:
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
             kept, tuned = (_unpack(entry[key], group.size, f"{group.name}.{key}") for key in ("kept", "tuned"))
+            if group.fixed and not kept.all():
+                raise SensiLoadError(
+                    f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantised?): load "
+                    f"the adapter on the base model that it was made for."
+                )
             if (tuned & ~kept).any() or (not group.trimmable and not kept.all()):
                 raise SensiLoadError(
                     f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -52,7 +53,11 @@ def score_for(
 def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int) -> Plan:
     """The plan that training with these limits and scores would get. Wraps the model."""
     config = SensiConfig(budget=limits, scores=for_head_of(model, scores), seed=seed, task_type="SEQ_CLS")
-    return get_peft_model(model, config).base_model.plan()
+    return plan_of_wrapped(get_peft_model(model, config))
+
+
+def plan_of_wrapped(model: Any) -> Plan:
+    return model.base_model.plan()
 
 
 def for_head_of(model: nn.Module, scores: Scores) -> Scores:
@@ -85,9 +90,9 @@ def train_for(
     start = time.perf_counter()
     name = model.name_or_path
     set_seed(seed)
-    peft_model = get_peft_model(model, config)
+    peft_model: Any = get_peft_model(model, config)
     prepared = time.perf_counter()
-    show(peft_model.base_model.plan())
+    show(plan_of_wrapped(peft_model))
     arguments = TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
@@ -96,6 +101,7 @@ def train_for(
         per_device_eval_batch_size=2 * batch_size,
         warmup_steps=0.1,
         bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
         seed=seed,
         save_strategy="no",
         logging_strategy="no",
@@ -120,7 +126,7 @@ def train_for(
     if not trainer.is_world_process_zero():
         return {}
     peft_model.get_base_model().config.save_pretrained(folder)  # the names of the labels
-    plan = peft_model.base_model.plan()
+    plan = plan_of_wrapped(peft_model)
     result = {
         "model": name,
         "budget": limits,

@@ -19,6 +19,7 @@ from . import processes
 from .anatomy import is_base_parameter, task_head
 from .calibration import LossFn, calibration_loss
 from .errors import CalibrationError
+from .quantised import has_codes
 
 
 GATE_LR = 1e-2
@@ -272,5 +273,5 @@ def _moving_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [
         p
         for name, p in model.named_parameters()
-        if is_base_parameter(name) and id(p) not in embeddings and p.is_floating_point()
+        if is_base_parameter(name) and id(p) not in embeddings and p.is_floating_point() and not has_codes(p)
     ]

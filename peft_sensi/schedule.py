@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from . import processes
+from . import processes, replicas
 from .calibration import materialise
 from .config import SensiConfig
 from .cuts import close_units, gates_of, open_units
@@ -91,7 +91,7 @@ class Schedule:
 
         The optimizer is told to forget its moments of what is frozen.
         """
-        if processes.is_sharded(self.model):
+        if replicas.is_sharded(self.model):
             raise SensiError(
                 f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which a model "
                 f"that is sharded by FSDP cannot. Train it under DDP, or without a schedule."

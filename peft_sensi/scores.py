@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import processes
+from . import processes, replicas
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
 from .atomic import write_atomically
 from .calibration import (
@@ -169,7 +169,7 @@ def compute_scores(
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     anatomy = build_anatomy(model, targets, blocks)
-    with processes.together("scoring"), processes.weights_of_0(model), preserved(model):
+    with processes.together("scoring"), replicas.weights_of_0(model), preserved(model):
         # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:

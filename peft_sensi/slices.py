@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .functional import Positions
-from .linears import matrix
+from .linears import features, matrix
 from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
@@ -77,6 +77,11 @@ class Slice:
         return self.natural and not parts and not self.gated
 
     @property
+    def tuned_index(self) -> torch.Tensor:
+        """The places (int64) of the trained rows or columns among the kept ones."""
+        return torch.arange(self.tuned) if isinstance(self.tuned, int) else self.tuned
+
+    @property
     def tuned_positions(self) -> torch.Tensor:
         """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
         return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
@@ -127,7 +132,7 @@ def first_parts(
     if piece.narrow is not None:
         origins = {
             name: parts[name] if name in ("weight", "bias") else 0.0
-            for name in part_shapes(*matrix(base).shape, base.bias is not None, piece)
+            for name in part_shapes(*features(base), base.bias is not None, piece)
         }
         return narrowed(parts, origins, piece)
     return parts
@@ -143,9 +148,9 @@ def narrowed(
     return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
 
 
-def part_shapes(out: int, features: int, has_bias: bool, piece: Slice) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, features]`."""
-    shape = piece.kept_shape(torch.Size((out, features)))
+def part_shapes(out: int, into: int, has_bias: bool, piece: Slice) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, into]`."""
+    shape = piece.kept_shape(torch.Size((out, into)))
     shapes: dict[str, tuple[int, ...]] = {}
     if piece.tuned_count:
         shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
@@ -161,10 +166,8 @@ def part_shapes(out: int, features: int, has_bias: bool, piece: Slice) -> dict[s
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape, trained = (
-        piece.kept_shape(matrix(base).shape),
-        part_shapes(*matrix(base).shape, base.bias is not None, piece),
-    )
+    shape = piece.kept_shape(torch.Size(features(base)))
+    trained = part_shapes(*features(base), base.bias is not None, piece)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.narrow is not None:
         codes, scales = sizes(trained, piece.dim, piece.narrow)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from . import processes
+from . import replicas
 from .anatomy import Group, not_linear
 from .config import SensiConfig
 from .errors import SensiLoadError
@@ -79,7 +79,7 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
     """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
     root = root_of(model)
     layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
-    if any(processes.is_sharded(m) for m in layers.values()) or any(m.sensi_base_dropped for m in layers.values()):
+    if any(replicas.is_sharded(m) for m in layers.values()) or any(m.sensi_base_dropped for m in layers.values()):
         raise SensiLoadError(
             "The checkpoint was trained under another plan than the one that this model was wrapped with, and a "
             "sharded model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sensi import SensiConfig, build_anatomy, make_plan
 from peft_sensi.layer import SensiLayer
+from peft_sensi.merged import load_merged, save_merged
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED
 
 
@@ -291,6 +292,41 @@ def check_training_step(case: Case, folder: Any) -> None:
     assert len(still) <= len(trained) // 10, still
 
 
+def check_empty_sublayers(case: Case) -> None:
+    """A layer whose heads or neurons are all gone (but those that it cannot do without) still runs, and trains."""
+    base, other, batch = case.model(), case.model(), case.batch()
+    like = random_plan(case, base)
+    states = []
+    for index, group in enumerate(like.anatomy.groups):
+        row = np.full(group.size, TUNED, dtype=np.uint8)
+        if group.trimmable and index < 3:
+            row[group.least :] = TRIMMED
+        states.append(row.tobytes())
+    plan = replace(like, states=tuple(states))
+    handles = []
+    for group in plan.anatomy.trimmable:
+        gate = torch.from_numpy(np.repeat(plan.of(group) != TRIMMED, group.sides[-1].width)).float()
+        output = base.get_submodule(group.output)
+        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate, *a[1:])))
+    gated = run(base, batch)
+    model = case.wrap(other, plan=plan)
+    torch.testing.assert_close(run(model, batch), gated, atol=2e-5 * float(gated.abs().max()), rtol=1e-4)
+    train(model, case)
+    after = run(model, batch)
+    torch.testing.assert_close(run(model.merge_and_unload(), batch), after, atol=1e-4, rtol=1e-4)
+
+
+def check_merged_files(case: Case, folder: Any) -> None:
+    """A merged model that was saved and loaded computes what the adapter does."""
+    base, batch = case.model(), case.batch(seed=3)
+    model = case.wrap(base, plan=random_plan(case, base))
+    train(model, case)
+    expected = run(model, batch)
+    save_merged(model, folder)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(run(load_merged(folder), batch), expected, atol=2e-5 * scale, rtol=1e-4)
+
+
 def check_generation(case: Case) -> None:
     """Greedy decoding with and without the cache agrees, merged or not, for prompts padded on the left as well."""
     base = case.model(case.attention[-1])
@@ -325,4 +361,6 @@ def check_all(case: Case, folder: Any) -> None:
     check_costs(case)
     check_save_load(case, folder / "adapter")
     check_disable_adapter(case)
+    check_empty_sublayers(case)
+    check_merged_files(case, folder / "merged")
     check_training_step(case, folder / "trainer")

@@ -33,8 +33,6 @@ from peft_sensi import Schedule
 UPDATES = {
     "trim": {"budget": 0.5},
     "both": {"budget": {"flops": 0.6, "trainable": 0.08}},
-    "tune": {"budget": {"trainable": 0.05}},
-    "low rank": {"update": "low_rank", "rank": 2},
     "sparse": {"budget": 0.7, "update": "low_rank+sparse", "rank": 2, "sparse": 20},
     "mask": {"update": "mask", "granularity": "weight", "sparsity": 0.2},
     "drawn mask": {"update": "low_rank", "rank": 2, "sparsity": 0.3},

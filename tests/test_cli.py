@@ -151,6 +151,7 @@ def test_inspect_agrees_with_the_training(adapter):
     assert found["file_bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
     text = call("inspect", adapter)
     assert "params 0.5, trainable 0.2" in text and found["fingerprint"] in text
+    assert "classifier" in text and "score," not in text  # PEFT's list of names that a head may have is not shown
     assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80
 
 
@@ -171,6 +172,13 @@ def test_merge_gives_a_model_that_loads(adapter, work):
     model = load_merged(work / "merged")
     assert sum(p.numel() for p in model.parameters()) == found["parameters"]
     assert model.config.id2label == {0: "bad", 1: "good"} and (work / "merged" / "tokenizer.json").exists()
+
+
+def test_export_writes_a_checked_file(adapter, work):
+    pytest.importorskip("onnxruntime")
+    found = json.loads(call("export", adapter, work / "out" / "model.onnx", "--json"))
+    assert (work / "out" / "model.onnx").stat().st_size > 0 and found["file"]["difference"] < 1e-4
+    assert found["opset"] == 17 and "input_ids" in found["inputs"]
 
 
 def test_the_number_of_labels_is_read_off_the_head(work):

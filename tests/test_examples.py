@@ -59,6 +59,7 @@ def encoder(tmp_path_factory) -> Path:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=64,
     ).save_pretrained(folder)
     tiny_model("bert", "FEATURE_EXTRACTION", vocab_size=len(pieces), max_position_embeddings=64).save_pretrained(
@@ -240,6 +241,7 @@ def test_question_answering(encoder, tmp_path):
     check(metrics, trims=True)
     assert metrics["questions"]["train"] + metrics["questions"]["validation"] == 54
     # PEFT drops token types, so nobody may be given any.
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(encoder)("red", "blue")
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert set(saved("red", "blue")) == {"input_ids", "attention_mask"}
 

@@ -120,6 +120,26 @@ MORE_CASES = [
     decoder("gemma2", attention=("eager",), head_dim=10, sliding_window=4, query_pre_attn_scalar=10),
     decoder("gemma3_text", head_dim=10, sliding_window=4),
     decoder("gpt_neox", "gpt_neox-sequential", num_key_value_heads=None, use_parallel_residual=False),
+    decoder("apertus"),
+    decoder("biogpt", num_key_value_heads=None),
+    decoder("cohere2", sliding_window=4),
+    decoder("cwm", head_dim=10, sliding_window=4),
+    decoder("ernie4_5"),
+    decoder("exaone4", sliding_window=4),
+    decoder("glm", hidden_size=48, head_dim=8),
+    decoder("glm4", hidden_size=48, head_dim=8),
+    decoder("gpt_neo", num_key_value_heads=None, num_hidden_layers=None, num_layers=2, num_attention_heads=None,
+            num_heads=6, attention_types=[[["global", "local"], 1]], window_size=4, attention=("eager",)),
+    decoder("gptj", sizes=GPT2, n_embd=48, rotary_dim=4, attention=("eager",)),
+    decoder("granitemoe", neurons=False, intermediate_size=12, **EXPERTS),
+    decoder("hunyuan_v1_dense", head_dim=10),
+    decoder("hyperclovax", head_dim=10),
+    decoder("jais2"),
+    decoder("ministral3", head_dim=10),
+    decoder("modernbert-decoder", num_key_value_heads=None, local_attention=4, cls_token_id=2, sep_token_id=2),
+    decoder("vaultgemma", head_dim=10, query_pre_attn_scalar=10, sliding_window=4, attention=("eager",)),
+    decoder("xglm", attention=("eager",), hidden_size=None, d_model=36, num_attention_heads=None, attention_heads=6,
+            num_hidden_layers=None, num_layers=2, intermediate_size=None, ffn_dim=43, num_key_value_heads=None),
     decoder("granite"),
     decoder("helium", head_dim=6),
     decoder("ministral", head_dim=10, sliding_window=4),
@@ -132,14 +152,14 @@ MORE_CASES = [
     decoder("phi", hidden_size=48),
     decoder("phi3", heads=False),
     decoder("qwen2_moe", neurons=False, **EXPERTS, shared_expert_intermediate_size=12),
-    decoder("qwen3_moe", **EXPERTS, head_dim=10, mlp_only_layers=[1]),
+    decoder("qwen3_moe", neurons=False, **EXPERTS, head_dim=10, mlp_only_layers=[1]),
     decoder("seed_oss", head_dim=10),
     decoder("smollm3"),
     decoder("stablelm", hidden_size=48),
     decoder("stablelm", "stablelm-parallel", hidden_size=48, use_parallel_residual=True, use_qkv_bias=True),
     decoder("stablelm", "stablelm-normed", hidden_size=48, qk_layernorm=True, heads=False),
     decoder("starcoder2"),
-]
+]  # fmt: skip
 BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
 
 
@@ -249,6 +269,7 @@ OTHER_UPDATES = {
     "mask": {"update": "mask", "sparsity": 0.5, "granularity": "weight", "budget": None},
     "sublayers": {"granularity": "tensor"},
     "base-dropped": {"keep_base": False},
+    "narrow": {"also_train": []},
     "tune-some": {"budget": {"trainable": 0.1}},
     "both": {"budget": {"params": 0.6, "trainable": 0.1}, "also_train": ["biases"]},
     "cut": {"schedule": {"phase": "cut", "start": 0.0, "end": 0.5, "cuts": 1}},
@@ -274,6 +295,8 @@ def test_everything_else_works_on_fused_projections_and_conv1d(name, update, tmp
         model.train()(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    if update == "narrow":
+        model.base_model.compress("int8")
     expected = run(model, batch)
     assert not torch.equal(before, expected)
     model.save_pretrained(tmp_path)
@@ -391,7 +414,6 @@ def test_a_large_model_is_planned_on_meta():
 UNKNOWN = {
     "bloom": {"n_head": 6, "n_layer": 2},
     "falcon": {"num_key_value_heads": None},
-    "gptj": {**GPT2, "rotary_dim": 2},
     "gpt_oss": {"head_dim": 8, **EXPERTS},
     "deepseek_v3": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                     "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
