@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     train_rows, validation_rows = split_files(data, lambda path: read_texts(path, data.text_column), training.seed)
     base = options.model or make_base(train_rows["text"], options, data.block_size, training)
     tokenizer = pretrained(AutoTokenizer, base)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise DataError(f"--model {base}: its tokenizer has no token for padding, and none for the end of a text")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask and the labels leave it out
     train_set, validation_set = (

@@ -5,7 +5,6 @@ The examples are run as `python examples/<name>.py`, which puts this folder on t
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -25,6 +24,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from peft_sensi.textdata import DataError, read_rows
+
 
 METRICS = Path(__file__).resolve().parent / "metrics"
 
@@ -41,38 +42,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
-class DataError(ValueError):
-    """The data, or an option that describes it, is wrong: what to mend is in the message."""
-
-
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
 def read_table(path: str | Path) -> Dataset:
-    """Rows of a TSV, CSV, JSON (a list of objects) or JSON Lines file.
-
-    Cells of TSV and CSV files stay strings: a sentence such as "1984", "null" or "NA" must not turn into a number or
-    a hole. TSV files are read without quoting, as the GLUE files need: a lone double quote there is text.
-    """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind in (".tsv", ".csv"):
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, **dialect))
-        for number, row in enumerate(rows, start=1):
-            if None in row or None in row.values():
-                raise DataError(f"{path}: row {number} has more or fewer cells than the header: {row}")
-    elif kind in (".json", ".jsonl"):
-        text = path.read_text(encoding="utf-8-sig")
-        # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    else:
-        raise DataError(f"{path}: expected a .tsv, .csv, .json or .jsonl file")
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return Dataset.from_list(rows)
+    """Rows of a TSV, CSV, JSON (a list of objects) or JSON Lines file, as the command `peft-sensi` reads them."""
+    return Dataset.from_list(read_rows(path))
 
 
 def check_columns(rows: Dataset, *names: str | None) -> None:

@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_sensi import SensiConfig, SensiError
+from peft_sensi import Budget, SensiConfig, SensiError
 from peft_sensi.anatomy import task_head
 
 from common import (
@@ -123,7 +123,8 @@ def parse(
     parser = HfArgumentParser((method_options, data_options, TrainingArguments), description=description)
     parser.set_defaults(**{**TRAINING_DEFAULTS, **(defaults or {})})
     method, data, training = parser.parse_args_into_dataclasses(arguments)
-    budget_of(method)
+    if (limits := budget_of(method)) is not None:
+        Budget.parse(limits)
     set_seed(training.seed)
     return method, data, training
 

@@ -12,12 +12,13 @@ All options of `transformers.TrainingArguments` work. `out` gets the adapter, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from peft_sensi.textdata import Labels, find_labels
 
 from common import DataError, check_columns, metric_function, read_table, sample, tokenize
 from runner import FileOptions, Task, parse, pretrained, readable_errors, run, split_files, typical_length
@@ -49,23 +50,11 @@ class DataOptions(FileOptions):
     max_length: int = field(default=128, metadata={"help": "Longer inputs are cut, in tokens"})
 
 
-@dataclass
-class Labels:
-    """What the label column holds, read from the training rows and applied to both splits."""
-
-    names: list[str]  # of the classes; empty for regression
-    encode: Callable[[Any], int | float]
-
-    @property
-    def regression(self) -> bool:
-        return not self.names
-
-
 @readable_errors()
 def main(arguments: list[str] | None = None) -> None:
     options, data, training = parse(__doc__.splitlines()[0], DataOptions, arguments=arguments)
     train_rows, validation_rows, text, pair, label = read_data(data, training.seed)
-    labels = find_labels(train_rows, label, data.regression)
+    labels = labels_of(train_rows, label, data.regression)
     tokenizer = pretrained(AutoTokenizer, options.model)
     train_set, validation_set = (
         tokenize(rows, tokenizer, text, pair, encode_all(labels, rows, label), data.max_length)
@@ -105,22 +94,10 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset, str, str 
     return train, validation, text, pair, label
 
 
-def find_labels(rows: Dataset, column: str, regression: bool | None) -> Labels:
-    """Names of the classes, or that there are none. Files give strings: "1" is a class, "3.8" is an amount."""
-    values = rows[column][:]
+def labels_of(rows: Dataset, column: str, regression: bool | None) -> Labels:
+    """Names of the classes, or that there are none; some datasets know their classes."""
     names = getattr(rows.features[column], "names", None)
-    if names:  # a dataset that knows its classes
-        return Labels(list(names), int)
-    if regression is None:
-        regression = not all(is_integer(value) for value in values) and all(is_number(value) for value in values)
-    if regression:
-        return Labels([], float)
-    # 2 comes before 10 where every label is a number.
-    distinct = sorted(
-        {str(value) for value in values}, key=int if all(is_integer(value) for value in values) else None
-    )
-    index = {name: i for i, name in enumerate(distinct)}
-    return Labels(distinct, lambda value: index[str(value)])
+    return Labels(list(names), int) if names else find_labels(rows[column][:], regression)
 
 
 def encode_all(labels: Labels, rows: Dataset, column: str) -> list[int | float]:
@@ -131,22 +108,6 @@ def encode_all(labels: Labels, rows: Dataset, column: str) -> list[int | float]:
         except (KeyError, ValueError, TypeError):
             raise DataError(f"label {value!r} of the validation rows does not occur in the training rows") from None
     return encoded
-
-
-def is_integer(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip().lstrip("+-").isdecimal()
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def load_base(name: str, labels: Labels, dtype: str) -> Any:

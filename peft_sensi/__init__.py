@@ -6,6 +6,7 @@ from .anatomy import Anatomy, build_anatomy
 from .budget import Budget
 from .config import SensiConfig
 from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
+from .export import export_onnx
 from .families import BlockLayout
 from .merged import load_merged, save_merged
 from .model import SensiModel
@@ -36,6 +37,7 @@ __all__ = [
     "SensiModel",
     "build_anatomy",
     "compute_scores",
+    "export_onnx",
     "load_merged",
     "make_plan",
     "recipes",

@@ -37,8 +37,8 @@ def make_plan(
     tunes: bool = True,
     retention: float | None = None,
     biases_apart: bool = False,
-    tuned_layers: int | None = None,
     uniform: bool = False,
+    tuned_layers: int | None = None,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 
@@ -206,8 +206,8 @@ def _choose_kept(
         )
         raise BudgetError(
             f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block"
-            f"{' (the same number in all)' if uniform else ''} already need {smallest}. Raise the budget, lower "
-            f"`multiple_of`, or let whole sublayers go with `min_units=0`."
+            f"{' (the same number in all)' if uniform else ''}, and what else the model cannot run without, already "
+            f"need {smallest}. Raise the budget, lower `multiple_of`, or let whole sublayers go with `min_units=0`."
         )
     left = allowed_costs - floor
     _fill(chosen, left)

@@ -27,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from .errors import AnatomyError
 from .families import FAMILIES, BlockLayout, layouts_of
 from .linears import LINEARS, features, matrix
+from .positions import RelativePositions, relative_positions
+from .quantised import count, is_quantised, not_trimmable
 
 
 Kind = Literal["head", "neuron", "row", "tensor"]
@@ -37,7 +39,8 @@ class Side:
     """The slice of one weight `[out, in]` that each unit of a group owns.
 
     `dim` 0 means output rows (with their bias entries), 1 input columns; unit `u` owns the positions
-    `offset + u * width ... offset + (u + 1) * width`. `fan` is the length of the other dimension.
+    `offset + u * width ... offset + (u + 1) * width`. `fan` is the length of the other dimension. The weight runs once
+    for each token unless `tokens` is false, and once for each of `rows` vectors that do not depend on the input.
     """
 
     module: str
@@ -46,6 +49,8 @@ class Side:
     fan: int
     bias: bool = False
     offset: int = 0
+    tokens: bool = True
+    rows: int = 0
 
     @property
     def unit_params(self) -> int:
@@ -65,7 +70,9 @@ class Side:
 class Group:
     """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts.
 
-    At least `least` units must stay for the model to run; `fixed` units can't be trimmed at all.
+    The units of a `fixed` group can be tuned but not trimmed, nor change places: something outside counts on them. A
+    layer runs `repeats` times in one pass, and at least `least` units must stay for it to run. `relative_rows` is the
+    number of relative positions with which an attention of disentangled positions multiplies each token.
     """
 
     name: str
@@ -80,6 +87,7 @@ class Group:
     repeats: int = 1
     least: int = 0
     fixed: bool = False
+    relative_rows: int = 0
 
     @property
     def in_block(self) -> bool:
@@ -104,8 +112,9 @@ class Group:
         A head costs `3*S*H*d + 2*S^2*d + S*d*H`, a neuron `2*S*H`: every weight once a token, and for a head the two
         products of the attention matrix.
         """
-        weights = sum(side.width * side.fan for side in self.sides)
-        return self.repeats * (sequence_length * weights + 2 * sequence_length**2 * self.attention_width)
+        weights = sum(side.width * side.fan * (sequence_length * side.tokens + side.rows) for side in self.sides)
+        products = sequence_length * (2 * sequence_length + self.relative_rows)
+        return self.repeats * (weights + products * self.attention_width)
 
     def unit_trainable(self, targets: frozenset[str], with_bias: bool = True) -> int:
         """Values that training one unit adds: only what lies in targeted modules."""
@@ -163,13 +172,18 @@ def build_anatomy(
     layouts = tuple(blocks) if blocks is not None else layouts_of(getattr(model, "config", None))
     modules = dict(model.named_modules())
     cached = _layers_that_measure_caches(model)
-    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached)]
+    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached, blocks is None)]
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
+        # A decoder alone has cross-attention, which never runs.
+        groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
     if blocks is not None and not groups:
         raise AnatomyError(
             f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
+    coded = {name for group in groups for name in group.modules if is_quantised(base_of(modules[name]))}
+    groups = [replace(group, fixed=True) if coded & set(group.modules) else group for group in groups]
     layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
@@ -195,6 +209,8 @@ def _indexed_parent(name: str) -> str:
 
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
+    if any(is_quantised(module) for module in model.modules()):
+        return not_trimmable(model)
     return AnatomyError(
         f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families "
         f"are {', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout("
@@ -248,7 +264,7 @@ def task_head(model: nn.Module) -> list[str]:
 def _params_without_head(model: nn.Module) -> int:
     head = tuple(f"{name}." for name in task_head(model))
     return sum(
-        parameter.numel()
+        count(parameter)
         for name, parameter in model.named_parameters()
         if is_base_parameter(name) and not name.startswith(head)
     )
@@ -263,17 +279,35 @@ def _layers_that_measure_caches(model: nn.Module) -> frozenset[int]:
     return frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
 
 
-def _block_groups(modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int]) -> Iterable[Group]:
-    pattern = re.compile(r"(?:^|.*\.)" + r"(\d+)".join(re.escape(part) for part in layout.layer.split("*")) + "$")
+def _block_groups(
+    modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int], lenient: bool
+) -> Iterable[Group]:
+    """With `lenient`, sublayers that are not there are left out: a family may have alternatives."""
+    path = r"(\d+)".join(re.escape(part) for part in layout.layer.split("*"))
+    pattern = re.compile(rf"(?:^|.*\.){path}$")
     for name, layer in modules.items():
+        match = pattern.match(name)
         # Adapters on the model are wrapped modules inside the layer; the layer itself never is one.
-        if (match := pattern.match(name)) and is_base_parameter(name):
-            if layout.o:
-                indices = match.groups()
-                measures = layout.cached and bool(indices) and int(indices[-1]) in cached
-                yield _heads(modules, name, layer, layout, measures)
-            if layout.down:
-                yield _neurons(modules, name, layout)
+        if match and is_base_parameter(name):
+            index = int(match[1]) if match.lastindex else 0
+            repeats = _runs(layer, index, layout)
+            if layout.o and not (lenient and _lacks(modules, name, layout.q, layout.k, layout.v, layout.o)):
+                measures_cache = layout.cached and index in cached
+                yield replace(_heads(modules, name, layer, layout, measures_cache), repeats=repeats)
+            if layout.down and not (lenient and _lacks(modules, name, layout.up, layout.gate, layout.down)):
+                yield replace(_neurons(modules, name, layout), repeats=repeats)
+
+
+def _lacks(modules: dict[str, nn.Module], layer: str, *names: str) -> bool:
+    return any(name and f"{layer}.{name}" not in modules for name in names)
+
+
+def _runs(layer: nn.Module, index: int, layout: BlockLayout) -> int:
+    """How often a layer runs in one pass; `index` is its number among those that share the runs (ALBERT)."""
+    if isinstance(layout.repeats, int):
+        return layout.repeats
+    runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
+    return sum(int(run / (runs / layers)) == index for run in range(runs))
 
 
 def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
@@ -308,13 +342,21 @@ def _heads(
     if layout.interleaved:
         widths, inputs = (sum(widths),), inputs[:1]
     sides = _rows(inputs, widths, units)
+    relative = relative_positions(modules[f"{name}.{layout.relative}"]) if layout.relative else RelativePositions()
+    if relative.shared:
+        sides = [*(replace(side, rows=relative.rows) for side in sides[:2]), *sides[2:]]
+    for projection in relative.projections:
+        path, linear = _linear(modules, name, f"{layout.relative}.{projection}")
+        bias = linear.bias is not None
+        sides.append(Side(path, 0, head_size, linear.in_features, bias, tokens=False, rows=relative.rows))
     sides.append(Side(o_name, 1, queries * head_size, o_out))
     attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
     attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
     attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
-    least = max(layout.min_heads, int(measures_cache), _LEAST.get(type(o), 0))
+    # The shapes of relative positions cannot be inferred from nothing.
+    least = max(layout.min_heads, measures_cache, bool(layout.relative), _LEAST.get(type(o), 0))
     return Group(
-        name=f"{name}.heads",
+        name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
         kind="head",
         size=units,
         sides=tuple(sides),
@@ -324,7 +366,8 @@ def _heads(
         attributes=tuple(attributes),
         attention_width=queries * head_size,
         least=min(least, units),
-        fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, head_size),
+        fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, sides, head_size),
+        relative_rows=relative.rows * relative.products,
     )
 
 
@@ -372,18 +415,19 @@ def _norm(modules: dict[str, nn.Module], layer: str, name: str) -> str:
     return path if name else ""
 
 
-def _depends_on_all_heads(modules: dict[str, nn.Module], name: str, layout: BlockLayout, head_size: int) -> bool:
+def _depends_on_all_heads(
+    modules: dict[str, nn.Module], name: str, layout: BlockLayout, sides: list[Side], head_size: int
+) -> bool:
     """Whether the attention has parameters of its own that are not the same for all heads, so that none can leave."""
     parent = layout.v.rpartition(".")[0]
     if not parent:
         return False
-    described = (layout.q, layout.k, layout.v, layout.o, layout.attention_norm)
-    known = tuple(f"{part.removeprefix(parent + '.')}." for part in described if part)
-    for path, parameter in modules[f"{name}.{parent}"].named_parameters():
+    known = tuple(f"{path}." for path in (*(side.module for side in sides), f"{name}.{layout.attention_norm}"))
+    for path, parameter in modules[f"{name}.{parent}"].named_parameters(f"{name}.{parent}"):
         if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
             warnings.warn(
-                f"{name}.{parent} has a parameter {path!r} of shape {tuple(parameter.shape)} that its block layout "
-                f"does not describe: its heads can be tuned, but not trimmed.",
+                f"{path} of shape {tuple(parameter.shape)} belongs to an attention whose block layout does not "
+                f"describe it: the heads can be tuned, but not trimmed.",
                 stacklevel=2,
             )
             return True

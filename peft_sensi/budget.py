@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from .errors import BudgetError
+from .fields import shown
 
 
 LIMITS = ("params", "flops", "trainable")
@@ -45,16 +46,16 @@ class Budget:
         if not budget:
             raise BudgetError(f"The budget is empty: name at least one limit of {', '.join(LIMITS)}.")
         if unknown := [name for name in budget if name not in LIMITS]:
-            raise BudgetError(f"Unknown limit {unknown[0]!r} in the budget: the limits are {', '.join(LIMITS)}.")
+            raise BudgetError(f"Unknown limit {shown(unknown[0])} in the budget: the limits are {', '.join(LIMITS)}.")
         return cls(**{name: _check_limit(name, value) for name, value in budget.items()})
 
 
 def _check_limit(name: str, value: Any) -> float | int:
     expected = f"`{name}` must be a share in (0, 1] or a whole count above 1"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"{expected}, got {value!r} of type {type(value).__name__}.")
-    if not math.isfinite(value) or value <= 0:
-        raise BudgetError(f"{expected}, got {value!r}.")
+        raise BudgetError(f"{expected}, got {shown(value)} of type {type(value).__name__}.")
+    if (isinstance(value, float) and not math.isfinite(value)) or value <= 0:
+        raise BudgetError(f"{expected}, got {shown(value)}.")
     if isinstance(value, float) and value > 1:
         hint = f" (write {int(value)} for a count)" if value.is_integer() else ""
         raise BudgetError(f"{expected}, got {value!r}{hint}.")

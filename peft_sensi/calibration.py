@@ -68,11 +68,15 @@ def calibration_loss(
 
 
 def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """The attention mask as booleans if it has the `[batch, tokens]` shape of these activations, else `None`."""
+    """The attention mask as booleans in this shape, `[batch, tokens]` or `[batch * tokens]`, else `None`."""
     mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == shape:
-        return mask.bool()
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and shape in (mask.shape, (mask.numel(),)):
+        return mask.bool().view(shape)
     return None
+
+
+def examples_in(batch: Mapping[str, Any]) -> int:
+    return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
 
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
@@ -86,6 +90,14 @@ def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
     pooled = processes.meet("measuring lengths", (sum(lengths), len(lengths)))
     total, number = (sum(values) for values in zip(*pooled, strict=True))
     return round(total / number) if number else None
+
+
+def image_tokens(model: nn.Module) -> int | None:
+    """Patches and special tokens of an image: the length of the learned positions `[1, tokens, hidden]`, if any."""
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return None
+    positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
+    return next((p.shape[1] for p in positions if p.dim() == 3), None)
 
 
 @contextmanager

@@ -1,30 +1,56 @@
 """What is written beside the trained values, and how files are checked before they are believed.
 
-An adapter is PEFT's pair `adapter_config.json` + `adapter_model.safetensors`. The config holds the plan, bit-packed,
-so that every loader can build the right shapes before it reads a weight. The tensors are `<module>.sensi_weight`
-(trained rows `[n, in]` or columns `[out, n]`), `<module>.sensi_bias`, the modules that are saved whole, and
-`sensi_plan`, the plan the values belong to, as JSON in bytes: `Trainer` resumes into a model whose config has another
-plan without ever reading the checkpoint's config, and a pair of files that a kill has torn apart shows itself by two
-plans.
+An adapter is PEFT's pair `adapter_config.json` + `adapter_model.safetensors`; `FORMAT.md` describes both. The config
+holds the plan, bit-packed, so that every loader can build the right shapes before it reads a weight. The tensors are
+those of `SensiLayer`, the modules that are saved whole, and `sensi_plan`: the plan the values belong to, as JSON in
+bytes, with a mark of the config's other fields that give values their meaning. `Trainer` resumes into a model whose
+config has another plan without ever reading the checkpoint's config; and PEFT writes first the values and then the
+config, so a kill between the two leaves a pair that shows itself by its marks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapter_file import Spec, opened, read_specs
 from .anatomy import Anatomy, is_base_parameter, linear_of
 from .errors import SensiLoadError
+from .fields import is_number
 from .linears import matrix
+from .plan import check_plan_dict
 
 
 FORMAT_VERSION = 1
 PLAN_KEY = "sensi_plan"
+WEIGHTS = "adapter_model.safetensors"  # in messages where the folder is not known
+
+# Fields without which values would be read as something else. `None` is left out of the mark, so that a field that
+# comes later does not change the mark of older files.
+_MEANING = (
+    "also_train",
+    "blocks",
+    "compressed",
+    "exclude_modules",
+    "fingerprint",
+    "format_version",
+    "granularity",
+    "modules_to_save",
+    "plan",
+    "rank",
+    "schedule",
+    "sparse",
+    "sparsity",
+    "target_modules",
+    "update",
+)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megabyte
 
 # A fingerprint projects sampled rows on fixed signs. Rounding to bf16 or 4 bits moves the result by up to about 0.15
 # (it is in units of the row's norm, so another base's is a standard normal draw), another base by 1.1 on average.
@@ -33,22 +59,83 @@ _SAMPLED_ROWS = 4
 _TOLERANCE = 0.25
 
 
-def plan_to_tensor(plan: Mapping[str, Any]) -> torch.Tensor:
-    """The plan's dict form as uint8 bytes."""
-    return torch.frombuffer(bytearray(json.dumps(plan, sort_keys=True).encode()), dtype=torch.uint8)
+def meaning(config: Any) -> dict[str, Any]:
+    """The fields of a config that give the values their meaning, as JSON would give them back."""
+    fields = ((name, getattr(config, name)) for name in _MEANING)
+    return {name: sorted(v) if isinstance(v, (set, frozenset)) else v for name, v in fields if v is not None}
 
 
-def plan_from_tensor(tensor: torch.Tensor) -> dict[str, Any]:
-    """Inverse of `plan_to_tensor`. Raises `SensiLoadError`."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise SensiLoadError(f"{PLAN_KEY!r} must be a vector of bytes, got {tensor.dtype} {tuple(tensor.shape)}.")
+def config_mark(config: Any) -> str:
+    """A hash of `meaning`, in which the order of names in a list does not count."""
+    values = meaning(config)
+    for name in ("also_train", "exclude_modules", "modules_to_save", "target_modules"):
+        if name in values and not isinstance(values[name], str):
+            values[name] = sorted(values[name])
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def plan_to_tensor(plan: Mapping[str, Any], mark: str | None = None) -> torch.Tensor:
+    """The plan's dict form and the config's mark as uint8 bytes."""
+    values = {**plan, "config": mark} if mark is not None else plan
+    return torch.frombuffer(bytearray(json.dumps(values, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> tuple[dict[str, Any], str | None]:
+    """Inverse of `plan_to_tensor`; files of the first versions have no mark. Raises `SensiLoadError`."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > _LARGEST_PLAN:
+        raise SensiLoadError(
+            f"{where}: {PLAN_KEY!r} must be a vector of bytes, got {tensor.dtype} {tuple(tensor.shape)}."
+        )
     try:
         plan = json.loads(tensor.cpu().numpy().tobytes())
-    except ValueError as error:
-        raise SensiLoadError(f"{PLAN_KEY!r} does not hold JSON: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold JSON: {error}.") from None
     if not isinstance(plan, dict):
-        raise SensiLoadError(f"{PLAN_KEY!r} does not hold a plan.")
-    return plan
+        raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold a plan.")
+    mark = plan.pop("config", None)
+    if mark is not None and not isinstance(mark, str):
+        raise SensiLoadError(f"{where}: {PLAN_KEY!r} has a `config` that is not a hash.")
+    try:
+        check_plan_dict(plan)
+    except SensiLoadError as error:
+        raise SensiLoadError(f"{where}: {PLAN_KEY!r}: {error}") from None
+    return plan, mark
+
+
+def check_pair(stored: torch.Tensor, config: Any, where: str = WEIGHTS) -> None:
+    """Raises `SensiLoadError` when values with this `sensi_plan` do not belong to a config that came from a file."""
+    plan, mark = plan_from_tensor(stored, where)
+    if plan != config.plan or (mark is not None and mark != config.file_mark):
+        what = "hold different plans" if plan != config.plan else "were saved with different settings"
+        raise SensiLoadError(
+            f"{where}: adapter_config.json and adapter_model.safetensors {what}: they do not belong together (a save "
+            f"may have been interrupted between them)."
+        )
+
+
+def check_values(path: str, config: Any) -> None:
+    """Checks what can be checked in a weights file without a model: header, plan, finiteness, one value at a time.
+
+    Raises `SensiLoadError`.
+    """
+    with opened(path) as file:
+        specs = read_specs(path, file)
+        check_pair(file.get_tensor(_plan_key(specs, path)), config, path)
+        for key, (_, dtype) in specs.items():
+            if dtype in _FLOATS:
+                _check_finite(key, file.get_tensor(key), path)
+
+
+def _plan_key(names: Iterable[str], where: str) -> str:
+    keys = [name for name in names if name.rpartition(".")[2] == PLAN_KEY]
+    if len(keys) != 1:
+        raise SensiLoadError(f"{where}: expected one tensor {PLAN_KEY!r}, found {len(keys)}: the file is not ours.")
+    return keys[0]
+
+
+def pop_plan(tensors: dict[str, Any], where: str = WEIGHTS) -> Any:
+    """Removes `sensi_plan` from tensors by name, and returns it. Raises `SensiLoadError` when there is not one."""
+    return tensors.pop(_plan_key(tensors, where))
 
 
 def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
@@ -73,9 +160,7 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
         isinstance(expected, Mapping)
         and isinstance(expected.get("shapes"), Mapping)
         and isinstance(expected.get("marks"), list)
-        and all(
-            isinstance(m, (int, float)) and not isinstance(m, bool) and math.isfinite(m) for m in expected["marks"]
-        )
+        and all(is_number(mark) for mark in expected["marks"])
     )
     if not good:
         raise SensiLoadError("The adapter's `fingerprint` is malformed: it needs `shapes` and a list of `marks`.")
@@ -94,48 +179,72 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
         )
 
 
-def check_tensors(
-    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], rooms: Mapping[str, int]
-) -> None:
-    """Checks names, dtypes, shapes and values of the adapter's own tensors. Raises `SensiLoadError`.
+def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: str = WEIGHTS) -> None:
+    """Checks the exact set of names, shapes and dtypes, before any value is read. Raises `SensiLoadError`.
 
-    `rooms` gives, for each index tensor, the number of positions there are.
+    Floats of another width are converted, as in PEFT; whole numbers are not.
     """
     if missing := sorted(set(expected) - set(found)):
-        raise SensiLoadError(f"The adapter file lacks {missing[0]!r} ({len(missing)} tensors missing).")
+        raise SensiLoadError(f"{where} lacks {missing[0]!r} ({len(missing)} tensors missing).")
     if extra := sorted(set(found) - set(expected)):
-        raise SensiLoadError(
-            f"The adapter file holds {extra[0]!r}, which its plan does not have ({len(extra)} extra)."
-        )
-    for name, tensor in found.items():
-        like = expected[name]
-        if tensor.shape != like.shape:
-            raise SensiLoadError(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}.")
-        if tensor.is_floating_point() != like.is_floating_point() or (
-            not like.is_floating_point() and tensor.dtype != like.dtype
-        ):
-            raise SensiLoadError(f"{name!r} has dtype {tensor.dtype}, expected {like.dtype}.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SensiLoadError(f"{name!r} contains NaN or infinity.")
-        if ".sensi_gate." in name and tensor.numel() and tensor.max() > 1:
-            raise SensiLoadError(f"{name!r} must hold zeros and ones.")
-        if name in rooms and tensor.numel():
-            if tensor.min() < 0 or tensor.max() >= rooms[name] or not (tensor.diff() > 0).all():
-                raise SensiLoadError(f"{name!r} must hold ascending positions below {rooms[name]}.")
+        raise SensiLoadError(f"{where} holds {extra[0]!r}, which its plan does not have ({len(extra)} extra).")
+    for name, (shape, dtype) in found.items():
+        want_shape, want_dtype = expected[name]
+        if shape != want_shape:
+            raise SensiLoadError(f"{where}: {name!r} has shape {shape}, expected {want_shape}.")
+        if dtype != want_dtype and not (dtype in _FLOATS and want_dtype in _FLOATS):
+            raise SensiLoadError(f"{where}: {name!r} has dtype {dtype}, expected {want_dtype}.")
+
+
+def check_content(name: str, tensor: torch.Tensor, room: int | None, where: str = WEIGHTS) -> None:
+    """Checks the values of one tensor; `room` is the number of positions that an index may name, or bits it has.
+
+    Raises `SensiLoadError`.
+    """
+    parts = name.split(".")[-2:]  # the adapter's name may follow
+    if tensor.dtype in _FLOATS:
+        _check_finite(name, tensor, where)
+        # An entry is a code of at most 127 times its scale, and must not overflow.
+        most = torch.finfo(torch.float32).max / 128
+        if "sensi_scales" in parts and tensor.numel() and not 0 <= tensor.min() <= tensor.max() <= most:
+            raise SensiLoadError(f"{where}: {name!r} must hold scales from 0 to {most:.3g}.")
+    elif "sensi_codes" in parts and tensor.numel() and tensor.min() < -127:
+        raise SensiLoadError(f"{where}: {name!r} must hold codes from -127 to 127, found {int(tensor.min())}.")
+    elif "sensi_gate" in parts and tensor.numel() and tensor.max() > 1:
+        raise SensiLoadError(f"{where}: {name!r} must hold zeros and ones, found {int(tensor.max())}.")
+    elif "sensi_places" in parts and tensor.numel() and room is not None:
+        if tensor.min() < 0 or tensor.max() >= room or not (tensor.diff() > 0).all():
+            raise SensiLoadError(
+                f"{where}: {name!r} must hold ascending positions below {room}, found some from {int(tensor.min())} "
+                f"to {int(tensor.max())}."
+            )
+    elif "sensi_bits" in parts and room is not None and room % 8 and int(tensor[-1]) & (0xFF >> room % 8):
+        raise SensiLoadError(f"{where}: {name!r} must have zeros after its {room} bits.")
+
+
+def _check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    values = tensor.float() if tensor.dtype == torch.float64 else tensor  # what is kept of it
+    if not torch.isfinite(values).all():
+        raise SensiLoadError(f"{where}: {name!r} contains NaN or infinity.")
+
+
+def embeddings_of(model: nn.Module) -> dict[str, Spec]:
+    """Parameters of the base that a file may overwrite: PEFT saves embeddings whose size was changed."""
+    getters = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
+    embeddings = {id(p) for get in getters if get is not None and (m := get()) is not None for p in m.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: (tuple(p.shape), p.dtype) for name, p in named if id(p) in embeddings}
 
 
 def check_strays(found: Iterable[str], model: nn.Module) -> None:
     """Raises `SensiLoadError` for tensors of the base itself, which loading would overwrite for good.
 
-    They are of modules that the file's adapter saves whole and this model does not. PEFT itself saves only embeddings
-    in this way, when their size was changed.
+    They are of modules that the file's adapter saves whole and this model does not.
     """
-    getters = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
-    embeddings = {id(p) for get in getters if get is not None and (m := get()) is not None for p in m.parameters()}
-    allowed = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in embeddings}
+    allowed = set(embeddings_of(model))
     for name in found:
         if is_base_parameter(name) and not {name, name.removeprefix("base_model.model.")} & allowed:
             raise SensiLoadError(
-                f"The adapter file holds {name!r}, which this model does not save: it was made with another "
+                f"{WEIGHTS} holds {name!r}, which this model does not save: it was made with another "
                 f"`also_train` or `modules_to_save`."
             )

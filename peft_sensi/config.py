@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import copy
 import enum
-import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
+from .adapter_file import find_weights
+from .atomic import write_atomically
 from .budget import Budget
-from .checkpoint import FORMAT_VERSION
+from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
+from .fields import check_foreign, check_types, is_number, shown
 from .narrow import KINDS
-from .plan import Plan
+from .plan import Plan, check_plan_dict
+from .priming import OPTIMIZERS
 from .scores import METHODS, Scores
 from .updates import check_update
 
@@ -63,7 +70,8 @@ class SensiConfig(PeftConfig):
             pooler where dense units are tuned without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
         priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
-        priming_lr: Learning rate of AdamW in these steps.
+        priming_lr: Learning rate in these steps.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights (see `priming`).
         refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given
             and everything that is kept is tuned.
         sequence_length: Tokens at which FLOPs are counted; by default the calibration batches' mean, else 128.
@@ -105,6 +113,7 @@ class SensiConfig(PeftConfig):
     calibration_steps: int = field(default=24)
     priming_steps: int = field(default=40)
     priming_lr: float = field(default=1e-4)
+    priming_optimizer: str = field(default="adamw")
     refit: bool | None = field(default=None)
     sequence_length: int | None = field(default=None)
     multiple_of: int = field(default=8)
@@ -122,15 +131,27 @@ class SensiConfig(PeftConfig):
     loss_fn: InitVar[Any] = None
 
     def __post_init__(self, calibration: Any, scores: Scores | None, loss_fn: Any) -> None:
-        super().__post_init__()
-        self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]
+        # PEFT's loaders pass on the file's own string, whichever class they are called on; nobody else gives one.
+        self.from_file = type(self.peft_type) is str
         # Plain attributes and not fields: `asdict` would deep-copy a data loader, and JSON cannot hold one.
         self.calibration, self.scores, self.loss_fn = calibration, scores, loss_fn
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check()
+        try:
+            check_types(vars(self))
+            if self.from_file:
+                check_foreign(vars(self))
+            super().__post_init__()
+            self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]
+            if isinstance(self.target_modules, list):
+                self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+            if isinstance(self.exclude_modules, list):
+                self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+            self._check()
+        except ValueError as error:
+            if self.from_file:
+                raise SensiLoadError(f"{CONFIG_NAME}: {error}") from error
+            raise
+        if self.from_file:
+            self.file_mark, self.file_meaning = config_mark(self), meaning(self)
 
     def _check(self) -> None:
         if self.format_version != FORMAT_VERSION or isinstance(self.format_version, bool):
@@ -147,13 +168,11 @@ class SensiConfig(PeftConfig):
             if value is None and name in ("sequence_length", "rank", "sparse", "tuned_layers"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-                raise SensiError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+                raise SensiError(f"`{name}` must be a whole number of at least {least}, got {shown(value)}.")
         for name in ("sparsity", "retention"):
             value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
-            ):
-                raise SensiError(f"`{name}` must be a share in [0, 1), got {value!r}.")
+            if value is not None and not (is_number(value) and 0 <= value < 1):
+                raise SensiError(f"`{name}` must be a share in [0, 1), got {shown(value)}.")
         check_update(self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity)
         self._check_combination()
         possible = ("bits",) if self.update == "mask" else tuple(KINDS)
@@ -166,17 +185,14 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead."
             )
-        if isinstance(self.priming_lr, bool) or not isinstance(self.priming_lr, (int, float)):
-            raise SensiError(f"`priming_lr` must be a number, got {self.priming_lr!r}.")
-        if not (math.isfinite(self.priming_lr) and self.priming_lr > 0):
+        if self.priming_lr <= 0:
             raise SensiError(f"`priming_lr` must be positive, got {self.priming_lr!r}.")
-        for name in ("keep_base", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise SensiError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if self.refit not in (None, True, False):
-            raise SensiError(f"`refit` must be True, False or None, got {self.refit!r}.")
+        if self.priming_optimizer not in OPTIMIZERS:
+            raise SensiError(
+                f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {self.priming_optimizer!r}."
+            )
         if self.also_train is not None:
-            if isinstance(self.also_train, str) or any(name not in ALSO_TRAIN for name in self.also_train):
+            if any(name not in ALSO_TRAIN for name in self.also_train):
                 raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {self.also_train!r}.")
             self.also_train = sorted(self.also_train)
         if self.scores is not None and not isinstance(self.scores, Scores):
@@ -191,8 +207,8 @@ class SensiConfig(PeftConfig):
             raise SensiError("`refit=True` changes values that a `trainable` limit may freeze; drop one of the two.")
         if isinstance(self.plan, Plan):
             self.plan = self.plan.to_dict()
-        if self.plan is not None and not isinstance(self.plan, Mapping):
-            raise SensiLoadError(f"`plan` must be a Plan or its dict, got {type(self.plan).__name__}.")
+        if self.plan is not None:
+            check_plan_dict(self.plan)
         self.layouts()
 
     def _check_combination(self) -> None:
@@ -220,18 +236,19 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
             )
-        if self.tuned_layers is not None and not dense:
-            raise SensiError(
-                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
-            )
         if self.widths not in ("free", "uniform"):
             raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
         if self.widths == "uniform" and self.granularity == "tensor":
             raise SensiError("granularity='tensor' removes whole sublayers, and cannot keep the same number in each.")
-        trims_by_default = self.budget is None and dense and self.retention is None and self.sparsity is None
-        if self.widths == "uniform" and not (limits.trims or trims_by_default or self.plan is not None):
+        chosen = self.retention, self.sparsity, self.tuned_layers
+        by_default = self.budget is None and self.update == "dense" and all(choice is None for choice in chosen)
+        if self.widths == "uniform" and not (limits.trims or by_default or self.plan is not None):
             raise SensiError(
                 "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
+            )
+        if self.tuned_layers is not None and not dense:
+            raise SensiError(
+                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
             )
         if self.schedule is not None:
             check_schedule(self.schedule, self.update, self.sparsity)
@@ -279,20 +296,49 @@ class SensiConfig(PeftConfig):
         values = super().from_json_file(path_json_file, **kwargs)
         for name in ("calibration", "scores", "loss_fn"):
             if name in values:
-                raise SensiLoadError(
-                    f"{path_json_file}: `{name}` exists at run time only and cannot come from a file."
-                )
+                raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
         return values
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # A plan from a file must match the values beside it; one made in this process may be replaced by a
-        # checkpoint's.
-        config.from_file = True
+        """Loads a config; if its values lie beside it, checks that they can be believed and belong to it.
+
+        Raises:
+            SensiLoadError: Names the file, the key, what was expected and what was found.
+        """
+        place = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except SensiLoadError as error:
+            raise SensiLoadError(os.path.join(place, str(error))) from error  # which begins with the file's name
+        config.file_name = os.path.join(place, CONFIG_NAME)
+        if isinstance(config, cls) and not kwargs.get("ignore_mismatched_sizes"):
+            hub = cls._split_kwargs(kwargs)[0]
+            config.weights_file = find_weights(pretrained_model_name_or_path, subfolder, hub)
+            if config.weights_file is not None:
+                check_values(config.weights_file, config)
         return config
 
-    from_file = False  # not annotated, so not a field
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; but a reader, or a kill, sees the old file or the new one, never half of it."""
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        os.makedirs(save_directory, exist_ok=True)
+        save = super().save_pretrained
+
+        def write(name: str) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                save(folder, **kwargs)
+                shutil.copyfile(os.path.join(folder, CONFIG_NAME), name)
+
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
+
+    # Not annotated, so not fields. A plan from a file must match the values beside it, while one made in this process
+    # may be replaced by a checkpoint's. The rest is `checkpoint.config_mark` and `meaning` of what the file said, and
+    # the path of the values beside it.
+    from_file = False
+    file_name = CONFIG_NAME
+    file_mark = file_meaning = weights_file = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
         # A generator or a data loader with workers cannot be copied, and a copied model does not need one.
@@ -307,37 +353,38 @@ class SensiConfig(PeftConfig):
 def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
     """Checks `SensiConfig.schedule` (its forms are described in `schedule`). Raises `SensiError`."""
 
-    def is_number(name: str, most: float) -> bool:
+    def is_upto(name: str, most: float) -> bool:
         value = schedule.get(name)
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+        return is_number(value) and 0 <= value <= most
 
     if not isinstance(schedule, Mapping):
         raise SensiError(f"`schedule` must be a dict with a `phase`, got {schedule!r}.")
     phase = schedule.get("phase")
     if phase == "freeze_dense":
-        if set(schedule) != {"phase", "epochs"} or not is_number("epochs", 1e6):
+        if set(schedule) != {"phase", "epochs"} or not is_upto("epochs", 1e6):
             raise SensiError("The phase 'freeze_dense' needs `epochs`, a number, and nothing else.")
         if "dense" not in update.split("+"):
             raise SensiError(
                 f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part."
             )
     elif phase == "draw_mask":
-        if set(schedule) != {"phase", "at"} or not is_number("at", 1.0):
+        if set(schedule) != {"phase", "at"} or not is_upto("at", 1.0):
             raise SensiError("The phase 'draw_mask' needs `at`, a share of the training, and nothing else.")
         if sparsity is None or update == "mask":
             raise SensiError("The phase 'draw_mask' needs a `sparsity`, and an update that does not learn its mask.")
     elif phase == "cut":
-        good = set(schedule) == {"phase", "start", "end", "cuts"} and is_number("start", 1.0) and is_number("end", 1.0)
+        good = set(schedule) == {"phase", "start", "end", "cuts"} and is_upto("start", 1.0) and is_upto("end", 1.0)
         cuts = schedule.get("cuts")
         if (
             not good
             or isinstance(cuts, bool)
             or not isinstance(cuts, int)
-            or cuts < 1
+            or not 1 <= cuts <= _MOST_CUTS
             or schedule["start"] > schedule["end"]
         ):
             raise SensiError(
-                "The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number."
+                f"The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number of at "
+                f"most {_MOST_CUTS}."
             )
         if update == "mask":
             raise SensiError("Units cannot be cut during training while update='mask' learns to mask weights.")
@@ -345,6 +392,7 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
         raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
 
 
+_MOST_CUTS = 10_000
 _COUNTS = {
     "calibration_steps": 1,
     "priming_steps": 0,

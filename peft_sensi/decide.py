@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from . import processes, replicas
 from .allocate import make_plan
 from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
 from .budget import Budget
-from .calibration import materialise
+from .calibration import image_tokens, materialise
 from .config import SensiConfig
 from .errors import SensiError
 from .pieces import trained_beside_units
@@ -62,6 +64,7 @@ def decide(
     batches = None
     if given.calibration is not None:
         batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
+        _warn_of_lost_inputs(given, batches)
     scores = given.scores
     if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
         scores = score_units(
@@ -72,6 +75,7 @@ def decide(
             calibration_steps=given.calibration_steps,
             priming_steps=given.priming_steps,
             priming_lr=given.priming_lr,
+            priming_optimizer=given.priming_optimizer,
             loss_fn=given.loss_fn,
             seed=given.seed,
             progress=processes.rank() == 0,
@@ -86,15 +90,15 @@ def decide(
         limits if limits != Budget() else None,
         targets=targets,
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
-        sequence_length=given.sequence_length or scores.sequence_length or 128,
+        sequence_length=given.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         multiple_of=given.multiple_of,
         min_units=given.min_units if given.granularity != "tensor" else 0,
         always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),
         tunes="dense" in given.update.split("+"),
         retention=given.retention,
         biases_apart=bool(biases),
-        tuned_layers=given.tuned_layers,
         uniform=config.widths == "uniform",
+        tuned_layers=given.tuned_layers,
     )
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
@@ -112,6 +116,20 @@ def decide(
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
     return Decision(plan, refitted, head, scores)
+
+
+def _warn_of_lost_inputs(given: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
+    """PEFT's model for question answering takes token types and never passes them on (seen in PEFT 0.21)."""
+    if str(given.task_type).rpartition(".")[2] != "QUESTION_ANS":
+        return
+    types = [batch["token_type_ids"] for batch in batches if isinstance(batch.get("token_type_ids"), torch.Tensor)]
+    if any(bool(ids.any()) for ids in types):
+        message = (
+            "The calibration batches have `token_type_ids`, which PEFT's model for task_type='QUESTION_ANS' drops: "
+            "the adapter is trained without them, but scored with them, and the merged model would use them. Leave "
+            "them out everywhere, or set task_type=None."
+        )
+        warnings.warn(message, stacklevel=2)
 
 
 def decide_together(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .anatomy import Anatomy, Group
-from .calibration import LossFn, calibration_loss
+from .calibration import LossFn, calibration_loss, examples_in
 from .errors import CalibrationError
 
 
@@ -29,10 +29,15 @@ def gate_gradients(
     """
     gates: dict[str, torch.Tensor] = {}
 
+    examples = examples_in(batch)
+
     def gated(group: Group, x: torch.Tensor) -> torch.Tensor:
+        shape = x.shape
+        if x.dim() == 2 and shape[0] % examples == 0:  # OPT runs its FFN on all tokens of the batch in one row
+            x = x.reshape(examples, -1, shape[-1])
         if group.name not in gates:
             gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
-        return apply_gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size))
+        return apply_gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size)).reshape(shape)
 
     with hooked(model, anatomy, gated), torch.enable_grad():
         loss = calibration_loss(model, batch, loss_fn, where)
@@ -56,7 +61,7 @@ def gate_gradients_reference(
     model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
 ) -> dict[str, torch.Tensor]:
     """The definition, slowly: each example alone, one shared gate vector a group, plain autograd."""
-    size = max(v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor))
+    size = examples_in(batch)
     rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
     for i in range(size):
         gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}

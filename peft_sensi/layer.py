@@ -12,10 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .checkpoint import check_content
 from .errors import SensiError
 from .functional import Positions, compose, take
 from .linears import features, matrix, oriented, tell_features
 from .narrow import PARTS, decode
+from .quantised import is_quantised, not_mergeable
 from .slices import Slice, empty_parts, first_parts, narrowed, part_shapes
 from .updates import learned_mask, pack_mask, top_mask, unpack_mask
 
@@ -50,7 +52,10 @@ class SensiLayer(BaseTunerLayer):
         # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_tell_companions`.
         self.sensi_companions: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0
+        self.sensi_in_block = True
         self.sensi_base_dropped = False
+        # Adapters that will be loaded from a file and have not been looked at since: see `check_loaded`.
+        self.sensi_unchecked: set[str] = set()
         # Trained parts that a phase of training has frozen, by adapter.
         self.sensi_frozen: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -109,6 +114,7 @@ class SensiLayer(BaseTunerLayer):
 
         Differentiable in the trained parts; in their dtype.
         """
+        self.check_loaded(adapter_name)
         piece = self.sensi_slices[adapter_name]
         weight, bias = self._composed(adapter_name)
         order = piece.kept.argsort().to(weight.device)
@@ -158,6 +164,15 @@ class SensiLayer(BaseTunerLayer):
         shape = torch.Size((self.out_features, self.in_features))
         return self.sensi_slices[adapter_name].kept_shape(shape).numel()
 
+    def check_loaded(self, adapter_name: str) -> None:
+        """Checks, once, what a loader that passes none of our hooks has put here. Raises `SensiLoadError`."""
+        if adapter_name in self.sensi_unchecked:
+            room = self.kept_numel(adapter_name)
+            for name in self.tensor_names:
+                if (tensor := self.part(name.removeprefix("sensi_"), adapter_name)) is not None:
+                    check_content(f"{name}.{adapter_name}", tensor.detach(), room)
+            self.sensi_unchecked.discard(adapter_name)
+
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -194,6 +209,8 @@ class SensiLayer(BaseTunerLayer):
         if len(together) > 1:
             self.check_combination(together)
         base = self.get_base_layer()
+        if names and is_quantised(base):
+            raise not_mergeable()
         for name in names:
             with torch.no_grad():
                 weight, bias = self._combined([*self.merged_adapters, name])
@@ -222,6 +239,8 @@ class SensiLayer(BaseTunerLayer):
 
     def check_combination(self, adapter_names: list[str]) -> None:
         pieces = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
+        if len(adapter_names) > 1 and is_quantised(self.get_base_layer()):
+            raise SensiError("Only one adapter can be active on a quantised base.")
         if self.sensi_base_dropped or any(piece.trims or piece.sparsity is not None for piece in pieces):
             raise SensiError(
                 f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units "
@@ -274,7 +293,8 @@ class SensiLayer(BaseTunerLayer):
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
-        weight, bias = oriented(base, weight).detach(), None if bias is None else bias.detach()
+        weight = matrix(base) if is_quantised(base) else oriented(base, weight)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:
                 return weight, bias
@@ -328,7 +348,7 @@ class SensiLayer(BaseTunerLayer):
         codes, scales = self.part("codes", name), self.part("scales", name)
         found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
         if codes is not None:
-            shapes = part_shapes(self, piece)
+            shapes = part_shapes(self.out_features, self.in_features, self.bias is not None, piece)
             differences = decode(codes, scales, shapes, piece.dim)
             origins = self._origins(piece, shapes)
             found |= {part: origins[part] + difference for part, difference in differences.items()}
@@ -363,7 +383,12 @@ class SensiLayer(BaseTunerLayer):
         key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)
         with torch.inference_mode(False), torch.no_grad():
             cached = self._sensi_fused.get(name)
-            if cached is None or cached[0] != key:
+            if self.sensi_base_dropped and dtype == base.weight.dtype:
+                # What is left of the base is this adapter's alone, and what it holds at trained positions is never
+                # read: no second copy of the weight is needed.
+                frozen, bias = self._kept_base(piece)
+                cached = (key, frozen, bias)
+            elif cached is None or cached[0] != key:
                 frozen, bias = self._kept_base(piece)
                 # The base's own tensors are shared as long as nothing is written into the cache.
                 writes = piece.tuned_count > 0
@@ -391,8 +416,9 @@ class SensiLayer(BaseTunerLayer):
         """One adapter's effective weight, or the base plus the differences of several; differentiable."""
         weight, bias = self.effective(names[0])
         if len(names) > 1:
-            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (self.weight, self.bias)
-            base_weight = oriented(self.get_base_layer(), base_weight)
+            base = self.get_base_layer()
+            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
+            base_weight = oriented(base, base_weight)
             for name in names[1:]:
                 other_weight, other_bias = self.effective(name)
                 weight = weight + (other_weight - base_weight.detach())

@@ -38,19 +38,23 @@ class LeastSquares:
         self.total += w.sum()
 
     def solve(self) -> Values | None:
-        """The solution for the tokens of all processes; `None` where there is none. To be called once."""
+        """The solution for the tokens of all processes, if there is one. To be called once: it uses the sums up."""
         processes.add_up([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None
         centre = float(self.bias is not None)
         mean_z, mean_r = centre * self.z / self.total, centre * self.r / self.total
-        gram = self.zz / self.total - torch.outer(mean_z, mean_z)
-        cross = self.rz / self.total - torch.outer(mean_r, mean_z)
+        # In place, and each freed as soon as it can be: these are the largest matrices of a refit.
+        gram = self.zz.div_(self.total).addr_(mean_z, mean_z, alpha=-1.0)
+        cross = self.rz.div_(self.total).addr_(mean_r, mean_z, alpha=-1.0)
+        del self.zz, self.rz
         gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
         factor, info = torch.linalg.cholesky_ex(gram)
+        del gram
         if info or not torch.isfinite(factor).all():
             return None
         change = torch.cholesky_solve(cross.t(), factor).t()
+        del cross, factor
         weight = self.weight + change.float()
         bias = None if self.bias is None else self.bias + (mean_r - change @ mean_z).float()
         finite = torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from .functional import fused_linear, fused_linear_reference
 from .layer import SensiLayer
+from .linears import oriented
+from .quantised import is_quantised, unpack
+from .slices import Slice
 
 
 class SensiLinear(nn.Module, SensiLayer):
@@ -28,7 +31,8 @@ class SensiLinear(nn.Module, SensiLayer):
         active = [n for n in self.active_adapters if n in self.sensi_slices]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        dtype = self.base_layer.weight.dtype
+        coded = is_quantised(self.base_layer)
+        dtype = x.dtype if coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -36,17 +40,21 @@ class SensiLinear(nn.Module, SensiLayer):
             self.check_combination(active)
             weight, bias = self._combined(active)
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        if coded and not self.sensi_slices[active[0]].whole:
+            return self._forward_beside(x, active[0])
         return self._forward_one(x, active[0], dtype)
 
     def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if self.sensi_unchecked:
+            self.check_loaded(name)
         piece = self.sensi_slices[name]
         if piece.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
-            bias = self.bias if bias is None else bias
+            bias = self.base_layer.bias if bias is None else bias
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         # FSDP2 puts whole parameters in place for the forward pass, and only the module still tells.
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
-            type(p) is not nn.Parameter for p in (self.weight, *self._own_parameters(name))
+            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self._own_parameters(name))
         )
         if piece.narrow is not None and not sharded and not torch.compiler.is_compiling():
             return F.linear(x, *self._decoded(name, dtype))
@@ -57,6 +65,62 @@ class SensiLinear(nn.Module, SensiLayer):
         del parts["mask"]
         weight, bias = self._fused(name, dtype, parts)
         return fused_linear(x, weight, bias, **parts)
+
+    def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """On a quantised base: its own kernel, whose weight has no gradient, plus what the adapter changes."""
+        piece, base = self.sensi_slices[name], self.base_layer
+        if self.training or x.requires_grad:
+            unpack(base)
+        y, parts = base(x), self._parts(name, piece)
+        replaced = [part for part in ("weight", "bias") if parts[f"tuned_{part}"] is not None]
+        origins = self._cached_origins(name, piece, replaced)
+        index = piece.tuned_index.to(x.device)
+        if (weight := parts["tuned_weight"]) is not None:
+            change = (weight - origins["weight"]).to(x.dtype)
+            if piece.dim == 1:
+                y = y + F.linear(x.index_select(-1, index), change)
+            else:
+                y = y.index_add(-1, index, F.linear(x, change).to(y.dtype))
+        if (bias := parts["tuned_bias"]) is not None:
+            change = (bias - origins["bias"]).to(y.dtype)
+            if len(change) < y.shape[-1]:
+                change = change.new_zeros(y.shape[-1]).index_add(0, index, change)
+            y = y + change
+        if parts["down"] is not None:
+            y = y + F.linear(F.linear(x, parts["down"].to(x.dtype)), parts["up"].to(x.dtype))
+        if parts["values"] is not None:
+            single = parts["values"].new_zeros(self.out_features * self.in_features)
+            single = single.index_add(0, parts["places"], parts["values"]).view(self.out_features, self.in_features)
+            y = y + F.linear(x, single.to(x.dtype))
+        return y
+
+    def _cached_origins(self, name: str, piece: Slice, names: list[str]) -> dict[str, Any]:
+        key = (id(self.base_layer.weight), self.base_layer.weight.device)
+        cached = self._sensi_fused.get(name)
+        if cached is None or cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self._sensi_fused[name] = (key, self._origins(piece, names), None)
+        return cached[1]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's; outside known blocks the one in effect, because some models (Mamba) use it without `forward`."""
+        weight, _ = self._in_effect()
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Like `weight`."""
+        _, bias = self._in_effect()
+        return bias
+
+    def _in_effect(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        base = self.base_layer
+        active = [n for n in self.active_adapters if n in self.sensi_slices]
+        if self.sensi_in_block or self.disable_adapters or self.merged or not active or is_quantised(base):
+            return base.weight, base.bias
+        weight, bias = self._combined(active)
+        return oriented(base, weight).to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
         self._sensi_fused.clear()

@@ -8,9 +8,21 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .quantised import dequantised, is_quantised
+
 
 # What can be targeted: `torch.nn.Linear`, and GPT-2's `Conv1D`, a Linear whose weight is stored as `[in, out]`.
 LINEARS = (nn.Linear, Conv1D)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module computes `x @ weight.T + bias` and nothing else, which a subclass of Linear need not do."""
+    inherited = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    coded = isinstance(module, nn.Linear) and is_quantised(module)
+    return inherited or coded or type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN
+
+
+_ALSO_PLAIN = ("FalconLinear",)  # it adds its bias in a step of its own
 
 
 def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -19,8 +31,8 @@ def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 def matrix(linear: Any) -> torch.Tensor:
-    """The weight as `[out, in]`, sharing its storage."""
-    return oriented(linear, linear.weight)
+    """The weight as `[out, in]`, sharing its storage unless it is quantised."""
+    return dequantised(linear) if is_quantised(linear) else oriented(linear, linear.weight)
 
 
 def features(linear: Any) -> tuple[int, int]:

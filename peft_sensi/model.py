@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,29 +22,33 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from . import processes, replicas
-from .anatomy import Anatomy, Group, build_anatomy, task_head
+from .anatomy import Anatomy, Group, base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import (
     PLAN_KEY,
     check_fingerprint,
-    check_strays,
-    check_tensors,
+    check_pair,
+    config_mark,
     fingerprint,
     plan_from_tensor,
     plan_to_tensor,
+    pop_plan,
 )
 from .config import SensiConfig
 from .decide import Decision, decide_together
-from .errors import SensiError, SensiLoadError
+from .errors import SensiError
+from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped
+from .linears import is_plain
 from .narrow import KINDS
-from .pieces import also_saved, anatomy_of, pieces_of, targets_of
+from .pieces import also_saved, anatomy_of, name_targets, pieces_of, refuse_tied, targets_of
 from .plan import Plan
+from .quantised import check_quantised, is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
 from .widths import note_widths
-from .wrap import replace_module, replan, save_whole, set_head, wrap_linear
+from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_linear
 
 
 logger = logging.getLogger(__name__)
@@ -114,11 +119,17 @@ class SensiModel(BaseTuner):
         joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
         try:
             with joint, replicas.weights_of_0(model, keep=True):
-                decision = self._prepare(model, adapter_name, given, config)
-                pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+                with errors_of_file(given):
+                    decision = self._prepare(model, adapter_name, given, config)
+                    pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+                if (path := file_to_check(given)) is not None:
+                    check_slices(path, model, pieces)
+                # Each layer takes its refitted values out, so that they are never there twice.
                 self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
                 # The plan decides which modules are replaced, so a state dict has nothing to add.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                if path is not None:
+                    check_saved_modules(path, model, adapter_name)
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
                     replicas.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
@@ -131,11 +142,15 @@ class SensiModel(BaseTuner):
         finally:
             self._sensi_injecting = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        dropped = False
         for module in model.modules():
             if isinstance(module, SensiLayer):
                 module.sensi_companions = companions
                 if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
+                    dropped = True
+        if dropped:
+            drop_originals(model, adapter_name)
 
     # The base as it was when each adapter came: merging and `keep_base=False` change the shapes that can be seen
     # later.
@@ -156,7 +171,17 @@ class SensiModel(BaseTuner):
             names = {module for group in blocks.groups for module in group.modules}
             config.target_modules = names or "all-linear"  # type: ignore[assignment]
         save_whole(config, task_head(model))
+        everything = isinstance(config.target_modules, str)
         _maybe_include_all_linear_layers(config, model)
+        if everything and isinstance(config.target_modules, set):
+            special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
+            if special:
+                warnings.warn(
+                    f"{len(special)} modules are not tuned, such as {min(special)!r}: they are Linears that compute "
+                    f"something else.",
+                    stacklevel=2,
+                )
+            config.target_modules -= special
         if not targets_of(model, config):
             bare = config.own_copy()
             bare.modules_to_save = None
@@ -173,8 +198,11 @@ class SensiModel(BaseTuner):
             config.also_train = ["norms", "output_biases", "pooler"] if free else []
         saved = also_saved(model, blocks, config.also_train)
         save_whole(config, saved)
-        targets = targets_of(model, config)
+        targets = name_targets(model, config)
+        refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
+        linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
+        check_quantised(linears, config.update, config.sparsity, config.keep_base)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
         if config.plan is not None:
             if config.fingerprint is not None:
@@ -208,7 +236,7 @@ class SensiModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
-        for name, module in list(model.named_modules()):
+        for name, module in reversed(list(model.named_modules())):  # the innermost first: wrappers can be nested
             if isinstance(module, SensiLayer):
                 if adapter_name in module.sensi_slices:
                     module.delete_adapter(adapter_name)
@@ -246,7 +274,7 @@ class SensiModel(BaseTuner):
         pieces, refitted = self._sensi_injecting
         piece, group = pieces[current_key]
         layer = wrap_linear(
-            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.get(current_key)
+            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.pop(current_key, None)
         )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -264,6 +292,7 @@ class SensiModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
+        self._check_codes()
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def disable_adapter_layers(self) -> None:
@@ -276,6 +305,7 @@ class SensiModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
+            self._check_codes()  # before anything is replaced
             self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
         else:
             self._check_base("unload the adapter")
@@ -303,6 +333,10 @@ class SensiModel(BaseTuner):
         if len(adapter_names) > 1:
             for layer in self._layers():
                 layer.check_combination(adapter_names)
+
+    def _check_codes(self) -> None:
+        if any(is_quantised(layer.get_base_layer()) for layer in self._layers()):
+            raise not_mergeable()
 
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):
@@ -365,7 +399,7 @@ class SensiModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
-        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan)
+        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config))
         return tensors
 
     @classmethod
@@ -373,40 +407,13 @@ class SensiModel(BaseTuner):
         cls, model: nn.Module, config: SensiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = dict(state_dict)
-        stored = [state_dict.pop(key) for key in list(state_dict) if key.rpartition(".")[2] == PLAN_KEY]
-        if len(stored) != 1:
-            raise SensiLoadError(f"The adapter file must hold one {PLAN_KEY!r}, found {len(stored)}: it is not ours.")
-        plan = plan_from_tensor(stored[0])
+        stored = pop_plan(state_dict)
+        if config.from_file:
+            check_pair(stored, config)
+        plan, _ = plan_from_tensor(stored)
         if plan != config.plan:
-            if config.from_file:
-                raise SensiLoadError(
-                    "adapter_config.json and adapter_model.safetensors hold different plans: they do not belong "
-                    "together (a save may have been interrupted between them)."
-                )
             replan(model, config, adapter_name, plan)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            key: value
-            for key, value in model.state_dict().items()
-            if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.tensor_names
-        }
-        # By full names: a module of the base may also be called `sensi_...`. Keys that no layer has are not mapped,
-        # and end with the tensor's name instead of the adapter's.
-        names = set(SensiLayer.tensor_names)
-        ours = {k: v for k, v in tensors.items() if k in expected or names & set(k.split(".")[-2:])}
-        coded, codes = ({k for k in ks if "sensi_codes" in k.split(".")[-2:]} for ks in (ours, expected))
-        if bool(coded) != bool(codes):
-            raise SensiLoadError(
-                f"The file holds {'compressed' if coded else 'uncompressed'} values and this model's adapter "
-                f"{'uncompressed' if coded else 'compressed'} ones. Load the folder with `PeftModel.from_pretrained`; "
-                f"training goes on from an uncompressed checkpoint only."
-            )
-        layers = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, SensiLayer)}
-        rooms = {
-            key: layers[key.partition("sensi_places")[0]].kept_numel(adapter_name)
-            for key in expected
-            if ".sensi_places." in key
-        }
-        check_tensors(ours, expected, rooms)
-        check_strays(tensors, model)
+        check_state(tensors, model, adapter_name)
+        config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors

@@ -13,7 +13,7 @@ from torch import nn
 from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
 from .config import SensiConfig
 from .errors import SensiError
-from .linears import matrix
+from .linears import features
 from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
@@ -27,6 +27,32 @@ def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
         for name, _ in model.named_modules()
         if name and not name.startswith(inside) and check_target_module_exists(config, name)
     )
+
+
+def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
+    """Raises `SensiError` when a target shares its weight with the embeddings: tuning it would part the two."""
+    embeddings = {id(m.weight) for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)}
+    for name in sorted(targets):
+        if id(getattr(base_of(model.get_submodule(name)), "weight", None)) in embeddings:
+            raise SensiError(
+                f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
+                f"`target_modules`."
+            )
+
+
+def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
+    """`targets_of`; regular expressions in the config become the names that they matched, which is what is saved.
+
+    Raises `SensiError` where names cannot say the same.
+    """
+    targets = targets_of(model, config)
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        config.target_modules, config.exclude_modules = set(targets), None  # type: ignore[assignment]
+        # A name also matches every path that ends with it.
+        config.exclude_modules = set(targets_of(model, config) - targets) or None  # type: ignore[assignment]
+        if targets_of(model, config) != targets:
+            raise SensiError("The regular expression matches modules that lists of names cannot tell apart: give one.")
+    return targets
 
 
 def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> Anatomy:
@@ -70,6 +96,10 @@ def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list
 def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
     """For each module that the plan concerns: its slice and its group."""
     pieces = {}
+    if config.rank is not None:
+        largest = max((max(features(linear_of(model, name))) for name in plan.targets), default=0)
+        if config.rank > largest:
+            raise SensiError(f"`rank` must be at most {largest}, the longest side of a targeted Linear.")
     for group in plan.anatomy.groups:
         states = plan.of(group)
         tuned, frozen = np.flatnonzero(states == TUNED), np.flatnonzero(states == FROZEN)
@@ -86,12 +116,12 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     total = 0
     for name, (piece, _) in pieces.items():
         linear = linear_of(model, name)
-        out, features = piece.kept_shape(matrix(linear).shape)
-        total += piece.tuned_count * (features if piece.dim == 0 else out)
+        out, into = piece.kept_shape(torch.Size(features(linear)))
+        total += piece.tuned_count * (into if piece.dim == 0 else out)
         if linear.bias is not None:
             total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
-        total += piece.rank * (out + features) + min(piece.sparse, out * features)
-        total += out * features * piece.learns_mask
+        total += piece.rank * (out + into) + min(piece.sparse, out * into)
+        total += out * into * piece.learns_mask
     return total
 
 
@@ -110,7 +140,12 @@ def _slice(
     targeted: bool,
 ) -> Slice:
     linear = linear_of(model, sides[0].module)
-    units = np.concatenate([tuned, frozen]) if group.trimmable else np.sort(np.concatenate([tuned, frozen]))
+    units = np.concatenate([tuned, frozen])
+    # What is not trained row by row or column by column is stored in the order of units. Where nothing is trimmed,
+    # that is the base's own, so that the same file fits a quantised base, whose units cannot change places.
+    in_order = config.update != "dense" or "biases" in (config.also_train or ())
+    if not group.trimmable or (in_order and len(units) == group.size):
+        units = np.sort(units)
     kept = np.concatenate([side.positions(units) for side in sides])
     is_tuned = np.concatenate([np.repeat(np.isin(units, tuned), side.width) for side in sides]) & targeted
     count = int(is_tuned.sum())
@@ -132,7 +167,7 @@ def _slice(
     return Slice(
         gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,
-        size=matrix(linear).shape[sides[0].dim],
+        size=features(linear)[sides[0].dim],
         kept=torch.from_numpy(kept),
         tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
         units=len(units),

@@ -12,6 +12,7 @@ import numpy as np
 
 from .anatomy import Anatomy, Group
 from .errors import SensiLoadError
+from .fields import shown
 
 
 TRIMMED, FROZEN, TUNED = 0, 1, 2
@@ -96,7 +97,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], anatomy: Anatomy, targets: frozenset[str]) -> Plan:
         """Inverse of `to_dict`. Raises `SensiLoadError` when the plan does not fit the model."""
-        _check_plan_dict(values)
+        check_plan_dict(values)
         groups = values["groups"]
         if extra := sorted(set(groups) - set(anatomy.by_name)):
             raise SensiLoadError(f"The plan names the group {extra[0]!r}, which this base model does not have.")
@@ -110,6 +111,11 @@ class Plan:
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
             kept, tuned = (_unpack(entry[key], group.size, f"{group.name}.{key}") for key in ("kept", "tuned"))
+            if group.fixed and not kept.all():
+                raise SensiLoadError(
+                    f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantised?): load "
+                    f"the adapter on the base model that it was made for."
+                )
             if (tuned & ~kept).any() or (not group.trimmable and not kept.all()):
                 raise SensiLoadError(
                     f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."
@@ -178,7 +184,7 @@ class Plan:
 
 def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """States (uint8) of each group's units, from `Plan.to_dict`, without a model. Raises `SensiLoadError`."""
-    _check_plan_dict(values)
+    check_plan_dict(values)
     states = {}
     for name, entry in values["groups"].items():
         if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
@@ -197,6 +203,10 @@ def _pack(mask: np.ndarray) -> str:
 def _unpack(text: str, size: int, where: str) -> np.ndarray:
     if text in ("all", "none"):
         return np.full(size, text == "all")
+    if len(text) != -(-size // 24) * 4:  # before it is unpacked
+        raise SensiLoadError(
+            f"The plan's mask {where!r} has {len(text)} characters, expected {-(-size // 24) * 4} for {size} units."
+        )
     try:
         bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8))
     except ValueError as error:
@@ -208,17 +218,24 @@ def _unpack(text: str, size: int, where: str) -> np.ndarray:
     return bits[:size].astype(bool)
 
 
-def _check_plan_dict(values: Any) -> None:
+def check_plan_dict(values: Any) -> None:
+    """Checks everything about a plan from outside that can be checked without a model. Raises `SensiLoadError`."""
+
     def is_count(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
-    if not isinstance(values, Mapping) or set(values) != {"sequence_length", "always_trained", "groups"}:
-        raise SensiLoadError("A plan has exactly the keys sequence_length, always_trained and groups.")
-    if not is_count(values["sequence_length"]) or not is_count(values["always_trained"]):
-        raise SensiLoadError("The plan's sequence_length and always_trained must be whole numbers.")
+    keys = {"sequence_length", "always_trained", "groups"}
+    if not isinstance(values, Mapping) or set(values) != keys:
+        found = sorted(map(str, values)) if isinstance(values, Mapping) else values
+        raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}.")
+    for name in ("sequence_length", "always_trained"):
+        if not is_count(values[name]):
+            raise SensiLoadError(f"The plan's `{name}` must be a whole number, got {shown(values[name])}.")
     if not isinstance(values["groups"], Mapping):
         raise SensiLoadError("The plan's groups must be a mapping from group names.")
     for name, entry in values["groups"].items():
         good = isinstance(entry, Mapping) and set(entry) == {"size", "kept", "tuned"} and is_count(entry["size"])
         if not good or not all(isinstance(entry[key], str) for key in ("kept", "tuned")):
-            raise SensiLoadError(f"The plan's group {name!r} must have a size and two masks, kept and tuned.")
+            raise SensiLoadError(
+                f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}."
+            )

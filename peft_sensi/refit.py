@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import Cache
 
 from . import processes
 from .anatomy import Group, linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
+from .cutting import cut, put
 from .least_squares import GuardErrors, LeastSquares, Values
 from .linears import matrix
 from .plan import FROZEN, TRIMMED, Plan
@@ -64,15 +65,15 @@ def refit(
         total = sum(processes.meet("counting batches", len(batches)))
         held_out = {i for i, place in enumerate(places) if (place % 4 == 3 if total > 3 else place == 0)}
         for layer in tqdm(order, desc="refit", disable=not progress, leave=False):
-            _refit_layer(model, layer, by_layer[layer], student, streams, held_out, total)
+            _refit_layer(model, plan, layer, by_layer[layer], student, streams, held_out, total)
         refitted = {g.output: output.fitted for g in groups if (output := student[g.name]).fitted is not None}
         if not refitted:
             return {}
         test = {i: batches[i] for i in sorted(held_out)}
-        after = _trimmed_loss(model, student, test, loss_fn)
+        after = _trimmed_loss(model, plan, student, test, loss_fn)
         for output in student.values():
             output.fitted = None
-        before = _trimmed_loss(model, student, test, loss_fn)
+        before = _trimmed_loss(model, plan, student, test, loss_fn)
     return refitted if after <= before * 1.05 else {}
 
 
@@ -102,9 +103,10 @@ class _Output:
         bias = None if linear.bias is None else linear.bias.detach().float()
         return matrix(linear).detach()[:, self.columns].float(), bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.fitted or self.original
-        return F.linear(x[..., self.columns].float(), weight, bias).to(x.dtype)
+    def put(self) -> None:
+        """Inside `cut`: gives the projection its fitted values, if there are any."""
+        if self.fitted is not None:
+            put(linear_of(self.model, self.group.output), *self.fitted)
 
 
 @dataclass
@@ -122,18 +124,24 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
     """How each layer is called for each batch, and the layers' order; `None` where a layer runs more than once."""
     layers = list(dict.fromkeys(g.layer for g in plan.anatomy.trimmable if g.layer))
     streams, order = [], []
+    passes = False  # whether layers may hand their input on instead of computing
     for batch in batches:
-        stream, seen, last = _Stream(batch), [], [None]
+        stream, seen, last, same = _Stream(batch), [], [None], []
 
         def before(module, args, kwargs, name, stream=stream, seen=seen, last=last):
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden is not last[0]:
                 stream.entries[name] = hidden
-            kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-            stream.calls[name] = (args[1:], kwargs)
+            # Layers will be run again, several times: a cache would grow with each.
+            kwargs = {
+                k: v for k, v in kwargs.items() if k not in ("hidden_states", "use_cache") and not isinstance(v, Cache)
+            }
+            stream.calls[name] = (tuple(None if isinstance(a, Cache) else a for a in args[1:]), kwargs)
             seen.append(name)
 
-        def after(module, args, output, last=last):
+        def after(module, args, kwargs, output, last=last, same=same):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            same.append(isinstance(output, torch.Tensor) and output.shape == hidden.shape)
             last[0] = _first(output)
 
         handles = []
@@ -142,9 +150,10 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
             handles.append(
                 layer.register_forward_pre_hook(lambda m, a, k, name=name: before(m, a, k, name), with_kwargs=True)
             )
-            handles.append(layer.register_forward_hook(after))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
         try:
-            model(**batch)
+            with _passing_on(model, layers if passes else []):
+                model(**batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -152,7 +161,29 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
             return [], None
         streams.append(stream)
         order = seen
+        # Where the layers are a plain chain of hidden states, the first one's input and how each is called are all
+        # that the other batches have to tell, and that does not depend on what the layers compute.
+        passes = all(same) and set(stream.entries) == {order[0]}
     return streams, order
+
+
+@contextmanager
+def _passing_on(model: nn.Module, layers: list[str]) -> Iterator[None]:
+    modules = [model.get_submodule(name) for name in layers]
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    before = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.__dict__["forward"]
+            if own is not None:  # Accelerate puts its own there
+                module.forward = own
 
 
 class _Stop(Exception):
@@ -164,34 +195,31 @@ def _run(
     name: str,
     stream: _Stream,
     hidden: torch.Tensor,
-    outputs: Mapping[str, _Output] | None,
-    watch: Mapping[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]],
+    watch: Mapping[str, _Observer | _Recorder],
     stop: bool = False,
 ) -> torch.Tensor | None:
-    """Runs one layer, with the given output projections in place of the model's own.
+    """Runs one layer as it is now.
 
-    `watch[group](z, y, s)` is called with the projection's input and output and with the residual sum.
+    `watch[group](z, y, s)` is called with the output projection's input and output and with the residual sum.
     """
     layer = model.get_submodule(name)
-    groups = [g for g in (outputs or {}).values() if g.group.layer == name]
+    watched = [w.group for w in watch.values() if w.group.layer == name]
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
 
-    def at_output(group: Group, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if outputs is not None:
-            y = outputs[group.name](x)
+    def at_output(group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
         seen[group.name] = (x, y)
-        return y
 
     def at_norm(group: Group, total: torch.Tensor) -> None:
-        if group.name in seen and group.name in watch:
-            watch[group.name](*seen.pop(group.name), total)
+        if group.name in seen:
+            # OPT's FFN runs on flat rows.
+            z, y = (part.reshape(*total.shape[:-1], part.shape[-1]) for part in seen.pop(group.name))
+            watch[group.name](z, y, total)
             if stop:
                 raise _Stop
 
-    watched = {g.group.name: g.group for g in groups} or _groups_of(watch, name)
     try:
-        for group in watched.values():
+        for group in watched:
             module = model.get_submodule(group.output)
             handles.append(module.register_forward_hook(lambda m, a, y, group=group: at_output(group, a[0], y)))
             if group.norm:
@@ -199,7 +227,7 @@ def _run(
                 handles.append(norm.register_forward_pre_hook(lambda m, a, group=group: at_norm(group, a[0])))
         args, kwargs = stream.calls[name]
         output = _first(layer(hidden, *args, **kwargs))
-        for group in watched.values():
+        for group in watched:
             if not group.norm:
                 at_norm(group, output)
         return output
@@ -208,10 +236,6 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _groups_of(watch: Mapping[str, Any], layer: str) -> dict[str, Group]:
-    return {name: function.group for name, function in watch.items() if function.group.layer == layer}
 
 
 @dataclass
@@ -227,6 +251,7 @@ class _Recorder:
 
 def _refit_layer(
     model: nn.Module,
+    plan: Plan,
     layer: str,
     groups: list[Group],
     student: dict[str, _Output],
@@ -240,26 +265,29 @@ def _refit_layer(
         if layer in stream.entries:
             stream.teacher = stream.student = stream.entries[layer]
         before.append(stream.student)
-        stream.teacher = _run(model, layer, stream, stream.teacher, None, recorders)
-    for group in groups:
-        output, targets = student[group.name], recorders[group.name].sums
-        if len(targets) != len(streams):
-            continue  # the layer did not run this sublayer
-        system = LeastSquares(*output.original)
-        for i, (stream, hidden) in enumerate(zip(streams, before, strict=True)):
-            if i not in held_out or total == 1:
-                add = _Observer(group, output, targets[i], stream.batch, system.add)
-                _run(model, layer, stream, hidden, student, {group.name: add}, stop=True)
-        solution = system.solve()
-        if solution is None:
-            continue
-        errors = GuardErrors(output.original, solution)
-        for i in sorted(held_out):
-            check = _Observer(group, output, targets[i], streams[i].batch, errors.add)
-            _run(model, layer, streams[i], before[i], student, {group.name: check}, stop=True)
-        output.fitted = errors.best()
-    for stream, hidden in zip(streams, before, strict=True):
-        stream.student = _run(model, layer, stream, hidden, student, {})
+        stream.teacher = _run(model, layer, stream, stream.teacher, recorders)
+    originals = {g.name: student[g.name].original for g in groups}
+    with cut(model, plan, [output.group for output in student.values() if output.group.layer == layer]):
+        for group in groups:
+            output, targets = student[group.name], recorders[group.name].sums
+            if len(targets) != len(streams):
+                continue  # the layer did not run this sublayer
+            system = LeastSquares(*originals[group.name])
+            for i, (stream, hidden) in enumerate(zip(streams, before, strict=True)):
+                if i not in held_out or total == 1:
+                    add = _Observer(group, targets[i], stream.batch, system.add)
+                    _run(model, layer, stream, hidden, {group.name: add}, stop=True)
+            solution = system.solve()
+            if solution is None:
+                continue
+            errors = GuardErrors(originals[group.name], solution)
+            for i in sorted(held_out):
+                check = _Observer(group, targets[i], streams[i].batch, errors.add)
+                _run(model, layer, streams[i], before[i], {group.name: check}, stop=True)
+            output.fitted = errors.best()
+            output.put()
+        for stream, hidden in zip(streams, before, strict=True):
+            stream.student = _run(model, layer, stream, hidden, {})
 
 
 @dataclass
@@ -267,37 +295,27 @@ class _Observer:
     """Hands the tokens of one batch, padding left out, to `receive(z, residual, target)`, each `[tokens, ...]`."""
 
     group: Group
-    output: _Output
     target: torch.Tensor
     batch: Mapping[str, Any]
     receive: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
     def __call__(self, z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
         mask = token_mask(self.batch, total.shape[:-1])
-        residual = total.float() - y.float()
-        z = z[..., self.output.columns].float()
-        parts = (z, residual, self.target)
+        parts = (z.float(), total.float() - y.float(), self.target)
         self.receive(*(part[mask] if mask is not None else part.flatten(0, -2) for part in parts))
 
 
-@contextmanager
-def _trimmed(model: nn.Module, student: Mapping[str, _Output]) -> Iterator[None]:
-    handles = [
-        model.get_submodule(output.group.output).register_forward_hook(lambda m, a, y, output=output: output(a[0]))
-        for output in student.values()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _trimmed_loss(
-    model: nn.Module, student: Mapping[str, _Output], batches: Mapping[int, Mapping[str, Any]], loss_fn: LossFn | None
+    model: nn.Module,
+    plan: Plan,
+    student: Mapping[str, _Output],
+    batches: Mapping[int, Mapping[str, Any]],
+    loss_fn: LossFn | None,
 ) -> float:
     """Sum of the losses of these batches, which are given by their number, and of those of all processes."""
-    with _trimmed(model, student):
+    with cut(model, plan, plan.anatomy.trimmable):
+        for output in student.values():
+            output.put()
         losses = [calibration_loss(model, b, loss_fn, f"calibration batch {i} (refit)") for i, b in batches.items()]
     return sum(processes.meet("comparing losses", sum(float(loss) for loss in losses)))
 

@@ -10,6 +10,7 @@ from peft import mapping
 
 from .config import SensiConfig, SensiPeftType
 from .errors import SensiError
+from .hub import hook_cards
 from .model import SensiModel
 
 
@@ -27,3 +28,4 @@ def register() -> None:
             raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
     for table, value in entries:
         table[name] = value
+    hook_cards()

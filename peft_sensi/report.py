@@ -21,30 +21,42 @@ if TYPE_CHECKING:
 GLYPHS = {TUNED: ("█", "blue"), FROZEN: ("▒", "yellow"), TRIMMED: ("·", "bright_black")}
 ASCII = {TUNED: "#", FROZEN: "=", TRIMMED: "."}
 LEGEND = {TUNED: "tuned", FROZEN: "frozen", TRIMMED: "trimmed"}
-BAR = 16
+WIDTH = 80  # what every terminal has
+MIN_BAR, MAX_BAR = 4, 16
 
 
 def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> RenderableType:
     """A line a block: how many heads and neurons stay, how many of them are tuned, and a bar of the three states."""
-    table = _table()
-    rows = rows_of(plan)
+    table, rows = _table(), rows_of(plan)
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     both = any(row.count(FROZEN) for row in rows) and any(row.count(TUNED) for row in rows)
+    lines = _lines(rows)
+
+    def cells(line: Mapping[str, Row], kind: str) -> list[str]:
+        if kind not in line:
+            return ["", ""][: 1 + both]
+        row = line[kind]
+        return [f"{row.count(TUNED, FROZEN):,}/{row.size:,}", *([f"{row.count(TUNED):,}"] if both else [])]
+
+    headers = {kind: [f"{KINDS[kind]} kept", *(["tuned"] if both else [])] for kind in kinds}
+    columns = [
+        [header, *(cells(line, kind)[i] for _, line in lines)]
+        for kind in kinds
+        for i, header in enumerate(headers[kind])
+    ]
+    taken = max((len(label) for label, _ in lines), default=0) + sum(max(map(len, column)) for column in columns)
+    room = (WIDTH - taken - 3 * (1 + len(columns) + len(kinds))) // max(1, len(kinds))
+    bar = max(MIN_BAR, min(MAX_BAR, room))
     table.add_column("block", no_wrap=True)
     for kind in kinds:
-        table.add_column(f"{KINDS[kind]} kept", justify="right", no_wrap=True)
-        if both:
-            table.add_column("tuned", justify="right", no_wrap=True)
+        for header in headers[kind]:
+            table.add_column(header, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-    for label, line in _lines(rows):
-        cells: list[Any] = [label]
+    for label, line in lines:
+        parts: list[Any] = [label]
         for kind in kinds:
-            row = line.get(kind)
-            cells.append("" if row is None else f"{row.count(TUNED, FROZEN):,}/{row.size:,}")
-            if both:
-                cells.append("" if row is None else f"{row.count(TUNED):,}")
-            cells.append("" if row is None else _bar(row, ascii_only, 10 if len(kinds) > 1 and both else BAR))
-        table.add_row(*cells)
+            parts += [*cells(line, kind), _bar(line[kind], ascii_only, bar) if kind in line else ""]
+        table.add_row(*parts)
     return table
 
 
@@ -142,7 +154,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
             second = line is not None
             line = open_line[row.block] = {}
             label = names[row.block] + (f" {row.name.rpartition('.')[2]}" if second else "")
-            lines.append((label if len(label) <= 24 else "…" + label[-23:], line))
+            lines.append((label if len(label) <= 20 else "…" + label[-19:], line))
         line[row.kind] = row
     return lines
 
@@ -150,14 +162,12 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
 def _bar(row: Row, ascii_only: bool, width: int) -> Text:
     """A state that occurs gets at least one character, and a state that is all gets all."""
     text = _text()
-    counts = {state: row.count(state) for state in GLYPHS}
-    cells = {state: max(count * width / max(1, row.size), 1.0 if count else 0.0) for state, count in counts.items()}
-    whole = {state: int(cell) for state, cell in cells.items()}
+    exact = {state: row.count(state) * width / max(1, row.size) for state in GLYPHS}
+    whole = {state: max(int(cells), int(cells > 0)) for state, cells in exact.items()}
     while sum(whole.values()) > width:
-        whole[max(whole, key=lambda state: whole[state] - cells[state] + whole[state] / 1e3)] -= 1
-    for state in sorted(cells, key=lambda state: whole[state] - cells[state]):
-        if counts[state] and sum(whole.values()) < width:
-            whole[state] += 1
+        whole[max(whole, key=lambda state: whole[state])] -= 1
+    while 0 < sum(whole.values()) < width:
+        whole[max(whole, key=lambda state: exact[state] - whole[state])] += 1
     for state, (glyph, colour) in GLYPHS.items():
         text.append((ASCII[state] if ascii_only else glyph) * whole[state], colour)
     return text

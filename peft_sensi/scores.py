@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from tqdm.auto import tqdm
 
 from . import processes, replicas
 from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
+from .atomic import write_atomically
 from .calibration import (
     LossFn,
     device_of,
@@ -45,6 +44,7 @@ from .calibration import (
 )
 from .errors import CalibrationError, SensiError, SensiLoadError
 from .families import BlockLayout
+from .fields import shown
 from .gates import apply_gate, gate_gradients, hooked
 from .linears import oriented
 from .priming import head_state, primed
@@ -71,25 +71,19 @@ class Scores:
     head: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, under a temporary name first."""
+        """Writes one safetensors file, under a temporary name first. Raises `SensiError` when the disk is full."""
         tensors = {f"{kind}:{k}": v.contiguous() for kind in _KINDS for k, v in getattr(self, kind).items()}
         metadata = {"format": "peft_sensi.scores.1", "method": self.method, "length": json.dumps(self.sequence_length)}
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, lambda name: save_file(tensors, name, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
         """Inverse of `save`. Raises `SensiLoadError` for a file that is not ours."""
         try:
             opened = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError) as error:
             raise SensiLoadError(f"{path} is not a safetensors file: {error}.") from None
         with opened as file:
             metadata = file.metadata() or {}
@@ -105,8 +99,9 @@ class Scores:
             method, length = metadata["method"], json.loads(metadata["length"])
         except (KeyError, ValueError):
             method = length = None
-        if method not in METHODS or not (length is None or type(length) is int and length > 0):
-            raise SensiLoadError(f"{path} has malformed metadata: {metadata}.")
+        if method not in METHODS or not (length is None or type(length) is int and 0 < length < 2**31):
+            raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}.")
+        _check_tensors(path, parts)
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
@@ -119,6 +114,27 @@ class Scores:
 _KINDS = ("values", "protected", "head")
 
 
+def _check_tensors(path: str | os.PathLike, parts: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Dtypes, shapes and values of a file of scores. Raises `SensiLoadError`."""
+    for kind, tensors in parts.items():
+        for name, tensor in tensors.items():
+            where = f"{path}: {kind}:{name}"
+            if kind != "head" and tensor.dim() != 1:
+                raise SensiLoadError(f"{where} has shape {tuple(tensor.shape)}, expected one number a unit.")
+            if kind == "protected":
+                if tensor.dtype != torch.bool or name not in parts["values"]:
+                    raise SensiLoadError(f"{where} is {tensor.dtype}, expected one boolean for each score.")
+                if tensor.shape != parts["values"][name].shape:
+                    raise SensiLoadError(f"{where} has {len(tensor)} units, expected {len(parts['values'][name])}.")
+            elif tensor.dtype not in _FLOATS or (kind == "values" and tensor.dtype != torch.float32):
+                raise SensiLoadError(f"{where} has dtype {tensor.dtype}, expected torch.float32.")
+            elif not torch.isfinite(tensor).all():
+                raise SensiLoadError(f"{where} contains NaN or infinity.")
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def compute_scores(
     model: nn.Module,
     calibration: Iterable[Mapping[str, Any]] | None = None,
@@ -127,6 +143,7 @@ def compute_scores(
     calibration_steps: int = 32,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
     seed: int = 0,
     targets: Iterable[str] = (),
@@ -142,6 +159,7 @@ def compute_scores(
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
         targets: Linears outside the known blocks whose rows are to be scored too.
 
     Raises:
@@ -164,6 +182,7 @@ def compute_scores(
             calibration_steps=calibration_steps,
             priming_steps=priming_steps,
             priming_lr=priming_lr,
+            priming_optimizer=priming_optimizer,
             loss_fn=loss_fn,
             seed=seed,
             progress=progress,
@@ -179,6 +198,7 @@ def score_units(
     calibration_steps: int,
     priming_steps: int,
     priming_lr: float,
+    priming_optimizer: str = "adamw",
     loss_fn: LossFn | None,
     seed: int,
     progress: bool,
@@ -200,7 +220,8 @@ def score_units(
     torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
-    priming = {"steps": priming_steps, "lr": priming_lr, "loss_fn": loss_fn, "progress": progress}
+    priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
+    priming |= {"loss_fn": loss_fn, "progress": progress}
     spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)

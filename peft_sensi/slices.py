@@ -77,6 +77,11 @@ class Slice:
         return self.natural and not parts and not self.gated
 
     @property
+    def tuned_index(self) -> torch.Tensor:
+        """The places (int64) of the trained rows or columns among the kept ones."""
+        return torch.arange(self.tuned) if isinstance(self.tuned, int) else self.tuned
+
+    @property
     def tuned_positions(self) -> torch.Tensor:
         """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
         return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
@@ -98,12 +103,14 @@ def first_parts(
     parts = {}
     if piece.tuned_count:
         index = piece.tuned_positions.to(weight.device)
-        parts["weight"] = values[0] if values is not None else weight.index_select(piece.dim, index)
+        # Both are new tensors: no further copy.
+        parts["weight"] = (values[0] if values is not None else weight.index_select(piece.dim, index)).to(master)
     if bias is not None and piece.train_bias:
         parts["bias"] = bias.index_select(0, piece.kept.to(bias.device)) if piece.dim == 0 else bias
     elif bias is not None and piece.dim == 0 and piece.tuned_count:
         parts["bias"] = bias.index_select(0, piece.tuned_positions.to(bias.device))
-    parts = {name: tensor.to(master, copy=True) for name, tensor in parts.items()}
+    if "bias" in parts:
+        parts["bias"] = parts["bias"].to(master, copy=True)
     shape = piece.kept_shape(weight.shape)
     if piece.rank:
         parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
@@ -123,7 +130,10 @@ def first_parts(
     if piece.gated:
         parts["gate"] = torch.ones(piece.units, dtype=torch.uint8, device=weight.device)
     if piece.narrow is not None:
-        origins = {name: parts[name] if name in ("weight", "bias") else 0.0 for name in part_shapes(base, piece)}
+        origins = {
+            name: parts[name] if name in ("weight", "bias") else 0.0
+            for name in part_shapes(*features(base), base.bias is not None, piece)
+        }
         return narrowed(parts, origins, piece)
     return parts
 
@@ -138,13 +148,13 @@ def narrowed(
     return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
 
 
-def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained parts that can be narrowed (a learned mask cannot)."""
-    shape = piece.kept_shape(torch.Size(features(base)))
+def part_shapes(out: int, into: int, has_bias: bool, piece: Slice) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, into]`."""
+    shape = piece.kept_shape(torch.Size((out, into)))
     shapes: dict[str, tuple[int, ...]] = {}
     if piece.tuned_count:
         shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
-    if base.bias is not None and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
+    if has_bias and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
         shapes["bias"] = (shape[0] if piece.train_bias else piece.tuned_count,)
     if piece.rank:
         shapes["down"], shapes["up"] = (piece.rank, shape[1]), (shape[0], piece.rank)
@@ -156,7 +166,8 @@ def part_shapes(base: nn.Linear, piece: Slice) -> dict[str, tuple[int, ...]]:
 def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape, trained = piece.kept_shape(matrix(base).shape), part_shapes(base, piece)
+    shape = piece.kept_shape(torch.Size(features(base)))
+    trained = part_shapes(*features(base), base.bias is not None, piece)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.narrow is not None:
         codes, scales = sizes(trained, piece.dim, piece.narrow)

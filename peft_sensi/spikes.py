@@ -26,7 +26,7 @@ class SpikeFinder:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model = model
-        self.groups = [g for g in anatomy.trimmable if g.norm]
+        self.groups = [g for g in anatomy.trimmable if g.layer]
         self.share = {g.name: torch.zeros(g.size) for g in self.groups}
 
     @contextmanager
@@ -44,10 +44,11 @@ class SpikeFinder:
                 x = x.unflatten(-1, (group.size, -1))
                 energies[group.name] = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
 
-        def before_norm(group: Group, total: torch.Tensor) -> None:
+        def at_sum(group: Group, total: torch.Tensor) -> None:
             energy = energies.pop(group.name, None)
-            if energy is None or energy.shape[:-1] != total.shape[:-1]:
+            if energy is None or energy.shape[:-1].numel() != total.shape[:-1].numel():
                 return
+            energy = energy.reshape(*total.shape[:-1], -1)
             share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
             mask = token_mask(batch, share.shape[:-1])
             share = (share[mask] if mask is not None else share.flatten(0, -2)).amax(0).cpu()
@@ -56,13 +57,19 @@ class SpikeFinder:
         handles = []
         try:
             for group in self.groups:
-                output, norm = self.model.get_submodule(group.output), self.model.get_submodule(group.norm)
+                output = self.model.get_submodule(group.output)
                 handles.append(
                     output.register_forward_pre_hook(lambda m, args, group=group: before_output(group, args[0]))
                 )
-                handles.append(
-                    norm.register_forward_pre_hook(lambda m, args, group=group: before_norm(group, args[0]))
-                )
+                if group.norm:
+                    norm = self.model.get_submodule(group.norm)
+                    handle = norm.register_forward_pre_hook(lambda m, args, group=group: at_sum(group, args[0]))
+                else:  # the sum is what the layer returns
+                    layer = self.model.get_submodule(group.layer)
+                    handle = layer.register_forward_hook(
+                        lambda m, args, y, group=group: at_sum(group, y[0] if isinstance(y, tuple) else y)
+                    )
+                handles.append(handle)
             yield
         finally:
             for handle in handles:

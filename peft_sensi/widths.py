@@ -205,15 +205,14 @@ def _changes(model: nn.Module, stock: nn.Module, widths: Widths) -> list[tuple[i
 def _edits(config: Any, pairs: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """Changes of the config that could explain such changes of lengths."""
     counts = {key: getattr(config, key, None) for key in (*_HEAD_KEYS, "num_key_value_heads")}
-    size_key = next((key for key in _HEAD_SIZE_KEYS if isinstance(getattr(config, key, None), int)), None)
-    if size_key is None and "head_dim" in type(config).__dict__.get("__annotations__", {}):
-        size_key = "head_dim"
+    # Many classes read a `head_dim` that their config does not declare.
+    size_key = next((key for key in _HEAD_SIZE_KEYS if isinstance(getattr(config, key, None), int)), "head_dim")
     for key in _HEAD_KEYS:
-        if not isinstance(counts[key], int) or size_key is None:
+        if not isinstance(counts[key], int):
             continue
         for old, new in pairs:
-            size = getattr(config, size_key) or old // counts[key]
-            if old != size * counts[key] or new % size:
+            size = getattr(config, size_key, None) or old // counts[key]
+            if not size or old != size * counts[key] or new % size:
                 continue
             edit = {key: new // size, size_key: size}
             grouped = counts["num_key_value_heads"]

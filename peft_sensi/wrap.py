@@ -16,7 +16,7 @@ from .config import SensiConfig
 from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
-from .linears import LINEARS
+from .linears import is_plain
 from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
@@ -38,18 +38,27 @@ def wrap_linear(
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
     layer = model.get_submodule(name)
     if not isinstance(layer, SensiLinear):
-        if type(layer) not in (*LINEARS, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if not is_plain(layer):
             raise not_linear(layer)
         layer = SensiLinear(layer, adapter_name)
+        layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
-            layer.sensi_attributes = [
-                (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], per_unit)
-                for path, per_unit in group.attributes
-            ]
+            layer.sensi_attributes = [(*_number(model, path), per_unit) for path, per_unit in group.attributes]
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, piece, refitted, config.init_weights, config.inference_mode)
+    if config.from_file:
+        layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the name of an attribute that counts units: a layout from a file may name anything."""
+    parent, _, name = path.rpartition(".")
+    module = model.get_submodule(parent)
+    if type(getattr(module, name, 0)) is not int:
+        raise SensiLoadError(f"`blocks` names {path!r}, which is no number in this model and cannot follow the units.")
+    return module, name
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -111,6 +120,16 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
                 layer.part(part, adapter_name).copy_(value)
         if parts["weight"] is not None:
             layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
+
+
+def drop_originals(model: nn.Module, adapter_name: str) -> None:
+    """Frees the base's own copies of the modules that an adapter trains and saves whole."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            for module in wrapper.original_module.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sensi import SensiConfig, build_anatomy, make_plan
 from peft_sensi.layer import SensiLayer
+from peft_sensi.merged import load_merged, save_merged
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED
 
 
@@ -33,7 +34,7 @@ class Case:
     `config` makes a fresh Transformers config (its sizes should be odd and uneven), `auto` the model from it; `batch`
     makes a batch with labels from a number of examples and a length (every second example is padded if `padded`).
     `length` is the number of tokens that a batch of that length has inside (images: patches and special tokens).
-    `heads` says whether heads can be trimmed.
+    `heads` and `neurons` say whether those can be trimmed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     task_type: str | None = None
     length: int = 9
     heads: bool = True
+    neurons: bool = True
     attention: tuple[str, ...] = ("eager", "sdpa")
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -91,13 +93,14 @@ def make_lively(model: nn.Module) -> None:
 def token_batch(
     size: int = 4, length: int = 9, *, seed: int = 0, padded: bool = True, task: str = "SEQ_CLS", labels: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Tokens with padding on the right, and labels for the task (a task type of PEFT, or "MASKED_LM")."""
+    """Tokens, token 2 at the end of each row, padding on the right; labels for a task type of PEFT or "MASKED_LM"."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
     mask = torch.ones(size, length, dtype=torch.long)
     if padded:
         mask[1::2, length * 2 // 3 :] = 0
         ids = torch.where(mask.bool(), ids, 1)
+    ids[torch.arange(size), mask.sum(1) - 1] = 2
     batch = {"input_ids": ids, "attention_mask": mask}
     if task == "SEQ_CLS":
         batch["labels"] = torch.randint(0, labels, (size,), generator=generator)
@@ -176,7 +179,7 @@ def check_gates_equal_removal(case: Case, attention: str = "eager") -> None:
     batch = case.batch()
     plan = random_plan(case, model)
     kinds = {g.kind for g in plan.anatomy.trimmable}
-    assert kinds == ({"head", "neuron"} if case.heads else {"neuron"}), kinds
+    assert kinds == {name for name, wanted in (("head", case.heads), ("neuron", case.neurons)) if wanted}, kinds
     handles = []
     for group in plan.anatomy.trimmable:
         gate = torch.from_numpy(np.repeat(plan.of(group) != TRIMMED, group.sides[-1].width)).float()
@@ -219,6 +222,7 @@ def check_merge_equals_unmerged(case: Case) -> None:
 
 
 def flops(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    model.requires_grad_(False)  # the counter stumbles over views of parameters
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(**batch)
     return counter.get_total_flops()
@@ -288,6 +292,67 @@ def check_training_step(case: Case, folder: Any) -> None:
     assert len(still) <= len(trained) // 10, still
 
 
+def check_empty_sublayers(case: Case) -> None:
+    """A layer whose heads or neurons are all gone (but those that it cannot do without) still runs, and trains."""
+    base, other, batch = case.model(), case.model(), case.batch()
+    like = random_plan(case, base)
+    states = []
+    for index, group in enumerate(like.anatomy.groups):
+        row = np.full(group.size, TUNED, dtype=np.uint8)
+        if group.trimmable and index < 3:
+            row[group.least :] = TRIMMED
+        states.append(row.tobytes())
+    plan = replace(like, states=tuple(states))
+    handles = []
+    for group in plan.anatomy.trimmable:
+        gate = torch.from_numpy(np.repeat(plan.of(group) != TRIMMED, group.sides[-1].width)).float()
+        output = base.get_submodule(group.output)
+        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate, *a[1:])))
+    gated = run(base, batch)
+    model = case.wrap(other, plan=plan)
+    torch.testing.assert_close(run(model, batch), gated, atol=2e-5 * float(gated.abs().max()), rtol=1e-4)
+    train(model, case)
+    after = run(model, batch)
+    torch.testing.assert_close(run(model.merge_and_unload(), batch), after, atol=1e-4, rtol=1e-4)
+
+
+def check_merged_files(case: Case, folder: Any) -> None:
+    """A merged model that was saved and loaded computes what the adapter does."""
+    base, batch = case.model(), case.batch(seed=3)
+    model = case.wrap(base, plan=random_plan(case, base))
+    train(model, case)
+    expected = run(model, batch)
+    save_merged(model, folder)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(run(load_merged(folder), batch), expected, atol=2e-5 * scale, rtol=1e-4)
+
+
+def check_generation(case: Case) -> None:
+    """Greedy decoding with and without the cache agrees, merged or not, for prompts padded on the left as well."""
+    base = case.model(case.attention[-1])
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    batch = {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+
+    def generate(model: nn.Module, **options: Any) -> torch.Tensor:
+        fixed = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 1}
+        return model.eval().generate(**batch, **{**fixed, **options})
+
+    before = generate(base)
+    model = case.wrap(base, plan=random_plan(case, base))
+    train(model, case)
+    expected = generate(model)
+    assert not torch.equal(expected, before)
+    assert torch.equal(generate(model, use_cache=False), expected)
+    with model.disable_adapter():
+        assert torch.equal(generate(model), before)
+    assert torch.equal(generate(model, num_beams=2), generate(model, num_beams=2, use_cache=False))
+    small = model.merge_and_unload()
+    assert torch.equal(generate(small), expected)
+    assert torch.equal(generate(small, use_cache=False), expected)
+
+
 def check_all(case: Case, folder: Any) -> None:
     """Every check, for a family that needs no finer report."""
     for attention in case.attention:
@@ -296,4 +361,6 @@ def check_all(case: Case, folder: Any) -> None:
     check_costs(case)
     check_save_load(case, folder / "adapter")
     check_disable_adapter(case)
+    check_empty_sublayers(case)
+    check_merged_files(case, folder / "merged")
     check_training_step(case, folder / "trainer")

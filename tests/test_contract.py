@@ -404,7 +404,8 @@ FIELDS = {
     "budget": {"params": 0.5, "trainable": 1000}, "score": "taylor", "target_modules": ["query"],
     "exclude_modules": ["key"], "modules_to_save": ["pooler"], "also_train": ["biases", "norms"],
     "calibration_steps": 3, "priming_steps": 0,
-    "priming_lr": 0.5, "refit": False, "sequence_length": 17, "multiple_of": 4, "min_units": 0, "keep_base": False,
+    "priming_lr": 0.5, "priming_optimizer": "sign",
+    "refit": False, "sequence_length": 17, "multiple_of": 4, "min_units": 0, "keep_base": False,
     "seed": 5, "blocks": [{"layer": "blocks.*", "up": "first", "down": "second"}], "task_type": "SEQ_CLS",
 }  # fmt: skip
 
@@ -425,7 +426,8 @@ def test_every_field_has_a_default():
 
 WRONG_FIELDS = [
     ("calibration_steps", 0), ("calibration_steps", 1.5), ("priming_steps", -1), ("priming_steps", True),
-    ("priming_lr", 0), ("priming_lr", float("nan")), ("priming_lr", "fast"), ("sequence_length", 0),
+    ("priming_lr", 0), ("priming_lr", float("nan")), ("priming_lr", "fast"), ("priming_optimizer", "sgd"),
+    ("sequence_length", 0),
     ("multiple_of", 0), ("multiple_of", "8"), ("min_units", -1), ("seed", None), ("keep_base", 1),
     ("init_weights", "no"), ("refit", "yes"), ("also_train", "norms"), ("also_train", ["norm"]), ("blocks", []),
     ("blocks", "bert"), ("blocks", [5]), ("plan", "none"), ("plan", [1]), ("scores", {}), ("budget", {"param": 0.5}),

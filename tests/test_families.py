@@ -10,13 +10,22 @@ from family_checks import (
     Case,
     check_costs,
     check_disable_adapter,
+    check_empty_sublayers,
     check_gates_equal_removal,
+    check_generation,
     check_merge_equals_unmerged,
+    check_merged_files,
     check_save_load,
     check_training_step,
+    image_batch,
     token_batch,
 )
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 
 # 3 heads of width 10, an FFN that no power of two divides.
@@ -38,26 +47,134 @@ def config(model_type, **changes):
 
 def classifier(model_type, name="", **changes):
     """A classifier of token sequences."""
-    attention = changes.pop("attention", ("eager", "sdpa"))
-    return Case(
-        name or model_type,
-        config(model_type, **changes),
-        AutoModelForSequenceClassification,
-        token_batch,
-        "SEQ_CLS",
-        attention=attention,
-    )
+    fields = {key: changes.pop(key) for key in ("attention", "heads") if key in changes}
+    auto = AutoModelForSequenceClassification
+    return Case(name or model_type, config(model_type, **changes), auto, token_batch, "SEQ_CLS", **fields)
 
+
+# 2 encoder layers of 3 heads, 2 decoder layers of 5, FFNs of different widths.
+BOTH_STACKS = {
+    "vocab_size": VOCABULARY,
+    "d_model": 30,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 5,
+    "encoder_ffn_dim": 43,
+    "decoder_ffn_dim": 37,
+    "max_position_embeddings": 24,
+    "num_labels": 3,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+T5_SIZES = {
+    "vocab_size": VOCABULARY,
+    "d_model": 30,
+    "d_kv": 7,
+    "d_ff": 43,
+    "num_layers": 2,
+    "num_decoder_layers": 2,  # Transformers itself cannot cache for stacks of different depths
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+def translator(model_type, name="", sizes=BOTH_STACKS, **changes):
+    """An encoder-decoder that writes its input."""
+    fields = {key: changes.pop(key) for key in ("attention", "heads") if key in changes}
+    batch = partial(token_batch, task="SEQ_2_SEQ_LM")
+    config = partial(AutoConfig.for_model, model_type, **{**sizes, **changes})
+    return Case(name or model_type, config, AutoModelForSeq2SeqLM, batch, "SEQ_2_SEQ_LM", **fields)
+
+
+def images(model_type, name="", tokens=10, **changes):
+    """A classifier of 12 x 12 images in 9 patches."""
+    sizes = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
+    sizes |= {"image_size": 12, "patch_size": 4, "num_labels": 3, **changes}
+    config = partial(AutoConfig.for_model, model_type, **sizes)
+    return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens)
+
+
+DEBERTA = {"relative_attention": True, "pooler_hidden_size": 30, "attention": ("eager",), "type_vocab_size": 0}
 
 CASES = [
     classifier("bert"),
     classifier("roberta"),
     classifier("electra", embedding_size=14),
     classifier("distilbert", dim=30, n_heads=3, n_layers=2, hidden_dim=43),
+    # Each of 2 layers runs 3 and 2 times.
+    classifier("albert", embedding_size=14, num_hidden_layers=5, num_hidden_groups=2),
+    classifier("albert", "albert-inner", embedding_size=14, num_hidden_layers=2, inner_group_num=2),
+    # As microsoft/deberta-v3: shared keys, buckets, normed positions.
+    classifier(
+        "deberta-v2",
+        "deberta-v3",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=4,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        **DEBERTA,
+    ),
+    classifier(
+        "deberta-v2",
+        share_att_key=False,
+        pos_att_type=["c2p", "p2c"],
+        position_buckets=5,
+        conv_kernel_size=3,
+        **DEBERTA,
+    ),
+    classifier("deberta-v2", "deberta-c2p", share_att_key=False, pos_att_type=["c2p"], **DEBERTA),
+    classifier("deberta-v2", "deberta-p2c-shared", share_att_key=True, pos_att_type=["p2c"], **DEBERTA),
+    classifier("deberta-v2", "deberta-absolute", **{**DEBERTA, "relative_attention": False}),
+    classifier("mpnet", attention=("eager",), heads=False),
+    translator("t5", sizes=T5_SIZES, heads=False),
+    translator(
+        "t5", "t5-gated", sizes=T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, heads=False
+    ),
+    translator("mt5", sizes=T5_SIZES, heads=False),
+    translator("umt5", sizes=T5_SIZES, heads=False),
+    translator("bart"),
+    classifier("bart", "bart-classifier", **BOTH_STACKS),
+    classifier("t5", "t5-classifier", **T5_SIZES, heads=False),
+    images("vit"),
+    images("vit", "vit-no-bias", qkv_bias=False),
+    images("deit", tokens=11, architectures=["DeiTForImageClassification"]),
+]
+# The same layouts as above.
+RELATIVES = [
+    classifier("data2vec-text"),
+    classifier("ernie"),
+    classifier("esm", token_dropout=False, position_embedding_type="rotary"),
+    classifier("layoutlm"),
+    classifier("megatron-bert", attention=("eager",)),
+    classifier(
+        "mobilebert", true_hidden_size=30, intra_bottleneck_size=30, embedding_size=14, num_feedforward_networks=2
+    ),
+    classifier("rembert", input_embedding_size=14, attention=("eager",)),
+    classifier("roberta-prelayernorm"),
+    classifier("roformer", embedding_size=14, attention=("eager",)),
+    classifier("xlm-roberta"),
+    classifier("xlm-roberta-xl"),
+    classifier("xmod", default_language="en_XX"),
+    classifier("camembert"),
+    translator("mbart"),
+    translator("marian"),
+    translator("pegasus"),
+    translator("m2m_100"),
+    translator("blenderbot"),
+    translator("blenderbot-small"),
+    translator("plbart"),
 ]
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=[*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in RELATIVES)], ids=str)
 def case(request) -> Case:
     return request.param
 
@@ -81,6 +198,21 @@ def test_save_and_load(case, tmp_path):
 
 def test_disable_adapter(case):
     check_disable_adapter(case)
+
+
+def test_empty_sublayers(case):
+    check_empty_sublayers(case)
+
+
+# Transformers does not save Marian's fixed positions, nor can `load_merged` build them yet.
+@pytest.mark.parametrize("name", [c.name for c in [*CASES, *RELATIVES] if c.name != "marian"])
+def test_merged_files(name, tmp_path):
+    check_merged_files(next(c for c in [*CASES, *RELATIVES] if c.name == name), tmp_path)
+
+
+@pytest.mark.parametrize("name", [c.name for c in [*CASES, *RELATIVES] if c.task_type == "SEQ_2_SEQ_LM"])
+def test_generation(name):
+    check_generation(next(c for c in [*CASES, *RELATIVES] if c.name == name))
 
 
 def test_calibration_and_training(case, tmp_path):

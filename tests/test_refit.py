@@ -8,7 +8,9 @@ import tiny
 import torch
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 
+import peft_sensi.refit as refit_module
 from peft_sensi import Plan, SensiConfig, SensiError, build_anatomy, make_plan
+from peft_sensi.cutting import cut
 from peft_sensi.least_squares import RIDGE
 from peft_sensi.plan import TRIMMED
 from peft_sensi.refit import refit
@@ -263,3 +265,43 @@ def test_when_it_is_done():
         SensiConfig(budget=0.5, refit=True)
     with pytest.raises(ValueError, match="trainable"):
         SensiConfig(budget={"trainable": 0.1}, refit=True, calibration=batches)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_cut_model_is_the_trimmed_one_and_then_whole_again(family):
+    model, twin = tiny.tiny_model(family), tiny.tiny_model(family)
+    adapter = wrap(twin, budget=0.5)
+    plan, before = adapter.base_model.plan(), snapshot(model)
+    heads = [getattr(m, "n_heads", getattr(m, "num_attention_heads", None)) for m in model.modules()]
+    whole = logits(model)
+    with torch.no_grad(), cut(model, plan, plan.anatomy.trimmable):
+        torch.testing.assert_close(logits(model), logits(adapter), atol=1e-5, rtol=1e-5)
+        kept = sum(p.numel() for p in model.parameters())
+    assert kept < sum(value.numel() for value in before.values())
+    assert_same_tensors(snapshot(model), before)
+    assert torch.equal(logits(model), whole)
+    assert heads == [getattr(m, "n_heads", getattr(m, "num_attention_heads", None)) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="boom"), cut(model, plan, plan.anatomy.trimmable):
+        raise RuntimeError("boom")
+    assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra"])
+def test_how_layers_are_called_does_not_need_what_they_compute(family, monkeypatch):
+    """All batches but the first pass through the layers unchanged: same calls, same first input, same fit."""
+    model, batches = tiny.tiny_model(family), tiny_batches(8, size=16)
+    plan, passed = only_neurons(model, (0, 1)), []
+    original = refit_module._passing_on
+
+    def counting(model, layers):
+        passed.append(len(layers))
+        return original(model, layers)
+
+    monkeypatch.setattr(refit_module, "_passing_on", counting)
+    fast = refit(model, plan, batches, progress=False)
+    assert passed == [0, *[2] * 7]
+    monkeypatch.setattr(refit_module, "_passing_on", lambda model, layers: original(model, []))
+    slow = refit(model, plan, batches, progress=False)
+    assert fast.keys() == slow.keys() and fast
+    for name, values in slow.items():
+        assert all(torch.equal(a, b) for a, b in zip(fast[name], values, strict=True))

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.blocks import human, rows_of, short_names
+from peft_sensi.blocks import Row, human, rows_of, short_names
 from peft_sensi.canvas import STYLES
 from peft_sensi.charts import plot_budgets, plot_scores
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED, unpack_states
 from peft_sensi.plots import plot_plan
-from peft_sensi.report import facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
+from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +113,8 @@ def test_bars_are_of_one_length_and_show_the_smallest_part(scored):
     assert len(lines) == 2
     for line, row in zip(lines, [r for r in rows_of(plan) if r.kind == "neuron"], strict=True):
         bar = line.rstrip().rpartition(" ")[2]
-        assert len(bar) == 10 and bar.count("█") == (
-            max(1, round(row.count(TUNED) * 10 / 64)) if row.count(TUNED) else 0
-        )
+        cells = row.count(TUNED) * len(bar) / 64
+        assert len(bar) >= 10 and abs(bar.count("█") - cells) < 1 and (bar.count("█") > 0) == (cells > 0)
 
 
 def test_figures_are_json_and_add_up(plan):
@@ -123,6 +123,39 @@ def test_figures_are_json_and_add_up(plan):
     for group in figures["groups"]:
         assert group["tuned"] + group["frozen"] + group["trimmed"] == group["size"]
     assert figures["groups"] == group_counts(plan.to_dict())
+
+
+def test_a_decoder_with_grouped_heads_and_several_attentions_a_block_has_a_table(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    anatomy = build_anatomy(model)
+    plan = make_plan(anatomy, {g.name: np.arange(1.0, g.size + 1) for g in anatomy.groups}, 0.6)
+    text = printed(plan_table(plan))
+    assert all(f"{row.count(TUNED, FROZEN)}/{row.size}" in text for row in rows_of(plan))
+    plan.plot(tmp_path / "llama.png")
+    names = [
+        "decoder.block.0.heads",
+        "decoder.block.0.cross_heads",
+        "decoder.block.0.neurons",
+        "encoder.block.0.heads",
+    ]
+    size = {"size": 2, "kept": "gA==", "tuned": "none"}
+    values = {"sequence_length": 8, "always_trained": 0, "groups": dict.fromkeys(names, size)}
+    assert [row.kind for row in rows_of(values)] == ["head", "head", "neuron", "head"]
+    text = printed(plan_table(values))
+    assert "cross_heads" in text and text.count("1/2") == 4 and max(map(len, text.splitlines())) <= 80
+    plot_plan(values, tmp_path / "t5.png")
+
+
+@pytest.mark.parametrize("counts", [(4, 36, 1496), (1, 1, 1), (1536, 0, 0), (0, 1, 1535), (500, 500, 536), (0, 0, 3)])
+@pytest.mark.parametrize("width", [3, 10, 16])
+def test_a_bar_leaves_nothing_out(counts, width):
+    states = np.repeat(np.array([TUNED, FROZEN, TRIMMED], dtype=np.uint8), counts)
+    bar = _bar(Row("n", "n", "neuron", states), True, width).plain
+    assert len(bar) == width
+    for glyph, count in zip("#=.", counts, strict=True):
+        cells = bar.count(glyph)
+        assert (cells > 0) == (count > 0) and (width < 10 or abs(cells - count * width / sum(counts)) <= 2)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

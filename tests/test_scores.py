@@ -532,3 +532,43 @@ def test_learned_masks_compare_heads_and_neurons_by_their_gates():
     # A gate starts at 1 and moves by about its rate of 0.01 a step, whatever the unit costs.
     assert all(0.5 < float(gate.min()) and float(gate.max()) < 1.5 for gate in gates.values())
     assert any(float(gate.std()) > 1e-4 for gate in gates.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_priming_by_sign_needs_no_state_and_leaves_no_trace(dtype):
+    """Every weight moves by the rate times the warm-up, 16-bit ones on average; afterwards all is as it was."""
+    model = tiny_model(dtype=dtype)
+    before = snapshot(model)
+    rate, batches = 1e-3, tiny_batches(2)
+    with primed(model, batches, steps=1, lr=rate, optimizer="sign", progress=False) as originals:
+        assert not [p for p in model.parameters() if p.grad is not None]
+        changes = torch.cat(
+            [
+                (p.detach().float() - originals[id(p)].float()).abs().flatten()
+                for n, p in model.named_parameters()
+                if id(p) in originals and "classifier" not in n and "key.bias" not in n
+            ]
+        )
+        assert changes.mean() == pytest.approx(rate, rel=0.05)
+        if dtype == torch.float32:
+            assert changes.max() <= rate * 1.01
+    assert_same_tensors(snapshot(model), before)
+
+
+def test_priming_by_sign_learns_and_scores():
+    model, batches = tiny_model(), tiny_batches(4)
+    with primed(model, batches, steps=30, lr=3e-3, optimizer="sign", progress=False), torch.no_grad():
+        after = sum(float(model(**batch).loss) for batch in batches)
+    assert after < sum(float(model(**batch).loss) for batch in batches)
+    one, two = (
+        compute_scores(tiny_model(), batches, priming_steps=4, priming_optimizer=name, progress=False)
+        for name in ("adamw", "sign")
+    )
+    assert one.values.keys() == two.values.keys()
+    assert any(not torch.equal(one.values[name], two.values[name]) for name in one.values)
+
+
+def test_without_priming_only_the_heads_bias_waits_on_the_cpu():
+    model = tiny_model()
+    with primed(model, tiny_batches(1), steps=0, lr=1e-4, progress=False) as originals:
+        assert set(originals) == {id(model.classifier.bias)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, DistilBertConfig, ElectraConfig, LlamaConfig, OPTConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, ElectraConfig, GPT2Config, LlamaConfig, OPTConfig, RobertaConfig
 
 
 _SIZES = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -23,6 +23,10 @@ ENCODERS = {
 DECODERS = {
     # Not called "llama": PEFT's tests skip merging for every method, by mistake, when they read that.
     "grouped": LlamaConfig(**_WIDE, num_key_value_heads=2, pad_token_id=0, eos_token_id=2),
+    # GPT-2, whose real name makes PEFT's tests skip what its own methods can't do with `Conv1D`.
+    "transposed": GPT2Config(
+        vocab_size=99, n_embd=32, n_head=4, n_layer=2, n_positions=64, pad_token_id=0, eos_token_id=2
+    ),
     "opt": OPTConfig(**_SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0),
 }
 _FOLDER = tempfile.TemporaryDirectory(prefix="peft-sensi-models-")  # gone when Python exits

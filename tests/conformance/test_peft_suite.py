@@ -50,6 +50,8 @@ CUSTOM = [
     ("MLP", "whole-two", {"target_modules": ["lin0", "lin1"]}),
     ("MLP", "whole-regex", {"target_modules": r"lin\d", "exclude_modules": ["lin1"]}),
     ("MLP_LayerNorm", "whole-norm-saved", {"target_modules": "all-linear", "modules_to_save": ["layernorm1"]}),
+    ("EmbConv1D", "whole-transposed", {"target_modules": ["conv1d"]}),
+    ("EmbConv1D", "tune-transposed", {"target_modules": ["conv1d", "lin0"], **TUNE}),
     ("EmbConv1D", "whole-embedding-saved", {"target_modules": ["lin0"], "modules_to_save": ["emb"]}),
     ("Blocks", "tune-blocks", {**BLOCKS, **TUNE}),
     ("Blocks", "trim-blocks", {**BLOCKS, **TRIM}),
@@ -64,7 +66,7 @@ PAIRS = [
 ]
 # By default norms are trained together with blocks that are trimmed.
 ENCODER = {"tune": TUNE, "trim": {**TRIM, "also_train": []}, "trim-norms": TRIM, "trim-tune": TRIM_TUNE}
-DECODER = {"tune": TUNE, "whole": {}}
+DECODER = {"tune": TUNE, "trim": {**TRIM, "also_train": []}, "trim-norms": TRIM, "trim-tune": TRIM_TUNE}
 
 
 def _point_at(cls: Any, **values: Any) -> Any:

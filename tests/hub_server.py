@@ -1,0 +1,145 @@
+"""A Hub small enough to read: repositories in memory, uploads as regular and as LFS files, downloads, metadata."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Hub:
+    """`repos[name][path]` is a file's content, `commits` the messages, `strange` the requests that nobody expected."""
+
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    lfs: dict[str, bytes] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def __enter__(self) -> Hub:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *args) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def answer(self, content, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def missing(self, code: str) -> None:
+        self.answer({"error": code}, 404, {"X-Error-Code": code})
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/[\w.-]+)?", path):
+            files = self.hub.repos.get(match[1])
+            if files is None:
+                return self.missing("RepoNotFound")
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer({"id": match[1], "modelId": match[1], "sha": self.sha(match[1]), "siblings": siblings,
+                                "private": self.hub.private[match[1]], "tags": [], "downloads": 0})  # fmt: skip
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/[\w.-]+", path):
+            files = self.hub.repos.get(match[1], {})
+            sizes = [(name, len(content), hashlib.sha1(content).hexdigest()) for name, content in files.items()]
+            return self.answer([{"type": "file", "path": n, "size": size, "oid": oid} for n, size, oid in sizes])
+        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path):
+            files = self.hub.repos.get(match[1])
+            if files is None:
+                return self.missing("RepoNotFound")
+            if match[2] not in files:
+                return self.missing("EntryNotFound")
+            etag = hashlib.sha256(files[match[2]]).hexdigest()
+            return self.answer(files[match[2]], headers={"ETag": f'"{etag}"', "X-Repo-Commit": self.sha(match[1])})
+        self.hub.strange.append(f"{self.command} {self.path}")
+        self.missing("EntryNotFound")
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        self.hub.lfs[hashlib.sha256(content).hexdigest()] = content
+        self.answer(b"")
+
+    def do_POST(self) -> None:
+        path, body = self.path.partition("?")[0], self.body()
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization") or "me", asked["name"].rpartition("/")[2])))
+            self.hub.repos.setdefault(name, {})
+            private = asked.get("private") or asked.get("visibility") == "private"
+            self.hub.private.setdefault(name, bool(private))
+            return self.answer({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if match := re.fullmatch(r"/api/models/(.+/.+)/preupload/[\w.-]+", path):
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        if re.fullmatch(r"/.+/.+\.git/info/lfs/objects/batch", path):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}", "header": {}}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        if match := re.fullmatch(r"/api/models/(.+/.+)/commit/[\w.-]+", path):
+            files = self.hub.repos[match[1]]
+            for line in map(json.loads, body.decode().splitlines()):
+                value = line["value"]
+                if line["key"] == "header":
+                    self.hub.commits.append(value["summary"])
+                elif line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = self.hub.lfs[value["oid"]]
+            sha = self.sha(match[1])
+            return self.answer(
+                {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{match[1]}/commit/{sha}"}
+            )
+        self.hub.strange.append(f"POST {self.path}")
+        self.missing("EntryNotFound")
+
+    def sha(self, repo: str) -> str:
+        files = sorted((name, hashlib.sha1(content).hexdigest()) for name, content in self.hub.repos[repo].items())
+        return hashlib.sha1(json.dumps(files).encode()).hexdigest()

@@ -1,0 +1,283 @@
+"""The command as people use it: every command, at 80 columns, without colour, with mistakes in the arguments."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+from typer.testing import CliRunner
+
+import peft_sensi.textdata as textdata
+from peft_sensi import Scores, recipes
+from peft_sensi.cli import main
+from peft_sensi.commands import app
+
+
+WORDS = ["good", "fine", "great", "bad", "poor", "awful", "a", "film", "story", "plot", "the", "is", "very"]
+FAST = ["--priming-steps", "2", "--calibration-steps", "2", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A tiny base with a tokenizer, and texts that it can learn, in several kinds of file."""
+    folder = tmp_path_factory.mktemp("cli")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "base")
+    AutoModelForSequenceClassification.from_config(tiny_config("bert")).save_pretrained(folder / "base")
+    generator = random.Random(0)
+    rows = []
+    for i in range(60):
+        label = i % 2
+        words = generator.choices(WORDS[6:], k=4) + [generator.choice(WORDS[:3] if label else WORDS[3:6])]
+        rows.append({"sentence": " ".join(words), "label": ("bad", "good")[label]})
+    (folder / "data.tsv").write_text("sentence\tlabel\n" + "".join(f"{r['sentence']}\t{r['label']}\n" for r in rows))
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = [{"a": r["sentence"], "b": "the film", "score": i / 7 + 0.5} for i, r in enumerate(rows)]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(work) -> Path:
+    call("train", work / "base", "--data", work / "data.tsv", "--budget", "0.5", "--trainable", "0.2", "--epochs", "1",
+         "--batch-size", "16", "--lr", "1e-3", "--out", work / "adapter")  # fmt: skip
+    return work / "adapter"
+
+
+def run(*arguments, **environment):
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", **environment})
+    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
+
+
+def call(*arguments) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments, status: int = 1) -> str:
+    result = run(*arguments)
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+COMMANDS = ["plan", "train", "inspect", "merge", "export", "card", "push", "recipes"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_fits_80_columns(command):
+    text = call(command, "--help")
+    assert f"Example: peft-sensi {command}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+
+
+def test_the_commands_are_listed():
+    text = call("--help")
+    assert all(f" {command} " in text for command in COMMANDS)
+
+
+# -- plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_table_and_writes_scores_and_a_picture(work):
+    before = (work / "base" / "model.safetensors").read_bytes()
+    text = call("plan", work / "base", "--data", work / "data.tsv", "--budget", "0.5", "--save-scores", work / "s.st",
+                "--plot", work / "plan.png", *FAST)  # fmt: skip
+    assert "heads kept" in text and "prunable parameters kept" in text and "\x1b" not in text
+    assert max(map(len, text.splitlines()[:-2])) <= 80
+    assert (work / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(Scores.load(work / "s.st").values) == {
+        f"bert.encoder.layer.{i}.{k}" for i in (0, 1) for k in ("heads", "neurons")
+    }
+    assert (work / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_one_scoring_serves_many_budgets(work):
+    data, scores = work / "data.jsonl", work / "s2.st"
+    call("plan", work / "base", "--data", data, "--budget", "50%", "--save-scores", scores, *FAST)
+    shares = []
+    for budget in ("0.3", "0.7"):
+        text = call("plan", work / "base", "--scores", scores, "--budget", budget, "--json")
+        found = json.loads(text)
+        shares.append(found["plan"]["params_share"])
+        assert found["score"] == "fisher" and found["budget"] == {"params": float(budget)}
+        assert shares[-1] <= float(budget)
+    assert shares[0] < shares[1]
+
+
+def test_plan_without_data_and_with_counts(work):
+    text = call("plan", work / "base", "--score", "magnitude", "--flops", "0.6", "--trainable", "2000", "--json")
+    found = json.loads(text)["plan"]
+    assert found["flops_share"] <= 0.6 and found["trainable_params"] <= 2000
+
+
+# -- train, inspect, merge, card --------------------------------------------------------------------------------------
+
+
+def test_train_saves_what_is_needed_to_load(adapter):
+    metrics = json.loads((adapter / "metrics.json").read_text())
+    assert metrics["classes"] == ["bad", "good"] and 0 <= metrics["validation"]["accuracy"] <= 1
+    assert metrics["rows"] == {"train": 54, "validation": 6} and metrics["plan"]["params_share"] <= 0.5
+    names = {path.name for path in adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "config.json"} <= names
+
+
+def test_train_learns_and_says_so(work):
+    files = ("--data", work / "data.tsv", "--validation", work / "data.jsonl", "--out", work / "learned")
+    rates = ("--epochs", "25", "--lr", "3e-3", "--batch-size", "16")
+    text = call("train", work / "base", *files, "--budget", "0.9", *rates, "--json")
+    assert json.loads(text)["validation"]["accuracy"] > 0.9
+
+
+def test_train_on_pairs_with_amounts_and_by_a_recipe(work):
+    files = ("--data", work / "pairs.json", "--label-column", "score", "--out", work / "pairs")
+    text = call(
+        "train", work / "base", *files, "--recipe", "learners", "--epochs", "1", "--batch-size", "16", "--json"
+    )
+    assert set(json.loads(text)["validation"]) == {"pearson", "spearman"}
+
+
+def test_inspect_agrees_with_the_training(adapter):
+    found = json.loads(call("inspect", adapter, "--json"))
+    metrics = json.loads((adapter / "metrics.json").read_text())
+    assert found["plan"] == metrics["plan"] and found["budget"] == {"params": 0.5, "trainable": 0.2}
+    assert found["file_bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
+    text = call("inspect", adapter)
+    assert "params 0.5, trainable 0.2" in text and found["fingerprint"] in text
+    assert "classifier" in text and "score," not in text  # PEFT's list of names that a head may have is not shown
+    assert max(len(line) for line in text.splitlines() if "/" not in line) <= 80
+
+
+def test_inspect_without_the_base(adapter, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "nobody/nothing"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0 and "heads" in result.stdout and "need the base model" in result.stderr
+
+
+def test_merge_gives_a_model_that_loads(adapter, work):
+    from peft_sensi.merged import load_merged
+
+    found = json.loads(call("merge", adapter, work / "merged", "--json"))
+    model = load_merged(work / "merged")
+    assert sum(p.numel() for p in model.parameters()) == found["parameters"]
+    assert model.config.id2label == {0: "bad", 1: "good"} and (work / "merged" / "tokenizer.json").exists()
+
+
+def test_export_writes_a_checked_file(adapter, work):
+    pytest.importorskip("onnxruntime")
+    found = json.loads(call("export", adapter, work / "out" / "model.onnx", "--json"))
+    assert (work / "out" / "model.onnx").stat().st_size > 0 and found["file"]["difference"] < 1e-4
+    assert found["opset"] == 17 and "input_ids" in found["inputs"]
+
+
+def test_the_number_of_labels_is_read_off_the_head(work):
+    (work / "three.jsonl").write_text(
+        "\n".join(json.dumps({"text": w, "label": f"c{i % 3}"}) for i, w in enumerate(WORDS * 3))
+    )
+    call("train", work / "base", "--data", work / "three.jsonl", "--budget", "0.5", "--epochs", "1", "--out",
+         work / "three", "--score", "magnitude")  # fmt: skip
+    (work / "three" / "config.json").unlink()
+    (work / "three" / "metrics.json").unlink()
+    assert json.loads(call("merge", work / "three", work / "three-merged", "--json"))["parameters"] > 0
+
+
+def test_card_names_its_files(adapter):
+    found = json.loads(call("card", adapter, "--license", "mit", "--results", adapter / "metrics.json", "--json"))
+    assert [Path(path).name for path in found["files"]] == ["README.md", "plan.png"]
+    assert "| accuracy |" in (adapter / "README.md").read_text()
+
+
+def test_recipes_lists_all():
+    assert [recipe["name"] for recipe in json.loads(call("recipes", "--json"))] == list(recipes.RECIPES)
+    assert "learners" in call("recipes")
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path):
+    base, data = work / "base", work / "data.tsv"
+    assert "a limit is a share such as 0.5" in fails("plan", base, "--data", data, "--budget", "half")
+    assert "share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "1.5")
+    assert "share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "0")
+    assert "too small" in fails("plan", base, "--score", "magnitude", "--budget", "0.01")
+    assert "Give --data" in fails("plan", base)
+    assert "cannot be loaded" in fails("plan", tmp_path / "no", "--score", "magnitude")
+    assert "No such file" in fails("plan", base, "--data", tmp_path / "no.tsv")
+    assert "no column 'x'" in fails("plan", base, "--data", data, "--text-column", "x")
+    assert "pictures are written as" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
+    assert "not a file of scores" in fails("plan", base, "--scores", adapter / "adapter_model.safetensors")
+    assert "holds no adapter_config.json" in fails("inspect", tmp_path)
+    assert "not found on the Hub" in fails("inspect", "nobody/nothing")
+    assert "neither a folder nor" in fails("inspect", "a/b/c/d")
+    assert "ends in .onnx" in fails("export", adapter, tmp_path / "model.pt")
+    tiny_model(seed=5, num_labels=2).save_pretrained(work / "other")
+    assert "another base" in fails("merge", adapter, tmp_path / "m", "--base", work / "other")
+    assert "not a name for a repository" in fails("push", adapter, "a b/c")
+    assert "sensi_bert needs" in fails(
+        "train", base, "--data", data, "--out", tmp_path / "o", "--recipe", "sensi_bert"
+    )
+
+
+def test_wrong_arguments_are_told_from_failures(work):
+    assert "No such option" in fails("plan", work / "base", "--bugdet", "0.5", status=2)
+    assert "fisher" in fails("plan", work / "base", "--score", "luck", status=2)
+    assert "Missing" in fails("train", work / "base", "--data", "x.tsv", status=2)
+
+
+def test_debug_shows_the_traceback(work, capfd):
+    result = run("plan", work / "base", "--budget", "half", "--debug")
+    assert result.exit_code == 1 and "Traceback" in result.output + capfd.readouterr().err
+
+
+def test_an_adapter_of_another_method(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "of the type 'LORA'" in fails("inspect", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert "is not JSON" in fails("inspect", tmp_path)
+
+
+def test_without_typer_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "peft_sensi.commands")
+    monkeypatch.delitem(sys.modules, "peft_sensi.terminal")
+    with pytest.raises(SystemExit, match=r"pip install 'peft-sensi\[cli\]'"):
+        main(["recipes"])
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_read_as_they_are(tmp_path):
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\nsay "hi\t1\nnull\t0\n')
+    assert textdata.read_rows(tmp_path / "a.tsv") == [
+        {"sentence": 'say "hi', "label": "1"},
+        {"sentence": "null", "label": "0"},
+    ]
+    (tmp_path / "a.csv").write_text('text,label\n"a, b",x\n')
+    assert textdata.read_rows(tmp_path / "a.csv") == [{"text": "a, b", "label": "x"}]
+    for name, content in {"a.txt": "x", "b.tsv": "a\tb\nc\n", "c.json": "[1]", "d.json": "{", "e.jsonl": ""}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(textdata.DataError, match=name):
+            textdata.read_rows(tmp_path / name)
+
+
+def test_labels_and_columns_are_found_where_there_is_no_doubt():
+    assert textdata.find_labels(["10", "2", "2"]).names == ["2", "10"]
+    assert textdata.find_labels(["3.5", "2"]).regression and not textdata.find_labels(["a", "2"]).regression
+    rows = [{"idx": "1", "premise": "a", "hypothesis": "b", "label": "0"}]
+    assert textdata._columns("f", rows, None, None, None) == ("label", ("premise", "hypothesis"))
+    assert textdata._columns("f", rows, "premise", None, "idx") == ("idx", ("premise",))
+    with pytest.raises(textdata.DataError, match="which column holds the text"):
+        textdata._columns("f", [{"a": "x", "b": "y", "c": "z", "label": "0"}], None, None, None)

@@ -1,0 +1,131 @@
+"""Every Python block of the documentation is run, file by file, in the order in which it is read.
+
+The blocks of a file share one namespace. It starts with what a reader has at that point (`base`, `train_batches`,
+`train_rows`, `eval_rows`, `Trainer`, `TrainingArguments`, `args`); the models that blocks name live as tiny random
+ones, under those names, in the folder where the blocks run. A block that cannot run is marked `no-run`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Rows
+from tiny import tiny_batches, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES += sorted((ROOT / "peft_sensi").glob("*.md"))
+FILES = [path for path in FILES if path.name != "card_template.md"]  # a template; filled in, it is tested as a card
+BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.S | re.M)
+
+
+def blocks(path: Path) -> list[tuple[int, str, str]]:
+    """Line, mark and code of each block."""
+    text = path.read_text(encoding="utf-8")
+    return [(text[: m.start()].count("\n") + 2, m[1].strip(), m[2]) for m in BLOCK.finditer(text)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=40, **special)
+
+
+@pytest.fixture(scope="module")
+def named_models(tmp_path_factory) -> Path:
+    """The models that the documentation names, tiny, in a folder each."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, family in {"bert-base-uncased": "bert", "distilbert-base-uncased": "distilbert"}.items():
+        tiny_model(family, num_labels=2).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(folder / "llama-1b")
+    make_tokenizer().save_pretrained(folder / "llama-1b")
+    return folder
+
+
+@pytest.fixture
+def namespace(named_models, tmp_path, monkeypatch) -> dict:
+    for path in named_models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    rows = [f"{' '.join(f'w{(7 * i + j) % 60}' for j in range(5))}\t{'yes' if i % 2 else 'no'}" for i in range(40)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    args = TrainingArguments("trainer", max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+                             disable_tqdm=True, save_strategy="no")  # fmt: skip
+    return {
+        "__name__": "docs",
+        "base": tiny_model(num_labels=2),
+        "train_batches": [batch | {"labels": batch["labels"] % 2} for batch in tiny_batches(4)],
+        "train_rows": [row | {"labels": row["labels"] % 2} for row in Rows(16)],
+        "eval_rows": [row | {"labels": row["labels"] % 2} for row in Rows(8, seed=1)],
+        "Trainer": Trainer,
+        "TrainingArguments": TrainingArguments,
+        "args": args,
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if blocks(path)], ids=lambda path: path.name)
+def test_python_blocks_run(path, namespace, capsys):
+    for line, mark, code in blocks(path):
+        assert mark in ("", "no-run"), f"{path.name}:{line}: unknown mark {mark!r}"
+        compiled = compile("\n" * (line - 1) + code, str(path), "exec")  # tracebacks show the line in the document
+        if not mark:
+            exec(compiled, namespace)
+
+
+def test_few_blocks_are_exempt():
+    marks = [(path.name, line) for path in FILES for line, mark, _ in blocks(path) if mark]
+    assert len(marks) <= 3, marks
+
+
+def test_commands_in_the_documentation_exist():
+    """Every `peft-sensi` line names a command and options that it has."""
+    import typer.main
+
+    from peft_sensi.commands import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    seen = 0
+    for path in FILES:
+        for line in re.findall(r"^(?:\$ )?peft-sensi (.+)$", path.read_text(encoding="utf-8"), re.M):
+            name, *words = line.partition("#")[0].split()
+            assert name in commands, f"{path.name}: {line}"
+            known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+            unknown = [word for word in words if word.startswith("--") and word not in known]
+            assert not unknown, f"{path.name}: peft-sensi {name} has no {unknown[0]}"
+            seen += 1
+    assert seen >= 5
+
+
+def test_links_inside_the_repository_lead_somewhere():
+    for path in FILES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_make_targets_in_the_documentation_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in FILES:
+        for target in re.findall(r"^(?:\| `)?make ([a-z]+)", path.read_text(encoding="utf-8"), re.M):
+            assert target in targets, f"{path.name}: make {target}"
+
+
+@pytest.mark.slow
+def test_the_package_is_imported_where_blocks_say_it_must_be():
+    """Without the import PEFT does not know the method: the sentence in the README is still true."""
+    code = "from peft import PeftConfig; PeftConfig.from_peft_type(peft_type='SENSI')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "KeyError: 'SENSI'" in done.stderr

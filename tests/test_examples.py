@@ -1,0 +1,455 @@
+"""The example scripts, run small: made-up rows, tiny models, no file from elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = "the city of is in lives and red green blue stone who where what".split()
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+QUICK = (
+    "--use_cpu --disable_tqdm True --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 1e-3".split()
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_the_path():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+def run(script: str, *arguments: object) -> dict:
+    """Runs a script in this process; what it wrote into metrics.json."""
+    given = [str(argument) for argument in arguments]
+    importlib.import_module(script).main([*given, *(a for a in QUICK if a)])
+    folder = Path(given[given.index("--output_dir") + 1])
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A tiny BERT whose tokenizer knows a few words and spells the others."""
+    folder = tmp_path_factory.mktemp("encoder")
+    pieces = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", "?", "1", "##1"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=64,
+    ).save_pretrained(folder)
+    tiny_model("bert", "FEATURE_EXTRACTION", vocab_size=len(pieces), max_position_embeddings=64).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def check(metrics: dict, trims: bool) -> None:
+    """What every report holds, and that the files give the trained model again."""
+    assert metrics["differences"]["reloaded"] == 0
+    assert metrics["differences"]["merged"] < 1e-4
+    base = metrics["base"]
+    if trims:
+        assert metrics["plan"]["params_share"] <= 0.5
+        assert metrics["parameters"] < base["parameters"] and metrics["flops"] < base["flops"]
+    else:
+        assert metrics["parameters"] == base["parameters"] and metrics["flops"] == base["flops"]
+    assert 0 < metrics["trained_values"] < base["parameters"]
+    assert metrics["weight_bytes"] > 4 * metrics["trained_values"]
+    assert metrics["seconds_per_step"] > 0
+    assert math.isfinite(metrics["validation"]["loss"])
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def write_sentences(path: Path, count: int = 40) -> Path:
+    lines = ["sentence\tlabel"]
+    lines += [
+        f'the {"stone" if i % 2 else "city"} {LETTERS[i % 26]} "\t{"odd" if i % 2 else "even"}' for i in range(count)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_text_classification(encoder, tmp_path):
+    file = write_sentences(tmp_path / "rows.tsv")
+    metrics = run("text_classification", "--model", encoder, "--train_file", file, "--budget", 0.5,
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    check(metrics, trims=True)
+    assert metrics["classes"] == ["even", "odd"]
+    assert metrics["rows"] == {"train": 36, "validation": 4}
+
+
+def test_amounts_are_a_regression(encoder, tmp_path):
+    rows = [{"sentence": "red " * (1 + i % 4), "score": 0.5 * (i % 4)} for i in range(24)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    metrics = run("text_classification", "--model", encoder, "--train_file", file, "--trainable", 0.1,
+                  "--label_column", "score", "--output_dir", tmp_path / "out")  # fmt: skip
+    check(metrics, trims=False)
+    assert metrics["classes"] == [] and metrics["validation"]["mse"] >= 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_other_methods_are_reported_alike(method, encoder, tmp_path):
+    file = write_sentences(tmp_path / "rows.tsv")
+    metrics = run("text_classification", "--model", encoder, "--train_file", file, "--method", method,
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    assert metrics["differences"]["reloaded"] == 0
+    assert metrics["parameters"] == metrics["base"]["parameters"]
+    assert (metrics["trained_values"] == metrics["parameters"]) is (method == "full")
+
+
+# --- tags ------------------------------------------------------------------------------------------------------------
+
+
+def write_tags(path: Path, count: int = 48) -> Path:
+    """Of two words after `in` the first is B-place and the second I-place; `lives` marks the word before a person."""
+    sentences = []
+    for i in range(count):
+        place = [f"{LETTERS[i % 26]}b\tB-place", f"{LETTERS[i % 7]}c\tI-place"][: 1 + i % 2]
+        rest = ["red\tO"] * (i % 5)
+        sentences.append("\n".join([f"{LETTERS[i % 11]}d\tB-person", "lives\tO", "in\tO", *place, *rest]))
+    path.write_text("\n\n".join(sentences) + "\n")
+    return path
+
+
+def test_token_classification(encoder, tmp_path):
+    file = write_tags(tmp_path / "rows.conll")
+    metrics = run("token_classification", "--model", encoder, "--train_file", file, "--budget", 0.5,
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    check(metrics, trims=True)
+    assert metrics["tags"] == ["O", "B-person", "B-place", "I-place"]
+
+
+def test_tags_are_learned(encoder, tmp_path):
+    """Wrong alignment of labels, or rows evaluated in another order than they are in, could not reach this."""
+    file = write_tags(tmp_path / "rows.conll", 96)
+    metrics = run("token_classification", "--model", encoder, "--train_file", file, "--validation_file", file,
+                  "--method", "full", "--max_length", 16, "--output_dir", tmp_path / "out",
+                  "--max_steps", 120)  # fmt: skip
+    assert metrics["validation"]["f1"] > 0.95
+    assert metrics["rows"]["validation"] == 96
+
+
+@pytest.mark.parametrize("max_length", [6, 7, 11, 64])
+def test_every_word_is_labelled_once_in_whatever_window(max_length, encoder, tmp_path):
+    script = importlib.import_module("token_classification")
+    path = tmp_path / "rows.conll"
+    # The third word of the first sentence is a control character, of which the tokenizer leaves nothing.
+    path.write_text("red O\nabcdefgh B-x\n\x07 I-x\nblue I-x\n\nstone O\n\n-DOCSTART- -X- O\n\nzz S-y\nabc I-x\n")
+    rows = script.read_conll(path, 0, -1)
+    assert [len(tokens) for tokens in rows["tokens"]] == [4, 1, 2]
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tags = ["O", "B-x", "I-x", "S-y"]
+    encoded, places = script.windows(rows, tokenizer, tags, max_length)
+    assert len(encoded) == len(places)
+    flat = [place for window in places for place in window]
+    assert flat == [(0, 0), (0, 1), (0, 3), (1, 0), (2, 0), (2, 1)]
+    for window, found in zip(encoded, places, strict=True):
+        assert len(window["labels"]) == len(window["input_ids"]) <= max_length
+        labelled = [i for i, label in enumerate(window["labels"]) if label != -100]
+        for position, (sentence, word) in zip(labelled, found, strict=True):
+            piece = tokenizer.convert_ids_to_tokens(window["input_ids"][position])
+            assert rows["tokens"][sentence][word].startswith(piece)  # its first sub-word
+            assert tags[window["labels"][position]] == rows["tags"][sentence][word]
+    # Predicting every label right finds all but what has no token.
+    width = max(len(labels) for labels in encoded["labels"])
+    labels = np.array([[*row, *[-100] * (width - len(row))] for row in encoded["labels"]])
+    scores = script.entity_metrics(rows, places, tags)(EvalPrediction(labels, labels))
+    assert scores["recall"] == 2 / 3  # (x, 1, 4) is in two parts without its middle
+    assert scores["tag_accuracy"] == 6 / 7
+
+
+def test_entities():
+    entities = load_metric_module("token_classification").entities
+    assert entities("B-x I-x O B-x B-x I-y".split()) == [("x", 0, 2), ("x", 3, 4), ("x", 4, 5), ("y", 5, 6)]
+    assert entities("I-x I-x O I-x B-x".split()) == [("x", 0, 2), ("x", 3, 4), ("x", 4, 5)]  # IOB1
+    assert entities("S-x B-x E-x E-x B-y I-y E-y".split()) == [("x", 0, 1), ("x", 1, 3), ("x", 3, 4), ("y", 4, 7)]
+    assert entities("U-x B-x L-x U-x".split()) == [("x", 0, 1), ("x", 1, 3), ("x", 3, 4)]  # BILOU
+    assert entities(["B-a-b", "I-a-b"]) == [("a-b", 0, 2)]
+    assert entities([]) == entities(["O"]) == []
+
+
+def load_metric_module(name: str):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location(f"{name}_metric", EXAMPLES / "metrics" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_entity_scores():
+    common = importlib.import_module("common")
+    found = [["B-x", "I-x", "O"], ["B-x", "O"], ["O"]]
+    right = [["B-x", "O", "O"], ["B-x", "O"], ["B-y"]]
+    scores = common.load_metric("token_classification").compute(predictions=found, references=right)
+    assert scores == {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "tag_accuracy": 4 / 6}
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def write_questions(path: Path, count: int = 24) -> Path:
+    articles = []
+    for i in range(count):
+        name, place = f"{LETTERS[i]}ob", f"{LETTERS[-1 - i]}ork"
+        context = f"  The red stone is in the city.  {name} lives in {place}{' and is red' * (6 * (i % 3))}. The end"
+        qas = [
+            {"id": f"{i}a", "question": f"Where lives {name}?",
+             "answers": [{"text": place, "answer_start": context.index(place)}]},
+            {"id": f"{i}b", "question": "What is red? " * (1 + 9 * (i % 2)),
+             "answers": [{"text": " stone", "answer_start": context.index(" stone")}]},
+        ]  # fmt: skip
+        if i % 4 == 0:
+            qas.append({"id": f"{i}c", "question": "Who is blue?", "answers": [], "is_impossible": True})
+        articles.append({"title": name, "paragraphs": [{"context": context, "qas": qas}]})
+    path.write_text(json.dumps({"version": "made up", "data": articles}))
+    return path
+
+
+def test_question_answering(encoder, tmp_path):
+    file = write_questions(tmp_path / "rows.json")
+    metrics = run("question_answering", "--model", encoder, "--train_file", file, "--budget", 0.5, "--max_length", 32,
+                  "--stride", 8, "--output_dir", tmp_path / "out", "--max_steps", 12)  # fmt: skip
+    check(metrics, trims=True)
+    assert metrics["questions"]["train"] + metrics["questions"]["validation"] == 54
+    # PEFT drops token types, so nobody may be given any.
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(encoder)("red", "blue")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert set(saved("red", "blue")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(24, 3), (32, 8), (33, 15), (64, 0)])
+def test_labels_of_windows_are_the_answers(max_length, stride, encoder, tmp_path):
+    script = importlib.import_module("question_answering")
+    rows = script.read_squad(write_questions(tmp_path / "rows.json"))
+    found = script.windows(rows, AutoTokenizer.from_pretrained(encoder), max_length, stride)
+    assert max(len(ids) for ids in found.inputs["input_ids"]) <= max_length
+    assert len(found.inputs) > len(rows) or max_length == 64
+    answered = set()
+    starts = np.full((len(found.rows), max_length), -5.0)
+    ends = starts.copy()
+    for window, (row, places) in enumerate(zip(found.rows, found.spans, strict=True)):
+        first, last = found.inputs[window]["start_positions"], found.inputs[window]["end_positions"]
+        starts[window, first] = ends[window, last] = 5.0
+        if last:
+            context, answer = rows[row]["context"], rows[row]["answers"][0]
+            assert context[places[first, 0] : places[last, 1]] == answer.strip()
+            answered.add(row)
+    with_answers = {i for i, answers in enumerate(rows["answers"]) if answers}
+    assert answered == with_answers
+    # Logits that point at the labels give every answer back, in the words of the original text.
+    metric = script.answer_metrics(rows, found, 30, may_be_silent=True)
+    scores = metric(EvalPrediction((starts, ends), None))
+    assert scores == {"exact_match": 1.0, "f1": 1.0}
+    texts = script.answer_texts(rows["context"], found, starts, ends, 30, may_be_silent=True)
+    assert [text for i, text in enumerate(texts) if i not in with_answers] == [""] * (len(rows) - len(with_answers))
+    never_silent = script.answer_texts(rows["context"], found, starts, ends, 30)
+    assert all(never_silent)
+
+
+def test_best_span_is_the_best_of_all():
+    script = importlib.import_module("question_answering")
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        starts, ends = generator.normal(size=(2, 12))
+        places = np.where(generator.random(12)[:, None] < 0.8, np.arange(12)[:, None] * [3, 3] + [0, 2], -1)
+        longest = int(generator.integers(1, 6))
+        spans = [(starts[i] + ends[j], i, j) for i in range(12) for j in range(i, min(12, i + longest))
+                 if places[i, 0] >= 0 and places[j, 0] >= 0]  # fmt: skip
+        score, first, last = script.best_span(places, starts, ends, longest)
+        assert (score, first, last) == max(spans, default=(-np.inf, 0, 0))
+
+
+def test_answer_scores():
+    module = load_metric_module("question_answering")
+    assert module.exact("The  City!", "city") == 1.0
+    assert module.f1("red city", "the red stone") == 0.5
+    assert module.f1("", "") == 1.0 and module.f1("red", "") == 0.0
+    common = importlib.import_module("common")
+    scores = common.load_metric("question_answering").compute(
+        predictions=["red", "", "blue"], references=[["green", "red city"], [], ["red"]]
+    )
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["f1"] == pytest.approx((2 / 3 + 1) / 3)
+
+
+def test_misplaced_answers_are_left_out_and_counted(tmp_path, capsys):
+    script = importlib.import_module("question_answering")
+    path = write_questions(tmp_path / "rows.json", 4)
+    content = json.loads(path.read_text())
+    content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
+    path.write_text(json.dumps(content))
+    assert len(script.read_squad(path)) == 8  # of 9
+    assert "1 answers" in capsys.readouterr().err
+
+
+# --- language models -------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, seed: int = 0) -> Path:
+    generator = np.random.default_rng(seed)
+    path.write_text("\n\n".join(" ".join(generator.choice(WORDS, 30)) + "." for _ in range(30)))
+    return path
+
+
+SMALL = ["--hidden_size", 32, "--layers", 2, "--vocab_size", 280, "--block_size", 40]
+
+
+def test_causal_lm(tmp_path):
+    file = write_text(tmp_path / "text.txt")
+    whole = run("causal_lm", "--method", "full", "--train_file", file, *SMALL, "--output_dir", tmp_path / "small")
+    assert whole["differences"]["reloaded"] == 0
+    # The reported numbers are those of all rows, one at a time and without any padding.
+    script = importlib.import_module("causal_lm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    _, rows = importlib.import_module("common").hold_out(script.read_texts(str(file), "text"), 0.1, seed=42)
+    blocks = script.blocks(rows, tokenizer, 40)
+    assert len({len(ids) for ids in blocks["input_ids"]}) > 1  # so there was padding in the evaluated batch
+    losses, right, count = 0.0, 0, 0
+    for ids in blocks["input_ids"]:
+        ids = torch.tensor([ids])
+        with torch.no_grad():
+            output = model(input_ids=ids, labels=ids)
+        losses += output.loss.item() * (ids.shape[1] - 1)
+        right += (output.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum().item()
+        count += ids.shape[1] - 1
+    assert whole["validation"]["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-4)
+    assert whole["validation"]["next_token_accuracy"] == pytest.approx(right / count)
+    text = "red städte 城 \n\n end"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text  # bytes know every text
+
+    metrics = run("causal_lm", "--model", tmp_path / "small", "--train_file", write_text(tmp_path / "b.txt", 1),
+                  "--budget", 0.5, "--block_size", 40, "--output_dir", tmp_path / "out")  # fmt: skip
+    check(metrics, trims=True)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_image_classification(tmp_path):
+    few = ["--max_train_rows", 64, "--max_validation_rows", 30, "--layers", 2, "--hidden_size", 32]
+    whole = run("image_classification", "--method", "full", *few, "--output_dir", tmp_path / "small")
+    assert whole["differences"]["reloaded"] == 0
+    metrics = run("image_classification", "--model", tmp_path / "small", *few, "--budget", 0.5,
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    check(metrics, trims=True)
+
+
+def test_image_files(tmp_path):
+    from PIL import Image
+
+    lines = ["image,label"]
+    for i in range(20):
+        shade = np.full((9, 12, 3), 255 * (i % 2), dtype=np.uint8)
+        shade[:, :, 2] = i
+        Image.fromarray(shade).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{'light' if i % 2 else 'dark'}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    metrics = run("image_classification", "--train_file", tmp_path / "rows.csv", "--method", "full", "--layers", 1,
+                  "--max_steps", 12, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert metrics["classes"] == ["dark", "light"]
+    assert metrics["validation"]["accuracy"] == 1.0
+    assert metrics["differences"]["reloaded"] == 0
+    (tmp_path / "7.png").unlink()
+    with pytest.raises(SystemExit, match=r"7\.png"):
+        run("image_classification", "--train_file", tmp_path / "rows.csv", "--output_dir", tmp_path / "out")
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+
+NEEDS_MODEL = ("text_classification", "token_classification", "question_answering")
+
+
+@pytest.mark.parametrize("script", [*NEEDS_MODEL, "causal_lm", "image_classification"])
+def test_a_missing_file_is_one_line(script, encoder, tmp_path):
+    model = ["--model", encoder] if script in NEEDS_MODEL else []
+    with pytest.raises(SystemExit, match=r"nowhere\.tsv") as caught:
+        run(script, *model, "--train_file", tmp_path / "nowhere.tsv", "--output_dir", tmp_path)
+    assert isinstance(caught.value.code, str)  # which Python prints, and exits with 1
+
+
+ROWS = ["--train_file", "rows.tsv"]
+WRONG = {
+    "no file": ("text_classification", [], "--train_file"),
+    "label column": ("text_classification", [*ROWS, "--label_column", "lable"], "no column 'lable'"),
+    "contradiction": ("text_classification", [*ROWS, "--budget", 0.5, "--params", 0.5], "--params"),
+    "budget for full": ("text_classification", [*ROWS, "--method", "full", "--flops", 0.5], "flops"),
+    "impossible budget": ("text_classification", ["--train_file", "nowhere.tsv", "--budget", 1.5], "1.5"),
+    "tag column": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 4], "line 1: no column 4"),
+    "not tags": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 0], "'ad' is no tag"),
+    "not SQuAD": ("question_answering", ROWS, "line 1"),
+    "other JSON": ("question_answering", ["--train_file", "other.json"], "not in SQuAD format"),
+    "stride": ("question_answering", ["--train_file", "rows.json", "--stride", 40], "--stride 40"),
+    "empty text": ("causal_lm", ["--train_file", "empty.txt"], "no text"),
+    "text column": ("causal_lm", ROWS, "no column 'text'"),
+    "vocabulary": ("causal_lm", ["--train_file", "text.txt", "--vocab_size", 100], "257"),
+    "image column": ("image_classification", ROWS, "no column 'image'"),
+    "no model there": ("causal_lm", ["--train_file", "text.txt", "--model", "nowhere"], "--model nowhere"),
+    "one row": ("causal_lm", ["--train_file", "one.txt"], "--validation_file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_user_can_mend_is_said(case, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_sentences(Path("rows.tsv"))
+    write_tags(Path("rows.conll"))
+    write_questions(Path("rows.json"))
+    write_text(Path("text.txt"))
+    Path("other.json").write_text('{"data": [{"paragraphs": [{"qas": []}]}]}')
+    Path("empty.txt").write_text(" \n\n \n")
+    Path("one.txt").write_text("red stone")
+    script, arguments, message = WRONG[case]
+    model = ["--model", encoder] if script in NEEDS_MODEL else []
+    with pytest.raises(SystemExit) as caught:
+        run(script, *model, *arguments, "--output_dir", "out")
+    assert message in str(caught.value.code)
+
+
+def test_the_exit_status_is_not_zero_and_there_is_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "causal_lm.py", "--train_file", "nowhere.txt", "--output_dir", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "nowhere.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_articles_are_held_out_whole(tmp_path):
+    script = importlib.import_module("question_answering")
+    rows = script.read_squad(write_questions(tmp_path / "rows.json"))
+    train, validation = importlib.import_module("common").hold_out(rows, 0.25, 0, "article")
+    assert not set(train["article"]) & set(validation["article"])
+    assert len(set(validation["article"])) == 6 and len(train) + len(validation) == len(rows)

@@ -1,0 +1,206 @@
+"""ONNX files: they say what the model says, need onnxruntime only, and never replace a good file by a bad one."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
+from transformers import AutoModelForCausalLM
+
+from peft_sensi import SensiError, export_onnx
+from peft_sensi import export as export_module
+
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def run(path: Path, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    batch = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
+    return session.run(None, {name: batch[name].numpy() for name in names})
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_file_says_what_the_model_says(family, tmp_path):
+    model = trained(family, budget=0.5, score="random").train()
+    before = snapshot(model)
+    attention = model.config._attn_implementation
+    report = export_onnx(model, tmp_path / "model.onnx")
+    assert model.training and model.config._attn_implementation == attention
+    assert_same_tensors(snapshot(model), before)
+    assert report.file.difference < 1e-4 and report.opset == 17
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
+    assert report.file.bytes == (tmp_path / "model.onnx").stat().st_size
+    model.eval()
+    for size, length in ((1, 1), (5, 3), (2, 40)):  # none of them is a shape that the export itself has tried
+        batch = tiny_batches(1, size=size, length=length, seed=5, labels=False, padding=length > 3)[0]
+        length = min(length, model.config.max_position_embeddings - 2 * (family == "roberta"))
+        batch = {name: value[:, :length] for name, value in batch.items()}
+        with torch.no_grad():
+            expected = model(**batch).logits.numpy()
+        np.testing.assert_allclose(run(tmp_path / "model.onnx", batch)[0], expected, atol=1e-4)
+
+
+def test_trimmed_units_are_not_in_the_file(tmp_path):
+    model = trained("bert", budget=0.5)
+    small = export_onnx(model, tmp_path / "small.onnx").file.bytes
+    whole = export_onnx(tiny_model("bert"), tmp_path / "whole.onnx").file.bytes
+    anatomy = model.base_model.plan().anatomy
+    removed = anatomy.prunable_params - model.base_model.plan().kept_params
+    assert whole - small > 0.9 * 4 * removed
+
+
+def test_outputs_of_other_tasks(tmp_path):
+    model = wrap(tiny_model("bert", "QUESTION_ANS"), budget=0.5, task_type="QUESTION_ANS")
+    report = export_onnx(model, tmp_path / "qa.onnx")
+    assert report.outputs == ("start_logits", "end_logits")
+    batch = tiny_batches(1, seed=4, labels=False)[0]
+    with torch.no_grad():
+        expected = model.eval()(**batch)
+    start, end = run(tmp_path / "qa.onnx", batch)
+    np.testing.assert_allclose(start, expected.start_logits, atol=1e-4)
+    np.testing.assert_allclose(end, expected.end_logits, atol=1e-4)
+
+
+def test_a_decoder(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    report = export_onnx(model, tmp_path / "llama.onnx")
+    assert report.inputs == ("input_ids", "attention_mask") and report.outputs == ("logits",)
+    batch = tiny_batches(1, size=3, length=17, seed=4, labels=False)[0]
+    with torch.no_grad():
+        expected = model(**batch).logits.numpy()
+    found = run(tmp_path / "llama.onnx", batch)[0]
+    kept = batch["attention_mask"].bool().numpy()
+    np.testing.assert_allclose(found[kept], expected[kept], atol=1e-4)
+
+
+def test_a_16_bit_model_becomes_a_float32_file(tmp_path):
+    model = trained("bert", budget=0.5).bfloat16()
+    report = export_onnx(model, tmp_path / "model.onnx")
+    assert report.file.difference < 1e-4
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT in types and onnx.TensorProto.BFLOAT16 not in types
+
+
+def test_int8_with_size_and_accuracy(tmp_path):
+    model = wrap(tiny_model("bert", hidden_size=64, intermediate_size=256), budget=0.5)
+    data = tiny_batches(6, seed=3)
+    report = export_onnx(model, tmp_path / "model.onnx", int8=True, data=data)
+    assert report.int8 is not None and report.int8.path == tmp_path / "model.int8.onnx"
+    assert report.int8.bytes < 0.7 * report.file.bytes
+    right = count = same = 0
+    for batch in data:
+        with torch.no_grad():
+            own = model.eval()(**batch).logits.argmax(-1)
+        found = torch.from_numpy(run(report.int8.path, batch)[0].argmax(-1))
+        right += int((found == batch["labels"]).sum())
+        same += int((found == own).sum())
+        count += len(found)
+    assert report.int8.accuracy == right / count and report.int8.agreement == same / count
+    assert report.file.agreement == 1.0 and report.int8.agreement > 0.7
+    assert "int8.onnx" in str(report) and "opset 17" in str(report)
+
+
+def test_weights_in_a_file_of_their_own(tmp_path):
+    for budget in (0.5, 0.6):  # the second replaces the first
+        report = export_onnx(trained("bert", budget=budget), tmp_path / "model.onnx", external_data=True, int8=True)
+        data = [name for name in names(tmp_path) if name.endswith(".onnx_data")]
+        assert len(data) == 2 and len(names(tmp_path)) == 4
+        assert report.file.bytes > (tmp_path / "model.onnx").stat().st_size
+    run(tmp_path / "model.onnx", tiny_batches(1)[0])
+    run(tmp_path / "model.int8.onnx", tiny_batches(1)[0])
+
+
+def test_without_torch(tmp_path):
+    """In a process in which an import of torch, transformers or onnx raises."""
+    model = trained("distilbert", budget=0.5)
+    export_onnx(model, tmp_path / "model.onnx", external_data=True, int8=True)
+    batch = tiny_batches(1, seed=8, labels=False)[0]
+    with torch.no_grad():
+        np.savez(tmp_path / "case.npz", expected=model(**batch).logits, **{n: v.numpy() for n, v in batch.items()})
+    code = f"""
+import sys
+for name in ("torch", "transformers", "peft", "onnx", "peft_sensi"):
+    sys.modules[name] = None
+import numpy as np, onnxruntime
+case = dict(np.load({str(tmp_path / "case.npz")!r}))
+expected = case.pop("expected")
+for name, limit in (("model", 1e-4), ("model.int8", 1.0)):
+    session = onnxruntime.InferenceSession({str(tmp_path)!r} + "/" + name + ".onnx")
+    assert np.abs(session.run(["logits"], case)[0] - expected).max() < limit
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_bad_file_never_replaces_a_good_one(tmp_path, monkeypatch):
+    model = trained("bert", budget=0.5)
+    path = tmp_path / "model.onnx"
+    export_onnx(model, path)
+    good = path.read_bytes()
+    with pytest.raises(SensiError, match=r"differ .* nothing was written"):
+        export_onnx(model, path, tolerance=0.0)
+
+    def wrong(*args, **kwargs):
+        raise RuntimeError("no such operator")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", wrong)
+        with pytest.raises(SensiError, match="cannot export.*no such operator"):
+            export_onnx(model, path)
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export_module.os, name, wrong)
+            with pytest.raises(RuntimeError):
+                export_onnx(model, path)
+    assert path.read_bytes() == good and names(tmp_path) == {"model.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "model.pt"}, r"end in \.onnx"),
+        ({"opset": 9}, "from 14 to 20"),
+        ({"opset": "17"}, "from 14 to 20"),
+        ({"inputs": {}}, "one shape"),
+        ({"inputs": {"input_ids": torch.ones(3, dtype=torch.long)}}, "one shape"),
+        ({"int8": "model.onnx"}, "another path"),
+        ({"data": [{"labels": torch.zeros(1)}]}, "lacks 'attention_mask'"),
+    ],
+)
+def test_mistakes_in_arguments(options, message, bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SensiError, match=message):
+        export_onnx(bert, **{"path": "model.onnx", **options})
+    assert not names(tmp_path)
+
+
+def test_without_the_extra(bert, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("onnx"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SensiError, match=r"pip install 'peft-sensi\[onnx\]'"):
+        export_onnx(bert, tmp_path / "model.onnx")
+
+
+def test_an_example_batch_of_the_users(bert, tmp_path):
+    batch = tiny_batches(1)[0]  # with labels, which are no input; without token types
+    report = export_onnx(bert, tmp_path / "model.onnx", inputs=batch)
+    assert report.inputs == ("input_ids", "attention_mask")
+    assert report.file.difference < 1e-4

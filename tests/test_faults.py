@@ -1,0 +1,261 @@
+"""SIGKILL while files are written, and disks that are full: the old files, the new ones, or a clear refusal."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_contract import is_plain
+from test_trainer import state, trainer, wrapped
+from tiny import BOTH, TRIM, assert_same_tensors, logits, tiny_batches, tiny_model, train, trained
+
+from peft_sensi import Scores, SensiConfig, SensiError, SensiLoadError, compute_scores
+
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs `work` in a fork that has begun when this returns its process id."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, b"!")
+            work()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    return pid
+
+
+def kill_after(pid: int, seconds: float) -> None:
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def kill_savers(folder: Path, kills: int) -> collections.Counter:
+    """Adapters of two plans, and one of them trained further, are written over each other until the kill."""
+    models = [trained(**TRIM), trained(**BOTH), trained(**TRIM)]
+    train(models[2], tiny_batches(2, seed=31), steps=2)
+    expected = [logits(model) for model in models]
+    assert not torch.equal(expected[0], expected[2])
+    draw, outcomes, base = random.Random(kills), collections.Counter(), tiny_model()
+
+    def save_forever() -> None:
+        for i in range(10_000):
+            models[(i + 1) % 3].save_pretrained(folder)
+
+    models[0].save_pretrained(folder)
+    for _ in range(kills):
+        kill_after(in_child(save_forever), draw.uniform(0, 0.03))
+        try:
+            model = PeftModel.from_pretrained(base, folder)
+        except SensiLoadError as error:
+            outcomes["refused"] += 1
+            assert str(folder) in str(error) and is_plain(base)
+            models[0].save_pretrained(folder)
+        else:
+            found = logits(model)
+            outcomes["loaded"] += 1
+            assert sum(torch.equal(found, one) for one in expected) == 1
+            base = model.unload()
+    print(f"{kills} kills of save_pretrained: {dict(outcomes)}")
+    return outcomes
+
+
+def test_a_killed_save(tmp_path):
+    assert kill_savers(tmp_path, 12)["loaded"]
+
+
+@pytest.mark.slow
+def test_many_killed_saves(tmp_path):
+    outcomes = kill_savers(tmp_path, 150)
+    assert outcomes["loaded"] > 20 and outcomes["refused"] > 5  # the kills hit both sides
+
+
+def run_and_kill(rows, folder: Path, seconds: float) -> None:
+    model = wrapped(rows, **TRIM)
+    run = trainer(model, rows, folder, save_strategy="steps", save_steps=1)
+    kill_after(in_child(run.train), seconds)
+
+
+def kill_trainers(rows, folder: Path, kills: int) -> collections.Counter:
+    """Training is killed, resumed from the newest checkpoint that can be resumed, and must end like the whole run."""
+    torch.manual_seed(0)
+    whole = wrapped(rows, **TRIM)
+    begun = time.monotonic()
+    trainer(whole, rows, folder / "whole", save_strategy="steps", save_steps=1).train()
+    seconds = time.monotonic() - begun
+    draw, outcomes = random.Random(kills), collections.Counter()
+    for kill in range(kills):
+        place = folder / str(kill)
+        torch.manual_seed(0)
+        run_and_kill(rows, place, draw.uniform(0.1, 1.0) * seconds)
+        checkpoints = sorted(place.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
+        for checkpoint in checkpoints:
+            if not (checkpoint / "trainer_state.json").exists():
+                outcomes["no state yet"] += 1  # Trainer writes this file last
+                continue
+            torch.manual_seed(0)
+            model = wrapped(rows, **TRIM)
+            run = trainer(model, rows, place, save_strategy="steps", save_steps=1)
+            try:
+                run.train(resume_from_checkpoint=str(checkpoint))
+            except (ValueError, EOFError, RuntimeError, OSError) as error:
+                outcomes[f"refused: {type(error).__name__}"] += 1
+                continue
+            assert_same_tensors(state(model), state(whole))
+            outcomes["resumed"] += 1
+            break
+        shutil.rmtree(place)
+    print(f"{kills} kills of a Trainer: {dict(outcomes)}")
+    return outcomes
+
+
+def test_a_killed_training(rows, tmp_path):
+    assert kill_trainers(rows, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_many_killed_trainings(rows, tmp_path):
+    assert kill_trainers(rows, tmp_path, 40)["resumed"] > 10
+
+
+# -- pairs of files that do not belong together -----------------------------------------------------------------------
+
+
+def mix(folder: Path, config_of: Path, weights_of: Path) -> Path:
+    shutil.copytree(config_of, folder)
+    shutil.copyfile(weights_of / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_the_plan_alone_does_not_tie_the_files(tmp_path):
+    """Two bases, one plan: values of one base under the config of the other pass every check but the mark."""
+    calm = {"budget": {"params": 1.0}, "min_units": 1}
+    first = trained(**calm)
+    first.save_pretrained(tmp_path / "first")
+    other = tiny_model(seed=1)
+    from tiny import wrap
+
+    second = wrap(other, **calm)
+    second.save_pretrained(tmp_path / "second")
+    assert first.peft_config["default"].plan == second.peft_config["default"].plan
+    folder = mix(tmp_path / "mixed", tmp_path / "first", tmp_path / "second")
+    with pytest.raises(SensiLoadError, match="different settings.*do not belong together"):
+        PeftModel.from_pretrained(tiny_model(), folder)
+
+
+def test_files_from_before_the_mark_are_loaded(tmp_path):
+    model = trained(**TRIM)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.sensi_plan"
+    plan = json.loads(tensors[key].numpy().tobytes())
+    assert plan.pop("config")
+    tensors[key] = torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
+    save_file(tensors, path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+# -- full disks -------------------------------------------------------------------------------------------------------
+
+
+def with_full_disk(work: Callable[[], None]) -> None:
+    """Runs `work` in a fork in which no file can grow beyond a few bytes; expects our error."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        result = "no error"
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        try:
+            work()
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+        os.write(writer, result.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    result = os.read(reader, 4096).decode()
+    os.close(reader)
+    os.waitpid(pid, 0)
+    assert result.startswith("SensiError") and "could not be written" in result, result
+
+
+def test_a_full_disk_keeps_the_old_scores(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    scores = compute_scores(tiny_model(), score="magnitude")
+    scores.save(path)
+    before = path.read_bytes()
+    with_full_disk(lambda: compute_scores(tiny_model(), score="random").save(path))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    assert Scores.load(path).values.keys() == scores.values.keys()
+
+
+def test_a_full_disk_keeps_the_old_config(tmp_path):
+    SensiConfig(budget=0.4).save_pretrained(tmp_path)
+    with_full_disk(lambda: SensiConfig(budget=0.3).save_pretrained(tmp_path))
+    assert os.listdir(tmp_path) == ["adapter_config.json"]
+    assert SensiConfig.from_pretrained(tmp_path).budget == 0.4
+
+
+def test_other_users_may_read_what_was_saved(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        SensiConfig().save_pretrained(tmp_path)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "adapter_config.json").stat().st_mode & 0o777 == 0o644
+
+
+BAD_SCORES = {
+    "nan": lambda t: t["values:bert.encoder.layer.0.heads"].fill_(float("nan")),
+    "matrix": lambda t: t.update({"values:bert.encoder.layer.0.heads": torch.ones(2, 2)}),
+    "whole numbers": lambda t: t.update({"values:bert.encoder.layer.0.heads": torch.ones(4, dtype=torch.int32)}),
+    "stray protection": lambda t: t.update({"protected:nowhere": torch.ones(4, dtype=torch.bool)}),
+    "protection of another size": lambda t: t.update(
+        {"protected:bert.encoder.layer.0.heads": torch.ones(5, dtype=torch.bool)}
+    ),
+    "unknown kind": lambda t: t.update({"others:x": torch.ones(4)}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCORES)
+def test_broken_scores_are_refused(name, tmp_path):
+    path = tmp_path / "scores.safetensors"
+    compute_scores(tiny_model(), score="magnitude").save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    BAD_SCORES[name](tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(SensiLoadError, match="scores.safetensors"):
+        Scores.load(path)
+
+
+def test_scores_of_another_model_are_refused(tmp_path):
+    scores = compute_scores(tiny_model(num_attention_heads=8), score="magnitude")
+    with pytest.raises(SensiError, match="units"):
+        SensiConfig(scores=scores, budget=0.5)
+        from tiny import wrap
+
+        wrap(tiny_model(), scores=scores, budget=0.5)

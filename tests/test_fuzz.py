@@ -1,0 +1,138 @@
+"""Thousands of broken adapters: each is refused with a clear error, or gives a model that passes all checks."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz_worker import ADAPTERS, GOOD
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"), reason="needs Linux")
+
+
+class Worker:
+    """A process that answers batches of jobs."""
+
+    def __init__(self) -> None:
+        folder = Path(__file__).parent
+        path = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, str(folder / "fuzz_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def send(self, jobs: list[dict[str, Any]]) -> None:
+        self.process.stdin.write(json.dumps(jobs) + "\n")
+        self.process.stdin.flush()
+
+    def answers(self) -> list[dict[str, Any]]:
+        found = []
+        while "done" not in (line := json.loads(self.process.stdout.readline())):
+            found.append(line)
+        assert len(found) == line["done"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.process.stdin.close()
+    assert worker.process.wait(timeout=60) == 0
+
+
+def check(answers: list[dict[str, Any]]) -> collections.Counter:
+    bad = [a for a in answers if a["outcome"] not in GOOD]
+    assert not bad, "\n".join(f"{a['id']}: {a['outcome']}: {a['detail']}" for a in bad[:10])
+    return collections.Counter(a["outcome"] for a in answers)
+
+
+def run_seeds(worker: Worker, seeds: range) -> collections.Counter:
+    worker.send([{"id": seed, "seed": seed} for seed in seeds])
+    counts = check(worker.answers())
+    print(f"{len(seeds)} mutated adapters: {dict(counts)}")
+    return counts
+
+
+def test_mutated_adapters(worker):
+    counts = run_seeds(worker, range(1700))
+    assert min(counts[outcome] for outcome in GOOD) > 50  # the mutations reach all three
+
+
+@pytest.mark.slow
+def test_many_mutated_adapters(worker):
+    run_seeds(worker, range(10_000, 30_000))
+
+
+# -- made by Hypothesis -----------------------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=10**300, max_value=10**310)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["dense", "mask", "unit", "bits", "all", "none", "(a*)*b", "query", "cut"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [
+    "also_train", "auto_mapping", "base_model_name_or_path", "blocks", "budget", "calibration_steps", "compressed",
+    "exclude_modules", "fingerprint", "format_version", "granularity", "inference_mode", "init_weights", "keep_base",
+    "min_units", "modules_to_save", "multiple_of", "peft_type", "peft_version", "plan", "priming_lr", "priming_steps",
+    "rank", "refit", "retention", "revision", "schedule", "score", "seed", "sequence_length", "sparse", "sparsity",
+    "support", "target_modules", "task_type", "update",
+]  # fmt: skip
+adapters = st.sampled_from(sorted(ADAPTERS))
+
+
+@st.composite
+def jobs_with_fields(draw) -> dict[str, Any]:
+    changes = draw(st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=2))
+    return {"adapter": draw(adapters), "fields": changes}
+
+
+@st.composite
+def jobs_with_headers(draw) -> dict[str, Any]:
+    names = st.sampled_from(["base_model.model.sensi_plan", "x", "base_model.model.classifier.weight"])
+    entry = st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(["F32", "U8", "I32", "F4", "BOOL"]) | json_values,
+            "shape": st.lists(st.integers(-1, 2**64), max_size=3) | json_values,
+            "data_offsets": st.lists(st.integers(-1, 2**64), min_size=2, max_size=2) | json_values,
+        },
+    )
+    header = json.dumps(draw(st.dictionaries(names | st.text(max_size=5), entry | json_values, max_size=3))).encode()
+    length = draw(st.just(len(header)) | st.integers(0, 2**64 - 1))
+    data = length.to_bytes(8, "little") + header + draw(st.binary(max_size=64))
+    return {"adapter": draw(adapters), "weights": base64.b64encode(data).decode()}
+
+
+@settings(max_examples=10)
+@given(jobs=st.lists(jobs_with_fields(), min_size=30, max_size=30))
+def test_fields_of_any_kind(worker, jobs):
+    worker.send([{"id": i, **job} for i, job in enumerate(jobs)])
+    check(worker.answers())
+
+
+@settings(max_examples=5)
+@given(jobs=st.lists(jobs_with_headers(), min_size=30, max_size=30))
+def test_headers_of_any_kind(worker, jobs):
+    worker.send([{"id": i, **job} for i, job in enumerate(jobs)])
+    check(worker.answers())

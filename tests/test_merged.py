@@ -1,0 +1,489 @@
+"""Merged models on disk: what is loaded is what was saved, nothing foreign is built, nothing valid is ever lost."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+)
+
+from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
+from peft_sensi.allocate import make_plan
+from peft_sensi.families import FAMILIES as LAYOUTS
+
+
+def ffn_only(family: str) -> BlockLayout:
+    return replace(LAYOUTS[family][0], q="", k="", v="", o="", head_size="")
+
+
+def trained_llama(**config):
+    base = AutoModelForCausalLM.from_config(tiny_config("llama", tie_word_embeddings=True)).eval()
+    model = wrap(base, task_type="CAUSAL_LM", **config)
+    train(model, [{**b, "labels": b["input_ids"]} for b in tiny_batches(2, labels=False)], steps=2)
+    return model
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    """The logits, or a question's start logits."""
+    with torch.no_grad():
+        return model.eval()(**tiny_batches(1, seed=99, labels=False)[0])[0]
+
+
+def weights_file(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def rewrite(folder: Path, **changes) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    record = changes.pop("record", {})
+    if isinstance(values.get("peft_sensi"), dict):
+        values["peft_sensi"] |= record
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A merged BERT with other widths in each layer."""
+    save_merged(trained("bert", budget=0.5, score="random"), tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_what_is_loaded_is_what_was_merged(family, tmp_path):
+    model = trained(family, budget=0.5).train()
+    before = snapshot(model)
+    assert save_merged(model, tmp_path) is False
+    assert_same_tensors(snapshot(model), before)
+    assert model.training and model.base_model.plan().trims
+    again = load_merged(tmp_path)
+    merged = model.merge_and_unload()
+    assert type(again) is type(merged) and not again.training
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    assert torch.equal(logits(again), logits(merged))
+    assert again.config.id2label == merged.config.id2label
+    train(again, steps=1)
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "MASKED_LM", "FEATURE_EXTRACTION"])
+def test_tasks_and_tied_weights(task, tmp_path):
+    model = wrap(tiny_model("bert", task), budget=0.5, task_type=None if task == "MASKED_LM" else task)
+    save_merged(model, tmp_path)
+    again, merged = load_merged(tmp_path), model.merge_and_unload()
+    assert type(again) is type(merged)
+    assert torch.equal(outputs(again), outputs(merged))
+    if task == "MASKED_LM":
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+        assert "cls.predictions.decoder.weight" not in load_file(weights_file(tmp_path))
+
+
+def test_grouped_queries_rotary_tables_and_generation(tmp_path):
+    model = trained_llama(budget=0.5, score="random")
+    save_merged(model, tmp_path)
+    again, merged = load_merged(tmp_path), model.merge_and_unload()
+    assert torch.equal(logits(again), logits(merged))
+    ids = tiny_batches(1, padding=False, labels=False)[0]["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(again.generate(ids, **options), merged.generate(ids, **options))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    merged = trained("bert", budget=0.5).merge_and_unload().bfloat16()
+    merged.classifier.float()
+    save_merged(merged, tmp_path)
+    again = load_merged(tmp_path)
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    assert {p.dtype for p in again.parameters()} == {torch.float32, torch.bfloat16}
+
+
+def test_save_pretrained_of_a_merged_model(tmp_path):
+    model = trained("bert", budget=0.5)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_merged(tmp_path)), expected, atol=1e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["peft_sensi"]["load_with"] == "peft_sensi.load_merged"
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForSequenceClassification, BertForSequenceClassification])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_stock_loaders_find_no_weights(loader, ignore, folder):
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        loader.from_pretrained(folder, ignore_mismatched_sizes=ignore)
+
+
+def test_a_process_without_the_package(folder, tmp_path):
+    """The modeling file needs Transformers only; what it loads can be saved and is loaded here again."""
+    torch.save((tiny_batches(1, seed=99, labels=False)[0], logits(load_merged(folder))), tmp_path / "case.pt")
+    code = f"""
+import sys
+sys.modules["peft_sensi"] = sys.modules["peft"] = None  # an import of them raises
+import torch
+from transformers import AutoModelForSequenceClassification as Auto
+model = Auto.from_pretrained({str(folder)!r}, trust_remote_code=True)
+batch, expected = torch.load({str(tmp_path / "case.pt")!r})
+assert torch.equal(model(**batch).logits, expected)
+model.save_pretrained({str(tmp_path / "again")!r})
+again = Auto.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert torch.equal(again(**batch).logits, expected)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=240)
+    assert torch.equal(logits(load_merged(tmp_path / "again")), logits(load_merged(folder)))
+
+
+def test_a_merged_model_can_be_trimmed_again(folder, tmp_path):
+    base = load_merged(folder)
+    model = wrap(base, budget=0.6)
+    train(model)
+    save_merged(model, tmp_path / "twice")
+    merged = model.merge_and_unload()
+    again = load_merged(tmp_path / "twice")
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    assert again.num_parameters() < load_merged(folder).num_parameters()
+
+
+def test_an_untrimmed_model_is_a_plain_checkpoint(tmp_path):
+    model = trained("bert", budget={"trainable": 0.1})
+    assert save_merged(model, tmp_path) is True
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    stock = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert_same_tensors(snapshot(stock), snapshot(model.merge_and_unload()))
+    assert_same_tensors(snapshot(load_merged(tmp_path)), snapshot(stock))
+
+
+# -- uniform widths ---------------------------------------------------------------------------------------------------
+
+
+def test_uniform_ffn_trims_are_plain_checkpoints(family, tmp_path):
+    base = tiny_model(family)
+    model = wrap(base, budget=0.5, widths="uniform", blocks=[ffn_only(base.config.model_type)])
+    train(model)
+    assert save_merged(model, tmp_path) is True
+    merged = model.merge_and_unload()
+    stock = type(merged).from_pretrained(tmp_path)
+    assert_same_tensors(snapshot(stock), snapshot(merged))
+    merged.save_pretrained(tmp_path / "stock")
+    assert_same_tensors(snapshot(type(merged).from_pretrained(tmp_path / "stock")), snapshot(merged))
+
+
+def test_uniform_heads_and_neurons_of_llama(tmp_path):
+    model = trained_llama(budget=0.5, widths="uniform")
+    assert save_merged(model, tmp_path) is True
+    merged = model.merge_and_unload()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(stock), logits(merged))
+    kept = (stock.config.num_attention_heads, stock.config.num_key_value_heads, stock.config.head_dim)
+    assert kept == (2, 1, 8) and stock.config.intermediate_size < 64
+
+
+def test_bert_cannot_say_that_it_has_fewer_heads(tmp_path):
+    """Its config derives the head size from the number of heads, so that would be another function."""
+    model = trained("bert", budget={"params": 0.5}, widths="uniform")
+    assert save_merged(model, tmp_path) is False
+    assert torch.equal(logits(load_merged(tmp_path)), logits(model.merge_and_unload()))
+
+
+DECODERS = {
+    "gpt2": {"n_embd": 48, "n_head": 6, "n_layer": 2},
+    "phi3": {},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 48},
+    "qwen2": {},
+    "mixtral": {"num_local_experts": 2},
+}
+DECODER_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def wrapped_decoder(family: str, **config):
+    sizes = {} if family == "gpt2" else dict(DECODER_SIZES)
+    sizes |= {name: DECODER_SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **DECODERS[family])).eval()
+    return wrap(base, task_type="CAUSAL_LM", budget=0.5, score="random", **config)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_fused_transposed_and_shared_projections(decoder, tmp_path):
+    model = wrapped_decoder(decoder)
+    assert save_merged(model, tmp_path) is False
+    again, merged = load_merged(tmp_path), model.merge_and_unload()
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.parametrize("decoder", ["phi3", "qwen2", "mixtral"])
+def test_configs_that_can_say_it_though_they_do_not_declare_it(decoder, tmp_path):
+    """`head_dim` is read by classes whose config has no such field; Mixtral's checkpoints have names of their own."""
+    model = wrapped_decoder(decoder, widths="uniform")
+    assert save_merged(model, tmp_path) is True
+    again, merged = load_merged(tmp_path), model.merge_and_unload()
+    assert_same_tensors(snapshot(again), snapshot(merged))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(stock), logits(merged))
+
+
+THREE_LAYERS = build_anatomy(tiny_model("bert", num_hidden_layers=3))
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.35, 1.0), st.floats(0.35, 1.0), st.sampled_from([1, 3, 8]))
+@settings(max_examples=60)
+def test_uniform_plans_are_exact(seed, params, flops, multiple_of):
+    anatomy = THREE_LAYERS
+    rng = np.random.default_rng(seed)
+    scores = {g.name: rng.random(g.size) for g in anatomy.groups}
+    budget = {"params": params, "flops": flops}
+    plan = make_plan(anatomy, scores, budget, multiple_of=multiple_of, uniform=True)
+    allowed = (int(params * anatomy.prunable_params), int(flops * 2 * anatomy.prunable_macs(128)))
+    spent = (plan.kept_params, plan.kept_flops)
+    assert all(a <= b for a, b in zip(spent, allowed, strict=True))
+    for kind, step in (("head", 1), ("neuron", multiple_of)):
+        groups = [g for g in anatomy.groups if g.kind == kind]
+        counts = {int((plan.of(g) > 0).sum()) for g in groups}
+        assert len(counts) == 1
+        count = counts.pop()
+        for group in groups:
+            kept = plan.of(group) > 0
+            assert count == group.size or scores[group.name][kept].min() >= scores[group.name][~kept].max()
+        more = min(step, groups[0].size - count)
+        price = (
+            sum(more * g.unit_params for g in groups),
+            sum(2 * more * g.unit_macs(128) for g in groups),
+        )
+        assert more == 0 or any(s + p > a for s, p, a in zip(spent, price, allowed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": "equal"}, "must be 'free' or 'uniform'"),
+        ({"widths": "uniform", "budget": {"trainable": 0.1}}, "no effect"),
+        ({"widths": "uniform", "update": "low_rank", "rank": 2}, "no effect"),
+        ({"widths": "uniform", "granularity": "tensor", "budget": 0.5}, "whole sublayers"),
+    ],
+)
+def test_uniform_is_refused_where_it_means_nothing(fields, message):
+    with pytest.raises(SensiError, match=message):
+        SensiConfig(**fields)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_saved(tmp_path, bert):
+    with pytest.raises(SensiError, match="not a model class of Transformers"):
+        save_merged(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(SensiError, match="not one of this package"):
+        save_merged(get_peft_model(copy.deepcopy(bert), LoraConfig(target_modules=["query"])), tmp_path)
+    with pytest.raises(SensiError, match="adapters in place"):
+        save_merged(trained("bert", budget=0.5).base_model.model, tmp_path)
+    other = copy.deepcopy(bert)
+    other.extra = nn.Linear(2, 2)
+    with pytest.raises(SensiError, match="extra.bias"):
+        save_merged(other, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SensiError, match="is a file"):
+        save_merged(bert, tmp_path / "file")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SensiError, match="adapter_config.json"):
+        save_merged(bert, tmp_path)
+
+
+RECORDS = {
+    "a newer format": {"format_version": 2},
+    "no version": {"format_version": None},
+    "a class of torch": {"architecture": "torch"},
+    "a path": {"architecture": "os.system"},
+    "a class that is no model": {"architecture": "BertConfig"},
+    "an auto class": {"architecture": "AutoModel"},
+    "the bare base class": {"architecture": "PreTrainedModel"},
+    "another family": {"architecture": "GPT2Model"},
+    "another task": {"architecture": "BertForTokenClassification"},
+    "no class": {"architecture": None},
+    "weights elsewhere": {"weights": "../model.safetensors"},
+    "weights of another kind": {"weights": "pytorch_model.bin"},
+    "missing weights": {"weights": "sensi_model-0123456789abcdef.safetensors"},
+    "shapes of nothing": {"shapes": {"bert.nothing.weight": [1, 1]}},
+    "a shape of the wrong order": {"shapes": {"classifier.weight": [96]}},
+    "a negative length": {"shapes": {"classifier.weight": [-1, 32]}},
+    "a boolean length": {"shapes": {"classifier.weight": [True, 32]}},
+    "a huge length": {"shapes": {"classifier.weight": [10**12, 32]}},
+    "a large length": {"shapes": {"classifier.weight": [2**30, 32]}},
+    "no shapes": {"shapes": {}},
+    "no mapping of shapes": {"shapes": []},
+    "an attribute that is none": {"attributes": {"bert.nothing": 1}},
+    "a private attribute": {"attributes": {"bert._version": 1}},
+    "an attribute that is no number": {"attributes": {"bert.config": 1}},
+    "an attribute with text": {"attributes": {"bert.encoder.layer.0.attention.self.num_attention_heads": "x"}},
+    "an attribute out of range": {"attributes": {"num_labels": float("inf")}},
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_foreign_records_are_refused(case, folder):
+    rewrite(folder, record=RECORDS[case])
+    with pytest.raises(SensiLoadError):
+        load_merged(folder)
+
+
+CONFIGS = {
+    "no record": {"peft_sensi": None},
+    "a record that is a list": {"peft_sensi": [1]},
+    "too many layers": {"num_hidden_layers": 10**9},
+    "another number of layers": {"num_hidden_layers": 3},
+    "a huge vocabulary": {"vocab_size": 10**12},
+    "another model type": {"model_type": "gpt2"},
+    "no number": {"hidden_size": "many"},
+    "a size that does not divide": {"num_attention_heads": 5},
+    "an unknown activation": {"hidden_act": "os.system"},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_foreign_configs_are_refused(case, folder):
+    rewrite(folder, **CONFIGS[case])
+    with pytest.raises(SensiLoadError):
+        load_merged(folder)
+
+
+def test_damaged_weights_are_refused(folder):
+    path = weights_file(folder)
+    whole, tensors = path.read_bytes(), load_file(path)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    changes = {
+        "lacks": {k: v for k, v in tensors.items() if k != name},
+        "does not have": tensors | {"extra": torch.ones(1)},
+        "has shape": tensors | {name: tensors[name][:, :-1].contiguous()},
+        "NaN": tensors | {name: tensors[name] * float("nan")},
+        "has dtype": tensors | {name: tensors[name].int()},
+    }
+    for message, changed in changes.items():
+        save_file(changed, path)
+        with pytest.raises(SensiLoadError, match=message):
+            load_merged(folder)
+    for broken in (whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(SensiLoadError, match="no intact safetensors"):
+            load_merged(folder)
+    path.unlink()
+    with pytest.raises(SensiLoadError, match="lacks"):
+        load_merged(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SensiLoadError, match="cannot be read"):
+        load_merged(folder)
+    with pytest.raises(SensiLoadError, match=r"no config\.json"):
+        load_merged(folder / "nowhere")
+
+
+def test_nothing_that_a_file_names_is_run(folder, tmp_path):
+    expected = logits(load_merged(folder))
+    trap = f"open({str(tmp_path / 'sprung')!r}, 'w')\n"
+    for path in folder.glob("*.py"):
+        path.write_text(trap)
+    (folder / "evil.py").write_text(trap)
+    rewrite(
+        folder,
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"},
+        attn_implementation="someone/kernels",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+        trust_remote_code=True,
+        task_specific_params={"nested": {"auto_map": {"AutoConfig": "evil.Config"}}},
+    )
+    assert torch.equal(logits(load_merged(folder)), expected)
+    assert not (tmp_path / "sprung").exists()
+
+
+# -- nothing is lost --------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """Makes the n-th change of a name in the folder the last one, before it happens."""
+
+    def arm(n: int) -> list[str]:
+        calls: list[str] = []
+
+        def guarded(name: str):
+            real = getattr(os, name)
+
+            def call(*args, **kwargs):
+                calls.append(name)
+                if len(calls) >= n:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return call
+
+        for name in ("replace", "link", "unlink"):
+            monkeypatch.setattr(os, name, guarded(name))
+        return calls
+
+    yield arm
+
+
+@pytest.mark.parametrize("old", ["trimmed", "plain"])
+@pytest.mark.parametrize("new", ["trimmed", "plain"])
+def test_a_save_that_is_cut_off_leaves_the_old_model_or_the_new_one(old, new, tmp_path, kill_at, monkeypatch):
+    models = {
+        "trimmed": [trained("bert", budget=b).merge_and_unload() for b in (0.5, 0.7)],
+        "plain": [tiny_model("bert", seed=s, intermediate_size=i) for s, i in ((1, 64), (2, 48))],
+    }
+    before, after = models[old][0], models[new][1]
+    expected = [logits(before), logits(after)]
+    n, seen, done = 1, set(), False
+    while not done:
+        folder = tmp_path / str(n)
+        save_merged(before, folder)
+        (folder / "vocab.txt").write_text("a")
+        with monkeypatch.context():
+            kill_at(n)
+            try:
+                save_merged(after, folder)
+                done = True
+            except Killed:
+                pass
+            finally:
+                monkeypatch.undo()
+        found = logits(load_merged(folder))
+        index = next(i for i, e in enumerate(expected) if e.shape == found.shape and torch.equal(found, e))
+        seen.add(index)
+        assert index == 1 or not done
+        save_merged(after, folder)
+        assert torch.equal(logits(load_merged(folder)), expected[1])
+        left = {p.name for p in folder.iterdir() if not p.name.startswith("modeling_")}
+        assert left == {"config.json", weights_file(folder).name, "vocab.txt"}
+        n += 1
+    assert seen == {0, 1} and n > 5

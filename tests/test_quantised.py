@@ -1,0 +1,191 @@
+"""Bases in 8 and 4 bits: tuned beside their own kernels, never trimmed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_checks import make_lively, run, token_batch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, build_anatomy
+from peft_sensi.quantised import dequantised, is_quantised
+
+
+class Coded(nn.Linear):
+    """A Linear in 8-bit codes behind the interface of HQQ (`W_q`, `dequantize`), which PEFT's helpers read."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        weight = linear.weight.detach()
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        codes = (weight / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = linear.bias
+        self.W_q = self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.float() * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
+
+
+def codes(linear: nn.Linear) -> nn.Module:
+    return Coded(linear)
+
+
+def eight_bits(linear: nn.Linear) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    made = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0)
+    made.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+    made.bias = linear.bias
+    return made.to("cpu")
+
+
+def torchao_eight_bits(linear: nn.Linear) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(box := nn.Sequential(linear), quantization.Int8WeightOnlyConfig())
+    return box[0]
+
+
+def plain_model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=50, num_labels=3, **sizes))
+    make_lively(model)
+    return model.eval()
+
+
+def quantised_model(kind) -> nn.Module:
+    model = plain_model()
+    for name, module in list(model.bert.encoder.named_modules()):
+        if type(module) is nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(model.bert.encoder.get_submodule(parent), child, kind(module))
+    return model
+
+
+@pytest.fixture(params=[codes, eight_bits, torchao_eight_bits], ids=lambda kind: kind.__name__)
+def kind(request):
+    return request.param
+
+
+UPDATES = {
+    "units": {"budget": {"trainable": 0.15}},
+    "biases": {"budget": {"trainable": 0.15}, "also_train": ["biases"]},
+    "everything": {},
+    "low-rank": {"update": "low_rank", "rank": 3},
+    "sparse": {"update": "sparse", "sparse": 20},
+    "units and low-rank": {"update": "dense+low_rank", "rank": 2, "budget": {"trainable": 0.15}},
+}
+
+
+def wrap(model: nn.Module, **config) -> PeftModel:
+    return get_peft_model(model, SensiConfig(**{"score": "magnitude", "task_type": "SEQ_CLS", **config}))
+
+
+def train(model: nn.Module) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for seed in range(2):
+        model(**token_batch(seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.filterwarnings("ignore:No budget was given")
+def test_tuning_on_a_quantised_base(kind, update, tmp_path):
+    base, batch = quantised_model(kind), token_batch(seed=9)
+    before = run(base, batch)
+    model = wrap(base, **UPDATES[update])
+    assert not model.base_model.plan().trims
+    scale = float(before.abs().max())
+    torch.testing.assert_close(run(model, batch), before, atol=0.05 * scale, rtol=0)
+    train(model)
+    after = run(model, batch)
+    assert (after - before).abs().max() > 0.05 * scale
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(quantised_model(kind), tmp_path), batch), after)
+    with model.disable_adapter():
+        assert torch.equal(run(model, batch), before)
+    with pytest.raises(SensiError, match="without quantisation"):
+        model.merge_and_unload()
+    assert torch.equal(run(model.unload(), batch), before)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.filterwarnings("ignore:No budget was given")
+def test_the_same_file_fits_the_base_without_quantisation(update, tmp_path):
+    """Its values are those that were trained; what differs is the rounding of the frozen rest."""
+    base = quantised_model(codes)
+    exact = plain_model()
+    for name, module in base.named_modules():
+        if is_quantised(module):
+            exact.get_submodule(name).weight.data.copy_(dequantised(module))
+    model = wrap(base, **UPDATES[update])
+    train(model)
+    model.save_pretrained(tmp_path)
+    batch = token_batch(seed=9)
+    other = PeftModel.from_pretrained(exact, tmp_path)
+    torch.testing.assert_close(run(other, batch), run(model, batch), atol=1e-4, rtol=1e-4)
+    small = other.merge_and_unload()
+    torch.testing.assert_close(run(small, batch), run(model, batch), atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_those_of_the_dequantised_model():
+    base = quantised_model(codes)
+    exact = plain_model()
+    for name, module in base.named_modules():
+        if is_quantised(module):
+            exact.get_submodule(name).weight.data.copy_(dequantised(module))
+    models = [wrap(m, **UPDATES["units and low-rank"], also_train=["norms"], seed=3) for m in (base, exact)]
+    with torch.no_grad():
+        for a, b in zip(*(dict(m.named_parameters()).items() for m in models), strict=True):
+            if a[1].requires_grad and b[1].shape == a[1].shape:
+                a[1].copy_(b[1])
+    for model in models:
+        model(**token_batch()).loss.backward()
+    first, second = (dict(m.named_parameters()) for m in models)
+    compared = 0
+    for name, parameter in first.items():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, second[name].grad, atol=1e-5, rtol=1e-3)
+            compared += 1
+    assert compared > 20
+
+
+def test_calibration_on_a_quantised_base():
+    batches = [token_batch(seed=seed) for seed in range(3)]
+    model = wrap(quantised_model(codes), budget={"trainable": 0.1}, score="fisher", calibration=batches)
+    assert model.base_model.plan().trainable_share <= 0.1
+
+
+@pytest.mark.parametrize("budget", [0.5, {"flops": 0.5}, {"params": 0.5, "trainable": 0.1}])
+def test_trimming_a_quantised_base_is_refused(kind, budget):
+    base, batch = quantised_model(kind), token_batch()
+    before = run(base, batch)
+    with pytest.raises(AnatomyError, match="quantised.*without quantisation"):
+        wrap(base, budget=budget)
+    assert torch.equal(run(base, batch), before)
+
+
+def test_an_adapter_that_trims_does_not_load_on_a_quantised_base(tmp_path):
+    wrap(plain_model(), budget=0.5).save_pretrained(tmp_path)
+    with pytest.raises(SensiLoadError, match="quantised"):
+        PeftModel.from_pretrained(quantised_model(codes), tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"update": "mask", "sparsity": 0.3}, {"keep_base": False}])
+@pytest.mark.filterwarnings("ignore:No budget was given")
+def test_what_needs_the_base_in_full_is_refused(config):
+    with pytest.raises(SensiError, match="quantised"):
+        wrap(quantised_model(codes), **config)
+
+
+def test_counts_are_those_of_the_model_without_quantisation(kind):
+    counts = [build_anatomy(model).total_params for model in (plain_model(), quantised_model(kind))]
+    assert counts[0] == counts[1]
