@@ -87,7 +87,9 @@ class SensiLayer(BaseTunerLayer):
         self.sensi_slices[adapter_name] = piece
         base = self.get_base_layer()
         empty = base.weight.is_meta or _new_parameters_are_empty()
-        start = empty_parts(base, piece) if empty else first_parts(base, piece, values)
+        # An adapter that is only used gets its places from a file: choosing them would take longer than to load it.
+        chosen = replace(piece, support="first") if inference_mode else piece
+        start = empty_parts(base, piece) if empty else first_parts(base, chosen, values)
         for name, tensor in start.items():
             trained = f"sensi_{name}" in self.adapter_layer_names
             if trained and not init_weights and not tensor.is_meta:
