@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[s
     known = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
     found = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
     if not found and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
-        found = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
+        with suppress(Exception):  # no connection, in the words of whatever HTTP client the Hub's library has
+            found = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
     if found:
         raise _only_safetensors(f"{place}/{pickled}")
     return None

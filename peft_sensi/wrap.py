@@ -13,7 +13,7 @@ from torch import nn
 from . import replicas
 from .anatomy import Group, not_linear
 from .config import SensiConfig
-from .errors import SensiLoadError
+from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
 from .linears import is_plain
@@ -139,6 +139,10 @@ def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor])
             top, _, rest = name.partition(".")
             wrapper = model.get_submodule(top)
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-                parameter = wrapper.modules_to_save[adapter_name].get_parameter(rest)
+                own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
+                if rest not in own or own[rest].shape != value.shape:
+                    found = tuple(own[rest].shape) if rest in own else "no such parameter"
+                    raise SensiError(f"The scores' head has {name!r} {tuple(value.shape)}, this model {found}.")
+                parameter = own[rest]
                 if not parameter.is_meta:
                     parameter.copy_(value)

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_contract import is_plain
 from test_trainer import state, trainer, wrapped
-from tiny import BOTH, TRIM, assert_same_tensors, logits, tiny_batches, tiny_model, train, trained
+from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, train, trained, wrap
 
 from peft_sensi import Scores, SensiConfig, SensiError, SensiLoadError, compute_scores
+from peft_sensi.merged import load_merged, save_merged
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -89,6 +91,40 @@ def test_many_killed_saves(tmp_path):
     assert outcomes["loaded"] > 20 and outcomes["refused"] > 5  # the kills hit both sides
 
 
+def kill_mergers(folder: Path, kills: int) -> collections.Counter:
+    """Merged models that need a record of their widths, and one that is a plain checkpoint, over each other."""
+    models = [trained(**TRIM), trained(**TUNE), trained(**BOTH)]
+    expected = [logits(load_after_save(model, folder / "probe")) for model in models]
+    draw, outcomes, place = random.Random(kills), collections.Counter(), folder / "merged"
+
+    def save_forever() -> None:
+        for i in range(10_000):
+            save_merged(models[(i + 1) % 3], place)
+
+    save_merged(models[0], place)
+    for _ in range(kills):
+        kill_after(in_child(save_forever), draw.uniform(0, 0.15))
+        found = logits(load_merged(place))
+        assert sum(torch.equal(found, one) for one in expected) == 1
+        outcomes["loaded"] += 1
+    print(f"{kills} kills of save_merged: {dict(outcomes)}")
+    return outcomes
+
+
+def load_after_save(model: PeftModel, folder: Path) -> torch.nn.Module:
+    save_merged(model, folder)
+    return load_merged(folder)
+
+
+def test_a_killed_save_of_a_merged_model(tmp_path):
+    kill_mergers(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_many_killed_saves_of_merged_models(tmp_path):
+    kill_mergers(tmp_path, 60)
+
+
 def run_and_kill(rows, folder: Path, seconds: float) -> None:
     model = wrapped(rows, **TRIM)
     run = trainer(model, rows, folder, save_strategy="steps", save_steps=1)
@@ -129,7 +165,7 @@ def kill_trainers(rows, folder: Path, kills: int) -> collections.Counter:
 
 
 def test_a_killed_training(rows, tmp_path):
-    assert kill_trainers(rows, tmp_path, 3)
+    kill_trainers(rows, tmp_path, 3)
 
 
 @pytest.mark.slow
@@ -152,8 +188,6 @@ def test_the_plan_alone_does_not_tie_the_files(tmp_path):
     first = trained(**calm)
     first.save_pretrained(tmp_path / "first")
     other = tiny_model(seed=1)
-    from tiny import wrap
-
     second = wrap(other, **calm)
     second.save_pretrained(tmp_path / "second")
     assert first.peft_config["default"].plan == second.peft_config["default"].plan
@@ -241,8 +275,6 @@ BAD_SCORES = {
 def test_broken_scores_are_refused(name, tmp_path):
     path = tmp_path / "scores.safetensors"
     compute_scores(tiny_model(), score="magnitude").save(path)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -255,7 +287,4 @@ def test_broken_scores_are_refused(name, tmp_path):
 def test_scores_of_another_model_are_refused(tmp_path):
     scores = compute_scores(tiny_model(num_attention_heads=8), score="magnitude")
     with pytest.raises(SensiError, match="units"):
-        SensiConfig(scores=scores, budget=0.5)
-        from tiny import wrap
-
         wrap(tiny_model(), scores=scores, budget=0.5)

@@ -1,0 +1,258 @@
+"""Foreign files, one rule at a time: what is refused, by which error, and how the base is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_contract import assert_is_base, edit_config, first, is_plain, spoil
+from tiny import TRIM, assert_same_tensors, logits, snapshot, tiny_model, trained, wrap
+
+from peft_sensi import SensiConfig, SensiError, SensiLoadError
+
+
+SPARSE = {"update": "low_rank+sparse", "rank": 2, "sparse": 9, "target_modules": ["query", "value"]}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    trained(**TRIM).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def sparse(tmp_path) -> Path:
+    trained(**SPARSE).save_pretrained(tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+def refused(folder: Path, match: str) -> None:
+    """Loading raises our error, which names the file, and leaves the base as it was."""
+    base = tiny_model()
+    base.bert.pooler.requires_grad_(False)
+    flags = [p.requires_grad for p in base.parameters()]
+    with pytest.raises(SensiLoadError, match=match) as caught:
+        PeftModel.from_pretrained(base, folder)
+    assert "adapter_config.json" in str(caught.value) or WEIGHTS in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert [p.requires_grad for p in base.parameters()] == flags
+    assert_is_base(base, tiny_model())
+
+
+PLACES = {
+    "out of range": lambda p: p[-1:].fill_(32 * 32),
+    "far out of range": lambda p: p[-1:].fill_(2**31 - 1),
+    "negative": lambda p: p[:1].fill_(-1),
+    "duplicate": lambda p: p[1:2].copy_(p[:1]),
+    "unsorted": lambda p: p.copy_(p.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_positions_of_single_values(sparse, name):
+    spoil(sparse, lambda t: PLACES[name](t[first(t, "sensi_places")]))
+    refused(sparse, "sensi_places.*ascending positions below 1024")
+
+
+HEADS = {
+    "nan": (lambda t: t["base_model.model.classifier.weight"].view(-1)[0].fill_(float("nan")), "classifier.*NaN"),
+    "missing": (lambda t: t.pop("base_model.model.classifier.weight"), "lacks 'classifier.weight'"),
+    "extra": (lambda t: t.update({"base_model.model.classifier.x": torch.ones(1)}), "holds 'classifier.x'"),
+    "shape": (lambda t: t.update({"base_model.model.classifier.bias": torch.ones(4)}), r"\(4,\), expected \(3,\)"),
+    "whole numbers": (lambda t: t.update({"base_model.model.classifier.bias": torch.ones(3).int()}), "dtype"),
+    "twice": (lambda t: t.update({"classifier.bias": torch.ones(3)}), "once"),
+    "too large for float32": (
+        lambda t: t.update({"base_model.model.classifier.bias": torch.full((3,), 1e300, dtype=torch.float64)}),
+        "infinity",
+    ),
+    "eight bits": (
+        lambda t: t.update({"base_model.model.classifier.bias": torch.ones(3).to(torch.float8_e4m3fn)}),
+        "F8_E4M3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_modules_that_are_saved_whole(folder, name):
+    spoil(folder, HEADS[name][0])
+    refused(folder, HEADS[name][1])
+
+
+def test_a_truncated_file(folder):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(folder, "whole safetensors file")
+
+
+def test_a_pickle_is_refused(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    refused(folder, "only safetensors")
+
+
+def test_files_of_the_hub_are_checked_alike(folder, tmp_path):
+    cache, commit = tmp_path / "cache", "0" * 40
+    place = cache / "models--somebody--adapter"
+    snapshot_folder = place / "snapshots" / commit
+    shutil.copytree(folder, snapshot_folder)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    options = {"cache_dir": str(cache)}
+    expected = logits(PeftModel.from_pretrained(tiny_model(), folder))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), "somebody/adapter", **options)), expected)
+    spoil(snapshot_folder, lambda t: t[first(t)].fill_(float("nan")))
+    base = tiny_model()
+    with pytest.raises(SensiLoadError, match="NaN"):
+        PeftModel.from_pretrained(base, "somebody/adapter", **options)
+    (snapshot_folder / WEIGHTS).rename(snapshot_folder / "adapter_model.bin")
+    with pytest.raises(SensiLoadError, match=r"somebody/adapter/adapter_model.bin: only safetensors"):
+        PeftModel.from_pretrained(base, "somebody/adapter", **options)
+    assert is_plain(base)
+
+
+BAD_FIELDS = {
+    "regex": ({"target_modules": "(.*)*query"}, "target_modules"),
+    "regex that hangs": ({"target_modules": "((a|a)*)*b"}, "target_modules"),
+    "regex of exclusions": ({"exclude_modules": ".*"}, "exclude_modules"),
+    "regex of saved modules": ({"modules_to_save": ["(([a-z.]+)+)+!"]}, "modules_to_save"),
+    "numbers for names": ({"target_modules": [1]}, "target_modules"),
+    "huge number": ({"priming_lr": 10**400}, "priming_lr"),
+    "huge budget": ({"budget": -(10**400)}, "params"),
+    "nan": ({"priming_lr": float("nan")}, "priming_lr"),
+    "a boolean for a count": ({"seed": True}, "seed"),
+    "a private attribute": (
+        {"blocks": [{"layer": "encoder.layer.*", "head_size": "__class__", "q": "a", "k": "b", "v": "c", "o": "d"}]},
+        "head_size",
+    ),
+    "a regex for a layer": ({"blocks": [{"layer": "(a+)+", "up": "x", "down": "y"}]}, "layer"),
+    "nan in the fingerprint": ({"fingerprint": {"shapes": {}, "marks": [float("nan")]}}, "fingerprint"),
+    "an unknown update": ({"update": "dense+mask"}, "update"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_fields(folder, name):
+    changes, match = BAD_FIELDS[name]
+    edit_config(folder, **changes)
+    begun = time.monotonic()
+    refused(folder, match)
+    assert time.monotonic() - begun < 5
+
+
+def without_mark(folder: Path) -> None:
+    """As older files are: no check of the fields that give values their meaning."""
+    plan = json.loads((folder / "adapter_config.json").read_text())["plan"]
+    data = torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
+    spoil(folder, lambda t: t.update({"base_model.model.sensi_plan": data}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank": 10**8}, {"rank": 31}, {"sparse": 10**9}, {"sparse": 8}, {"update": "low_rank", "sparse": None}],
+)
+def test_sizes_are_checked_before_anything_is_allocated(sparse, changes, monkeypatch):
+    edit_config(sparse, **changes)
+    refused(sparse, "different settings")
+    without_mark(sparse)
+    monkeypatch.setattr("peft_sensi.slices.low_rank_start", None)  # would be called for what is allocated
+    refused(sparse, "rank|shape|holds")
+
+
+def test_a_rank_beyond_every_matrix_is_refused():
+    with pytest.raises(SensiError, match="at most 64"):
+        wrap(tiny_model(), update="low_rank", rank=65)
+
+
+def test_a_layout_cannot_set_what_is_no_number():
+    layout = {
+        "layer": "encoder.layer.*", "q": "attention.self.query", "k": "attention.self.key",
+        "v": "attention.self.value", "o": "attention.output.dense", "head_size": 8,
+        "head_counts": ["attention.self.forward"],
+    }  # fmt: skip
+    base = tiny_model()
+    with pytest.raises(SensiLoadError, match="attention.self.forward"):
+        wrap(base, blocks=[layout], budget=0.5)
+    assert_is_base(base, tiny_model())
+
+
+@pytest.mark.parametrize("targets", [r".*\.(query|value)", r".*layer\.1.*dense", "all-linear"])
+def test_a_regular_expression_is_saved_as_the_names_it_matched(targets, tmp_path):
+    model = wrap(
+        tiny_model(), target_modules=targets, exclude_modules=r".*pooler.*", **{"budget": {"trainable": 0.05}}
+    )
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert isinstance(values["target_modules"], list) and not isinstance(values["exclude_modules"], str)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+def test_a_failed_second_adapter_leaves_the_first(folder, sparse):
+    model = PeftModel.from_pretrained(tiny_model(), folder)
+    before, expected = snapshot(model), logits(model)
+    spoil(sparse, lambda t: t.pop(first(t, "sensi_up")))
+    with pytest.raises(SensiLoadError, match="lacks"):
+        model.load_adapter(sparse, "second")
+    assert list(model.peft_config) == ["default"]
+    assert_same_tensors(snapshot(model), before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_auto_classes_check_the_pair(folder, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    trained(budget=0.3).save_pretrained(tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / WEIGHTS, folder / WEIGHTS)
+    edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(SensiLoadError, match="do not belong together"):
+        AutoPeftModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["sensi_places", "sensi_values"])
+def test_transformers_loads_past_our_hooks_but_nothing_bad_is_used(sparse, part):
+    def change(tensors: dict) -> None:
+        if part == "sensi_values":
+            tensors[first(tensors, part)][0] = float("inf")
+        else:
+            PLACES["out of range"](tensors[first(tensors, part)])
+
+    spoil(sparse, change)
+    model = tiny_model()
+    model.load_adapter(str(sparse))
+    with pytest.raises(SensiLoadError, match=part):
+        logits(model)
+
+
+def test_a_config_whose_values_were_changed_starts_afresh(folder):
+    """The same plan for another kind of update: the values beside the config are not meant then."""
+    config = SensiConfig.from_pretrained(folder)
+    config.update, config.rank, config.inference_mode = "dense+low_rank", 2, False
+    model = get_peft_model(tiny_model(), config)
+    assert any("sensi_down" in name for name, _ in model.named_parameters())
+
+
+def test_a_config_from_a_file_wraps_a_base(folder):
+    model = get_peft_model(tiny_model(), PeftConfig.from_pretrained(folder))
+    assert model.base_model.plan().to_dict() == SensiConfig.from_pretrained(folder).plan
+
+
+def test_bits_behind_the_last_weight_must_be_zero(tmp_path):
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin = torch.nn.Linear(3, 5)
+
+    config = SensiConfig(update="mask", sparsity=0.3, target_modules=["lin"])
+    model = get_peft_model(Odd(), config)
+    model.base_model.compress("bits")
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(Odd(), tmp_path)
+    spoil(tmp_path, lambda t: t[first(t, "sensi_bits")][-1:].bitwise_or_(1))
+    with pytest.raises(SensiLoadError, match="zeros after its 15 bits"):
+        PeftModel.from_pretrained(Odd(), tmp_path)
