@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--model", default=get_model_path(), help="a folder or a name on the Hub")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=100, help="rows for training, of each of the six classes")
+    parser.add_argument("--priming-steps", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("multi_gpu_output"))
     args = parser.parse_args()
@@ -67,7 +68,10 @@ def main() -> None:
 
     # Each process calibrates on its own share; scores are summed over all of them.
     share = train.shuffle(seed=0).shard(processes.num_processes, processes.process_index)
-    config = SensiConfig(budget=args.budget, calibration=batches(share, collator), task_type="SEQ_CLS")
+    calibration = batches(share, collator, max(1, GLOBAL_BATCH // processes.num_processes))
+    config = SensiConfig(
+        budget=args.budget, calibration=calibration, priming_steps=args.priming_steps, task_type="SEQ_CLS"
+    )
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(docstrings.LIBRARIES))
     model = get_peft_model(base.float(), config)
     if processes.is_main_process:

@@ -49,7 +49,7 @@ def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
 
 
 def block_of(group: Group) -> str:
-    return group.layer or group.name
+    return (group.layer if group.trimmable else "") or group.name
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
@@ -65,6 +65,12 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     while len({tuple(p[: common + 1]) for p in parts}) == 1:
         common += 1
     return {path: " ".join(p[common:]) or p[-1] for path, p in zip(paths, parts, strict=True)}
+
+
+def shortened(label: str, width: int) -> str:
+    """The first word, which tells the block, and the end."""
+    first = label.partition(" ")[0][: width // 2]
+    return label if len(label) <= width else f"{first} …{label[len(first) + 2 - width :]}"
 
 
 def human(number: float) -> str:

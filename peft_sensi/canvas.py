@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .blocks import short_names
+from .blocks import short_names, shortened
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED
 
@@ -75,18 +75,31 @@ def count_ticks(axes: Any, most: int) -> None:
     axes.set_xlim(0, most)
 
 
+def block_labels(names: list[str], blocks: list[str]) -> list[str]:
+    """Short names of blocks; of groups, where a block has several."""
+    shown = short_names(blocks) if len(set(blocks)) == len(blocks) else short_names(names)
+    return [shortened(shown[b if b in shown else n], 24) for n, b in zip(names, blocks, strict=True)]
+
+
+def room_between(parts: list[list[str]]) -> float:
+    """The space between panels, in widths of a panel, that the labels of all but the first need."""
+    longest = max((len(label) for labels in parts[1:] for label in labels), default=0)
+    return max(0.16, 0.08 + 0.024 * longest)
+
+
 def block_ticks(axes: Any, names: list[str], blocks: list[str]) -> None:
     """The first block on top, with its short name; only some of the names where there are many."""
-    shown = short_names(blocks) if len(set(blocks)) == len(blocks) else short_names(names)
-    labels = [shown[b if b in shown else n] for n, b in zip(names, blocks, strict=True)]
+    labels = block_labels(names, blocks)
     step = max(1, -(-len(labels) // 26))
-    axes.set_yticks(range(0, len(labels), step), [label[-24:] for label in labels[::step]], size=6.5)
+    axes.set_yticks(range(0, len(labels), step), labels[::step], size=6.5)
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Writes the file under a temporary name first. Raises `SensiError` for a format that matplotlib does not have."""
+    from matplotlib.transforms import Bbox
+
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
     known = figure.canvas.get_supported_filetypes()
@@ -95,7 +108,10 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{kind}")
     try:
-        figure.savefig(unfinished, format=kind, dpi=200)
+        # The sheet grows where a label would be cut off.
+        sheet = Bbox.from_bounds(0, 0, *figure.get_size_inches())
+        whole = Bbox.union([sheet, figure.get_tightbbox().padded(0.06)])
+        figure.savefig(unfinished, format=kind, dpi=200, bbox_inches=whole)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

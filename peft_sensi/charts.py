@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .canvas import block_ticks, count_ticks, look_of, new_figure, save_figure, style_axes
+from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
 from .errors import SensiError
 from .scores import Scores
 
@@ -42,7 +42,7 @@ def plot_scores(scores: Scores, path: str | os.PathLike, style: str = "light") -
         right=0.972,
         top=1 - 0.6 / size,
         bottom=0.8 / size,
-        wspace=0.16,
+        wspace=room_between([block_labels(names, blocks_of(names)) for names in parts.values()]),
         width_ratios=[1.0 if kind == "heads" and len(parts) > 1 else 1.7 for kind in parts],
     )
     for i, (kind, names) in enumerate(parts.items()):
@@ -146,6 +146,10 @@ def plot_budgets(
     save_figure(figure, path)
 
 
+def blocks_of(names: list[str]) -> list[str]:
+    return [name.rpartition(".")[0] for name in names]
+
+
 def _draw_heat(
     figure: Any, axes: Any, rows: list[tuple[str, np.ndarray]], kind: str, scores: Scores, look: Mapping[str, Any]
 ) -> None:
@@ -185,7 +189,7 @@ def _draw_heat(
         )
     style_axes(axes, look)
     names = [name for name, _ in rows]
-    block_ticks(axes, names, [name.rpartition(".")[0] for name in names])
+    block_ticks(axes, names, blocks_of(names))
     if spiked:
         axes.tick_params(axis="y", pad=7)
     count_ticks(axes, widest)

@@ -72,6 +72,10 @@ Pair = Annotated[
 Label = Annotated[
     str | None, typer.Option("--label-column", metavar="NAME", rich_help_panel=DATA, help="Default: label.")
 ]
+Regression = Annotated[
+    bool,
+    typer.Option("--regression", rich_help_panel=DATA, help="Labels are amounts, not classes."),
+]
 MaxLength = Annotated[
     int, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="Longer texts are cut, in tokens.")
 ]
@@ -118,6 +122,7 @@ def plan(
     text_column: Text_ = None,
     pair_column: Pair = None,
     label_column: Label = None,
+    regression: Regression = False,
     max_length: MaxLength = 128,
     max_rows: MaxRows = None,
     batch_size: BatchSize = 32,
@@ -137,7 +142,8 @@ def plan(
 
     limits = limits_of(budget, flops, trainable)
     columns: dict[str, Any] = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
-    options = {"max_length": max_length, "max_rows": max_rows, "seed": seed}
+    options: dict[str, Any] = {"max_length": max_length, "max_rows": max_rows, "seed": seed}
+    options |= {"regression": regression or None}
     base, task = load_for(model, data, scores is not None or score in ("magnitude", "random"), columns, options)
     if scores is not None:
         ranking = Scores.load(scores)
@@ -186,6 +192,7 @@ def train(
     text_column: Text_ = None,
     pair_column: Pair = None,
     label_column: Label = None,
+    regression: Regression = False,
     max_length: MaxLength = 128,
     max_rows: MaxRows = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
@@ -206,7 +213,7 @@ def train(
         raise SensiError(f"{out_folder} is a file; --out names a folder.")
     columns: dict[str, Any] = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     options: dict[str, Any] = {"max_length": max_length, "max_rows": max_rows, "seed": seed}
-    options |= {"validation": validation, "hold_out": 0.0 if validation else 0.1}
+    options |= {"regression": regression or None, "validation": validation, "hold_out": 0.0 if validation else 0.1}
     base, task = load_for(model, data, False, columns, options)
     result = train_for(
         base,

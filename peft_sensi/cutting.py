@@ -25,34 +25,36 @@ def cut(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[None]
     try:
         for group in groups:
             kept = np.flatnonzero(plan.of(group) != TRIMMED)
-            if len(kept) == group.size:
-                continue
             for name in group.modules:
                 linear = linear_of(model, name)
+                before.append((linear, linear.weight, linear.bias))  # also of whole groups: see `put`
+                if len(kept) == group.size:
+                    continue
                 sides = [side for side in group.sides if side.module == name]
                 positions = np.concatenate([side.positions(kept) for side in sides])
-                before.append((linear, linear.weight, linear.bias))
                 index = torch.from_numpy(positions).to(linear.weight.device)
                 weight, bias = matrix(linear).detach().index_select(sides[0].dim, index), linear.bias
                 if bias is not None and sides[0].dim == 0:
                     bias = bias.detach().index_select(0, index)
                 put(linear, weight, bias)
             for path, per_unit in group.attributes:
+                if len(kept) == group.size:
+                    continue
                 parent, _, attribute = path.rpartition(".")
                 module = model.get_submodule(parent)
                 told.append((module, attribute, getattr(module, attribute)))
                 setattr(module, attribute, len(kept) * per_unit)
         yield
     finally:
-        for linear, weight, bias in before:
+        for linear, weight, bias in reversed(before):
             linear._parameters["weight"], linear._parameters["bias"] = weight, bias
             tell_features(linear)
-        for module, attribute, value in told:
+        for module, attribute, value in reversed(told):
             setattr(module, attribute, value)
 
 
 def put(linear: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Gives a Linear another weight `[out, in]` and bias for a while, in its own dtype."""
+    """Inside `cut`: gives a Linear of its groups another weight `[out, in]` and bias, in its own dtype."""
     dtype = linear.weight.dtype
     # Not by assignment: under `init_empty_weights` whatever is registered would lose its values.
     linear._parameters["weight"] = nn.Parameter(oriented(linear, weight).to(dtype), requires_grad=False)

@@ -201,5 +201,4 @@ DECODERS: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout,
     "stablelm": _stablelm,
     "starcoder2": (_STARCODER2,),
     "vaultgemma": (replace(_LLAMA, attention_norm="pre_feedforward_layernorm"),),
-    "xglm": (replace(_OPT, head_widths=("self_attn.embed_dim",)),),
 }

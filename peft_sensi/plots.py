@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .blocks import KINDS, STATES, Row, human, rows_of
-from .canvas import block_ticks, count_ticks, look_of, new_figure, save_figure, style_axes
+from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED, Plan
 
@@ -66,7 +66,8 @@ def plot_plan(
         hspace=1.5 / np.mean(heights) / 2 if ranked else 0,
     )
     widths = [1.0 if part[0].kind == "head" and len(maps) > 1 else 1.7 for part in maps]
-    upper = grid[0].subgridspec(1, len(maps), width_ratios=widths, wspace=0.16)
+    labels = [block_labels([row.name for row in part], [row.block for row in part]) for part in maps]
+    upper = grid[0].subgridspec(1, len(maps), width_ratios=widths, wspace=room_between(labels))
     for i, part in enumerate(maps):
         axes = figure.add_subplot(upper[i])
         if part[0].kind == "head" and max(row.size for row in part) <= 64:

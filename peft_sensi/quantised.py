@@ -20,6 +20,8 @@ def is_quantised(linear: Any) -> bool:
 
 def has_codes(weight: torch.Tensor) -> bool:
     kind = type(weight)
+    if kind is nn.Parameter or kind is torch.Tensor:
+        return False  # the usual case, which `torch.compile` can follow
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 

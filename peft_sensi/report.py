@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .blocks import KINDS, Row, human, rows_of, short_names
+from .blocks import KINDS, Row, human, rows_of, short_names, shortened
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED, Plan
 
@@ -44,7 +44,9 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Rend
         for kind in kinds
         for i, header in enumerate(headers[kind])
     ]
-    taken = max((len(label) for label, _ in lines), default=0) + sum(max(map(len, column)) for column in columns)
+    taken = max(len(label) for label in ("block", *(label for label, _ in lines))) + sum(
+        max(map(len, column)) for column in columns
+    )
     room = (WIDTH - taken - 3 * (1 + len(columns) + len(kinds))) // max(1, len(kinds))
     bar = max(MIN_BAR, min(MAX_BAR, room))
     table.add_column("block", no_wrap=True)
@@ -154,7 +156,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
             second = line is not None
             line = open_line[row.block] = {}
             label = names[row.block] + (f" {row.name.rpartition('.')[2]}" if second else "")
-            lines.append((label if len(label) <= 20 else "…" + label[-19:], line))
+            lines.append((shortened(label, 36 if len({row.kind for row in rows}) == 1 else 20), line))
         line[row.kind] = row
     return lines
 

@@ -56,6 +56,9 @@ def quiet_libraries() -> None:
     """Only warnings that users can do something about, a line each."""
     from transformers.utils import logging
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading weights, which has our own spinner
     warnings.simplefilter("ignore", FutureWarning)

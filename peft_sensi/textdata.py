@@ -121,6 +121,7 @@ def read_task(
     label_column: str | None = None,
     max_length: int = 128,
     max_rows: int | None = None,
+    regression: bool | None = None,
     hold_out: float = 0.0,
     seed: int = 0,
 ) -> TextTask:
@@ -130,6 +131,7 @@ def read_task(
         validation: A second file; without it the share `hold_out` of the rows is held out.
         text_column, pair_column, label_column: Found from the header and the values where there is no doubt.
         max_rows: A random choice of so many rows.
+        regression: Whether labels are amounts; found from the labels if not given.
     """
     rows = read_rows(data)
     label, columns = _columns(data, rows, text_column, pair_column, label_column)
@@ -147,9 +149,19 @@ def read_task(
                 f"{len(rows)} rows are too few to hold out {hold_out:.0%} of them: give a validation file."
             )
         held, rows = rows[:count], rows[count:]
-    labels = find_labels([row.get(label) for row in rows])
+    values = [row.get(label) for row in rows]
+    if any(value is None or value == "" for value in values):
+        raise DataError(f"{data}: a row has no label in {label!r}.")
+    try:
+        labels = find_labels(values, regression or None)
+    except (TypeError, ValueError):
+        raise DataError(f"{data}: the labels in {label!r} are neither names nor numbers.") from None
+    if regression and not all(_is_number(value) for value in values):
+        raise DataError(f"{data}: not all labels in {label!r} are numbers, as a regression needs.")
     if len(labels.names) == 1:
         raise DataError(f"All rows of {data} have the label {labels.names[0]!r}: there is nothing to learn.")
+    if len(labels.names) > max(2, len(rows) // 2):
+        raise DataError(f"{data}: {len(labels.names):,} different labels in {len(rows):,} rows: is it {label!r}?")
     tokenizer = load_tokenizer(model)
     parts = [
         _encode(part, name, columns, label, labels, tokenizer, max_length)
@@ -219,6 +231,8 @@ def _columns(
     for name in filter(None, (text, pair, label)):
         if name not in names:
             raise DataError(f"{data} has no column {name!r}; it has {', '.join(map(str, names))}.")
+    if label is not None and label in (text, pair):
+        raise DataError(f"{label!r} cannot be the text and the label.")
     if label is None:
         label = next((name for name in LABEL_COLUMNS if name in names), None)
         if label is None:

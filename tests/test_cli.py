@@ -273,6 +273,30 @@ def test_files_are_read_as_they_are(tmp_path):
             textdata.read_rows(tmp_path / name)
 
 
+def test_data_that_cannot_be_meant(work, tmp_path):
+    def with_rows(rows) -> str:
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        return fails("plan", work / "base", "--data", tmp_path / "d.json", "--budget", "0.5")
+
+    rows = [{"text": f"a film {i}", "label": i % 2} for i in range(8)]
+    assert "has no label" in with_rows([*rows, {"text": "the plot"}])
+    assert "has no label" in with_rows([*rows, {"text": "the plot", "label": None}])
+    assert "nothing to learn" in with_rows([row | {"label": "x"} for row in rows])
+    assert "different labels" in with_rows([row | {"label": f"id{i}"} for i, row in enumerate(rows)])
+    assert "no text in 'text'" in with_rows([*rows * 20, {"text": 5, "label": 1}])
+    assert "which column holds the labels" in with_rows([{"text": "a"}])
+    text = fails("plan", work / "base", "--data", work / "data.tsv", "--regression", "--budget", "0.5")
+    assert "not all labels" in text or "neither names nor numbers" in text
+
+
+def test_whole_numbers_can_be_amounts(work):
+    rows = [{"text": WORDS[i % 13], "label": i % 5} for i in range(40)]
+    (work / "stars.json").write_text(json.dumps(rows))
+    task = textdata.read_task(str(work / "base"), work / "stars.json", regression=True)
+    assert task.labels.regression and {row["labels"] for row in task.train} == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert textdata.read_task(str(work / "base"), work / "stars.json").labels.names == list("01234")
+
+
 def test_labels_and_columns_are_found_where_there_is_no_doubt():
     assert textdata.find_labels(["10", "2", "2"]).names == ["2", "10"]
     assert textdata.find_labels(["3.5", "2"]).regression and not textdata.find_labels(["a", "2"]).regression

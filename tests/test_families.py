@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 from family_checks import (
     VOCABULARY,
     Case,
@@ -18,8 +19,10 @@ from family_checks import (
     check_save_load,
     check_training_step,
     image_batch,
+    run,
     token_batch,
 )
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -213,6 +216,37 @@ def test_merged_files(name, tmp_path):
 @pytest.mark.parametrize("name", [c.name for c in [*CASES, *RELATIVES] if c.task_type == "SEQ_2_SEQ_LM"])
 def test_generation(name):
     check_generation(next(c for c in [*CASES, *RELATIVES] if c.name == name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bert", "albert", "deberta-v3", "mpnet", "t5-gated", "bart", "vit"])
+def test_bases_in_16_bits(name, dtype, tmp_path):
+    case = next(c for c in CASES if c.name == name)
+
+    def batch(seed=3):
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.batch(seed=seed).items()}
+
+    base = case.model(dtype=dtype)
+    before = run(base, batch())
+    assert before.dtype == dtype
+    # Priming differentiates in the base's type, and these random models overflow float16.
+    data = {"calibration": [batch(seed) for seed in range(3)]} if dtype == torch.bfloat16 else {}
+    model = case.wrap(base, budget=0.55, **data)
+    assert model.base_model.plan().trims
+    if dtype == torch.bfloat16:
+        model.train()
+        model(**batch(seed=5)).loss.backward()
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    assert {p.dtype for n, p in model.named_parameters() if "sensi_weight" in n} == {torch.float32}
+    expected = run(model, batch())
+    assert expected.dtype == dtype and torch.isfinite(expected).all()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(case.model(dtype=dtype), tmp_path), batch()), expected)
+    with model.disable_adapter():
+        assert torch.equal(run(model, batch()), before)
+    small = model.merge_and_unload()
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    torch.testing.assert_close(run(small, batch()), expected, atol=0.03 * float(expected.abs().max()), rtol=0)
 
 
 def test_calibration_and_training(case, tmp_path):

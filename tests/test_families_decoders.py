@@ -138,8 +138,6 @@ MORE_CASES = [
     decoder("ministral3", head_dim=10),
     decoder("modernbert-decoder", num_key_value_heads=None, local_attention=4, cls_token_id=2, sep_token_id=2),
     decoder("vaultgemma", head_dim=10, query_pre_attn_scalar=10, sliding_window=4, attention=("eager",)),
-    decoder("xglm", attention=("eager",), hidden_size=None, d_model=36, num_attention_heads=None, attention_heads=6,
-            num_hidden_layers=None, num_layers=2, intermediate_size=None, ffn_dim=43, num_key_value_heads=None),
     decoder("granite"),
     decoder("helium", head_dim=6),
     decoder("ministral", head_dim=10, sliding_window=4),
@@ -247,6 +245,23 @@ def test_fused_projections_are_cut_in_all_their_parts():
         assert torch.equal(found, parts.reshape(-1, 36))
         if name == "gpt2":
             assert (small.nx, small.nf) == (36, len(heads) * 18) and small.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("gpt2", "c_attn"), ("gpt_neox", "query_key_value"), ("qwen2", "k_proj")]
+)
+@pytest.mark.parametrize("budget", [{"trainable": 0.05}, {"params": 0.6, "trainable": 0.05}])
+def test_one_projection_is_tuned(name, target, budget):
+    case = BY_NAME[name]
+    model = case.wrap(case.model(), budget=budget, target_modules=[target], also_train=[])
+    plan, trained = model.base_model.plan(), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(f".{target}." in n for n in trained)
+    assert sum(p.numel() for p in trained.values()) == plan.trainable_params <= 0.05 * plan.anatomy.total_params
+    before = run(model, case.batch(seed=3))
+    train(model, case)
+    after = run(model, case.batch(seed=3))
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(run(model.merge_and_unload(), case.batch(seed=3)), after, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])

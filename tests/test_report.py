@@ -11,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.blocks import Row, human, rows_of, short_names
+from peft_sensi.blocks import Row, human, rows_of, short_names, shortened
 from peft_sensi.canvas import STYLES
 from peft_sensi.charts import plot_budgets, plot_scores
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED, unpack_states
@@ -82,6 +82,11 @@ def test_short_names_keep_what_tells_blocks_apart():
     assert short_names(["a.b.c", "a.b"]) == {"a.b.c": "c", "a.b": "b"}
 
 
+def test_long_names_keep_their_block_and_their_end():
+    assert shortened("0 attention output dense", 20) == "0 …tion output dense"
+    assert len(shortened("0 attention output dense", 20)) <= 20 and shortened("0 output", 20) == "0 output"
+
+
 def test_counts_for_humans():
     assert [human(n) for n in (0, 7, 999, 1000, 41451572, 999_960, 84_999_168, 1.5e12)] == [
         "0", "7", "999", "1.00 k", "41.5 M", "1.00 M", "85.0 M", "1.50 T"]  # fmt: skip
@@ -97,6 +102,18 @@ def test_the_table_holds_every_count_and_fits_80_columns(plan):
         assert f"{row.count(TUNED, FROZEN):,}/{row.size:,}" in text
     assert "tuned" in text and "frozen" in text and "trimmed" in text
     assert f"{plan.params_share:.2%}" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("neurons", [8, 512, 3072])
+def test_nothing_is_cut_off_at_80_columns(family, neurons):
+    with torch.device("meta"):
+        config = tiny_config(family, intermediate_size=neurons, num_hidden_layers=12)
+        anatomy = build_anatomy((AutoModel if family == "bert" else AutoModelForCausalLM).from_config(config))
+    values = {g.name: np.arange(1.0, g.size + 1) for g in anatomy.groups}
+    for budget in (0.7, {"params": 0.7, "trainable": 0.2}):
+        text = printed(plan_table(make_plan(anatomy, values, budget)))
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80 and text.count(f"/{neurons:,} ") == 12
 
 
 def test_states_can_be_told_apart_without_colour_and_without_unicode(plan):

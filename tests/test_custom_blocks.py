@@ -1,0 +1,114 @@
+"""Layouts that a user describes: the example of docs/families.md, shared layers, and heads that stay."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_sensi import AnatomyError, BlockLayout, SensiConfig, SensiLoadError, build_anatomy, make_plan
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "families.md"
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch, capsys):
+    """The names that the example in the docs defines, after it has run."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "example"}
+    for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S):
+        exec(block, names)
+    return names
+
+
+def test_the_example_of_the_docs(example):
+    assert (example["small"].stack[0].wide.out_features + example["small"].stack[1].wide.out_features) % 8 == 0
+    kept = sum(p.numel() for n, p in example["small"].named_parameters() if "norm" not in n)
+    assert kept < 0.55 * sum(p.numel() for n, p in example["Model"]().named_parameters() if "norm" not in n)
+
+
+def test_gates_equal_removal(example):
+    torch.manual_seed(1)
+    model, layout, x = example["Model"](), example["layout"], example["x"]
+    anatomy = build_anatomy(model, blocks=[layout])
+    rng = np.random.default_rng(0)
+    plan = make_plan(anatomy, {g.name: rng.random(g.size) for g in anatomy.groups}, 0.6, multiple_of=1)
+    handles = []
+    for group in anatomy.groups:
+        gate = torch.from_numpy(np.repeat(plan.of(group) > 0, group.sides[-1].width)).float()
+        output = model.get_submodule(group.output)
+        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate,)))
+    gated = model(x)
+    for handle in handles:
+        handle.remove()
+    assert (model(x) - gated).abs().max() > 1e-2
+    small = get_peft_model(model, SensiConfig(plan=plan, blocks=[layout])).merge_and_unload()
+    torch.testing.assert_close(small(x), gated, atol=1e-5, rtol=1e-5)
+
+
+def test_fixed_heads_are_tuned_in_their_own_order(example, tmp_path):
+    """A bias with one entry a head, outside of the layer: no head may leave or change places."""
+
+    class Biased(example["Layer"]):
+        def forward(self, x):
+            n = self.norm(x)
+            q, k, v = (f(n).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+            bias = torch.tensor([0.0, 2.0, -3.0]).view(1, 3, 1, 1) * torch.arange(x.shape[1])
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+            return x + self.to_out(attended) + self.narrow(torch.relu(self.wide(self.norm_ffn(x))))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Biased()), example["x"]
+    before = model(x)
+    layout = BlockLayout.from_dict({**example["layout"].to_dict(), "layer": "*", "fixed_heads": True})
+    anatomy = build_anatomy(model, blocks=[layout])
+    heads, neurons = anatomy.groups
+    assert not heads.trimmable and anatomy.prunable_params == neurons.size * neurons.unit_params
+    states = (np.array([1, 1, 2], dtype=np.uint8).tobytes(), np.full(40, 1, dtype=np.uint8).tobytes())
+    like = make_plan(anatomy, {g.name: np.ones(g.size) for g in anatomy.groups}, None)
+    plan = type(like)(anatomy, states, like.targets, 128)
+    wrapped = get_peft_model(model, SensiConfig(plan=plan, blocks=[layout]))
+    torch.testing.assert_close(wrapped(x), before, atol=1e-6, rtol=1e-6)
+    trimmed = {**plan.to_dict(), "groups": {**plan.to_dict()["groups"]}}
+    trimmed["groups"][heads.name] = {"size": 3, "kept": "none", "tuned": "none"}
+    with pytest.raises(SensiLoadError, match="cannot be trimmed"):
+        get_peft_model(nn.Sequential(Biased()), SensiConfig(plan=trimmed, blocks=[layout]))
+
+
+def test_a_layer_that_runs_three_times_costs_its_flops_three_times():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)})])
+
+        def forward(self, x):
+            for _ in range(3):
+                x = x + self.blocks[0]["down"](torch.relu(self.blocks[0]["up"](x)))
+            return x
+
+    once = build_anatomy(Shared(), blocks=[BlockLayout(layer="blocks.*", up="up", down="down")])
+    layout = BlockLayout(layer="blocks.*", up="up", down="down", repeats=3)
+    assert BlockLayout.from_dict(layout.to_dict()) == layout
+    often = build_anatomy(Shared(), blocks=[layout])
+    assert often.prunable_params == once.prunable_params
+    assert often.prunable_macs(7) == 3 * once.prunable_macs(7)
+    torch.manual_seed(0)
+    base, x = Shared(), torch.randn(2, 6)
+    model = get_peft_model(base, SensiConfig(budget={"flops": 0.5}, blocks=[layout], score="random", multiple_of=1))
+    assert model.base_model.plan().flops_share == 0.5
+    before = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), before)
+
+
+def test_what_is_not_described_is_refused_or_tuned(example):
+    model = example["Model"]()
+    with pytest.raises(AnatomyError, match="BlockLayout"):
+        get_peft_model(model, SensiConfig(budget=0.5, score="random"))
+    tuned = get_peft_model(model, SensiConfig(budget={"trainable": 0.1}, score="random"))
+    assert isinstance(tuned, PeftModel) and not tuned.base_model.plan().trims
