@@ -19,9 +19,11 @@ CHANGED_BASE = "wants the wrapped model to begin with the base's outputs; what i
 TRAINS_MORE = "wants no gradients outside replaced layers; with a trimming budget the norms are trained as well"
 SEVERAL_SAVED = "is skipped by PEFT itself for each method: modules that are saved whole can't be active twice"
 STOCK_LOADER = "its last step is stock `from_pretrained` of a merged model, which refuses smaller matrices"
+NO_PICKLE = "saves a pickle and loads it again; only safetensors files are read"
 NO_HUB = "needs data, a tokenizer or a model of the Hub"
 
 DESELECTED: dict[str, tuple[str, ...]] = {
+    NO_PICKLE: ("*::test_save_pretrained_pickle*", "*::test_save_pretrained_selected_adapters_pickle*"),
     ANOTHER_METHOD: (
         "TestConfig::test_from_peft_type",  # all members of PEFT's own enum, which an outside method can't join
         "TestConfig::test_*adalora*",
