@@ -151,7 +151,12 @@ def save_card(card: ModelCard, path: Path) -> None:
             before, after = _around(old.text)
             card.text = f"{before}{ours}{after}"
             merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
-            merged["tags"] = sorted({*(old.data.get("tags") or []), *(card.data.get("tags") or [])})
+            tags = {*(old.data.get("tags") or []), *(card.data.get("tags") or [])}
+            # PEFT names a base that may be a path on this machine, which the Hub refuses.
+            paths = {tag for tag in tags if tag.startswith("base_model:") and not is_repo(tag.rpartition(":")[2])}
+            merged["tags"] = sorted(tags - paths)
+            if not is_repo(str(merged.get("base_model") or "")):
+                merged.pop("base_model", None)
             card.data = ModelCardData(**merged)
     card.save(path)
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
 from .adapters import SavedAdapter, open_adapter
-from .card import PICTURE, is_repo, new_card, save_card, write_card
+from .card import PICTURE, new_card, save_card, write_card
 from .errors import SensiError
 from .model import SensiModel
 
@@ -92,12 +92,7 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
         original(self, output_dir)
         if ours:
             card = ModelCard.load(path)
-            # PEFT has replaced the tags, and named a base that may be a path on this machine, which the Hub refuses.
-            tags = {*(card.data.tags or []), *our_tags}
-            paths = {tag for tag in tags if tag.startswith("base_model:") and not is_repo(tag.rpartition(":")[2])}
-            card.data.tags = sorted(tags - paths)
-            if not is_repo(str(card.data.base_model or "")):
-                card.data.base_model = None
+            card.data.tags = sorted({*(card.data.tags or []), *our_tags})  # PEFT has replaced them
             card.save(path)
 
     return create_or_update_model_card
