@@ -232,6 +232,8 @@ def _budget_rows(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str,
             "flops": f"{plan.flops_share:.2%} ({human(plan.kept_flops)})",
             "trainable": f"{plan.trainable_share:.2%} ({plan.trainable_params:,})",
         }
+        if not plan.anatomy.trimmable:
+            reached |= dict.fromkeys(("params", "flops"), "all: the model has nothing that could be trimmed")
     names = {"params": "parameters kept", "flops": "FLOPs kept", "trainable": "trained values"}
     words = {
         name: budget_words({name: value}).partition(" ")[2] if value is not None else "-"

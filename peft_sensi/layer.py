@@ -64,6 +64,7 @@ class SensiLayer(BaseTunerLayer):
         self._sensi_fused: dict[str, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
         self._sensi_unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
         self.out_features, self.in_features = features(base_layer)
+        self.sensi_coded = is_quantised(base_layer)  # asked once: `torch.compile` cannot trace the question
 
     def part(self, name: str, adapter_name: str) -> nn.Parameter | None:
         """The tensor `sensi_<name>` of an adapter, if it has one."""
@@ -86,7 +87,9 @@ class SensiLayer(BaseTunerLayer):
         self.sensi_slices[adapter_name] = piece
         base = self.get_base_layer()
         empty = base.weight.is_meta or _new_parameters_are_empty()
-        start = empty_parts(base, piece) if empty else first_parts(base, piece, values)
+        # An adapter that is only used gets its places from a file: choosing them would take longer than to load it.
+        chosen = replace(piece, support="first") if inference_mode else piece
+        start = empty_parts(base, piece) if empty else first_parts(base, chosen, values)
         for name, tensor in start.items():
             trained = f"sensi_{name}" in self.adapter_layer_names
             if trained and not init_weights and not tensor.is_meta:
@@ -209,7 +212,7 @@ class SensiLayer(BaseTunerLayer):
         if len(together) > 1:
             self.check_combination(together)
         base = self.get_base_layer()
-        if names and is_quantised(base):
+        if names and self.sensi_coded:
             raise not_mergeable()
         for name in names:
             with torch.no_grad():
@@ -239,7 +242,7 @@ class SensiLayer(BaseTunerLayer):
 
     def check_combination(self, adapter_names: list[str]) -> None:
         pieces = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
-        if len(adapter_names) > 1 and is_quantised(self.get_base_layer()):
+        if len(adapter_names) > 1 and self.sensi_coded:
             raise SensiError("Only one adapter can be active on a quantised base.")
         if self.sensi_base_dropped or any(piece.trims or piece.sparsity is not None for piece in pieces):
             raise SensiError(
@@ -293,7 +296,7 @@ class SensiLayer(BaseTunerLayer):
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
-        weight = matrix(base) if is_quantised(base) else oriented(base, weight)
+        weight = matrix(base) if self.sensi_coded else oriented(base, weight)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
             if piece.natural:

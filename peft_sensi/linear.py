@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .functional import fused_linear, fused_linear_reference
 from .layer import SensiLayer
 from .linears import oriented
-from .quantised import is_quantised, unpack
+from .quantised import unpack
 from .slices import Slice
 
 
@@ -31,7 +31,7 @@ class SensiLinear(nn.Module, SensiLayer):
         active = [n for n in self.active_adapters if n in self.sensi_slices]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        coded = is_quantised(self.base_layer)
+        coded = self.sensi_coded
         dtype = x.dtype if coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -117,7 +117,7 @@ class SensiLinear(nn.Module, SensiLayer):
     def _in_effect(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         base = self.base_layer
         active = [n for n in self.active_adapters if n in self.sensi_slices]
-        if self.sensi_in_block or self.disable_adapters or self.merged or not active or is_quantised(base):
+        if self.sensi_in_block or self.disable_adapters or self.merged or not active or self.sensi_coded:
             return base.weight, base.bias
         weight, bias = self._combined(active)
         return oriented(base, weight).to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)

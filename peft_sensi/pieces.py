@@ -89,6 +89,8 @@ def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
         if output is not None and any(modules[name].weight is output.weight for name in embeddings):
             raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
+        if len({id(modules[name].weight) for name in embeddings}) < len(embeddings):
+            raise SensiError("The embeddings of both stacks are tied to each other and cannot be trained separately.")
         found += embeddings
     return list(dict.fromkeys(found))
 

@@ -32,9 +32,11 @@ def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, se
     """`count` flat positions (int32, ascending) of a matrix whose values are to be trained.
 
     `magnitude` takes the largest |W|, `random` any, `decomposition` the largest entries of the sparse part of
-    `W = L + S` with `L` of low rank. Ties go to the smaller position.
+    `W = L + S` with `L` of low rank, `first` (which no config may ask for) the first. Ties go to the smaller position.
     """
     count = min(count, weight.numel())
+    if support == "first":
+        return torch.arange(count, dtype=torch.int32, device=weight.device)
     if support == "random":
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(weight.numel(), generator=generator)[:count]

@@ -30,6 +30,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from peft_sensi import SensiError
+
 
 # 3 heads of width 10, an FFN that no power of two divides.
 SIZES = {
@@ -251,3 +253,10 @@ def test_bases_in_16_bits(name, dtype, tmp_path):
 
 def test_calibration_and_training(case, tmp_path):
     check_training_step(case, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bart-classifier", "bart", "t5-gated"])
+def test_tied_embeddings_are_not_trained(name):
+    case = next(c for c in CASES if c.name == name)
+    with pytest.raises(SensiError, match="tied"):
+        case.wrap(case.model(), budget=0.5, also_train=["embeddings"])

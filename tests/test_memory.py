@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import TRIM, logits, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 
-from peft_sensi import SensiConfig
+from peft_sensi import SensiConfig, updates
 from peft_sensi.anatomy import build_anatomy
 from peft_sensi.layer import SensiLayer
 from peft_sensi.scores import Scores
@@ -171,8 +171,6 @@ def test_the_weight_in_place_is_the_same_model():
 
 
 def test_saved_whole_and_without_the_base(tmp_path):
-    from peft import PeftModel
-
     model = trained(keep_base=False, also_train=["norms", "embeddings"], retention=0.25)
     model.save_pretrained(tmp_path)
     for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
@@ -181,6 +179,14 @@ def test_saved_whole_and_without_the_base(tmp_path):
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
     assert all(p.numel() for p in merged.parameters())
+
+
+def test_loading_does_not_choose_places_again(tmp_path, monkeypatch):
+    """The support of DSEE takes ten decompositions of every matrix, and the file says where its values are."""
+    model = trained(update="sparse", sparse=20, support="decomposition", target_modules=["query"])
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(updates, "_sparse_part", lambda *arguments: pytest.fail("decomposed"))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
 
 
 _WRAPPING = """

@@ -86,7 +86,7 @@ ERRORS = {
     "other budget": "SensiError: Process 1 has another `budget` in its configuration",
     "no data": "SensiError: Process 1 has another `calibration` in its configuration",
     "alike": "CalibrationError: `calibration` is empty",
-    "odd module": "SensiError: In process 1 of 2: TypeError: Target module Odd",
+    "no memory": "SensiError: In process 1 of 2: MemoryError: no room for this layer",
     "other model": "SensiError: Process 1 has another model than process 0; they differ in 'bert.encoder.layer.2",
     "schedule": "CalibrationError: In process 1 of 2: `calibration` is empty",
 }
