@@ -5,7 +5,7 @@ The patterns are shell-like (`[[]` is a bracket), of `Class::test[row]`.
 
 from __future__ import annotations
 
-from peft_sensi import SensiError
+from peft_sensi import SensiError, SensiLoadError
 
 
 ANOTHER_METHOD = "is about another method: it builds that method's config itself, or looks at its parameters by name"
@@ -19,11 +19,10 @@ CHANGED_BASE = "wants the wrapped model to begin with the base's outputs; what i
 TRAINS_MORE = "wants no gradients outside replaced layers; with a trimming budget the norms are trained as well"
 SEVERAL_SAVED = "is skipped by PEFT itself for each method: modules that are saved whole can't be active twice"
 STOCK_LOADER = "its last step is stock `from_pretrained` of a merged model, which refuses smaller matrices"
-NO_PICKLE = "saves a pickle and loads it again; only safetensors files are read"
+PICKLE = "loads `adapter_model.bin`; only safetensors files are read"
 NO_HUB = "needs data, a tokenizer or a model of the Hub"
 
 DESELECTED: dict[str, tuple[str, ...]] = {
-    NO_PICKLE: ("*::test_save_pretrained_pickle*", "*::test_save_pretrained_selected_adapters_pickle*"),
     ANOTHER_METHOD: (
         "TestConfig::test_from_peft_type",  # all members of PEFT's own enum, which an outside method can't join
         "TestConfig::test_*adalora*",
@@ -103,6 +102,7 @@ DESELECTED: dict[str, tuple[str, ...]] = {
 
 # Everything that these check before the error must hold; the error itself is ours, or follows from what trimming is.
 EXPECTED_ERRORS: dict[str, tuple[type[Exception], str]] = {
+    "Test*::test_save_pretrained*_pickle*": (SensiLoadError, PICKLE),
     "TestCustom::test_active_adapter[[]trim-*": (SensiError, "adapters that trim can't be active together"),
     "TestDecoder::test_merge_layers_multi[[]trim*": (SensiError, "adapters that trim can't be active together"),
     "TestDecoder::test_merge_layers[[]trim*-opt]": (RuntimeError, STOCK_LOADER),
