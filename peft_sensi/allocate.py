@@ -64,7 +64,7 @@ def make_plan(
     values = {g.name: _checked_scores(g, scores) for g in anatomy.groups}
     targets = frozenset(m for g in anatomy.groups for m in g.modules) if targets is None else targets
     kept = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
-    if limits != Budget() or retention is not None:
+    if limits != Budget() or retention or tuned_layers is not None:
         _warn_if_nothing_is_ranked([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
     if limits.trims:
         kept.update(

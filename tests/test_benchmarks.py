@@ -1,4 +1,4 @@
-"""The speed benchmark still runs, resumes, and writes its tables."""
+"""The benchmarks still run, resume, and write their tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_examples import encoder  # noqa: F401  (a fixture)
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,3 +36,66 @@ def test_speed_in_its_quick_form(tmp_path):
     before = output.read_text()
     again = subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100, capture_output=True, text=True)
     assert output.read_text() == before and "step" not in again.stdout
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """The modules of the accuracy benchmarks."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import grid
+
+    return grid
+
+
+def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path):  # noqa: F811
+    import methods
+    import tables
+    import tasks
+
+    classes = "abcdef"
+    for file, count in (("train.tsv", 600), ("test.tsv", 24)):
+        lines = ["sentence\tlabel", *(f"the {classes[i % 6]} is in\t{classes[i % 6]}" for i in range(count))]
+        (tmp_path / "data" / "trec6").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "trec6" / file).write_text("\n".join(lines))
+    task = replace(tasks.TASKS["trec6"], rows=64, epochs=1)
+    names = ["full fine-tuning", "head only", "BitFit", "LoRA r=8, all Linears", "random units 0.5", "learners(64)",
+             "sensi_bert(0.5), in cuts", "binary_mask(0.1)"]  # fmt: skip
+    chosen = {name: methods.SYSTEMS[name] for name in names}
+    common = (str(encoder), tmp_path / "data", tmp_path / "results")
+    grid.run_all([task], chosen, [0], *common)
+    results = {r["method"]: r for r in tables.read_results(tmp_path / "results")}
+    assert set(results) == set(names)
+    full = results["full fine-tuning"]
+    assert full["trained_values"] > results["LoRA r=8, all Linears"]["trained_values"]
+    assert results["LoRA r=8, all Linears"]["trained_values"] > results["head only"]["trained_values"]
+    for name in ("random units 0.5", "sensi_bert(0.5), in cuts"):
+        assert results[name]["params_share"] < 1 and results[name]["flops_share"] < 0.7
+    assert results["binary_mask(0.1)"]["zeros_share"] == pytest.approx(0.1, abs=0.01)
+    assert results["binary_mask(0.1)"]["bytes"] < full["bytes"] / 2
+    assert all(0 <= r["dev"] <= 1 and 0 <= r["held_out"] <= 1 for r in results.values())
+    table = tables.systems_table(list(results.values()), methods.SYSTEMS)
+    assert len(table.splitlines()) == 2 + len(names)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    grid.run_all([task], chosen, [0], *common)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(grid):
+    import methods
+    import tables
+
+    def run(method, dev, held_out=0.5, rate=1e-4, seed=0):
+        return {"task": "trec6", "method": method, "dev": dev, "held_out": held_out, "rate": rate, "seed": seed,
+                "trained_values": 1, "params_share": 1, "flops_share": 1, "zeros_share": 0, "bytes": 1}  # fmt: skip
+
+    rows = tables.systems_table([run("far(0.1)", 0.7), run("far, random", 0.8)], methods.SYSTEMS).splitlines()
+    assert "below far, random on trec6" in rows[2] and "below" not in rows[3]
+    runs = [run("full", 0.9, 0.9, 1e-4), run("full", 0.99, 0.8, 3e-4), run("full", 0.7, 0.0, 1e-4, seed=1),
+            run("trim 0.5 ours", 0.8), run("trim 0.25 ours", 0.276)]  # fmt: skip
+    kept = {(r["method"], r["seed"]): r["retention"] for r in tables.retentions(runs)}
+    assert ("full", 1) in kept and kept["trim 0.25 ours", 0] == 0
+    assert kept["trim 0.5 ours", 0] == pytest.approx((0.8 - 0.276) / (0.8 - 0.276))
+    assert [r["budget"] for r in tables.budgets_series(runs)] == [0.5, 0.25]
+    lines = tables.quality_table(runs).splitlines()
+    assert lines[2].startswith("| full |") and lines[3].startswith("| trim 0.5 ours |")

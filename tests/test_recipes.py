@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -207,6 +209,13 @@ def assert_filled(plan: Plan, share: float, limit: str, multiple_of: int) -> Non
         step = min(group.size - units, 1 if group.kind == "head" else multiple_of - units % multiple_of)
         cost = group.unit_params if limit == "params" else 2 * group.unit_macs(length)
         assert step == 0 or kept + step * cost > share * whole, group.name
+
+
+def test_a_recipe_that_ranks_nothing_does_not_warn_of_scores():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("learners", "learners_unprimed", "dsee", "dsee_structured", "binary_mask", "sensi_bert_cuts"):
+            get_peft_model(tiny_model(), CONFIGS[name]())
 
 
 def test_structured_dsee_removes_the_heads_that_the_update_leaves_alone():
