@@ -9,14 +9,20 @@ PINS := pyproject.toml constraints.txt
 # Idle threads sleep instead of spinning: on a shared machine a spinning one takes the core that the other thread needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format types
+.PHONY: demo test slow lint format types
 .NOTPARALLEL:
 
 demo: $(VENV)/.stamp-demo
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/quickstart.py
 
+PYTEST_ARGS ?= -n auto
+
 test: $(VENV)/.stamp-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Thousands of mutated files, hundreds of kills, every family: an hour on a small machine.
+slow: $(VENV)/.stamp-dev
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/ruff check .

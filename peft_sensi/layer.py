@@ -86,7 +86,7 @@ class SensiLayer(BaseTunerLayer):
         self._sensi_fused.clear()
         self.sensi_slices[adapter_name] = piece
         base = self.get_base_layer()
-        empty = base.weight.is_meta or _new_parameters_are_empty()
+        empty = base.weight.is_meta or new_parameters_are_empty()
         # An adapter that is only used gets its places from a file: choosing them would take longer than to load it.
         chosen = replace(piece, support="first") if inference_mode else piece
         start = empty_parts(base, piece) if empty else first_parts(base, chosen, values)
@@ -445,7 +445,7 @@ def _write(target: torch.Tensor, dim: int, positions: Positions, source: torch.T
         target.index_copy_(dim, positions, source.detach().to(target.dtype))
 
 
-def _new_parameters_are_empty() -> bool:
+def new_parameters_are_empty() -> bool:
     # Under `low_cpu_mem_usage` PEFT builds the tuner in Accelerate's `init_empty_weights`, and tells nobody: a fresh
     # parameter shows it.
     return nn.Linear(1, 1, bias=False).weight.is_meta

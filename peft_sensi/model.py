@@ -38,7 +38,7 @@ from .config import SensiConfig
 from .decide import Decision, decide_together
 from .errors import SensiError
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
-from .layer import SensiLayer, base_is_dropped
+from .layer import SensiLayer, base_is_dropped, new_parameters_are_empty
 from .linears import is_plain
 from .narrow import KINDS
 from .pieces import also_saved, anatomy_of, name_targets, pieces_of, refuse_tied, targets_of
@@ -133,7 +133,7 @@ class SensiModel(BaseTuner):
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
                     replicas.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
-                if not low_cpu_mem_usage:
+                if not low_cpu_mem_usage and not new_parameters_are_empty():
                     replicas.make_room_for_adapter(model)
                 replicas.take_weights_of_0(model)  # some parts of an adapter start from random values
         except BaseException:
