@@ -448,4 +448,6 @@ def _write(target: torch.Tensor, dim: int, positions: Positions, source: torch.T
 def new_parameters_are_empty() -> bool:
     # Under `low_cpu_mem_usage` PEFT builds the tuner in Accelerate's `init_empty_weights`, and tells nobody: a fresh
     # parameter shows it.
-    return nn.Linear(1, 1, bias=False).weight.is_meta
+    probe = nn.Module()
+    probe.register_parameter("weight", nn.Parameter(torch.empty(1)))  # draws no random number
+    return probe.weight.is_meta

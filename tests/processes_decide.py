@@ -224,7 +224,9 @@ def main(folder: str) -> None:
         wrap(tiny_model(**STILL), calibration=shares(rank, 2), calibration_steps=ALL, **FISHER | {"priming_steps": 0})
     )
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process whose interpreter goes down in order
 
 
 if __name__ == "__main__":

@@ -210,7 +210,9 @@ def main(folder: Path, parts: list[str]) -> None:
             if "--keep-going" not in sys.argv:
                 raise
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process whose interpreter goes down in order
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pages import write_part
 
-BEGIN, END = "<!-- speed.py: begin -->", "<!-- speed.py: end -->"
+
 MIB = 1 << 20
 
 
@@ -16,15 +17,7 @@ def write_table(results: dict[str, Any], page: str | None) -> str:
     """The tables; with `page`, they replace what is between the two marks there (or become the whole new file)."""
     text = "\n\n".join(_setting(key, setting) for key, setting in results.items())
     if page:
-        path = Path(page)
-        before, after = "", "\n"
-        if path.exists():
-            content = path.read_text()
-            if BEGIN not in content or END not in content:
-                raise ValueError(f"{page} has no part between {BEGIN!r} and {END!r} that could be written anew.")
-            before, _, rest = content.partition(BEGIN)
-            after = rest.partition(END)[2]
-        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        write_part(Path(page), "speed.py", text)
     return text
 
 

@@ -1,7 +1,7 @@
 """The five systems and their controls on real tasks: a JSON file a run, then a Markdown table.
 
     python examples/benchmarks/systems.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
-    python examples/benchmarks/systems.py table
+    python examples/benchmarks/systems.py table --page README.md
 
 Runs that have a result are not repeated. The data folder holds `<task>/train.tsv` and `dev.tsv` (TREC: `test.tsv`).
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from grid import run_all
 from methods import SYSTEMS
+from pages import write_part
 from tables import read_results, systems_table
 from tasks import TASKS
 
@@ -32,12 +33,16 @@ def main() -> None:
     run.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each method's own")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
+        command.add_argument("--page", type=Path, help="writes the table between the marks `systems: begin` and `end`")
     options = parser.parse_args()
     if options.command == "run":
         tasks = [TASKS[name] for name in options.tasks]
         methods = {name: SYSTEMS[name] for name in options.methods}
         run_all(tasks, methods, options.seeds, options.model, options.data, options.results, options.rates)
-    print(systems_table(read_results(options.results), SYSTEMS))
+    table = systems_table(read_results(options.results), SYSTEMS)
+    print(table)
+    if options.page is not None:
+        write_part(options.page, "systems", table)
 
 
 if __name__ == "__main__":
