@@ -96,9 +96,7 @@ def score(model: nn.Module, data: Data, split: str) -> float:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """What has to be shipped: the adapter, or what was trained where there is none."""
-    if not hasattr(model, "peft_config"):
-        return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    """What `save_pretrained` writes: the adapter, or the whole model where there is none."""
     if is_sensi(model) and model.peft_config["default"].update == "mask":
         model.base_model.compress("bits")
     with tempfile.TemporaryDirectory() as folder:
