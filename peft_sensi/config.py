@@ -240,9 +240,7 @@ class SensiConfig(PeftConfig):
             raise SensiError(f"`widths` must be 'free' or 'uniform', got {self.widths!r}.")
         if self.widths == "uniform" and self.granularity == "tensor":
             raise SensiError("granularity='tensor' removes whole sublayers, and cannot keep the same number in each.")
-        chosen = self.retention, self.sparsity, self.tuned_layers
-        by_default = self.budget is None and self.update == "dense" and all(choice is None for choice in chosen)
-        if self.widths == "uniform" and not (limits.trims or by_default or self.plan is not None):
+        if self.widths == "uniform" and not (limits.trims or self.chooses_nothing or self.plan is not None):
             raise SensiError(
                 "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed."
             )
@@ -267,6 +265,17 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
             )
+
+    @property
+    def chooses_nothing(self) -> bool:
+        """No field says what is tuned or trimmed, so that the default budget comes in."""
+        others = self.retention, self.sparsity, self.tuned_layers
+        return self.budget is None and self.update == "dense" and all(choice is None for choice in others)
+
+    @property
+    def units_to_stay(self) -> int:
+        """Heads and neurons that stay in each block, where units and not whole sublayers are trimmed."""
+        return self.min_units if self.granularity != "tensor" else 0
 
     @property
     def limits(self) -> Budget:

@@ -69,7 +69,7 @@ def close_units(
         available=opened if progress < 1 else None,
         sequence_length=length,
         multiple_of=config.multiple_of,
-        min_units=config.min_units if config.granularity != "tensor" else 0,
+        min_units=config.units_to_stay,
         uniform=config.widths == "uniform",
     )
     processes.meet("cutting")
@@ -79,7 +79,7 @@ def close_units(
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
                 processes.send_from_0(gate)
-    closed = {name: gate.cpu().tolist() for name, gate in gates_of(root, adapter_name).items()}
+    closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
     processes.agree("its cut", closed, "The processes must have the same model.")
 
 
@@ -92,12 +92,9 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
     values, untouched = {}, {}
     for group in anatomy.groups:
         moved, size = torch.zeros(group.size), torch.zeros(group.size)
+        weights = {name: _before_and_after(root, name, adapter_name) for name in group.modules}
         for side in group.sides:
-            layer = root.get_submodule(side.module)
-            with torch.no_grad():
-                before = matrix(linear_of(root, side.module)).float()
-                has_adapter = isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices
-                after = layer.effective(adapter_name)[0].float() if has_adapter else before
+            before, after = weights[side.module]
             moved += side.per_unit(after - before, group.size).abs().sum(1).cpu()
             size += side.per_unit(before, group.size).abs().sum(1).cpu()
         values[group.name] = moved
@@ -110,6 +107,15 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
         other = sum(float(size.sum()) for size in untouched.values()) / sum(costs[n] for n in untouched)
         untouched = {name: size * (rate / max(other, 1e-30)) for name, size in untouched.items()}
     return values | untouched
+
+
+@torch.no_grad()
+def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Linear's weight `[out, in]` in the base and with the adapter, float32."""
+    layer, before = root.get_submodule(name), matrix(linear_of(root, name)).float()
+    if isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices:
+        return before, layer.effective(adapter_name)[0].float()
+    return before, before
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:

@@ -92,7 +92,7 @@ def decide(
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
         sequence_length=given.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         multiple_of=given.multiple_of,
-        min_units=given.min_units if given.granularity != "tensor" else 0,
+        min_units=given.units_to_stay,
         always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),
         tunes="dense" in given.update.split("+"),
         retention=given.retention,
@@ -166,8 +166,7 @@ def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:
     limits = given.limits
     if limits.trims and not anatomy.trimmable:
         raise nothing_to_trim(model)
-    chosen = given.retention, given.sparsity, given.tuned_layers
-    if given.budget is None and given.update == "dense" and all(choice is None for choice in chosen):
+    if given.chooses_nothing:
         if anatomy.trimmable:
             return Budget(params=0.5)
         message = "No budget was given and the model has nothing to trim: all targeted modules are tuned whole."

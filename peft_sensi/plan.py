@@ -133,11 +133,9 @@ class Plan:
         lines = [f"{'group':<44} {'units':>7} {'kept':>7} {'tuned':>7} {'of prunable':>12} {'of model':>9}"]
         prunable, total = max(1, self.anatomy.prunable_params), max(1, self.anatomy.total_params)
         for group, states in self._rows():
-            kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
-            params = kept * group.unit_params
+            params = int((states != TRIMMED).sum()) * group.unit_params
             share = f"{params / prunable:>12.2%}" if group.trimmable else f"{'-':>12}"
-            name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
-            lines.append(f"{name:<44} {group.size:>7} {kept:>7} {tuned:>7} {share} {params / total:>9.2%}")
+            lines.append(f"{_counts(group, states)} {share} {params / total:>9.2%}")
         lines += [
             f"prunable parameters kept: {self.kept_params:,} ({self.params_share:.2%})",
             f"model parameters kept: {self.model_params_share:.2%}",
@@ -151,9 +149,7 @@ class Plan:
         density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
         lines = [f"{'score / 1000 params':>19}  {'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"]
         for group, states in sorted(self._rows(), key=lambda row: -density[row[0].name]):
-            kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
-            name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
-            lines.append(f"{density[group.name]:>19.3e}  {name:<44} {group.size:>7} {kept:>7} {tuned:>7}")
+            lines.append(f"{density[group.name]:>19.3e}  {_counts(group, states)}")
         return "\n".join(lines)
 
     def line(self) -> str:
@@ -180,6 +176,13 @@ class Plan:
 
     def __str__(self) -> str:
         return self.summary()
+
+
+def _counts(group: Group, states: np.ndarray) -> str:
+    """A group's columns in the tables: its name, and how many units it has, keeps and tunes."""
+    name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
+    kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
+    return f"{name:<44} {group.size:>7} {kept:>7} {tuned:>7}"
 
 
 def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
 from accelerate import Accelerator
 from methods import Method, Run, is_sensi
@@ -21,7 +20,7 @@ from transformers.utils import logging
 
 from peft_sensi import Schedule
 
-from common import METRICS, flops, folder_bytes, parameters, write_json
+from common import flops, folder_bytes, load_metric, parameters, write_json
 
 
 def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
 @torch.no_grad()
 def score(model: nn.Module, data: Data, split: str) -> float:
     model.eval()
-    metric = evaluate.load(str(METRICS / "classification.py"))
+    metric = load_metric("classification")
     predicted, labels = [], []
     for batch in data.batches(split):
         labels += batch["labels"].tolist()

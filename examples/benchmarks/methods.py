@@ -45,15 +45,7 @@ def bitfit(base: nn.Module, run: Run) -> nn.Module:
 
 
 def lora(base: nn.Module, run: Run, rank: int = 8) -> nn.Module:
-    names = sorted({name.rpartition(".")[2] for name in linears(base)})
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=names,
-        exclude_modules=["classifier"],
-    )
-    return get_peft_model(base, config)
+    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, **on_all_linears(base)))
 
 
 def layer_norm(base: nn.Module, run: Run) -> nn.Module:
@@ -61,26 +53,24 @@ def layer_norm(base: nn.Module, run: Run) -> nn.Module:
 
 
 def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
-    """LoRA on all Linears at the rank that comes closest to a share of the base's values from below."""
-
-    def build(base: nn.Module, run: Run) -> nn.Module:
-        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
-        return lora(base, run, rank=max(1, int(share * base.base_model.num_parameters() / per_rank)))
-
-    return build
+    """LoRA on all Linears with a share of the base's values."""
+    return lambda base, run: lora(base, run, rank=rank_of(base, share))
 
 
 def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
     """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
+    return lambda base, run: get_peft_model(base, ShiraConfig(r=rank_of(base, share), **on_all_linears(base)))
 
-    def build(base: nn.Module, run: Run) -> nn.Module:
-        per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
-        rank = max(1, int(share * base.base_model.num_parameters() / per_rank))
-        names = sorted({name.rpartition(".")[2] for name in linears(base)})
-        config = ShiraConfig(task_type="SEQ_CLS", r=rank, target_modules=names, exclude_modules=["classifier"])
-        return get_peft_model(base, config)
 
-    return build
+def rank_of(base: nn.Module, share: float) -> int:
+    """The LoRA rank on all Linears that comes closest to a share of the base's values from below, at least 1."""
+    per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
+    return max(1, int(share * base.base_model.num_parameters() / per_rank))
+
+
+def on_all_linears(base: nn.Module) -> dict[str, Any]:
+    names = sorted({name.rpartition(".")[2] for name in linears(base)})
+    return {"task_type": "SEQ_CLS", "target_modules": names, "exclude_modules": ["classifier"]}
 
 
 def linears(base: nn.Module) -> dict[str, nn.Linear]:
