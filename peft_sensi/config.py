@@ -50,8 +50,11 @@ class SensiConfig(PeftConfig):
         granularity: `unit` (heads, neurons, rows), `tensor` (a limit on parameters or FLOPs removes whole sublayers,
             one on trained values tunes whole Linears) or `weight` (only with an update of single weights).
         update: How the tuned part is parametrised: `dense` slices, `low_rank`, `sparse`, `low_rank+sparse`,
-            `dense+low_rank`, or `mask` (see `updates`).
-        rank: Of a low-rank update.
+            `dense+low_rank`, or `mask` (see `updates`). `None` is `dense`, or `low_rank` where a `trainable` limit is
+            small (see `pieces.usual_update`).
+        rank: Of a low-rank update; by default the largest that a `trainable` limit allows.
+        low_rank_lr_ratio: How much faster the low-rank factors move than everything else at the same learning rate
+            (see `updates`). `None` is 10 where the rank follows from a `trainable` limit, otherwise 1, as in LoRA.
         sparse: Number of trained values in each matrix.
         support: Where they are: `magnitude`, `random` or `decomposition`.
         sparsity: Share of the weights of each matrix that a mask removes.
@@ -100,8 +103,9 @@ class SensiConfig(PeftConfig):
     budget: float | dict[str, float] | None = field(default=None)
     score: str = field(default="fisher")
     granularity: str = field(default="unit")
-    update: str = field(default="dense")
+    update: str | None = field(default=None)
     rank: int | None = field(default=None)
+    low_rank_lr_ratio: float | None = field(default=None)
     sparse: int | None = field(default=None)
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)
@@ -173,7 +177,15 @@ class SensiConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and 0 <= value < 1):
                 raise SensiError(f"`{name}` must be a share in [0, 1), got {shown(value)}.")
-        check_update(self.update, rank=self.rank, sparse=self.sparse, support=self.support, sparsity=self.sparsity)
+        check_update(
+            self.update or "dense",
+            rank_follows=self.limits.trainable is not None and self.plan is None,
+            rank=self.rank,
+            low_rank_lr_ratio=self.low_rank_lr_ratio,
+            sparse=self.sparse,
+            support=self.support,
+            sparsity=self.sparsity,
+        )
         self._check_combination()
         possible = ("bits",) if self.update == "mask" else tuple(KINDS)
         if self.compressed is not None and self.compressed not in possible:
@@ -213,25 +225,28 @@ class SensiConfig(PeftConfig):
 
     def _check_combination(self) -> None:
         """Refuses what cannot be combined, and says why."""
-        limits, dense = self.limits, "dense" in self.update.split("+")
+        update = self.update or "dense"
+        limits, dense = self.limits, "dense" in update.split("+")
         if self.granularity not in GRANULARITIES:
             raise SensiError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
-        if self.granularity == "weight" and (dense or self.update == "low_rank"):
+        if self.granularity == "weight" and (dense or update == "low_rank"):
             raise SensiError(
-                f"Single weights cannot be updated by {self.update!r}: use update='sparse' to tune some of them, or "
+                f"Single weights cannot be updated by {update!r}: use update='sparse' to tune some of them, or "
                 f"update='mask' to remove some."
             )
         if self.granularity == "tensor" and limits.trims and limits.trainable is not None:
             raise SensiError("granularity='tensor' either removes sublayers or tunes Linears: give one kind of limit.")
         if self.granularity == "tensor" and not dense:
             raise SensiError(
-                f"granularity='tensor' chooses what is tuned whole; update={self.update!r} tunes nothing whole."
+                f"granularity='tensor' chooses what is tuned whole; update={update!r} tunes nothing whole."
             )
-        if limits.trainable is not None and not dense:
+        if limits.trainable is not None and not dense and update != "low_rank":
             raise SensiError(
-                f"A `trainable` limit chooses units to tune; the size of a {self.update!r} update follows from "
+                f"A `trainable` limit chooses units to tune, or a rank; the size of a {update!r} update follows from "
                 f"`rank`, `sparse` or the mask."
             )
+        if limits.trainable is not None and update == "low_rank" and self.rank is not None and self.plan is None:
+            raise SensiError("Give a `rank` or a `trainable` limit, from which the rank follows, but not both.")
         if self.retention is not None and (limits.trainable is not None or not dense):
             raise SensiError(
                 "`retention` chooses the neurons of a dense update, and does the work of a `trainable` limit."
@@ -246,10 +261,10 @@ class SensiConfig(PeftConfig):
             )
         if self.tuned_layers is not None and not dense:
             raise SensiError(
-                f"`tuned_layers` chooses where dense values are tuned; update={self.update!r} has none of them."
+                f"`tuned_layers` chooses where dense values are tuned; update={update!r} has none of them."
             )
         if self.schedule is not None:
-            check_schedule(self.schedule, self.update, self.sparsity)
+            check_schedule(self.schedule, update, self.sparsity)
             if self.schedule["phase"] == "cut" and (
                 not limits.trims or limits.trainable is not None or not self.keep_base
             ):
@@ -270,7 +285,7 @@ class SensiConfig(PeftConfig):
     def chooses_nothing(self) -> bool:
         """No field says what is tuned or trimmed, so that the default budget comes in."""
         others = self.retention, self.sparsity, self.tuned_layers
-        return self.budget is None and self.update == "dense" and all(choice is None for choice in others)
+        return self.budget is None and self.update in (None, "dense") and all(choice is None for choice in others)
 
     @property
     def units_to_stay(self) -> int:

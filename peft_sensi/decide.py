@@ -12,12 +12,12 @@ from torch import nn
 
 from . import processes, replicas
 from .allocate import make_plan
-from .anatomy import Anatomy, base_of, linear_of, nothing_to_trim
+from .anatomy import Anatomy, linear_of, nothing_to_trim
 from .budget import Budget
 from .calibration import image_tokens, materialise
 from .config import SensiConfig
 from .errors import SensiError
-from .pieces import trained_beside_units
+from .pieces import fit_rank, trained_beside_units, values_of
 from .plan import Plan
 from .priming import head_at_prior
 from .refit import Refitted, refit
@@ -59,6 +59,10 @@ def decide(
     base modules that are trained whole.
     """
     limits = _limits(model, given, anatomy)
+    limited = limits.trainable is not None
+    tunes = "dense" in (config.update or "dense").split("+")
+    if not tunes:
+        limits = replace(limits, trainable=None)  # it limits the rank, not the units
     if given.schedule is not None and given.schedule["phase"] == "cut":
         limits = Budget()  # everything stays until the cuts come
     batches = None
@@ -82,7 +86,7 @@ def decide(
         )
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
-    whole = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
+    whole = values_of(model, saved)
     biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
     plan = make_plan(
         anatomy,
@@ -94,12 +98,13 @@ def decide(
         multiple_of=given.multiple_of,
         min_units=given.units_to_stay,
         always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),
-        tunes="dense" in given.update.split("+"),
+        tunes=tunes,
         retention=given.retention,
         biases_apart=bool(biases),
         uniform=config.widths == "uniform",
         tuned_layers=given.tuned_layers,
     )
+    fit_rank(model, config, plan, whole)
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
     # The fit is centred, so it moves the output biases where there are any: the adapter must hold them, too.
@@ -107,7 +112,7 @@ def decide(
     fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
     if given.refit and not fits:
         raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")
-    wanted = given.refit if given.refit is not None else limits.trainable is None and fits
+    wanted = given.refit if given.refit is not None else not limited and fits
     refitted: Refitted = {}
     if wanted and batches is not None and plan.trims:
         model.eval()

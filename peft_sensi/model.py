@@ -41,7 +41,17 @@ from .incoming import check_saved_modules, check_slices, check_state, errors_of_
 from .layer import SensiLayer, base_is_dropped, new_parameters_are_empty
 from .linears import is_plain
 from .narrow import KINDS
-from .pieces import also_saved, anatomy_of, name_targets, pieces_of, refuse_tied, targets_of
+from .pieces import (
+    also_saved,
+    anatomy_of,
+    fit_rank,
+    name_targets,
+    pieces_of,
+    refuse_tied,
+    targets_of,
+    usual_update,
+    values_of,
+)
 from .plan import Plan
 from .quantised import check_quantised, is_quantised, not_mergeable
 from .refit import Refitted
@@ -193,7 +203,7 @@ class SensiModel(BaseTuner):
                 )
             return None  # PEFT raises its own error for that
         if config.also_train is None:
-            dense = "dense" in given.update.split("+") and given.retention is None
+            dense = "dense" in (given.update or "dense").split("+") and given.retention is None
             free = dense and given.plan is None and given.limits.trainable is None and bool(blocks.groups)
             config.also_train = ["norms", "output_biases", "pooler"] if free else []
         saved = also_saved(model, blocks, config.also_train)
@@ -201,6 +211,8 @@ class SensiModel(BaseTuner):
         targets = name_targets(model, config)
         refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
+        if config.update is None:
+            config.update = usual_update(model, given, anatomy, targets)
         linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
         check_quantised(linears, config.update, config.sparsity, config.keep_base)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
@@ -211,6 +223,7 @@ class SensiModel(BaseTuner):
         else:
             with self._others_disabled(model), preserved(model):
                 decision = decide_together(model, given, config, anatomy, targets, saved)
+            fit_rank(model, config, decision.plan, values_of(model, saved))
             config.plan = decision.plan.to_dict()
             if decision.scores is not None and decision.scores.method != "none":
                 self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}

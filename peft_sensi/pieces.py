@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,12 +12,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
+from .budget import allowance
 from .config import SensiConfig
-from .errors import SensiError
+from .errors import BudgetError, SensiError
 from .linears import features
 from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
+
+
+LOW_RANK_SHARE = 0.02
+LOW_RANK_LR_RATIO = 10.0
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
@@ -95,6 +101,11 @@ def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list
     return list(dict.fromkeys(found))
 
 
+def values_of(model: nn.Module, saved: list[str]) -> int:
+    """Number of values of base modules that are trained whole."""
+    return sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
+
+
 def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
     """For each module that the plan concerns: its slice and its group."""
     pieces = {}
@@ -127,6 +138,50 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     return total
 
 
+def usual_update(model: nn.Module, config: SensiConfig, anatomy: Anatomy, targets: frozenset[str]) -> str:
+    """What `update=None` means: `dense`; `low_rank` under a `trainable` limit of at most 2 % that has room for it.
+
+    So few dense units reach few places of the model, while a low-rank term reaches all of them
+    (`examples/benchmarks/quality.py` has what that gains). Who asks for units (another score than the default,
+    `tuned_layers`) gets them.
+    """
+    limit = config.limits.trainable
+    score = config.score if config.scores is None else config.scores.method
+    asks = config.plan, config.tuned_layers, config.schedule, config.sparsity
+    if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
+        return "dense"
+    allowed = allowance(limit, anatomy.total_params)
+    smallest = sum(sum(features(linear_of(model, n))) for g in anatomy.groups for n in g.modules if n in targets)
+    return "low_rank" if smallest <= allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"
+
+
+def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> None:
+    """Fills in the rank of a low-rank update that follows from a `trainable` limit."""
+    if config.update == "low_rank" and config.rank is None:
+        config.rank = rank_that_fits(model, config, plan, always_trained)
+        if config.low_rank_lr_ratio is None:
+            config.low_rank_lr_ratio = LOW_RANK_LR_RATIO
+
+
+def rank_that_fits(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> int:
+    """The largest rank on all targets that a `trainable` limit allows. Raises `BudgetError` when there is none."""
+    limit = config.limits.trainable
+    assert limit is not None
+    one = copy.copy(config)
+    one.rank = 1
+    pieces = pieces_of(model, one, plan)
+    shapes = [p.kept_shape(torch.Size(features(linear_of(model, name)))) for name, (p, _) in pieces.items() if p.rank]
+    price = sum(sum(shape) for shape in shapes)
+    allowed = allowance(limit, plan.anatomy.total_params) - always_trained
+    allowed -= trained_beside_units(model, one, plan) - price
+    if not price or allowed < price:
+        raise BudgetError(
+            f"The `trainable` limit allows {max(0, allowed):,} values, but a low-rank update of all targets needs at "
+            f"least {price:,}: raise it, or choose fewer `target_modules`."
+        )
+    return min(allowed // price, max(max(shape) for shape in shapes))
+
+
 def trained_beside_units(model: nn.Module, config: SensiConfig, plan: Plan) -> int:
     """What the slices train more than the plan's tuned units: biases, low-rank terms, single values, scores."""
     return trained_values(model, pieces_of(model, config, plan)) - replace(plan, always_trained=0).trainable_params
@@ -156,7 +211,7 @@ def _slice(
     finished = "output_biases" in also and sides[0].dim == 1 and len(tuned) > 0 and not len(frozen)
     sizes: dict[str, Any] = {}
     if targeted and "low_rank" in update:
-        sizes["rank"] = config.rank
+        sizes |= {"rank": config.rank, "ratio": config.low_rank_lr_ratio or 1.0}
     if targeted and "sparse" in update:
         sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.

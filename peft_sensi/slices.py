@@ -24,8 +24,8 @@ class Slice:
     contiguous and no output permutation is needed. A lone Linear keeps its own order instead, and `tuned` is then an
     index into `kept` rather than a number.
 
-    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
-    none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
+    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes (as it does `ratio`); 0 or
+    `None` where there is none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
     belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before). `narrow` is
     the type in which trained values are stored once they are not trained any more (see `narrow`).
     """
@@ -37,6 +37,7 @@ class Slice:
     units: int
     train_bias: bool = False
     rank: int = 0
+    ratio: float = 1.0
     sparse: int = 0
     support: str = "magnitude"
     sparsity: float | None = None
@@ -113,7 +114,7 @@ def first_parts(
         parts["bias"] = parts["bias"].to(master, copy=True)
     shape = piece.kept_shape(weight.shape)
     if piece.rank:
-        parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
+        parts["down"], parts["up"] = low_rank_start(shape, piece.rank, piece.ratio, weight)
     if piece.sparse or piece.learns_mask:
         kept = weight.index_select(piece.dim, piece.kept.to(weight.device))
         if piece.sparse:

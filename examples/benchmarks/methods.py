@@ -143,6 +143,7 @@ TUNING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
     "LoRA": lambda budget: lora_of(budget),
     "SHiRA": lambda budget: shira_of(budget),
     "random units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, score="random"),
+    "units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, update="dense"),
     "ours": lambda budget: sensi(SensiConfig, budget={"trainable": budget}),
     "ours, half the FLOPs": lambda budget: sensi(SensiConfig, budget={"trainable": budget, "flops": 0.5}),
 }
