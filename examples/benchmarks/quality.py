@@ -1,7 +1,7 @@
 """Accuracy at every budget: ours beside what a user could do instead, everybody with the same rates to choose from.
 
     python examples/benchmarks/quality.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
-    python examples/benchmarks/quality.py table
+    python examples/benchmarks/quality.py table --page docs/quality.md
     python examples/benchmarks/quality.py plot accuracy.png
 
 The rate of a row is the one with the best score on held-out training rows (seed 0); the other seeds run at that rate
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from grid import run_all
 from methods import TRIMMING, TUNING, Method, full
+from pages import write_part
 from tables import best_rates, budgets_series, quality_table, read_results
 from tasks import TASKS
 
@@ -50,6 +51,7 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from with seed 0")
     plot.add_argument("picture", type=Path)
+    table.add_argument("--page", type=Path, help="writes the table between the marks `quality: begin` and `end`")
     for command in (run, table, plot):
         command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -66,7 +68,10 @@ def main() -> None:
     if options.command == "plot":
         plot_budgets(budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning")
     else:
-        print(quality_table(results))
+        text = quality_table(results)
+        print(text)
+        if getattr(options, "page", None) is not None:
+            write_part(options.page, "quality", text)
 
 
 if __name__ == "__main__":

@@ -172,10 +172,24 @@ METHODS = {
         ours=True,
         merges=True,
     ),
-    "hundredth": Method("trainable 0.01", _by_us(SensiConfig, budget={"trainable": 0.01}), ours=True, merges=True),
+    "hundredth": Method(
+        "trainable 0.01, units",
+        _by_us(SensiConfig, budget={"trainable": 0.01}, update="dense"),
+        ours=True,
+        merges=True,
+    ),
+    "hundredth_low_rank": Method(
+        "trainable 0.01", _by_us(SensiConfig, budget={"trainable": 0.01}, update="low_rank"), ours=True, merges=True
+    ),
     "both": Method(
+        "FLOPs 0.5, trainable 0.01, units",
+        _by_us(SensiConfig, budget={"flops": 0.5, "trainable": 0.01}, update="dense"),
+        ours=True,
+        merges=True,
+    ),
+    "both_low_rank": Method(
         "FLOPs 0.5, trainable 0.01",
-        _by_us(SensiConfig, budget={"flops": 0.5, "trainable": 0.01}),
+        _by_us(SensiConfig, budget={"flops": 0.5, "trainable": 0.01}, update="low_rank"),
         ours=True,
         merges=True,
     ),

@@ -117,19 +117,40 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def quality_table(results: list[dict[str, Any]]) -> str:
-    """Metric by task, and the mean retention over tasks (error: over tasks and seeds)."""
+    """Metric by task, and the mean retention over tasks, in percent (error: over tasks and seeds).
+
+    `behind ours` is how much more retention `ours` has at the same budget, on the same tasks and seeds.
+    """
     runs = retentions(results)
     tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     names = sorted({run["method"] for run in runs}, key=_by_kind_and_budget)
-    header = ["method", *tasks, "retention", "rates", "runs"]
+    header = ["method", *tasks, "retention", "behind ours", "rates", "runs"]
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for name in names:
         mine = [run for run in runs if run["method"] == name]
         scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
         rates = sorted({f"{run['rate']:g}" for run in mine})
-        kept = cell([run["retention"] for run in mine])
-        lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {', '.join(rates)} | {len(mine)} |")
+        kept = percent([run["retention"] for run in mine])
+        behind = percent(_behind_ours(name, runs))
+        lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
     return "\n".join(lines)
+
+
+def percent(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:.1%}" if math.isnan(error) else f"{mean:.1%} ± {error:.1%}"
+
+
+def _behind_ours(name: str, runs: list[dict[str, Any]]) -> list[float]:
+    """What `ours` retains more than this row, for each task and seed that both have."""
+    budget = " ".join(name.split(" ")[:2])
+    if name in ("full", f"{budget} ours"):
+        return []
+    mine = {(r["task"], r["seed"]): r["retention"] for r in runs if r["method"] == name}
+    ours = {(r["task"], r["seed"]): r["retention"] for r in runs if r["method"] == f"{budget} ours"}
+    return [ours[key] - mine[key] for key in sorted(mine.keys() & ours.keys())]
 
 
 def _by_kind_and_budget(name: str) -> tuple[str, float, str]:
