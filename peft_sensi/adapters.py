@@ -113,6 +113,7 @@ def figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
         "score": config.score,
         "granularity": config.granularity,
         "update": config.update,
+        "rank": config.rank,
         "compressed": config.compressed,
         "also_trained": config.also_train,
         "saved_whole": config.modules_to_save,
@@ -136,7 +137,9 @@ def facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
         "task": str(found_figures["task_type"] or "not said"),
         "budget asked": budget_words(config.budget),
         "ranked by": f"{config.score}, {config.granularity}s",
-        "update": config.update + (f", stored as {config.compressed}" if config.compressed else ""),
+        "update": config.update
+        + (f" of rank {config.rank}" if config.rank else "")
+        + (f", stored as {config.compressed}" if config.compressed else ""),
         "saved whole": saved_whole(adapter) or "nothing",
         "file": f"{size_of(adapter.file_bytes)}, {len(adapter.tensors)} tensors ({values} values)",
         "fingerprint": adapter.fingerprint or "none: any base of the same shapes is accepted",

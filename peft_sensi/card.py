@@ -133,7 +133,10 @@ def new_card(
             ("licence of the adapter", license or "not stated"),
             ("fingerprint of the base", f"`{fingerprint}`" if fingerprint else "none"),
             ("ranked by", f"`{config.score}`, seed {config.seed}"),
-            ("update", f"`{config.update}`, by {config.granularity}"),
+            (
+                "update",
+                f"`{config.update}`{f' of rank {config.rank}' if config.rank else ''}, by {config.granularity}",
+            ),
             ("size", size_of(file_bytes) if file_bytes else "not saved yet"),
         ],
     )

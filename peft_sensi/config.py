@@ -217,6 +217,8 @@ class SensiConfig(PeftConfig):
             raise SensiError("`refit=True` needs `calibration`: the survivors are fitted to activations.")
         if self.refit and self.limits.trainable is not None:
             raise SensiError("`refit=True` changes values that a `trainable` limit may freeze; drop one of the two.")
+        if self.plan is not None and self.update is None:
+            self.update = "dense"  # the plan was made for units
         if isinstance(self.plan, Plan):
             self.plan = self.plan.to_dict()
         if self.plan is not None:

@@ -212,7 +212,7 @@ class SensiModel(BaseTuner):
         refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
         if config.update is None:
-            config.update = usual_update(model, given, anatomy, targets)
+            config.update = usual_update(model, given, anatomy, targets, values_of(model, saved))
         linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
         check_quantised(linears, config.update, config.sparsity, config.keep_base)
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}

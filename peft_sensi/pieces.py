@@ -138,7 +138,9 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
     return total
 
 
-def usual_update(model: nn.Module, config: SensiConfig, anatomy: Anatomy, targets: frozenset[str]) -> str:
+def usual_update(
+    model: nn.Module, config: SensiConfig, anatomy: Anatomy, targets: frozenset[str], always_trained: int
+) -> str:
     """What `update=None` means: `dense`; `low_rank` under a `trainable` limit of at most 2 % that has room for it.
 
     So few dense units reach few places of the model, while a low-rank term reaches all of them
@@ -151,8 +153,12 @@ def usual_update(model: nn.Module, config: SensiConfig, anatomy: Anatomy, target
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
-    smallest = sum(sum(features(linear_of(model, n))) for g in anatomy.groups for n in g.modules if n in targets)
-    return "low_rank" if smallest <= allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"
+    smallest = sum(sum(features(linear_of(model, name))) for name in targets)
+    if "biases" in (config.also_train or ()):
+        biases = (linear_of(model, name).bias for name in targets)
+        smallest += sum(bias.numel() for bias in biases if bias is not None)
+    small = allowed <= LOW_RANK_SHARE * anatomy.total_params
+    return "low_rank" if small and always_trained + smallest <= allowed else "dense"
 
 
 def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> None:

@@ -53,8 +53,9 @@ def test_a_small_limit_means_low_rank_by_default_and_a_larger_one_units(large):
         {"budget": {"trainable": 0.02}, "score": "random"},
         {"budget": {"trainable": 0.02}, "update": "dense"},
         {"budget": {"trainable": 0.002}},  # no room for a rank
+        {"budget": {"trainable": 0.005}, "also_train": ["biases"]},  # nor here, beside the biases
     ):
-        model = wrapped(copy.deepcopy(large), **{"score": "magnitude"} | fields)
+        model = wrapped(copy.deepcopy(large), calibration=tiny_batches(), priming_steps=1, **fields)
         assert model.peft_config["default"].update == "dense"
         assert any((model.base_model.plan().of(g) == 2).any() for g in model.base_model.plan().anatomy.groups)
     user = SensiConfig(budget={"trainable": 0.02}, task_type="SEQ_CLS")
