@@ -102,3 +102,20 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     runs += [run("trim 0.25 random", 0.276 - 0.0524), run("trim 0.25 random", 0.9, seed=1)]  # ours has no seed 1
     random = next(line for line in tables.quality_table(runs).splitlines() if line.startswith("| trim 0.25 random |"))
     assert "| 10.0% |" in random
+
+
+def test_every_row_of_the_budgets_builds_and_trains_what_it_says(grid):
+    import methods
+    from tiny import tiny_batches, tiny_model
+
+    run = methods.Run(tiny_batches(), steps=4, epochs=1, seed=0)
+    whole = tiny_model().base_model.num_parameters()
+    for kind, rows in (("tune", methods.TUNING), ("trim", methods.TRIMMING)):
+        for name, make in rows.items():
+            model = make(0.2)(tiny_model(), run)
+            model(**tiny_batches()[0]).loss.backward()
+            named = model.named_parameters()
+            trained = sum(p.numel() for n, p in named if p.requires_grad and "classifier" not in n)
+            assert trained > 0, name
+            if kind == "tune" and name not in ("BitFit", "LayerNorm"):
+                assert 0.1 * whole < trained <= 0.2 * whole, name

@@ -59,7 +59,15 @@ def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
 
 def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
     """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
-    return lambda base, run: get_peft_model(base, ShiraConfig(r=rank_of(base, share), **on_all_linears(base)))
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        options = on_all_linears(base)
+        del options["exclude_modules"]  # which this config does not have: whole names instead of endings
+        inside = base.base_model.named_modules()
+        names = [f"{base.base_model_prefix}.{name}" for name, m in inside if isinstance(m, nn.Linear)]
+        return get_peft_model(base, ShiraConfig(r=rank_of(base, share), **options | {"target_modules": names}))
+
+    return build
 
 
 def rank_of(base: nn.Module, share: float) -> int:

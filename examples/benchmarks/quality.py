@@ -1,8 +1,8 @@
 """Accuracy at every budget: ours beside what a user could do instead, everybody with the same rates to choose from.
 
     python examples/benchmarks/quality.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
-    python examples/benchmarks/quality.py table --page docs/quality.md
-    python examples/benchmarks/quality.py plot accuracy.png
+    python examples/benchmarks/quality.py table --page README.md
+    python examples/benchmarks/quality.py plot docs/accuracy.png
 
 The rate of a row is the one with the best score on held-out training rows (seed 0); the other seeds run at that rate
 only. Runs that have a result are not repeated.
