@@ -40,7 +40,6 @@ _MEANING = (
     "fingerprint",
     "format_version",
     "granularity",
-    "low_rank_lr_ratio",
     "modules_to_save",
     "plan",
     "rank",

@@ -53,8 +53,6 @@ class SensiConfig(PeftConfig):
             `dense+low_rank`, or `mask` (see `updates`). `None` is `dense`, or `low_rank` where a `trainable` limit is
             small (see `pieces.usual_update`).
         rank: Of a low-rank update; by default the largest that a `trainable` limit allows.
-        low_rank_lr_ratio: How much faster the low-rank factors move than everything else at the same learning rate
-            (see `updates`). `None` is 10 where the rank follows from a `trainable` limit, otherwise 1, as in LoRA.
         sparse: Number of trained values in each matrix.
         support: Where they are: `magnitude`, `random` or `decomposition`.
         sparsity: Share of the weights of each matrix that a mask removes.
@@ -105,7 +103,6 @@ class SensiConfig(PeftConfig):
     granularity: str = field(default="unit")
     update: str | None = field(default=None)
     rank: int | None = field(default=None)
-    low_rank_lr_ratio: float | None = field(default=None)
     sparse: int | None = field(default=None)
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)
@@ -181,7 +178,6 @@ class SensiConfig(PeftConfig):
             self.update or "dense",
             rank_follows=self.limits.trainable is not None and self.plan is None,
             rank=self.rank,
-            low_rank_lr_ratio=self.low_rank_lr_ratio,
             sparse=self.sparse,
             support=self.support,
             sparsity=self.sparsity,

@@ -71,10 +71,6 @@ _TYPES = {
     "score": _TEXT,
     "granularity": _TEXT,
     "update": _TEXT_OR_NONE,
-    "low_rank_lr_ratio": (
-        lambda v: v is None or (is_number(v) and 1e-6 <= v <= 1e6),
-        "None or a number between 1e-6 and 1e6",
-    ),
     "support": _TEXT_OR_NONE,
     "compressed": _TEXT_OR_NONE,
     "blocks": (lambda v: v is None or isinstance(v, (list, tuple)), "a list of layouts or None"),

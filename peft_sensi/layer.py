@@ -321,8 +321,6 @@ class SensiLayer(BaseTunerLayer):
         if (gate := self.part("gate", name)) is not None:
             mask = gate.repeat_interleave(len(piece.kept) // piece.units)  # [columns], the same for every row
         trained = self._trained(name, piece)
-        if piece.ratio != 1.0:
-            trained |= {part: trained[part] * piece.ratio for part in ("down", "up") if trained[part] is not None}
         return {
             "dim": piece.dim,
             "tuned": piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(device),

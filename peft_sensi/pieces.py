@@ -22,7 +22,6 @@ from .slices import Slice
 
 
 LOW_RANK_SHARE = 0.02
-LOW_RANK_LR_RATIO = 10.0
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
@@ -165,8 +164,6 @@ def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: 
     """Fills in the rank of a low-rank update that follows from a `trainable` limit."""
     if config.update == "low_rank" and config.rank is None:
         config.rank = rank_that_fits(model, config, plan, always_trained)
-        if config.low_rank_lr_ratio is None:
-            config.low_rank_lr_ratio = LOW_RANK_LR_RATIO
 
 
 def rank_that_fits(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> int:
@@ -217,7 +214,7 @@ def _slice(
     finished = "output_biases" in also and sides[0].dim == 1 and len(tuned) > 0 and not len(frozen)
     sizes: dict[str, Any] = {}
     if targeted and "low_rank" in update:
-        sizes |= {"rank": config.rank, "ratio": config.low_rank_lr_ratio or 1.0}
+        sizes["rank"] = config.rank
     if targeted and "sparse" in update:
         sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.

@@ -37,7 +37,6 @@ class Slice:
     units: int
     train_bias: bool = False
     rank: int = 0
-    ratio: float = 1.0
     sparse: int = 0
     support: str = "magnitude"
     sparsity: float | None = None
@@ -114,7 +113,7 @@ def first_parts(
         parts["bias"] = parts["bias"].to(master, copy=True)
     shape = piece.kept_shape(weight.shape)
     if piece.rank:
-        parts["down"], parts["up"] = low_rank_start(shape, piece.rank, piece.ratio, weight)
+        parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
     if piece.sparse or piece.learns_mask:
         kept = weight.index_select(piece.dim, piece.kept.to(weight.device))
         if piece.sparse:

@@ -2,14 +2,9 @@
 
 An `update` is a name or several joined by `+`. The effective weight is always
 
-    (base with its tuned slices replaced + (ratio * up) @ (ratio * down) + values at their places) * mask
+    (base with its tuned slices replaced + up @ down + values at their places) * mask
 
 so that what a mask removes stays removed when the adapter is merged (DSEE, arXiv 2111.00160).
-
-`ratio` (`low_rank_lr_ratio`) makes the factors move faster than everything else at the same learning rate: they are
-stored divided by it, and a step of Adam does not depend on the scale of what it moves. Low-rank factors need about ten
-times the rate of dense values (measured: `examples/benchmarks/quality.py`); this is LoRA+'s idea (arXiv 2402.12354)
-for both factors, without groups in the optimizer.
 """
 
 from __future__ import annotations
@@ -26,15 +21,10 @@ SUPPORTS = ("magnitude", "random", "decomposition")
 _DECOMPOSITION_ROUNDS = 10
 
 
-def low_rank_start(
-    shape: torch.Size, rank: int, ratio: float, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`down` `[rank, in]` and `up` `[out, rank]`, both stored divided by `ratio`.
-
-    `down` is random with the variance 1 / in, `up` zero: at first nothing changes.
-    """
+def low_rank_start(shape: torch.Size, rank: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`down` `[rank, in]`, random with the variance 1 / in, and `up` `[out, rank]`, zero: at first nothing changes."""
     out, features = shape
-    down = torch.randn(rank, features, device=like.device) / (ratio * max(1, features) ** 0.5)
+    down = torch.randn(rank, features, device=like.device) / max(1, features) ** 0.5
     return down, torch.zeros(out, rank, device=like.device)
 
 
@@ -126,7 +116,7 @@ def check_update(update: str, rank_follows: bool = False, **fields: Any) -> None
     if update not in UPDATES:
         raise SensiError(f"`update` must be one of {', '.join(UPDATES)}, got {update!r}.")
     parts = update.split("+")
-    needs = {"rank": "low_rank", "low_rank_lr_ratio": "low_rank", "sparse": "sparse", "support": "sparse"}
+    needs = {"rank": "low_rank", "sparse": "sparse", "support": "sparse"}
     for name, part in needs.items():
         if fields[name] is not None and part not in parts:
             raise SensiError(f"`{name}` has no effect with update={update!r}: it belongs to {part!r}.")

@@ -1,4 +1,4 @@
-"""A `trainable` limit that decides a rank: when it does, how large the rank is, and what `low_rank_lr_ratio` means."""
+"""A `trainable` limit that decides a rank: when it does, and how large the rank is."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_rank_is_the_largest_that_fits(family, budget):
 def test_a_small_limit_means_low_rank_by_default_and_a_larger_one_units(large):
     small = wrapped(copy.deepcopy(large), budget={"trainable": 0.02})
     config = small.peft_config["default"]
-    assert (config.update, config.low_rank_lr_ratio) == ("low_rank", 10.0) and config.rank >= 1
+    assert config.update == "low_rank" and config.rank >= 1
     both = wrapped(copy.deepcopy(large), budget={"trainable": 0.02, "flops": 0.5}, calibration=tiny_batches())
     assert both.peft_config["default"].rank > config.rank  # what is trimmed needs no update
     assert both.base_model.plan().flops_share <= 0.5
@@ -60,7 +60,7 @@ def test_a_small_limit_means_low_rank_by_default_and_a_larger_one_units(large):
         assert any((model.base_model.plan().of(g) == 2).any() for g in model.base_model.plan().anatomy.groups)
     user = SensiConfig(budget={"trainable": 0.02}, task_type="SEQ_CLS")
     get_peft_model(copy.deepcopy(large), user)
-    assert (user.update, user.rank, user.low_rank_lr_ratio) == (None, None, None)
+    assert (user.update, user.rank) == (None, None)
 
 
 def test_given_scores_rank_the_trimmed_units_and_bring_the_head(large):
@@ -80,11 +80,6 @@ def test_what_cannot_be_is_an_error(large):
         SensiConfig(budget={"trainable": 0.1}, update="low_rank", rank=4)
     with pytest.raises(SensiError, match="`trainable` limit"):
         SensiConfig(update="low_rank")
-    with pytest.raises(SensiError, match="no effect"):
-        SensiConfig(update="dense", low_rank_lr_ratio=2.0)
-    for ratio in (0, -1.0, float("nan"), True, "10"):
-        with pytest.raises(SensiError, match="low_rank_lr_ratio"):
-            SensiConfig(update="low_rank", rank=2, low_rank_lr_ratio=ratio)
 
 
 def steps(model: torch.nn.Module, lr: float) -> torch.nn.Module:
@@ -99,17 +94,6 @@ def steps(model: torch.nn.Module, lr: float) -> torch.nn.Module:
     return model
 
 
-def test_the_ratio_is_a_learning_rate():
-    logits = []
-    for ratio, lr in ((1.0, 1e-2), (10.0, 1e-3)):
-        torch.manual_seed(0)
-        model = wrapped(tiny_model(), update="low_rank", rank=4, low_rank_lr_ratio=ratio)
-        logits.append(steps(model, lr)(**tiny_batches()[0]).logits)
-    assert torch.allclose(*logits, atol=1e-4)
-    start = tiny_model()(**tiny_batches()[0]).logits
-    assert not torch.allclose(logits[0], start, atol=1e-2)
-
-
 def test_saved_loaded_merged_and_compressed(large, tmp_path):
     base = copy.deepcopy(large)
     model = steps(wrapped(large, budget={"trainable": 0.02, "flops": 0.5}, calibration=tiny_batches()), 1e-3)
@@ -118,14 +102,7 @@ def test_saved_loaded_merged_and_compressed(large, tmp_path):
         expected = model(**batch).logits
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-        assert loaded.peft_config["default"].low_rank_lr_ratio == 10.0
         assert torch.equal(loaded(**batch).logits, expected)
         loaded.base_model.compress("bfloat16")
         assert torch.allclose(loaded(**batch).logits, expected, atol=2e-2)
         assert torch.allclose(model.merge_and_unload()(**batch).logits, expected, atol=1e-5)
-    text = (tmp_path / "adapter_config.json").read_text()
-    (tmp_path / "adapter_config.json").write_text(
-        text.replace('"low_rank_lr_ratio": 10.0', '"low_rank_lr_ratio": 1.0')
-    )
-    with pytest.raises(SensiError):  # it gives the values their meaning
-        PeftModel.from_pretrained(base, tmp_path)
