@@ -187,7 +187,10 @@ def train(
     score: Ranking = FISHER,
     scores: SavedScores = None,
     epochs: Annotated[float, typer.Option(min=0, metavar="N", help="Passes over the data.")] = 3,
-    lr: Annotated[float, typer.Option(metavar="RATE", help="The learning rate's peak.")] = 5e-5,
+    lr: Annotated[
+        float,
+        typer.Option(metavar="RATE", help="The learning rate's peak; 1e-3 or more for a --trainable of at most 2 %."),
+    ] = 5e-5,
     batch_size: BatchSize = 32,
     text_column: Text_ = None,
     pair_column: Pair = None,

@@ -51,7 +51,7 @@ class SensiConfig(PeftConfig):
             one on trained values tunes whole Linears) or `weight` (only with an update of single weights).
         update: How the tuned part is parametrised: `dense` slices, `low_rank`, `sparse`, `low_rank+sparse`,
             `dense+low_rank`, or `mask` (see `updates`). `None` is `dense`, or `low_rank` where a `trainable` limit is
-            small (see `pieces.usual_update`).
+            small (see `pieces.usual_update`), which wants LoRA's learning rates.
         rank: Of a low-rank update; by default the largest that a `trainable` limit allows.
         sparse: Number of trained values in each matrix.
         support: Where they are: `magnitude`, `random` or `decomposition`.

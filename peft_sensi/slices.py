@@ -24,10 +24,10 @@ class Slice:
     contiguous and no output permutation is needed. A lone Linear keeps its own order instead, and `tuned` is then an
     index into `kept` rather than a number.
 
-    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes, as it does `ratio`; 0 or
-    `None` where there is none. `gated` columns are multiplied by a mask of units, which cuts during training close one
-    by one. A `sparsity` belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned
-    before). `narrow` is the type in which trained values are stored once they are not trained any more (see `narrow`).
+    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
+    none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
+    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before). `narrow` is
+    the type in which trained values are stored once they are not trained any more (see `narrow`).
     """
 
     dim: int
