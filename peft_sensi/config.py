@@ -223,8 +223,7 @@ class SensiConfig(PeftConfig):
 
     def _check_combination(self) -> None:
         """Refuses what cannot be combined, and says why."""
-        update = self.update or "dense"
-        limits, dense = self.limits, "dense" in update.split("+")
+        limits, update, dense = self.limits, self.update or "dense", self.tunes_units
         if self.granularity not in GRANULARITIES:
             raise SensiError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
         if self.granularity == "weight" and (dense or update == "low_rank"):
@@ -278,6 +277,11 @@ class SensiConfig(PeftConfig):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
             )
+
+    @property
+    def tunes_units(self) -> bool:
+        """The update has a dense part, or none was named."""
+        return "dense" in (self.update or "dense").split("+")
 
     @property
     def chooses_nothing(self) -> bool:

@@ -17,7 +17,7 @@ from .budget import Budget
 from .calibration import image_tokens, materialise
 from .config import SensiConfig
 from .errors import SensiError
-from .pieces import fit_rank, trained_beside_units, values_of
+from .pieces import bias_values, fit_rank, trained_beside_units, values_of
 from .plan import Plan
 from .priming import head_at_prior
 from .refit import Refitted, refit
@@ -60,8 +60,7 @@ def decide(
     """
     limits = _limits(model, given, anatomy)
     limited = limits.trainable is not None
-    tunes = "dense" in (config.update or "dense").split("+")
-    if not tunes:
+    if not config.tunes_units:
         limits = replace(limits, trainable=None)  # it limits the rank, not the units
     if given.schedule is not None and given.schedule["phase"] == "cut":
         limits = Budget()  # everything stays until the cuts come
@@ -87,7 +86,6 @@ def decide(
     if scores is None:
         scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
     whole = values_of(model, saved)
-    biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
     plan = make_plan(
         anatomy,
         {name: values.numpy() for name, values in scores.values.items()},
@@ -97,10 +95,10 @@ def decide(
         sequence_length=given.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         multiple_of=given.multiple_of,
         min_units=given.units_to_stay,
-        always_trained=whole + sum(bias.numel() for bias in biases if bias is not None),
-        tunes=tunes,
+        always_trained=whole + bias_values(model, config, targets),
+        tunes=config.tunes_units,
         retention=given.retention,
-        biases_apart=bool(biases),
+        biases_apart="biases" in (config.also_train or ()),
         uniform=config.widths == "uniform",
         tuned_layers=given.tuned_layers,
     )

@@ -203,7 +203,7 @@ class SensiModel(BaseTuner):
                 )
             return None  # PEFT raises its own error for that
         if config.also_train is None:
-            dense = "dense" in (given.update or "dense").split("+") and given.retention is None
+            dense = given.tunes_units and given.retention is None
             free = dense and given.plan is None and given.limits.trainable is None and bool(blocks.groups)
             config.also_train = ["norms", "output_biases", "pooler"] if free else []
         saved = also_saved(model, blocks, config.also_train)
@@ -223,6 +223,7 @@ class SensiModel(BaseTuner):
         else:
             with self._others_disabled(model), preserved(model):
                 decision = decide_together(model, given, config, anatomy, targets, saved)
+            # Again, for a process that had no weights and has only been told the plan.
             fit_rank(model, config, decision.plan, values_of(model, saved))
             config.plan = decision.plan.to_dict()
             if decision.scores is not None and decision.scores.method != "none":

@@ -105,6 +105,12 @@ def values_of(model: nn.Module, saved: list[str]) -> int:
     return sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
 
 
+def bias_values(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> int:
+    """Number of values in the biases of all targeted Linears, where `also_train` asks for them; 0 elsewhere."""
+    biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
+    return sum(bias.numel() for bias in biases if bias is not None)
+
+
 def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
     """For each module that the plan concerns: its slice and its group."""
     pieces = {}
@@ -152,12 +158,9 @@ def usual_update(
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
-    smallest = sum(sum(features(linear_of(model, name))) for name in targets)
-    if "biases" in (config.also_train or ()):
-        biases = (linear_of(model, name).bias for name in targets)
-        smallest += sum(bias.numel() for bias in biases if bias is not None)
-    small = allowed <= LOW_RANK_SHARE * anatomy.total_params
-    return "low_rank" if small and always_trained + smallest <= allowed else "dense"
+    rank_1 = sum(sum(features(linear_of(model, name))) for name in targets)
+    has_room = always_trained + bias_values(model, config, targets) + rank_1 <= allowed
+    return "low_rank" if has_room and allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"
 
 
 def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> None:
@@ -175,8 +178,8 @@ def rank_that_fits(model: nn.Module, config: SensiConfig, plan: Plan, always_tra
     pieces = pieces_of(model, one, plan)
     shapes = [p.kept_shape(torch.Size(features(linear_of(model, name)))) for name, (p, _) in pieces.items() if p.rank]
     price = sum(sum(shape) for shape in shapes)
-    allowed = allowance(limit, plan.anatomy.total_params) - always_trained
-    allowed -= trained_beside_units(model, one, plan) - price
+    biases = trained_values(model, pieces) - price
+    allowed = allowance(limit, plan.anatomy.total_params) - always_trained - biases
     if not price or allowed < price:
         raise BudgetError(
             f"The `trainable` limit allows {max(0, allowed):,} values, but a low-rank update of all targets needs at "

@@ -59,15 +59,7 @@ def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
 
 def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
     """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
-
-    def build(base: nn.Module, run: Run) -> nn.Module:
-        options = on_all_linears(base)
-        del options["exclude_modules"]  # which this config does not have: whole names instead of endings
-        inside = base.base_model.named_modules()
-        names = [f"{base.base_model_prefix}.{name}" for name, m in inside if isinstance(m, nn.Linear)]
-        return get_peft_model(base, ShiraConfig(r=rank_of(base, share), **options | {"target_modules": names}))
-
-    return build
+    return lambda base, run: get_peft_model(base, ShiraConfig(r=rank_of(base, share), **on_all_linears(base)))
 
 
 def rank_of(base: nn.Module, share: float) -> int:
@@ -77,8 +69,10 @@ def rank_of(base: nn.Module, share: float) -> int:
 
 
 def on_all_linears(base: nn.Module) -> dict[str, Any]:
-    names = sorted({name.rpartition(".")[2] for name in linears(base)})
-    return {"task_type": "SEQ_CLS", "target_modules": names, "exclude_modules": ["classifier"]}
+    """Whole names, the pooler's too; the task head is trained whole."""
+    inside = base.base_model.named_modules()
+    names = [f"{base.base_model_prefix}.{name}" for name, m in inside if isinstance(m, nn.Linear)]
+    return {"task_type": "SEQ_CLS", "target_modules": names}
 
 
 def linears(base: nn.Module) -> dict[str, nn.Linear]:

@@ -51,7 +51,8 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from with seed 0")
     plot.add_argument("picture", type=Path)
-    table.add_argument("--page", type=Path, help="writes the table between the marks `quality: begin` and `end`")
+    for command in (run, table):
+        command.add_argument("--page", type=Path, help="writes the table between the marks `quality: begin` and `end`")
     for command in (run, table, plot):
         command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
     else:
         text = quality_table(results)
         print(text)
-        if getattr(options, "page", None) is not None:
+        if options.page is not None:
             write_part(options.page, "quality", text)
 
 

@@ -24,11 +24,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], form: str = ".3f") -> str:
     if not values:
         return "-"
     mean, error = mean_and_error(values)
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
 
 
 def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:
@@ -130,17 +130,10 @@ def quality_table(results: list[dict[str, Any]]) -> str:
         mine = [run for run in runs if run["method"] == name]
         scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
         rates = sorted({f"{run['rate']:g}" for run in mine})
-        kept = percent([run["retention"] for run in mine])
-        behind = percent(_behind_ours(name, runs))
+        kept = cell([run["retention"] for run in mine], ".1%")
+        behind = cell(_behind_ours(name, runs), ".1%")
         lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
     return "\n".join(lines)
-
-
-def percent(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.1%}" if math.isnan(error) else f"{mean:.1%} ± {error:.1%}"
 
 
 def _behind_ours(name: str, runs: list[dict[str, Any]]) -> list[float]:
