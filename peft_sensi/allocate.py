@@ -83,12 +83,17 @@ def make_plan(
     costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
     if tuned_layers is not None:
         costs |= dict.fromkeys(_outside_best_layers(anatomy, values, kept, costs, tuned_layers), 0)
+    # A token that was never seen has no gradient, now or in training.
+    tunable = {
+        g.name: kept[g.name] & (g.kind != "token" or values[g.name] > 0) for g in anatomy.groups if costs[g.name]
+    }
+    tunable |= {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups if not costs[g.name]}
     if not tunes:
         tuned = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups}
     elif limits.trainable is not None:
-        tuned = _choose_tuned(anatomy, values, kept, costs, limits.trainable, always_trained)
+        tuned = _choose_tuned(anatomy, values, tunable, costs, limits.trainable, always_trained)
     else:
-        tuned = {g.name: kept[g.name] & bool(costs[g.name]) for g in anatomy.groups}
+        tuned = tunable
         if retention is not None:
             for group in (g for g in anatomy.groups if g.kind == "neuron"):
                 count = allowance(retention, int(tuned[group.name].sum())) if retention else 0
@@ -313,7 +318,7 @@ def _fill(ladders: list[_Ladder], left: np.ndarray) -> None:
 def _choose_tuned(
     anatomy: Anatomy,
     values: dict[str, np.ndarray],
-    kept: dict[str, np.ndarray],
+    tunable: dict[str, np.ndarray],
     costs: dict[str, int],
     limit: float | int,
     always_trained: int,
@@ -322,7 +327,7 @@ def _choose_tuned(
     unit_costs = [costs[g.name] for g in anatomy.groups]
     ladders = []
     for group, cost in zip(anatomy.groups, unit_costs, strict=True):
-        candidates = np.flatnonzero(kept[group.name]) if cost else np.zeros(0, dtype=np.int64)
+        candidates = np.flatnonzero(tunable[group.name])
         ladders.append(_ladder(values[group.name], candidates, np.array([cost]), np.zeros(group.size, bool), 1, 0))
     cheapest = min((cost for cost in unit_costs if cost), default=0)
     if allowed < cheapest:

@@ -1,9 +1,10 @@
 """Which units a model has, and which rows or columns of which Linear each of them owns.
 
-A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, or
-an output row of a Linear that belongs to no known block. A *group* holds the units of one sublayer. Removing a head or
-a neuron means removing slices of several weights at once (its *sides*), and exactly the same function remains as when
-the unit's activation is multiplied by zero at the input of the group's output projection.
+A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, an
+output row of a Linear that belongs to no known block, or a token's row in a table of embeddings. A *group* holds the
+units of one sublayer. Removing a head or a neuron means removing slices of several weights at once (its *sides*), and
+exactly the same function remains as when the unit's activation is multiplied by zero at the input of the group's
+output projection.
 
 Everything here reads shapes only, so it also works on `meta` tensors.
 """
@@ -26,12 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import AnatomyError
 from .families import FAMILIES, BlockLayout, layouts_of
-from .linears import LINEARS, features, matrix
+from .linears import LINEARS, features, is_plain_embedding, matrix
 from .positions import RelativePositions, relative_positions
 from .quantised import count, is_quantised, not_trimmable
 
 
-Kind = Literal["head", "neuron", "row", "tensor"]
+Kind = Literal["head", "neuron", "row", "token", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Group:
-    """The units of one sublayer. `output` is the module at whose input (for rows: at whose output) a gate acts.
+    """The units of one sublayer. `output` is the module at whose input (rows, tokens: at whose output) a gate acts.
 
     The units of a `fixed` group can be tuned but not trimmed, nor change places: something outside counts on them. A
     layer runs `repeats` times in one pass, and at least `least` units must stay for it to run. `relative_rows` is the
@@ -163,7 +164,7 @@ def build_anatomy(
     blocks: Iterable[BlockLayout] | None = None,
     whole: Literal["", "sublayers", "tensors"] = "",
 ) -> Anatomy:
-    """Finds the groups of `model`: its blocks, and one group of rows for each targeted Linear outside them.
+    """Finds the groups of `model`: its blocks, and one of rows for each targeted Linear or embedding outside them.
 
     `blocks` replaces the built-in layouts. With `whole`, a sublayer of a block is one unit, or each targeted Linear is
     one that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
@@ -192,6 +193,12 @@ def build_anatomy(
     owned = {module for group in groups for module in group.modules}
     for name in sorted(set(targets) - owned):
         linear = base_of(modules[name])
+        if is_plain_embedding(linear) and not whole:
+            size, width = features(linear)
+            groups.append(
+                Group(f"{name}.tokens", "token", size, (Side(name, 0, 1, width, tokens=False),), output=name)
+            )
+            continue
         if not isinstance(linear, LINEARS):
             raise not_linear(linear)
         out, into = features(linear)
@@ -221,7 +228,8 @@ def nothing_to_trim(model: nn.Module) -> AnatomyError:
 
 def not_linear(module: nn.Module) -> TypeError:
     return TypeError(
-        f"Target module {module} is not supported: only `torch.nn.Linear` and Transformers' `Conv1D` can be targeted."
+        f"Target module {module} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
+        f"`torch.nn.Embedding` can be targeted."
     )
 
 

@@ -13,7 +13,7 @@ from .plan import FROZEN, TRIMMED, TUNED, Plan, unpack_states
 
 
 STATES = {TUNED: "tuned", FROZEN: "frozen", TRIMMED: "trimmed"}
-KINDS = {"head": "heads", "neuron": "neurons", "row": "rows", "tensor": "tensors"}
+KINDS = {"head": "heads", "neuron": "neurons", "row": "rows", "token": "tokens", "tensor": "tensors"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,15 @@ def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
     rows = []
     for name, states in unpack_states(plan).items():
         block, _, last = name.rpartition(".")
-        kind = next((kind for kind in ("head", "neuron") if last.endswith(KINDS[kind])), "")
+        kind = next((kind for kind in ("head", "neuron", "token") if last.endswith(KINDS[kind])), "")
         rows.append(Row(name, block if kind else name, kind or ("tensor" if len(states) == 1 else "row"), states))
     return rows
+
+
+def drawn_rows(plan: Plan | Mapping[str, Any]) -> list[Row]:
+    """`rows_of` without tokens, next to whose number the other units could not be seen."""
+    rows = rows_of(plan)
+    return [row for row in rows if row.kind != "token"] or rows
 
 
 def block_of(group: Group) -> str:

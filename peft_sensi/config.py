@@ -34,7 +34,7 @@ class SensiPeftType(enum.StrEnum):
     SENSI = "SENSI"
 
 
-ALSO_TRAIN = ("output_biases", "biases", "norms", "pooler", "embeddings")
+ALSO_TRAIN = ("output_biases", "biases", "norms", "pooler", "tokens", "embeddings")
 GRANULARITIES = ("unit", "tensor", "weight")
 
 
@@ -67,8 +67,10 @@ class SensiConfig(PeftConfig):
         modules_to_save: Modules that are trained and saved whole. The task head of a classification-like task is
         added.
         also_train: What else of the base is trained: `output_biases` (of blocks whose kept units are all tuned),
-            `biases` (all of targeted Linears), `norms`, `pooler`, `embeddings`. By default output biases, norms and
-            pooler where dense units are tuned without a `trainable` limit, else nothing.
+            `biases` (all of targeted Linears), `norms`, `pooler`, `tokens` (the input embeddings of those that the
+            calibration data has; under a `trainable` limit the most sensitive ones), `embeddings` (all, saved whole).
+            By default output biases, norms, pooler and, with calibration data, tokens where dense units are tuned
+            without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
         priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
         priming_lr: Learning rate in these steps.
@@ -203,6 +205,7 @@ class SensiConfig(PeftConfig):
             if any(name not in ALSO_TRAIN for name in self.also_train):
                 raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {self.also_train!r}.")
             self.also_train = sorted(self.also_train)
+            self._check_tokens()
         if self.scores is not None and not isinstance(self.scores, Scores):
             raise SensiError(
                 f"`scores` must be a `Scores`, as `compute_scores` returns, got {type(self.scores).__name__}."
@@ -220,6 +223,20 @@ class SensiConfig(PeftConfig):
         if self.plan is not None:
             check_plan_dict(self.plan)
         self.layouts()
+
+    def _check_tokens(self) -> None:
+        if "tokens" not in (self.also_train or ()):
+            return
+        if "embeddings" in (self.also_train or ()):
+            raise SensiError("`also_train` has 'tokens', some rows of the embeddings, and 'embeddings', all of them.")
+        if not self.tunes_units or self.granularity != "unit":
+            raise SensiError(
+                "'tokens' in `also_train` are units of a dense update: use update='dense' and granularity='unit'."
+            )
+        if self.score == "movement":
+            raise SensiError(
+                "score='movement' is measured while priming, which leaves embeddings alone: it cannot rank 'tokens'."
+            )
 
     def _check_combination(self) -> None:
         """Refuses what cannot be combined, and says why."""

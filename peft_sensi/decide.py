@@ -22,6 +22,7 @@ from .plan import Plan
 from .priming import head_at_prior
 from .refit import Refitted, refit
 from .scores import Scores, score_units
+from .tokens import only_seen
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def decide(
             progress=processes.rank() == 0,
         )
     if scores is None:
-        scores = Scores({g.name: torch.zeros(g.size) for g in anatomy.groups}, "none")
+        unranked = {g.name: torch.full((g.size,), float(g.kind == "token")) for g in anatomy.groups}
+        scores = Scores(only_seen(anatomy, unranked, batches), "none")
     whole = values_of(model, saved)
     plan = make_plan(
         anatomy,
@@ -150,7 +152,7 @@ def decide_together(
     own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
     data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
-    processes.agree("its configuration", {**settings, **data}, "Give all processes the same.")
+    processes.agree("its configuration", {**data, **settings}, "Give all processes the same.")
     if replicas.somebody_has_no_weights(model):
         decision = None
         if processes.rank() == 0:

@@ -1,4 +1,4 @@
-"""The Linear of which units are tuned, frozen or trimmed."""
+"""The Linear (or embedding) of which units are tuned, frozen or trimmed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from .checkpoint import check_content
 from .errors import SensiError
 from .functional import Positions, compose, take
-from .linears import features, matrix, oriented, tell_features
+from .linears import bias_of, features, matrix, oriented, tell_features
 from .narrow import PARTS, decode
 from .quantised import is_quantised, not_mergeable
 from .slices import Slice, empty_parts, first_parts, narrowed, part_shapes
@@ -41,7 +41,7 @@ class SensiLayer(BaseTunerLayer):
     # All that is stored, in the order of the docstring.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict({}))
@@ -106,7 +106,7 @@ class SensiLayer(BaseTunerLayer):
         parameters = base._parameters
         weight = oriented(base, matrix(base).detach().index_select(piece.dim, kept)).contiguous()
         parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        if base.bias is not None and piece.dim == 0:
+        if bias_of(base) is not None and piece.dim == 0:
             parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
         tell_features(base)
         self.sensi_base_dropped = True
@@ -219,11 +219,12 @@ class SensiLayer(BaseTunerLayer):
                 weight, bias = self._combined([*self.merged_adapters, name])
             if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._sensi_unmerged.append((base.weight, base.bias))
+            self._sensi_unmerged.append((base.weight, bias_of(base)))
             dtype = base.weight.dtype
             weight = oriented(base, weight).to(dtype, copy=True, memory_format=torch.contiguous_format)
             base.weight = nn.Parameter(weight, requires_grad=False)
-            base.bias = None if bias is None else nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
+            if bias is not None:
+                base.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
             tell_features(base)
             self.merged_adapters.append(name)
         self._tell_parents()
@@ -234,7 +235,9 @@ class SensiLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        base.weight, base.bias = self._sensi_unmerged[0]
+        base.weight, bias = self._sensi_unmerged[0]
+        if hasattr(base, "bias"):
+            base.bias = bias
         tell_features(base)
         self._sensi_unmerged.clear()
         self.merged_adapters.clear()
@@ -295,7 +298,7 @@ class SensiLayer(BaseTunerLayer):
     def _kept_base(self, piece: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
-        weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
+        weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
         weight = matrix(base) if self.sensi_coded else oriented(base, weight)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
@@ -351,7 +354,9 @@ class SensiLayer(BaseTunerLayer):
         codes, scales = self.part("codes", name), self.part("scales", name)
         found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
         if codes is not None:
-            shapes = part_shapes(self.out_features, self.in_features, self.bias is not None, piece)
+            shapes = part_shapes(
+                self.out_features, self.in_features, bias_of(self.get_base_layer()) is not None, piece
+            )
             differences = decode(codes, scales, shapes, piece.dim)
             origins = self._origins(piece, shapes)
             found |= {part: origins[part] + difference for part, difference in differences.items()}
@@ -420,7 +425,7 @@ class SensiLayer(BaseTunerLayer):
         weight, bias = self.effective(names[0])
         if len(names) > 1:
             base = self.get_base_layer()
-            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, base.bias)
+            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
             base_weight = oriented(base, base_weight)
             for name in names[1:]:
                 other_weight, other_bias = self.effective(name)

@@ -44,12 +44,14 @@ from .narrow import KINDS
 from .pieces import (
     also_saved,
     anatomy_of,
+    check_tokens,
     fit_rank,
     name_targets,
     pieces_of,
     refuse_tied,
     targets_of,
     usual_update,
+    usually_also_trained,
     values_of,
 )
 from .plan import Plan
@@ -58,7 +60,7 @@ from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
 from .widths import note_widths
-from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_linear
+from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_module
 
 
 logger = logging.getLogger(__name__)
@@ -203,14 +205,13 @@ class SensiModel(BaseTuner):
                 )
             return None  # PEFT raises its own error for that
         if config.also_train is None:
-            dense = given.tunes_units and given.retention is None
-            free = dense and given.plan is None and given.limits.trainable is None and bool(blocks.groups)
-            config.also_train = ["norms", "output_biases", "pooler"] if free else []
+            config.also_train = usually_also_trained(model, given, blocks)
         saved = also_saved(model, blocks, config.also_train)
         save_whole(config, saved)
         targets = name_targets(model, config)
         refuse_tied(model, targets)
         anatomy = anatomy_of(model, config, targets)
+        check_tokens(config, anatomy)
         if config.update is None:
             config.update = usual_update(model, given, anatomy, targets, values_of(model, saved))
         linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
@@ -287,7 +288,7 @@ class SensiModel(BaseTuner):
         assert self._sensi_injecting is not None
         pieces, refitted = self._sensi_injecting
         piece, group = pieces[current_key]
-        layer = wrap_linear(
+        layer = wrap_module(
             self.model, current_key, adapter_name, piece, group, sensi_config, refitted.pop(current_key, None)
         )
         if adapter_name not in self.active_adapters:

@@ -15,10 +15,11 @@ from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_param
 from .budget import allowance
 from .config import SensiConfig
 from .errors import BudgetError, SensiError
-from .linears import features
+from .linears import bias_of, features
 from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
+from .tokens import input_embedding, is_shared
 
 
 LOW_RANK_SHARE = 0.02
@@ -34,11 +35,47 @@ def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     )
 
 
+def usually_also_trained(model: nn.Module, given: SensiConfig, blocks: Anatomy) -> list[str]:
+    """What `also_train=None` means: something where nothing limits what is trained, and dense units are.
+
+    Tokens only where somebody says which ones matter.
+    """
+    dense = given.tunes_units and given.retention is None
+    if not dense or given.plan is not None or given.limits.trainable is not None or not blocks.groups:
+        return []
+    also = ["norms", "output_biases", "pooler"]
+    table = input_embedding(model)
+    ranks_tokens = given.update != "dense+low_rank" and given.granularity == "unit" and given.score != "movement"
+    if table is None or not ranks_tokens or _is_saved_whole(table, given):
+        return also
+    known = given.calibration is not None if given.scores is None else f"{table}.tokens" in given.scores.values
+    return [*also, "tokens"] if known else also
+
+
+def _is_saved_whole(name: str, config: SensiConfig) -> bool:
+    """Whether PEFT's `modules_to_save` names the module or one that it is in."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(f".{path}".endswith(f".{saved}") for path in paths for saved in config.modules_to_save or ())
+
+
+def check_tokens(config: SensiConfig, anatomy: Anatomy) -> None:
+    """Raises `SensiError` where tokens cannot be trained in the way that the config asks for."""
+    if any(g.kind == "token" for g in anatomy.groups) and not config.tunes_units:
+        raise SensiError(
+            f"`target_modules` has an embedding, whose tokens are tuned or not: update={config.update!r} cannot reach "
+            f"them. Use update='dense', or leave it out."
+        )
+
+
 def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
-    """Raises `SensiError` when a target shares its weight with the embeddings: tuning it would part the two."""
-    embeddings = {id(m.weight) for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)}
+    """Raises `SensiError` when a target shares its weight with embeddings: tuning it would part the two."""
+    embeddings = [m for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)]
     for name in sorted(targets):
-        if id(getattr(base_of(model.get_submodule(name)), "weight", None)) in embeddings:
+        target = base_of(model.get_submodule(name))
+        weight = getattr(target, "weight", None)
+        shared = is_shared(model, target) if isinstance(target, nn.Embedding) else False
+        if shared or any(table.weight is weight for table in embeddings if table is not target):
             raise SensiError(
                 f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
                 f"`target_modules`."
@@ -48,7 +85,7 @@ def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """`targets_of`; regular expressions in the config become the names that they matched, which is what is saved.
 
-    Raises `SensiError` where names cannot say the same.
+    So does the `tokens` of `also_train`. Raises `SensiError` where names cannot say the same, or there are no tokens.
     """
     targets = targets_of(model, config)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
@@ -57,6 +94,14 @@ def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
         config.exclude_modules = set(targets_of(model, config) - targets) or None  # type: ignore[assignment]
         if targets_of(model, config) != targets:
             raise SensiError("The regular expression matches modules that lists of names cannot tell apart: give one.")
+    if "tokens" in (config.also_train or ()) and config.plan is None:
+        if (table := input_embedding(model)) is None:
+            raise SensiError(
+                "'tokens' in `also_train` needs input embeddings that no other module shares, and that look up rows "
+                "and do nothing else: this model has none."
+            )
+        config.target_modules = {*(config.target_modules or ()), table}  # type: ignore[assignment]
+        targets = targets_of(model, config)
     return targets
 
 
@@ -107,7 +152,7 @@ def values_of(model: nn.Module, saved: list[str]) -> int:
 
 def bias_values(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> int:
     """Number of values in the biases of all targeted Linears, where `also_train` asks for them; 0 elsewhere."""
-    biases = [linear_of(model, name).bias for name in targets] if "biases" in (config.also_train or ()) else []
+    biases = [bias_of(linear_of(model, name)) for name in targets] if "biases" in (config.also_train or ()) else []
     return sum(bias.numel() for bias in biases if bias is not None)
 
 
@@ -136,7 +181,7 @@ def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> 
         linear = linear_of(model, name)
         out, into = piece.kept_shape(torch.Size(features(linear)))
         total += piece.tuned_count * (into if piece.dim == 0 else out)
-        if linear.bias is not None:
+        if bias_of(linear) is not None:
             total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
         total += piece.rank * (out + into) + min(piece.sparse, out * into)
         total += out * into * piece.learns_mask
@@ -155,6 +200,8 @@ def usual_update(
     limit = config.limits.trainable
     score = config.score if config.scores is None else config.scores.method
     asks = config.plan, config.tuned_layers, config.schedule, config.sparsity
+    if any(group.kind == "token" for group in anatomy.groups):
+        return "dense"
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
@@ -216,12 +263,18 @@ def _slice(
     also, update = config.also_train or (), config.update.split("+")
     finished = "output_biases" in also and sides[0].dim == 1 and len(tuned) > 0 and not len(frozen)
     sizes: dict[str, Any] = {}
+    if group.kind == "token":
+        update = ["dense"]
     if targeted and "low_rank" in update:
         sizes["rank"] = config.rank
     if targeted and "sparse" in update:
         sizes |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A mask on the base (DSEE) reaches all Linears of the blocks; one that is learned only those that are targeted.
-    if config.sparsity is not None and (targeted or ("mask" not in update and group.in_block)):
+    if (
+        config.sparsity is not None
+        and group.kind != "token"
+        and (targeted or ("mask" not in update and group.in_block))
+    ):
         sizes |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
     cuts = bool(config.schedule and config.schedule["phase"] == "cut")
@@ -234,7 +287,7 @@ def _slice(
         kept=torch.from_numpy(kept),
         tuned=count if prefix else torch.from_numpy(np.flatnonzero(is_tuned)),
         units=len(units),
-        train_bias=linear.bias is not None and targeted and (finished or "biases" in also),
+        train_bias=bias_of(linear) is not None and targeted and (finished or "biases" in also),
         **sizes,
     )
 

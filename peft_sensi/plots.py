@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .blocks import KINDS, STATES, Row, human, rows_of
+from .blocks import KINDS, STATES, Row, drawn_rows, human
 from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED, Plan
@@ -44,10 +44,10 @@ def plot_plan(
     look = look_of(style)
     if cost not in ("params", "flops"):
         raise SensiError(f"`cost` must be 'params' or 'flops', got {cost!r}.")
-    rows = rows_of(plan)
+    rows = drawn_rows(plan)
     ranked = scores is not None and isinstance(plan, Plan)
     maps = [[row for row in rows if row.kind == kind] for kind in ("head", "neuron")]
-    maps.append([row for row in rows if row.kind in ("row", "tensor")])
+    maps.append([row for row in rows if row.kind not in ("head", "neuron")])
     maps = [part for part in maps if part]
     lines = max(len(part) for part in maps)
     height = max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
@@ -151,7 +151,7 @@ def _finish_map(axes: Any, rows: list[Row], look: Mapping[str, Any]) -> None:
 
 def _draw_ranking(axes: Any, plan: Plan, scores: Scores, cost: str, look: Mapping[str, Any]) -> None:
     """All units by score per cost; below the curve the states in this order, and the places of the two cuts."""
-    groups = [g for g in plan.anatomy.groups if g.name in scores.values]
+    groups = [g for g in plan.anatomy.groups if g.name in scores.values and g.kind != "token"]
     groups = [g for g in groups if g.trimmable] or groups
     if not groups or any(scores.values[g.name].numel() != g.size for g in groups):
         raise SensiError("These scores are not of the model that the plan is of.")

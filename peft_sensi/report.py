@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .blocks import KINDS, Row, human, rows_of, short_names, shortened
+from .blocks import KINDS, Row, drawn_rows, human, rows_of, short_names, shortened
 from .errors import SensiError
 from .plan import FROZEN, TRIMMED, TUNED, Plan
 
@@ -27,7 +27,7 @@ MIN_BAR, MAX_BAR = 4, 16
 
 def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> RenderableType:
     """A line a block: how many heads and neurons stay, how many of them are tuned, and a bar of the three states."""
-    table, rows = _table(), rows_of(plan)
+    table, rows = _table(), drawn_rows(plan)
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     both = any(row.count(FROZEN) for row in rows) and any(row.count(TUNED) for row in rows)
     lines = _lines(rows)
@@ -64,7 +64,7 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Rend
 
 def legend(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Text:
     text = _text()
-    rows = rows_of(plan)
+    rows = drawn_rows(plan)
     for state, name in LEGEND.items():
         if any(row.count(state) for row in rows):
             glyph, colour = GLYPHS[state]
@@ -100,6 +100,9 @@ def plan_facts(plan: Plan) -> dict[str, str]:
     facts["base parameters kept"] = (
         f"{plan.model_params_share:.2%} of {human(anatomy.total_params)}, embeddings included"
     )
+    for row in rows_of(plan):
+        if row.kind == "token":
+            facts["tokens trained"] = f"{row.count(TUNED):,} of {row.size:,}"
     facts["trained values"] = (
         f"{human(plan.trainable_params)} ({plan.trainable_share:.2%} of the base), beside the task head"
     )

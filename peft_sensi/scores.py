@@ -23,7 +23,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from .gates import apply_gate, gate_gradients, hooked
 from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
+from .tokens import input_embedding, only_seen
 
 
 METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
@@ -150,7 +151,7 @@ def compute_scores(
     blocks: Iterable[BlockLayout] | None = None,
     progress: bool = True,
 ) -> Scores:
-    """Scores every unit of `model`; the model and all random states are left exactly as they were.
+    """Scores every unit of `model`, its input tokens too; model and random states are left exactly as they were.
 
     With several processes all of them must call this, each with its own batches; they get the same scores.
     Without `calibration` a gradient score falls back to magnitude, with a warning.
@@ -160,7 +161,7 @@ def compute_scores(
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
         priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
-        targets: Linears outside the known blocks whose rows are to be scored too.
+        targets: Linears (or embeddings) outside the known blocks whose rows are to be scored too.
 
     Raises:
         CalibrationError: Empty or unlabelled data, or a loss or gradient that is not finite (the batch is named).
@@ -168,7 +169,8 @@ def compute_scores(
     """
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
-    anatomy = build_anatomy(model, targets, blocks)
+    table = input_embedding(model) if calibration is not None and score != "movement" else None
+    anatomy = build_anatomy(model, {*targets, *([table] if table else [])}, blocks)
     with processes.together("scoring"), replicas.weights_of_0(model), preserved(model):
         # A data loader that shuffles draws random numbers, too.
         batches = None
@@ -204,6 +206,38 @@ def score_units(
     progress: bool,
 ) -> Scores:
     """`compute_scores` on given batches; to be called inside `calibration.preserved`."""
+    scores = _score_units(
+        model,
+        anatomy,
+        batches,
+        score=score,
+        calibration_steps=calibration_steps,
+        priming_steps=priming_steps,
+        priming_lr=priming_lr,
+        priming_optimizer=priming_optimizer,
+        loss_fn=loss_fn,
+        seed=seed,
+        progress=progress,
+    )
+    if scores.method in ("fisher", "taylor"):  # zero for tokens that are not there
+        return scores
+    return replace(scores, values=only_seen(anatomy, scores.values, batches))
+
+
+def _score_units(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: list[Mapping[str, Any]] | None,
+    *,
+    score: str,
+    calibration_steps: int,
+    priming_steps: int,
+    priming_lr: float,
+    priming_optimizer: str,
+    loss_fn: LossFn | None,
+    seed: int,
+    progress: bool,
+) -> Scores:
     length = mean_length(batches) if batches else None
     if score == "random":
         return Scores(random_scores(anatomy, seed), score, length)
@@ -227,7 +261,7 @@ def score_units(
         device = device_of(model)
         gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
         with (
-            hooked(model, anatomy, lambda group, x: apply_gate(x, gates[group.name])),
+            hooked(model, anatomy, lambda group, x, ids: apply_gate(x, gates[group.name], ids)),
             primed(model, batches, gates=list(gates.values()), **priming),
         ):
             head = head_state(model)

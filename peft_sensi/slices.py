@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from .functional import Positions
-from .linears import features, matrix
+from .linears import bias_of, features, matrix
 from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one adapter does with one Linear, whose base weight is `[out, in]`.
+    """What one adapter does with one Linear, whose base weight is `[out, in]`, or with the rows of an embedding.
 
     `kept` lists the base positions (int64, CPU) along `dim` (0 = rows, 1 = columns) that stay, in the order in which
     the adapter computes them: tuned first, then frozen, the same on both sides of a group, so that the tuned slice is
@@ -92,11 +92,12 @@ class Slice:
 
 
 def first_parts(
-    base: nn.Linear, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
+    base: nn.Module, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    weight, bias = matrix(base).detach(), None if base.bias is None else base.bias.detach()
+    weight, bias = matrix(base).detach(), bias_of(base)
+    bias = None if bias is None else bias.detach()
     if values is not None:
         values = (values[0].to(weight.device), None if values[1] is None else values[1].to(weight.device))
         bias = values[1] if values[1] is not None else bias
@@ -132,7 +133,7 @@ def first_parts(
     if piece.narrow is not None:
         origins = {
             name: parts[name] if name in ("weight", "bias") else 0.0
-            for name in part_shapes(*features(base), base.bias is not None, piece)
+            for name in part_shapes(*features(base), bias_of(base) is not None, piece)
         }
         return narrowed(parts, origins, piece)
     return parts
@@ -163,11 +164,11 @@ def part_shapes(out: int, into: int, has_bias: bool, piece: Slice) -> dict[str, 
     return shapes
 
 
-def empty_parts(base: nn.Linear, piece: Slice) -> dict[str, torch.Tensor]:
+def empty_parts(base: nn.Module, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
     shape = piece.kept_shape(torch.Size(features(base)))
-    trained = part_shapes(*features(base), base.bias is not None, piece)
+    trained = part_shapes(*features(base), bias_of(base) is not None, piece)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if piece.narrow is not None:
         codes, scales = sizes(trained, piece.dim, piece.narrow)
@@ -194,6 +195,9 @@ def kept_parts(
     Single values keep their number, because a file's shapes follow from the configuration: those that leave with a
     unit are replaced by zeros at the first free positions.
     """
+    if torch.equal(old.kept, new.kept):
+        yield from ((name, value) for name, value in parts.items() if value is not None)
+        return
     now = torch.argsort(old.kept)[torch.searchsorted(old.kept.sort().values, new.kept)]  # where each kept unit was
     dims = {"weight": new.dim, "bias": 0 if new.dim == 0 else None}
     dims |= {"up": 0} if new.dim == 0 else {"down": 1}

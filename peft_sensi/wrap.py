@@ -13,10 +13,11 @@ from torch import nn
 from . import replicas
 from .anatomy import Group, not_linear
 from .config import SensiConfig
+from .embedding import SensiEmbedding
 from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
-from .linears import is_plain
+from .linears import is_plain, is_plain_embedding
 from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
@@ -26,7 +27,7 @@ from .slices import Slice, kept_parts
 logger = logging.getLogger(__name__)
 
 
-def wrap_linear(
+def wrap_module(
     model: nn.Module,
     name: str,
     adapter_name: str,
@@ -34,13 +35,16 @@ def wrap_linear(
     group: Group,
     config: SensiConfig,
     refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-) -> SensiLinear:
-    """Gives the module called `name` a slice for this adapter, replacing a plain Linear first."""
+) -> SensiLinear | SensiEmbedding:
+    """Gives the module called `name` a slice for this adapter, replacing a plain Linear or embedding first."""
     layer = model.get_submodule(name)
-    if not isinstance(layer, SensiLinear):
-        if not is_plain(layer):
+    if not isinstance(layer, SensiLayer):
+        if is_plain_embedding(layer):
+            layer = SensiEmbedding(layer, adapter_name)
+        elif is_plain(layer):
+            layer = SensiLinear(layer, adapter_name)
+        else:
             raise not_linear(layer)
-        layer = SensiLinear(layer, adapter_name)
         layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
@@ -95,7 +99,7 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
         if name not in pieces:
             layer.delete_adapter(adapter_name)
     for name, (piece, group) in pieces.items():
-        wrap_linear(root, name, adapter_name, piece, group, config)
+        wrap_module(root, name, adapter_name, piece, group, config)
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
 
 
@@ -112,7 +116,7 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
         if name in layers:
             old = layers[name].sensi_slices[adapter_name]
             parts = {part: layers[name].part(part, adapter_name) for part in (*PARTS, "places")}
-        layer = wrap_linear(root, name, adapter_name, piece, group, config)
+        layer = wrap_module(root, name, adapter_name, piece, group, config)
         if old is None:
             continue
         with torch.no_grad():

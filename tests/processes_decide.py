@@ -186,21 +186,21 @@ def main(folder: str) -> None:
         found["errors"][name] = (message, same)
     log("errors after the decision")
     model = own_model(rank)
-    wrap_linear = peft_sensi.model.wrap_linear
+    wrap_module = peft_sensi.model.wrap_module
 
     def full(root, name, *args, **kwargs):
         if rank == 1 and name.endswith("layer.1.output.dense"):
             raise MemoryError("no room for this layer")
-        return wrap_linear(root, name, *args, **kwargs)
+        return wrap_module(root, name, *args, **kwargs)
 
-    peft_sensi.model.wrap_linear = full
+    peft_sensi.model.wrap_module = full
     before = snapshot(model)
     try:
         wrap(model, calibration=uneven(rank), **FISHER)
         message = None
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-    peft_sensi.model.wrap_linear = wrap_linear
+    peft_sensi.model.wrap_module = wrap_module
     after = snapshot(model)
     same = before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before)
     found["errors"]["no memory"] = (message, same)

@@ -93,9 +93,8 @@ def test_plan_prints_a_table_and_writes_scores_and_a_picture(work):
     assert "heads kept" in text and "prunable parameters kept" in text and "\x1b" not in text
     assert max(map(len, text.splitlines()[:-2])) <= 80
     assert (work / "plan.png").read_bytes()[:4] == b"\x89PNG"
-    assert set(Scores.load(work / "s.st").values) == {
-        f"bert.encoder.layer.{i}.{k}" for i in (0, 1) for k in ("heads", "neurons")
-    }
+    blocks = {f"bert.encoder.layer.{i}.{k}" for i in (0, 1) for k in ("heads", "neurons")}
+    assert set(Scores.load(work / "s.st").values) == {*blocks, "bert.embeddings.word_embeddings.tokens"}
     assert (work / "base" / "model.safetensors").read_bytes() == before
 
 

@@ -1,0 +1,54 @@
+"""The forward pass of an embedding of which some tokens are tuned."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .layer import SensiLayer
+
+
+class SensiEmbedding(nn.Module, SensiLayer):
+    """`SensiLayer` on a `torch.nn.Embedding`: rows of trained tokens stand in for the base's.
+
+    Rows are looked up twice, in the base and among the few trained ones, so that the backward pass never makes a
+    gradient of the whole table.
+    """
+
+    def __init__(self, base_layer: nn.Embedding, adapter_name: str) -> None:
+        super().__init__()
+        SensiLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(ids)
+        active = [n for n in self.active_adapters if n in self.sensi_slices]
+        if self.merged or not active:
+            return self.base_layer(ids)
+        if len(active) > 1:
+            self.check_combination(active)
+            return F.embedding(ids, self._combined(active)[0].to(self.base_layer.weight.dtype))
+        if self.sensi_unchecked:
+            self.check_loaded(active[0])
+        piece = self.sensi_slices[active[0]]
+        rows, base = self._trained(active[0], piece)["weight"], self.base_layer.weight
+        if rows is None:
+            return self.base_layer(ids)
+        if piece.whole:
+            return F.embedding(ids, rows.to(base.dtype))
+        tokens = piece.tuned_positions.to(ids.device)  # ascending: an embedding keeps its own order
+        slots = torch.searchsorted(tokens, ids).clamp_(max=len(tokens) - 1)
+        is_tuned = (tokens[slots] == ids).unsqueeze(-1)
+        return torch.where(is_tuned, F.embedding(slots, rows).to(base.dtype), F.embedding(ids, base))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's table, as `get_input_embeddings().weight` is asked for its size, dtype and device."""
+        return self.base_layer.weight
+
+    def __repr__(self) -> str:
+        return "sensi." + super().__repr__()
