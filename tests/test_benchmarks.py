@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_examples import encoder  # noqa: F401  (a fixture)
 
 
@@ -79,6 +81,51 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     grid.run_all([task], chosen, [0], *common)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+def test_words_are_scored_as_entities_of_whole_sentences(grid, encoder, tmp_path):  # noqa: F811
+    import methods
+    import tables
+    import tasks
+
+    folder = tmp_path / "data" / "wnut17"
+    folder.mkdir(parents=True)
+    for file, count in (("train.conll", 90), ("dev.conll", 21)):
+        sentences = [[f"{'ab' * (i % 5)}\tO", "here\tO", "cab\tB-x", *["bad\tI-x"] * (i % 3)] for i in range(1, count)]
+        (folder / file).write_text(
+            "\n\n".join("\n".join(sentence[i % 5 == 0 :]) for i, sentence in enumerate(sentences))
+        )
+    task = replace(tasks.TASKS["wnut17"], classes=3, epochs=1, held_out=20)
+    data = tasks.load_task(task, tmp_path / "data", str(encoder), seed=0)
+
+    class Perfect(torch.nn.Module):
+        device, wrong = torch.device("cpu"), 0
+
+        def forward(self, labels, **inputs):
+            logits = torch.nn.functional.one_hot(labels.clamp(min=0), 3).float()
+            logits[: self.wrong] = 0.0
+            return SimpleNamespace(logits=logits)
+
+    assert grid.score(Perfect(), data, "dev") == grid.score(Perfect(), data, "held_out") == 1.0
+    model = Perfect()
+    model.wrong = 5
+    assert 0.5 < grid.score(model, data, "dev") < 1.0
+    chosen = {name: methods.Method(methods.TRIMMING[name](0.5), 1e-3) for name in ("ours", "random, refitted")}
+    grid.run_all([task], chosen, [0], str(encoder), tmp_path / "data", tmp_path / "results")
+    results = tables.read_results(tmp_path / "results")
+    assert len(results) == 2 and all(r["metric"] == "f1" and 0 <= r["dev"] <= 1 for r in results)
+
+
+def test_noisy_tasks_are_shown_but_decide_nothing(grid):
+    import tables
+
+    def run(task, method, dev):
+        return {"task": task, "method": method, "dev": dev, "held_out": 0.5, "rate": 1e-4, "seed": 0}
+
+    runs = [run("trec6", "full", 0.9), run("cola", "full", 0.5), run("trec6", "trim 0.5 ours", 0.9)]
+    line = tables.quality_table([*runs, run("cola", "trim 0.5 ours", 0.1)]).splitlines()[3]
+    assert "0.900 | 0.100 | 100.0% |" in line
+    assert len(tables.budgets_series([*runs, run("cola", "trim 0.5 ours", 0.1)])) == 1
 
 
 def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(grid):

@@ -9,13 +9,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from methods import Method, Run, is_sensi
 from tasks import BATCH_SIZE, Data, Task, load_task
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
 from transformers.utils import logging
 
 from peft_sensi import Schedule
@@ -30,7 +38,7 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
     logging.disable_progress_bar()
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     set_seed(seed)
-    base = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=task.classes)
+    base = fresh_base(task, model_name)
     whole = parameters(base)
     steps = task.epochs * (len(data.train) // BATCH_SIZE)
     start = time.perf_counter()
@@ -74,7 +82,7 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
     }
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     length = 32
-    base = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=task.classes)
+    base = fresh_base(task, model_name)
     return figures | {
         "params_share": parameters(merged) / whole,
         "flops_share": flops(merged, length) / flops(base, length),
@@ -82,16 +90,24 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
     }
 
 
+def fresh_base(task: Task, model_name: str) -> PreTrainedModel:
+    kind = AutoModelForTokenClassification if task.words else AutoModelForSequenceClassification
+    return kind.from_pretrained(model_name, num_labels=task.classes)
+
+
 @torch.no_grad()
 def score(model: nn.Module, data: Data, split: str) -> float:
     model.eval()
-    metric = load_metric("classification")
     predicted, labels = [], []
     for batch in data.batches(split):
         labels += batch["labels"].tolist()
         with torch.autocast(model.device.type, torch.bfloat16):
             predicted += model(**batch).logits.argmax(-1).tolist()
-    return metric.compute(predictions=predicted, references=labels)[data.task.metric]
+    if not data.task.words:
+        return load_metric("classification").compute(predictions=predicted, references=labels)[data.task.metric]
+    places = np.argsort(data.order(split))
+    in_order = EvalPrediction(*([np.array(part[i]) for i in places] for part in (predicted, labels)))
+    return data.metrics[split](in_order)[data.task.metric]
 
 
 def stored_bytes(model: nn.Module) -> int:

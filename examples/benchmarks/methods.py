@@ -72,7 +72,11 @@ def on_all_linears(base: nn.Module) -> dict[str, Any]:
     """Whole names, the pooler's too; the task head is trained whole."""
     inside = base.base_model.named_modules()
     names = [f"{base.base_model_prefix}.{name}" for name, m in inside if isinstance(m, nn.Linear)]
-    return {"task_type": "SEQ_CLS", "target_modules": names}
+    return {"task_type": task_type(base), "target_modules": names}
+
+
+def task_type(base: nn.Module) -> str:
+    return "TOKEN_CLS" if type(base).__name__.endswith("TokenClassification") else "SEQ_CLS"
 
 
 def linears(base: nn.Module) -> dict[str, nn.Linear]:
@@ -90,7 +94,7 @@ def sensi(
         given = {name: value(run) if callable(value) else value for name, value in options.items()}
         if data:
             given["calibration"] = run.calibration
-        return get_peft_model(base, make(**given, task_type="SEQ_CLS", seed=run.seed))
+        return get_peft_model(base, make(**given, task_type=task_type(base), seed=run.seed))
 
     return build
 

@@ -109,6 +109,8 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records for `peft_sensi.charts.plot_budgets`: retention of each trimming run over its budget."""
     records = []
     for run in retentions(results):
+        if TASKS[run["task"]].noisy:
+            continue
         kind, _, rest = run["method"].partition(" ")
         budget, _, name = rest.partition(" ")
         if kind == "trim":
@@ -119,9 +121,11 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def quality_table(results: list[dict[str, Any]]) -> str:
     """Metric by task, and the mean retention over tasks, in percent (error: over tasks and seeds).
 
-    `behind ours` is how much more retention `ours` has at the same budget, on the same tasks and seeds.
+    `behind ours` is how much more retention `ours` has at the same budget, on the same tasks and seeds. Both leave
+    out tasks that are noisy (see `Task`).
     """
     runs = retentions(results)
+    deciding = [run for run in runs if not TASKS[run["task"]].noisy]
     tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     names = sorted({run["method"] for run in runs}, key=_by_kind_and_budget)
     header = ["method", *tasks, "retention", "behind ours", "rates", "runs"]
@@ -130,8 +134,8 @@ def quality_table(results: list[dict[str, Any]]) -> str:
         mine = [run for run in runs if run["method"] == name]
         scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
         rates = sorted({f"{run['rate']:g}" for run in mine})
-        kept = cell([run["retention"] for run in mine], ".1%")
-        behind = cell(_behind_ours(name, runs), ".1%")
+        kept = cell([run["retention"] for run in mine if run in deciding], ".1%")
+        behind = cell(_behind_ours(name, deciding), ".1%")
         lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
     return "\n".join(lines)
 
