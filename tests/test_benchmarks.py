@@ -149,6 +149,10 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     runs += [run("trim 0.25 random", 0.276 - 0.0524), run("trim 0.25 random", 0.9, seed=1)]  # ours has no seed 1
     random = next(line for line in tables.quality_table(runs).splitlines() if line.startswith("| trim 0.25 random |"))
     assert "| 10.0% |" in random
+    runs += [run("trim 0.25 ours", 0.276 + 0.0524 * seed, seed=seed) for seed in (2, 3)]
+    runs += [run("trim 0.25 random", 0.276, seed=seed) for seed in (2, 3)]
+    random = next(line for line in tables.quality_table(runs).splitlines() if line.startswith("| trim 0.25 random |"))
+    assert "| 20.0% [10.0%, 30.0%] |" in random, "of 10, 20 and 30 points"
 
 
 def test_every_row_of_the_budgets_builds_and_trains_what_it_says(grid):

@@ -131,6 +131,12 @@ def _by_us(make: Callable[..., SensiConfig], **fields: Any) -> Callable[[nn.Modu
     return wrap
 
 
+def _half_with_tokens(model: nn.Module, shape: Shape, extra: dict[str, Any]) -> nn.Module:
+    """Two batches of random tokens have about as many different ones as a thousand sentences."""
+    more = extra or {"score": "random", "calibration": shape.batches(2, torch.device("cpu")), "refit": False}
+    return _by_us(SensiConfig, budget=0.5)(model, shape, more)
+
+
 def _full(model: nn.Module, shape: Shape, extra: dict[str, Any]) -> nn.Module:
     return model
 
@@ -162,6 +168,7 @@ METHODS = {
         merges=True,
     ),
     "half": Method("budget 0.5", _by_us(SensiConfig, budget=0.5), ours=True, merges=True),
+    "half_tokens": Method("budget 0.5, tokens of the data", _half_with_tokens, ours=True, merges=True),
     "half_flops": Method(
         "budget 0.5 of the FLOPs", _by_us(SensiConfig, budget={"flops": 0.5}), ours=True, merges=True
     ),

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from methods import Method
+from scipy.stats import bootstrap
 from tasks import TASKS
 
 
@@ -29,6 +31,14 @@ def cell(values: list[float], form: str = ".3f") -> str:
         return "-"
     mean, error = mean_and_error(values)
     return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
+
+
+def with_interval(values: list[float]) -> str:
+    """Mean and 95 % interval, in percent, of paired differences, by the bootstrap over tasks and seeds."""
+    if len(values) < 3:
+        return cell(values, ".1%")
+    drawn = bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    return f"{statistics.fmean(values):.1%} [{drawn.low:.1%}, {drawn.high:.1%}]"
 
 
 def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:
@@ -121,8 +131,8 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def quality_table(results: list[dict[str, Any]]) -> str:
     """Metric by task, and the mean retention over tasks, in percent (error: over tasks and seeds).
 
-    `behind ours` is how much more retention `ours` has at the same budget, on the same tasks and seeds. Both leave
-    out tasks that are noisy (see `Task`).
+    `behind ours` is how much more retention `ours` has at the same budget, on the same tasks and seeds,
+    with a bootstrap interval. Both leave out tasks that are noisy (see `Task`).
     """
     runs = retentions(results)
     deciding = [run for run in runs if not TASKS[run["task"]].noisy]
@@ -135,7 +145,7 @@ def quality_table(results: list[dict[str, Any]]) -> str:
         scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
         rates = sorted({f"{run['rate']:g}" for run in mine})
         kept = cell([run["retention"] for run in mine if run in deciding], ".1%")
-        behind = cell(_behind_ours(name, deciding), ".1%")
+        behind = with_interval(_behind_ours(name, deciding))
         lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
     return "\n".join(lines)
 
