@@ -146,6 +146,8 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     assert [r["budget"] for r in tables.budgets_series(runs)] == [0.5, 0.25]
     lines = tables.quality_table(runs).splitlines()
     assert lines[2].startswith("| full |") and lines[3].startswith("| trim 0.5 ours |")
+    lines = tables.quality_table([*runs, run("full, embeddings frozen", 0.9)]).splitlines()
+    assert lines[3].startswith("| full, embeddings frozen |")
     runs += [run("trim 0.25 random", 0.276 - 0.0524), run("trim 0.25 random", 0.9, seed=1)]  # ours has no seed 1
     random = next(line for line in tables.quality_table(runs).splitlines() if line.startswith("| trim 0.25 random |"))
     assert "| 10.0% |" in random

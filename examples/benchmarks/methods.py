@@ -35,6 +35,14 @@ def full(base: nn.Module, run: Run) -> nn.Module:
     return base
 
 
+def blocks_only(base: nn.Module, run: Run) -> nn.Module:
+    """Full fine-tuning but for the tables of embeddings."""
+    for module in base.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad = False
+    return base
+
+
 def head_only(base: nn.Module, run: Run) -> nn.Module:
     return _freeze(base, lambda name: False)
 
@@ -139,6 +147,9 @@ TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = 
     "random, refitted": lambda budget: sensi(SensiConfig, budget=budget, score="random"),
     "learned masks (EarlyBERT)": lambda budget: sensi(SensiConfig, budget=budget, score="mask", refit=False),
     "Fisher, not primed (Kwon)": lambda budget: sensi(SensiConfig, budget=budget, priming_steps=0),
+    "ours, embeddings frozen": lambda budget: sensi(
+        SensiConfig, budget=budget, also_train=["norms", "output_biases", "pooler"]
+    ),
     "ours": lambda budget: sensi(SensiConfig, budget=budget),
 }
 

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from grid import run_all
-from methods import TRIMMING, TUNING, Method, full
+from methods import TRIMMING, TUNING, Method, blocks_only, full
 from pages import write_part
 from tables import best_rates, budgets_series, quality_table, read_results
 from tasks import TASKS
@@ -24,13 +24,16 @@ from peft_sensi.charts import plot_budgets
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality"
 RATES = [5e-5, 1.5e-4, 3e-4]
+FROZEN = "full, embeddings frozen"
 KINDS = {"trim": (TRIMMING, [0.5, 0.25, 0.1]), "tune": (TUNING, [0.1, 0.01, 0.001])}
 
 
 def rows(kind: str, names: list[str] | None, budgets: list[float] | None) -> dict[str, Method]:
-    """`<kind> <budget> <method>`, with full fine-tuning first."""
+    """`<kind> <budget> <method>`, with full fine-tuning first, which everything is compared with."""
     makers, usual = KINDS[kind]
     methods = {"full": Method(full, RATES[0])}
+    if kind == "trim" and (names is None or FROZEN in names):
+        methods[FROZEN] = Method(blocks_only, RATES[0])
     for budget in budgets or usual:
         for name, make in makers.items():
             if names is None or name in names:

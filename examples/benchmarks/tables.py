@@ -163,4 +163,4 @@ def _behind_ours(name: str, runs: list[dict[str, Any]]) -> list[float]:
 def _by_kind_and_budget(name: str) -> tuple[str, float, str]:
     kind, _, rest = name.partition(" ")
     budget, _, method = rest.partition(" ")
-    return (kind, -float(budget), method) if method else ("", 0.0, name)
+    return (kind, -float(budget), method) if kind in ("trim", "tune") else ("", 0.0, name)
