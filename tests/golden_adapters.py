@@ -54,6 +54,14 @@ ADAPTERS: dict[str, Callable[[], SensiConfig]] = {
         budget=0.5, score="magnitude", keep_base=False, task_type="SEQ_CLS", multiple_of=1
     ),
 }
+ADAPTERS["tokens"] = lambda: SensiConfig(
+    budget=0.5,
+    score="magnitude",
+    calibration=[{"input_ids": torch.arange(3, 15).reshape(2, 6), "labels": torch.tensor([0, 1])}],
+    refit=False,
+    task_type="SEQ_CLS",
+    multiple_of=1,
+)
 STORED = {"binary_mask_bits": "bits", "trim_and_tune_bfloat16": "bfloat16"}
 STORED |= {"trim_and_tune_int8": "int8", "dsee_int8": "int8"}
 
