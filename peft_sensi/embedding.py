@@ -16,6 +16,8 @@ class SensiEmbedding(nn.Module, SensiLayer):
     gradient of the whole table.
     """
 
+    base_layer: nn.Embedding
+
     def __init__(self, base_layer: nn.Embedding, adapter_name: str) -> None:
         super().__init__()
         SensiLayer.__init__(self, base_layer)
