@@ -126,6 +126,9 @@ def test_noisy_tasks_are_shown_but_decide_nothing(grid):
     line = tables.quality_table([*runs, run("cola", "trim 0.5 ours", 0.1)]).splitlines()[3]
     assert "0.900 | 0.100 | 100.0% |" in line
     assert len(tables.budgets_series([*runs, run("cola", "trim 0.5 ours", 0.1)])) == 1
+    # A row that lacks a task of ours is not drawn beside it.
+    runs += [run("sst2", "full", 0.9), run("sst2", "trim 0.5 ours", 0.8), run("trec6", "trim 0.5 random", 0.9)]
+    assert {record["method"] for record in tables.budgets_series(runs)} == {"ours"}
 
 
 def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(grid):

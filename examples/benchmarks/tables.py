@@ -116,14 +116,19 @@ def retentions(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records for `peft_sensi.charts.plot_budgets`: retention of each trimming run over its budget."""
+    """Records for `peft_sensi.charts.plot_budgets`: retention of each trimming run over its budget.
+
+    Only of rows that have all tasks of `ours`: means over other tasks cannot be compared.
+    """
+    runs = [run for run in retentions(results) if not TASKS[run["task"]].noisy]
+    tasks: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        tasks[run["method"]].add(run["task"])
     records = []
-    for run in retentions(results):
-        if TASKS[run["task"]].noisy:
-            continue
+    for run in runs:
         kind, _, rest = run["method"].partition(" ")
         budget, _, name = rest.partition(" ")
-        if kind == "trim":
+        if kind == "trim" and tasks[run["method"]] >= tasks[f"trim {budget} ours"]:
             records.append({"budget": float(budget), "method": name, "retention": run["retention"]})
     return records
 
