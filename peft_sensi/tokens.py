@@ -1,8 +1,8 @@
 """Which rows of the input embeddings are worth training: those of tokens that the calibration data has.
 
 Fine-tuning trains the whole table, although a task shows the model a small part of the vocabulary. The rows of the
-tokens that it does show have a small part of the table's optimizer state and bytes (`examples/benchmarks/quality.py` has
-what training them gains).
+tokens that it does show have a small part of the table's optimizer state and bytes; what training them gains is in
+`docs/quality.md`.
 """
 
 from __future__ import annotations
