@@ -84,10 +84,8 @@ def make_plan(
     if tuned_layers is not None:
         costs |= dict.fromkeys(_outside_best_layers(anatomy, values, kept, costs, tuned_layers), 0)
     # A token that was never seen has no gradient, now or in training.
-    tunable = {
-        g.name: kept[g.name] & (g.kind != "token" or values[g.name] > 0) for g in anatomy.groups if costs[g.name]
-    }
-    tunable |= {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups if not costs[g.name]}
+    seen = {g.name: g.kind != "token" or values[g.name] > 0 for g in anatomy.groups}
+    tunable = {g.name: kept[g.name] & bool(costs[g.name]) & seen[g.name] for g in anatomy.groups}
     if not tunes:
         tuned = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups}
     elif limits.trainable is not None:

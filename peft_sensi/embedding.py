@@ -24,12 +24,10 @@ class SensiEmbedding(nn.Module, SensiLayer):
         self._active_adapter = adapter_name
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(ids)
-        active = [n for n in self.active_adapters if n in self.sensi_slices]
-        if self.merged or not active:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = self._applied()
+        if not active:
             return self.base_layer(ids)
         if len(active) > 1:
             self.check_combination(active)

@@ -101,10 +101,12 @@ def hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
     try:
         for group in anatomy.groups:
             module = model.get_submodule(group.output)
-            if group.kind == "token":
-                handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y, args[0])))
-            elif not group.in_block:
-                handles.append(module.register_forward_hook(lambda m, args, y, group=group: gated(group, y, None)))
+            if not group.in_block:
+                handles.append(
+                    module.register_forward_hook(
+                        lambda m, args, y, group=group: gated(group, y, args[0] if group.kind == "token" else None)
+                    )
+                )
             else:
                 handles.append(
                     module.register_forward_pre_hook(

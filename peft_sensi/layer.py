@@ -269,12 +269,18 @@ class SensiLayer(BaseTunerLayer):
                 if (parameter := self.part(name, adapter_name)) is not None:
                     parameter.requires_grad_(False)
 
+    def _applied(self) -> list[str]:
+        """The active adapters that the forward pass has to apply: none while they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.sensi_slices]
+
     def _working_adapter(self) -> str | None:
         """The one adapter whose widths the layer has now."""
         if self.merged_adapters:
             return self.merged_adapters[-1]
-        active = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sensi_slices]
-        return active[0] if active else None
+        applied = self._applied()
+        return applied[0] if applied else None
 
     def _tell_parents(self) -> None:
         name = self._working_adapter()

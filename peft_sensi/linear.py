@@ -24,12 +24,10 @@ class SensiLinear(nn.Module, SensiLayer):
         self._active_adapter = adapter_name
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        active = [n for n in self.active_adapters if n in self.sensi_slices]
-        if self.merged or not active:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = self._applied()
+        if not active:
             return self.base_layer(x, *args, **kwargs)
         coded = self.sensi_coded
         dtype = x.dtype if coded else self.base_layer.weight.dtype
@@ -116,8 +114,8 @@ class SensiLinear(nn.Module, SensiLayer):
 
     def _in_effect(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         base = self.base_layer
-        active = [n for n in self.active_adapters if n in self.sensi_slices]
-        if self.sensi_in_block or self.disable_adapters or self.merged or not active or self.sensi_coded:
+        active = self._applied()
+        if self.sensi_in_block or not active or self.sensi_coded:
             return base.weight, base.bias
         weight, bias = self._combined(active)
         return oriented(base, weight).to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)

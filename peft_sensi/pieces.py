@@ -73,9 +73,11 @@ def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
     embeddings = [m for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)]
     for name in sorted(targets):
         target = base_of(model.get_submodule(name))
-        weight = getattr(target, "weight", None)
-        shared = is_shared(model, target) if isinstance(target, nn.Embedding) else False
-        if shared or any(table.weight is weight for table in embeddings if table is not target):
+        if isinstance(target, nn.Embedding):
+            tied = is_shared(model, target)
+        else:
+            tied = any(table.weight is getattr(target, "weight", None) for table in embeddings)
+        if tied:
             raise SensiError(
                 f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
                 f"`target_modules`."

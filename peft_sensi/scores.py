@@ -23,7 +23,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -206,41 +206,9 @@ def score_units(
     progress: bool,
 ) -> Scores:
     """`compute_scores` on given batches; to be called inside `calibration.preserved`."""
-    scores = _score_units(
-        model,
-        anatomy,
-        batches,
-        score=score,
-        calibration_steps=calibration_steps,
-        priming_steps=priming_steps,
-        priming_lr=priming_lr,
-        priming_optimizer=priming_optimizer,
-        loss_fn=loss_fn,
-        seed=seed,
-        progress=progress,
-    )
-    if scores.method in ("fisher", "taylor"):  # zero for tokens that are not there
-        return scores
-    return replace(scores, values=only_seen(anatomy, scores.values, batches))
-
-
-def _score_units(
-    model: nn.Module,
-    anatomy: Anatomy,
-    batches: list[Mapping[str, Any]] | None,
-    *,
-    score: str,
-    calibration_steps: int,
-    priming_steps: int,
-    priming_lr: float,
-    priming_optimizer: str,
-    loss_fn: LossFn | None,
-    seed: int,
-    progress: bool,
-) -> Scores:
     length = mean_length(batches) if batches else None
     if score == "random":
-        return Scores(random_scores(anatomy, seed), score, length)
+        return Scores(only_seen(anatomy, random_scores(anatomy, seed), batches), score, length)
     if score in DATA_METHODS and batches is None:
         warnings.warn(
             f"No calibration data was given, so score={score!r} falls back to 'magnitude', which usually loses more "
@@ -249,7 +217,8 @@ def _score_units(
         )
         score = "magnitude"
     if score == "magnitude":
-        return Scores({g.name: magnitude(model, g) for g in anatomy.groups}, score, length)
+        sizes = {g.name: magnitude(model, g) for g in anatomy.groups}
+        return Scores(only_seen(anatomy, sizes, batches), score, length)
     assert batches is not None
     torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
     if score in ("mask", "movement") and not priming_steps:
@@ -266,7 +235,7 @@ def _score_units(
         ):
             head = head_state(model)
         learned = {g.name: gates[g.name].detach().abs().cpu() * g.unit_params for g in anatomy.groups}
-        return Scores(learned, score, length, head=head)
+        return Scores(only_seen(anatomy, learned, batches), score, length, head=head)
     with primed(model, batches, **priming) as originals:
         head = head_state(model) if priming_steps else {}
         if score == "movement":

@@ -40,7 +40,8 @@ def only_seen(
 ) -> dict[str, torch.Tensor]:
     """`values` with zero for tokens that are nowhere in the batches (of all processes), padding left out.
 
-    For scores that do not come from gradients. Without batches everything counts as seen.
+    For scores that do not come from gradients: those are zero by themselves. Without batches everything counts as
+    seen.
     """
     groups = [group for group in anatomy.groups if group.kind == "token"]
     if not groups or batches is None:

@@ -48,7 +48,6 @@ def main() -> None:
     run.add_argument("--model", required=True)
     run.add_argument("--data", type=Path, required=True)
     run.add_argument("--kind", choices=KINDS, default="trim")
-    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--methods", nargs="+")
     run.add_argument("--budgets", nargs="+", type=float)
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -56,6 +55,7 @@ def main() -> None:
     plot.add_argument("picture", type=Path)
     for command in (run, table):
         command.add_argument("--page", type=Path, help="writes the table between the marks `quality: begin` and `end`")
+        command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     for command in (run, table, plot):
         command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -72,7 +72,8 @@ def main() -> None:
     if options.command == "plot":
         plot_budgets(budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning")
     else:
-        text = quality_table(results)
+        chosen_tasks = options.tasks if options.command == "table" else TASKS
+        text = quality_table([result for result in results if result["task"] in chosen_tasks])
         print(text)
         if options.page is not None:
             write_part(options.page, "quality", text)

@@ -115,12 +115,17 @@ def retentions(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def deciding_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without noisy tasks (see `Task`)."""
+    return [run for run in runs if not TASKS[run["task"]].noisy]
+
+
 def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records for `peft_sensi.charts.plot_budgets`: retention of each trimming run over its budget.
 
     Only of rows that have all tasks of `ours`: means over other tasks cannot be compared.
     """
-    runs = [run for run in retentions(results) if not TASKS[run["task"]].noisy]
+    runs = deciding_runs(retentions(results))
     tasks: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         tasks[run["method"]].add(run["task"])
@@ -140,7 +145,7 @@ def quality_table(results: list[dict[str, Any]]) -> str:
     with a bootstrap interval. Both leave out tasks that are noisy (see `Task`).
     """
     runs = retentions(results)
-    deciding = [run for run in runs if not TASKS[run["task"]].noisy]
+    deciding = deciding_runs(runs)
     tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     names = sorted({run["method"] for run in runs}, key=_by_kind_and_budget)
     header = ["method", *tasks, "retention", "behind ours", "rates", "runs"]
@@ -149,7 +154,7 @@ def quality_table(results: list[dict[str, Any]]) -> str:
         mine = [run for run in runs if run["method"] == name]
         scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
         rates = sorted({f"{run['rate']:g}" for run in mine})
-        kept = cell([run["retention"] for run in mine if run in deciding], ".1%")
+        kept = cell([run["retention"] for run in deciding_runs(mine)], ".1%")
         behind = with_interval(_behind_ours(name, deciding))
         lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
     return "\n".join(lines)
