@@ -166,12 +166,44 @@ def test_every_row_of_the_budgets_builds_and_trains_what_it_says(grid):
 
     run = methods.Run(tiny_batches(), steps=4, epochs=1, seed=0)
     whole = tiny_model().base_model.num_parameters()
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
     for kind, rows in (("tune", methods.TUNING), ("trim", methods.TRIMMING)):
         for name, make in rows.items():
-            model = make(0.2)(tiny_model(), run)
+            budget = 0.5 if kind == "trim" else 0.2
+            model = make(budget)(tiny_model(), run)
             model(**tiny_batches()[0]).loss.backward()
             named = model.named_parameters()
             trained = sum(p.numel() for n, p in named if p.requires_grad and "classifier" not in n)
             assert trained > 0, name
             if kind == "tune" and name not in ("BitFit", "LayerNorm"):
-                assert 0.1 * whole < trained <= 0.2 * whole, name
+                most = 0.3 if name == "AdaLoRA" else 0.2  # whose ranks shrink while it trains
+                assert 0.1 * whole < trained <= most * whole, name
+            if kind == "trim":
+                merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+                blocks, was = merged.base_model.encoder, tiny_model().base_model.encoder
+                assert count(blocks) == pytest.approx(0.5 * count(was), rel=0.1), name
+
+
+def test_adalora_loses_ranks_while_it_trains(grid, encoder, tmp_path):  # noqa: F811
+    import methods
+    import tasks
+
+    folder = tmp_path / "data" / "trec6"
+    folder.mkdir(parents=True)
+    lines = "\n".join(f"{label}\t{'ab ' * (i % 5)}cab" for i in range(40) for label in "xyzuvw")
+    for file in ("train.tsv", "test.tsv"):
+        (folder / file).write_text("label\tsentence\n" + lines)
+    task = replace(tasks.TASKS["trec6"], epochs=6, held_out=20)
+    data = tasks.load_task(task, tmp_path / "data", str(encoder), seed=0)
+    built = []
+
+    def build(base, run):
+        built.append(methods.adalora_of(0.2)(base, run))
+        return built[0]
+
+    grid.train(data, methods.Method(build, 1e-3), str(encoder), 1e-3, 0)
+    config = built[0].peft_config["default"]
+    assert config.target_r * len(config.rank_pattern) >= sum(map(sum, config.rank_pattern.values())) > 0

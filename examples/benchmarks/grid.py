@@ -56,6 +56,8 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
     set_seed(seed)
     model.train()
     start = time.perf_counter()
+    reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA's
+    step = 0
     for epoch in range(task.epochs):
         for batch in data.training_batches(seed + epoch):
             if phases is not None:
@@ -65,6 +67,8 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
             accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
+            if reallocate is not None:
+                reallocate(step := step + 1)
             schedule.step()
             optimizer.zero_grad()
     if phases is not None:

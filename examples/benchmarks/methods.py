@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, ShiraConfig, get_peft_model
+from other_trimmers import lower_layers, torch_pruning
+from peft import AdaLoraConfig, LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
 
 from peft_sensi import SensiConfig, recipes
@@ -68,6 +70,32 @@ def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
 def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
     """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
     return lambda base, run: get_peft_model(base, ShiraConfig(r=rank_of(base, share), **on_all_linears(base)))
+
+
+def adalora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """AdaLoRA (arXiv 2303.10512): starts with half as many ranks again, ends with those of a LoRA of that share."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        rank = rank_of(base, share)
+        steps = {"total_step": run.steps, "tinit": run.steps // 10, "tfinal": run.steps // 3, "deltaT": 10}
+        config = AdaLoraConfig(
+            target_r=rank, init_r=math.ceil(1.5 * rank), lora_alpha=2 * rank, **steps, **on_all_linears(base)
+        )
+        return get_peft_model(base, config)
+
+    return build
+
+
+def supertuning_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
+    """Supertuning (arXiv 2607.09287): a share of the base's values, those with the largest weights."""
+
+    def build(base: nn.Module, run: Run) -> nn.Module:
+        inside = on_all_linears(base)
+        weights = sum(base.get_submodule(name).weight.numel() for name in inside["target_modules"])
+        sparsity = 1 - share * base.base_model.num_parameters() / weights
+        return get_peft_model(base, SupertuningConfig(sparsity=sparsity, **inside))
+
+    return build
 
 
 def rank_of(base: nn.Module, share: float) -> int:
@@ -144,6 +172,11 @@ SYSTEMS: dict[str, Method] = {
 TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
     "random": lambda budget: sensi(SensiConfig, budget=budget, score="random", refit=False),
     "magnitude": lambda budget: sensi(SensiConfig, budget=budget, score="magnitude", refit=False),
+    "uniform width, magnitude": lambda budget: sensi(
+        SensiConfig, budget=budget, widths="uniform", score="magnitude", refit=False
+    ),
+    "lower layers": lambda budget: lambda base, run: lower_layers(base, budget),
+    "Torch-Pruning, Taylor": lambda budget: lambda base, run: torch_pruning(base, run.calibration, budget),
     "random, refitted": lambda budget: sensi(SensiConfig, budget=budget, score="random"),
     "learned masks (EarlyBERT)": lambda budget: sensi(SensiConfig, budget=budget, score="mask", refit=False),
     "Fisher, not primed (Kwon)": lambda budget: sensi(SensiConfig, budget=budget, priming_steps=0),
@@ -158,7 +191,9 @@ TUNING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
     "BitFit": lambda budget: bitfit,
     "LayerNorm": lambda budget: layer_norm,
     "LoRA": lambda budget: lora_of(budget),
+    "AdaLoRA": lambda budget: adalora_of(budget),
     "SHiRA": lambda budget: shira_of(budget),
+    "Supertuning": lambda budget: supertuning_of(budget),
     "random units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, score="random"),
     "units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, update="dense"),
     "ours": lambda budget: sensi(SensiConfig, budget={"trainable": budget}),

@@ -1,0 +1,63 @@
+"""Smaller models by other means than ours: another library's pruning, and leaving out whole layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+
+import torch
+from torch import nn
+
+
+CALIBRATION_STEPS = 24  # as many batches as ours scores
+
+
+def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]], budget: float) -> nn.Module:
+    """Torch-Pruning (Fang et al. 2023, arXiv 2301.12900) with its Taylor importance, for a BERT.
+
+    Heads are ranked over all layers, and so are neurons; the share `budget` of each stays. The library never takes
+    all heads of a layer: where its ranking would, all of them stay, and a small budget is exceeded.
+    """
+    import torch_pruning as tp
+
+    heads, stays = {}, []
+    for name, module in base.named_modules():
+        if name.endswith((".query", ".key", ".value")):
+            heads[module] = base.config.num_attention_heads
+        elif isinstance(module, nn.Embedding | nn.Linear) and not name.endswith("intermediate.dense"):
+            stays.append(module)  # the width between blocks
+    batches = list(islice(calibration, CALIBRATION_STEPS))
+    pruner = tp.pruner.BasePruner(
+        base,
+        example_inputs=dict(batches[0]),
+        importance=tp.importance.GroupTaylorImportance(),
+        global_pruning=True,
+        isomorphic=True,  # one ranking of heads, one of neurons
+        pruning_ratio=1 - budget,
+        head_pruning_ratio=1 - budget,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        num_heads=heads,
+        ignored_layers=stays,
+        output_transform=lambda output: output.logits,
+    )
+    for batch in batches:
+        base(**batch).loss.backward()
+    pruner.step()
+    base.zero_grad()
+    return base
+
+
+def lower_layers(base: nn.Module, budget: float) -> nn.Module:
+    """The lower layers only, the simplest smaller student (Sajjad et al. 2023, arXiv 2004.03844), for a BERT.
+
+    Raises:
+        ValueError: The share of the layers is no whole number.
+    """
+    layers = base.base_model.encoder.layer
+    count = budget * len(layers)
+    if count != int(count):
+        raise ValueError(f"{budget:g} of {len(layers)} layers is no whole number.")
+    base.base_model.encoder.layer = layers[: int(count)]
+    base.config.num_hidden_layers = int(count)
+    return base
