@@ -137,7 +137,7 @@ def facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
         "task": str(found_figures["task_type"] or "not said"),
         "budget asked": budget_words(config.budget),
         "ranked by": f"{config.score}, {config.granularity}s",
-        "update": config.update
+        "update": (config.update or "dense")
         + (f" of rank {config.rank}" if config.rank else "")
         + (f", stored as {config.compressed}" if config.compressed else ""),
         "saved whole": saved_whole(adapter) or "nothing",

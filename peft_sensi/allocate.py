@@ -197,9 +197,9 @@ def _choose_kept(
         return [_joint([single[i] for i in members]) for members in together.values()]
 
     chosen = ladders(keep_protected=True)
-    if (sum(ladder.floor for ladder in chosen) > allowed_costs).any():
+    if (np.sum([ladder.floor for ladder in chosen], axis=0) > allowed_costs).any():
         chosen = ladders(keep_protected=False)  # the limit is a promise, protection is advice
-    floor = sum(ladder.floor for ladder in chosen)
+    floor = np.sum([ladder.floor for ladder in chosen], axis=0)
     if (floor > allowed_costs).any():
         smallest = ", ".join(
             f"{name} >= {cost:,}"
@@ -258,7 +258,7 @@ def _joint(ladders: list[_Ladder]) -> _Ladder:
     return _Ladder(
         orders=[ladder.orders[0] for ladder in ladders],
         counts=counts,
-        gains=sum(np.diff(total[place]) for total, place in zip(totals, places, strict=True)),
+        gains=np.sum([np.diff(total[place]) for total, place in zip(totals, places, strict=True)], axis=0),
         costs=np.diff(whole, axis=1),
         floor=whole[:, 0],
     )

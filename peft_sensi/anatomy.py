@@ -280,7 +280,7 @@ def _params_without_head(model: nn.Module) -> int:
 
 def _layers_that_measure_caches(model: nn.Module) -> frozenset[int]:
     """Indices of the layers by whose keys Transformers' caches tell how many tokens they hold."""
-    config = getattr(model, "config", None)
+    config: object = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or ()
@@ -346,7 +346,7 @@ def _heads(
         raise uneven
     units = keys // head_size
     queries = o_in // keys  # query heads that share a key/value head
-    widths = (queries * head_size, head_size, head_size)
+    widths: tuple[int, ...] = (queries * head_size, head_size, head_size)
     if layout.interleaved:
         widths, inputs = (sum(widths),), inputs[:1]
     sides = _rows(inputs, widths, units)

@@ -51,6 +51,7 @@ def calibration_loss(
 ) -> torch.Tensor:
     """The scalar loss (float32) of one batch. Raises `CalibrationError` when there is none, or it is not finite."""
     batch = to_device(batch, device_of(model))
+    loss: torch.Tensor | None
     if loss_fn is not None:
         loss = loss_fn(model, batch)
     else:

@@ -22,6 +22,7 @@ from .errors import SensiError, SensiLoadError
 from .families import BlockLayout
 from .fields import check_foreign, check_types, is_number, shown
 from .narrow import KINDS
+from .phases import check_schedule
 from .plan import Plan, check_plan_dict
 from .priming import OPTIMIZERS
 from .scores import METHODS, Scores
@@ -38,8 +39,16 @@ ALSO_TRAIN = ("output_biases", "biases", "norms", "pooler", "tokens", "embedding
 GRANULARITIES = ("unit", "tensor", "weight")
 
 
+class _NeverStored:
+    """The types of what a `SensiConfig` holds while a model is wrapped; as fields they would be stored."""
+
+    calibration: Iterable[Mapping[str, Any]] | None
+    scores: Scores | None
+    loss_fn: Any
+
+
 @dataclass
-class SensiConfig(PeftConfig):
+class SensiConfig(_NeverStored, PeftConfig):
     """Configuration of [`SensiModel`]; every field has a default.
 
     Args:
@@ -72,7 +81,8 @@ class SensiConfig(PeftConfig):
             By default output biases, norms, pooler and, with calibration data, tokens where dense units are tuned
             without a `trainable` limit, else nothing.
         calibration_steps: Batches that are scored, and that the refit uses.
-        priming_steps: Steps of the short fine-tuning before gradients are taken (undone afterwards); 0 for none.
+        priming_steps: Steps of the short fine-tuning before gradients are taken. It is undone afterwards but for the
+            task head, which starts from there, whatever the score; 0 for none.
         priming_lr: Learning rate in these steps.
         priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights (see `priming`).
         refit: Whether the survivors' output projections are refitted; `None` is yes where calibration data is given
@@ -381,7 +391,7 @@ class SensiConfig(PeftConfig):
     # the path of the values beside it.
     from_file = False
     file_name = CONFIG_NAME
-    file_mark = file_meaning = weights_file = None
+    file_mark = file_meaning = weights_file = None  # type: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
         # A generator or a data loader with workers cannot be copied, and a copied model does not need one.
@@ -393,49 +403,6 @@ class SensiConfig(PeftConfig):
         return mine
 
 
-def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
-    """Checks `SensiConfig.schedule` (its forms are described in `schedule`). Raises `SensiError`."""
-
-    def is_upto(name: str, most: float) -> bool:
-        value = schedule.get(name)
-        return is_number(value) and 0 <= value <= most
-
-    if not isinstance(schedule, Mapping):
-        raise SensiError(f"`schedule` must be a dict with a `phase`, got {schedule!r}.")
-    phase = schedule.get("phase")
-    if phase == "freeze_dense":
-        if set(schedule) != {"phase", "epochs"} or not is_upto("epochs", 1e6):
-            raise SensiError("The phase 'freeze_dense' needs `epochs`, a number, and nothing else.")
-        if "dense" not in update.split("+"):
-            raise SensiError(
-                f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part."
-            )
-    elif phase == "draw_mask":
-        if set(schedule) != {"phase", "at"} or not is_upto("at", 1.0):
-            raise SensiError("The phase 'draw_mask' needs `at`, a share of the training, and nothing else.")
-        if sparsity is None or update == "mask":
-            raise SensiError("The phase 'draw_mask' needs a `sparsity`, and an update that does not learn its mask.")
-    elif phase == "cut":
-        good = set(schedule) == {"phase", "start", "end", "cuts"} and is_upto("start", 1.0) and is_upto("end", 1.0)
-        cuts = schedule.get("cuts")
-        if (
-            not good
-            or isinstance(cuts, bool)
-            or not isinstance(cuts, int)
-            or not 1 <= cuts <= _MOST_CUTS
-            or schedule["start"] > schedule["end"]
-        ):
-            raise SensiError(
-                f"The phase 'cut' needs `start` <= `end`, shares of the training, and `cuts`, a whole number of at "
-                f"most {_MOST_CUTS}."
-            )
-        if update == "mask":
-            raise SensiError("Units cannot be cut during training while update='mask' learns to mask weights.")
-    else:
-        raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
-
-
-_MOST_CUTS = 10_000
 _COUNTS = {
     "calibration_steps": 1,
     "priming_steps": 0,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .anatomy import Group, linear_of
-from .linears import matrix, oriented, tell_features
+from .linears import bias_of, matrix, oriented, tell_features
 from .plan import TRIMMED, Plan
 
 
@@ -33,7 +33,7 @@ def cut(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[None]
                 sides = [side for side in group.sides if side.module == name]
                 positions = np.concatenate([side.positions(kept) for side in sides])
                 index = torch.from_numpy(positions).to(linear.weight.device)
-                weight, bias = matrix(linear).detach().index_select(sides[0].dim, index), linear.bias
+                weight, bias = matrix(linear).detach().index_select(sides[0].dim, index), bias_of(linear)
                 if bias is not None and sides[0].dim == 0:
                     bias = bias.detach().index_select(0, index)
                 put(linear, weight, bias)

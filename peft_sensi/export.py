@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 
 from .errors import SensiError
@@ -149,7 +150,8 @@ def _packages() -> None:
 
 def _examples(model: nn.Module, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
     """Batches of the shapes above, every second row padded."""
-    config, accepted = model.config, inspect.signature(model.forward).parameters
+    config: Any = model.config
+    accepted = inspect.signature(model.forward).parameters
     if given is not None:
         given = {name: value for name, value in given.items() if name in accepted and isinstance(value, torch.Tensor)}
         given = {n: v.cpu() for n, v in given.items() if n not in ("labels", "start_positions", "end_positions")}
@@ -191,7 +193,7 @@ def _outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @torch.no_grad()
@@ -211,7 +213,7 @@ class _Graph(nn.Module):
 
 
 def _trace(
-    model: nn.Module,
+    model: Any,
     example: Mapping[str, torch.Tensor],
     expected: list[dict[str, np.ndarray]],
     path: Path,

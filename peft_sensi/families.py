@@ -102,7 +102,7 @@ def _t5(config: Any) -> tuple[BlockLayout, ...]:
         )
         layouts.append(layer)
         if stack == "decoder":
-            projections = {part: f"{other}.{part}" for part in "qkvo"}
+            projections: dict[str, Any] = {part: f"{other}.{part}" for part in "qkvo"}
             layouts.append(replace(layer, **projections, up="", gate="", down="", cross=True))
     return tuple(layouts)
 
@@ -111,7 +111,7 @@ def _bart(norm_first: bool = False) -> tuple[BlockLayout, ...]:
     """Self-attention, cross-attention and FFN of both stacks, each its own group."""
 
     def heads(stack: str, name: str, norm: str, **more: Any) -> BlockLayout:
-        projections = {part: f"{name}.{part}_proj" for part in "qkv"}
+        projections: dict[str, Any] = {part: f"{name}.{part}_proj" for part in "qkv"}
         return BlockLayout(
             layer=f"{stack}.layers.*",
             **projections,

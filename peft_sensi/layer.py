@@ -41,6 +41,11 @@ class SensiLayer(BaseTunerLayer):
     # All that is stored, in the order of the docstring.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
 
+    base_layer: Any  # a Linear of any kind (see `linears`), or an embedding
+    sensi_scores: nn.ParameterDict
+    sensi_bits: nn.ParameterDict
+    sensi_weight: nn.ParameterDict
+
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         for name in self.tensor_names:
@@ -61,10 +66,13 @@ class SensiLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # Neither a parameter nor a buffer: DDP would broadcast it on every forward pass, FSDP would shard it.
-        self._sensi_fused: dict[str, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
-        self._sensi_unmerged: list[tuple[nn.Parameter, nn.Parameter | None]] = []
+        self._sensi_fused: dict[str, tuple[Any, Any, Any]] = {}
+        self._sensi_unmerged: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.out_features, self.in_features = features(base_layer)
         self.sensi_coded = is_quantised(base_layer)  # asked once: `torch.compile` cannot trace the question
+
+    def get_base_layer(self) -> Any:
+        return super().get_base_layer()
 
     def part(self, name: str, adapter_name: str) -> nn.Parameter | None:
         """The tensor `sensi_<name>` of an adapter, if it has one."""
@@ -459,6 +467,5 @@ def _write(target: torch.Tensor, dim: int, positions: Positions, source: torch.T
 def new_parameters_are_empty() -> bool:
     # Under `low_cpu_mem_usage` PEFT builds the tuner in Accelerate's `init_empty_weights`, and tells nobody: a fresh
     # parameter shows it.
-    probe = nn.Module()
-    probe.register_parameter("weight", nn.Parameter(torch.empty(1)))  # draws no random number
-    return probe.weight.is_meta
+    probe = nn.ParameterList([torch.empty(1)])  # draws no random number
+    return probe[0].is_meta

@@ -66,7 +66,8 @@ class BlockLayout:
         for name, value in values.items():
             if not isinstance(value, kinds[name]):
                 raise AnatomyError(f"The field {name!r} of a block layout cannot be {value!r}.")
-        return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+        fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
+        return cls(**fitting)
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v and (k, v) != _ONCE}

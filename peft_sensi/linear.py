@@ -47,8 +47,8 @@ class SensiLinear(nn.Module, SensiLayer):
             self.check_loaded(name)
         piece = self.sensi_slices[name]
         if piece.whole:
-            weight, bias = self.sensi_weight[name], self.part("bias", name)
-            bias = self.base_layer.bias if bias is None else bias
+            weight, trained = self.sensi_weight[name], self.part("bias", name)
+            bias = self.base_layer.bias if trained is None else trained
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         # FSDP2 puts whole parameters in place for the forward pass, and only the module still tells.
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
@@ -98,7 +98,7 @@ class SensiLinear(nn.Module, SensiLayer):
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 cached = self._sensi_fused[name] = (key, self._origins(piece, names), None)
-        return cached[1]  # type: ignore[return-value]
+        return cached[1]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -107,7 +107,7 @@ class SensiLinear(nn.Module, SensiLayer):
         return weight
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]  # PEFT forgets Linears without one
         """Like `weight`."""
         _, bias = self._in_effect()
         return bias

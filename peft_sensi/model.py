@@ -87,6 +87,8 @@ class SensiModel(BaseTuner):
     prefix = "sensi_"
     tuner_layer_cls = SensiLayer
     target_module_mapping: dict[str, list[str]] = {}
+    peft_config: dict[str, SensiConfig]  # type: ignore[assignment]
+    model: nn.Module
 
     def plan(self, adapter_name: str = "default") -> Plan:
         """The plan of an adapter: which units it tunes, keeps and trims, and what that costs."""
@@ -112,6 +114,11 @@ class SensiModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         given = self.peft_config[adapter_name]
+        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise SensiError(
+                f"An adapter cannot be called {adapter_name!r}: torch keeps it under its name in modules, so the name "
+                f"must not be empty, contain a dot, or be one of their own attributes."
+            )
         if any(m.sensi_base_dropped for m in model.modules() if isinstance(m, SensiLayer)):
             raise base_is_dropped("add another adapter")
         if given.compressed is not None and not given.inference_mode:
@@ -265,7 +272,7 @@ class SensiModel(BaseTuner):
             parameter.requires_grad_(requires_grad)
         self.peft_config.pop(adapter_name, None)
 
-    def _prepare_adapter_config(self, peft_config: SensiConfig, model_config: dict) -> SensiConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> SensiConfig:
         return peft_config  # `_prepare` has chosen the targets
 
     def _check_target_module_exists(self, peft_config: SensiConfig, key: str) -> Any:  # type: ignore[override]
@@ -277,7 +284,7 @@ class SensiModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        sensi_config: SensiConfig,
+        sensi_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -318,7 +325,7 @@ class SensiModel(BaseTuner):
         self._check_base("delete the adapter")
         super().delete_adapter(adapter_name)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_codes()  # before anything is replaced
             self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
@@ -329,7 +336,7 @@ class SensiModel(BaseTuner):
                     if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
                         module.set_adapter([])  # parents get their numbers of heads back, and PEFT the base's own head
         trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if trims:
             note_widths(model)  # so that its `save_pretrained` writes a config that tells the widths
         return model
@@ -410,7 +417,7 @@ class SensiModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SensiConfig, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
@@ -419,7 +426,7 @@ class SensiModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SensiConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = dict(state_dict)
         stored = pop_plan(state_dict)

@@ -50,12 +50,14 @@ class Sensi{architecture}({architecture}):
 
 def modeling_file(cls: type[PreTrainedModel]) -> tuple[str, str]:
     """Name and text of the file for a class of Transformers. It has no widths in it, those are in the config."""
+    assert cls.config_class is not None  # Transformers' abstract classes have none
     name = f"modeling_sensi_{cls.__name__.lower()}.py"
     return name, _TEXT.format(architecture=cls.__name__, config=cls.config_class.__name__)
 
 
 def auto_map(cls: type[PreTrainedModel], file_name: str) -> dict[str, str]:
     """Which class of the file each of Transformers' auto classes takes."""
+    assert cls.config_class is not None
     module = file_name.removesuffix(".py")
     entries = {"AutoConfig": f"{module}.Sensi{cls.config_class.__name__}"}
     for name in dir(transformers):

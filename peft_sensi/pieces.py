@@ -137,7 +137,7 @@ def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list
         pooler = f"{model.base_model_prefix}.pooler"
         found += [name for name in names if name == pooler and any(True for _ in modules[name].parameters())]
     if "embeddings" in also_train:
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output = getattr(model, "get_output_embeddings", lambda: None)()
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
         if output is not None and any(modules[name].weight is output.weight for name in embeddings):
             raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
@@ -262,7 +262,7 @@ def _slice(
     is_tuned = np.concatenate([np.repeat(np.isin(units, tuned), side.width) for side in sides]) & targeted
     count = int(is_tuned.sum())
     prefix = bool(is_tuned[:count].all())
-    also, update = config.also_train or (), config.update.split("+")
+    also, update = config.also_train or (), (config.update or "dense").split("+")
     finished = "output_biases" in also and sides[0].dim == 1 and len(tuned) > 0 and not len(frozen)
     sizes: dict[str, Any] = {}
     if group.kind == "token":

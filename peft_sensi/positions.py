@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class RelativePositions:
     shared: bool = False
 
 
-def relative_positions(attention: nn.Module) -> RelativePositions:
+def relative_positions(attention: Any) -> RelativePositions:
     """Reads a `DisentangledSelfAttention` of Transformers."""
     if not attention.relative_attention:
         return RelativePositions()
@@ -30,4 +29,4 @@ def relative_positions(attention: nn.Module) -> RelativePositions:
     kinds = [kind for kind in names if kind in attention.pos_att_type]
     shared = bool(attention.share_att_key)
     projections = () if shared else tuple(names[kind] for kind in kinds)
-    return RelativePositions(2 * int(attention.pos_ebd_size), len(kinds), projections, shared)  # type: ignore[arg-type]
+    return RelativePositions(2 * int(attention.pos_ebd_size), len(kinds), projections, shared)

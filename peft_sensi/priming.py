@@ -89,7 +89,7 @@ def _prime(
             name = f"calibration batch {index} (priming step {step})"
             loss = calibration_loss(model, batches[index], loss_fn, name)
             if gates:
-                loss = loss + GATE_PENALTY * sum(gate.abs().sum() for gate in gates).to(loss.device)
+                loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
             loss.backward()
             share = processes.weight_of(batches[index], loss_fn is not None)

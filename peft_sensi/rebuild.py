@@ -105,10 +105,10 @@ def _check_record(record: Any) -> None:
 def _architecture(name: Any) -> type[PreTrainedModel]:
     """Transformers' own class of this name, and nothing else: a file must not choose what is imported."""
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    good = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls is not PreTrainedModel
-    if not good or not cls.__module__.startswith("transformers.") or cls.__name__ != name:
-        raise SensiLoadError(f"The folder's architecture is {name!r}, which is no model class of Transformers.")
-    return cls
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:
+        if cls.__module__.startswith("transformers.") and cls.__name__ == name:
+            return cls
+    raise SensiLoadError(f"The folder's architecture is {name!r}, which is no model class of Transformers.")
 
 
 def _without_code(values: Any) -> Any:
@@ -119,7 +119,8 @@ def _without_code(values: Any) -> Any:
 
 def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: int) -> Any:
     values = _without_code(values)
-    expected = getattr(cls.config_class, "model_type", None)
+    assert cls.config_class is not None  # see `_architecture`
+    expected = cls.config_class.model_type
     if values.pop("model_type", None) != expected:
         raise SensiLoadError(f"The config is not one of a {cls.__name__}, whose model_type is {expected!r}.")
     try:

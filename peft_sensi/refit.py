@@ -116,8 +116,8 @@ class _Stream:
     batch: Mapping[str, Any]
     calls: dict[str, tuple[tuple, dict]] = field(default_factory=dict)
     entries: dict[str, torch.Tensor] = field(default_factory=dict)
-    teacher: torch.Tensor | None = None
-    student: torch.Tensor | None = None
+    teacher: Any = None
+    student: Any = None
 
 
 def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> tuple[list[_Stream], list[str] | None]:
@@ -126,7 +126,10 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
     streams, order = [], []
     passes = False  # whether layers may hand their input on instead of computing
     for batch in batches:
-        stream, seen, last, same = _Stream(batch), [], [None], []
+        stream = _Stream(batch)
+        seen: list[str] = []
+        last: list[Any] = [None]
+        same: list[bool] = []
 
         def before(module, args, kwargs, name, stream=stream, seen=seen, last=last):
             hidden = args[0] if args else kwargs["hidden_states"]

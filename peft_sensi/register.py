@@ -6,6 +6,8 @@ the mappings are written directly.
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import mapping
 
 from .config import SensiConfig, SensiPeftType
@@ -17,7 +19,7 @@ from .model import SensiModel
 def register() -> None:
     """Idempotent. Raises `SensiError` when another package has taken the name."""
     name = SensiPeftType.SENSI
-    entries = (
+    entries: tuple[tuple[dict[Any, Any], Any], ...] = (
         (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, SensiConfig),
         (mapping.PEFT_TYPE_TO_TUNER_MAPPING, SensiModel),
         (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, SensiModel.prefix),

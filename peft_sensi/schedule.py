@@ -62,7 +62,7 @@ class Schedule:
         self.model = getattr(model, "module", model)
         self.adapter_name, self.config = scheduled_adapter(model)
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
-        self.batches = None
+        self.batches: list[Mapping[str, Any]] | None = None
         with processes.together("preparing the schedule"):
             self._prepare(total_steps, steps_per_epoch, calibration)
         self.done_steps = 0

@@ -33,7 +33,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import processes, replicas
-from .anatomy import Anatomy, Group, build_anatomy, linear_of, unit_weights
+from .anatomy import Anatomy, Group, build_anatomy, linear_of, task_head, unit_weights
 from .atomic import write_atomically
 from .calibration import (
     LossFn,
@@ -159,7 +159,8 @@ def compute_scores(
     Args:
         calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
-        priming_steps: Length of the short fine-tuning before gradients are taken; 0 for none.
+        priming_steps: Length of the short fine-tuning before gradients are taken, from which a task head also gets its
+            start, whatever the score; 0 for none.
         priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
         targets: Linears (or embeddings) outside the known blocks whose rows are to be scored too.
 
@@ -207,8 +208,6 @@ def score_units(
 ) -> Scores:
     """`compute_scores` on given batches; to be called inside `calibration.preserved`."""
     length = mean_length(batches) if batches else None
-    if score == "random":
-        return Scores(only_seen(anatomy, random_scores(anatomy, seed), batches), score, length)
     if score in DATA_METHODS and batches is None:
         warnings.warn(
             f"No calibration data was given, so score={score!r} falls back to 'magnitude', which usually loses more "
@@ -216,15 +215,23 @@ def score_units(
             stacklevel=2,
         )
         score = "magnitude"
-    if score == "magnitude":
-        sizes = {g.name: magnitude(model, g) for g in anatomy.groups}
-        return Scores(only_seen(anatomy, sizes, batches), score, length)
-    assert batches is not None
     torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
-    if score in ("mask", "movement") and not priming_steps:
-        raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
     priming |= {"loss_fn": loss_fn, "progress": progress}
+    if score not in DATA_METHODS:
+        if score == "random":
+            values = random_scores(anatomy, seed)
+        else:
+            values = {g.name: magnitude(model, g) for g in anatomy.groups}
+        head = {}
+        if batches is not None and priming_steps and task_head(model):
+            # The head gets the same start under every score, so that controls differ in the ranking only.
+            with primed(model, batches, **priming):
+                head = head_state(model)
+        return Scores(only_seen(anatomy, values, batches), score, length, head=head)
+    assert batches is not None
+    if score in ("mask", "movement") and not priming_steps:
+        raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     spikes = SpikeFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)

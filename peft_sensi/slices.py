@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import nn
 
 from .functional import Positions
 from .linears import bias_of, features, matrix
@@ -92,7 +92,7 @@ class Slice:
 
 
 def first_parts(
-    base: nn.Module, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
+    base: Any, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
@@ -164,7 +164,7 @@ def part_shapes(out: int, into: int, has_bias: bool, piece: Slice) -> dict[str, 
     return shapes
 
 
-def empty_parts(base: nn.Module, piece: Slice) -> dict[str, torch.Tensor]:
+def empty_parts(base: Any, piece: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
     shape = piece.kept_shape(torch.Size(features(base)))

@@ -180,7 +180,9 @@ def _numbers(model: nn.Module, stock: nn.Module, within: frozenset[str]) -> Iter
             continue
         for name, value in vars(module).items():
             own = vars(modules[path]).get(name)
-            if not name.startswith("_") and type(value) in (int, float) and type(own) in (int, float) and own != value:
+            if name.startswith("_") or type(value) not in (int, float) or own == value:
+                continue
+            if type(own) is int or type(own) is float:
                 yield f"{path}.{name}" if path else name, own
 
 
@@ -204,7 +206,7 @@ def _changes(model: nn.Module, stock: nn.Module, widths: Widths) -> list[tuple[i
 
 def _edits(config: Any, pairs: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """Changes of the config that could explain such changes of lengths."""
-    counts = {key: getattr(config, key, None) for key in (*_HEAD_KEYS, "num_key_value_heads")}
+    counts: dict[str, Any] = {key: getattr(config, key, None) for key in (*_HEAD_KEYS, "num_key_value_heads")}
     # Many classes read a `head_dim` that their config does not declare.
     size_key = next((key for key in _HEAD_SIZE_KEYS if isinstance(getattr(config, key, None), int)), "head_dim")
     for key in _HEAD_KEYS:

@@ -37,14 +37,17 @@ def wrap_module(
     refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> SensiLinear | SensiEmbedding:
     """Gives the module called `name` a slice for this adapter, replacing a plain Linear or embedding first."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, SensiLayer):
-        if is_plain_embedding(layer):
-            layer = SensiEmbedding(layer, adapter_name)
-        elif is_plain(layer):
-            layer = SensiLinear(layer, adapter_name)
+    base: Any = model.get_submodule(name)
+    layer: SensiLinear | SensiEmbedding
+    if isinstance(base, SensiLinear | SensiEmbedding):
+        layer = base
+    else:
+        if is_plain_embedding(base):
+            layer = SensiEmbedding(base, adapter_name)
+        elif is_plain(base):
+            layer = SensiLinear(base, adapter_name)
         else:
-            raise not_linear(layer)
+            raise not_linear(base)
         layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
@@ -67,7 +70,7 @@ def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def root_of(model: nn.Module) -> nn.Module:
     """The user's own model, in whose paths groups and modules are named."""
-    return model.base_model.model if isinstance(model, PeftModel) else model
+    return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 def save_whole(config: SensiConfig, names: list[str]) -> None:
@@ -79,10 +82,16 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def _layers(root: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The layers that an adapter has, by name."""
+    layers = {name: m for name, m in root.named_modules() if isinstance(m, SensiLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.sensi_slices}
+
+
 def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> None:
     """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
     root = root_of(model)
-    layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
+    layers = _layers(root, adapter_name)
     if any(replicas.is_sharded(m) for m in layers.values()) or any(m.sensi_base_dropped for m in layers.values()):
         raise SensiLoadError(
             "The checkpoint was trained under another plan than the one that this model was wrapped with, and a "
@@ -106,7 +115,7 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
 def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan) -> None:
     """Removes the units that `plan` trims from an adapter that has trimmed none, keeping what it has learned."""
     root = root_of(model)
-    layers = {n: m for n, m in root.named_modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices}
+    layers = _layers(root, adapter_name)
     config.plan, config.schedule = plan.to_dict(), None
     pieces = pieces_of(root, config, plan)
     for name in set(layers) - set(pieces):
@@ -121,7 +130,7 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
             continue
         with torch.no_grad():
             for part, value in kept_parts(parts, old, piece, torch.Size((layer.out_features, layer.in_features))):
-                layer.part(part, adapter_name).copy_(value)
+                getattr(layer, f"sensi_{part}")[adapter_name].copy_(value)
         if parts["weight"] is not None:
             layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
 

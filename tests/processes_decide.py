@@ -39,7 +39,8 @@ def refitted(rank: int, count: int, **fields):
     with torch.no_grad():
         for batch in batches:
             batch["labels"] = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return wrap(model, budget=0.6, score="magnitude", calibration=batches[rank::count], calibration_steps=11, **fields)
+    options = {"budget": 0.6, "score": "magnitude", "priming_steps": 0, "calibration_steps": 11}
+    return wrap(model, calibration=batches[rank::count], **options, **fields)
 
 
 def result(model) -> dict:

@@ -300,6 +300,19 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was(name):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("name", ["half", "keys", "a.b", ""])
+def test_names_that_modules_cannot_hold_are_refused_before_anything_changes(name):
+    base = tiny_model()
+    with pytest.raises(SensiError, match="cannot be called"):
+        get_peft_model(base, SensiConfig(task_type="SEQ_CLS", **TRIM), adapter_name=name)
+    assert_is_base(base, tiny_model())
+    model = trained(**TRIM)
+    before = logits(model)
+    with pytest.raises(SensiError, match="cannot be called"):
+        model.add_adapter(name, SensiConfig(task_type="SEQ_CLS", **TRIM))
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("when", ["first layer", "fifth layer", "before the head", "after the head"])
 def test_an_error_while_modules_are_replaced_is_rolled_back(when, monkeypatch):
     base = tiny_model()

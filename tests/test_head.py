@@ -35,10 +35,11 @@ def skewed(count: int = 3) -> list[dict[str, torch.Tensor]]:
 
 
 OPTIONS = [
-    {"score": "magnitude"},
-    {"score": "random"},
+    {"score": "magnitude", "priming_steps": 0},
+    {"score": "random", "priming_steps": 0},
     {"score": "fisher", "priming_steps": 0},
-    {"score": "magnitude", "budget": {"trainable": 0.1}},
+    {"score": "magnitude", "priming_steps": 0, "budget": {"trainable": 0.1}},
+    {"update": "low_rank", "rank": 2, "budget": None},  # nothing is scored, so nothing is primed
 ]
 
 
@@ -53,7 +54,7 @@ def test_without_priming_a_fresh_head_starts_at_the_log_prior(options):
 
 def test_without_priming_the_head_of_a_regression_starts_at_the_mean():
     batches = [{**b, "labels": b["labels"] + 2.5} for b in tiny_batches(3)]
-    model = wrap(fresh(num_labels=1), budget=0.5, calibration=batches, score="random")
+    model = wrap(fresh(num_labels=1), budget=0.5, calibration=batches, score="random", priming_steps=0)
     mean = torch.cat([b["labels"] for b in batches]).mean()
     torch.testing.assert_close(head(model).bias.detach(), mean[None])
 
@@ -65,6 +66,16 @@ def test_a_head_keeps_what_priming_taught_it():
         assert torch.equal(head(model).get_parameter(name.partition(".")[2]), value)
     assert not torch.equal(head(model).weight, fresh().classifier.weight)
     assert_same_tensors(snapshot(model.base_model.model.classifier.original_module), snapshot(fresh().classifier))
+
+
+def test_the_head_starts_the_same_under_every_score():
+    heads = [
+        wrap(fresh(), budget=0.5, calibration=skewed(), score=score, priming_steps=4)
+        for score in ("fisher", "taylor", "movement", "magnitude", "random")
+    ]
+    assert not torch.equal(head(heads[0]).weight, fresh().classifier.weight)
+    for other in heads[1:]:
+        assert_same_tensors(snapshot(head(other)), snapshot(head(heads[0])))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

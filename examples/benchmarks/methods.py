@@ -12,6 +12,8 @@ from peft import AdaLoraConfig, LoraConfig, ShiraConfig, SupertuningConfig, get_
 from torch import nn
 
 from peft_sensi import SensiConfig, recipes
+from peft_sensi.calibration import materialise, preserved
+from peft_sensi.priming import head_state, primed
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class Method:
 
 def full(base: nn.Module, run: Run) -> nn.Module:
     return base
+
+
+def started(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module, Run], nn.Module]:
+    """With the task head as priming leaves it, which our own rows that trim start from by themselves."""
+
+    def build_started(base: nn.Module, run: Run) -> nn.Module:
+        defaults = SensiConfig()
+        batches = materialise(run.calibration, defaults.priming_steps)
+        with preserved(base), primed(base, batches, steps=defaults.priming_steps, lr=defaults.priming_lr):
+            head = head_state(base)
+        base.load_state_dict(head, strict=False)
+        return build(base, run)
+
+    return build_started
 
 
 def blocks_only(base: nn.Module, run: Run) -> nn.Module:
@@ -175,11 +191,11 @@ TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = 
     "uniform width, magnitude": lambda budget: sensi(
         SensiConfig, budget=budget, widths="uniform", score="magnitude", refit=False
     ),
-    "lower layers": lambda budget: lambda base, run: lower_layers(base, budget),
-    "Torch-Pruning, Taylor": lambda budget: lambda base, run: torch_pruning(base, run.calibration, budget),
+    "lower layers": lambda budget: started(lambda base, run: lower_layers(base, budget)),
+    "Torch-Pruning, Taylor": lambda budget: started(lambda base, run: torch_pruning(base, run.calibration, budget)),
     "random, refitted": lambda budget: sensi(SensiConfig, budget=budget, score="random"),
     "learned masks (EarlyBERT)": lambda budget: sensi(SensiConfig, budget=budget, score="mask", refit=False),
-    "Fisher, not primed (Kwon)": lambda budget: sensi(SensiConfig, budget=budget, priming_steps=0),
+    "Fisher, not primed (Kwon)": lambda budget: started(sensi(SensiConfig, budget=budget, priming_steps=0)),
     "ours, embeddings frozen": lambda budget: sensi(
         SensiConfig, budget=budget, also_train=["norms", "output_biases", "pooler"]
     ),
