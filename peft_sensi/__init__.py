@@ -2,7 +2,7 @@
 
 from . import recipes
 from .allocate import make_plan
-from .anatomy import Anatomy, build_anatomy
+from .anatomy import build_anatomy
 from .budget import Budget
 from .config import SensiConfig
 from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
@@ -14,6 +14,7 @@ from .plan import Plan
 from .register import register
 from .schedule import Schedule, SensiCallback
 from .scores import Scores, compute_scores
+from .units import Anatomy
 
 
 register()

@@ -16,10 +16,10 @@ from functools import reduce
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from .anatomy import Anatomy, Group
 from .budget import Budget, allowance
 from .errors import BudgetError
 from .plan import Plan
+from .units import Anatomy, Group
 
 
 def make_plan(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .anatomy import Group
 from .plan import FROZEN, TRIMMED, TUNED, Plan, unpack_states
+from .units import Group
 
 
 STATES = {TUNED: "tuned", FROZEN: "frozen", TRIMMED: "trimmed"}

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from .adapter_file import Spec, opened, read_specs
-from .anatomy import Anatomy, is_base_parameter, linear_of
+from .anatomy import is_base_parameter, linear_of
 from .errors import SensiLoadError
 from .fields import is_number
 from .linears import matrix
 from .plan import check_plan_dict
+from .units import Anatomy
 
 
 FORMAT_VERSION = 1

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import processes
 from .allocate import make_plan
-from .anatomy import Anatomy, linear_of
+from .anatomy import linear_of
 from .budget import Budget, allowance
 from .calibration import preserved
 from .config import SensiConfig
@@ -20,6 +20,7 @@ from .linears import matrix
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import TRIMMED, Plan
 from .scores import Scores, score_units
+from .units import Anatomy
 
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .anatomy import Group, linear_of
+from .anatomy import linear_of
 from .linears import bias_of, matrix, oriented, tell_features
 from .plan import TRIMMED, Plan
+from .units import Group
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import processes, replicas
 from .allocate import make_plan
-from .anatomy import Anatomy, linear_of, nothing_to_trim
+from .anatomy import linear_of, nothing_to_trim
 from .budget import Budget
 from .calibration import image_tokens, materialise
 from .config import SensiConfig
@@ -23,6 +23,7 @@ from .priming import head_at_prior
 from .refit import Refitted, refit
 from .scores import Scores, score_units
 from .tokens import only_seen
+from .units import Anatomy
 
 
 @dataclass(frozen=True)

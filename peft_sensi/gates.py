@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Group
 from .calibration import LossFn, calibration_loss, examples_in
 from .errors import CalibrationError
+from .units import Anatomy, Group
 
 
 def gate_gradients(

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from . import processes, replicas
-from .anatomy import Anatomy, Group, base_of, build_anatomy, linear_of, task_head
+from .anatomy import base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import (
     PLAN_KEY,
@@ -59,6 +59,7 @@ from .quantised import check_quantised, is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
+from .units import Anatomy, Group
 from .widths import note_widths
 from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_module
 

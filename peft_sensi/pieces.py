@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from .anatomy import Anatomy, Group, Side, base_of, build_anatomy, is_base_parameter, linear_of, task_head
+from .anatomy import base_of, build_anatomy, is_base_parameter, linear_of, task_head
 from .budget import allowance
 from .config import SensiConfig
 from .errors import BudgetError, SensiError
@@ -20,6 +20,7 @@ from .narrow import KINDS
 from .plan import FROZEN, TUNED, Plan
 from .slices import Slice
 from .tokens import input_embedding, is_shared
+from .units import Anatomy, Group, Side
 
 
 LOW_RANK_SHARE = 0.02

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .anatomy import Anatomy, Group
 from .errors import SensiLoadError
 from .fields import shown
+from .units import Anatomy, Group
 
 
 TRIMMED, FROZEN, TUNED = 0, 1, 2

@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 from transformers import Cache
 
 from . import processes
-from .anatomy import Group, linear_of
+from .anatomy import linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .cutting import cut, put
 from .least_squares import GuardErrors, LeastSquares, Values
 from .linears import matrix
 from .plan import FROZEN, TRIMMED, Plan
+from .units import Group
 
 
 Refitted = dict[str, Values]  # by module

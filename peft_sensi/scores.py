@@ -33,7 +33,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import processes, replicas
-from .anatomy import Anatomy, Group, build_anatomy, linear_of, task_head, unit_weights
+from .anatomy import build_anatomy, linear_of, task_head, unit_weights
 from .atomic import write_atomically
 from .calibration import (
     LossFn,
@@ -50,6 +50,7 @@ from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
 from .tokens import input_embedding, only_seen
+from .units import Anatomy, Group
 
 
 METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")

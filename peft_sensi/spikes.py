@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from . import processes
-from .anatomy import Anatomy, Group, unit_weights
+from .anatomy import unit_weights
 from .calibration import device_of, to_device, token_mask
+from .units import Anatomy, Group
 
 
 SPIKE_SHARE = 0.5

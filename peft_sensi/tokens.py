@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from . import processes
-from .anatomy import Anatomy, base_of
+from .anatomy import base_of
 from .linears import is_plain_embedding
+from .units import Anatomy
 
 
 def input_embedding(model: nn.Module) -> str | None:

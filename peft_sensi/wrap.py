@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from . import replicas
-from .anatomy import Group, not_linear
+from .anatomy import not_linear
 from .config import SensiConfig
 from .embedding import SensiEmbedding
 from .errors import SensiError, SensiLoadError
@@ -22,6 +22,7 @@ from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
 from .slices import Slice, kept_parts
+from .units import Group
 
 
 logger = logging.getLogger(__name__)

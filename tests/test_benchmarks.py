@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_examples import encoder  # noqa: F401  (a fixture)
 
 
@@ -47,7 +48,9 @@ def grid(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     import grid
 
-    return grid
+    AcceleratorState._reset_state()  # another test may have set its precision
+    yield grid
+    AcceleratorState._reset_state()
 
 
 def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path):  # noqa: F811

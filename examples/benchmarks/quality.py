@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from grid import run_all
-from methods import TRIMMING, TUNING, Method, blocks_only, full
+from methods import TRIMMING, TUNING, Method, blocks_only, full, started
 from pages import write_part
 from tables import best_rates, budgets_series, quality_table, read_results
 from tasks import TASKS
@@ -24,7 +24,8 @@ from peft_sensi.charts import plot_budgets
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality"
 RATES = [5e-5, 1.5e-4, 3e-4]
-FROZEN = "full, embeddings frozen"
+# What could make a difference to full fine-tuning besides units.
+FULL = {"full, embeddings frozen": blocks_only, "full, head started": started(full)}
 KINDS = {"trim": (TRIMMING, [0.5, 0.25, 0.1]), "tune": (TUNING, [0.1, 0.01, 0.001])}
 
 
@@ -32,8 +33,8 @@ def rows(kind: str, names: list[str] | None, budgets: list[float] | None) -> dic
     """`<kind> <budget> <method>`, with full fine-tuning first, which everything is compared with."""
     makers, usual = KINDS[kind]
     methods = {"full": Method(full, RATES[0])}
-    if kind == "trim" and (names is None or FROZEN in names):
-        methods[FROZEN] = Method(blocks_only, RATES[0])
+    if kind == "trim":
+        methods |= {name: Method(make, RATES[0]) for name, make in FULL.items() if names is None or name in names}
     for budget in budgets or usual:
         for name, make in makers.items():
             if names is None or name in names:
@@ -55,8 +56,8 @@ def main() -> None:
     plot.add_argument("picture", type=Path)
     for command in (run, table):
         command.add_argument("--page", type=Path, help="writes the table between the marks `quality: begin` and `end`")
-        command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     for command in (run, table, plot):
+        command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
         command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.command == "run":
@@ -68,12 +69,12 @@ def main() -> None:
             for row, rate in chosen.items():
                 seeds = [seed for seed in options.seeds if seed]
                 run_all([TASKS[name]], {row: methods[row]}, seeds, *common, rates=[rate])
-    results = read_results(options.results)
+    shown = TASKS if options.command == "run" else options.tasks
+    results = [result for result in read_results(options.results) if result["task"] in shown]
     if options.command == "plot":
         plot_budgets(budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning")
     else:
-        chosen_tasks = options.tasks if options.command == "table" else TASKS
-        text = quality_table([result for result in results if result["task"] in chosen_tasks])
+        text = quality_table(results)
         print(text)
         if options.page is not None:
             write_part(options.page, "quality", text)

@@ -1,0 +1,91 @@
+"""The arguments that several commands take, and how a limit is read."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import recipes
+from .budget import Budget
+from .errors import SensiError
+from .scores import METHODS
+
+
+Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
+Recipe = enum.StrEnum("Recipe", {name: name for name in recipes.RECIPES})  # type: ignore[misc]
+FISHER = Score("fisher")
+
+
+class Style(enum.StrEnum):
+    light = "light"
+    dark = "dark"
+
+
+BUDGET, DATA = "The budget", "The data"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model on the Hub, or a folder.", show_default=False)]
+Adapter = Annotated[
+    str,
+    typer.Argument(metavar="ADAPTER", help="An adapter's folder, or its name on the Hub.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback when something goes wrong.")]
+Base = Annotated[str | None, typer.Option(metavar="MODEL", help="The base model, if not the one the adapter names.")]
+Params = Annotated[
+    str | None,
+    typer.Option("--budget", "--params", metavar="LIMIT", rich_help_panel=BUDGET,
+                 help="Parameters of heads and neurons that stay: a share (0.5) or a count (40000000)."),
+]  # fmt: skip
+Flops = Annotated[str | None, typer.Option(metavar="LIMIT", rich_help_panel=BUDGET, help="The same for their FLOPs.")]
+Trainable = Annotated[
+    str | None,
+    typer.Option(metavar="LIMIT", rich_help_panel=BUDGET, help="Values to tune: a share of the base, or a count."),
+]
+Ranking = Annotated[
+    Score, typer.Option("--score", metavar="NAME", help="fisher, taylor, mask, movement, magnitude or random.")
+]
+SavedScores = Annotated[
+    Path | None, typer.Option("--scores", metavar="FILE", help="Scores from --save-scores, instead of scoring again.")
+]
+Text_ = Annotated[
+    str | None, typer.Option("--text-column", metavar="NAME", rich_help_panel=DATA, help="Found if there is no doubt.")
+]
+Pair = Annotated[
+    str | None, typer.Option("--pair-column", metavar="NAME", rich_help_panel=DATA, help="The second of two texts.")
+]
+Label = Annotated[
+    str | None, typer.Option("--label-column", metavar="NAME", rich_help_panel=DATA, help="Default: label.")
+]
+Regression = Annotated[
+    bool,
+    typer.Option("--regression", rich_help_panel=DATA, help="Labels are amounts, not classes."),
+]
+MaxLength = Annotated[
+    int, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="Longer texts are cut, in tokens.")
+]
+MaxRows = Annotated[
+    int | None, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="A random choice of so many rows.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Of everything random.")]
+
+
+def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:
+    """Options as a budget: `0.5` is a share, `40000000` a count. `None` lets the library choose its default."""
+    given = {"params": params, "flops": flops, "trainable": trainable}
+    return {name: number(name, text) for name, text in given.items() if text is not None} or None
+
+
+def number(name: str, text: str) -> float | int:
+    try:
+        value: float | int = int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        try:
+            value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            raise SensiError(f"--{name} {text}: a limit is a share such as 0.5 or 50%, or a whole count.") from None
+        value = int(value) if value > 1 and value.is_integer() else value
+    Budget.parse({name: value})
+    return value
