@@ -2,69 +2,34 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from . import processes, replicas
-from .anatomy import base_of, build_anatomy, linear_of, task_head
-from .calibration import preserved
-from .checkpoint import (
-    PLAN_KEY,
-    check_fingerprint,
-    check_pair,
-    config_mark,
-    fingerprint,
-    plan_from_tensor,
-    plan_to_tensor,
-    pop_plan,
-)
+from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
 from .config import SensiConfig
-from .decide import Decision, decide_together
+from .decide import Decision
 from .errors import SensiError
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped, new_parameters_are_empty
-from .linears import is_plain
 from .narrow import KINDS
-from .pieces import (
-    also_saved,
-    anatomy_of,
-    check_tokens,
-    fit_rank,
-    name_targets,
-    pieces_of,
-    refuse_tied,
-    targets_of,
-    usual_update,
-    usually_also_trained,
-    values_of,
-)
+from .pieces import pieces_of, targets_of
 from .plan import Plan
-from .quantised import check_quantised, is_quantised, not_mergeable
+from .prepare import prepare
+from .quantised import is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
 from .units import Anatomy, Group
 from .widths import note_widths
-from .wrap import drop_originals, replace_module, replan, save_whole, set_head, wrap_module
-
-
-logger = logging.getLogger(__name__)
+from .wrap import drop_originals, replace_module, replan, set_head, wrap_module
 
 
 class SensiModel(BaseTuner):
@@ -140,10 +105,12 @@ class SensiModel(BaseTuner):
         try:
             with joint, replicas.weights_of_0(model, keep=True):
                 with errors_of_file(given):
-                    decision = self._prepare(model, adapter_name, given, config)
+                    decision = prepare(model, given, config)
                     pieces = {} if decision is None else pieces_of(model, config, decision.plan)
                 if (path := file_to_check(given)) is not None:
                     check_slices(path, model, pieces)
+                if decision is not None:
+                    self._remember(adapter_name, decision)
                 # Each layer takes its refitted values out, so that they are never there twice.
                 self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
                 # The plan decides which modules are replaced, so a state dict has nothing to add.
@@ -182,81 +149,10 @@ class SensiModel(BaseTuner):
     # Slices and refitted values of the injection in progress, by module.
     _sensi_injecting: tuple[dict[str, tuple[Slice, Group]], Refitted] | None = None
 
-    def _prepare(
-        self, model: nn.Module, adapter_name: str, given: SensiConfig, config: SensiConfig
-    ) -> Decision | None:
-        """Everything that is decided before a module is replaced. Fills in `config`; leaves the model as it was."""
-        blocks = build_anatomy(model, (), config.layouts())
-        if config.target_modules is None:
-            names = {module for group in blocks.groups for module in group.modules}
-            config.target_modules = names or "all-linear"  # type: ignore[assignment]
-        save_whole(config, task_head(model))
-        everything = isinstance(config.target_modules, str)
-        _maybe_include_all_linear_layers(config, model)
-        if everything and isinstance(config.target_modules, set):
-            special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
-            if special:
-                warnings.warn(
-                    f"{len(special)} modules are not tuned, such as {min(special)!r}: they are Linears that compute "
-                    f"something else.",
-                    stacklevel=2,
-                )
-            config.target_modules -= special
-        if not targets_of(model, config):
-            bare = config.own_copy()
-            bare.modules_to_save = None
-            if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
-                # PEFT's message does not name them where a task head is saved whole, which it counts as excluded.
-                raise NoMatchingPeftModuleError(
-                    f"Target modules {config.target_modules} not found in the base model. Please check the target "
-                    f"modules and try again."
-                )
-            return None  # PEFT raises its own error for that
-        if config.also_train is None:
-            config.also_train = usually_also_trained(model, given, blocks)
-        saved = also_saved(model, blocks, config.also_train)
-        save_whole(config, saved)
-        targets = name_targets(model, config)
-        refuse_tied(model, targets)
-        anatomy = anatomy_of(model, config, targets)
-        check_tokens(config, anatomy)
-        if config.update is None:
-            config.update = usual_update(model, given, anatomy, targets, values_of(model, saved))
-        linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
-        check_quantised(linears, config.update, config.sparsity, config.keep_base)
-        self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: anatomy}
-        if config.plan is not None:
-            if config.fingerprint is not None:
-                check_fingerprint(config.fingerprint, model, anatomy)
-            decision = Decision(Plan.from_dict(config.plan, anatomy, targets))
-        else:
-            with self._others_disabled(model), preserved(model):
-                decision = decide_together(model, given, config, anatomy, targets, saved)
-            # Again, for a process that had no weights and has only been told the plan.
-            fit_rank(model, config, decision.plan, values_of(model, saved))
-            config.plan = decision.plan.to_dict()
-            if decision.scores is not None and decision.scores.method != "none":
-                self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
-            logger.info("%s", decision.plan.line())
-        config.fingerprint = processes.from_0(fingerprint(model, anatomy)) or config.fingerprint
-        return decision
-
-    @contextmanager
-    def _others_disabled(self, model: nn.Module) -> Iterator[None]:
-        """A second adapter is scored on the base, not on what other adapters make of it."""
-        wrapped = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-        enabled = [m for m in wrapped if not m.disable_adapters]
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        for module in enabled:
-            module.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for module in enabled:
-                module.enable_adapters(True)
-            # Enabling makes the active adapters trainable, also those that were loaded for inference, and no others.
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+    def _remember(self, adapter_name: str, decision: Decision) -> None:
+        self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
+        if decision.scores is not None and decision.scores.method != "none":
+            self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in reversed(list(model.named_modules())):  # the innermost first: wrappers can be nested
