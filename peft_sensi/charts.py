@@ -100,25 +100,28 @@ def plot_budgets(
     handles: list[tuple[float, Any]] = []
     names = sorted(groups, key=lambda name: name != reference)
     colours = iter(look["methods"] * (1 + len(names) // 6))
+    # Beside each other, or the ranges of several methods at one budget would hide each other.
+    shift = 0.008 * (max(points) - min(points)) if points else 0.0
     for index, name in enumerate(names):
         colour = look["ink"] if name == reference else next(colours)
-        dash = DASHES[index % len(DASHES)]
+        dash, marker = line_style(index)
+        aside = shift * (index - (len(names) - 1) / 2)
         for place in sorted(groups[name], key=lambda p: (p is None, p)):
             runs = groups[name][place]
             if place is None:
                 line = axes.axhline(float(np.mean(runs)), color=colour, linestyle=dash, linewidth=1.2, label=name)
                 handles.append((float(np.mean(runs)), line))
             elif len(runs) > 1:
-                axes.plot([place, place], [min(runs), max(runs)], color=colour, linewidth=1.0, alpha=0.7)
+                axes.plot([place + aside] * 2, [min(runs), max(runs)], color=colour, linewidth=1.0, alpha=0.7)
         places = sorted(p for p in groups[name] if p is not None)
         if places:
             means = [float(np.mean(groups[name][p])) for p in places]
             (line,) = axes.plot(
-                places,
+                [place + aside for place in places],
                 means,
                 color=colour,
                 linestyle=dash,
-                marker=MARKERS[index % len(MARKERS)],
+                marker=marker,
                 markersize=5,
                 linewidth=1.4,
                 label=name,
@@ -144,6 +147,12 @@ def plot_budgets(
         0.095, 0.975, title or f"{ylabel or y} over {xlabel or x}", color=look["ink"], weight="bold", va="top", size=9
     )
     save_figure(figure, path)
+
+
+def line_style(index: int) -> tuple[Any, str]:
+    """Dash and marker of a method by its place: a colour that comes again comes with another of both."""
+    turn = index // len(DASHES)
+    return DASHES[(index + turn) % len(DASHES)], MARKERS[(index + 2 * turn) % len(MARKERS)]
 
 
 def blocks_of(names: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
 from peft_sensi.blocks import Row, human, rows_of, short_names, shortened
 from peft_sensi.canvas import STYLES
-from peft_sensi.charts import plot_budgets, plot_scores
+from peft_sensi.charts import line_style, plot_budgets, plot_scores
 from peft_sensi.plan import FROZEN, TRIMMED, TUNED, unpack_states
 from peft_sensi.plots import plot_plan
 from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
@@ -291,6 +291,13 @@ def test_budgets_from_a_file_with_nested_names(tmp_path):
     plot_budgets(tmp_path / "results.json", tmp_path / "b.svg", **names)
     text = (tmp_path / "b.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in ("sensi", "random", "full"))
+
+
+def test_methods_of_one_colour_have_other_dashes_and_markers():
+    styles = [line_style(index) for index in range(18)]
+    for first in range(6):
+        dashes, markers = zip(*styles[first::6], strict=True)
+        assert len(set(dashes)) == len(set(markers)) == 3
 
 
 def test_budgets_without_what_they_need(tmp_path):
