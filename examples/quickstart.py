@@ -104,7 +104,7 @@ def main() -> None:
         config = SensiConfig(budget=BUDGET, calibration=calibration, task_type="SEQ_CLS")
         results[f"Sensi, budget {BUDGET}"] = tune_adapter(task, config, Path(folder) / "sensi", show_plan=True)
 
-        console.print("\nRandom trimming to the same budget, everything else the same ...")
+        console.print("\nRandom trimming to the same budget, with the same batches ...")
         calibration = batches(task.train, task.collator, seed=SEED)
         config = SensiConfig(budget=BUDGET, score="random", calibration=calibration, task_type="SEQ_CLS")
         results["random trimming"] = tune_adapter(task, config, Path(folder) / "random")

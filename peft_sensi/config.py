@@ -347,7 +347,7 @@ class SensiConfig(_NeverStored, PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         values = super().from_json_file(path_json_file, **kwargs)
-        for name in ("calibration", "scores", "loss_fn"):
+        for name in _NeverStored.__annotations__:
             if name in values:
                 raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
         return values
@@ -398,8 +398,7 @@ class SensiConfig(_NeverStored, PeftConfig):
         mine = copy.copy(self)
         memo[id(self)] = mine
         for name, value in self.__dict__.items():
-            runtime = name in ("calibration", "scores", "loss_fn")
-            setattr(mine, name, value if runtime else copy.deepcopy(value, memo))
+            setattr(mine, name, value if name in _NeverStored.__annotations__ else copy.deepcopy(value, memo))
         return mine
 
 

@@ -170,7 +170,7 @@ class SensiModel(BaseTuner):
         self.peft_config.pop(adapter_name, None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> SensiConfig:
-        return peft_config  # `_prepare` has chosen the targets
+        return peft_config  # `prepare` has chosen the targets
 
     def _check_target_module_exists(self, peft_config: SensiConfig, key: str) -> Any:  # type: ignore[override]
         result = check_target_module_exists(peft_config, key)

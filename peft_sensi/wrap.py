@@ -131,7 +131,9 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
             continue
         with torch.no_grad():
             for part, value in kept_parts(parts, old, piece, torch.Size((layer.out_features, layer.in_features))):
-                getattr(layer, f"sensi_{part}")[adapter_name].copy_(value)
+                parameter = layer.part(part, adapter_name)
+                assert parameter is not None  # both adapters have the parts of one config
+                parameter.copy_(value)
         if parts["weight"] is not None:
             layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
 

@@ -11,9 +11,7 @@ from other_trimmers import lower_layers, torch_pruning
 from peft import AdaLoraConfig, LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
 
-from peft_sensi import SensiConfig, recipes
-from peft_sensi.calibration import materialise, preserved
-from peft_sensi.priming import head_state, primed
+from peft_sensi import SensiConfig, compute_scores, recipes
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,8 @@ def started(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module
     """With the task head as priming leaves it, which our own rows that trim start from by themselves."""
 
     def build_started(base: nn.Module, run: Run) -> nn.Module:
-        defaults = SensiConfig()
-        batches = materialise(run.calibration, defaults.priming_steps)
-        with preserved(base), primed(base, batches, steps=defaults.priming_steps, lr=defaults.priming_lr):
-            head = head_state(base)
-        base.load_state_dict(head, strict=False)
+        scores = compute_scores(base, run.calibration, score="random", seed=run.seed, progress=False)
+        base.load_state_dict(scores.head, strict=False)
         return build(base, run)
 
     return build_started

@@ -8,8 +8,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-
-CALIBRATION_STEPS = 24  # as many batches as ours scores
+from peft_sensi import SensiConfig
 
 
 def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]], budget: float) -> nn.Module:
@@ -26,7 +25,7 @@ def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tens
             heads[module] = base.config.num_attention_heads
         elif isinstance(module, nn.Embedding | nn.Linear) and not name.endswith("intermediate.dense"):
             stays.append(module)  # the width between blocks
-    batches = list(islice(calibration, CALIBRATION_STEPS))
+    batches = list(islice(calibration, SensiConfig().calibration_steps))  # as many as ours scores
     pruner = tp.pruner.BasePruner(
         base,
         example_inputs=dict(batches[0]),
