@@ -54,11 +54,15 @@ class SavedAdapter:
 
     @property
     def fingerprint(self) -> str | None:
-        """A short name of the base's fingerprint."""
-        if self.config.fingerprint is None:
-            return None
-        text = json.dumps(self.config.fingerprint, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return short_fingerprint(self.config)
+
+
+def short_fingerprint(config: SensiConfig) -> str | None:
+    """A short name of the base's fingerprint."""
+    if config.fingerprint is None:
+        return None
+    text = json.dumps(config.fingerprint, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def open_adapter(name: str | Path) -> SavedAdapter:

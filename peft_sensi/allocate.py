@@ -207,11 +207,15 @@ def _choose_kept(
                 [n for n in ("params", "flops") if getattr(limits, n) is not None], floor, strict=True
             )
         )
-        raise BudgetError(
-            f"The budget is too small: {min_units} head(s) and {multiple_of} neurons in each block"
-            f"{' (the same number in all)' if uniform else ''}, and what else the model cannot run without, already "
-            f"need {smallest}. Raise the budget, lower `multiple_of`, or let whole sublayers go with `min_units=0`."
-        )
+        # Some families cannot lose all of a block, whatever `min_units`.
+        stays, ways = "what the model cannot run without", "Raise the budget"
+        if multiple_of > 1:
+            ways += ", or lower `multiple_of`"
+        if min_units:
+            number = " (the same number in all)" if uniform else ""
+            stays = f"{min_units} head(s) and {multiple_of} neurons in each block{number}, and {stays}"
+            ways += ", or let whole sublayers go with `min_units=0`"
+        raise BudgetError(f"The budget is too small for {stays}: that alone needs {smallest}. {ways}.")
     left = allowed_costs - floor
     _fill(chosen, left)
     kept = {}

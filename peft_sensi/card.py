@@ -15,7 +15,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .adapters import AUTO_CLASSES, SavedAdapter, budget_words, number_of_labels, plan_without_weights, unit_facts
+from .adapters import (
+    AUTO_CLASSES,
+    SavedAdapter,
+    budget_words,
+    number_of_labels,
+    plan_without_weights,
+    short_fingerprint,
+    unit_facts,
+)
 from .blocks import human, rows_of
 from .config import SensiConfig
 from .errors import SensiError
@@ -76,7 +84,6 @@ def write_card(
         results=results_table(results),
         license=license,
         base_license=license_of(name),
-        fingerprint=saved.fingerprint,
         num_labels=number_of_labels(saved, base),
     )
     save_card(card, folder / "README.md")
@@ -94,7 +101,6 @@ def new_card(
     results: str = "",
     license: str | None = None,
     base_license: str | None = None,
-    fingerprint: str | None = None,
     num_labels: int | None = None,
 ) -> ModelCard:
     task = getattr(config.task_type, "value", config.task_type) or ""
@@ -110,6 +116,7 @@ def new_card(
                      *([f"base_model:adapter:{on_hub}"] if on_hub else [])}),
     )  # fmt: skip
     auto = config.auto_mapping or {}
+    fingerprint = short_fingerprint(config)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -137,7 +144,7 @@ def new_card(
                 "update",
                 f"`{config.update}`{f' of rank {config.rank}' if config.rank else ''}, by {config.granularity}",
             ),
-            ("size", size_of(file_bytes) if file_bytes else "not saved yet"),
+            *([("size", size_of(file_bytes))] if file_bytes else []),
         ],
     )
 

@@ -157,7 +157,7 @@ def train(
     lr: Annotated[
         float,
         typer.Option(metavar="RATE", help="The learning rate's peak; 1e-3 or more for a --trainable of at most 2 %."),
-    ] = 5e-5,
+    ] = 1e-4,
     batch_size: BatchSize = 32,
     text_column: Text_ = None,
     pair_column: Pair = None,
@@ -237,7 +237,7 @@ def merge(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Merge an adapter into its base: a plain Transformers model with smaller matrices."""
+    """Merge an adapter into its base: a Transformers model with smaller matrices, for `load_merged`."""
     from .merged import save_merged
 
     saved, model = load_saved(adapter, base, json)

@@ -14,9 +14,11 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from . import recipes
 from .anatomy import build_anatomy, task_head
+from .atomic import write_atomically
 from .config import SensiConfig
 from .plan import Plan
 from .report import plan_figures
@@ -145,7 +147,9 @@ def train_for(
         "folder": str(folder),
         "command": sys.argv[1:],
     }
-    (folder / "metrics.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
+    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and of no use with the adapter
+    text = json.dumps(result, indent=2, default=str)
+    write_atomically(folder / "metrics.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
     return result
 
 

@@ -67,6 +67,7 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path)
     names = ["full fine-tuning", "head only", "BitFit", "LoRA r=8, all Linears", "random units 0.5", "learners(64)",
              "sensi_bert(0.5), in cuts", "binary_mask(0.1)"]  # fmt: skip
     chosen = {name: methods.SYSTEMS[name] for name in names}
+    chosen["a third of two layers"] = methods.Method(methods.TRIMMING["lower layers"](0.3), 1e-4)  # left out
     common = (str(encoder), tmp_path / "data", tmp_path / "results")
     grid.run_all([task], chosen, [0], *common)
     results = {r["method"]: r for r in tables.read_results(tmp_path / "results")}

@@ -126,6 +126,7 @@ def test_train_saves_what_is_needed_to_load(adapter):
     assert metrics["rows"] == {"train": 54, "validation": 6} and metrics["plan"]["params_share"] <= 0.5
     names = {path.name for path in adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "config.json"} <= names
+    assert not [name for name in names if name.endswith(".bin")], "a pickle"
 
 
 def test_train_learns_and_says_so(work):

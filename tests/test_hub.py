@@ -42,6 +42,7 @@ def test_save_pretrained_writes_the_card(adapter):
     assert card.data.library_name == "peft" and "peft_sensi" in card.data.tags and "pruning" in card.data.tags
     assert card.data.pipeline_tag == "text-classification"
     assert "import peft_sensi" in card.text and "More Information Needed" not in card.text
+    assert open_adapter(adapter).fingerprint in card.text and "| size |" not in card.text  # no file yet
     assert "- PEFT " in card.text  # what PEFT itself adds stays
     assert not (adapter / "plan.png").exists()  # saving a checkpoint draws nothing
 

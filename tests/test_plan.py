@@ -176,6 +176,12 @@ def test_whole_sublayers_go_only_when_allowed():
     scores = {"a": np.ones(16), "b": np.zeros(16)}
     assert kept_counts(make_plan(anatomy, scores, 0.5, multiple_of=4)) == {"a": 12, "b": 4}
     assert kept_counts(make_plan(anatomy, scores, 0.5, multiple_of=4, min_units=0)) == {"a": 16, "b": 0}
+    with pytest.raises(
+        BudgetError, match="Raise the budget, or lower `multiple_of`, or let whole sublayers go with `min_units=0`"
+    ):
+        make_plan(anatomy, scores, 0.2, multiple_of=4)
+    with pytest.raises(BudgetError, match="1 head.* and 1 neurons in each block.* Raise the budget, or let whole"):
+        make_plan(anatomy, scores, 0.05, multiple_of=1)
 
 
 def test_protected_units_are_kept_as_long_as_the_limit_allows():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from methods import Method, Run, is_sensi
+from other_trimmers import BudgetMissed
 from tasks import BATCH_SIZE, Data, Task, load_task
 from torch import nn
 from tqdm.auto import tqdm
@@ -138,7 +139,7 @@ def run_all(
     results: Path,
     rates: Iterable[float] = (),
 ) -> None:
-    """Runs what has no result yet. `rates` replaces the methods' own."""
+    """Runs what has no result yet, and leaves out what cannot have its budget. `rates` replaces the methods' own."""
     wanted = [
         (task, seed, name, rate)
         for seed in seeds
@@ -154,7 +155,11 @@ def run_all(
             continue
         if loaded is None or loaded[0] != (task.name, seed):
             loaded = ((task.name, seed), load_task(task, data_folder, model_name, seed))
-        figures = train(loaded[1], methods[name], model_name, rate, seed)
+        try:
+            figures = train(loaded[1], methods[name], model_name, rate, seed)
+        except BudgetMissed as error:
+            bar.write(f"{name} is left out: {error}")
+            continue
         write_json(path, {"task": task.name, "method": name, "seed": seed, "metric": task.metric} | figures)
 
 

@@ -11,11 +11,18 @@ from torch import nn
 from peft_sensi import SensiConfig
 
 
+class BudgetMissed(ValueError):
+    """A method that cannot have the size it was asked for: its row is left out."""
+
+
 def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]], budget: float) -> nn.Module:
     """Torch-Pruning (Fang et al. 2023, arXiv 2301.12900) with its Taylor importance, for a BERT.
 
     Heads are ranked over all layers, and so are neurons; the share `budget` of each stays. The library never takes
     all heads of a layer: where its ranking would, all of them stay, and a small budget is exceeded.
+
+    Raises:
+        BudgetMissed: It is exceeded by more than a hundredth of the blocks' matrices.
     """
     import torch_pruning as tp
 
@@ -40,10 +47,14 @@ def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tens
         ignored_layers=stays,
         output_transform=lambda output: output.logits,
     )
+    whole = _matrices(base)
     for batch in batches:
         base(**batch).loss.backward()
     pruner.step()
     base.zero_grad()
+    left = _matrices(base) / whole
+    if left > budget + 0.01:
+        raise BudgetMissed(f"Torch-Pruning leaves {left:.0%} where {budget:.0%} were asked for.")
     return base
 
 
@@ -51,12 +62,16 @@ def lower_layers(base: nn.Module, budget: float) -> nn.Module:
     """The lower layers only, the simplest smaller student (Sajjad et al. 2023, arXiv 2004.03844), for a BERT.
 
     Raises:
-        ValueError: The share of the layers is no whole number.
+        BudgetMissed: The share of the layers is no whole number.
     """
     layers = base.base_model.encoder.layer
     count = budget * len(layers)
     if count != int(count):
-        raise ValueError(f"{budget:g} of {len(layers)} layers is no whole number.")
+        raise BudgetMissed(f"{budget:g} of {len(layers)} layers is no whole number.")
     base.base_model.encoder.layer = layers[: int(count)]
     base.config.num_hidden_layers = int(count)
     return base
+
+
+def _matrices(base: nn.Module) -> int:
+    return sum(p.numel() for p in base.base_model.encoder.parameters() if p.dim() > 1)
