@@ -122,19 +122,30 @@ def is_base_parameter(name: str) -> bool:
     return not any(part.startswith("sensi_") or part == "modules_to_save" for part in name.split("."))
 
 
+def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
+    """The model's `input` or `output` embedding; `None` where it has none, or Transformers cannot tell."""
+    try:
+        return getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+# What PEFT takes for heads, by task type; for models whose transformer is no child of its own (T5's answers).
+_HEAD_NAMES = ("classifier", "score", "qa_outputs")
+
+
 def task_head(model: nn.Module) -> list[str]:
     """Names of the children that make up a classification-like head: everything outside the base transformer.
 
     Empty for a bare transformer and for language models, whose head belongs to the pretrained base.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    children = dict(model.named_children())
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    if embedding_of(model, "output") is not None:
+        return []
     if not prefix or prefix not in children:
-        return []
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    if get_output_embeddings is not None and get_output_embeddings() is not None:
-        return []
-    return [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
+        return [name for name in children if name in _HEAD_NAMES]
+    return [name for name in children if name != prefix]
 
 
 def _params_without_head(model: nn.Module) -> int:
@@ -167,15 +178,23 @@ def _block_groups(
         if match and is_base_parameter(name):
             index = int(match[1]) if match.lastindex else 0
             repeats = _runs(layer, index, layout)
-            if layout.o and not (lenient and _lacks(modules, name, layout.q, layout.k, layout.v, layout.o)):
+            if layout.o and _is_there(modules, name, (layout.q, layout.k, layout.v, layout.o), lenient):
                 measures_cache = layout.cached and index in cached
                 yield replace(_heads(modules, name, layer, layout, measures_cache), repeats=repeats)
-            if layout.down and not (lenient and _lacks(modules, name, layout.up, layout.gate, layout.down)):
+            if layout.down and _is_there(modules, name, (layout.up, layout.gate, layout.down), lenient):
                 yield replace(_neurons(modules, name, layout), repeats=repeats)
 
 
-def _lacks(modules: dict[str, nn.Module], layer: str, *names: str) -> bool:
-    return any(name and f"{layer}.{name}" not in modules for name in names)
+def _is_there(modules: dict[str, nn.Module], layer: str, names: Iterable[str], lenient: bool) -> bool:
+    """Whether a layer has the sublayer; the last of `names` is its output projection.
+
+    After a merge that left nothing of the sublayer, that is a Linear without inputs.
+    """
+    paths = [f"{layer}.{name}" for name in names if name]
+    if lenient and any(path not in modules for path in paths):
+        return False
+    output = base_of(modules[paths[-1]]) if paths[-1] in modules else None
+    return not isinstance(output, LINEARS) or features(cast(nn.Linear, output))[1] > 0
 
 
 def _runs(layer: nn.Module, index: int, layout: BlockLayout) -> int:

@@ -35,6 +35,13 @@ def materialise(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Ma
                 f"Calibration batch {index} is a {type(batch).__name__}: each batch must be a mapping that "
                 f"`model(**batch)` accepts, with labels."
             )
+        for name in ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features"):
+            value = batch.get(name)
+            if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() < 2):
+                raise CalibrationError(
+                    f"Calibration batch {index} looks like a single example: its {name!r} is no tensor of several. "
+                    f"Give batches, such as `DataLoader(dataset, batch_size=32, collate_fn=data_collator)`."
+                )
     return batches
 
 
@@ -57,6 +64,10 @@ def calibration_loss(
     else:
         output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not output[0].dim():
+            loss = output[0]  # with `config.return_dict=False` a scalar comes first if there are labels
+    if loss_fn is not None and not isinstance(loss, torch.Tensor):
+        raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     if not isinstance(loss, torch.Tensor):
         raise CalibrationError(
             f"The model returned no loss for {where}, whose keys are {sorted(batch)}: calibration batches need labels "
@@ -64,15 +75,23 @@ def calibration_loss(
         )
     loss = loss.float().mean()
     if not torch.isfinite(loss):
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == -100).all()):
+            raise CalibrationError(f"All labels of {where} are -100, so it has no loss: leave it out.")
         raise CalibrationError(f"The loss of {where} is {loss.item()}: the calibration data or the model is broken.")
     return loss
 
 
 def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """The attention mask as booleans in this shape, `[batch, tokens]` or `[batch * tokens]`, else `None`."""
+    """The attention mask as booleans in this shape, `[batch, tokens]` or `[batch * tokens]`, else `None`.
+
+    Models for multiple choice run `[batch, choices, tokens]` as `[batch * choices, tokens]`.
+    """
     mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and shape in (mask.shape, (mask.numel(),)):
-        return mask.bool().view(shape)
+    if isinstance(mask, torch.Tensor) and mask.dim() in (2, 3):
+        mask = mask.flatten(0, -2)
+        if shape in (mask.shape, (mask.numel(),)):
+            return mask.bool().view(shape)
     return None
 
 
@@ -82,10 +101,11 @@ def examples_in(batch: Mapping[str, Any]) -> int:
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
     """Mean padded length of the token batches of all processes, rounded; `None` for inputs that are not tokens."""
+    # Tokens come last, or before the hidden size; models for multiple choice have the choices in front of them.
     lengths = [
-        batch[key].shape[1]
+        batch[key].shape[place]
         for batch in batches
-        for key in ("input_ids", "inputs_embeds", "decoder_input_ids")
+        for key, place in (("input_ids", -1), ("inputs_embeds", -2), ("decoder_input_ids", -1))
         if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
     ]
     pooled = processes.meet("measuring lengths", (sum(lengths), len(lengths)))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .adapter_file import Spec, opened, read_specs
-from .anatomy import is_base_parameter, linear_of
+from .anatomy import embedding_of, is_base_parameter, linear_of
 from .errors import SensiLoadError
 from .fields import is_number
 from .linears import matrix
@@ -149,7 +149,8 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
         if weight.is_meta or not weight.is_floating_point():
             return None
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS].float().cpu()
-        signs = torch.where(torch.arange(rows.shape[1]) * 0.6180339887498949 % 1.0 < 0.5, -1.0, 1.0)
+        places = torch.arange(rows.shape[1], dtype=torch.float32, device="cpu")
+        signs = torch.where(places * 0.6180339887498949 % 1.0 < 0.5, -1.0, 1.0).float()
         shapes[name] = list(weight.shape)
         marks += (rows @ signs / rows.norm(dim=1).clamp_min(1e-12)).tolist()
     return {"shapes": shapes, "marks": [round(mark, 4) for mark in marks]}
@@ -231,8 +232,8 @@ def _check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
 
 def embeddings_of(model: nn.Module) -> dict[str, Spec]:
     """Parameters of the base that a file may overwrite: PEFT saves embeddings whose size was changed."""
-    getters = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
-    embeddings = {id(p) for get in getters if get is not None and (m := get()) is not None for p in m.parameters()}
+    tables = [embedding_of(model, "input"), embedding_of(model, "output")]
+    embeddings = {id(p) for table in tables if table is not None for p in table.parameters()}
     named = model.named_parameters(remove_duplicate=False)
     return {name: (tuple(p.shape), p.dtype) for name, p in named if id(p) in embeddings}
 

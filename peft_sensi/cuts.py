@@ -13,7 +13,7 @@ from . import processes
 from .allocate import make_plan
 from .anatomy import linear_of
 from .budget import Budget, allowance
-from .calibration import preserved
+from .calibration import LossFn, preserved
 from .config import SensiConfig
 from .layer import SensiLayer
 from .linears import matrix
@@ -31,7 +31,12 @@ def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
 
 
 def close_units(
-    root: nn.Module, config: SensiConfig, adapter_name: str, batches: list[Mapping[str, Any]] | None, progress: float
+    root: nn.Module,
+    config: SensiConfig,
+    adapter_name: str,
+    batches: list[Mapping[str, Any]] | None,
+    progress: float,
+    loss_fn: LossFn | None = None,
 ) -> None:
     """Rescores the model as it is and closes units until the share `progress` of the way to the budget is gone.
 
@@ -53,7 +58,7 @@ def close_units(
                 calibration_steps=config.calibration_steps,
                 priming_steps=0,
                 priming_lr=config.priming_lr,
-                loss_fn=None,
+                loss_fn=loss_fn,
                 seed=config.seed,
                 progress=False,
             )
@@ -92,7 +97,7 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
     """
     values, untouched = {}, {}
     for group in anatomy.groups:
-        moved, size = torch.zeros(group.size), torch.zeros(group.size)
+        moved, size = group.zeros(), group.zeros()
         weights = {name: _before_and_after(root, name, adapter_name) for name in group.modules}
         for side in group.sides:
             before, after = weights[side.module]

@@ -86,7 +86,7 @@ def decide(
             progress=processes.rank() == 0,
         )
     if scores is None:
-        unranked = {g.name: torch.full((g.size,), float(g.kind == "token")) for g in anatomy.groups}
+        unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
         scores = Scores(only_seen(anatomy, unranked, batches), "none")
     whole = values_of(model, saved)
     plan = make_plan(

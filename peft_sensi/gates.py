@@ -54,7 +54,7 @@ def gate_gradients(
         grad = found.get(group.name)
         if grad is not None and not torch.isfinite(grad).all():
             raise CalibrationError(f"The gradient of {group.name!r} is not finite for {where}.")
-        result[group.name] = torch.zeros(1, group.size) if grad is None else grad.float() * grad.shape[0]
+        result[group.name] = group.zeros()[None] if grad is None else grad.float() * grad.shape[0]
     return result
 
 

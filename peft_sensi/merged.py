@@ -38,6 +38,7 @@ __all__ = ["load_merged", "merged_copy", "save_merged"]
 
 
 _TEMPORARY = ".sensi-"
+_MARK = {"saved_by": "peft_sensi"}  # in the config of a plain checkpoint, which nothing else tells from a base
 
 
 def merged_copy(model: nn.Module) -> PreTrainedModel:
@@ -99,7 +100,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         weights = f"{'' if plain else 'sensi_'}model-{secrets.token_hex(8)}.safetensors"
         os.replace(temporary / WEIGHTS, temporary / weights)
         if plain:
-            values["transformers_weights"] = weights
+            values |= _MARK | {"transformers_weights": weights}
         else:
             values[RECORD_KEY] = widths.to_record(type(model).__name__) | {"weights": weights}
             if modeling:
@@ -117,6 +118,11 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file; give a folder.")
+    if (folder / WEIGHTS).exists() and not _is_ours(folder / CONFIG):
+        raise SensiError(
+            f"{folder} holds a model that `save_merged` did not write, perhaps the adapter's base, and that would be "
+            f"lost: give another folder."
+        )
     for name in (
         "adapter_config.json",
         "pytorch_model.bin",
@@ -127,6 +133,14 @@ def _check_folder(folder: Path) -> None:
             raise SensiError(
                 f"{folder} already holds {name!r}, which loaders would take for this model: give another folder."
             )
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and (RECORD_KEY in values or _MARK.items() <= values.items())
 
 
 def _json_of(config: Any, temporary: Path) -> dict[str, Any]:

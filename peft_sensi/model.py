@@ -87,6 +87,11 @@ class SensiModel(BaseTuner):
             )
         if any(m.sensi_base_dropped for m in model.modules() if isinstance(m, SensiLayer)):
             raise base_is_dropped("add another adapter")
+        others = sorted({name for layer in self._layers() for name in layer.sensi_slices} - {adapter_name})
+        if not given.keep_base and others:
+            raise SensiError(
+                f"`keep_base=False` would drop what the adapters {others} stand on: delete them, or keep the base."
+            )
         if given.compressed is not None and not given.inference_mode:
             raise SensiError(
                 f"The adapter's values are compressed to {given.compressed}, so it can be used but not trained: load "
@@ -99,6 +104,8 @@ class SensiModel(BaseTuner):
         replicas.check_not_partitioned(model)
         # PEFT does not copy configs: without an own copy, the plan of this model would end in the user's object.
         config = self.peft_config[adapter_name] = given.own_copy()
+        if given.plan is None:
+            config.from_file = False  # its plan is made here, so no file can contradict it
         flags = [(p, p.requires_grad) for p in model.parameters()]
         # A finished plan needs nobody else: one process may load an adapter while others do something different.
         joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
@@ -151,8 +158,10 @@ class SensiModel(BaseTuner):
 
     def _remember(self, adapter_name: str, decision: Decision) -> None:
         self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
+        known = {name: scores for name, scores in self._sensi_scores.items() if name != adapter_name}
         if decision.scores is not None and decision.scores.method != "none":
-            self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
+            known[adapter_name] = decision.scores
+        self._sensi_scores = known
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in reversed(list(model.named_modules())):  # the innermost first: wrappers can be nested
@@ -212,6 +221,14 @@ class SensiModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
         self._check_codes()
+        if adapter_names and set(adapter_names) != set(self.active_adapters):
+            wrappers = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+            if any(name in m.modules_to_save for m in wrappers for name in adapter_names):
+                raise SensiError(
+                    f"Merging {list(adapter_names)} while {self.active_adapters} is active would leave the task head, "
+                    f"norms and other modules that are saved whole those of the active adapter. Call "
+                    f"`set_adapter` first."
+                )
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def disable_adapter_layers(self) -> None:
@@ -225,7 +242,10 @@ class SensiModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_codes()  # before anything is replaced
-            self._check_combination(kwargs.get("adapter_names") or self.active_adapters)
+            names = kwargs.get("adapter_names") or self.active_adapters
+            self._check_combination(names)
+            if set(names) != set(self.active_adapters) and not any(layer.merged for layer in self._layers()):
+                self.set_adapter(names if len(names) > 1 else names[0])  # PEFT merges its Linears and leaves its head
         else:
             self._check_base("unload the adapter")
             if not any(layer.merged for layer in self._layers()):

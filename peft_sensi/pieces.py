@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from .anatomy import base_of, build_anatomy, is_base_parameter, linear_of, task_head
+from .anatomy import base_of, build_anatomy, embedding_of, is_base_parameter, linear_of, task_head
 from .budget import allowance
 from .config import SensiConfig
 from .errors import BudgetError, SensiError
@@ -122,8 +122,12 @@ def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
     return Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
 
 
-def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list[str]:
-    """Modules of the base that are trained whole beside the blocks, to be saved through PEFT's `modules_to_save`."""
+def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[str]:
+    """Modules of the base that are trained whole beside the blocks, to be saved through PEFT's `modules_to_save`.
+
+    Those inside a module that the user saves whole are saved with it: PEFT's wrappers must not be nested.
+    """
+    also_train = config.also_train or []
     head = tuple(f"{name}." for name in task_head(model))
     names = [
         name
@@ -138,14 +142,14 @@ def also_saved(model: nn.Module, blocks: Anatomy, also_train: list[str]) -> list
         pooler = f"{model.base_model_prefix}.pooler"
         found += [name for name in names if name == pooler and any(True for _ in modules[name].parameters())]
     if "embeddings" in also_train:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
+        output = embedding_of(model, "output")
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
         if output is not None and any(modules[name].weight is output.weight for name in embeddings):
             raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
         if len({id(modules[name].weight) for name in embeddings}) < len(embeddings):
             raise SensiError("The embeddings of both stacks are tied to each other and cannot be trained separately.")
         found += embeddings
-    return list(dict.fromkeys(found))
+    return [name for name in dict.fromkeys(found) if not _is_saved_whole(name.rpartition(".")[0], config)]
 
 
 def values_of(model: nn.Module, saved: list[str]) -> int:

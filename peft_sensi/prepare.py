@@ -72,7 +72,7 @@ def prepare(model: nn.Module, given: SensiConfig, config: SensiConfig) -> Decisi
         return None  # PEFT raises its own error for that
     if config.also_train is None:
         config.also_train = usually_also_trained(model, given, blocks)
-    saved = also_saved(model, blocks, config.also_train)
+    saved = also_saved(model, blocks, config)
     save_whole(config, saved)
     targets = name_targets(model, config)
     refuse_tied(model, targets)

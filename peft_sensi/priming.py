@@ -82,7 +82,7 @@ def _prime(
     gates: Sequence[torch.Tensor],
 ) -> None:
     gate_optimizer = torch.optim.AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
-    with stepper:
+    with stepper, torch.enable_grad():
         for step in tqdm(range(steps), desc="priming", disable=not progress, leave=False):
             warm_up = min(1.0, (step + 1) / max(1, steps // 10))
             index = step % len(batches)
@@ -216,7 +216,7 @@ def _count_labels(
 ) -> tuple[tuple[int, float] | None, list[int] | None, bool]:
     """Number and sum of labels that are numbers, how often each class occurs, and whether there are other classes."""
     labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
-    if not labels:
+    if not labels or any(_is_multi_hot(batch, outputs) for batch in batches):
         return None, None, False
     values = torch.cat([label.detach().reshape(-1) for label in labels]).cpu()
     if values.is_floating_point():
@@ -227,6 +227,14 @@ def _count_labels(
     if int(values.max()) >= outputs:
         return None, None, True
     return None, torch.bincount(values, minlength=outputs).tolist(), False
+
+
+def _is_multi_hot(batch: Mapping[str, Any], outputs: int) -> bool:
+    """Whether an example's labels are a row of zeros and ones, one a class, and not the classes of its tokens."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.shape[-1] != outputs:
+        return False
+    return not isinstance(ids, torch.Tensor) or labels.shape != ids.shape
 
 
 def head_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,9 +12,11 @@ the error the next layer sees. Padding is left out. Closed form; the activations
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,7 @@ def refit(
     batches = [to_device(batch, device) for batch in batches]
     # As a precaution not under autocast: the refit solves for small differences of activations.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        streams, order = _capture(model, plan, batches)
+        streams, order = _capture(model, plan, batches, loss_fn)
         if order is None:
             return {}
         # Error feedback needs the sublayers in the order in which they run; a layer runs attention before FFN.
@@ -121,7 +123,9 @@ class _Stream:
     student: Any = None
 
 
-def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> tuple[list[_Stream], list[str] | None]:
+def _capture(
+    model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]], loss_fn: LossFn | None
+) -> tuple[list[_Stream], list[str] | None]:
     """How each layer is called for each batch, and the layers' order; `None` where a layer runs more than once."""
     layers = list(dict.fromkeys(g.layer for g in plan.anatomy.trimmable if g.layer))
     streams, order = [], []
@@ -133,18 +137,18 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
         same: list[bool] = []
 
         def before(module, args, kwargs, name, stream=stream, seen=seen, last=last):
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = _input_of(module, args, kwargs)
             if hidden is not last[0]:
                 stream.entries[name] = hidden
             # Layers will be run again, several times: a cache would grow with each.
             kwargs = {
-                k: v for k, v in kwargs.items() if k not in ("hidden_states", "use_cache") and not isinstance(v, Cache)
+                k: v for k, v in kwargs.items() if v is not hidden and k != "use_cache" and not isinstance(v, Cache)
             }
             stream.calls[name] = (tuple(None if isinstance(a, Cache) else a for a in args[1:]), kwargs)
             seen.append(name)
 
         def after(module, args, kwargs, output, last=last, same=same):
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = _input_of(module, args, kwargs)
             same.append(isinstance(output, torch.Tensor) and output.shape == hidden.shape)
             last[0] = _first(output)
 
@@ -157,7 +161,7 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
             handles.append(layer.register_forward_hook(after, with_kwargs=True))
         try:
             with _passing_on(model, layers if passes else []):
-                model(**batch)
+                (loss_fn or _call)(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -171,17 +175,29 @@ def _capture(model: nn.Module, plan: Plan, batches: list[Mapping[str, Any]]) -> 
     return streams, order
 
 
+def _call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    return model(**batch)
+
+
+def _input_of(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What the layer works on: its first argument, whatever its name. (Hooks may have replaced its own `forward`.)"""
+    if args:
+        return args[0]
+    names = list(inspect.signature(type(layer).forward).parameters)
+    return kwargs["hidden_states" if "hidden_states" in kwargs else names[1]]
+
+
 @contextmanager
 def _passing_on(model: nn.Module, layers: list[str]) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in layers]
 
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+    def forward(*args: Any, module: nn.Module, **kwargs: Any) -> torch.Tensor:
+        return _input_of(module, args, kwargs)
 
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:
-            module.forward = forward
+            module.forward = partial(forward, module=module)
         yield
     finally:
         for module, own in zip(modules, before, strict=True):

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from . import processes, replicas
-from .calibration import materialise
+from .calibration import LossFn, materialise
 from .config import SensiConfig
 from .cuts import close_units, gates_of, open_units
 from .errors import SensiError
@@ -47,6 +47,7 @@ class Schedule:
         total_steps: Optimizer steps of the whole training.
         steps_per_epoch: Needed for a phase that counts epochs.
         calibration: Batches for rescoring, needed for cuts by a gradient score.
+        loss_fn: For rescoring, where it is not the model's own loss; that of the config is not kept with the model.
 
     Raises:
         SensiError: There is no schedule, or something that it needs is missing; or, from `step`, the model is sharded.
@@ -58,7 +59,9 @@ class Schedule:
         total_steps: int,
         steps_per_epoch: int | None = None,
         calibration: Iterable[Mapping[str, Any]] | None = None,
+        loss_fn: LossFn | None = None,
     ) -> None:
+        self.loss_fn = loss_fn
         self.model = getattr(model, "module", model)
         self.adapter_name, self.config = scheduled_adapter(model)
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
@@ -122,7 +125,7 @@ class Schedule:
 
     def _close(self, progress: float) -> None:
         with processes.together("cutting units"):
-            close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress)
+            close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
 
     def _layers(self) -> list[SensiLayer]:
         return [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]
@@ -131,11 +134,12 @@ class Schedule:
 class SensiCallback(TrainerCallback):
     """Steps the schedule in a `transformers.Trainer`; harmless without one.
 
-    `calibration` are the batches by which cuts during training rescore the units.
+    `calibration` are the batches by which cuts during training rescore the units, `loss_fn` their loss where it is
+    not the model's own.
     """
 
-    def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None) -> None:
-        self.calibration = calibration
+    def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None, loss_fn: LossFn | None = None) -> None:
+        self.calibration, self.loss_fn = calibration, loss_fn
         self.schedule: Schedule | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -143,7 +147,7 @@ class SensiCallback(TrainerCallback):
         model = kwargs["model"]
         if scheduled_adapter(model, required=False)[1].schedule is not None:
             steps_per_epoch = math.ceil(state.max_steps / max(1, args.num_train_epochs))
-            self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration)
+            self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:

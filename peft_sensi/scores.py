@@ -250,7 +250,7 @@ def score_units(
             return Scores({g.name: movement(model, g, originals) for g in anatomy.groups}, score, length, head=head)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        totals = {g.name: torch.zeros(g.size) for g in anatomy.groups}
+        totals = {g.name: g.zeros() for g in anatomy.groups}
         examples = 0
         bar = tqdm(batches[: max(1, calibration_steps)], desc=f"{score} scores", disable=not progress, leave=False)
         for index, batch in enumerate(bar):
@@ -271,8 +271,8 @@ def score_units(
 
 def random_scores(anatomy: Anatomy, seed: int) -> dict[str, torch.Tensor]:
     """Noise in proportion to the unit's cost, so that after the division by cost no kind of unit is preferred."""
-    generator = torch.Generator().manual_seed(seed)
-    return {g.name: torch.rand(g.size, generator=generator) * g.unit_params for g in anatomy.groups}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return {g.name: g.zeros().uniform_(generator=generator) * g.unit_params for g in anatomy.groups}
 
 
 def magnitude(model: nn.Module, group: Group) -> torch.Tensor:
@@ -283,7 +283,7 @@ def magnitude(model: nn.Module, group: Group) -> torch.Tensor:
 
 def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """L1 norm of what priming changed in each unit: `originals` holds the values before, by `id` of the parameter."""
-    total = torch.zeros(group.size)
+    total = group.zeros()
     for side in group.sides:
         linear = linear_of(model, side.module)
         if id(linear.weight) not in originals:

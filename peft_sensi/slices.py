@@ -63,7 +63,7 @@ class Slice:
     @cached_property
     def natural(self) -> bool:
         """Nothing is trimmed or moved."""
-        return torch.equal(self.kept, torch.arange(self.size))
+        return torch.equal(self.kept, torch.arange(self.size, device=self.kept.device))
 
     @property
     def has_integers(self) -> bool:
@@ -79,7 +79,7 @@ class Slice:
     @property
     def tuned_index(self) -> torch.Tensor:
         """The places (int64) of the trained rows or columns among the kept ones."""
-        return torch.arange(self.tuned) if isinstance(self.tuned, int) else self.tuned
+        return torch.arange(self.tuned, device=self.kept.device) if isinstance(self.tuned, int) else self.tuned
 
     @property
     def tuned_positions(self) -> torch.Tensor:

@@ -28,7 +28,7 @@ class SpikeFinder:
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model = model
         self.groups = [g for g in anatomy.trimmable if g.layer]
-        self.share = {g.name: torch.zeros(g.size) for g in self.groups}
+        self.share = {g.name: g.zeros() for g in self.groups}
 
     @contextmanager
     def watching(self, batch: Mapping[str, Any]) -> Iterator[None]:

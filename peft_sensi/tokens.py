@@ -14,18 +14,15 @@ import torch
 from torch import nn
 
 from . import processes
-from .anatomy import base_of
+from .anatomy import base_of, embedding_of
 from .linears import is_plain_embedding
 from .units import Anatomy
 
 
 def input_embedding(model: nn.Module) -> str | None:
     """Name of the table in which input tokens are looked up; `None` where other modules share it or depend on it."""
-    try:
-        table = base_of(model.get_input_embeddings())  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # no Transformers model, or one whose inputs are no tokens
-        return None
-    if not isinstance(table, nn.Module) or not is_plain_embedding(table) or is_shared(model, table):
+    table = embedding_of(model, "input")
+    if table is None or not is_plain_embedding(table := base_of(table)) or is_shared(model, table):
         return None
     return next((name for name, module in model.named_modules() if base_of(module) is table), None)
 
@@ -47,7 +44,7 @@ def only_seen(
     groups = [group for group in anatomy.groups if group.kind == "token"]
     if not groups or batches is None:
         return dict(values)
-    seen = [torch.zeros(group.size) for group in groups]
+    seen = [group.zeros() for group in groups]
     for batch in batches:
         for name, ids in batch.items():
             if name.endswith("input_ids") and isinstance(ids, torch.Tensor):

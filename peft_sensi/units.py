@@ -106,6 +106,10 @@ class Group:
         sides = [side for side in self.sides if side.module in targets]
         return sum(side.unit_params if with_bias else side.width * side.fan for side in sides)
 
+    def zeros(self) -> torch.Tensor:
+        """A float32 zero for each unit, on the CPU, whatever torch's defaults are."""
+        return torch.zeros(self.size, dtype=torch.float32, device="cpu")
+
     def as_one_unit(self) -> Group:
         """The same sublayer, to be kept or to go as a whole."""
         return replace(

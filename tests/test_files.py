@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from test_contract import assert_is_base, edit_config, first, is_plain, spoil
-from tiny import TRIM, assert_same_tensors, logits, snapshot, tiny_model, trained, wrap
+from tiny import TRIM, assert_same_tensors, clone, logits, snapshot, tiny_model, train, trained, wrap
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
 
@@ -256,3 +263,42 @@ def test_bits_behind_the_last_weight_must_be_zero(tmp_path):
     spoil(tmp_path, lambda t: t[first(t, "sensi_bits")][-1:].bitwise_or_(1))
     with pytest.raises(SensiLoadError, match="zeros after its 15 bits"):
         PeftModel.from_pretrained(Odd(), tmp_path)
+
+
+def test_models_that_do_not_tell_their_embeddings_come_back(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = CLIPTextConfig(vocab_size=64, max_position_embeddings=16, **small)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **small)
+    base = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).eval()
+    inputs = {"input_ids": torch.arange(8)[None] + 2, "pixel_values": torch.randn(1, 3, 16, 16)}
+    model = wrap(clone(base), budget={"trainable": 0.1}, task_type=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits_per_image, model.eval()(**inputs).logits_per_image)
+
+
+@pytest.mark.parametrize("whole", ["bert.embeddings", "attention.output", "encoder.layer.1"])
+def test_norms_inside_modules_that_are_saved_whole(whole, tmp_path):
+    model = wrap(
+        tiny_model(), modules_to_save=[whole], target_modules=["intermediate.dense"], budget={"trainable": 0.1}
+    )
+    train(model)
+    model.save_pretrained(tmp_path)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+def test_a_config_without_a_plan_may_come_from_a_file(tmp_path):
+    SensiConfig(budget=0.5, score="magnitude", task_type="SEQ_CLS").save_pretrained(tmp_path)
+    model = get_peft_model(tiny_model(), SensiConfig.from_pretrained(tmp_path))
+    train(model)
+    before = logits(model)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model))  # as Trainer does when it resumes
+    assert torch.equal(logits(model), before)

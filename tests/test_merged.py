@@ -29,6 +29,7 @@ from transformers import (
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
 from peft_sensi.allocate import make_plan
 from peft_sensi.families import FAMILIES as LAYOUTS
+from peft_sensi.plan import TRIMMED
 
 
 def ffn_only(family: str) -> BlockLayout:
@@ -487,3 +488,26 @@ def test_a_save_that_is_cut_off_leaves_the_old_model_or_the_new_one(old, new, tm
         assert left == {"config.json", weights_file(folder).name, "vocab.txt"}
         n += 1
     assert seen == {0, 1} and n > 5
+
+
+def test_a_base_is_never_overwritten(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for widths in ("free", "uniform"):
+        with pytest.raises(SensiError, match="another folder"):
+            save_merged(trained(budget=0.5, widths=widths), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    own = tmp_path / "own"
+    for budget in ({"trainable": 0.1}, {"trainable": 0.2}):  # its own checkpoint may be written again
+        assert save_merged(trained(budget=budget), own)
+
+
+def test_a_model_that_lost_sublayers_can_be_wrapped_again(tmp_path):
+    model = trained(budget=0.1, min_units=0)
+    assert any(
+        not (model.base_model.plan().of(group) != TRIMMED).any() for group in build_anatomy(tiny_model()).groups
+    )
+    save_merged(model, tmp_path)
+    again = wrap(load_merged(tmp_path), budget=0.9, min_units=0, calibration=tiny_batches(2))
+    train(again)
+    assert torch.isfinite(logits(again.merge_and_unload())).all()

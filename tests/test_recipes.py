@@ -345,3 +345,17 @@ def test_dsee_needs_mask_and_sparsity_together():
         recipes.dsee(mask="unstructured")
     with pytest.raises(SensiError, match="belong together"):
         recipes.dsee(sparsity=0.5)
+
+
+def test_cuts_rescore_by_the_loss_that_is_given():
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(model)
+        return model(**batch).loss
+
+    model = get_peft_model(tiny_model(), recipes.sensi_bert(0.4, trim="in cuts", task_type="SEQ_CLS"))
+    schedule = Schedule(model, 4, calibration=DATA["calibration"], loss_fn=loss_fn)
+    schedule.step(done_steps=schedule.switches[-1])
+    assert calls
+    schedule.finish()

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import get_peft_model
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
+from torch import nn
 
 import peft_sensi.refit as refit_module
-from peft_sensi import Plan, SensiConfig, SensiError, build_anatomy, make_plan
+from peft_sensi import BlockLayout, Plan, SensiConfig, SensiError, build_anatomy, make_plan
 from peft_sensi.cutting import cut
 from peft_sensi.least_squares import RIDGE
 from peft_sensi.plan import TRIMMED
@@ -307,3 +309,46 @@ def test_how_layers_are_called_does_not_need_what_they_compute(family, monkeypat
     assert fast.keys() == slow.keys() and fast
     for name, values in slow.items():
         assert all(torch.equal(a, b) for a, b in zip(fast[name], values, strict=True))
+
+
+class Named(nn.Module):
+    """A block whose argument has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+
+    def forward(self, x):
+        return self.norm(x + self.down(torch.relu(self.up(x))))
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Named() for _ in range(2))
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, values):
+        for layer in self.layer:
+            values = layer(x=values)
+        return self.out(values)
+
+
+def test_the_refit_runs_a_model_as_its_loss_does():
+    torch.manual_seed(0)
+    layout = BlockLayout(layer="layer.*", up="up", down="down", ffn_norm="norm")
+    data = [{"values": torch.randn(8, 16), "wanted": torch.randn(8, 1)} for _ in range(4)]
+
+    def loss_fn(model, batch):
+        return (model(batch["values"]) - batch["wanted"]).square().mean()
+
+    def wrapped(refit):
+        torch.manual_seed(1)
+        settings = {"budget": 0.5, "blocks": [layout], "multiple_of": 1, "priming_steps": 2, "seed": 0}
+        return get_peft_model(Own(), SensiConfig(calibration=data, loss_fn=loss_fn, refit=refit, **settings))
+
+    batch = torch.cat([part["values"] for part in data])
+    torch.manual_seed(1)
+    expected = Own()(batch)
+    errors = [float((wrapped(refit)(batch) - expected).square().mean().detach()) for refit in (True, False)]
+    assert errors[0] < errors[1]

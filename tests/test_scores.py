@@ -572,3 +572,56 @@ def test_without_priming_only_the_heads_bias_waits_on_the_cpu():
     model = tiny_model()
     with primed(model, tiny_batches(1), steps=0, lr=1e-4, progress=False) as originals:
         assert set(originals) == {id(model.classifier.bias)}
+
+
+def test_scoring_under_no_grad():
+    with torch.no_grad():
+        scores = compute_scores(tiny_model(), tiny_batches(2), priming_steps=2)
+    assert_same_tensors(scores.values, compute_scores(tiny_model(), tiny_batches(2), priming_steps=2).values)
+
+
+@pytest.mark.parametrize("row", [[2, 3, 4], torch.tensor([2, 3, 4])])
+def test_single_examples_are_told_from_batches(row):
+    rows = [{"input_ids": row, "attention_mask": [1, 1, 1], "labels": 1}] * 4
+    with pytest.raises(CalibrationError, match="single example.*DataLoader"):
+        compute_scores(tiny_model(), rows)
+
+
+def test_losses_that_are_none_say_why():
+    model, batches = tiny_model(), tiny_batches(1)
+    with pytest.raises(CalibrationError, match="`loss_fn` must return a tensor.*got float"):
+        compute_scores(model, batches, loss_fn=lambda model, batch: 0.5)
+    model = tiny_model(task="TOKEN_CLS")
+    batch = tiny_batches(1, task="TOKEN_CLS")[0]
+    with pytest.raises(CalibrationError, match="All labels of .* are -100"):
+        compute_scores(model, [{**batch, "labels": torch.full_like(batch["labels"], -100)}])
+
+
+def test_models_that_return_tuples():
+    model = tiny_model()
+    model.config.return_dict = False
+    expected = compute_scores(tiny_model(), tiny_batches(2), priming_steps=2)
+    assert_same_tensors(compute_scores(model, tiny_batches(2), priming_steps=2).values, expected.values)
+    with pytest.raises(CalibrationError, match="need labels"):
+        compute_scores(model, tiny_batches(1, labels=False))
+
+
+@pytest.mark.parametrize("score", ["fisher", "magnitude", "random", "movement"])
+def test_torch_defaults_change_nothing(score):
+    settings = {"score": score, "priming_steps": 2, "calibration": tiny_batches(2), "budget": 0.5}
+    expected = wrap(tiny_model(), **settings).peft_config["default"]
+    model = tiny_model()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = wrap(model, **settings).peft_config["default"]
+    finally:
+        torch.set_default_dtype(before)
+    assert found.plan == expected.plan and found.fingerprint == expected.fingerprint
+
+
+def test_a_default_device_does_not_reach_what_lives_on_the_host():
+    model = tiny_model()
+    with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
+        plan = wrap(model, budget=0.5).peft_config["default"].plan
+    assert plan == wrap(tiny_model(), budget=0.5).peft_config["default"].plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import TRIM, TUNE, logits, tiny_model, trained, wrap
+from tiny import TRIM, TUNE, logits, tiny_model, train, trained, wrap
 from torch import nn
 
 from peft_sensi import SensiConfig, SensiError
@@ -69,3 +69,36 @@ def test_a_module_of_the_base_may_be_called_like_our_parameters():
     assert not set_peft_model_state_dict(again, get_peft_model_state_dict(model)).unexpected_keys
     x = torch.randn(2, 5)
     assert torch.equal(again(x), model(x))
+
+
+def test_a_second_adapter_cannot_take_the_base_from_the_first(tmp_path):
+    first = trained(adapter_name="a", **TUNE)
+    before = logits(first)
+    dropping = SensiConfig(budget={"trainable": 0.1}, score="magnitude", task_type="SEQ_CLS", keep_base=False)
+    with pytest.raises(SensiError, match=r"\['a'\]"):
+        first.add_adapter("b", dropping)
+    wrap(tiny_model(), keep_base=False, **TUNE).save_pretrained(tmp_path)
+    with pytest.raises(SensiError, match="keep_base"):
+        first.load_adapter(tmp_path, "b")
+    assert torch.equal(logits(first), before) and set(first.peft_config) == {"a"}
+
+
+def test_merging_another_than_the_active_adapter_takes_its_head_too():
+    model = trained(adapter_name="a", **TRIM)
+    model.add_adapter("b", SensiConfig(budget=0.4, score="magnitude", task_type="SEQ_CLS"))
+    model.set_adapter("b")
+    train(model)
+    expected = logits(model)
+    model.set_adapter("a")
+    with pytest.raises(SensiError, match="set_adapter"):
+        model.merge_adapter(["b"])
+    assert torch.allclose(logits(model.merge_and_unload(adapter_names=["b"])), expected, atol=1e-5)
+
+
+def test_scores_of_a_deleted_adapter_are_forgotten(tmp_path):
+    wrap(tiny_model(), budget=0.4).save_pretrained(tmp_path)
+    model = wrap(tiny_model(), **TRIM)
+    model.add_adapter("b", SensiConfig(budget=0.5, score="random", task_type="SEQ_CLS"))
+    model.delete_adapter("b")
+    model.load_adapter(tmp_path, "b")
+    assert "b" not in model.base_model._sensi_scores

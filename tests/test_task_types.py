@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import partial
 
@@ -16,7 +17,9 @@ from peft import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+    get_peft_model,
 )
+from tiny import tiny_batches, tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +30,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertForMultipleChoice,
+    T5Config,
+    T5ForQuestionAnswering,
 )
+
+from peft_sensi import SensiConfig
+from peft_sensi.calibration import token_mask
+from peft_sensi.priming import start_head_at_prior
 
 
 ENCODER = {
@@ -166,3 +176,38 @@ def test_token_types_that_peft_drops_are_not_silent():
         warnings.simplefilter("error", UserWarning)
         model = made.wrap(untyped, **config)
     assert not torch.equal(run(model, typed[0]), run(model, batches[0]))
+
+
+def test_heads_of_models_whose_transformer_is_no_child(tmp_path):
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    base = T5ForQuestionAnswering(config).eval()
+    batches = tiny_batches(2, task="QUESTION_ANS")
+    for budget in (0.5, {"trainable": 0.02}):
+        settings = {"budget": budget, "calibration": batches, "priming_steps": 2, "task_type": "QUESTION_ANS"}
+        model = get_peft_model(copy.deepcopy(base), SensiConfig(**settings))
+        assert any(p.requires_grad for n, p in model.named_parameters() if "qa_outputs" in n)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        with torch.no_grad():
+            assert torch.equal(again(**batches[0]).start_logits, model.eval()(**batches[0]).start_logits)
+
+
+def test_multiple_choice_counts_tokens_and_not_choices():
+    base = BertForMultipleChoice(tiny_config("bert"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 64, (4, 2, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :, 6:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
+    model = get_peft_model(base, SensiConfig(budget={"flops": 0.5}, calibration=[batch], priming_steps=2))
+    assert model.base_model.plan().sequence_length == 12
+    assert token_mask(batch, torch.Size((8, 12))).sum() == mask.sum(), "padding stays out of the refit"
+
+
+def test_labels_that_are_rows_of_zeros_and_ones_are_no_classes():
+    base = tiny_model(lively=False)
+    batches = [{**batch, "labels": torch.tensor([[0, 0, 1]] * 4)} for batch in tiny_batches(2)]
+    start_head_at_prior(base, batches)
+    assert not base.classifier.bias.any()
+    start_head_at_prior(base, tiny_batches(2))
+    assert base.classifier.bias.any(), "the same head does start at the prior of classes"
