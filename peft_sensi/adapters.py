@@ -74,7 +74,7 @@ def open_adapter(name: str | Path) -> SavedAdapter:
         raise SensiLoadError(f"{name} holds no {CONFIG}: it is not an adapter.")
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SensiLoadError(f"{folder / CONFIG} is not JSON: {error}.") from None
     if not isinstance(raw, Mapping) or raw.get("peft_type") != "SENSI":
         kind = raw.get("peft_type") if isinstance(raw, Mapping) else None
@@ -239,15 +239,28 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     """The base's config with as many labels as the adapter's head has, and their names where they are known."""
     name = _base_name(adapter, base)
     config = found(AutoConfig, name)
-    if (adapter.folder / "config.json").is_file():  # `peft-sensi train` leaves the names of the labels there
-        own = AutoConfig.from_pretrained(str(adapter.folder))
-        if own.model_type == config.model_type:
-            config.num_labels, config.id2label, config.label2id = own.num_labels, own.id2label, own.label2id
-            config.problem_type = getattr(own, "problem_type", None)
-            return config
     if (labels := _number_of_labels(adapter, config)) and labels != config.num_labels:
         config.num_labels = labels
+    left = _left_by_train(adapter)
+    names = left.get("id2label")
+    if isinstance(names, dict) and list(names) == [str(i) for i in range(labels or -1)]:
+        config.id2label = {int(i): str(label) for i, label in names.items()}
+        config.label2id = {label: i for i, label in config.id2label.items()}
+        if left.get("problem_type") in ("regression", "single_label_classification", "multi_label_classification"):
+            config.problem_type = left["problem_type"]
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None and type(left.get("pad_token_id")) is int:
+        text.pad_token_id = left["pad_token_id"]  # decoders look for the last real token
     return config
+
+
+def _left_by_train(adapter: SavedAdapter) -> dict[str, Any]:
+    """The config that `peft-sensi train` leaves beside an adapter, as JSON: a file must not choose what is built."""
+    try:
+        left = json.loads((adapter.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return left if isinstance(left, dict) else {}
 
 
 def _number_of_labels(adapter: SavedAdapter, config: PretrainedConfig) -> int | None:

@@ -1,8 +1,9 @@
-"""The arguments that several commands take, and how a limit is read."""
+"""The arguments that several commands take, and how they are read and checked."""
 
 from __future__ import annotations
 
 import enum
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,25 @@ MaxRows = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Of everything random.")]
+
+
+def check_out(folder: Path) -> None:
+    """Before hours of training: whether the adapter can go there. Raises `SensiError`."""
+    if folder.exists() and not folder.is_dir():
+        raise SensiError(f"{folder} is a file; --out names a folder.")
+    weights = (
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    )
+    if found := [name for name in weights if (folder / name).exists()]:
+        raise SensiError(f"{folder} holds a model ({found[0]}), which the adapter would spoil: give another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SensiError(f"Nothing can be written to {folder}: {error}.") from None
 
 
 def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:

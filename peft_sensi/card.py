@@ -179,7 +179,7 @@ def results_table(results: Any) -> str:
     if isinstance(results, (str, Path)):
         try:
             results = json.loads(Path(results).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SensiError(f"{source} is not JSON: {error}.") from None
     if isinstance(results, Mapping):
         numbers = results["validation"] if isinstance(results.get("validation"), Mapping) else results

@@ -30,10 +30,12 @@ from .arguments import (
     Recipe,
     Regression,
     SavedScores,
+    Score,
     Seed,
     Style,
     Text_,
     Trainable,
+    check_out,
     limits_of,
 )
 from .errors import SensiError
@@ -151,7 +153,9 @@ def train(
     recipe: Annotated[
         Recipe | None, typer.Option(metavar="NAME", help="A published system, as `peft-sensi recipes` lists them.")
     ] = None,
-    score: Ranking = FISHER,
+    score: Annotated[
+        Score | None, typer.Option("--score", metavar="NAME", help="As in `peft-sensi plan`; fisher by default.")
+    ] = None,
     scores: SavedScores = None,
     epochs: Annotated[float, typer.Option(min=0, metavar="N", help="Passes over the data.")] = 3,
     lr: Annotated[
@@ -177,10 +181,15 @@ def train(
     from .planning import train_for
 
     limits = limits_of(budget, flops, trainable)
-    if recipe is not None and (limits is not None) != (recipe == "sensi_bert"):
-        raise SensiError("The recipe sensi_bert needs --budget or --flops; the others bring their own limits.")
-    if out_folder.exists() and not out_folder.is_dir():
-        raise SensiError(f"{out_folder} is a file; --out names a folder.")
+    if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
+        raise SensiError("The recipe sensi_bert needs one limit, --budget or --flops.")
+    if recipe not in (None, "sensi_bert") and limits is not None:
+        raise SensiError(f"The recipe {recipe.value if recipe else ''} brings its own limits.")
+    if recipe is not None and score is not None:
+        raise SensiError("A recipe says how units are ranked: leave --score out.")
+    if not 0 < lr < float("inf"):
+        raise SensiError(f"--lr must be a positive number, got {lr}.")
+    check_out(out_folder)
     columns: dict[str, Any] = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     options: dict[str, Any] = {"max_length": max_length, "max_rows": max_rows, "seed": seed}
     options |= {"regression": regression or None, "validation": validation, "hold_out": 0.0 if validation else 0.1}
@@ -191,7 +200,7 @@ def train(
         out_folder,
         limits=limits,
         recipe=recipe.value if recipe else None,
-        score=score.value,
+        score=(score or FISHER).value,
         scores=None if scores is None else Scores.load(scores),
         epochs=epochs,
         lr=lr,
@@ -203,7 +212,7 @@ def train(
     if json:
         print_json(result)
         return
-    lines = {name: f"{value:.4f}" for name, value in result["validation"].items()}
+    lines = {n: "undefined" if value is None else f"{value:.4f}" for n, value in result["validation"].items()}
     lines |= {
         "validation rows": f"{result['rows']['validation']:,}",
         "trained values": f"{result['trained_values']:,}",
@@ -388,9 +397,9 @@ def copy_tokenizer(saved: Any, base: str | None, folder: Path) -> None:
 
     for source in (str(saved.folder), base or saved.base):
         try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
             return
-        except (OSError, ValueError, TypeError, KeyError):
+        except Exception:  # there are many ways not to be a tokenizer, and the merged model is saved by now
             continue
 
 

@@ -68,6 +68,12 @@ class ComposedWeights(BaseTunerLayer):
             bias = bias.index_select(0, order)
         return weight, bias
 
+    def origin(self, adapter_name: str) -> torch.Tensor:
+        """The base's weight `[out, in]`, of the kept units in the base's order, as `effective` has them."""
+        piece = self.sensi_slices[adapter_name]
+        weight, _ = self._kept_base(piece)
+        return weight.index_select(piece.dim, piece.kept.argsort().to(weight.device))
+
     def _kept_base(self, piece: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()

@@ -35,7 +35,7 @@ class SensiPeftType(enum.StrEnum):
     SENSI = "SENSI"
 
 
-ALSO_TRAIN = ("output_biases", "biases", "norms", "pooler", "tokens", "embeddings")
+ALSO_TRAIN = ("output_biases", "removed_biases", "biases", "norms", "pooler", "tokens", "embeddings")
 GRANULARITIES = ("unit", "tensor", "weight")
 
 
@@ -76,6 +76,7 @@ class SensiConfig(_NeverStored, PeftConfig):
         modules_to_save: Modules that are trained and saved whole. The task head of a classification-like task is
         added.
         also_train: What else of the base is trained: `output_biases` (of blocks whose kept units are all tuned),
+            `removed_biases` (of those that have no unit left; cuts during training add it where it is needed),
             `biases` (all of targeted Linears), `norms`, `pooler`, `tokens` (the input embeddings of those that the
             calibration data has; under a `trainable` limit the most sensitive ones), `embeddings` (all, saved whole).
             By default output biases, norms, pooler and, with calibration data, tokens where dense units are tuned
@@ -300,7 +301,7 @@ class SensiConfig(_NeverStored, PeftConfig):
                 raise SensiError("score='mask' is learned by priming and cannot rank units during training.")
             if self.schedule["phase"] == "cut" and self.sparsity is not None:
                 raise SensiError("Units are cut during training, or weights masked by `sparsity`, but not both.")
-        if limits.trainable is not None and "output_biases" in (self.also_train or ()):
+        if limits.trainable is not None and {"output_biases", "removed_biases"} & set(self.also_train or ()):
             raise SensiError(
                 "Under a `trainable` limit only all `biases` can be trained, not those of finished blocks."
             )

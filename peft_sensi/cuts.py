@@ -125,7 +125,10 @@ def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[to
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
-    """The plan that trims all closed units and tunes the others."""
+    """The plan that trims all closed units and tunes the others.
+
+    Where nothing is left of a sublayer, its output bias is, and it has been trained: `also_train` says so from now on.
+    """
     before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
     states = []
@@ -136,7 +139,19 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
         states.append(state.tobytes())
     after = replace(before, states=tuple(states))
     saved_whole = before.always_trained - trained_beside_units(root, config, before)
+    also = config.also_train or []
+    if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):
+        config.also_train = list(dict.fromkeys([*also, "removed_biases"]))
     return replace(after, always_trained=saved_whole + trained_beside_units(root, config, after))
+
+
+def exceeds(plan: Plan, limits: Budget) -> bool:
+    """Whether the plan keeps more than the limits allow."""
+    anatomy = plan.anatomy
+    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(plan.sequence_length)}
+    kept = {"params": plan.kept_params, "flops": plan.kept_flops}
+    given = {name: limit for name in wholes if (limit := getattr(limits, name)) is not None}
+    return any(kept[name] > allowance(limit, wholes[name]) for name, limit in given.items())
 
 
 def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:

@@ -17,7 +17,7 @@ from .linears import bias_of, features, matrix, oriented, tell_features
 from .narrow import PARTS
 from .quantised import is_quantised, not_mergeable
 from .slices import Slice, empty_parts, first_parts, narrowed
-from .updates import pack_mask, top_mask
+from .updates import pack_mask, top_mask, unpack_mask
 
 
 class SensiLayer(ComposedWeights):
@@ -118,6 +118,12 @@ class SensiLayer(ComposedWeights):
         with torch.no_grad():
             bits.copy_(pack_mask(mask))
         self._sensi_fused.clear()
+
+    def is_masked(self, adapter_name: str) -> bool:
+        """Whether the adapter's mask, if it has one, lets anything go."""
+        piece, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
+        shape = piece.kept_shape(torch.Size((self.out_features, self.in_features)))
+        return bits is None or not bool(unpack_mask(bits, shape).all())
 
     def settle_mask(self, adapter_name: str) -> None:
         """Replaces the scores of a learned mask by the mask itself."""

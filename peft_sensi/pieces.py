@@ -268,7 +268,7 @@ def _slice(
     count = int(is_tuned.sum())
     prefix = bool(is_tuned[:count].all())
     also, update = config.also_train or (), (config.update or "dense").split("+")
-    finished = "output_biases" in also and sides[0].dim == 1 and len(tuned) > 0 and not len(frozen)
+    finished = ("output_biases" if len(tuned) else "removed_biases") in also and sides[0].dim == 1 and not len(frozen)
     sizes: dict[str, Any] = {}
     if group.kind == "token":
         update = ["dense"]

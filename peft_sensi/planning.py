@@ -20,6 +20,7 @@ from . import recipes
 from .anatomy import build_anatomy, task_head
 from .atomic import write_atomically
 from .config import SensiConfig
+from .errors import SensiError
 from .plan import Plan
 from .report import plan_figures
 from .schedule import SensiCallback
@@ -122,9 +123,11 @@ def train_for(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trained = time.perf_counter()
+    if not all(bool(torch.isfinite(p).all()) for p in peft_model.parameters() if p.requires_grad):
+        raise SensiError("The training ended in values that are not finite, and is not saved: try a smaller --lr.")
+    trainer.save_model()  # before anything else can go wrong
     outcome = trainer.predict(task.validation)  # type: ignore[arg-type]
     found = quality(outcome.predictions, outcome.label_ids, task.labels.regression)
-    trainer.save_model()
     if not trainer.is_world_process_zero():
         return {}
     peft_model.get_base_model().config.save_pretrained(folder)  # the names of the labels

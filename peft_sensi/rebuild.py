@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import SensiLoadError
+from .fields import is_number
 from .widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
 
 
@@ -28,6 +28,10 @@ _CODE_KEYS = (
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "quantization_config",
     "fusion_config", "kernel_config", "distributed_config", "transformers_weights", "trust_remote_code",
 )  # fmt: skip
+_LAYERS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+)  # fmt: skip
+_TABLES = 2**28  # bytes that tables beside the file may have in any case
 
 
 def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -47,8 +51,11 @@ def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
         _check_record(record)
         weights = record.get("weights", WEIGHTS)
     tensors = _open(folder, weights)
-    cls = _architecture(record["architecture"] if record else (values.get("architectures") or [None])[0])
-    config = _config_of(cls, values, len(tensors))
+    named = values.get("architectures")
+    cls = _architecture(
+        record.get("architecture") if record else named[0] if isinstance(named, list) and named else None
+    )
+    config = _config_of(cls, values, tensors)
     widths = Widths({n: tuple(s) for n, s in record["shapes"].items()}, record["attributes"]) if record else Widths()
     try:
         empty = on_meta(cls, config)
@@ -56,7 +63,8 @@ def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
         raise SensiLoadError(f"{folder / CONFIG} describes no {cls.__name__}: {error}") from error
     _check_widths(widths, empty)
     apply(empty, widths)
-    if record is None and not set(tensors) <= set(empty.state_dict()):
+    _check_tables(empty, tensors)
+    if not set(tensors) <= set(empty.state_dict()):
         state = _older_names(empty, tensors, folder / weights)
     else:
         state = _whole_state(empty, tensors, folder / weights)
@@ -70,7 +78,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise SensiLoadError(
             f"{folder} holds no {CONFIG}: it is no merged model, or its saving was cut off."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SensiLoadError(f"{folder / CONFIG} cannot be read: {error}.") from error
     if not isinstance(values, dict):
         raise SensiLoadError(f"{folder / CONFIG} does not hold a config.")
@@ -93,9 +101,7 @@ def _check_record(record: Any) -> None:
         for shape in shapes.values()
     ):
         raise SensiLoadError(f"{where} needs `shapes`: for each parameter a list of whole numbers.")
-    if not isinstance(attributes, dict) or not all(
-        type(value) in (int, float) and math.isfinite(value) for value in attributes.values()
-    ):
+    if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):
         raise SensiLoadError(f"{where} needs `attributes`: for each name a number.")
     weights = record.get("weights", WEIGHTS)
     if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
@@ -117,8 +123,18 @@ def _without_code(values: Any) -> Any:
     return [_without_code(value) for value in values] if isinstance(values, list) else values
 
 
-def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: int) -> Any:
-    values = _without_code(values)
+def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """Raises `SensiLoadError` also for what would take long to build: nothing is large that is not in the file."""
+    for name in _LAYERS:  # each has a tensor; modules cost time even without weights
+        if type(layers := values.get(name)) is int and layers > len(tensors):
+            raise SensiLoadError(f"The config has {layers} layers, but the weights file only {len(tensors)} tensors.")
+    rows = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if type(labels := values.get("num_labels")) is int and labels > max(rows, 1000):
+        raise SensiLoadError(f"The config has {labels} labels, but no tensor of the weights file has so many rows.")
+    try:
+        values = _without_code(values)
+    except RecursionError as error:
+        raise SensiLoadError(f"{CONFIG} is nested too deeply.") from error
     assert cls.config_class is not None  # see `_architecture`
     expected = cls.config_class.model_type
     if values.pop("model_type", None) != expected:
@@ -127,10 +143,16 @@ def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: int)
         config = cls.config_class.from_dict(values)
     except Exception as error:
         raise SensiLoadError(f"The config is not one of a {cls.__name__}: {error}") from error
-    layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:  # each has a tensor; modules cost time even without weights
-        raise SensiLoadError(f"The config has {layers} layers, but the weights file only {tensors} tensors.")
     return config
+
+
+def _check_tables(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises `SensiLoadError` for tables that are in no file (of positions) and would be built much larger than it."""
+    stored = set(empty.state_dict())
+    built = sum(b.numel() * b.element_size() for name, b in empty.named_buffers() if name not in stored)
+    file = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if built > max(_TABLES, 4 * file):
+        raise SensiLoadError(f"The config asks for tables of {built:,} bytes beside a weights file of {file:,}.")
 
 
 def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
@@ -142,7 +164,7 @@ def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
     try:
         with safe_open(folder / weights, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise SensiLoadError(f"{folder / weights} is no intact safetensors file: {error}.") from error
 
 
@@ -183,7 +205,7 @@ def _whole_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file:
 
 
 def _older_names(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a plain checkpoint in a family's published format, which stock loading converts."""
+    """The tensors of a checkpoint in a family's published format, which stock loading converts."""
     sizes = {id(tensor): tensor.numel() for tensor in empty.state_dict(keep_vars=True).values()}
     if sum(sizes.values()) != sum(tensor.numel() for tensor in tensors.values()):
         names = sorted(set(tensors) - set(empty.state_dict()))

@@ -18,6 +18,7 @@ silently without it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import TrainerCallback
 from . import processes, replicas
 from .calibration import LossFn, materialise
 from .config import SensiConfig
-from .cuts import close_units, gates_of, open_units
+from .cuts import close_units, exceeds, open_units
 from .errors import SensiError
 from .layer import SensiLayer
 from .scores import DATA_METHODS
@@ -62,8 +63,8 @@ class Schedule:
         loss_fn: LossFn | None = None,
     ) -> None:
         self.loss_fn = loss_fn
-        self.model = getattr(model, "module", model)
-        self.adapter_name, self.config = scheduled_adapter(model)
+        self.model = unwrapped(model)
+        self.adapter_name, self.config = scheduled_adapter(self.model)
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches: list[Mapping[str, Any]] | None = None
         with processes.together("preparing the schedule"):
@@ -81,13 +82,18 @@ class Schedule:
                 self.batches = materialise(calibration, self.config.calibration_steps)
             cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
-            self.switches = [math.ceil(round(share * total_steps, 6)) for share in shares]
         elif "epochs" in self.phase:
             if not steps_per_epoch:
                 raise SensiError("This schedule counts epochs: `Schedule` needs `steps_per_epoch`.")
             self.switches = [math.ceil(self.phase["epochs"] * steps_per_epoch)]
+            if self.switches[0] >= total_steps:
+                message = f"The phase of {self.phase['epochs']} epochs is as long as the training: nothing is frozen."
+                warnings.warn(message, stacklevel=3)
+            return
         else:
-            self.switches = [math.ceil(self.phase["at"] * total_steps)]
+            shares = [self.phase["at"]]
+        # The last one comes before the last step, or it would never come.
+        self.switches = [min(math.ceil(round(share * total_steps, 6)), total_steps - 1) for share in shares]
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
         """To be called before each optimizer step, of which there were `done_steps`. Whether a phase changed.
@@ -106,9 +112,7 @@ class Schedule:
         if done not in self.switches:
             return False
         if self.phase["phase"] == "draw_mask":
-            for layer in self._layers():
-                if layer.part("bits", self.adapter_name) is not None:
-                    layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
+            self._draw()
         else:
             cuts = self.phase["cuts"]
             made = max(i + 1 for i, switch in enumerate(self.switches) if switch == done)
@@ -116,12 +120,33 @@ class Schedule:
         return True
 
     def finish(self) -> None:
-        """Removes closed units from the model, so that the budget holds. Without cuts there is nothing to do."""
+        """Removes closed units from the model. Makes up, with a warning, for what training ended too early for.
+
+        That happens when it is stopped early, or when the best checkpoint is from before the last switch.
+        """
+        if self.phase["phase"] == "draw_mask" and not all(
+            layer.is_masked(self.adapter_name) for layer in self._layers()
+        ):
+            self._warn("the mask is drawn")
+            self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
-            if all(bool(gate.all()) for gate in gates_of(root_of(self.model), self.adapter_name).values()):
-                self._close(1.0)
             plan = open_units(root_of(self.model), self.config, self.adapter_name)
+            if exceeds(plan, self.config.limits):
+                self._warn("units are cut")
+                self._close(1.0)
+                plan = open_units(root_of(self.model), self.config, self.adapter_name)
             shrink(self.model, self.config, self.adapter_name, plan)
+
+    def _warn(self, what: str) -> None:
+        message = (
+            f"Training ended in a state from before the schedule's last switch: {what} now, and not trained after."
+        )
+        warnings.warn(message, stacklevel=3)
+
+    def _draw(self) -> None:
+        for layer in self._layers():
+            if layer.part("bits", self.adapter_name) is not None:
+                layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
 
     def _close(self, progress: float) -> None:
         with processes.together("cutting units"):
@@ -146,7 +171,10 @@ class SensiCallback(TrainerCallback):
         self.schedule = None
         model = kwargs["model"]
         if scheduled_adapter(model, required=False)[1].schedule is not None:
-            steps_per_epoch = math.ceil(state.max_steps / max(1, args.num_train_epochs))
+            # Not from the number of epochs, which may be a fraction, and which `max_steps` overrules.
+            loader: Any = kwargs.get("train_dataloader")
+            sized = hasattr(loader, "__len__")
+            steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else None
             self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -167,6 +195,12 @@ def freeze_dense(
         parameter = layer.part("weight", adapter_name)
         if parameter is None or freeze == ("weight" in layer.sensi_frozen.get(adapter_name, ())):
             continue
+        if (
+            not freeze
+            and optimizer is not None
+            and not any(parameter is p for group in optimizer.param_groups for p in group["params"])
+        ):
+            continue  # made after an earlier training had frozen it, the optimizer could not move it
         changed = True
         layer.sensi_frozen[adapter_name] = ("weight",) if freeze else ()
         parameter.requires_grad_(not freeze)
@@ -183,7 +217,14 @@ def mask_scores(layer: SensiLayer, adapter_name: str) -> torch.Tensor:
         effective, _ = layer.effective(adapter_name)
         if layer.part("down", adapter_name) is None and layer.part("values", adapter_name) is None:
             return effective.abs()
-        return (effective - layer.weight.to(effective.dtype)).abs()
+        return (effective - layer.origin(adapter_name).to(effective.dtype)).abs()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without what DDP, and `torch.compile`, put around a model."""
+    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
+        model = inner
+    return model
 
 
 def tuner(model: nn.Module) -> Any:
@@ -192,7 +233,7 @@ def tuner(model: nn.Module) -> Any:
 
 def scheduled_adapter(model: nn.Module, required: bool = True) -> tuple[str, SensiConfig]:
     """The active adapter and its config. Raises `SensiError` when it has no schedule but one is required."""
-    model = getattr(model, "module", model)
+    model = unwrapped(model)
     config = getattr(model, "peft_config", {}).get(name := _active(model))
     if not isinstance(config, SensiConfig) or (required and config.schedule is None):
         raise SensiError("The model's active adapter has no schedule.")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from .errors import SensiError
 
@@ -39,14 +41,22 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         if kind in (".tsv", ".csv"):
             dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows: list[dict[str, Any]] = list(csv.DictReader(file, **dialect))
+            limit = csv.field_size_limit(2**31 - 1)  # texts may be long; they are cut later
+            try:
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    reader = csv.DictReader(file, **dialect)
+                    header = reader.fieldnames or []
+                    rows: list[dict[str, Any]] = list(reader)
+            finally:
+                csv.field_size_limit(limit)
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"{path} has two columns {twice[0]!r}.")
         else:
             text = path.read_text(encoding="utf-8-sig")
             # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
             lines = [line for line in text.split("\n") if line.strip()]
             rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    except (UnicodeError, csv.Error, ValueError) as error:
+    except (UnicodeError, csv.Error, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as {kind}: {error}.") from None
     if not rows:
         raise DataError(f"{path} has no rows.")
@@ -76,7 +86,7 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
     if regression is None:
         regression = not whole and all(_is_number(value) for value in values)
     if regression:
-        return Labels([], float)
+        return Labels([], _amount)
     # 2 comes before 10 where every label is a number.
     names = sorted({str(value) for value in values}, key=int if whole else None)
     index = {name: i for i, name in enumerate(names)}
@@ -142,15 +152,9 @@ def read_task(
         held = read_rows(validation)
         if missing := [name for name in (*columns, label) if name not in held[0]]:
             raise DataError(f"{validation} has no column {missing[0]!r}; it has {', '.join(held[0])}.")
-    elif hold_out:
-        count = round(len(rows) * hold_out)
-        if not 0 < count < len(rows):
-            raise DataError(
-                f"{len(rows)} rows are too few to hold out {hold_out:.0%} of them: give a validation file."
-            )
-        held, rows = rows[:count], rows[count:]
     values = [row.get(label) for row in rows]
-    if any(value is None or value == "" for value in values):
+    numbers = any(_is_number(value) for value in values)
+    if any(_is_hole(value, numbers) for value in values):
         raise DataError(f"{data}: a row has no label in {label!r}.")
     try:
         labels = find_labels(values, regression or None)
@@ -162,12 +166,37 @@ def read_task(
         raise DataError(f"All rows of {data} have the label {labels.names[0]!r}: there is nothing to learn.")
     if len(labels.names) > max(2, len(rows) // 2):
         raise DataError(f"{data}: {len(labels.names):,} different labels in {len(rows):,} rows: is it {label!r}?")
+    if hold_out and validation is None:
+        held, rows = _hold_out(rows, label, hold_out, labels)
     tokenizer = load_tokenizer(model)
+    max_length = min(max_length, tokenizer.model_max_length)
+    if tokenizer.model_max_length > 10**6:  # it does not know
+        positions = getattr(found(AutoConfig, model).get_text_config(), "max_position_embeddings", None)
+        max_length = min(max_length, positions or max_length)
     parts = [
         _encode(part, name, columns, label, labels, tokenizer, max_length)
         for part, name in ((rows, data), (held, validation or data))
     ]
     return TextTask(tokenizer, labels, columns, label, *parts)
+
+
+def _hold_out(
+    rows: list[dict[str, Any]], label: str, share: float, labels: Labels
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first rows, as many as asked for, but the last row of a class stays for training; and the others."""
+    count, left = round(len(rows) * share), Counter(str(row[label]) for row in rows)
+    if not 0 < count < len(rows):
+        raise DataError(f"{len(rows)} rows are too few to hold out {share:.0%} of them: give a validation file.")
+    held: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        name = str(row[label])
+        if len(held) < count and (labels.regression or left[name] > 1):
+            left[name] -= 1
+            held.append(row)
+        else:
+            kept.append(row)
+    return held, kept
 
 
 def load_tokenizer(model: str) -> Any:
@@ -195,16 +224,19 @@ def load_classifier(model: str, labels: Labels | None = None, tokenizer: Any = N
 def found(auto_class: Any, name: str, **options: Any) -> Any:
     """`from_pretrained` with an error of one line. Raises `SensiError`."""
     try:
-        return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, SensiError):
             raise
         reason = str(error).strip().split("\n")[0]
         raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error
 
 
-def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float]:
-    """Accuracy and macro F1, or Pearson's and Spearman's correlation, of logits `[rows, classes]`."""
+def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float | None]:
+    """Accuracy and macro F1, or Pearson's and Spearman's correlation, of logits `[rows, classes]`.
+
+    `None` where it is undefined: the correlation with amounts that are all the same.
+    """
     import numpy as np
 
     predictions = predictions[0] if isinstance(predictions, tuple) else predictions
@@ -212,9 +244,10 @@ def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float]
         from scipy.stats import pearsonr, spearmanr
 
         values = np.asarray(predictions, dtype=float).reshape(-1)
+        measures = {"pearson": pearsonr, "spearman": spearmanr}
+        varied = all(len(np.unique(column)) > 1 for column in (labels, values))
         return {
-            "pearson": float(pearsonr(labels, values).statistic),
-            "spearman": float(spearmanr(labels, values).statistic),
+            name: float(measure(labels, values).statistic) if varied else None for name, measure in measures.items()
         }
     predicted, labels = np.argmax(predictions, axis=-1), np.asarray(labels)
     f1 = []
@@ -268,9 +301,7 @@ def _encode(
             if wrong := [c for c in columns if not isinstance(row.get(c), str)]:
                 raise DataError(f"{name}: a row has no text in {wrong[0]!r}: {row!r:.80}.")
         texts = [[row[column] for row in part] for column in columns]
-        inputs: Mapping[str, list] = tokenizer(
-            *texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length)
-        )
+        inputs: Mapping[str, list] = tokenizer(*texts, truncation=True, max_length=max_length)
         for i, row in enumerate(part):
             try:
                 value = labels.encode(row[label])
@@ -288,10 +319,21 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        _amount(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, bool)
+
+
+def _amount(value: Any) -> float:
+    """Raises `ValueError` for NaN and infinity, too: no loss can be made of them."""
+    if not math.isfinite(amount := float(value)):
+        raise ValueError(f"{value!r} is no amount")
+    return amount
+
+
+def _is_hole(value: Any, numbers: bool) -> bool:
+    """Whether a label is missing; between numbers the text nan is, too."""
+    nan = isinstance(value, float) or (numbers and isinstance(value, str) and value.strip().lower() == "nan")
+    return value is None or value == "" or (nan and not math.isfinite(float(value)))

@@ -131,9 +131,8 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
             continue
         with torch.no_grad():
             for part, value in kept_parts(parts, old, piece, torch.Size((layer.out_features, layer.in_features))):
-                parameter = layer.part(part, adapter_name)
-                assert parameter is not None  # both adapters have the parts of one config
-                parameter.copy_(value)
+                if (parameter := layer.part(part, adapter_name)) is not None:  # something of the sublayer is left
+                    parameter.copy_(value)
         if parts["weight"] is not None:
             layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
 

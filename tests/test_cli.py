@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -305,3 +306,97 @@ def test_labels_and_columns_are_found_where_there_is_no_doubt():
     assert textdata._columns("f", rows, "premise", None, "idx") == ("idx", ("premise",))
     with pytest.raises(textdata.DataError, match="which column holds the text"):
         textdata._columns("f", [{"a": "x", "b": "y", "c": "z", "label": "0"}], None, None, None)
+
+
+# -- what must not pass -----------------------------------------------------------------------------------------------
+
+
+def lines_of(work, name, rows, header="sentence\tlabel") -> Path:
+    path = work / name
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_train_refuses_what_it_would_ignore_or_spoil(work):
+    data = ("--data", work / "data.tsv", "--out", work / "never")
+    assert "one limit" in fails(
+        "train", work / "base", *data, "--recipe", "sensi_bert", "--budget", "0.9", "--flops", "0.4"
+    )
+    assert "one limit" in fails("train", work / "base", *data, "--recipe", "sensi_bert", "--trainable", "0.1")
+    assert "--score" in fails("train", work / "base", *data, "--recipe", "far", "--score", "magnitude")
+    assert "--lr" in fails("train", work / "base", *data, "--budget", "0.5", "--lr", "nan")
+    assert "holds a model" in fails("train", work / "base", "--data", work / "data.tsv", "--out", work / "base")
+    assert not (work / "never").exists()
+
+
+def test_holes_among_the_labels_are_found(work):
+    rows = [f"good film\t{i % 2}" for i in range(30)]
+    for hole in ("nan", "NaN", ""):
+        data = lines_of(work, "holes.tsv", [*rows, f"a film\t{hole}"])
+        assert "no label" in fails("plan", work / "base", "--data", data, "--budget", "0.5", *FAST)
+    data = lines_of(work, "infinite.tsv", [*(f"good film\t{i / 7}" for i in range(30)), "a film\tinf"])
+    assert "different labels" in fails("plan", work / "base", "--data", data, "--budget", "0.5", *FAST)
+    held = lines_of(work, "held.tsv", ["a film\tnan", "the film\t1.5"])
+    amounts = lines_of(work, "amounts.tsv", [f"good film\t{i / 7}" for i in range(30)])
+    text = fails("train", work / "base", "--data", amounts, "--validation", held, "--out", work / "never")
+    assert "'nan' is not an amount" in text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_only_row_of_a_class_is_trained_on(work, seed):
+    data = lines_of(work, "rare.tsv", [*(f"good film\t{i % 2}" for i in range(30)), "bad plot\t2"])
+    task = textdata.read_task(str(work / "base"), data, hold_out=0.1, seed=seed)
+    assert len(task.validation) == 3 and 2 in {row["labels"] for row in task.train}
+
+
+def test_files_of_odd_shapes(work):
+    data = lines_of(work, "twice.csv", ["a,b,1"] * 4, "text,text,label")
+    assert "two columns 'text'" in fails("plan", work / "base", "--data", data, "--budget", "0.5")
+    data = lines_of(work, "long.csv", [f"{'good ' * 40_000},0", "bad film,1"] * 4, "text,label")
+    assert len(textdata.read_rows(data)) == 8
+    (work / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert "cannot be read" in fails("plan", work / "base", "--data", work / "deep.json", "--budget", "0.5")
+
+
+def test_one_row_of_validation_does_not_lose_the_training(work):
+    amounts = lines_of(work, "few.tsv", [f"good film\t{i / 7}" for i in range(16)])
+    held = lines_of(work, "one.tsv", ["a film\t1.5"])
+    out = work / "one"
+    text = call("train", work / "base", "--data", amounts, "--validation", held, "--out", out, "--budget", "0.5",
+                "--epochs", "1", "--batch-size", "8", "--json")  # fmt: skip
+    assert json.loads(text)["validation"] == {"pearson": None, "spearman": None}
+    assert json.loads((out / "metrics.json").read_text())["validation"]["pearson"] is None
+    assert "undefined" in call("train", work / "base", "--data", amounts, "--validation", held, "--out", out,
+                               "--budget", "0.5", "--epochs", "1", "--batch-size", "8")  # fmt: skip
+
+
+def test_a_config_beside_an_adapter_imports_nothing(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "evil")
+    marker = tmp_path / "marker"
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    for values in (
+        {"model_type": "zzz", "auto_map": {"AutoConfig": "evil.Evil"}},
+        {"model_type": "bert", "id2label": [1], "num_labels": "x"},
+        {"model_type": "bert", "num_labels": 10**9, "problem_type": 5, "pad_token_id": "x"},
+        [],
+    ):
+        (tmp_path / "evil" / "config.json").write_text(json.dumps(values))
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path / "evil"), "--json"], input="y\n")
+        assert result.exit_code == 0 and json.loads(result.stdout)["plan"], result.output
+        call("merge", tmp_path / "evil", tmp_path / "merged")
+    assert not marker.exists()
+
+
+def test_a_decoder_keeps_its_pad_token_when_it_is_merged(work, tmp_path):
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    from peft_sensi.merged import load_merged
+
+    vocabulary = len((work / "vocab.txt").read_text().split())
+    config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=None)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt")).save_pretrained(tmp_path / "base")
+    options = ("--budget", "0.9", "--epochs", "1", "--batch-size", "8", "--out", tmp_path / "adapter")
+    call("train", tmp_path / "base", "--data", work / "data.tsv", *options)
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert load_merged(tmp_path / "merged").config.pad_token_id == 0

@@ -511,3 +511,51 @@ def test_a_model_that_lost_sublayers_can_be_wrapped_again(tmp_path):
     again = wrap(load_merged(tmp_path), budget=0.9, min_units=0, calibration=tiny_batches(2))
     train(again)
     assert torch.isfinite(logits(again.merge_and_unload())).all()
+
+
+def test_published_names_of_a_trimmed_model_are_read(tmp_path):
+    """ViT's own `save_pretrained` writes the names that its family was published under."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(image_size=12, patch_size=4, hidden_size=24, num_attention_heads=3, num_hidden_layers=2,
+                       intermediate_size=40, num_labels=3)  # fmt: skip
+    model = wrap(ViTForImageClassification(config).eval(), budget=0.5, score="random", task_type=None)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert_same_tensors(snapshot(load_merged(tmp_path)), snapshot(merged))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": 5},
+        {"architectures": {"a": 1}},
+        {"num_hidden_layers": 10**9},
+        {"num_labels": 10**9},
+        {"max_position_embeddings": 10**12},
+        {"peft_sensi": {"architecture": None}},
+        {"peft_sensi": {"attributes": {"bert.encoder.layer.0.attention.self.num_attention_heads": 10**400}}},
+    ],
+)
+def test_configs_that_ask_for_nonsense(change, tmp_path):
+    save_merged(trained(budget=0.5), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    if "peft_sensi" in change:
+        change = {"peft_sensi": values["peft_sensi"] | change["peft_sensi"]}
+    elif "architectures" in change:
+        save_merged(trained(budget={"trainable": 0.1}), tmp_path / "plain")
+        tmp_path = tmp_path / "plain"
+        values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(SensiLoadError):
+        load_merged(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 600 + "1" + "}" * 600])
+def test_configs_that_are_nested_too_deeply(text, tmp_path):
+    save_merged(trained(budget=0.5), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    deep = text if text.startswith("[") else json.dumps(values)[:-1] + f', "deep": {text}}}'
+    (tmp_path / "config.json").write_text(deep)
+    with pytest.raises(SensiLoadError):
+        load_merged(tmp_path)

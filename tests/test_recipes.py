@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import tiny_batches, tiny_model
+from tiny import tiny_batches, tiny_model, train
 from torch import nn
 from transformers import (
     BertConfig,
@@ -359,3 +359,86 @@ def test_cuts_rescore_by_the_loss_that_is_given():
     schedule.step(done_steps=schedule.switches[-1])
     assert calls
     schedule.finish()
+
+
+# -- trainings that end in odd places ---------------------------------------------------------------------------------
+
+
+def scheduled(total_steps, **config):
+    config = {"task_type": "SEQ_CLS", "calibration_steps": 2, "multiple_of": 4, **config}
+    model = get_peft_model(tiny_model(), SensiConfig(**config))
+    return model, Schedule(model, total_steps, calibration=DATA["calibration"])
+
+
+@pytest.mark.parametrize("left", [{"granularity": "tensor"}, {"min_units": 0, "budget": {"params": 0.1}}])
+def test_cuts_may_take_whole_sublayers(left, tmp_path):
+    phase = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}
+    model, schedule = scheduled(4, **{"budget": {"params": 0.5}, "schedule": phase, **left})
+    train(model, steps=2)
+    schedule.step(done_steps=2)
+    train(model, steps=2)
+    masked = logits(model)
+    schedule.finish()
+    assert any(not (model.base_model.plan().of(g) != TRIMMED).any() for g in model.base_model.plan().anatomy.trimmable)
+    torch.testing.assert_close(logits(model), masked, atol=1e-5, rtol=0)
+    head = sum(p.numel() for p in tiny_model().classifier.parameters())
+    assert trained(model) == model.base_model.plan().trainable_params + head
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+def test_the_budget_holds_however_training_ends():
+    phase = {"phase": "cut", "start": 0.1, "end": 1.0, "cuts": 4}
+    model, schedule = scheduled(12, budget={"params": 0.5}, schedule=phase)
+    assert schedule.switches[-1] == 11, "the last cut comes before the last step"
+    for done in range(5):  # stopped early
+        schedule.step(done_steps=done)
+    with pytest.warns(UserWarning, match="units are cut now"):
+        schedule.finish()
+    assert_filled(model.base_model.plan(), 0.5, "params", 4)
+
+
+def test_a_mask_is_drawn_however_training_ends():
+    options = {"update": "low_rank", "rank": 2, "sparsity": 0.5, "budget": {"params": 0.5}, "score": "magnitude"}
+    model, schedule = scheduled(12, **options, schedule={"phase": "draw_mask", "at": 1.0})
+    assert schedule.switches == [11]
+    train(model)
+    with pytest.warns(UserWarning, match="the mask is drawn now"):
+        schedule.finish()
+    weights = [m.weight for m in model.merge_and_unload().bert.encoder.modules() if isinstance(m, nn.Linear)]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert zeros == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "switch"), [({"max_steps": 12}, 1, 6), ({"num_train_epochs": 0.5}, 0.25, 2)]
+)
+def test_epochs_are_those_of_the_data(settings, epochs, switch, tmp_path):
+    rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(6, padding=False) for i in range(4)]
+    model = get_peft_model(tiny_model(), recipes.learners(2, priming_epochs=epochs, task_type="SEQ_CLS"))
+    callback = SensiCallback()
+    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=4, report_to="none", use_cpu=True, **settings)
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert callback.schedule.switches == [switch]
+
+
+def test_a_second_training_leaves_frozen_what_its_optimizer_cannot_move(tmp_path):
+    rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(4, padding=False) for i in range(4)]
+    model = get_peft_model(tiny_model(), recipes.learners(2, priming_epochs=1, task_type="SEQ_CLS"))
+    for _ in range(2):
+        arguments = TrainingArguments(
+            tmp_path, per_device_train_batch_size=4, num_train_epochs=2, report_to="none", use_cpu=True
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[SensiCallback()]).train()
+        dense = [p for n, p in model.named_parameters() if ".sensi_weight." in n]
+        assert dense and not any(p.requires_grad or p.grad is not None for p in dense)
+    with pytest.warns(UserWarning, match="nothing is frozen"):
+        Schedule(get_peft_model(tiny_model(), recipes.learners(2, task_type="SEQ_CLS")), 4, steps_per_epoch=4)
+
+
+def test_a_compiled_model_can_be_scheduled():
+    model, _ = scheduled(4, budget={"params": 0.5}, schedule={"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1})
+    schedule = Schedule(torch.compile(model), 4, calibration=DATA["calibration"])
+    schedule.step(done_steps=2)
+    schedule.finish()
+    assert model.base_model.plan().params_share <= 0.5
