@@ -242,9 +242,9 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     if (labels := _number_of_labels(adapter, config)) and labels != config.num_labels:
         config.num_labels = labels
     left = _left_by_train(adapter)
-    names = left.get("id2label")
-    if isinstance(names, dict) and list(names) == [str(i) for i in range(labels or -1)]:
-        config.id2label = {int(i): str(label) for i, label in names.items()}
+    names, numbers = left.get("id2label"), range(labels or 0)
+    if labels and isinstance(names, dict) and set(names) == {str(i) for i in numbers}:
+        config.id2label = {i: str(names[str(i)]) for i in numbers}
         config.label2id = {label: i for i, label in config.id2label.items()}
         if left.get("problem_type") in ("regression", "single_label_classification", "multi_label_classification"):
             config.problem_type = left["problem_type"]

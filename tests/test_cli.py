@@ -400,3 +400,14 @@ def test_a_decoder_keeps_its_pad_token_when_it_is_merged(work, tmp_path):
     call("train", tmp_path / "base", "--data", work / "data.tsv", *options)
     call("merge", tmp_path / "adapter", tmp_path / "merged")
     assert load_merged(tmp_path / "merged").config.pad_token_id == 0
+
+
+def test_many_classes_keep_their_names(work, tmp_path):
+    from peft_sensi.merged import load_merged
+
+    data = lines_of(work, "many.tsv", [f"{WORDS[i % 13]} film\tclass {i % 12}" for i in range(120)])
+    options = ("--budget", "0.9", "--epochs", "0.1", "--batch-size", "8", "--out", tmp_path / "adapter")
+    call("train", work / "base", "--data", data, *options)
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    names = sorted({f"class {i}" for i in range(12)})
+    assert load_merged(tmp_path / "merged").config.id2label == dict(enumerate(names))
