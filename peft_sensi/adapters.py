@@ -23,6 +23,7 @@ from .anatomy import task_head
 from .blocks import human, rows_of
 from .config import SensiConfig
 from .errors import SensiError, SensiLoadError
+from .fields import read_object
 from .pieces import plan_of
 from .plan import FROZEN, TRIMMED, TUNED, Plan
 from .textdata import found
@@ -241,7 +242,8 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     config = found(AutoConfig, name)
     if (labels := _number_of_labels(adapter, config)) and labels != config.num_labels:
         config.num_labels = labels
-    left = _left_by_train(adapter)
+    # `peft-sensi train` leaves its config there. Read as JSON: a file must not choose what is built.
+    left = read_object(adapter.folder / "config.json")
     names, numbers = left.get("id2label"), range(labels or 0)
     if labels and isinstance(names, dict) and set(names) == {str(i) for i in numbers}:
         config.id2label = {i: str(names[str(i)]) for i in numbers}
@@ -252,15 +254,6 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     if getattr(text, "pad_token_id", None) is None and type(left.get("pad_token_id")) is int:
         text.pad_token_id = left["pad_token_id"]  # decoders look for the last real token
     return config
-
-
-def _left_by_train(adapter: SavedAdapter) -> dict[str, Any]:
-    """The config that `peft-sensi train` leaves beside an adapter, as JSON: a file must not choose what is built."""
-    try:
-        left = json.loads((adapter.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return left if isinstance(left, dict) else {}
 
 
 def _number_of_labels(adapter: SavedAdapter, config: PretrainedConfig) -> int | None:

@@ -12,6 +12,7 @@ import typer
 from . import recipes
 from .budget import Budget
 from .errors import SensiError
+from .rebuild import OTHER_WEIGHTS, WEIGHTS
 from .scores import METHODS
 
 
@@ -77,13 +78,7 @@ def check_out(folder: Path) -> None:
     """Before hours of training: whether the adapter can go there. Raises `SensiError`."""
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file; --out names a folder.")
-    weights = (
-        "model.safetensors",
-        "pytorch_model.bin",
-        "model.safetensors.index.json",
-        "pytorch_model.bin.index.json",
-    )
-    if found := [name for name in weights if (folder / name).exists()]:
+    if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
         raise SensiError(f"{folder} holds a model ({found[0]}), which the adapter would spoil: give another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

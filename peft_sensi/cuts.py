@@ -147,8 +147,7 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
 
 def exceeds(plan: Plan, limits: Budget) -> bool:
     """Whether the plan keeps more than the limits allow."""
-    anatomy = plan.anatomy
-    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(plan.sequence_length)}
+    wholes = _wholes(plan.anatomy, plan.sequence_length)
     kept = {"params": plan.kept_params, "flops": plan.kept_flops}
     given = {name: limit for name in wholes if (limit := getattr(limits, name)) is not None}
     return any(kept[name] > allowance(limit, wholes[name]) for name, limit in given.items())
@@ -156,10 +155,14 @@ def exceeds(plan: Plan, limits: Budget) -> bool:
 
 def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
     """Limits as counts: the whole at progress 0, the budget at progress 1."""
-    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
     counts = {}
-    for name, whole in wholes.items():
+    for name, whole in _wholes(anatomy, sequence_length).items():
         if (limit := getattr(limits, name)) is not None:
             goal = min(whole, allowance(limit, whole))
             counts[name] = goal if progress >= 1 else max(goal, int(whole - progress * (whole - goal)))
     return Budget(**counts)
+
+
+def _wholes(anatomy: Anatomy, sequence_length: int) -> dict[str, int]:
+    """What shares of each limit are shares of."""
+    return {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}

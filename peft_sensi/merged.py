@@ -27,10 +27,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import SensiError
+from .fields import read_object
 from .layer import SensiLayer
 from .model import SensiModel
 from .modeling_file import auto_map, modeling_file
-from .rebuild import CONFIG, OWN_WEIGHTS, WEIGHTS, load_merged
+from .rebuild import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
 from .widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 
 
@@ -123,12 +124,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds a model that `save_merged` did not write, perhaps the adapter's base, and that would be "
             f"lost: give another folder."
         )
-    for name in (
-        "adapter_config.json",
-        "pytorch_model.bin",
-        "model.safetensors.index.json",
-        "pytorch_model.bin.index.json",
-    ):
+    for name in ("adapter_config.json", *OTHER_WEIGHTS):
         if (folder / name).exists():
             raise SensiError(
                 f"{folder} already holds {name!r}, which loaders would take for this model: give another folder."
@@ -136,11 +132,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _is_ours(config: Path) -> bool:
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and (RECORD_KEY in values or _MARK.items() <= values.items())
+    values = read_object(config)
+    return RECORD_KEY in values or _MARK.items() <= values.items()
 
 
 def _json_of(config: Any, temporary: Path) -> dict[str, Any]:

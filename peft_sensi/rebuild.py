@@ -20,6 +20,8 @@ from .widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# What else stock loaders take for the weights of a folder.
+OTHER_WEIGHTS = ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 OWN_WEIGHTS = re.compile(r"(?:sensi_)?model-[0-9a-f]{16}\.safetensors")
 
 # Fields of a config that make Transformers import or download code, or read weights from elsewhere.
