@@ -5,16 +5,17 @@ from .allocate import make_plan
 from .anatomy import build_anatomy
 from .budget import Budget
 from .config import SensiConfig
-from .errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 from .export import export_onnx
-from .families import BlockLayout
-from .merged import load_merged, save_merged
+from .layouts import BlockLayout
+from .merged import save_merged
 from .model import SensiModel
 from .plan import Plan
+from .rebuild import load_merged
 from .register import register
 from .schedule import Schedule, SensiCallback
 from .scores import Scores, compute_scores
 from .units import Anatomy
+from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 
 
 register()

@@ -20,13 +20,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .anatomy import task_head
-from .blocks import human, rows_of
+from .blocks import rows_of
 from .config import SensiConfig
-from .errors import SensiError, SensiLoadError
-from .fields import read_object
 from .pieces import plan_of
-from .plan import FROZEN, TRIMMED, TUNED, Plan
+from .plan import Plan
 from .textdata import found
+from .utils.errors import SensiError, SensiLoadError
+from .utils.files import read_object
+from .utils.formatting import human
+from .utils.states import FROZEN, TRIMMED, TUNED
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,7 +135,8 @@ def figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
 
 def facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
     """The same for people."""
-    from .report import plan_facts, size_of
+    from .report import plan_facts
+    from .utils.formatting import size_of
 
     config, found_figures = adapter.config, figures(adapter, plan)
     values = ", ".join(f"{human(count)} {dtype}" for dtype, count in sorted(found_figures["values"].items()))

@@ -17,9 +17,9 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from .budget import Budget, allowance
-from .errors import BudgetError
 from .plan import Plan
 from .units import Anatomy, Group
+from .utils.errors import BudgetError
 
 
 def make_plan(

@@ -18,12 +18,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import AnatomyError
-from .families import FAMILIES, BlockLayout, layouts_of
+from .families import FAMILIES, layouts_of
+from .layouts import BlockLayout
 from .linears import LINEARS, features, is_plain_embedding, matrix
 from .positions import RelativePositions, relative_positions
 from .quantised import count, is_quantised, not_trimmable
 from .units import Anatomy, Group, Side
+from .utils.errors import AnatomyError
 
 
 def build_anatomy(

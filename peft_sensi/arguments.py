@@ -11,9 +11,9 @@ import typer
 
 from . import recipes
 from .budget import Budget
-from .errors import SensiError
 from .rebuild import OTHER_WEIGHTS, WEIGHTS
 from .scores import METHODS
+from .utils.errors import SensiError
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import processes
-from .errors import CalibrationError
+from .utils import distributed
+from .utils.errors import CalibrationError
 
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -108,7 +108,7 @@ def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
         for key, place in (("input_ids", -1), ("inputs_embeds", -2), ("decoder_input_ids", -1))
         if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
     ]
-    pooled = processes.meet("measuring lengths", (sum(lengths), len(lengths)))
+    pooled = distributed.meet("measuring lengths", (sum(lengths), len(lengths)))
     total, number = (sum(values) for values in zip(*pooled, strict=True))
     return round(total / number) if number else None
 

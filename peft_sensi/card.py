@@ -24,12 +24,13 @@ from .adapters import (
     short_fingerprint,
     unit_facts,
 )
-from .blocks import human, rows_of
+from .blocks import rows_of
 from .config import SensiConfig
-from .errors import SensiError
-from .plan import TRIMMED, Plan
-from .report import size_of
+from .plan import Plan
 from .scores import Scores
+from .utils.errors import SensiError
+from .utils.formatting import human, size_of
+from .utils.states import TRIMMED
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
-from .errors import SensiError
 from .scores import Scores
+from .utils.errors import SensiError
 
 
 MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 1)))

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter_file import Spec, opened, read_specs
 from .anatomy import embedding_of, is_base_parameter, linear_of
-from .errors import SensiLoadError
-from .fields import is_number
 from .linears import matrix
 from .plan import check_plan_dict
 from .units import Anatomy
+from .utils.checks import is_number
+from .utils.errors import SensiLoadError
+from .utils.files import Spec, opened, read_specs
 
 
 FORMAT_VERSION = 1

@@ -38,11 +38,12 @@ from .arguments import (
     check_out,
     limits_of,
 )
-from .errors import SensiError
 from .plan import Plan
-from .report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table, size_of
+from .report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
 from .scores import Scores
 from .terminal import ascii_only, err, out, print_json, readable, step
+from .utils.errors import SensiError
+from .utils.formatting import size_of
 
 
 app = typer.Typer(

@@ -14,19 +14,18 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .adapter_file import find_weights
-from .atomic import write_atomically
 from .budget import Budget
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
-from .errors import SensiError, SensiLoadError
-from .families import BlockLayout
-from .fields import check_foreign, check_types, is_number, shown
+from .layouts import BlockLayout
 from .narrow import KINDS
 from .phases import check_schedule
 from .plan import Plan, check_plan_dict
 from .priming import OPTIMIZERS
 from .scores import METHODS, Scores
 from .updates import check_update
+from .utils.checks import check_foreign, check_types, is_number, shown
+from .utils.errors import SensiError, SensiLoadError
+from .utils.files import find_weights, write_atomically
 
 
 class SensiPeftType(enum.StrEnum):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import processes
 from .allocate import make_plan
 from .anatomy import linear_of
 from .budget import Budget, allowance
@@ -18,9 +17,11 @@ from .config import SensiConfig
 from .layer import SensiLayer
 from .linears import matrix
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
-from .plan import TRIMMED, Plan
+from .plan import Plan
 from .scores import Scores, score_units
 from .units import Anatomy
+from .utils import distributed
+from .utils.states import TRIMMED
 
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -78,15 +79,15 @@ def close_units(
         min_units=config.units_to_stay,
         uniform=config.widths == "uniform",
     )
-    processes.meet("cutting")
+    distributed.meet("cutting")
     with torch.no_grad():
         for group in anatomy.trimmable:
             if group.output in gates:
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
-                processes.send_from_0(gate)
+                distributed.send_from_0(gate)
     closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
-    processes.agree("its cut", closed, "The processes must have the same model.")
+    distributed.agree("its cut", closed, "The processes must have the same model.")
 
 
 def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -12,8 +12,9 @@ from torch import nn
 
 from .anatomy import linear_of
 from .linears import bias_of, matrix, oriented, tell_features
-from .plan import TRIMMED, Plan
+from .plan import Plan
 from .units import Group
+from .utils.states import TRIMMED
 
 
 @contextmanager

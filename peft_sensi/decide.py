@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import processes, replicas
 from .allocate import make_plan
 from .anatomy import linear_of, nothing_to_trim
 from .budget import Budget
 from .calibration import image_tokens, materialise
 from .config import SensiConfig
-from .errors import SensiError
 from .pieces import bias_values, fit_rank, trained_beside_units, values_of
 from .plan import Plan
 from .priming import head_at_prior
@@ -24,6 +22,8 @@ from .refit import Refitted, refit
 from .scores import Scores, score_units
 from .tokens import only_seen
 from .units import Anatomy
+from .utils import distributed, replicas
+from .utils.errors import SensiError
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def decide(
             priming_optimizer=given.priming_optimizer,
             loss_fn=given.loss_fn,
             seed=given.seed,
-            progress=processes.rank() == 0,
+            progress=distributed.rank() == 0,
         )
     if scores is None:
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
@@ -117,7 +117,7 @@ def decide(
     refitted: Refitted = {}
     if wanted and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn, processes.rank() == 0)
+        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn, distributed.rank() == 0)
     head = scores.head
     if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
         head = head_at_prior(model, batches)
@@ -146,25 +146,25 @@ def decide_together(
     targets: frozenset[str],
     saved: list[str],
 ) -> Decision:
-    """`decide` with all processes of `processes.together`, which get the same decision."""
-    if processes.count() == 1:
+    """`decide` with all processes of `distributed.together`, which get the same decision."""
+    if distributed.count() == 1:
         return decide(model, given, config, anatomy, targets, saved)
     # Paths may differ between machines; plan and fingerprint are filled in below.
     own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
     data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
-    processes.agree("its configuration", {**data, **settings}, "Give all processes the same.")
+    distributed.agree("its configuration", {**data, **settings}, "Give all processes the same.")
     if replicas.somebody_has_no_weights(model):
         decision = None
-        if processes.rank() == 0:
-            with processes.alone():
+        if distributed.rank() == 0:
+            with distributed.alone():
                 decision = decide(model, given, config, anatomy, targets, saved)
     else:
         decision = decide(model, given, config, anatomy, targets, saved)
     # Sums are the same everywhere, but rounding on different hardware may not be.
-    decision = processes.from_0(None if decision is None else decision.on_cpu())
+    decision = distributed.from_0(None if decision is None else decision.on_cpu())
     plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
-    processes.agree("its plan", plan.to_dict(), "The processes must have the same model.")
+    distributed.agree("its plan", plan.to_dict(), "The processes must have the same model.")
     return replace(decision, plan=plan)
 
 

@@ -23,8 +23,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .errors import SensiError
-from .merged import flush, merged_copy
+from .merged import merged_copy
+from .utils.errors import SensiError
+from .utils.files import flush
 
 
 # Shapes [batch, length] on which the file must agree with the model; the first is traced.

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .calibration import LossFn, calibration_loss, examples_in
-from .errors import CalibrationError
 from .units import Anatomy, Group
+from .utils.errors import CalibrationError
 
 
 def gate_gradients(

@@ -15,8 +15,8 @@ from peft import PeftModel
 
 from .adapters import SavedAdapter, open_adapter
 from .card import PICTURE, new_card, save_card, write_card
-from .errors import SensiError
 from .model import SensiModel
+from .utils.errors import SensiError
 
 
 # What is uploaded beside the adapter and the card. Never pickles: optimizer states and training arguments stay here.

@@ -16,15 +16,15 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .adapter_file import Spec, opened, read_specs
 from .anatomy import linear_of
 from .checkpoint import PLAN_KEY, WEIGHTS, check_content, check_specs, check_strays, embeddings_of, meaning
 from .config import SensiConfig
-from .errors import SensiLoadError
 from .layer import SensiLayer
 from .linears import features
 from .slices import Slice, empty_parts
 from .units import Group
+from .utils.errors import SensiLoadError
+from .utils.files import Spec, opened, read_specs
 
 
 _PREFIX = "base_model.model."

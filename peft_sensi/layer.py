@@ -12,12 +12,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .composed import ComposedWeights
-from .errors import SensiError
 from .linears import bias_of, features, matrix, oriented, tell_features
 from .narrow import PARTS
 from .quantised import is_quantised, not_mergeable
 from .slices import Slice, empty_parts, first_parts, narrowed
 from .updates import pack_mask, top_mask, unpack_mask
+from .utils.errors import SensiError
 
 
 class SensiLayer(ComposedWeights):

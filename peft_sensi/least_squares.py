@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from . import processes
+from .utils import distributed
 
 
 RIDGE = 1e-2
@@ -39,7 +39,7 @@ class LeastSquares:
 
     def solve(self) -> Values | None:
         """The solution for the tokens of all processes, if there is one. To be called once: it uses the sums up."""
-        processes.add_up([self.zz, self.rz, self.z, self.r, self.total], "refitting")
+        distributed.add_up([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None
         centre = float(self.bias is not None)
@@ -77,7 +77,7 @@ class GuardErrors:
             )
 
     def best(self) -> Values | None:
-        self.errors = [sum(values) for values in zip(*processes.meet("checking a refit", self.errors), strict=True)]
+        self.errors = [sum(values) for values in zip(*distributed.meet("checking a refit", self.errors), strict=True)]
         step = STEPS[int(np.argmin(self.errors))]
         if step == 0.0:
             return None

@@ -26,12 +26,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import SensiError
-from .fields import read_object
 from .layer import SensiLayer
 from .model import SensiModel
 from .modeling_file import auto_map, modeling_file
 from .rebuild import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
+from .utils.errors import SensiError
+from .utils.files import flush, read_object
 from .widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 
 
@@ -186,14 +186,3 @@ def _remove_old(folder: Path, keep: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         if path.name != keep and (path.name == WEIGHTS or OWN_WEIGHTS.fullmatch(path.name.removesuffix(".tmp"))):
             path.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,11 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from . import processes, replicas
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
 from .config import SensiConfig
 from .decide import Decision
-from .errors import SensiError
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .layer import SensiLayer, base_is_dropped, new_parameters_are_empty
 from .narrow import KINDS
@@ -28,6 +26,8 @@ from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
 from .units import Anatomy, Group
+from .utils import distributed, replicas
+from .utils.errors import SensiError
 from .widths import note_widths
 from .wrap import drop_originals, replace_module, replan, set_head, wrap_module
 
@@ -108,7 +108,7 @@ class SensiModel(BaseTuner):
             config.from_file = False  # its plan is made here, so no file can contradict it
         flags = [(p, p.requires_grad) for p in model.parameters()]
         # A finished plan needs nobody else: one process may load an adapter while others do something different.
-        joint = processes.together("wrapping the model") if given.plan is None else nullcontext()
+        joint = distributed.together("wrapping the model") if given.plan is None else nullcontext()
         try:
             with joint, replicas.weights_of_0(model, keep=True):
                 with errors_of_file(given):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import SensiError
-from .fields import is_number
+from .utils.checks import is_number
+from .utils.errors import SensiError
 
 
 MOST_CUTS = 10_000

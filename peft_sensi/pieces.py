@@ -14,13 +14,14 @@ from torch import nn
 from .anatomy import base_of, build_anatomy, embedding_of, is_base_parameter, linear_of, task_head
 from .budget import allowance
 from .config import SensiConfig
-from .errors import BudgetError, SensiError
 from .linears import bias_of, features
 from .narrow import KINDS
-from .plan import FROZEN, TUNED, Plan
+from .plan import Plan
 from .slices import Slice
 from .tokens import input_embedding, is_shared
 from .units import Anatomy, Group, Side
+from .utils.errors import BudgetError, SensiError
+from .utils.states import FROZEN, TUNED
 
 
 LOW_RANK_SHARE = 0.02

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .errors import SensiLoadError
-from .fields import shown
 from .units import Anatomy, Group
-
-
-TRIMMED, FROZEN, TUNED = 0, 1, 2
+from .utils.checks import shown
+from .utils.errors import SensiLoadError
+from .utils.states import TRIMMED, TUNED
 
 
 @dataclass(frozen=True)

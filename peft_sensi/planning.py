@@ -18,14 +18,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from . import recipes
 from .anatomy import build_anatomy, task_head
-from .atomic import write_atomically
 from .config import SensiConfig
-from .errors import SensiError
 from .plan import Plan
 from .report import plan_figures
 from .schedule import SensiCallback
 from .scores import Scores, compute_scores
 from .textdata import TextTask, quality
+from .utils.errors import SensiError
+from .utils.files import write_atomically
 
 
 def score_for(

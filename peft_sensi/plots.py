@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .blocks import KINDS, STATES, Row, drawn_rows, human
+from .blocks import drawn_rows
 from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
-from .errors import SensiError
-from .plan import FROZEN, TRIMMED, TUNED, Plan
+from .plan import Plan
+from .utils.errors import SensiError
+from .utils.formatting import human
+from .utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
 
 
 if TYPE_CHECKING:

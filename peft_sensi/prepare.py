@@ -12,7 +12,6 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import processes
 from .anatomy import base_of, build_anatomy, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import check_fingerprint, fingerprint
@@ -33,6 +32,7 @@ from .pieces import (
 )
 from .plan import Plan
 from .quantised import check_quantised
+from .utils import distributed
 from .wrap import save_whole
 
 
@@ -93,7 +93,7 @@ def prepare(model: nn.Module, given: SensiConfig, config: SensiConfig) -> Decisi
         fit_rank(model, config, decision.plan, values_of(model, saved))
         config.plan = decision.plan.to_dict()
         logger.info("%s", decision.plan.line())
-    config.fingerprint = processes.from_0(fingerprint(model, anatomy)) or config.fingerprint
+    config.fingerprint = distributed.from_0(fingerprint(model, anatomy)) or config.fingerprint
     return decision
 
 

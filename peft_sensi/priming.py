@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import processes
 from .anatomy import is_base_parameter, task_head
 from .calibration import LossFn, calibration_loss
-from .errors import CalibrationError
 from .quantised import has_codes
+from .utils import distributed
+from .utils.errors import CalibrationError
 
 
 GATE_LR = 1e-2
@@ -92,8 +92,8 @@ def _prime(
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
             loss.backward()
-            share = processes.weight_of(batches[index], loss_fn is not None)
-            processes.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
+            share = distributed.weight_of(batches[index], loss_fn is not None)
+            distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
                 raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
             if gate_optimizer is not None:
@@ -153,7 +153,7 @@ class SignSteps:
         self.finite = True
 
     def __enter__(self) -> SignSteps:
-        alone = self.moving if processes.count() == 1 else ()
+        alone = self.moving if distributed.count() == 1 else ()
         self.handles = [p.register_post_accumulate_grad_hook(self._move) for p in alone]
         return self
 
@@ -200,7 +200,7 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
     if linear is None or linear.bias is None or bool(linear.bias.detach().any()):
         return
     outputs = linear.out_features
-    pooled = processes.meet("counting labels", _count_labels(batches, outputs))
+    pooled = distributed.meet("counting labels", _count_labels(batches, outputs))
     numbers = [number for number, _, _ in pooled if number is not None]
     counts = [count for _, count, _ in pooled if count is not None]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
 
-from .errors import AnatomyError, SensiError
+from .utils.errors import AnatomyError, SensiError
 
 
 def is_quantised(linear: Any) -> bool:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import SensiLoadError
-from .fields import is_number
+from .utils.checks import is_number
+from .utils.errors import SensiLoadError
 from .widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
 
 

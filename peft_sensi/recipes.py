@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .config import SensiConfig
-from .errors import SensiError
+from .utils.errors import SensiError
 
 
 QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]

@@ -25,14 +25,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Cache
 
-from . import processes
 from .anatomy import linear_of
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .cutting import cut, put
 from .least_squares import GuardErrors, LeastSquares, Values
 from .linears import matrix
-from .plan import FROZEN, TRIMMED, Plan
+from .plan import Plan
 from .units import Group
+from .utils import distributed
+from .utils.states import FROZEN, TRIMMED
 
 
 Refitted = dict[str, Values]  # by module
@@ -64,8 +65,8 @@ def refit(
         by_layer = {layer: [g for g in groups if g.layer == layer] for layer in order}
         student = {g.name: _Output(model, plan, g) for g in plan.anatomy.trimmable}
         # By the place of a batch among those of all processes, so that their number changes nothing.
-        places = processes.places(len(batches))
-        total = sum(processes.meet("counting batches", len(batches)))
+        places = distributed.places(len(batches))
+        total = sum(distributed.meet("counting batches", len(batches)))
         held_out = {i for i, place in enumerate(places) if (place % 4 == 3 if total > 3 else place == 0)}
         for layer in tqdm(order, desc="refit", disable=not progress, leave=False):
             _refit_layer(model, plan, layer, by_layer[layer], student, streams, held_out, total)
@@ -337,7 +338,7 @@ def _trimmed_loss(
         for output in student.values():
             output.put()
         losses = [calibration_loss(model, b, loss_fn, f"calibration batch {i} (refit)") for i, b in batches.items()]
-    return sum(processes.meet("comparing losses", sum(float(loss) for loss in losses)))
+    return sum(distributed.meet("comparing losses", sum(float(loss) for loss in losses)))
 
 
 def _first(output: Any) -> torch.Tensor:

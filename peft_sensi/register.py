@@ -11,9 +11,9 @@ from typing import Any
 from peft import mapping
 
 from .config import SensiConfig, SensiPeftType
-from .errors import SensiError
 from .hub import hook_cards
 from .model import SensiModel
+from .utils.errors import SensiError
 
 
 def register() -> None:

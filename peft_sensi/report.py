@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .blocks import KINDS, Row, drawn_rows, human, rows_of, short_names, shortened
-from .errors import SensiError
-from .plan import FROZEN, TRIMMED, TUNED, Plan
+from .blocks import drawn_rows, rows_of
+from .plan import Plan
+from .utils.errors import SensiError
+from .utils.formatting import human, short_names, shortened
+from .utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
 
 
 if TYPE_CHECKING:
@@ -141,11 +143,6 @@ def records_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Rend
     for row in rows:
         table.add_row(*map(_text, row))
     return table
-
-
-def size_of(count: float) -> str:
-    """Bytes in human units, powers of ten."""
-    return f"{human(count)}{'B' if count >= 1000 else ' B'}"
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:

@@ -27,13 +27,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from . import processes, replicas
 from .calibration import LossFn, materialise
 from .config import SensiConfig
 from .cuts import close_units, exceeds, open_units
-from .errors import SensiError
 from .layer import SensiLayer
 from .scores import DATA_METHODS
+from .utils import distributed, replicas
+from .utils.errors import SensiError
 from .wrap import root_of, shrink
 
 
@@ -67,7 +67,7 @@ class Schedule:
         self.adapter_name, self.config = scheduled_adapter(self.model)
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches: list[Mapping[str, Any]] | None = None
-        with processes.together("preparing the schedule"):
+        with distributed.together("preparing the schedule"):
             self._prepare(total_steps, steps_per_epoch, calibration)
         self.done_steps = 0
         tuner(self.model).sensi_schedule_is_stepped = True
@@ -149,7 +149,7 @@ class Schedule:
                 layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
 
     def _close(self, progress: float) -> None:
-        with processes.together("cutting units"):
+        with distributed.together("cutting units"):
             close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
 
     def _layers(self) -> list[SensiLayer]:

@@ -32,25 +32,19 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import processes, replicas
 from .anatomy import build_anatomy, linear_of, task_head, unit_weights
-from .atomic import write_atomically
-from .calibration import (
-    LossFn,
-    device_of,
-    materialise,
-    mean_length,
-    preserved,
-)
-from .errors import CalibrationError, SensiError, SensiLoadError
-from .families import BlockLayout
-from .fields import shown
+from .calibration import LossFn, device_of, materialise, mean_length, preserved
 from .gates import apply_gate, gate_gradients, hooked
+from .layouts import BlockLayout
 from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
 from .tokens import input_embedding, only_seen
 from .units import Anatomy, Group
+from .utils import distributed, replicas
+from .utils.checks import shown
+from .utils.errors import CalibrationError, SensiError, SensiLoadError
+from .utils.files import write_atomically
 
 
 METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
@@ -173,7 +167,7 @@ def compute_scores(
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     table = input_embedding(model) if calibration is not None and score != "movement" else None
     anatomy = build_anatomy(model, {*targets, *([table] if table else [])}, blocks)
-    with processes.together("scoring"), replicas.weights_of_0(model), preserved(model):
+    with distributed.together("scoring"), replicas.weights_of_0(model), preserved(model):
         # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
@@ -216,7 +210,7 @@ def score_units(
             stacklevel=2,
         )
         score = "magnitude"
-    torch.manual_seed(seed + processes.rank())  # dropout while priming: the same data and seed give the same plan
+    torch.manual_seed(seed + distributed.rank())  # dropout while priming: the same data and seed give the same plan
     priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
     priming |= {"loss_fn": loss_fn, "progress": progress}
     if score not in DATA_METHODS:
@@ -263,8 +257,8 @@ def score_units(
                 if not torch.isfinite(total).all():
                     raise CalibrationError(f"The scores of {name!r} are not finite for calibration batch {index}.")
                 totals[name] += total
-    processes.add_up(list(totals.values()), "adding up scores")
-    examples = sum(processes.meet("counting examples", examples))
+    distributed.add_up(list(totals.values()), "adding up scores")
+    examples = sum(distributed.meet("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
     return Scores(values, score, length, spikes.found(), head)
 

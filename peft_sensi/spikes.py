@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import processes
 from .anatomy import unit_weights
 from .calibration import device_of, to_device, token_mask
 from .units import Anatomy, Group
+from .utils import distributed
 
 
 SPIKE_SHARE = 0.5
@@ -78,5 +78,5 @@ class SpikeFinder:
 
     def found(self) -> dict[str, torch.Tensor]:
         """Which units are spikes for a token of any process."""
-        processes.maximum(list(self.share.values()), "looking for spikes")
+        distributed.maximum(list(self.share.values()), "looking for spikes")
         return {name: share > SPIKE_SHARE for name, share in self.share.items()}

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import processes
 from .anatomy import base_of, embedding_of
 from .linears import is_plain_embedding
 from .units import Anatomy
+from .utils import distributed
 
 
 def input_embedding(model: nn.Module) -> str | None:
@@ -54,6 +54,6 @@ def only_seen(
                 for group, counts in zip(groups, seen, strict=True):
                     known = ids[(ids >= 0) & (ids < group.size)]
                     counts[known.reshape(-1).cpu().unique().long()] = 1.0
-    processes.maximum(seen, "looking for tokens")
+    distributed.maximum(seen, "looking for tokens")
     masks = {g.name: mask for g, mask in zip(groups, seen, strict=True)}
     return {name: value * masks[name] if name in masks else value for name, value in values.items()}

@@ -10,11 +10,9 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from . import replicas
 from .anatomy import not_linear
 from .config import SensiConfig
 from .embedding import SensiEmbedding
-from .errors import SensiError, SensiLoadError
 from .layer import SensiLayer
 from .linear import SensiLinear
 from .linears import is_plain, is_plain_embedding
@@ -23,6 +21,8 @@ from .pieces import pieces_of, plan_of
 from .plan import Plan
 from .slices import Slice, kept_parts
 from .units import Group
+from .utils import replicas
+from .utils.errors import SensiError, SensiLoadError
 
 
 logger = logging.getLogger(__name__)

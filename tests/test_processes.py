@@ -13,7 +13,7 @@ from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import compute_scores
 from peft_sensi.calibration import materialise
-from peft_sensi.processes import weight_of
+from peft_sensi.utils.distributed import weight_of
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tiny import FAMILIES, LABELS, logits, tiny_model, train, wrap
 
 from peft_sensi import BudgetError, Plan, build_anatomy
-from peft_sensi.plan import FROZEN, TRIMMED, TUNED
+from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED
 
 
 MODELS = {family: tiny_model(family) for family in FAMILIES}

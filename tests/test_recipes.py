@@ -20,7 +20,7 @@ from transformers import (
 
 from peft_sensi import BudgetError, Plan, Schedule, Scores, SensiCallback, SensiConfig, SensiError, recipes
 from peft_sensi.layer import SensiLayer
-from peft_sensi.plan import TRIMMED
+from peft_sensi.utils.states import TRIMMED
 
 
 DATA = {"task_type": "SEQ_CLS", "calibration": tiny_batches(4), "priming_steps": 2, "calibration_steps": 3}

@@ -14,8 +14,8 @@ import peft_sensi.refit as refit_module
 from peft_sensi import BlockLayout, Plan, SensiConfig, SensiError, build_anatomy, make_plan
 from peft_sensi.cutting import cut
 from peft_sensi.least_squares import RIDGE
-from peft_sensi.plan import TRIMMED
 from peft_sensi.refit import refit
+from peft_sensi.utils.states import TRIMMED
 
 
 def tiny_model(family="bert", **changes):

@@ -14,12 +14,14 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.blocks import Row, human, rows_of, short_names, shortened
+from peft_sensi.blocks import rows_of
 from peft_sensi.canvas import STYLES
 from peft_sensi.charts import line_style, plot_budgets, plot_scores
-from peft_sensi.plan import FROZEN, TRIMMED, TUNED, unpack_states
+from peft_sensi.plan import unpack_states
 from peft_sensi.plots import plot_plan
 from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
+from peft_sensi.utils.formatting import human, short_names, shortened
+from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED, Row
 
 
 @pytest.fixture(scope="module")

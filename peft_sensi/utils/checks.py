@@ -6,11 +6,9 @@ layouts of blocks name attributes that are read and set, so a file may hold plai
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .errors import SensiError, SensiLoadError
@@ -22,15 +20,6 @@ _PATH = re.compile(r"[A-Za-z0-9]\w*(\.[A-Za-z0-9]\w*)*")
 _LAYER_PATH = re.compile(r"(\w+|\*)(\.(\w+|\*))*")
 # More than any model has modules, and few enough to match against them in no time.
 _MOST_NAMES, _LONGEST_NAME, _MOST_STARS = 20_000, 512, 8
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; empty where there is none, for files that need not be there."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def is_number(value: Any) -> bool:

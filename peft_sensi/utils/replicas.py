@@ -1,7 +1,7 @@
 """The same weights in all processes before they are ranked, and models whose weights are in no process.
 
 A base can differ between processes (a fresh head is random in each), be in process 0 only (FSDP's
-`cpu_ram_efficient_loading`), or be spread over all of them (sharded). Under `processes.together` the first is made
+`cpu_ram_efficient_loading`), or be spread over all of them (sharded). Under `distributed.together` the first is made
 alike and the second is filled or left to process 0; the third is refused.
 """
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from . import processes
+from . import distributed
 from .errors import SensiError
 
 
@@ -51,11 +51,11 @@ def _fill_gaps(model: nn.Module, undo: list[Callable[[], object]]) -> None:
 
     Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head there in all processes but the first.
     """
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     missing = [name for name, p in model.named_parameters() if p.is_meta]
-    first = processes.meet("looking for gaps", missing)[0]
+    first = distributed.meet("looking for gaps", missing)[0]
     gaps = [name for name in missing if name not in first]
     if not gaps or sum(sizes[name] for name in gaps) > GAPS * sum(sizes.values()):
         return
@@ -69,7 +69,7 @@ def make_room_for_adapter(model: nn.Module) -> None:
     """
     parameters = dict(model.named_parameters())
     on_meta = [name for name, p in parameters.items() if p.is_meta]
-    if len(on_meta) < len(parameters) or (processes.count() > 1 and processes.rank() > 0):
+    if len(on_meta) < len(parameters) or (distributed.count() > 1 and distributed.rank() > 0):
         ours = [name for name in on_meta if "modules_to_save" in name.split(".") or ".sensi_" in name]
         _make_room(model, ours, [])
 
@@ -87,11 +87,11 @@ def _make_room(model: nn.Module, names: list[str], undo: list[Callable[[], objec
 
 def take_weights_of_0(model: nn.Module, undo: list[Callable[[], object]] | None = None) -> None:
     """Copies what differs from process 0, and adds to `undo` how to get the values before back."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
     shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
-    reports = processes.meet("comparing weights", (shapes, [_mark(t) for _, t in named]))
+    reports = distributed.meet("comparing weights", (shapes, [_mark(t) for _, t in named]))
     for number, (other, _) in enumerate(reports):
         if other != reports[0][0]:
             different = sorted(set(other) ^ set(reports[0][0]))[:1] or other[:1]
@@ -101,7 +101,7 @@ def take_weights_of_0(model: nn.Module, undo: list[Callable[[], object]] | None 
             if None not in marks and len(set(marks)) > 1:
                 if undo is not None:
                     undo.append(functools.partial(tensor.copy_, tensor.detach().to("cpu", copy=True)))
-                processes.send_from_0(tensor)
+                distributed.send_from_0(tensor)
 
 
 def _mark(tensor: torch.Tensor) -> bytes | None:
@@ -153,6 +153,6 @@ def check_launcher(holds_integers: bool) -> None:
 
 def somebody_has_no_weights(model: nn.Module) -> bool:
     """Whether some process has its base on `meta`: under FSDP's `cpu_ram_efficient_loading` only process 0 has one."""
-    return processes.count() > 1 and any(
-        processes.meet("looking for weights", any(p.is_meta for p in model.parameters()))
+    return distributed.count() > 1 and any(
+        distributed.meet("looking for weights", any(p.is_meta for p in model.parameters()))
     )

@@ -1,10 +1,14 @@
-"""Reading an adapter's safetensors file without believing it: the header first, values one by one."""
+"""Our own files are complete or absent: written under a temporary name, flushed to the disk, and renamed."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +20,36 @@ from safetensors import SafetensorError, safe_open
 from .errors import SensiError, SensiLoadError
 
 
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
+    """Calls `write` with a temporary name beside `path`, then renames. The old file stays until the new one is whole.
+
+    Raises `SensiError` when the disk is full or nothing can be written there; the old file is then as it was.
+    """
+    path = Path(path)
+    # Not `mkstemp`, whose files only the owner may read.
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        write(str(temporary))
+        _flush(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise SensiError(f"{path} could not be written, and is as it was before: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the rename itself; not every system can flush a folder
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+
 
 _DTYPES = {
     "F64": torch.float64,
@@ -93,3 +126,23 @@ def read_specs(path: str, file: Any) -> dict[str, Spec]:
             raise SensiLoadError(f"{path}: {key!r} has the dtype {part.get_dtype()}, expected one of {list(_DTYPES)}.")
         specs[key] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
     return specs
+
+
+def flush(path: Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; empty where there is none, for files that need not be there."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

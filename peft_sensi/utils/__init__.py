@@ -1,0 +1,1 @@
+"""What every package may use: errors, checks of outside values, file handling, several processes, text formatting."""
