@@ -68,7 +68,7 @@ def write_card(
     plan = plan or plan_without_weights(saved, base)
     written = [folder / "README.md"]
     try:
-        from .plots import plot_plan
+        from .plotting.plots import plot_plan
 
         plot_plan(plan or saved.config.plan, folder / PICTURE, scores=scores)
         written.append(folder / PICTURE)

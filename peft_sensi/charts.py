@@ -10,56 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
-from .scores import Scores
+from .plotting.canvas import (
+    look_of,
+    new_figure,
+    save_figure,
+    style_axes,
+)
 from .utils.errors import SensiError
 
 
 MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 1)))
-
-
-def plot_scores(scores: Scores, path: str | os.PathLike, style: str = "light") -> None:
-    """The scores of all units on a logarithmic scale: a line a block, each block's units from best to worst.
-
-    Units outside blocks (rows of single Linears) are left out when there are blocks. Raises `SensiError`.
-    """
-    look = look_of(style)
-    values = {name: np.sort(t.double().numpy())[::-1] for name, t in scores.values.items() if t.numel()}
-    if not values:
-        raise SensiError("There are no scores to draw.")
-    parts = {
-        kind: [n for n in values if n.endswith(f".{kind}") or n.endswith(f"_{kind}")] for kind in ("heads", "neurons")
-    }
-    parts = {kind: names for kind, names in parts.items() if names} or {"units": list(values)}
-    lines = max(len(names) for names in parts.values())
-    height = max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
-    figure = new_figure(height + 1.4, look)
-    size = figure.get_figheight()
-    grid = figure.add_gridspec(
-        1,
-        len(parts),
-        left=0.08,
-        right=0.972,
-        top=1 - 0.6 / size,
-        bottom=0.8 / size,
-        wspace=room_between([block_labels(names, blocks_of(names)) for names in parts.values()]),
-        width_ratios=[1.0 if kind == "heads" and len(parts) > 1 else 1.7 for kind in parts],
-    )
-    for i, (kind, names) in enumerate(parts.items()):
-        axes = figure.add_subplot(grid[i])
-        _draw_heat(figure, axes, [(name, values[name]) for name in names], kind, scores, look)
-        if i == 0:
-            axes.set_ylabel("block", color=look["soft"])
-    figure.text(
-        0.08,
-        1 - 0.16 / size,
-        f"Sensitivity of every unit, score = {scores.method}",
-        color=look["ink"],
-        weight="bold",
-        va="top",
-        size=9,
-    )
-    save_figure(figure, path)
 
 
 def plot_budgets(
@@ -153,63 +113,6 @@ def line_style(index: int) -> tuple[Any, str]:
     """Dash and marker of a method by its place: a colour that comes again comes with another of both."""
     turn = index // len(DASHES)
     return DASHES[(index + turn) % len(DASHES)], MARKERS[(index + 2 * turn) % len(MARKERS)]
-
-
-def blocks_of(names: list[str]) -> list[str]:
-    return [name.rpartition(".")[0] for name in names]
-
-
-def _draw_heat(
-    figure: Any, axes: Any, rows: list[tuple[str, np.ndarray]], kind: str, scores: Scores, look: Mapping[str, Any]
-) -> None:
-    from matplotlib.colors import LogNorm
-
-    columns = min(200, max(len(values) for _, values in rows))
-    image = np.full((len(rows), columns), np.nan)
-    widest = max(len(values) for _, values in rows)
-    for line, (_, values) in enumerate(rows):
-        for column, part in enumerate(np.array_split(np.arange(widest), columns)):
-            inside = part[part < len(values)]
-            if len(inside):
-                image[line, column] = values[inside].mean()
-    positive = image[image > 0]
-    low, high = (np.quantile(positive, 0.003), positive.max()) if len(positive) else (0.5, 1.0)
-    norm = LogNorm(low, high if high > low else low * 1.0001, clip=True)
-    drawn = axes.imshow(
-        np.maximum(image, low),
-        aspect="auto",
-        cmap=look["map"],
-        norm=norm,
-        interpolation="nearest",
-        extent=(0, widest, len(rows) - 0.5, -0.5),
-    )
-    spiked = [line for line, (name, _) in enumerate(rows) if name in scores.protected and scores.protected[name].any()]
-    for line in spiked:
-        axes.annotate(
-            "▸",
-            (0, line),
-            xytext=(-1, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            size=7,
-            color=look["ink"],
-            annotation_clip=False,
-        )
-    style_axes(axes, look)
-    names = [name for name, _ in rows]
-    block_ticks(axes, names, blocks_of(names))
-    if spiked:
-        axes.tick_params(axis="y", pad=7)
-    count_ticks(axes, widest)
-    axes.set_title(f"{kind}, each block's best on the left", loc="left", color=look["ink"], size=8, pad=4)
-    inch = 1 / (axes.get_position().height * figure.get_figheight())
-    bar = figure.colorbar(drawn, cax=axes.inset_axes((0, -0.42 * inch, 1, 0.09 * inch)), orientation="horizontal")
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, colors=look["soft"], length=2)
-    bar.ax.minorticks_off()
-    note = "score; ▸ has a spike, kept whatever its score" if spiked else "score"
-    bar.ax.set_xlabel(note, color=look["soft"], size=7.5, labelpad=2)
 
 
 def _grouped(results: Any, x: str, y: str, method: str) -> dict[str, dict[float | None, list[float]]]:

@@ -168,7 +168,9 @@ class Plan:
 
         Needs matplotlib; see `plots.plot_plan`.
         """
-        from .plots import plot_plan  # the package works without matplotlib, and a plan does not know pictures
+        from .plotting.plots import (
+            plot_plan,  # the package works without matplotlib, and a plan does not know pictures
+        )
 
         plot_plan(self, path, scores=scores, style=style, cost=cost)
 

@@ -102,7 +102,9 @@ class Scores:
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
         """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
-        from .charts import plot_scores  # the package works without matplotlib, and scores do not know pictures
+        from .plotting.plots import (
+            plot_scores,  # the package works without matplotlib, and scores do not know pictures
+        )
 
         plot_scores(self, path, style=style)
 

@@ -15,10 +15,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
 from peft_sensi.blocks import rows_of
-from peft_sensi.canvas import STYLES
-from peft_sensi.charts import line_style, plot_budgets, plot_scores
+from peft_sensi.charts import line_style, plot_budgets
 from peft_sensi.plan import unpack_states
-from peft_sensi.plots import plot_plan
+from peft_sensi.plotting.canvas import STYLES
+from peft_sensi.plotting.plots import plot_plan, plot_scores
 from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
 from peft_sensi.utils.formatting import human, short_names, shortened
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED, Row

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .utils.errors import SensiError
-from .utils.formatting import short_names, shortened
-from .utils.states import FROZEN, TRIMMED, TUNED
+from ..utils.errors import SensiError
+from ..utils.formatting import short_names, shortened
+from ..utils.states import FROZEN, TRIMMED, TUNED
 
 
 STYLES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Drawing: arrays and names go in, picture files come out. Needs matplotlib."""
