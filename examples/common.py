@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from peft_sensi.textdata import DataError, read_rows
+from peft_sensi.cli.textdata import DataError, read_rows
 
 
 METRICS = Path(__file__).resolve().parent / "metrics"

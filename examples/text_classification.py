@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from peft_sensi.textdata import Labels, find_labels
+from peft_sensi.cli.textdata import Labels, find_labels
 
 from common import DataError, check_columns, metric_function, read_table, sample, tokenize
 from runner import FileOptions, Task, parse, pretrained, readable_errors, run, split_files, typical_length

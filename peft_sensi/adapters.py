@@ -21,10 +21,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .anatomy import task_head
 from .blocks import rows_of
+from .cli.textdata import found
 from .config import SensiConfig
 from .pieces import plan_of
 from .plan import Plan
-from .textdata import found
 from .utils.errors import SensiError, SensiLoadError
 from .utils.files import read_object
 from .utils.formatting import human

@@ -13,10 +13,10 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
-import peft_sensi.textdata as textdata
+import peft_sensi.cli.textdata as textdata
 from peft_sensi import Scores, recipes
 from peft_sensi.cli import main
-from peft_sensi.commands import app
+from peft_sensi.cli.commands import app
 
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "a", "film", "story", "plot", "the", "is", "very"]
@@ -251,8 +251,8 @@ def test_an_adapter_of_another_method(tmp_path):
 
 def test_without_typer_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "peft_sensi.commands")
-    monkeypatch.delitem(sys.modules, "peft_sensi.terminal")
+    monkeypatch.delitem(sys.modules, "peft_sensi.cli.commands")
+    monkeypatch.delitem(sys.modules, "peft_sensi.cli.terminal")
     with pytest.raises(SystemExit, match=r"pip install 'peft-sensi\[cli\]'"):
         main(["recipes"])
 

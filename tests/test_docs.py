@@ -95,7 +95,7 @@ def test_commands_in_the_documentation_exist():
     """Every `peft-sensi` line names a command and options that it has."""
     import typer.main
 
-    from peft_sensi.commands import app
+    from peft_sensi.cli.commands import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     seen = 0

@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from .utils.errors import SensiError
+from ..utils.errors import SensiError
 
 
 LABEL_COLUMNS = ("label", "labels", "target", "class", "score")

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from . import recipes
-from .budget import Budget
-from .rebuild import OTHER_WEIGHTS, WEIGHTS
-from .scores import METHODS
-from .utils.errors import SensiError
+from .. import recipes
+from ..budget import Budget
+from ..rebuild import OTHER_WEIGHTS, WEIGHTS
+from ..scores import METHODS
+from ..utils.errors import SensiError
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .utils.errors import SensiError
+from ..utils.errors import SensiError
 
 
 out = Console(highlight=False, soft_wrap=False)

@@ -16,16 +16,16 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from . import recipes
-from .anatomy import build_anatomy, task_head
-from .config import SensiConfig
-from .plan import Plan
-from .report import plan_figures
-from .schedule import SensiCallback
-from .scores import Scores, compute_scores
+from .. import recipes
+from ..anatomy import build_anatomy, task_head
+from ..config import SensiConfig
+from ..plan import Plan
+from ..report import plan_figures
+from ..schedule import SensiCallback
+from ..scores import Scores, compute_scores
+from ..utils.errors import SensiError
+from ..utils.files import write_atomically
 from .textdata import TextTask, quality
-from .utils.errors import SensiError
-from .utils.files import write_atomically
 
 
 def score_for(

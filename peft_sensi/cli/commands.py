@@ -9,8 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from . import recipes
-from .adapters import facts, figures, load_adapter, open_adapter, plan_without_weights
+from .. import recipes
+from ..adapters import facts, figures, load_adapter, open_adapter, plan_without_weights
+from ..plan import Plan
+from ..report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
+from ..scores import Scores
+from ..utils.errors import SensiError
+from ..utils.formatting import size_of
 from .arguments import (
     DATA,
     FISHER,
@@ -38,12 +43,7 @@ from .arguments import (
     check_out,
     limits_of,
 )
-from .plan import Plan
-from .report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
-from .scores import Scores
 from .terminal import ascii_only, err, out, print_json, readable, step
-from .utils.errors import SensiError
-from .utils.formatting import size_of
 
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ app = typer.Typer(
 
 def print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(f"peft-sensi {__version__}")
         raise typer.Exit()
@@ -108,7 +108,7 @@ def plan(
 
     Two lines through one ranking of all heads and neurons: the better ones stay, and of those some are tuned.
     """
-    from .planning import plan_for, score_for
+    from .train import plan_for, score_for
 
     limits = limits_of(budget, flops, trainable)
     columns: dict[str, Any] = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
@@ -179,7 +179,7 @@ def train(
 
     The folder gets the adapter, the tokenizer, the names of the labels, a card and metrics.json.
     """
-    from .planning import train_for
+    from .train import train_for
 
     limits = limits_of(budget, flops, trainable)
     if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
@@ -248,7 +248,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its base: a Transformers model with smaller matrices, for `load_merged`."""
-    from .merged import save_merged
+    from ..merged import save_merged
 
     saved, model = load_saved(adapter, base, json)
     with step("merging", show=not json):
@@ -282,7 +282,7 @@ def export(
     """Write the merged model as ONNX, with any batch size and length, checked in onnxruntime."""
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
-    from .export import export_onnx
+    from ..export import export_onnx
 
     _, model = load_saved(adapter, base, json)
     with step("exporting", show=not json):
@@ -313,7 +313,7 @@ def card(
     debug: Debug = False,
 ) -> None:
     """Write the model card (README.md and the plan's picture) into an adapter's folder."""
-    from .card import write_card
+    from ..card import write_card
 
     saved = open_adapter(adapter)
     if folder is not None:
@@ -340,7 +340,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload an adapter with its card to the Hub (log in first: hf auth login)."""
-    from .hub import push_folder
+    from ..hub import push_folder
 
     saved = open_adapter(adapter)
     with step(f"uploading to {repo}", show=not json):
