@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from peft_sensi import Budget, SensiConfig, SensiError
-from peft_sensi.anatomy import task_head
+from peft_sensi.anatomy.modules import task_head
 
 from common import (
     TRAINING_DEFAULTS,

@@ -2,11 +2,12 @@
 
 from . import recipes
 from .allocate import make_plan
-from .anatomy import build_anatomy
+from .anatomy.build import build_anatomy
+from .anatomy.layouts import BlockLayout
+from .anatomy.units import Anatomy
 from .budget import Budget
 from .config import SensiConfig
 from .export import export_onnx
-from .layouts import BlockLayout
 from .merged import save_merged
 from .model import SensiModel
 from .plan import Plan
@@ -14,7 +15,6 @@ from .rebuild import load_merged
 from .register import register
 from .schedule import Schedule, SensiCallback
 from .scores import Scores, compute_scores
-from .units import Anatomy
 from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .anatomy import task_head
+from .anatomy.modules import task_head
 from .blocks import rows_of
 from .cli.textdata import found
 from .config import SensiConfig

@@ -16,9 +16,9 @@ from functools import reduce
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from .anatomy.units import Anatomy, Group
 from .budget import Budget, allowance
 from .plan import Plan
-from .units import Anatomy, Group
 from .utils.errors import BudgetError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .anatomy.units import Group
 from .plan import Plan, unpack_states
-from .units import Group
 from .utils.states import KINDS, Row
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import embedding_of, is_base_parameter, linear_of
-from .linears import matrix
+from .anatomy.linears import matrix
+from .anatomy.modules import embedding_of, is_base_parameter, linear_of
+from .anatomy.units import Anatomy
 from .plan import check_plan_dict
-from .units import Anatomy
 from .utils.checks import is_number
 from .utils.errors import SensiLoadError
 from .utils.files import Spec, opened, read_specs

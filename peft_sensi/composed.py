@@ -9,9 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .anatomy.linears import bias_of, matrix, oriented
 from .checkpoint import check_content
 from .functional import Positions, compose, take
-from .linears import bias_of, matrix, oriented
 from .narrow import PARTS, decode
 from .slices import Slice, part_shapes
 from .updates import learned_mask, unpack_mask

@@ -14,9 +14,9 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from .anatomy.layouts import BlockLayout
 from .budget import Budget
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
-from .layouts import BlockLayout
 from .narrow import KINDS
 from .phases import check_schedule
 from .plan import Plan, check_plan_dict

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from .allocate import make_plan
-from .anatomy import linear_of
+from .anatomy.linears import matrix
+from .anatomy.modules import linear_of
+from .anatomy.units import Anatomy
 from .budget import Budget, allowance
 from .calibration import LossFn, preserved
 from .config import SensiConfig
 from .layer import SensiLayer
-from .linears import matrix
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import Plan
 from .scores import Scores, score_units
-from .units import Anatomy
 from .utils import distributed
 from .utils.states import TRIMMED
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .anatomy import linear_of
-from .linears import bias_of, matrix, oriented, tell_features
+from .anatomy.linears import bias_of, matrix, oriented, tell_features
+from .anatomy.modules import linear_of
+from .anatomy.units import Group
 from .plan import Plan
-from .units import Group
 from .utils.states import TRIMMED
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from .allocate import make_plan
-from .anatomy import linear_of, nothing_to_trim
+from .anatomy.build import nothing_to_trim
+from .anatomy.modules import linear_of
+from .anatomy.units import Anatomy
 from .budget import Budget
 from .calibration import image_tokens, materialise
 from .config import SensiConfig
@@ -21,7 +23,6 @@ from .priming import head_at_prior
 from .refit import Refitted, refit
 from .scores import Scores, score_units
 from .tokens import only_seen
-from .units import Anatomy
 from .utils import distributed, replicas
 from .utils.errors import SensiError
 

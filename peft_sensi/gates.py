@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .anatomy.units import Anatomy, Group
 from .calibration import LossFn, calibration_loss, examples_in
-from .units import Anatomy, Group
 from .utils.errors import CalibrationError
 
 

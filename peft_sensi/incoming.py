@@ -16,13 +16,13 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy import linear_of
+from .anatomy.linears import features
+from .anatomy.modules import linear_of
+from .anatomy.units import Group
 from .checkpoint import PLAN_KEY, WEIGHTS, check_content, check_specs, check_strays, embeddings_of, meaning
 from .config import SensiConfig
 from .layer import SensiLayer
-from .linears import features
 from .slices import Slice, empty_parts
-from .units import Group
 from .utils.errors import SensiLoadError
 from .utils.files import Spec, opened, read_specs
 

@@ -11,10 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .anatomy.linears import bias_of, features, is_quantised, matrix, not_mergeable, oriented, tell_features
 from .composed import ComposedWeights
-from .linears import bias_of, features, matrix, oriented, tell_features
 from .narrow import PARTS
-from .quantised import is_quantised, not_mergeable
 from .slices import Slice, empty_parts, first_parts, narrowed
 from .updates import pack_mask, top_mask, unpack_mask
 from .utils.errors import SensiError

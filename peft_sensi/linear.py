@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .anatomy.linears import oriented, unpack
 from .functional import fused_linear, fused_linear_reference
 from .layer import SensiLayer
-from .linears import oriented
-from .quantised import unpack
 from .slices import Slice
 
 

@@ -26,13 +26,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from .anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 from .layer import SensiLayer
 from .model import SensiModel
 from .modeling_file import auto_map, modeling_file
 from .rebuild import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
 from .utils.errors import SensiError
 from .utils.files import flush, read_object
-from .widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 
 
 __all__ = ["load_merged", "merged_copy", "save_merged"]

@@ -12,6 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from .anatomy.linears import is_quantised, not_mergeable
+from .anatomy.units import Anatomy, Group
+from .anatomy.widths import note_widths
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
 from .config import SensiConfig
 from .decide import Decision
@@ -21,14 +24,11 @@ from .narrow import KINDS
 from .pieces import pieces_of, targets_of
 from .plan import Plan
 from .prepare import prepare
-from .quantised import is_quantised, not_mergeable
 from .refit import Refitted
 from .scores import Scores
 from .slices import Slice
-from .units import Anatomy, Group
 from .utils import distributed, replicas
 from .utils.errors import SensiError
-from .widths import note_widths
 from .wrap import drop_originals, replace_module, replan, set_head, wrap_module
 
 

@@ -11,15 +11,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from .anatomy import base_of, build_anatomy, embedding_of, is_base_parameter, linear_of, task_head
+from .anatomy.build import build_anatomy
+from .anatomy.linears import bias_of, features
+from .anatomy.modules import base_of, embedding_of, input_embedding, is_base_parameter, is_shared, linear_of, task_head
+from .anatomy.units import Anatomy, Group, Side
 from .budget import allowance
 from .config import SensiConfig
-from .linears import bias_of, features
 from .narrow import KINDS
 from .plan import Plan
 from .slices import Slice
-from .tokens import input_embedding, is_shared
-from .units import Anatomy, Group, Side
 from .utils.errors import BudgetError, SensiError
 from .utils.states import FROZEN, TUNED
 

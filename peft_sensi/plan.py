@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .units import Anatomy, Group
+from .anatomy.units import Anatomy, Group
 from .utils.checks import shown
 from .utils.errors import SensiLoadError
 from .utils.states import TRIMMED, TUNED

@@ -12,12 +12,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .anatomy import base_of, build_anatomy, linear_of, task_head
+from .anatomy.build import build_anatomy
+from .anatomy.linears import check_quantised, is_plain
+from .anatomy.modules import base_of, linear_of, task_head
 from .calibration import preserved
 from .checkpoint import check_fingerprint, fingerprint
 from .config import SensiConfig
 from .decide import Decision, decide_together
-from .linears import is_plain
 from .pieces import (
     also_saved,
     anatomy_of,
@@ -31,7 +32,6 @@ from .pieces import (
     values_of,
 )
 from .plan import Plan
-from .quantised import check_quantised
 from .utils import distributed
 from .wrap import save_whole
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .anatomy import is_base_parameter, task_head
+from .anatomy.linears import has_codes
+from .anatomy.modules import is_base_parameter, task_head
 from .calibration import LossFn, calibration_loss
-from .quantised import has_codes
 from .utils import distributed
 from .utils.errors import CalibrationError
 

@@ -25,13 +25,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Cache
 
-from .anatomy import linear_of
+from .anatomy.linears import matrix
+from .anatomy.modules import linear_of
+from .anatomy.units import Group
 from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .cutting import cut, put
 from .least_squares import GuardErrors, LeastSquares, Values
-from .linears import matrix
 from .plan import Plan
-from .units import Group
 from .utils import distributed
 from .utils.states import FROZEN, TRIMMED
 

@@ -32,15 +32,16 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .anatomy import build_anatomy, linear_of, task_head, unit_weights
+from .anatomy.build import build_anatomy
+from .anatomy.layouts import BlockLayout
+from .anatomy.linears import oriented
+from .anatomy.modules import input_embedding, linear_of, task_head, unit_weights
+from .anatomy.units import Anatomy, Group
 from .calibration import LossFn, device_of, materialise, mean_length, preserved
 from .gates import apply_gate, gate_gradients, hooked
-from .layouts import BlockLayout
-from .linears import oriented
 from .priming import head_state, primed
 from .spikes import SpikeFinder
-from .tokens import input_embedding, only_seen
-from .units import Anatomy, Group
+from .tokens import only_seen
 from .utils import distributed, replicas
 from .utils.checks import shown
 from .utils.errors import CalibrationError, SensiError, SensiLoadError

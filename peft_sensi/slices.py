@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .anatomy.linears import bias_of, features, matrix
 from .functional import Positions
-from .linears import bias_of, features, matrix
 from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import unit_weights
+from .anatomy.modules import unit_weights
+from .anatomy.units import Anatomy, Group
 from .calibration import device_of, to_device, token_mask
-from .units import Anatomy, Group
 from .utils import distributed
 
 

@@ -11,26 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from .anatomy import base_of, embedding_of
-from .linears import is_plain_embedding
-from .units import Anatomy
+from .anatomy.units import Anatomy
 from .utils import distributed
-
-
-def input_embedding(model: nn.Module) -> str | None:
-    """Name of the table in which input tokens are looked up; `None` where other modules share it or depend on it."""
-    table = embedding_of(model, "input")
-    if table is None or not is_plain_embedding(table := base_of(table)) or is_shared(model, table):
-        return None
-    return next((name for name, module in model.named_modules() if base_of(module) is table), None)
-
-
-def is_shared(model: nn.Module, table: nn.Module) -> bool:
-    """Whether another module, such as a language model's output layer, has the same weight."""
-    others = {id(m): m for m in map(base_of, model.modules()) if m is not table}
-    return any(getattr(other, "weight", None) is table.weight for other in others.values())
 
 
 def only_seen(

@@ -10,17 +10,17 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy import not_linear
+from .anatomy.linears import is_plain, is_plain_embedding
+from .anatomy.modules import not_linear
+from .anatomy.units import Group
 from .config import SensiConfig
 from .embedding import SensiEmbedding
 from .layer import SensiLayer
 from .linear import SensiLinear
-from .linears import is_plain, is_plain_embedding
 from .narrow import PARTS
 from .pieces import pieces_of, plan_of
 from .plan import Plan
 from .slices import Slice, kept_parts
-from .units import Group
 from .utils import replicas
 from .utils.errors import SensiError, SensiLoadError
 

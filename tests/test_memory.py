@@ -17,7 +17,7 @@ from tiny import TRIM, logits, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 
 from peft_sensi import SensiConfig, updates
-from peft_sensi.anatomy import build_anatomy
+from peft_sensi.anatomy.build import build_anatomy
 from peft_sensi.layer import SensiLayer
 from peft_sensi.scores import Scores
 

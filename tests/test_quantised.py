@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, build_anatomy
-from peft_sensi.quantised import dequantised, is_quantised
+from peft_sensi.anatomy.linears import dequantised, is_quantised
 
 
 class Coded(nn.Linear):

@@ -9,9 +9,9 @@ from tiny import VOCABULARY, assert_same_tensors, snapshot, tiny_batches, tiny_m
 from torch import nn
 
 from peft_sensi import SensiConfig, SensiError, build_anatomy, compute_scores
+from peft_sensi.anatomy.modules import input_embedding
 from peft_sensi.embedding import SensiEmbedding
 from peft_sensi.gates import gate_gradients, gate_gradients_reference
-from peft_sensi.tokens import input_embedding
 from peft_sensi.utils.states import TUNED
 
 

@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import recipes
-from ..anatomy import build_anatomy, task_head
+from ..anatomy.build import build_anatomy
+from ..anatomy.modules import task_head
 from ..config import SensiConfig
 from ..plan import Plan
 from ..report import plan_figures

@@ -8,23 +8,19 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..utils.errors import AnatomyError
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
-from .linears import LINEARS, features, is_plain_embedding, matrix
-from .positions import RelativePositions, relative_positions
-from .quantised import count, is_quantised, not_trimmable
+from .linears import LINEARS, count, features, is_plain_embedding, is_quantised, not_trimmable
+from .modules import base_of, is_base_parameter, not_linear, task_head
 from .units import Anatomy, Group, Side
-from .utils.errors import AnatomyError
 
 
 def build_anatomy(
@@ -93,60 +89,6 @@ def nothing_to_trim(model: nn.Module) -> AnatomyError:
         f"layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a "
         f"`trainable` limit, which trims nothing."
     )
-
-
-def not_linear(module: nn.Module) -> TypeError:
-    return TypeError(
-        f"Target module {module} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
-        f"`torch.nn.Embedding` can be targeted."
-    )
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The user's own module behind PEFT's wrappers."""
-    while True:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            module = module.original_module
-        else:
-            return module
-
-
-def linear_of(model: nn.Module, name: str) -> nn.Linear:
-    """The Linear (or `Conv1D`, see `linears`) called `name`, behind PEFT's wrappers."""
-    return cast(nn.Linear, base_of(model.get_submodule(name)))
-
-
-def is_base_parameter(name: str) -> bool:
-    """Whether a parameter's name belongs to the base model and not to an adapter on it."""
-    return not any(part.startswith("sensi_") or part == "modules_to_save" for part in name.split("."))
-
-
-def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
-    """The model's `input` or `output` embedding; `None` where it has none, or Transformers cannot tell."""
-    try:
-        return getattr(model, f"get_{side}_embeddings")()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-# What PEFT takes for heads, by task type; for models whose transformer is no child of its own (T5's answers).
-_HEAD_NAMES = ("classifier", "score", "qa_outputs")
-
-
-def task_head(model: nn.Module) -> list[str]:
-    """Names of the children that make up a classification-like head: everything outside the base transformer.
-
-    Empty for a bare transformer and for language models, whose head belongs to the pretrained base.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
-    if embedding_of(model, "output") is not None:
-        return []
-    if not prefix or prefix not in children:
-        return [name for name in children if name in _HEAD_NAMES]
-    return [name for name in children if name != prefix]
 
 
 def _params_without_head(model: nn.Module) -> int:
@@ -330,6 +272,27 @@ def _depends_on_all_heads(
     return False
 
 
-def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
-    """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
-    return side.per_unit(matrix(linear_of(model, side.module)).detach(), group.size).float()
+@dataclass(frozen=True)
+class RelativePositions:
+    """How one attention uses relative positions.
+
+    Their keys and queries come from `projections` (names of Linears) that run on nothing else, or, if `shared`, from
+    the tokens' own, which then run once more for each of the `rows` positions. Each token is multiplied with all rows
+    once for each of the `products`: content with position (c2p) and position with content (p2c).
+    """
+
+    rows: int = 0
+    products: int = 0
+    projections: tuple[str, ...] = ()
+    shared: bool = False
+
+
+def relative_positions(attention: Any) -> RelativePositions:
+    """Reads a `DisentangledSelfAttention` of Transformers."""
+    if not attention.relative_attention:
+        return RelativePositions()
+    names = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}
+    kinds = [kind for kind in names if kind in attention.pos_att_type]
+    shared = bool(attention.share_att_key)
+    projections = () if shared else tuple(names[kind] for kind in kinds)
+    return RelativePositions(2 * int(attention.pos_ebd_size), len(kinds), projections, shared)

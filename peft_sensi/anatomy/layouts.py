@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .utils.errors import AnatomyError
+from ..utils.errors import AnatomyError
 
 
 @dataclass(frozen=True)

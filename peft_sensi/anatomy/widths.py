@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .utils.errors import SensiError
+from ..utils.errors import SensiError
 
 
 logger = logging.getLogger(__name__)
