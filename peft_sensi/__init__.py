@@ -14,7 +14,8 @@ from .plan import Plan
 from .rebuild import load_merged
 from .register import register
 from .schedule import Schedule, SensiCallback
-from .scores import Scores, compute_scores
+from .scoring.criteria import compute_scores
+from .scoring.scores import Scores
 from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 
 

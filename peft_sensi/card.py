@@ -27,7 +27,7 @@ from .adapters import (
 from .blocks import rows_of
 from .config import SensiConfig
 from .plan import Plan
-from .scores import Scores
+from .scoring.scores import Scores
 from .utils.errors import SensiError
 from .utils.formatting import human, size_of
 from .utils.states import TRIMMED

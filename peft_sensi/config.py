@@ -20,8 +20,8 @@ from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .narrow import KINDS
 from .phases import check_schedule
 from .plan import Plan, check_plan_dict
-from .priming import OPTIMIZERS
-from .scores import METHODS, Scores
+from .scoring.priming import OPTIMIZERS
+from .scoring.scores import METHODS, Scores
 from .updates import check_update
 from .utils.checks import check_foreign, check_types, is_number, shown
 from .utils.errors import SensiError, SensiLoadError

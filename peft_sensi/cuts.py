@@ -14,12 +14,13 @@ from .anatomy.linears import matrix
 from .anatomy.modules import linear_of
 from .anatomy.units import Anatomy
 from .budget import Budget, allowance
-from .calibration import LossFn, preserved
 from .config import SensiConfig
 from .layer import SensiLayer
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import Plan
-from .scores import Scores, score_units
+from .scoring.calibration import LossFn, preserved
+from .scoring.criteria import score_units
+from .scoring.scores import Scores
 from .utils import distributed
 from .utils.states import TRIMMED
 

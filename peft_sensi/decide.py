@@ -15,14 +15,14 @@ from .anatomy.build import nothing_to_trim
 from .anatomy.modules import linear_of
 from .anatomy.units import Anatomy
 from .budget import Budget
-from .calibration import image_tokens, materialise
 from .config import SensiConfig
 from .pieces import bias_values, fit_rank, trained_beside_units, values_of
 from .plan import Plan
-from .priming import head_at_prior
 from .refit import Refitted, refit
-from .scores import Scores, score_units
-from .tokens import only_seen
+from .scoring.calibration import image_tokens, materialise
+from .scoring.criteria import only_seen, score_units
+from .scoring.head import head_at_prior
+from .scoring.scores import Scores
 from .utils import distributed, replicas
 from .utils.errors import SensiError
 

@@ -25,7 +25,7 @@ from .pieces import pieces_of, targets_of
 from .plan import Plan
 from .prepare import prepare
 from .refit import Refitted
-from .scores import Scores
+from .scoring.scores import Scores
 from .slices import Slice
 from .utils import distributed, replicas
 from .utils.errors import SensiError

@@ -15,7 +15,6 @@ from torch import nn
 from .anatomy.build import build_anatomy
 from .anatomy.linears import check_quantised, is_plain
 from .anatomy.modules import base_of, linear_of, task_head
-from .calibration import preserved
 from .checkpoint import check_fingerprint, fingerprint
 from .config import SensiConfig
 from .decide import Decision, decide_together
@@ -32,6 +31,7 @@ from .pieces import (
     values_of,
 )
 from .plan import Plan
+from .scoring.calibration import preserved
 from .utils import distributed
 from .wrap import save_whole
 

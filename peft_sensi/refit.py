@@ -28,10 +28,10 @@ from transformers import Cache
 from .anatomy.linears import matrix
 from .anatomy.modules import linear_of
 from .anatomy.units import Group
-from .calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .cutting import cut, put
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import Plan
+from .scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from .utils import distributed
 from .utils.states import FROZEN, TRIMMED
 

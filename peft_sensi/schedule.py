@@ -27,11 +27,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from .calibration import LossFn, materialise
 from .config import SensiConfig
 from .cuts import close_units, exceeds, open_units
 from .layer import SensiLayer
-from .scores import DATA_METHODS
+from .scoring.calibration import LossFn, materialise
+from .scoring.scores import DATA_METHODS
 from .utils import distributed, replicas
 from .utils.errors import SensiError
 from .wrap import root_of, shrink

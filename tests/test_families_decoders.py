@@ -45,7 +45,7 @@ from peft_sensi import (
     make_plan,
     save_merged,
 )
-from peft_sensi.gates import gate_gradients, gate_gradients_reference
+from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
 
 
 # 6 query heads on 3 key/value heads of width 10, whatever the hidden size; an FFN that no power of two divides.

@@ -19,7 +19,7 @@ from torch import nn
 from peft_sensi import SensiConfig, updates
 from peft_sensi.anatomy.build import build_anatomy
 from peft_sensi.layer import SensiLayer
-from peft_sensi.scores import Scores
+from peft_sensi.scoring.scores import Scores
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import compute_scores
-from peft_sensi.calibration import materialise
+from peft_sensi.scoring.calibration import materialise
 from peft_sensi.utils.distributed import weight_of
 
 

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from peft_sensi import CalibrationError, Scores, SensiConfig, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.calibration import preserved
-from peft_sensi.gates import gate_gradients, gate_gradients_reference
-from peft_sensi.priming import primed, start_head_at_prior
+from peft_sensi.scoring.calibration import preserved
+from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
+from peft_sensi.scoring.head import start_head_at_prior
+from peft_sensi.scoring.priming import primed
 
 
 QUICK = {"priming_steps": 2, "calibration_steps": 3, "progress": False}

@@ -36,8 +36,8 @@ from transformers import (
 )
 
 from peft_sensi import SensiConfig
-from peft_sensi.calibration import token_mask
-from peft_sensi.priming import start_head_at_prior
+from peft_sensi.scoring.calibration import token_mask
+from peft_sensi.scoring.head import start_head_at_prior
 
 
 ENCODER = {

@@ -12,7 +12,7 @@ import typer
 from .. import recipes
 from ..budget import Budget
 from ..rebuild import OTHER_WEIGHTS, WEIGHTS
-from ..scores import METHODS
+from ..scoring.scores import METHODS
 from ..utils.errors import SensiError
 
 

@@ -13,7 +13,7 @@ from .. import recipes
 from ..adapters import facts, figures, load_adapter, open_adapter, plan_without_weights
 from ..plan import Plan
 from ..report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
-from ..scores import Scores
+from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from ..utils.formatting import size_of
 from .arguments import (

@@ -23,7 +23,8 @@ from ..config import SensiConfig
 from ..plan import Plan
 from ..report import plan_figures
 from ..schedule import SensiCallback
-from ..scores import Scores, compute_scores
+from ..scoring.criteria import compute_scores
+from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from ..utils.files import write_atomically
 from .textdata import TextTask, quality

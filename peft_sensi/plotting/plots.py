@@ -13,7 +13,7 @@ import numpy as np
 
 from ..blocks import drawn_rows
 from ..plan import Plan
-from ..scores import Scores
+from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from ..utils.formatting import human
 from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
@@ -21,7 +21,7 @@ from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure,
 
 
 if TYPE_CHECKING:
-    from ..scores import Scores
+    from ..scoring.scores import Scores
 
 
 def plot_plan(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy.modules import unit_weights
-from .anatomy.units import Anatomy, Group
+from ..anatomy.modules import unit_weights
+from ..anatomy.units import Anatomy, Group
+from ..utils import distributed
 from .calibration import device_of, to_device, token_mask
-from .utils import distributed
 
 
 SPIKE_SHARE = 0.5

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .utils import distributed
-from .utils.errors import CalibrationError
+from ..utils import distributed
+from ..utils.errors import CalibrationError
 
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]

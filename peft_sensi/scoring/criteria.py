@@ -19,119 +19,27 @@ by the unit's parameters first, so that heads and neurons are compared by the nu
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .anatomy.build import build_anatomy
-from .anatomy.layouts import BlockLayout
-from .anatomy.linears import oriented
-from .anatomy.modules import input_embedding, linear_of, task_head, unit_weights
-from .anatomy.units import Anatomy, Group
+from ..anatomy.build import build_anatomy
+from ..anatomy.layouts import BlockLayout
+from ..anatomy.linears import oriented
+from ..anatomy.modules import input_embedding, linear_of, task_head, unit_weights
+from ..anatomy.units import Anatomy, Group
+from ..utils import distributed, replicas
+from ..utils.errors import CalibrationError, SensiError
 from .calibration import LossFn, device_of, materialise, mean_length, preserved
 from .gates import apply_gate, gate_gradients, hooked
-from .priming import head_state, primed
-from .spikes import SpikeFinder
-from .tokens import only_seen
-from .utils import distributed, replicas
-from .utils.checks import shown
-from .utils.errors import CalibrationError, SensiError, SensiLoadError
-from .utils.files import write_atomically
-
-
-METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
-DATA_METHODS = ("taylor", "fisher", "mask", "movement")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One float32 number a unit for each group, and what was learned on the way.
-
-    `protected` marks spike units, which carry more than half of a token's residual sum; no plan should cut them.
-    `head` holds the task head as priming left it. One `Scores` serves many budgets, and many runs: see `save` and
-    `load`.
-    """
-
-    values: dict[str, torch.Tensor]
-    method: str
-    sequence_length: int | None = None
-    protected: dict[str, torch.Tensor] = field(default_factory=dict)
-    head: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, under a temporary name first. Raises `SensiError` when the disk is full."""
-        tensors = {f"{kind}:{k}": v.contiguous() for kind in _KINDS for k, v in getattr(self, kind).items()}
-        metadata = {"format": "peft_sensi.scores.1", "method": self.method, "length": json.dumps(self.sequence_length)}
-        write_atomically(path, lambda name: save_file(tensors, name, metadata=metadata))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Scores:
-        """Inverse of `save`. Raises `SensiLoadError` for a file that is not ours."""
-        try:
-            opened = safe_open(str(path), framework="pt")
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise SensiLoadError(f"{path} is not a safetensors file: {error}.") from None
-        with opened as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "peft_sensi.scores.1":
-                raise SensiLoadError(f"{path} is not a file of scores: its format is {metadata.get('format')!r}.")
-            parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
-            for key in file.keys():
-                kind, _, name = key.partition(":")
-                if kind not in parts:
-                    raise SensiLoadError(f"{path} holds an unexpected tensor {key!r}.")
-                parts[kind][name] = file.get_tensor(key)
-        try:
-            method, length = metadata["method"], json.loads(metadata["length"])
-        except (KeyError, ValueError):
-            method = length = None
-        if method not in METHODS or not (length is None or type(length) is int and 0 < length < 2**31):
-            raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}.")
-        _check_tensors(path, parts)
-        return cls(method=method, sequence_length=length, **parts)
-
-    def plot(self, path: str | os.PathLike, style: str = "light") -> None:
-        """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
-        from .plotting.plots import (
-            plot_scores,  # the package works without matplotlib, and scores do not know pictures
-        )
-
-        plot_scores(self, path, style=style)
-
-
-_KINDS = ("values", "protected", "head")
-
-
-def _check_tensors(path: str | os.PathLike, parts: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Dtypes, shapes and values of a file of scores. Raises `SensiLoadError`."""
-    for kind, tensors in parts.items():
-        for name, tensor in tensors.items():
-            where = f"{path}: {kind}:{name}"
-            if kind != "head" and tensor.dim() != 1:
-                raise SensiLoadError(f"{where} has shape {tuple(tensor.shape)}, expected one number a unit.")
-            if kind == "protected":
-                if tensor.dtype != torch.bool or name not in parts["values"]:
-                    raise SensiLoadError(f"{where} is {tensor.dtype}, expected one boolean for each score.")
-                if tensor.shape != parts["values"][name].shape:
-                    raise SensiLoadError(f"{where} has {len(tensor)} units, expected {len(parts['values'][name])}.")
-            elif tensor.dtype not in _FLOATS or (kind == "values" and tensor.dtype != torch.float32):
-                raise SensiLoadError(f"{where} has dtype {tensor.dtype}, expected torch.float32.")
-            elif not torch.isfinite(tensor).all():
-                raise SensiLoadError(f"{where} contains NaN or infinity.")
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .head import head_state
+from .outliers import SpikeFinder
+from .priming import primed
+from .scores import DATA_METHODS, METHODS, Scores
 
 
 def compute_scores(
@@ -291,3 +199,29 @@ def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tenso
             change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
             total += side.per_unit(change, group.size).abs().sum(1)
     return total
+
+
+def only_seen(
+    anatomy: Anatomy, values: Mapping[str, torch.Tensor], batches: Iterable[Mapping[str, Any]] | None
+) -> dict[str, torch.Tensor]:
+    """`values` with zero for tokens that are nowhere in the batches (of all processes), padding left out.
+
+    For scores that do not come from gradients: those are zero by themselves. Without batches everything counts as
+    seen.
+    """
+    groups = [group for group in anatomy.groups if group.kind == "token"]
+    if not groups or batches is None:
+        return dict(values)
+    seen = [group.zeros() for group in groups]
+    for batch in batches:
+        for name, ids in batch.items():
+            if name.endswith("input_ids") and isinstance(ids, torch.Tensor):
+                mask = batch.get(name.replace("input_ids", "attention_mask"))
+                if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+                    ids = ids[mask.bool()]
+                for group, counts in zip(groups, seen, strict=True):
+                    known = ids[(ids >= 0) & (ids < group.size)]
+                    counts[known.reshape(-1).cpu().unique().long()] = 1.0
+    distributed.maximum(seen, "looking for tokens")
+    masks = {g.name: mask for g, mask in zip(groups, seen, strict=True)}
+    return {name: value * masks[name] if name in masks else value for name, value in values.items()}

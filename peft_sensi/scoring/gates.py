@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy.units import Anatomy, Group
+from ..anatomy.units import Anatomy, Group
+from ..utils.errors import CalibrationError
 from .calibration import LossFn, calibration_loss, examples_in
-from .utils.errors import CalibrationError
 
 
 def gate_gradients(
