@@ -21,6 +21,7 @@ from torch import nn
 from .anatomy.linears import matrix
 from .anatomy.modules import embedding_of, is_base_parameter, linear_of
 from .anatomy.units import Anatomy
+from .layers.values import _FLOATS, WEIGHTS, _check_finite
 from .plan import check_plan_dict
 from .utils.checks import is_number
 from .utils.errors import SensiLoadError
@@ -29,7 +30,6 @@ from .utils.files import Spec, opened, read_specs
 
 FORMAT_VERSION = 1
 PLAN_KEY = "sensi_plan"
-WEIGHTS = "adapter_model.safetensors"  # in messages where the folder is not known
 
 # Fields without which values would be read as something else. `None` is left out of the mark, so that a field that
 # comes later does not change the mark of older files.
@@ -50,7 +50,6 @@ _MEANING = (
     "target_modules",
     "update",
 )
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megabyte
 
 # A fingerprint projects sampled rows on fixed signs. Rounding to bf16 or 4 bits moves the result by up to about 0.15
@@ -179,55 +178,6 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
             f"The adapter was made for another base model: shapes agree, but the weights do not (distance "
             f"{distance:.2f}, at most {_TOLERANCE} for the same base in any precision). {way_out}"
         )
-
-
-def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: str = WEIGHTS) -> None:
-    """Checks the exact set of names, shapes and dtypes, before any value is read. Raises `SensiLoadError`.
-
-    Floats of another width are converted, as in PEFT; whole numbers are not.
-    """
-    if missing := sorted(set(expected) - set(found)):
-        raise SensiLoadError(f"{where} lacks {missing[0]!r} ({len(missing)} tensors missing).")
-    if extra := sorted(set(found) - set(expected)):
-        raise SensiLoadError(f"{where} holds {extra[0]!r}, which its plan does not have ({len(extra)} extra).")
-    for name, (shape, dtype) in found.items():
-        want_shape, want_dtype = expected[name]
-        if shape != want_shape:
-            raise SensiLoadError(f"{where}: {name!r} has shape {shape}, expected {want_shape}.")
-        if dtype != want_dtype and not (dtype in _FLOATS and want_dtype in _FLOATS):
-            raise SensiLoadError(f"{where}: {name!r} has dtype {dtype}, expected {want_dtype}.")
-
-
-def check_content(name: str, tensor: torch.Tensor, room: int | None, where: str = WEIGHTS) -> None:
-    """Checks the values of one tensor; `room` is the number of positions that an index may name, or bits it has.
-
-    Raises `SensiLoadError`.
-    """
-    parts = name.split(".")[-2:]  # the adapter's name may follow
-    if tensor.dtype in _FLOATS:
-        _check_finite(name, tensor, where)
-        # An entry is a code of at most 127 times its scale, and must not overflow.
-        most = torch.finfo(torch.float32).max / 128
-        if "sensi_scales" in parts and tensor.numel() and not 0 <= tensor.min() <= tensor.max() <= most:
-            raise SensiLoadError(f"{where}: {name!r} must hold scales from 0 to {most:.3g}.")
-    elif "sensi_codes" in parts and tensor.numel() and tensor.min() < -127:
-        raise SensiLoadError(f"{where}: {name!r} must hold codes from -127 to 127, found {int(tensor.min())}.")
-    elif "sensi_gate" in parts and tensor.numel() and tensor.max() > 1:
-        raise SensiLoadError(f"{where}: {name!r} must hold zeros and ones, found {int(tensor.max())}.")
-    elif "sensi_places" in parts and tensor.numel() and room is not None:
-        if tensor.min() < 0 or tensor.max() >= room or not (tensor.diff() > 0).all():
-            raise SensiLoadError(
-                f"{where}: {name!r} must hold ascending positions below {room}, found some from {int(tensor.min())} "
-                f"to {int(tensor.max())}."
-            )
-    elif "sensi_bits" in parts and room is not None and room % 8 and int(tensor[-1]) & (0xFF >> room % 8):
-        raise SensiLoadError(f"{where}: {name!r} must have zeros after its {room} bits.")
-
-
-def _check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
-    values = tensor.float() if tensor.dtype == torch.float64 else tensor  # what is kept of it
-    if not torch.isfinite(values).all():
-        raise SensiLoadError(f"{where}: {name!r} contains NaN or infinity.")
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Spec]:

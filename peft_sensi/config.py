@@ -17,12 +17,12 @@ from peft.utils import CONFIG_NAME
 from .anatomy.layouts import BlockLayout
 from .budget import Budget
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
-from .narrow import KINDS
+from .layers.compression import KINDS
+from .layers.updates import check_update
 from .phases import check_schedule
 from .plan import Plan, check_plan_dict
 from .scoring.priming import OPTIMIZERS
 from .scoring.scores import METHODS, Scores
-from .updates import check_update
 from .utils.checks import check_foreign, check_types, is_number, shown
 from .utils.errors import SensiError, SensiLoadError
 from .utils.files import find_weights, write_atomically

@@ -15,7 +15,7 @@ from .anatomy.modules import linear_of
 from .anatomy.units import Anatomy
 from .budget import Budget, allowance
 from .config import SensiConfig
-from .layer import SensiLayer
+from .layers.layer import SensiLayer
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
 from .plan import Plan
 from .scoring.calibration import LossFn, preserved

@@ -19,10 +19,11 @@ from torch import nn
 from .anatomy.linears import features
 from .anatomy.modules import linear_of
 from .anatomy.units import Group
-from .checkpoint import PLAN_KEY, WEIGHTS, check_content, check_specs, check_strays, embeddings_of, meaning
+from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
 from .config import SensiConfig
-from .layer import SensiLayer
-from .slices import Slice, empty_parts
+from .layers.layer import SensiLayer
+from .layers.slices import Slice, empty_parts
+from .layers.values import WEIGHTS, check_content, check_specs
 from .utils.errors import SensiLoadError
 from .utils.files import Spec, opened, read_specs
 

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
-from .layer import SensiLayer
+from .layers.layer import SensiLayer
 from .model import SensiModel
 from .modeling_file import auto_map, modeling_file
 from .rebuild import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged

@@ -19,14 +19,14 @@ from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, pla
 from .config import SensiConfig
 from .decide import Decision
 from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
-from .layer import SensiLayer, base_is_dropped, new_parameters_are_empty
-from .narrow import KINDS
+from .layers.compression import KINDS
+from .layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
+from .layers.slices import Slice
 from .pieces import pieces_of, targets_of
 from .plan import Plan
 from .prepare import prepare
 from .refit import Refitted
 from .scoring.scores import Scores
-from .slices import Slice
 from .utils import distributed, replicas
 from .utils.errors import SensiError
 from .wrap import drop_originals, replace_module, replan, set_head, wrap_module

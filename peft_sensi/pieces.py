@@ -17,9 +17,9 @@ from .anatomy.modules import base_of, embedding_of, input_embedding, is_base_par
 from .anatomy.units import Anatomy, Group, Side
 from .budget import allowance
 from .config import SensiConfig
-from .narrow import KINDS
+from .layers.compression import KINDS
+from .layers.slices import Slice
 from .plan import Plan
-from .slices import Slice
 from .utils.errors import BudgetError, SensiError
 from .utils.states import FROZEN, TUNED
 

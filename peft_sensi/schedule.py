@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from .config import SensiConfig
 from .cuts import close_units, exceeds, open_units
-from .layer import SensiLayer
+from .layers.layer import SensiLayer
 from .scoring.calibration import LossFn, materialise
 from .scoring.scores import DATA_METHODS
 from .utils import distributed, replicas

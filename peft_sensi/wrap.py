@@ -14,13 +14,13 @@ from .anatomy.linears import is_plain, is_plain_embedding
 from .anatomy.modules import not_linear
 from .anatomy.units import Group
 from .config import SensiConfig
-from .embedding import SensiEmbedding
-from .layer import SensiLayer
-from .linear import SensiLinear
-from .narrow import PARTS
+from .layers.compression import PARTS
+from .layers.embedding import SensiEmbedding
+from .layers.layer import SensiLayer
+from .layers.linear import SensiLinear
+from .layers.slices import Slice, kept_parts
 from .pieces import pieces_of, plan_of
 from .plan import Plan
-from .slices import Slice, kept_parts
 from .utils import replicas
 from .utils.errors import SensiError, SensiLoadError
 

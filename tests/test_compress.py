@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import BOTH, TRIM, TUNE, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
-from peft_sensi.layer import SensiLayer
-from peft_sensi.narrow import BLOCK, decode, encode, sizes
+from peft_sensi.layers.compression import BLOCK, decode, encode, sizes
+from peft_sensi.layers.layer import SensiLayer
 
 
 LOW_RANK = {"update": "low_rank", "rank": 3, "also_train": ["biases"]}

@@ -44,7 +44,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 import peft_sensi
 from peft_sensi import CalibrationError, SensiConfig, SensiError, SensiLoadError
-from peft_sensi.layer import SensiLayer
+from peft_sensi.layers.layer import SensiLayer
 
 
 HEADS = ("num_attention_heads", "all_head_size", "n_heads")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_sensi.functional import fused_linear, fused_linear_reference, take
+from peft_sensi.layers.functional import fused_linear, fused_linear_reference, take
 
 
 OUT, IN, RANK = 7, 5, 2

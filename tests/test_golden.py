@@ -10,7 +10,7 @@ from golden_adapters import ADAPTERS, FOLDER, LOGITS, STORED, golden_base, golde
 from peft import PeftModel
 
 from peft_sensi import SensiConfig
-from peft_sensi.narrow import KINDS
+from peft_sensi.layers.compression import KINDS
 
 
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())

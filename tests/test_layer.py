@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_sensi import Plan, SensiConfig, SensiError
-from peft_sensi.layer import SensiLayer
-from peft_sensi.linear import SensiLinear
+from peft_sensi.layers.layer import SensiLayer
+from peft_sensi.layers.linear import SensiLinear
 
 
 def layers(model) -> dict[str, SensiLinear]:

@@ -16,9 +16,10 @@ from peft import PeftModel, get_peft_model
 from tiny import TRIM, logits, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 
-from peft_sensi import SensiConfig, updates
+from peft_sensi import SensiConfig
 from peft_sensi.anatomy.build import build_anatomy
-from peft_sensi.layer import SensiLayer
+from peft_sensi.layers import updates
+from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.scoring.scores import Scores
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from peft_sensi import BudgetError, Plan, Schedule, Scores, SensiCallback, SensiConfig, SensiError, recipes
-from peft_sensi.layer import SensiLayer
+from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.utils.states import TRIMMED
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_sensi.updates import learned_mask, pack_mask, sparse_support, top_mask, unpack_mask
+from peft_sensi.layers.updates import learned_mask, pack_mask, sparse_support, top_mask, unpack_mask
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .anatomy.linears import oriented, unpack
+from ..anatomy.linears import oriented, unpack
 from .functional import fused_linear, fused_linear_reference
 from .layer import SensiLayer
 from .slices import Slice

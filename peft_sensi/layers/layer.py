@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .anatomy.linears import bias_of, features, is_quantised, matrix, not_mergeable, oriented, tell_features
-from .composed import ComposedWeights
-from .narrow import PARTS
+from ..anatomy.linears import bias_of, features, is_quantised, matrix, not_mergeable, oriented, tell_features
+from ..utils.errors import SensiError
+from .compression import PARTS
 from .slices import Slice, empty_parts, first_parts, narrowed
 from .updates import pack_mask, top_mask, unpack_mask
-from .utils.errors import SensiError
+from .weights import ComposedWeights
 
 
 class SensiLayer(ComposedWeights):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .utils.errors import SensiError
+from ..utils.errors import SensiError
 
 
 UPDATES = ("dense", "low_rank", "sparse", "low_rank+sparse", "dense+low_rank", "mask")

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .anatomy.linears import bias_of, features, matrix
+from ..anatomy.linears import bias_of, features, matrix
+from .compression import KINDS, encode, sizes
 from .functional import Positions
-from .narrow import KINDS, encode, sizes
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
 

@@ -9,12 +9,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .anatomy.linears import bias_of, matrix, oriented
-from .checkpoint import check_content
+from ..anatomy.linears import bias_of, matrix, oriented
+from .compression import PARTS, decode
 from .functional import Positions, compose, take
-from .narrow import PARTS, decode
 from .slices import Slice, part_shapes
 from .updates import learned_mask, unpack_mask
+from .values import check_content
 
 
 class ComposedWeights(BaseTunerLayer):
