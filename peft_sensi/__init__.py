@@ -1,16 +1,16 @@
 """Sensitivity-ranked tuning and trimming of transformers, as a PEFT method. Importing it registers the method."""
 
 from . import recipes
-from .allocate import make_plan
 from .anatomy.build import build_anatomy
 from .anatomy.layouts import BlockLayout
 from .anatomy.units import Anatomy
-from .budget import Budget
 from .config import SensiConfig
 from .export import export_onnx
 from .merged import save_merged
 from .model import SensiModel
-from .plan import Plan
+from .planning.allocate import make_plan
+from .planning.budget import Budget
+from .planning.plan import Plan
 from .rebuild import load_merged
 from .register import register
 from .schedule import Schedule, SensiCallback

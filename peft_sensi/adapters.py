@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .anatomy.modules import task_head
-from .blocks import rows_of
 from .cli.textdata import found
 from .config import SensiConfig
 from .pieces import plan_of
-from .plan import Plan
+from .planning.plan import Plan, rows_of
 from .utils.errors import SensiError, SensiLoadError
 from .utils.files import read_object
 from .utils.formatting import human

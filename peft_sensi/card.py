@@ -24,9 +24,8 @@ from .adapters import (
     short_fingerprint,
     unit_facts,
 )
-from .blocks import rows_of
 from .config import SensiConfig
-from .plan import Plan
+from .planning.plan import Plan, rows_of
 from .scoring.scores import Scores
 from .utils.errors import SensiError
 from .utils.formatting import human, size_of

@@ -15,12 +15,13 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .anatomy.layouts import BlockLayout
-from .budget import Budget
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .layers.compression import KINDS
 from .layers.updates import check_update
 from .phases import check_schedule
-from .plan import Plan, check_plan_dict
+from .planning.budget import Budget
+from .planning.packing import check_plan_dict
+from .planning.plan import Plan
 from .scoring.priming import OPTIMIZERS
 from .scoring.scores import METHODS, Scores
 from .utils.checks import check_foreign, check_types, is_number, shown

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocate import make_plan
 from .anatomy.linears import matrix
 from .anatomy.modules import linear_of
 from .anatomy.units import Anatomy
-from .budget import Budget, allowance
 from .config import SensiConfig
 from .layers.layer import SensiLayer
 from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
-from .plan import Plan
+from .planning.allocate import make_plan
+from .planning.budget import Budget, allowance
+from .planning.plan import Plan
 from .scoring.calibration import LossFn, preserved
 from .scoring.criteria import score_units
 from .scoring.scores import Scores

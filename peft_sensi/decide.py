@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocate import make_plan
 from .anatomy.build import nothing_to_trim
 from .anatomy.modules import linear_of
 from .anatomy.units import Anatomy
-from .budget import Budget
 from .config import SensiConfig
 from .pieces import bias_values, fit_rank, trained_beside_units, values_of
-from .plan import Plan
-from .refit import Refitted, refit
+from .planning.allocate import make_plan
+from .planning.budget import Budget
+from .planning.plan import Plan
+from .planning.refit import Refitted, refit
 from .scoring.calibration import image_tokens, materialise
 from .scoring.criteria import only_seen, score_units
 from .scoring.head import head_at_prior

@@ -23,9 +23,9 @@ from .layers.compression import KINDS
 from .layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
 from .layers.slices import Slice
 from .pieces import pieces_of, targets_of
-from .plan import Plan
+from .planning.plan import Plan
+from .planning.refit import Refitted
 from .prepare import prepare
-from .refit import Refitted
 from .scoring.scores import Scores
 from .utils import distributed, replicas
 from .utils.errors import SensiError

@@ -15,11 +15,11 @@ from .anatomy.build import build_anatomy
 from .anatomy.linears import bias_of, features
 from .anatomy.modules import base_of, embedding_of, input_embedding, is_base_parameter, is_shared, linear_of, task_head
 from .anatomy.units import Anatomy, Group, Side
-from .budget import allowance
 from .config import SensiConfig
 from .layers.compression import KINDS
 from .layers.slices import Slice
-from .plan import Plan
+from .planning.budget import allowance
+from .planning.plan import Plan
 from .utils.errors import BudgetError, SensiError
 from .utils.states import FROZEN, TUNED
 

@@ -30,7 +30,7 @@ from .pieces import (
     usually_also_trained,
     values_of,
 )
-from .plan import Plan
+from .planning.plan import Plan
 from .scoring.calibration import preserved
 from .utils import distributed
 from .wrap import save_whole

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .blocks import drawn_rows, rows_of
-from .plan import Plan
+from .planning.plan import Plan, drawn_rows, rows_of
 from .utils.errors import SensiError
 from .utils.formatting import human, short_names, shortened
 from .utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row

@@ -20,7 +20,7 @@ from .layers.layer import SensiLayer
 from .layers.linear import SensiLinear
 from .layers.slices import Slice, kept_parts
 from .pieces import pieces_of, plan_of
-from .plan import Plan
+from .planning.plan import Plan
 from .utils import replicas
 from .utils.errors import SensiError, SensiLoadError
 

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_sensi import Budget, BudgetError, SensiConfig
-from peft_sensi.budget import LIMITS, allowance
+from peft_sensi.planning.budget import LIMITS, allowance
 
 
 shares = st.floats(min_value=1e-9, max_value=1.0, exclude_min=True)

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
-from peft_sensi.allocate import make_plan
 from peft_sensi.anatomy.families import FAMILIES as LAYOUTS
+from peft_sensi.planning.allocate import make_plan
 from peft_sensi.utils.states import TRIMMED
 
 

@@ -18,7 +18,7 @@ from tiny import tiny_model
 
 from peft_sensi import Anatomy, Budget, BudgetError, Plan, SensiLoadError, build_anatomy, make_plan
 from peft_sensi.anatomy.units import Group, Side
-from peft_sensi.budget import allowance
+from peft_sensi.planning.budget import allowance
 
 
 def heads(name: str, size: int, width: int = 2, hidden: int = 8) -> Group:

@@ -10,11 +10,11 @@ from peft import get_peft_model
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 from torch import nn
 
-import peft_sensi.refit as refit_module
+import peft_sensi.planning.refit as refit_module
 from peft_sensi import BlockLayout, Plan, SensiConfig, SensiError, build_anatomy, make_plan
-from peft_sensi.cutting import cut
-from peft_sensi.least_squares import RIDGE
-from peft_sensi.refit import refit
+from peft_sensi.planning.least_squares import RIDGE
+from peft_sensi.planning.refit import refit
+from peft_sensi.planning.trimmed import cut
 from peft_sensi.utils.states import TRIMMED
 
 

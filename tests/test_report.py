@@ -14,9 +14,9 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.blocks import rows_of
 from peft_sensi.charts import line_style, plot_budgets
-from peft_sensi.plan import unpack_states
+from peft_sensi.planning.packing import unpack_states
+from peft_sensi.planning.plan import rows_of
 from peft_sensi.plotting.canvas import STYLES
 from peft_sensi.plotting.plots import plot_plan, plot_scores
 from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import recipes
-from ..budget import Budget
+from ..planning.budget import Budget
 from ..rebuild import OTHER_WEIGHTS, WEIGHTS
 from ..scoring.scores import METHODS
 from ..utils.errors import SensiError

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .. import recipes
 from ..adapters import facts, figures, load_adapter, open_adapter, plan_without_weights
-from ..plan import Plan
+from ..planning.plan import Plan
 from ..report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
 from ..scoring.scores import Scores
 from ..utils.errors import SensiError

@@ -20,7 +20,7 @@ from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..config import SensiConfig
-from ..plan import Plan
+from ..planning.plan import Plan
 from ..report import plan_figures
 from ..schedule import SensiCallback
 from ..scoring.criteria import compute_scores

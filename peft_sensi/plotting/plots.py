@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..blocks import drawn_rows
-from ..plan import Plan
+from ..planning.plan import Plan, drawn_rows
 from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from ..utils.formatting import human

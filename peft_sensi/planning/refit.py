@@ -25,15 +25,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Cache
 
-from .anatomy.linears import matrix
-from .anatomy.modules import linear_of
-from .anatomy.units import Group
-from .cutting import cut, put
+from ..anatomy.linears import matrix
+from ..anatomy.modules import linear_of
+from ..anatomy.units import Group
+from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
+from ..utils import distributed
+from ..utils.states import FROZEN, TRIMMED
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import Plan
-from .scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
-from .utils import distributed
-from .utils.states import FROZEN, TRIMMED
+from .trimmed import cut, put
 
 
 Refitted = dict[str, Values]  # by module

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .utils import distributed
+from ..utils import distributed
 
 
 RIDGE = 1e-2

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .anatomy.linears import bias_of, matrix, oriented, tell_features
-from .anatomy.modules import linear_of
-from .anatomy.units import Group
+from ..anatomy.linears import bias_of, matrix, oriented, tell_features
+from ..anatomy.modules import linear_of
+from ..anatomy.units import Group
+from ..utils.states import TRIMMED
 from .plan import Plan
-from .utils.states import TRIMMED
 
 
 @contextmanager

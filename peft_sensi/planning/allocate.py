@@ -16,10 +16,10 @@ from functools import reduce
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from .anatomy.units import Anatomy, Group
+from ..anatomy.units import Anatomy, Group
+from ..utils.errors import BudgetError
 from .budget import Budget, allowance
 from .plan import Plan
-from .utils.errors import BudgetError
 
 
 def make_plan(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .utils.checks import shown
-from .utils.errors import BudgetError
+from ..utils.checks import shown
+from ..utils.errors import BudgetError
 
 
 LIMITS = ("params", "flops", "trainable")
