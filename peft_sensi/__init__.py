@@ -4,18 +4,18 @@ from . import recipes
 from .anatomy.build import build_anatomy
 from .anatomy.layouts import BlockLayout
 from .anatomy.units import Anatomy
-from .config import SensiConfig
 from .export import export_onnx
 from .merged import save_merged
-from .model import SensiModel
 from .planning.allocate import make_plan
 from .planning.budget import Budget
 from .planning.plan import Plan
 from .rebuild import load_merged
 from .register import register
-from .schedule import Schedule, SensiCallback
 from .scoring.criteria import compute_scores
 from .scoring.scores import Scores
+from .tuner.config import SensiConfig
+from .tuner.model import SensiModel
+from .tuner.schedule import Schedule, SensiCallback
 from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 
 

@@ -21,9 +21,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .anatomy.modules import task_head
 from .cli.textdata import found
-from .config import SensiConfig
-from .pieces import plan_of
 from .planning.plan import Plan, rows_of
+from .tuner.config import SensiConfig
+from .tuner.targets import plan_of
 from .utils.errors import SensiError, SensiLoadError
 from .utils.files import read_object
 from .utils.formatting import human

@@ -24,9 +24,9 @@ from .adapters import (
     short_fingerprint,
     unit_facts,
 )
-from .config import SensiConfig
 from .planning.plan import Plan, rows_of
 from .scoring.scores import Scores
+from .tuner.config import SensiConfig
 from .utils.errors import SensiError
 from .utils.formatting import human, size_of
 from .utils.states import TRIMMED

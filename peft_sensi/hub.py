@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from .adapters import SavedAdapter, open_adapter
 from .card import PICTURE, new_card, save_card, write_card
-from .model import SensiModel
+from .tuner.model import SensiModel
 from .utils.errors import SensiError
 
 

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 from .anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 from .layers.layer import SensiLayer
-from .model import SensiModel
 from .modeling_file import auto_map, modeling_file
 from .rebuild import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
+from .tuner.model import SensiModel
 from .utils.errors import SensiError
 from .utils.files import flush, read_object
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .config import SensiConfig
+from .tuner.config import SensiConfig
 from .utils.errors import SensiError
 
 

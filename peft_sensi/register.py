@@ -10,9 +10,9 @@ from typing import Any
 
 from peft import mapping
 
-from .config import SensiConfig, SensiPeftType
 from .hub import hook_cards
-from .model import SensiModel
+from .tuner.config import SensiConfig, SensiPeftType
+from .tuner.model import SensiModel
 from .utils.errors import SensiError
 
 

@@ -41,7 +41,7 @@ from tiny import tiny_batches, tiny_model
 
 import peft_sensi
 from peft_sensi import SensiConfig, SensiLoadError
-from peft_sensi.checkpoint import plan_to_tensor
+from peft_sensi.tuner.checkpoint import plan_to_tensor
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

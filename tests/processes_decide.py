@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tiny import clone, snapshot, tiny_batches, tiny_model, wrap
 
-import peft_sensi.model
+import peft_sensi.tuner.model
 from peft_sensi import Schedule, compute_scores
 
 
@@ -187,21 +187,21 @@ def main(folder: str) -> None:
         found["errors"][name] = (message, same)
     log("errors after the decision")
     model = own_model(rank)
-    wrap_module = peft_sensi.model.wrap_module
+    wrap_module = peft_sensi.tuner.model.wrap_module
 
     def full(root, name, *args, **kwargs):
         if rank == 1 and name.endswith("layer.1.output.dense"):
             raise MemoryError("no room for this layer")
         return wrap_module(root, name, *args, **kwargs)
 
-    peft_sensi.model.wrap_module = full
+    peft_sensi.tuner.model.wrap_module = full
     before = snapshot(model)
     try:
         wrap(model, calibration=uneven(rank), **FISHER)
         message = None
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-    peft_sensi.model.wrap_module = wrap_module
+    peft_sensi.tuner.model.wrap_module = wrap_module
     after = snapshot(model)
     same = before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before)
     found["errors"]["no memory"] = (message, same)

@@ -19,12 +19,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
-from ..config import SensiConfig
 from ..planning.plan import Plan
 from ..report import plan_figures
-from ..schedule import SensiCallback
 from ..scoring.criteria import compute_scores
 from ..scoring.scores import Scores
+from ..tuner.config import SensiConfig
+from ..tuner.schedule import SensiCallback
 from ..utils.errors import SensiError
 from ..utils.files import write_atomically
 from .textdata import TextTask, quality

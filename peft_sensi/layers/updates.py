@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from ..utils.errors import SensiError
-
 
 UPDATES = ("dense", "low_rank", "sparse", "low_rank+sparse", "dense+low_rank", "mask")
 SUPPORTS = ("magnitude", "random", "decomposition")
@@ -106,25 +104,3 @@ def unpack_mask(bits: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torc
     numel = shape[0] * shape[1]
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).flatten()[:numel].view(*shape).bool()
-
-
-def check_update(update: str, rank_follows: bool = False, **fields: Any) -> None:
-    """Refuses combinations that mean nothing. Raises `SensiError` with the reason.
-
-    `rank_follows` says that the rank of a low-rank update follows from a limit.
-    """
-    if update not in UPDATES:
-        raise SensiError(f"`update` must be one of {', '.join(UPDATES)}, got {update!r}.")
-    parts = update.split("+")
-    needs = {"rank": "low_rank", "sparse": "sparse", "support": "sparse"}
-    for name, part in needs.items():
-        if fields[name] is not None and part not in parts:
-            raise SensiError(f"`{name}` has no effect with update={update!r}: it belongs to {part!r}.")
-    if "low_rank" in parts and fields["rank"] is None and not (rank_follows and update == "low_rank"):
-        raise SensiError(f"update={update!r} needs `rank`{', or a `trainable` limit' * (update == 'low_rank')}.")
-    if "sparse" in parts and fields["sparse"] is None:
-        raise SensiError(f"update={update!r} needs `sparse`, the number of trained values in each matrix.")
-    if fields["support"] not in (None, *SUPPORTS):
-        raise SensiError(f"`support` must be one of {', '.join(SUPPORTS)}, got {fields['support']!r}.")
-    if update == "mask" and fields["sparsity"] is None:
-        raise SensiError("update='mask' needs `sparsity`, the share of the weights that the mask removes.")

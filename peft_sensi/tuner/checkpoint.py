@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy.linears import matrix
-from .anatomy.modules import embedding_of, is_base_parameter, linear_of
-from .anatomy.units import Anatomy
-from .layers.values import _FLOATS, WEIGHTS, _check_finite
-from .planning.packing import check_plan_dict
-from .utils.checks import is_number
-from .utils.errors import SensiLoadError
-from .utils.files import Spec, opened, read_specs
+from ..anatomy.linears import matrix
+from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
+from ..anatomy.units import Anatomy
+from ..layers.values import _FLOATS, WEIGHTS, _check_finite
+from ..planning.packing import check_plan_dict
+from ..utils.checks import is_number
+from ..utils.errors import SensiLoadError
+from ..utils.files import Spec, opened, read_specs
 
 
 FORMAT_VERSION = 1

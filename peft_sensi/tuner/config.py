@@ -14,19 +14,18 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .anatomy.layouts import BlockLayout
+from ..anatomy.layouts import BlockLayout
+from ..layers.compression import KINDS
+from ..planning.budget import Budget
+from ..planning.packing import check_plan_dict
+from ..planning.plan import Plan
+from ..scoring.priming import OPTIMIZERS
+from ..scoring.scores import METHODS, Scores
+from ..utils.checks import check_foreign, check_types, is_number, shown
+from ..utils.errors import SensiError, SensiLoadError
+from ..utils.files import find_weights, write_atomically
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
-from .layers.compression import KINDS
-from .layers.updates import check_update
-from .phases import check_schedule
-from .planning.budget import Budget
-from .planning.packing import check_plan_dict
-from .planning.plan import Plan
-from .scoring.priming import OPTIMIZERS
-from .scoring.scores import METHODS, Scores
-from .utils.checks import check_foreign, check_types, is_number, shown
-from .utils.errors import SensiError, SensiLoadError
-from .utils.files import find_weights, write_atomically
+from .combinations import check_schedule, check_update
 
 
 class SensiPeftType(enum.StrEnum):

@@ -16,16 +16,16 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy.linears import features
-from .anatomy.modules import linear_of
-from .anatomy.units import Group
+from ..anatomy.linears import features
+from ..anatomy.modules import linear_of
+from ..anatomy.units import Group
+from ..layers.layer import SensiLayer
+from ..layers.slices import Slice, empty_parts
+from ..layers.values import WEIGHTS, check_content, check_specs
+from ..utils.errors import SensiLoadError
+from ..utils.files import Spec, opened, read_specs
 from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
 from .config import SensiConfig
-from .layers.layer import SensiLayer
-from .layers.slices import Slice, empty_parts
-from .layers.values import WEIGHTS, check_content, check_specs
-from .utils.errors import SensiLoadError
-from .utils.files import Spec, opened, read_specs
 
 
 _PREFIX = "base_model.model."

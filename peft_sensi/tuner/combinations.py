@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .utils.checks import is_number
-from .utils.errors import SensiError
+from ..layers.updates import SUPPORTS, UPDATES
+from ..utils.checks import is_number
+from ..utils.errors import SensiError
 
 
 MOST_CUTS = 10_000
@@ -52,3 +53,25 @@ def check_schedule(schedule: Any, update: str, sparsity: float | None) -> None:
             raise SensiError("Units cannot be cut during training while update='mask' learns to mask weights.")
     else:
         raise SensiError(f"`schedule` has the phase {phase!r}; the phases are 'cut', 'freeze_dense' and 'draw_mask'.")
+
+
+def check_update(update: str, rank_follows: bool = False, **fields: Any) -> None:
+    """Refuses combinations that mean nothing. Raises `SensiError` with the reason.
+
+    `rank_follows` says that the rank of a low-rank update follows from a limit.
+    """
+    if update not in UPDATES:
+        raise SensiError(f"`update` must be one of {', '.join(UPDATES)}, got {update!r}.")
+    parts = update.split("+")
+    needs = {"rank": "low_rank", "sparse": "sparse", "support": "sparse"}
+    for name, part in needs.items():
+        if fields[name] is not None and part not in parts:
+            raise SensiError(f"`{name}` has no effect with update={update!r}: it belongs to {part!r}.")
+    if "low_rank" in parts and fields["rank"] is None and not (rank_follows and update == "low_rank"):
+        raise SensiError(f"update={update!r} needs `rank`{', or a `trainable` limit' * (update == 'low_rank')}.")
+    if "sparse" in parts and fields["sparse"] is None:
+        raise SensiError(f"update={update!r} needs `sparse`, the number of trained values in each matrix.")
+    if fields["support"] not in (None, *SUPPORTS):
+        raise SensiError(f"`support` must be one of {', '.join(SUPPORTS)}, got {fields['support']!r}.")
+    if update == "mask" and fields["sparsity"] is None:
+        raise SensiError("update='mask' needs `sparsity`, the share of the weights that the mask removes.")

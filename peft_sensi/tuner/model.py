@@ -12,24 +12,24 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy.linears import is_quantised, not_mergeable
-from .anatomy.units import Anatomy, Group
-from .anatomy.widths import note_widths
+from ..anatomy.linears import is_quantised, not_mergeable
+from ..anatomy.units import Anatomy, Group
+from ..anatomy.widths import note_widths
+from ..layers.compression import KINDS
+from ..layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
+from ..layers.slices import Slice
+from ..planning.plan import Plan
+from ..planning.refit import Refitted
+from ..scoring.scores import Scores
+from ..utils import distributed, replicas
+from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
 from .config import SensiConfig
-from .decide import Decision
-from .incoming import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
-from .layers.compression import KINDS
-from .layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
-from .layers.slices import Slice
-from .pieces import pieces_of, targets_of
-from .planning.plan import Plan
-from .planning.refit import Refitted
-from .prepare import prepare
-from .scoring.scores import Scores
-from .utils import distributed, replicas
-from .utils.errors import SensiError
-from .wrap import drop_originals, replace_module, replan, set_head, wrap_module
+from .decision import Decision, prepare
+from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
+from .slicing import pieces_of
+from .targets import targets_of
+from .wrapping import drop_originals, replace_module, replan, set_head, wrap_module
 
 
 class SensiModel(BaseTuner):

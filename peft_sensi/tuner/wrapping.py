@@ -10,19 +10,20 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .anatomy.linears import is_plain, is_plain_embedding
-from .anatomy.modules import not_linear
-from .anatomy.units import Group
+from ..anatomy.linears import is_plain, is_plain_embedding
+from ..anatomy.modules import not_linear
+from ..anatomy.units import Group
+from ..layers.compression import PARTS
+from ..layers.embedding import SensiEmbedding
+from ..layers.layer import SensiLayer
+from ..layers.linear import SensiLinear
+from ..layers.slices import Slice, kept_parts
+from ..planning.plan import Plan
+from ..utils import replicas
+from ..utils.errors import SensiError, SensiLoadError
 from .config import SensiConfig
-from .layers.compression import PARTS
-from .layers.embedding import SensiEmbedding
-from .layers.layer import SensiLayer
-from .layers.linear import SensiLinear
-from .layers.slices import Slice, kept_parts
-from .pieces import pieces_of, plan_of
-from .planning.plan import Plan
-from .utils import replicas
-from .utils.errors import SensiError, SensiLoadError
+from .slicing import pieces_of
+from .targets import plan_of
 
 
 logger = logging.getLogger(__name__)

@@ -27,14 +27,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from ..layers.layer import SensiLayer
+from ..scoring.calibration import LossFn, materialise
+from ..scoring.scores import DATA_METHODS
+from ..utils import distributed, replicas
+from ..utils.errors import SensiError
 from .config import SensiConfig
 from .cuts import close_units, exceeds, open_units
-from .layers.layer import SensiLayer
-from .scoring.calibration import LossFn, materialise
-from .scoring.scores import DATA_METHODS
-from .utils import distributed, replicas
-from .utils.errors import SensiError
-from .wrap import root_of, shrink
+from .wrapping import root_of, shrink
 
 
 class Schedule:

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy.linears import matrix
-from .anatomy.modules import linear_of
-from .anatomy.units import Anatomy
+from ..anatomy.linears import matrix
+from ..anatomy.modules import linear_of
+from ..anatomy.units import Anatomy
+from ..layers.layer import SensiLayer
+from ..planning.allocate import make_plan
+from ..planning.budget import Budget, allowance
+from ..planning.plan import Plan
+from ..scoring.calibration import LossFn, preserved
+from ..scoring.criteria import score_units
+from ..scoring.scores import Scores
+from ..utils import distributed
+from ..utils.states import TRIMMED
 from .config import SensiConfig
-from .layers.layer import SensiLayer
-from .pieces import anatomy_of, plan_of, targets_of, trained_beside_units
-from .planning.allocate import make_plan
-from .planning.budget import Budget, allowance
-from .planning.plan import Plan
-from .scoring.calibration import LossFn, preserved
-from .scoring.criteria import score_units
-from .scoring.scores import Scores
-from .utils import distributed
-from .utils.states import TRIMMED
+from .slicing import trained_beside_units
+from .targets import anatomy_of, plan_of, targets_of
 
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""PEFT's shape: a config and a model go in; a wrapped model comes out that trains, saves, loads and merges."""
