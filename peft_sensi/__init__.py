@@ -4,12 +4,12 @@ from . import recipes
 from .anatomy.build import build_anatomy
 from .anatomy.layouts import BlockLayout
 from .anatomy.units import Anatomy
-from .export import export_onnx
-from .merged import save_merged
+from .merging.load import load_merged
+from .merging.onnx import export_onnx
+from .merging.save import save_merged
 from .planning.allocate import make_plan
 from .planning.budget import Budget
 from .planning.plan import Plan
-from .rebuild import load_merged
 from .register import register
 from .scoring.criteria import compute_scores
 from .scoring.scores import Scores

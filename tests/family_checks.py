@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sensi import SensiConfig, build_anatomy, make_plan
 from peft_sensi.layers.layer import SensiLayer
-from peft_sensi.merged import save_merged
-from peft_sensi.rebuild import load_merged
+from peft_sensi.merging.load import load_merged
+from peft_sensi.merging.save import save_merged
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED
 
 

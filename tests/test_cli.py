@@ -167,7 +167,7 @@ def test_inspect_without_the_base(adapter, tmp_path):
 
 
 def test_merge_gives_a_model_that_loads(adapter, work):
-    from peft_sensi.rebuild import load_merged
+    from peft_sensi.merging.load import load_merged
 
     found = json.loads(call("merge", adapter, work / "merged", "--json"))
     model = load_merged(work / "merged")
@@ -390,7 +390,7 @@ def test_a_config_beside_an_adapter_imports_nothing(adapter, tmp_path):
 def test_a_decoder_keeps_its_pad_token_when_it_is_merged(work, tmp_path):
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    from peft_sensi.rebuild import load_merged
+    from peft_sensi.merging.load import load_merged
 
     vocabulary = len((work / "vocab.txt").read_text().split())
     config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=None)
@@ -403,7 +403,7 @@ def test_a_decoder_keeps_its_pad_token_when_it_is_merged(work, tmp_path):
 
 
 def test_many_classes_keep_their_names(work, tmp_path):
-    from peft_sensi.rebuild import load_merged
+    from peft_sensi.merging.load import load_merged
 
     data = lines_of(work, "many.tsv", [f"{WORDS[i % 13]} film\tclass {i % 12}" for i in range(120)])
     options = ("--budget", "0.9", "--epochs", "0.1", "--batch-size", "8", "--out", tmp_path / "adapter")

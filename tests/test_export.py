@@ -14,7 +14,7 @@ from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_
 from transformers import AutoModelForCausalLM
 
 from peft_sensi import SensiError, export_onnx
-from peft_sensi import export as export_module
+from peft_sensi.merging import onnx as export_module
 
 
 onnx = pytest.importorskip("onnx")

@@ -23,8 +23,8 @@ from test_trainer import state, trainer, wrapped
 from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, train, trained, wrap
 
 from peft_sensi import Scores, SensiConfig, SensiError, SensiLoadError, compute_scores
-from peft_sensi.merged import save_merged
-from peft_sensi.rebuild import load_merged
+from peft_sensi.merging.load import load_merged
+from peft_sensi.merging.save import save_merged
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .. import recipes
+from ..merging.load import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget
-from ..rebuild import OTHER_WEIGHTS, WEIGHTS
 from ..scoring.scores import METHODS
 from ..utils.errors import SensiError
 

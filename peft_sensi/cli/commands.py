@@ -248,7 +248,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its base: a Transformers model with smaller matrices, for `load_merged`."""
-    from ..merged import save_merged
+    from ..merging.save import save_merged
 
     saved, model = load_saved(adapter, base, json)
     with step("merging", show=not json):
@@ -282,7 +282,7 @@ def export(
     """Write the merged model as ONNX, with any batch size and length, checked in onnxruntime."""
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
-    from ..export import export_onnx
+    from ..merging.onnx import export_onnx
 
     _, model = load_saved(adapter, base, json)
     with step("exporting", show=not json):

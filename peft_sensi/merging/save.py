@@ -26,13 +26,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
-from .layers.layer import SensiLayer
+from ..anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
+from ..layers.layer import SensiLayer
+from ..tuner.model import SensiModel
+from ..utils.errors import SensiError
+from ..utils.files import flush, read_object
+from .load import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
 from .modeling_file import auto_map, modeling_file
-from .rebuild import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
-from .tuner.model import SensiModel
-from .utils.errors import SensiError
-from .utils.files import flush, read_object
 
 
 __all__ = ["load_merged", "merged_copy", "save_merged"]

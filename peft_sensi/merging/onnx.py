@@ -23,9 +23,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .merged import merged_copy
-from .utils.errors import SensiError
-from .utils.files import flush
+from ..utils.errors import SensiError
+from ..utils.files import flush
+from .save import merged_copy
 
 
 # Shapes [batch, length] on which the file must agree with the model; the first is traced.

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
-from .utils.checks import is_number
-from .utils.errors import SensiLoadError
+from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
+from ..utils.checks import is_number
+from ..utils.errors import SensiLoadError
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
