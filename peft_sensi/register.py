@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import mapping
 
-from .hub import hook_cards
+from .reporting.hub import hook_cards
 from .tuner.config import SensiConfig, SensiPeftType
 from .tuner.model import SensiModel
 from .utils.errors import SensiError

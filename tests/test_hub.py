@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import logits, tiny_batches, tiny_model, trained, wrap
 
 from peft_sensi import SensiError
-from peft_sensi.adapters import open_adapter
-from peft_sensi.card import BEGIN, END, results_table, write_card
+from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
+from peft_sensi.reporting.saved import open_adapter
 
 
 @pytest.fixture(scope="module")

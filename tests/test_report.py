@@ -19,7 +19,7 @@ from peft_sensi.planning.packing import unpack_states
 from peft_sensi.planning.plan import rows_of
 from peft_sensi.plotting.canvas import STYLES
 from peft_sensi.plotting.plots import plot_plan, plot_scores
-from peft_sensi.report import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
+from peft_sensi.reporting.tables import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
 from peft_sensi.utils.formatting import human, short_names, shortened
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED, Row
 

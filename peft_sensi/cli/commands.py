@@ -10,9 +10,9 @@ import typer
 from rich.text import Text
 
 from .. import recipes
-from ..adapters import facts, figures, load_adapter, open_adapter, plan_without_weights
 from ..planning.plan import Plan
-from ..report import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
+from ..reporting.saved import facts, figures, load_adapter, open_adapter, plan_without_weights
+from ..reporting.tables import facts_table, legend, plan_facts, plan_figures, plan_table, records_table
 from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from ..utils.formatting import size_of
@@ -313,7 +313,7 @@ def card(
     debug: Debug = False,
 ) -> None:
     """Write the model card (README.md and the plan's picture) into an adapter's folder."""
-    from ..card import write_card
+    from ..reporting.card import write_card
 
     saved = open_adapter(adapter)
     if folder is not None:
@@ -340,7 +340,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload an adapter with its card to the Hub (log in first: hf auth login)."""
-    from ..hub import push_folder
+    from ..reporting.hub import push_folder
 
     saved = open_adapter(adapter)
     with step(f"uploading to {repo}", show=not json):

@@ -18,6 +18,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from ..reporting.saved import found
 from ..utils.errors import SensiError
 
 
@@ -219,17 +220,6 @@ def load_classifier(model: str, labels: Labels | None = None, tokenizer: Any = N
     if base.config.get_text_config().pad_token_id is None and tokenizer is not None:
         base.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders look for the last real token
     return base
-
-
-def found(auto_class: Any, name: str, **options: Any) -> Any:
-    """`from_pretrained` with an error of one line. Raises `SensiError`."""
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, SensiError):
-            raise
-        reason = str(error).strip().split("\n")[0]
-        raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error
 
 
 def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float | None]:

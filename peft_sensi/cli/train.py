@@ -20,7 +20,7 @@ from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..planning.plan import Plan
-from ..report import plan_figures
+from ..reporting.tables import plan_figures
 from ..scoring.criteria import compute_scores
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig

@@ -15,7 +15,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .adapters import (
+from ..planning.plan import Plan, rows_of
+from ..scoring.scores import Scores
+from ..tuner.config import SensiConfig
+from ..utils.errors import SensiError
+from ..utils.formatting import human, size_of
+from ..utils.states import TRIMMED
+from .saved import (
     AUTO_CLASSES,
     SavedAdapter,
     budget_words,
@@ -24,12 +30,6 @@ from .adapters import (
     short_fingerprint,
     unit_facts,
 )
-from .planning.plan import Plan, rows_of
-from .scoring.scores import Scores
-from .tuner.config import SensiConfig
-from .utils.errors import SensiError
-from .utils.formatting import human, size_of
-from .utils.states import TRIMMED
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -67,7 +67,7 @@ def write_card(
     plan = plan or plan_without_weights(saved, base)
     written = [folder / "README.md"]
     try:
-        from .plotting.plots import plot_plan
+        from ..plotting.plots import plot_plan
 
         plot_plan(plan or saved.config.plan, folder / PICTURE, scores=scores)
         written.append(folder / PICTURE)

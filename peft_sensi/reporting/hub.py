@@ -13,10 +13,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
-from .adapters import SavedAdapter, open_adapter
+from ..tuner.model import SensiModel
+from ..utils.errors import SensiError
 from .card import PICTURE, new_card, save_card, write_card
-from .tuner.model import SensiModel
-from .utils.errors import SensiError
+from .saved import SavedAdapter, open_adapter
 
 
 # What is uploaded beside the adapter and the card. Never pickles: optimizer states and training arguments stay here.

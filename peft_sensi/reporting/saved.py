@@ -19,15 +19,14 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .anatomy.modules import task_head
-from .cli.textdata import found
-from .planning.plan import Plan, rows_of
-from .tuner.config import SensiConfig
-from .tuner.targets import plan_of
-from .utils.errors import SensiError, SensiLoadError
-from .utils.files import read_object
-from .utils.formatting import human
-from .utils.states import FROZEN, TRIMMED, TUNED
+from ..anatomy.modules import task_head
+from ..planning.plan import Plan, rows_of
+from ..tuner.config import SensiConfig
+from ..tuner.targets import plan_of
+from ..utils.errors import SensiError, SensiLoadError
+from ..utils.files import read_object
+from ..utils.formatting import human
+from ..utils.states import FROZEN, TRIMMED, TUNED
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -105,7 +104,7 @@ def _download(name: str) -> Path:
 
 def figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
     """Everything about an adapter as a JSON value; `plan`, where the base is known, adds the shares."""
-    from .report import group_counts, plan_figures
+    from .tables import group_counts, plan_figures
 
     config = adapter.config
     by_type: dict[str, int] = {}
@@ -134,8 +133,8 @@ def figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
 
 def facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
     """The same for people."""
-    from .report import plan_facts
-    from .utils.formatting import size_of
+    from ..utils.formatting import size_of
+    from .tables import plan_facts
 
     config, found_figures = adapter.config, figures(adapter, plan)
     values = ", ".join(f"{human(count)} {dtype}" for dtype, count in sorted(found_figures["values"].items()))
@@ -275,3 +274,14 @@ def _number_of_labels(adapter: SavedAdapter, config: PretrainedConfig) -> int | 
                 if key == name or key.endswith(f".{name}"):
                     return shape[0]
     return None
+
+
+def found(auto_class: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained` with an error of one line. Raises `SensiError`."""
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, SensiError):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error

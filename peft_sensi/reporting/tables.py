@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .planning.plan import Plan, drawn_rows, rows_of
-from .utils.errors import SensiError
-from .utils.formatting import human, short_names, shortened
-from .utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
+from ..planning.plan import Plan, drawn_rows, rows_of
+from ..utils.errors import SensiError
+from ..utils.formatting import human, short_names, shortened
+from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
 
 
 if TYPE_CHECKING:
