@@ -48,7 +48,7 @@ FEATURES = Features(
 @dataclass
 class DataOptions(FileOptions):
     max_length: int = field(default=384, metadata={"help": "Tokens of a window: the question and a part of the text"})
-    stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share"})
+    stride: int = field(default=128, metadata={"help": "Tokens that neighboring windows share"})
     max_answer_length: int = field(default=30, metadata={"help": "Tokens"})
 
 

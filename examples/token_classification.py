@@ -116,7 +116,7 @@ def read_conll(path: str | Path, token_column: int, tag_column: int) -> Dataset:
 def windows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], max_length: int
 ) -> tuple[Dataset, list[list[tuple[int, int]]]]:
-    """Model inputs, one row a window; and the (sentence, word) of every labelled position, in order, of each window.
+    """Model inputs, one row a window; and the (sentence, word) of every labeled position, in order, of each window.
 
     A word that tokenizes to nothing (a lone variation selector, say) has no position.
     """
@@ -166,7 +166,7 @@ def best_class(logits: Any) -> torch.Tensor:
 def entity_metrics(
     rows: Dataset, places: list[list[tuple[int, int]]], tags: Sequence[str]
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The metric over whole sentences; `places` says which word each labelled position of each window stands for."""
+    """The metric over whole sentences; `places` says which word each labeled position of each window stands for."""
     metric = load_metric("token_classification")
     expected = [list(row) for row in rows["tags"]]
 

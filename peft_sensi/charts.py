@@ -59,27 +59,27 @@ def plot_budgets(
     points = [point for runs in groups.values() for point in runs if point is not None]
     handles: list[tuple[float, Any]] = []
     names = sorted(groups, key=lambda name: name != reference)
-    colours = iter(look["methods"] * (1 + len(names) // 6))
+    colors = iter(look["methods"] * (1 + len(names) // 6))
     # Beside each other, or the ranges of several methods at one budget would hide each other.
     shift = 0.008 * (max(points) - min(points)) if points else 0.0
     for index, name in enumerate(names):
-        colour = look["ink"] if name == reference else next(colours)
+        color = look["ink"] if name == reference else next(colors)
         dash, marker = line_style(index)
         aside = shift * (index - (len(names) - 1) / 2)
         for place in sorted(groups[name], key=lambda p: (p is None, p)):
             runs = groups[name][place]
             if place is None:
-                line = axes.axhline(float(np.mean(runs)), color=colour, linestyle=dash, linewidth=1.2, label=name)
+                line = axes.axhline(float(np.mean(runs)), color=color, linestyle=dash, linewidth=1.2, label=name)
                 handles.append((float(np.mean(runs)), line))
             elif len(runs) > 1:
-                axes.plot([place + aside] * 2, [min(runs), max(runs)], color=colour, linewidth=1.0, alpha=0.7)
+                axes.plot([place + aside] * 2, [min(runs), max(runs)], color=color, linewidth=1.0, alpha=0.7)
         places = sorted(p for p in groups[name] if p is not None)
         if places:
             means = [float(np.mean(groups[name][p])) for p in places]
             (line,) = axes.plot(
                 [place + aside for place in places],
                 means,
-                color=colour,
+                color=color,
                 linestyle=dash,
                 marker=marker,
                 markersize=5,
@@ -110,7 +110,7 @@ def plot_budgets(
 
 
 def line_style(index: int) -> tuple[Any, str]:
-    """Dash and marker of a method by its place: a colour that comes again comes with another of both."""
+    """Dash and marker of a method by its place: a color that comes again comes with another of both."""
     turn = index // len(DASHES)
     return DASHES[(index + turn) % len(DASHES)], MARKERS[(index + 2 * turn) % len(MARKERS)]
 

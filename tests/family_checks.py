@@ -76,7 +76,7 @@ class Case:
 
 
 def make_lively(model: nn.Module) -> None:
-    """Weights at which every head, neuron, bias and position changes the output; stock initialisation hides errors."""
+    """Weights at which every head, neuron, bias and position changes the output; stock initialization hides errors."""
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):

@@ -1,4 +1,4 @@
-"""The command as people use it: every command, at 80 columns, without colour, with mistakes in the arguments."""
+"""The command as people use it: every command, at 80 columns, without color, with mistakes in the arguments."""
 
 from __future__ import annotations
 

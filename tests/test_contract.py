@@ -126,12 +126,12 @@ def test_get_peft_model(family, budget):
 @pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "MASKED_LM"])
 def test_other_tasks(family, task, budget, tmp_path):
     batches = tiny_batches(3, task=task)
-    labelled = task != "FEATURE_EXTRACTION"
-    options = {"calibration": batches, "score": "fisher"} if labelled else {}
+    labeled = task != "FEATURE_EXTRACTION"
+    options = {"calibration": batches, "score": "fisher"} if labeled else {}
     task_type = task if task != "MASKED_LM" else None
     torch.manual_seed(0)
     model = wrap(tiny_model(family, task), task_type=task_type, **options, **budget).eval()
-    if labelled:
+    if labeled:
         train(model, batches)
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ def interrupted():
 
 FAILURES = {
     "empty": ([], CalibrationError),
-    "unlabelled": (tiny_batches(labels=False), CalibrationError),
+    "unlabeled": (tiny_batches(labels=False), CalibrationError),
     "interrupted": (interrupted, KeyboardInterrupt),
     "broken": ([{"input_ids": torch.full((2, 3), 10**6), "labels": torch.zeros(2, dtype=torch.long)}], IndexError),
 }
@@ -872,11 +872,11 @@ def test_adapters_that_trim_nothing_add_up(how):
             linear = expected.get_submodule(name)
             for adapter, step in (("first", 0.1), ("second", -0.2)):
                 if adapter in layer.sensi_weight:
-                    piece = layer.sensi_slices[adapter]
+                    slice_ = layer.sensi_slices[adapter]
                     with torch.no_grad():
                         layer.sensi_weight[adapter].add_(step)
                         moved = torch.zeros_like(linear.weight)
-                        linear.weight.add_(moved.index_fill(piece.dim, piece.tuned_positions, step))
+                        linear.weight.add_(moved.index_fill(slice_.dim, slice_.tuned_positions, step))
     batch = tiny_batches(1, labels=False)[0]
     model.base_model.set_adapter(["first", "second"])
     if how == "merged":

@@ -45,8 +45,8 @@ def run(script: str, *arguments: object) -> dict:
 def encoder(tmp_path_factory) -> Path:
     """A tiny BERT whose tokenizer knows a few words and spells the others."""
     folder = tmp_path_factory.mktemp("encoder")
-    pieces = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", "?", "1", "##1"]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    slices = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", "?", "1", "##1"]
+    tokenizer = Tokenizer(models.WordPiece({slice_: i for i, slice_ in enumerate(slices)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -62,7 +62,7 @@ def encoder(tmp_path_factory) -> Path:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=64,
     ).save_pretrained(folder)
-    tiny_model("bert", "FEATURE_EXTRACTION", vocab_size=len(pieces), max_position_embeddings=64).save_pretrained(
+    tiny_model("bert", "FEATURE_EXTRACTION", vocab_size=len(slices), max_position_embeddings=64).save_pretrained(
         folder
     )
     return folder
@@ -173,10 +173,10 @@ def test_every_word_is_labelled_once_in_whatever_window(max_length, encoder, tmp
     assert flat == [(0, 0), (0, 1), (0, 3), (1, 0), (2, 0), (2, 1)]
     for window, found in zip(encoded, places, strict=True):
         assert len(window["labels"]) == len(window["input_ids"]) <= max_length
-        labelled = [i for i, label in enumerate(window["labels"]) if label != -100]
-        for position, (sentence, word) in zip(labelled, found, strict=True):
-            piece = tokenizer.convert_ids_to_tokens(window["input_ids"][position])
-            assert rows["tokens"][sentence][word].startswith(piece)  # its first sub-word
+        labeled = [i for i, label in enumerate(window["labels"]) if label != -100]
+        for position, (sentence, word) in zip(labeled, found, strict=True):
+            slice_ = tokenizer.convert_ids_to_tokens(window["input_ids"][position])
+            assert rows["tokens"][sentence][word].startswith(slice_)  # its first sub-word
             assert tags[window["labels"][position]] == rows["tags"][sentence][word]
     # Predicting every label right finds all but what has no token.
     width = max(len(labels) for labels in encoded["labels"])

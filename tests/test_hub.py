@@ -22,7 +22,7 @@ from peft_sensi.reporting.saved import open_adapter
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    """A saved adapter whose base is a folder with a licence."""
+    """A saved adapter whose base is a folder with a license."""
     folder = tmp_path_factory.mktemp("hub")
     base = tiny_model()
     base.save_pretrained(folder / "base")
@@ -54,7 +54,7 @@ def test_the_card_names_what_was_asked_and_reached(adapter):
     plan_line = next(line for line in card.text.splitlines() if line.startswith("| parameters kept"))
     assert "| 0.5 |" in plan_line and "%" in plan_line
     assert "| accuracy | 0.8765 |" in card.text and "| train rows | 1,000 |" in card.text
-    assert card.data.license == "apache-2.0" and "| licence of the base | mit |" in card.text
+    assert card.data.license == "apache-2.0" and "| license of the base | mit |" in card.text
     assert saved.fingerprint in card.text
     assert (adapter / "plan.png").read_bytes()[:4] == b"\x89PNG" and "](plan.png)" in card.text
     compile(python_block(card.text), "card", "exec")

@@ -23,17 +23,17 @@ def layers(model) -> dict[str, SensiLinear]:
 
 def plain(layer: SensiLinear, x: torch.Tensor, name: str = "default") -> torch.Tensor:
     """What the layer must compute: a plain Linear on the kept units, in the order of the layer's inputs."""
-    piece, base = layer.sensi_slices[name], layer.get_base_layer()
-    weight = base.weight.index_select(piece.dim, piece.kept).clone()
+    slice_, base = layer.sensi_slices[name], layer.get_base_layer()
+    weight = base.weight.index_select(slice_.dim, slice_.kept).clone()
     bias = None if base.bias is None else base.bias.clone()
-    if bias is not None and piece.dim == 0:
-        bias = bias.index_select(0, piece.kept)
-    index = torch.arange(piece.tuned) if isinstance(piece.tuned, int) else piece.tuned
+    if bias is not None and slice_.dim == 0:
+        bias = bias.index_select(0, slice_.kept)
+    index = torch.arange(slice_.tuned) if isinstance(slice_.tuned, int) else slice_.tuned
     if name in layer.sensi_weight:
-        weight = weight.index_copy(piece.dim, index, layer.sensi_weight[name])
+        weight = weight.index_copy(slice_.dim, index, layer.sensi_weight[name])
     if name in layer.sensi_bias:
         trained_bias = layer.sensi_bias[name]
-        bias = trained_bias if piece.dim == 1 else bias.index_copy(0, index, trained_bias)
+        bias = trained_bias if slice_.dim == 1 else bias.index_copy(0, index, trained_bias)
     return F.linear(x, weight, bias)
 
 
@@ -240,9 +240,9 @@ def test_tuned_units_come_first_on_both_sides_of_a_block():
         states = plan.of(group)
         order = [*(states == 2).nonzero()[0], *(states == 1).nonzero()[0]]
         for side in group.sides:
-            piece = layers(model)[side.module].sensi_slices["default"]
-            assert piece.kept.tolist() == side.positions(np.array(order)).tolist()
-            assert piece.tuned == int((states == 2).sum()) * side.width
+            slice_ = layers(model)[side.module].sensi_slices["default"]
+            assert slice_.kept.tolist() == side.positions(np.array(order)).tolist()
+            assert slice_.tuned == int((states == 2).sum()) * side.width
 
 
 def test_frozen_slices_are_not_copied_into_parameters():

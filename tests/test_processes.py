@@ -12,7 +12,7 @@ from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import compute_scores
-from peft_sensi.scoring.calibration import materialise
+from peft_sensi.scoring.calibration import materialize
 from peft_sensi.utils.distributed import weight_of
 
 
@@ -128,4 +128,4 @@ def test_weight_of_a_batch():
 
 def test_nothing_is_exchanged_in_one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert materialise(iter(tiny_batches(2)), 1) and not torch.distributed.is_initialized()
+    assert materialize(iter(tiny_batches(2)), 1) and not torch.distributed.is_initialized()

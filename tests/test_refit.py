@@ -42,7 +42,7 @@ def only_neurons(model, layers=(0,)) -> Plan:
 
 @torch.no_grad()
 def data(model, count=12, *, size=8, seed=0):
-    """Batches labelled by the model itself: the loss is the distance from it, and zero before the trim."""
+    """Batches labeled by the model itself: the loss is the distance from it, and zero before the trim."""
     batches = tiny_batches(count, size=size, seed=seed)
     for batch in batches:
         batch["labels"] = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -99,7 +99,7 @@ def test_the_wrapped_model_starts_from_the_refitted_values():
 
 @pytest.mark.parametrize("also_train", [[], ["norms"], ["biases"], ["output_biases"]])
 def test_a_refit_needs_the_output_biases(also_train):
-    """The fit is centred: its weights without its biases would be worse than no fit at all."""
+    """The fit is centered: its weights without its biases would be worse than no fit at all."""
     options = {"budget": 0.5, "calibration": data(tiny_model()), "calibration_steps": 12, "also_train": also_train}
     without = logits(wrap(tiny_model(), refit=False, **options))
     default = logits(wrap(tiny_model(), **options))

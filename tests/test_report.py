@@ -1,4 +1,4 @@
-"""Tables and pictures: what they say is what the plan says, and it can be told apart without colour."""
+"""Tables and pictures: what they say is what the plan says, and it can be told apart without color."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def pixels(path) -> np.ndarray:
     return (imread(path)[..., :3] * 255).round().astype(int)
 
 
-def share_of(image: np.ndarray, colour: str) -> float:
-    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def share_of(image: np.ndarray, color: str) -> float:
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return float((np.abs(image - wanted).max(-1) <= 1).mean())
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_cut_off_at_80_columns(family, neurons):
         assert "…" not in text and max(map(len, text.splitlines())) <= 80 and text.count(f"/{neurons:,} ") == 12
 
 
-def test_states_can_be_told_apart_without_colour_and_without_unicode(plan):
+def test_states_can_be_told_apart_without_color_and_without_unicode(plan):
     plain = printed(plan_table(plan, ascii_only=True))
     for row in rows_of(plan):
         assert all(("#=."[[TUNED, FROZEN, TRIMMED].index(state)] in plain) for state in np.unique(row.states))
@@ -183,21 +183,21 @@ def test_a_bar_leaves_nothing_out(counts, width):
 @pytest.mark.parametrize("style", STYLES)
 def test_the_map_paints_each_state_in_proportion(plan, scored, tmp_path, style):
     plan.plot(tmp_path / "plan.png", style=style)
-    image, colours = pixels(tmp_path / "plan.png"), STYLES[style]["states"]
+    image, colors = pixels(tmp_path / "plan.png"), STYLES[style]["states"]
     assert share_of(image, STYLES[style]["background"]) > 0.3
     rows = [row for row in rows_of(plan) if row.kind == "neuron"]
     half = image[:, image.shape[1] * 2 // 5 :]  # the bars of the neurons
-    painted = {state: share_of(half, colours[state]) for state in colours}
+    painted = {state: share_of(half, colors[state]) for state in colors}
     whole = sum(painted.values())
-    for state in colours:
+    for state in colors:
         expected = sum(row.count(state) for row in rows) / sum(row.size for row in rows)
         assert painted[state] / whole == pytest.approx(expected, abs=0.04)
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_states_differ_in_lightness_so_that_grey_prints_and_colour_blind_eyes_can_tell_them(style):
-    def lightness(colour: str) -> float:  # CIE L*, from the relative luminance of sRGB
-        channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+def test_states_differ_in_lightness_so_that_grey_prints_and_color_blind_eyes_can_tell_them(style):
+    def lightness(color: str) -> float:  # CIE L*, from the relative luminance of sRGB
+        channels = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
         luminance = float(linear @ [0.2126, 0.7152, 0.0722])
         return 116 * luminance ** (1 / 3) - 16
@@ -295,7 +295,7 @@ def test_budgets_from_a_file_with_nested_names(tmp_path):
     assert all(f"<!-- {name} -->" in text for name in ("sensi", "random", "full"))
 
 
-def test_methods_of_one_colour_have_other_dashes_and_markers():
+def test_methods_of_one_color_have_other_dashes_and_markers():
     styles = [line_style(index) for index in range(18)]
     for first in range(6):
         dashes, markers = zip(*styles[first::6], strict=True)

@@ -432,14 +432,14 @@ def test_autocast_around_the_scoring():
 
 def test_a_model_whose_output_has_no_loss_takes_a_function():
     model = tiny_model()
-    unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in tiny_batches()]
+    unlabeled = [{k: v for k, v in b.items() if k != "labels"} for b in tiny_batches()]
     labels = iter([b["labels"] for b in tiny_batches()])
 
     def loss_fn(model, batch):
         return nn.functional.cross_entropy(model(**batch).logits, next(labels))
 
     options = {**QUICK, "priming_steps": 0}
-    scores = compute_scores(model, unlabelled, loss_fn=loss_fn, **options)
+    scores = compute_scores(model, unlabeled, loss_fn=loss_fn, **options)
     assert_same_tensors(scores.values, compute_scores(model, tiny_batches(), **options).values)
 
 

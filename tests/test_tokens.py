@@ -75,13 +75,13 @@ def test_the_forward_pass_is_that_of_the_whole_table(dtype):
     with torch.no_grad():
         layer.sensi_weight["default"].normal_()
     ids = torch.randint(0, VOCABULARY, (5, 9), generator=torch.Generator().manual_seed(0))
-    table = layer.effective("default")[0].to(dtype)
+    table = layer.get_adapted_weight("default")[0].to(dtype)
     y = layer(ids)
     assert y.dtype == dtype and torch.equal(y, table[ids])
     weights = torch.randn(y.shape, dtype=dtype)
     (y * weights).sum().backward()
     (expected,) = torch.autograd.grad(
-        (layer.effective("default")[0][ids] * weights).sum(), layer.sensi_weight["default"]
+        (layer.get_adapted_weight("default")[0][ids] * weights).sum(), layer.sensi_weight["default"]
     )
     torch.testing.assert_close(layer.sensi_weight["default"].grad, expected, atol=1e-2, rtol=1e-2)
     assert layer.base_layer.weight.grad is None

@@ -76,7 +76,7 @@ def tiny_model(
 ) -> Any:
     """A random model in evaluation mode; the same arguments give the same weights, whatever the random state.
 
-    `lively` makes weights and biases large enough for all parts to matter: with the stock initialisation, heads and
+    `lively` makes weights and biases large enough for all parts to matter: with the stock initialization, heads and
     neurons hardly change the output and many a wrong result passes.
     """
     with torch.random.fork_rng(devices=[]):

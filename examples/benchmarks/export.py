@@ -4,7 +4,7 @@
     python examples/benchmarks/export.py runs/export --rounds 99  # measures again
 
 Task and models are those of `make demo`: all-MiniLM-L6-v2 fine-tuned whole, and with `SensiConfig(budget=0.5)`. Both
-are exported, both are also quantised, and the four files take turns in onnxruntime on the same batches, so that a
+are exported, both are also quantized, and the four files take turns in onnxruntime on the same batches, so that a
 busy moment of the machine falls on all of them.
 """
 

@@ -67,7 +67,7 @@ TASKS = {
 
 @dataclass
 class Data:
-    """A task's tokenised rows. `held_out` are training rows that nobody trains on: rates are chosen there.
+    """A task's tokenized rows. `held_out` are training rows that nobody trains on: rates are chosen there.
 
     `metrics`, of a task of words, turn the classes of all tokens into that split's metric.
     """

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..utils.errors import AnatomyError
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
-from .linears import LINEARS, count, features, is_plain_embedding, is_quantised, not_trimmable
+from .linears import LINEARS, count, features, is_plain_embedding, is_quantized, not_trimmable
 from .modules import base_of, is_base_parameter, not_linear, task_head
 from .units import Anatomy, Group, Side
 
@@ -48,7 +48,7 @@ def build_anatomy(
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
-    coded = {name for group in groups for name in group.modules if is_quantised(base_of(modules[name]))}
+    coded = {name for group in groups for name in group.modules if is_quantized(base_of(modules[name]))}
     groups = [replace(group, fixed=True) if coded & set(group.modules) else group for group in groups]
     layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
@@ -81,7 +81,7 @@ def _indexed_parent(name: str) -> str:
 
 
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
-    if any(is_quantised(module) for module in model.modules()):
+    if any(is_quantized(module) for module in model.modules()):
         return not_trimmable(model)
     return AnatomyError(
         f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families "

@@ -20,7 +20,7 @@ LINEARS = (nn.Linear, Conv1D)
 def is_plain(module: nn.Module) -> bool:
     """Whether the module computes `x @ weight.T + bias` and nothing else, which a subclass of Linear need not do."""
     inherited = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    coded = isinstance(module, nn.Linear) and is_quantised(module)
+    coded = isinstance(module, nn.Linear) and is_quantized(module)
     return inherited or coded or type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN
 
 
@@ -39,8 +39,8 @@ def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 def matrix(linear: Any) -> torch.Tensor:
-    """The weight as `[out, in]`, sharing its storage unless it is quantised."""
-    return dequantised(linear) if is_quantised(linear) else oriented(linear, linear.weight)
+    """The weight as `[out, in]`, sharing its storage unless it is quantized."""
+    return dequantized(linear) if is_quantized(linear) else oriented(linear, linear.weight)
 
 
 def features(linear: Any) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def bias_of(linear: nn.Module) -> torch.Tensor | None:
     return getattr(linear, "bias", None)  # embeddings have none
 
 
-def tell_features(linear: Any) -> None:
+def update_features(linear: Any) -> None:
     """Sets the module's own numbers of outputs and inputs to those of its weight."""
     if isinstance(linear, nn.Embedding):
         return  # no token ever leaves
@@ -65,7 +65,7 @@ def tell_features(linear: Any) -> None:
         linear.out_features, linear.in_features = out, into
 
 
-def is_quantised(linear: Any) -> bool:
+def is_quantized(linear: Any) -> bool:
     """Whether a Linear's weight is stored in codes."""
     weight = getattr(linear, "weight", None)
     return hasattr(linear, "W_q") or (weight is not None and has_codes(weight))
@@ -78,7 +78,7 @@ def has_codes(weight: torch.Tensor) -> bool:
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
-def dequantised(linear: Any) -> torch.Tensor:
+def dequantized(linear: Any) -> torch.Tensor:
     """The weight `[out, in]` that the codes stand for, as a new tensor in a float dtype."""
     unpack(linear)
     with torch.no_grad():
@@ -107,27 +107,27 @@ def count(parameter: torch.Tensor) -> int:
     return state.shape.numel() if state is not None else 2 * parameter.numel() * parameter.element_size()
 
 
-def check_quantised(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
-    """Refuses what needs the values of a quantised base. Raises `SensiError`."""
-    if not any(is_quantised(linear) for linear in linears):
+def check_quantized(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
+    """Refuses what needs the values of a quantized base. Raises `SensiError`."""
+    if not any(is_quantized(linear) for linear in linears):
         return
-    way_out = "Load the base model without quantisation for that."
+    way_out = "Load the base model without quantization for that."
     if update == "mask" or sparsity is not None:
-        raise SensiError(f"The base model is quantised: its weights cannot be masked. {way_out}")
+        raise SensiError(f"The base model is quantized: its weights cannot be masked. {way_out}")
     if not keep_base:
-        raise SensiError(f"The base model is quantised: `keep_base=False` would have to cut its codes. {way_out}")
+        raise SensiError(f"The base model is quantized: `keep_base=False` would have to cut its codes. {way_out}")
 
 
 def not_trimmable(model: nn.Module) -> AnatomyError:
     return AnatomyError(
-        f"{type(model).__name__} is quantised: codes are stored in blocks with common scales, so heads and neurons "
-        f"cannot be cut out of them. Load the base model without quantisation to trim it (and quantise the merged "
+        f"{type(model).__name__} is quantized: codes are stored in blocks with common scales, so heads and neurons "
+        f"cannot be cut out of them. Load the base model without quantization to trim it (and quantize the merged "
         f"model), or set only a `trainable` limit, which trims nothing."
     )
 
 
 def not_mergeable() -> SensiError:
     return SensiError(
-        "The base model is quantised, and rounding the merged weights to its codes would lose what was trained. Load "
-        "the adapter on the base model without quantisation, and merge it there."
+        "The base model is quantized, and rounding the merged weights to its codes would lose what was trained. Load "
+        "the adapter on the base model without quantization, and merge it there."
     )

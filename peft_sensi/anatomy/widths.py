@@ -80,7 +80,7 @@ def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[st
         raise SensiError(
             f"{different[0]!r} is {'not ' if different[0] in theirs else ''}in this {type(model).__name__}, unlike in "
             f"a fresh one ({len(different)} such tensors): only a merged model whose layers are all its class's own "
-            f"can be saved. Call `merge_and_unload()` first; quantised and otherwise replaced layers cannot be kept."
+            f"can be saved. Call `merge_and_unload()` first; quantized and otherwise replaced layers cannot be kept."
         )
     shapes = {n: tuple(own[n].shape) for n in theirs if own[n].shape != theirs[n].shape}
     if moved := [n for n in shapes if n not in dict(model.named_parameters(remove_duplicate=False))]:

@@ -79,7 +79,7 @@ def plan(
     model: Model,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=DATA, help="Labelled texts: .tsv, .csv, .json or .jsonl."),
+        typer.Option(metavar="FILE", rich_help_panel=DATA, help="Labeled texts: .tsv, .csv, .json or .jsonl."),
     ] = None,
     budget: Params = None,
     flops: Flops = None,
@@ -141,7 +141,7 @@ def plan(
 def train(
     model: Model,
     data: Annotated[
-        Path, typer.Option(metavar="FILE", rich_help_panel=DATA, help="Labelled texts: .tsv, .csv, .json or .jsonl.")
+        Path, typer.Option(metavar="FILE", rich_help_panel=DATA, help="Labeled texts: .tsv, .csv, .json or .jsonl.")
     ],
     out_folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the adapter goes.")],
     validation: Annotated[
@@ -375,7 +375,7 @@ def load_for(
     from .textdata import load_classifier, read_task
 
     if data is None and not without:
-        raise SensiError("Give --data, labelled texts to score with; only --score magnitude and random do without.")
+        raise SensiError("Give --data, labeled texts to score with; only --score magnitude and random do without.")
     if data is None:
         with step("loading the model"):
             return load_classifier(model), None

@@ -82,7 +82,7 @@ def step(what: str, show: bool = True) -> Iterator[None]:
 
 
 def print_json(value: Mapping[str, Any] | list[Any]) -> None:
-    """One JSON value on stdout, without colour or wrapping. NaN and infinity become null, which JSON has."""
+    """One JSON value on stdout, without color or wrapping. NaN and infinity become null, which JSON has."""
     sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts from files, as the command reads them: columns, labels, tokens, a classifier that fits.
+"""Labeled texts from files, as the command reads them: columns, labels, tokens, a classifier that fits.
 
 The five kinds of file are those that people have; nothing is guessed silently: `TextTask.line` says what was found.
 """
@@ -136,7 +136,7 @@ def read_task(
     hold_out: float = 0.0,
     seed: int = 0,
 ) -> TextTask:
-    """Reads and tokenizes labelled texts for `model`. Raises `DataError`, `SensiError`.
+    """Reads and tokenizes labeled texts for `model`. Raises `DataError`, `SensiError`.
 
     Args:
         validation: A second file; without it the share `hold_out` of the rows is held out.

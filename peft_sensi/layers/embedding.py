@@ -34,13 +34,13 @@ class SensiEmbedding(nn.Module, SensiLayer):
             return F.embedding(ids, self._combined(active)[0].to(self.base_layer.weight.dtype))
         if self.sensi_unchecked:
             self.check_loaded(active[0])
-        piece = self.sensi_slices[active[0]]
-        rows, base = self._trained(active[0], piece)["weight"], self.base_layer.weight
+        slice_ = self.sensi_slices[active[0]]
+        rows, base = self._trained(active[0], slice_)["weight"], self.base_layer.weight
         if rows is None:
             return self.base_layer(ids)
-        if piece.whole:
+        if slice_.whole:
             return F.embedding(ids, rows.to(base.dtype))
-        tokens = piece.tuned_positions.to(ids.device)  # ascending: an embedding keeps its own order
+        tokens = slice_.tuned_positions.to(ids.device)  # ascending: an embedding keeps its own order
         slots = torch.searchsorted(tokens, ids).clamp_(max=len(tokens) - 1)
         is_tuned = (tokens[slots] == ids).unsqueeze(-1)
         return torch.where(is_tuned, F.embedding(slots, rows).to(base.dtype), F.embedding(ids, base))

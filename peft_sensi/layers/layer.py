@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.linears import bias_of, features, is_quantised, matrix, not_mergeable, oriented, tell_features
+from ..anatomy.linears import bias_of, features, is_quantized, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
 from .compression import PARTS
-from .slices import Slice, empty_parts, first_parts, narrowed
+from .slices import Slice, compress_parts, empty_parts, first_parts
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
@@ -27,7 +27,7 @@ class SensiLayer(ComposedWeights):
     `sensi_values` `[n]`; `sensi_scores` `[out, in]`, of a mask. Stored but not trained: `sensi_places` `[n]` (int32),
     flat positions of the values; `sensi_bits` (uint8), a mask. All but the first two are in the adapter's order of
     units. Once an adapter is compressed, `sensi_codes` (bfloat16 or int8) and for int8 `sensi_scales` (float32) stand
-    in place of all that was trained (see `narrow`), again without gradients.
+    in place of all that was trained (see `compression`), again without gradients.
     """
 
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
@@ -50,8 +50,8 @@ class SensiLayer(ComposedWeights):
         # `(module, attribute, value per unit)`: what parent modules must know about the number of units. A plain list,
         # because Transformers' own `set_adapter` and `disable_adapters` reach only the layers, not the tuner.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
-        # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_tell_companions`.
-        self.sensi_companions: list[AuxiliaryTrainingWrapper] = []
+        # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_update_saved_modules`.
+        self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0
         self.sensi_in_block = True
         self.sensi_base_dropped = False
@@ -64,27 +64,27 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused = {}
         self._sensi_unmerged = []
         self.out_features, self.in_features = features(base_layer)
-        self.sensi_coded = is_quantised(base_layer)  # asked once: `torch.compile` cannot trace the question
+        self.sensi_coded = is_quantized(base_layer)  # asked once: `torch.compile` cannot trace the question
 
     def update_layer(
         self,
         adapter_name: str,
-        piece: Slice,
+        slice_: Slice,
         values: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Sets up `adapter_name`, from the base's values or from refitted ones in the order of `piece.kept`."""
+        """Sets up `adapter_name`, from the base's values or from refitted ones in the order of `slice_.kept`."""
         for name in self.tensor_names:
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self._sensi_fused.clear()
-        self.sensi_slices[adapter_name] = piece
+        self.sensi_slices[adapter_name] = slice_
         base = self.get_base_layer()
         empty = base.weight.is_meta or new_parameters_are_empty()
         # An adapter that is only used gets its places from a file: choosing them would take longer than to load it.
-        chosen = replace(piece, support="first") if inference_mode else piece
-        start = empty_parts(base, piece) if empty else first_parts(base, chosen, values)
+        chosen = replace(slice_, support="first") if inference_mode else slice_
+        start = empty_parts(base, slice_) if empty else first_parts(base, chosen, values)
         for name, tensor in start.items():
             trained = f"sensi_{name}" in self.adapter_layer_names
             if trained and not init_weights and not tensor.is_meta:
@@ -95,58 +95,58 @@ class SensiLayer(ComposedWeights):
 
     def drop_base(self, adapter_name: str) -> None:
         """Keeps of the base only what this adapter needs: the kept slices in its order, or nothing."""
-        piece, base = self.sensi_slices[adapter_name], self.get_base_layer()
-        kept = (piece.kept[:0] if piece.whole else piece.kept).to(base.weight.device)
+        slice_, base = self.sensi_slices[adapter_name], self.get_base_layer()
+        kept = (slice_.kept[:0] if slice_.whole else slice_.kept).to(base.weight.device)
         # Not by assignment: while PEFT loads with `low_cpu_mem_usage`, whatever is registered loses its values.
         parameters = base._parameters
-        weight = oriented(base, matrix(base).detach().index_select(piece.dim, kept)).contiguous()
+        weight = oriented(base, matrix(base).detach().index_select(slice_.dim, kept)).contiguous()
         parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        if bias_of(base) is not None and piece.dim == 0:
+        if bias_of(base) is not None and slice_.dim == 0:
             parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
-        tell_features(base)
+        update_features(base)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
         """Sets the adapter's mask to the best scores `[out, in]` (in the base's order) at its sparsity."""
-        piece, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
-        if bits is None or piece.sparsity is None:
+        slice_, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
+        if bits is None or slice_.sparsity is None:
             raise SensiError(f"The adapter {adapter_name!r} has no mask to be drawn.")
-        rank = piece.kept.argsort().argsort().to(scores.device)  # place of each kept unit in ascending order
-        mask = top_mask(scores.index_select(piece.dim, rank), piece.sparsity)
+        rank = slice_.kept.argsort().argsort().to(scores.device)  # place of each kept unit in ascending order
+        mask = top_mask(scores.index_select(slice_.dim, rank), slice_.sparsity)
         with torch.no_grad():
             bits.copy_(pack_mask(mask))
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
         """Whether the adapter's mask, if it has one, lets anything go."""
-        piece, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
-        shape = piece.kept_shape(torch.Size((self.out_features, self.in_features)))
+        slice_, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
+        shape = slice_.kept_shape(torch.Size((self.out_features, self.in_features)))
         return bits is None or not bool(unpack_mask(bits, shape).all())
 
     def settle_mask(self, adapter_name: str) -> None:
         """Replaces the scores of a learned mask by the mask itself."""
-        scores, piece = self.part("scores", adapter_name), self.sensi_slices.get(adapter_name)
-        if scores is not None and piece is not None and piece.sparsity is not None:
-            bits = pack_mask(top_mask(scores, piece.sparsity))
+        scores, slice_ = self.part("scores", adapter_name), self.sensi_slices.get(adapter_name)
+        if scores is not None and slice_ is not None and slice_.sparsity is not None:
+            bits = pack_mask(top_mask(scores, slice_.sparsity))
             del self.sensi_scores[adapter_name]
             self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
-            self.sensi_slices[adapter_name] = replace(piece, learns_mask=False)
+            self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
 
     def compress(self, adapter_name: str, kind: str) -> None:
-        """Replaces what was trained by codes (see `narrow`). Raises `SensiError` where the base's values are gone."""
+        """Replaces the trained values by codes (see `compression`). Raises `SensiError` if the base was dropped."""
         if adapter_name not in self.sensi_slices:
             return
         if self.sensi_base_dropped:
             raise base_is_dropped("compress the adapter, which needs the differences from the base's values")
-        piece = replace(self.sensi_slices[adapter_name], narrow=kind)
+        slice_ = replace(self.sensi_slices[adapter_name], compressed=kind)
         trained = {n: p for n in PARTS if (p := self.part(n, adapter_name)) is not None}
-        parts = narrowed(trained, self._origins(piece, trained), piece)
+        parts = compress_parts(trained, self._original_parts(slice_, trained), slice_)
         for name in trained:
             del getattr(self, f"sensi_{name}")[adapter_name]
         for name, tensor in parts.items():
             getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor, requires_grad=False)
-        self.sensi_slices[adapter_name] = piece
+        self.sensi_slices[adapter_name] = slice_
         self._sensi_fused.clear()
 
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class SensiLayer(ComposedWeights):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._freeze_parts()
-        self._tell_parents()
+        self._update_parents()
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
@@ -164,16 +164,16 @@ class SensiLayer(ComposedWeights):
         if not enabled and self.sensi_base_dropped:
             raise base_is_dropped("disable the adapter")
         super().enable_adapters(enabled)
-        self._tell_parents()
-        self._tell_companions()
+        self._update_parents()
+        self._update_saved_modules()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.sensi_base_dropped and adapter_name in self.sensi_slices:
             raise base_is_dropped("delete the adapter")
         super().delete_adapter(adapter_name)
         self._sensi_fused.clear()
-        self._tell_parents()
-        self._tell_companions()
+        self._update_parents()
+        self._update_saved_modules()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapter's weights into the base layer, with smaller matrices where units are trimmed.
@@ -198,9 +198,9 @@ class SensiLayer(ComposedWeights):
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
-            tell_features(base)
+            update_features(base)
             self.merged_adapters.append(name)
-        self._tell_parents()
+        self._update_parents()
 
     def unmerge(self) -> None:
         """Puts the base's own tensors back, exactly."""
@@ -211,16 +211,16 @@ class SensiLayer(ComposedWeights):
         base.weight, bias = self._sensi_unmerged[0]
         if hasattr(base, "bias"):
             base.bias = bias
-        tell_features(base)
+        update_features(base)
         self._sensi_unmerged.clear()
         self.merged_adapters.clear()
-        self._tell_parents()
+        self._update_parents()
 
     def check_combination(self, adapter_names: list[str]) -> None:
-        pieces = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
+        slices = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
         if len(adapter_names) > 1 and self.sensi_coded:
-            raise SensiError("Only one adapter can be active on a quantised base.")
-        if self.sensi_base_dropped or any(piece.trims or piece.sparsity is not None for piece in pieces):
+            raise SensiError("Only one adapter can be active on a quantized base.")
+        if self.sensi_base_dropped or any(slice_.trims or slice_.sparsity is not None for slice_ in slices):
             raise SensiError(
                 f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units "
                 f"or masks weights, and only adapters that remove nothing can be added up. Activate one at a time."
@@ -255,19 +255,19 @@ class SensiLayer(ComposedWeights):
         applied = self._applied()
         return applied[0] if applied else None
 
-    def _tell_parents(self) -> None:
+    def _update_parents(self) -> None:
         name = self._working_adapter()
         units = self.sensi_units if name is None else self.sensi_slices[name].units
         for module, attribute, per_unit in self.sensi_attributes:
             setattr(module, attribute, units * per_unit)
 
-    def _tell_companions(self) -> None:
+    def _update_saved_modules(self) -> None:
         """Heads, norms and embeddings of an adapter work when its layers do.
 
         Transformers' `enable_adapters` forgets them, and after `delete_adapter` PEFT leaves those inactive that the
         adapter that is active now has, and the deleted one had not.
         """
-        for wrapper in self.sensi_companions:
+        for wrapper in self.sensi_saved_modules:
             if wrapper.disable_adapters != self.disable_adapters:
                 wrapper.enable_adapters(not self.disable_adapters)
             names = [n for n in self.active_adapters if n in wrapper._get_available_adapters()]

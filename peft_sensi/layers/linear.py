@@ -44,8 +44,8 @@ class SensiLinear(nn.Module, SensiLayer):
     def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
         if self.sensi_unchecked:
             self.check_loaded(name)
-        piece = self.sensi_slices[name]
-        if piece.whole:
+        slice_ = self.sensi_slices[name]
+        if slice_.whole:
             weight, trained = self.sensi_weight[name], self.part("bias", name)
             bias = self.base_layer.bias if trained is None else trained
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -53,28 +53,28 @@ class SensiLinear(nn.Module, SensiLayer):
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *self._own_parameters(name))
         )
-        if piece.narrow is not None and not sharded and not torch.compiler.is_compiling():
+        if slice_.compressed is not None and not sharded and not torch.compiler.is_compiling():
             return F.linear(x, *self._decoded(name, dtype))
-        parts = self._parts(name, piece)
+        parts = self._parts(name, slice_)
         if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
-            frozen, bias = self._kept_base(piece)
+            frozen, bias = self._kept_base(slice_)
             return fused_linear_reference(x, frozen.to(dtype), None if bias is None else bias.to(dtype), **parts)
         del parts["mask"]
         weight, bias = self._fused(name, dtype, parts)
         return fused_linear(x, weight, bias, **parts)
 
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """On a quantised base: its own kernel, whose weight has no gradient, plus what the adapter changes."""
-        piece, base = self.sensi_slices[name], self.base_layer
+        """On a quantized base: its own kernel, whose weight has no gradient, plus what the adapter changes."""
+        slice_, base = self.sensi_slices[name], self.base_layer
         if self.training or x.requires_grad:
             unpack(base)
-        y, parts = base(x), self._parts(name, piece)
+        y, parts = base(x), self._parts(name, slice_)
         replaced = [part for part in ("weight", "bias") if parts[f"tuned_{part}"] is not None]
-        origins = self._cached_origins(name, piece, replaced)
-        index = piece.tuned_index.to(x.device)
+        origins = self._cached_origins(name, slice_, replaced)
+        index = slice_.tuned_index.to(x.device)
         if (weight := parts["tuned_weight"]) is not None:
             change = (weight - origins["weight"]).to(x.dtype)
-            if piece.dim == 1:
+            if slice_.dim == 1:
                 y = y + F.linear(x.index_select(-1, index), change)
             else:
                 y = y.index_add(-1, index, F.linear(x, change).to(y.dtype))
@@ -91,12 +91,12 @@ class SensiLinear(nn.Module, SensiLayer):
             y = y + F.linear(x, single.to(x.dtype))
         return y
 
-    def _cached_origins(self, name: str, piece: Slice, names: list[str]) -> dict[str, Any]:
+    def _cached_origins(self, name: str, slice_: Slice, names: list[str]) -> dict[str, Any]:
         key = (id(self.base_layer.weight), self.base_layer.weight.device)
         cached = self._sensi_fused.get(name)
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                cached = self._sensi_fused[name] = (key, self._origins(piece, names), None)
+                cached = self._sensi_fused[name] = (key, self._original_parts(slice_, names), None)
         return cached[1]
 
     @property

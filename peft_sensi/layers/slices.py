@@ -26,8 +26,8 @@ class Slice:
 
     `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
     none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
-    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before). `narrow` is
-    the type in which trained values are stored once they are not trained any more (see `narrow`).
+    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
+    `compressed` is the type in which trained values are stored once they are not trained any more (see `compression`).
     """
 
     dim: int
@@ -43,7 +43,7 @@ class Slice:
     learns_mask: bool = False
     drawn_later: bool = False
     gated: bool = False
-    narrow: str | None = None
+    compressed: str | None = None
     seed: int = 0
 
     @property
@@ -58,7 +58,7 @@ class Slice:
     def whole(self) -> bool:
         """Everything that is kept is tuned, and nothing else happens to the weight."""
         others = self.rank or self.sparse or self.sparsity is not None
-        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated and self.narrow is None
+        return 0 < self.tuned_count == len(self.kept) and not others and not self.gated and self.compressed is None
 
     @cached_property
     def natural(self) -> bool:
@@ -92,7 +92,7 @@ class Slice:
 
 
 def first_parts(
-    base: Any, piece: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
+    base: Any, slice_: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
@@ -102,88 +102,90 @@ def first_parts(
         values = (values[0].to(weight.device), None if values[1] is None else values[1].to(weight.device))
         bias = values[1] if values[1] is not None else bias
     parts = {}
-    if piece.tuned_count:
-        index = piece.tuned_positions.to(weight.device)
+    if slice_.tuned_count:
+        index = slice_.tuned_positions.to(weight.device)
         # Both are new tensors: no further copy.
-        parts["weight"] = (values[0] if values is not None else weight.index_select(piece.dim, index)).to(master)
-    if bias is not None and piece.train_bias:
-        parts["bias"] = bias.index_select(0, piece.kept.to(bias.device)) if piece.dim == 0 else bias
-    elif bias is not None and piece.dim == 0 and piece.tuned_count:
-        parts["bias"] = bias.index_select(0, piece.tuned_positions.to(bias.device))
+        parts["weight"] = (values[0] if values is not None else weight.index_select(slice_.dim, index)).to(master)
+    if bias is not None and slice_.train_bias:
+        parts["bias"] = bias.index_select(0, slice_.kept.to(bias.device)) if slice_.dim == 0 else bias
+    elif bias is not None and slice_.dim == 0 and slice_.tuned_count:
+        parts["bias"] = bias.index_select(0, slice_.tuned_positions.to(bias.device))
     if "bias" in parts:
         parts["bias"] = parts["bias"].to(master, copy=True)
-    shape = piece.kept_shape(weight.shape)
-    if piece.rank:
-        parts["down"], parts["up"] = low_rank_start(shape, piece.rank, weight)
-    if piece.sparse or piece.learns_mask:
-        kept = weight.index_select(piece.dim, piece.kept.to(weight.device))
-        if piece.sparse:
-            places = sparse_support(kept, piece.sparse, piece.support, piece.rank or 1, piece.seed)
+    shape = slice_.kept_shape(weight.shape)
+    if slice_.rank:
+        parts["down"], parts["up"] = low_rank_start(shape, slice_.rank, weight)
+    if slice_.sparse or slice_.learns_mask:
+        kept = weight.index_select(slice_.dim, slice_.kept.to(weight.device))
+        if slice_.sparse:
+            places = sparse_support(kept, slice_.sparse, slice_.support, slice_.rank or 1, slice_.seed)
             parts["places"], parts["values"] = places, torch.zeros(len(places), device=weight.device)
-        if piece.learns_mask:
+        if slice_.learns_mask:
             # In units of the matrix's spread, so that one learning rate moves all matrices' masks alike.
             parts["scores"] = kept.float().abs() / kept.float().std().clamp_min(1e-12)
-    if piece.sparsity is not None and not piece.learns_mask:
+    if slice_.sparsity is not None and not slice_.learns_mask:
         mask = torch.ones(shape, dtype=torch.bool, device=weight.device)
-        if not piece.drawn_later:
-            mask = top_mask(weight.index_select(piece.dim, piece.kept.to(weight.device)).abs(), piece.sparsity)
+        if not slice_.drawn_later:
+            mask = top_mask(weight.index_select(slice_.dim, slice_.kept.to(weight.device)).abs(), slice_.sparsity)
         parts["bits"] = pack_mask(mask)
-    if piece.gated:
-        parts["gate"] = torch.ones(piece.units, dtype=torch.uint8, device=weight.device)
-    if piece.narrow is not None:
+    if slice_.gated:
+        parts["gate"] = torch.ones(slice_.units, dtype=torch.uint8, device=weight.device)
+    if slice_.compressed is not None:
         origins = {
             name: parts[name] if name in ("weight", "bias") else 0.0
-            for name in part_shapes(*features(base), bias_of(base) is not None, piece)
+            for name in trained_shapes(*features(base), bias_of(base) is not None, slice_)
         }
-        return narrowed(parts, origins, piece)
+        return compress_parts(parts, origins, slice_)
     return parts
 
 
-def narrowed(
-    parts: Mapping[str, torch.Tensor], origins: Mapping[str, torch.Tensor | float], piece: Slice
+def compress_parts(
+    parts: Mapping[str, torch.Tensor], origins: Mapping[str, torch.Tensor | float], slice_: Slice
 ) -> dict[str, torch.Tensor]:
     """`parts` with codes and scales of the differences from `origins` in place of the trained values."""
-    assert piece.narrow is not None
+    assert slice_.compressed is not None
     rest = {name: tensor for name, tensor in parts.items() if name not in origins}
-    codes, scales = encode({n: parts[n].detach().float() - o for n, o in origins.items()}, piece.dim, piece.narrow)
+    codes, scales = encode(
+        {n: parts[n].detach().float() - o for n, o in origins.items()}, slice_.dim, slice_.compressed
+    )
     return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
 
 
-def part_shapes(out: int, into: int, has_bias: bool, piece: Slice) -> dict[str, tuple[int, ...]]:
+def trained_shapes(out: int, into: int, has_bias: bool, slice_: Slice) -> dict[str, tuple[int, ...]]:
     """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, into]`."""
-    shape = piece.kept_shape(torch.Size((out, into)))
+    shape = slice_.kept_shape(torch.Size((out, into)))
     shapes: dict[str, tuple[int, ...]] = {}
-    if piece.tuned_count:
-        shapes["weight"] = tuple(piece.tuned_count if dim == piece.dim else size for dim, size in enumerate(shape))
-    if has_bias and (piece.train_bias or (piece.dim == 0 and piece.tuned_count)):
-        shapes["bias"] = (shape[0] if piece.train_bias else piece.tuned_count,)
-    if piece.rank:
-        shapes["down"], shapes["up"] = (piece.rank, shape[1]), (shape[0], piece.rank)
-    if piece.sparse:
-        shapes["values"] = (min(piece.sparse, shape.numel()),)
+    if slice_.tuned_count:
+        shapes["weight"] = tuple(slice_.tuned_count if dim == slice_.dim else size for dim, size in enumerate(shape))
+    if has_bias and (slice_.train_bias or (slice_.dim == 0 and slice_.tuned_count)):
+        shapes["bias"] = (shape[0] if slice_.train_bias else slice_.tuned_count,)
+    if slice_.rank:
+        shapes["down"], shapes["up"] = (slice_.rank, shape[1]), (shape[0], slice_.rank)
+    if slice_.sparse:
+        shapes["values"] = (min(slice_.sparse, shape.numel()),)
     return shapes
 
 
-def empty_parts(base: Any, piece: Slice) -> dict[str, torch.Tensor]:
+def empty_parts(base: Any, slice_: Slice) -> dict[str, torch.Tensor]:
     """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
     master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape = piece.kept_shape(torch.Size(features(base)))
-    trained = part_shapes(*features(base), bias_of(base) is not None, piece)
+    shape = slice_.kept_shape(torch.Size(features(base)))
+    trained = trained_shapes(*features(base), bias_of(base) is not None, slice_)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if piece.narrow is not None:
-        codes, scales = sizes(trained, piece.dim, piece.narrow)
-        shapes |= {"codes": ((codes,), KINDS[piece.narrow])} if trained else {}
+    if slice_.compressed is not None:
+        codes, scales = sizes(trained, slice_.dim, slice_.compressed)
+        shapes |= {"codes": ((codes,), KINDS[slice_.compressed])} if trained else {}
         shapes |= {"scales": ((scales,), torch.float32)} if scales else {}
     else:
         shapes |= {n: (size, master if n in ("weight", "bias") else torch.float32) for n, size in trained.items()}
-    if piece.sparse:
+    if slice_.sparse:
         shapes["places"] = (trained["values"], torch.int32)
-    if piece.learns_mask:
+    if slice_.learns_mask:
         shapes["scores"] = (tuple(shape), torch.float32)
-    elif piece.sparsity is not None:
+    elif slice_.sparsity is not None:
         shapes["bits"] = ((-(-shape.numel() // 8),), torch.uint8)
-    if piece.gated:
-        shapes["gate"] = ((piece.units,), torch.uint8)
+    if slice_.gated:
+        shapes["gate"] = ((slice_.units,), torch.uint8)
     return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
 
 

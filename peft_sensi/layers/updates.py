@@ -1,4 +1,4 @@
-"""How the trained part of a Linear is parametrised: dense slices, low-rank terms, single values, binary masks.
+"""How the trained part of a Linear is parametrized: dense slices, low-rank terms, single values, binary masks.
 
 An `update` is a name or several joined by `+`. The effective weight is always
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..anatomy.linears import bias_of, matrix, oriented
 from .compression import PARTS, decode
 from .functional import Positions, compose, take
-from .slices import Slice, part_shapes
+from .slices import Slice, trained_shapes
 from .updates import learned_mask, unpack_mask
 from .values import check_content
 
@@ -54,58 +54,58 @@ class ComposedWeights(BaseTunerLayer):
                     check_content(f"{name}.{adapter_name}", tensor.detach(), room)
             self.sensi_unchecked.discard(adapter_name)
 
-    def effective(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_adapted_weight(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias with which a plain Linear does what this adapter does, units in the base's order.
 
         Differentiable in the trained parts; in their dtype.
         """
         self.check_loaded(adapter_name)
-        piece = self.sensi_slices[adapter_name]
+        slice_ = self.sensi_slices[adapter_name]
         weight, bias = self._composed(adapter_name)
-        order = piece.kept.argsort().to(weight.device)
-        weight = weight.index_select(piece.dim, order)
-        if bias is not None and piece.dim == 0:
+        order = slice_.kept.argsort().to(weight.device)
+        weight = weight.index_select(slice_.dim, order)
+        if bias is not None and slice_.dim == 0:
             bias = bias.index_select(0, order)
         return weight, bias
 
-    def origin(self, adapter_name: str) -> torch.Tensor:
-        """The base's weight `[out, in]`, of the kept units in the base's order, as `effective` has them."""
-        piece = self.sensi_slices[adapter_name]
-        weight, _ = self._kept_base(piece)
-        return weight.index_select(piece.dim, piece.kept.argsort().to(weight.device))
+    def get_original_weight(self, adapter_name: str) -> torch.Tensor:
+        """The base's weight `[out, in]`, of the kept units in the base's order, as `get_adapted_weight` has them."""
+        slice_ = self.sensi_slices[adapter_name]
+        weight, _ = self._kept_base(slice_)
+        return weight.index_select(slice_.dim, slice_.kept.argsort().to(weight.device))
 
-    def _kept_base(self, piece: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _kept_base(self, slice_: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
         weight = matrix(base) if self.sensi_coded else oriented(base, weight)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.sensi_base_dropped:
-            if piece.natural:
+            if slice_.natural:
                 return weight, bias
-            kept = piece.kept.to(weight.device)
-            weight = weight.index_select(piece.dim, kept)
-            bias = bias.index_select(0, kept) if bias is not None and piece.dim == 0 else bias
-        elif piece.whole:  # nothing of the base is left here, and every value will be overwritten
-            weight = weight.new_empty(piece.kept_shape(weight.shape))
-            bias = bias.new_empty(len(piece.kept)) if bias is not None and piece.dim == 0 else bias
+            kept = slice_.kept.to(weight.device)
+            weight = weight.index_select(slice_.dim, kept)
+            bias = bias.index_select(0, kept) if bias is not None and slice_.dim == 0 else bias
+        elif slice_.whole:  # nothing of the base is left here, and every value will be overwritten
+            weight = weight.new_empty(slice_.kept_shape(weight.shape))
+            bias = bias.new_empty(len(slice_.kept)) if bias is not None and slice_.dim == 0 else bias
         return weight, bias
 
-    def _parts(self, name: str, piece: Slice) -> dict[str, Any]:
+    def _parts(self, name: str, slice_: Slice) -> dict[str, Any]:
         """The arguments of `functional.compose`."""
         device = self.get_base_layer().weight.device
         places, bits, scores = (self.part(part, name) for part in ("places", "bits", "scores"))
         mask = None
-        if scores is not None and piece.sparsity is not None:
-            mask = learned_mask(scores, piece.sparsity)
+        if scores is not None and slice_.sparsity is not None:
+            mask = learned_mask(scores, slice_.sparsity)
         elif bits is not None:
-            mask = unpack_mask(bits, piece.kept_shape(torch.Size((self.out_features, self.in_features))))
+            mask = unpack_mask(bits, slice_.kept_shape(torch.Size((self.out_features, self.in_features))))
         if (gate := self.part("gate", name)) is not None:
-            mask = gate.repeat_interleave(len(piece.kept) // piece.units)  # [columns], the same for every row
-        trained = self._trained(name, piece)
+            mask = gate.repeat_interleave(len(slice_.kept) // slice_.units)  # [columns], the same for every row
+        trained = self._trained(name, slice_)
         return {
-            "dim": piece.dim,
-            "tuned": piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(device),
+            "dim": slice_.dim,
+            "tuned": slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(device),
             "tuned_weight": trained["weight"],
             "tuned_bias": trained["bias"],
             "down": trained["down"],
@@ -115,38 +115,38 @@ class ComposedWeights(BaseTunerLayer):
             "mask": mask,
         }
 
-    def _origins(self, piece: Slice, names: Iterable[str]) -> dict[str, torch.Tensor | float]:
+    def _original_parts(self, slice_: Slice, names: Iterable[str]) -> dict[str, torch.Tensor | float]:
         """From what the trained parts differ: the base's values at their positions, in float32, or zero."""
-        weight, bias = self._kept_base(piece)
-        index = piece.tuned if isinstance(piece.tuned, int) else piece.tuned.to(weight.device)
+        weight, bias = self._kept_base(slice_)
+        index = slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(weight.device)
         origins: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
         if "weight" in origins:
-            origins["weight"] = take(weight, piece.dim, index).float()
+            origins["weight"] = take(weight, slice_.dim, index).float()
         if "bias" in origins and bias is not None:
-            origins["bias"] = (bias if piece.train_bias else take(bias, 0, index)).float()
+            origins["bias"] = (bias if slice_.train_bias else take(bias, 0, index)).float()
         return origins
 
-    def _trained(self, name: str, piece: Slice) -> dict[str, torch.Tensor | None]:
+    def _trained(self, name: str, slice_: Slice) -> dict[str, torch.Tensor | None]:
         """All trained parts as values, decoded if they are compressed."""
-        if piece.narrow is None:
+        if slice_.compressed is None:
             return {part: self.part(part, name) for part in PARTS}
         codes, scales = self.part("codes", name), self.part("scales", name)
         found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
         if codes is not None:
-            shapes = part_shapes(
-                self.out_features, self.in_features, bias_of(self.get_base_layer()) is not None, piece
+            shapes = trained_shapes(
+                self.out_features, self.in_features, bias_of(self.get_base_layer()) is not None, slice_
             )
-            differences = decode(codes, scales, shapes, piece.dim)
-            origins = self._origins(piece, shapes)
+            differences = decode(codes, scales, shapes, slice_.dim)
+            origins = self._original_parts(slice_, shapes)
             found |= {part: origins[part] + difference for part, difference in differences.items()}
         return found
 
     def _composed(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in the adapter's order and the trained parts' dtype, in plain autograd."""
-        piece = self.sensi_slices[name]
-        weight, bias = self._kept_base(piece)
+        slice_ = self.sensi_slices[name]
+        weight, bias = self._kept_base(slice_)
         master = torch.promote_types(weight.dtype, torch.float32)
-        return compose(weight.to(master), None if bias is None else bias.to(master), **self._parts(name, piece))
+        return compose(weight.to(master), None if bias is None else bias.to(master), **self._parts(name, slice_))
 
     def _decoded(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What a compressed adapter computes with, from a cache as long as no code changes."""
@@ -166,19 +166,19 @@ class ComposedWeights(BaseTunerLayer):
 
     def _fused(self, name: str, dtype: torch.dtype, parts: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in the adapter's order that hold all trained parts; the frozen values come from a cache."""
-        piece, base = self.sensi_slices[name], self.get_base_layer()
+        slice_, base = self.sensi_slices[name], self.get_base_layer()
         key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)
         with torch.inference_mode(False), torch.no_grad():
             cached = self._sensi_fused.get(name)
             if self.sensi_base_dropped and dtype == base.weight.dtype:
                 # What is left of the base is this adapter's alone, and what it holds at trained positions is never
                 # read: no second copy of the weight is needed.
-                frozen, bias = self._kept_base(piece)
+                frozen, bias = self._kept_base(slice_)
                 cached = (key, frozen, bias)
             elif cached is None or cached[0] != key:
-                frozen, bias = self._kept_base(piece)
+                frozen, bias = self._kept_base(slice_)
                 # The base's own tensors are shared as long as nothing is written into the cache.
-                writes = piece.tuned_count > 0
+                writes = slice_.tuned_count > 0
                 own = writes and frozen.data_ptr() == base.weight.data_ptr()
                 frozen = frozen.to(dtype, copy=own)
                 bias = None if bias is None else bias.to(dtype, copy=own)
@@ -187,7 +187,7 @@ class ComposedWeights(BaseTunerLayer):
             weight, bias = cached[1].data, None if cached[2] is None else cached[2].data
             tuned, tuned_weight, tuned_bias = parts["tuned"], parts["tuned_weight"], parts["tuned_bias"]
             if tuned_weight is not None:
-                _write(weight, piece.dim, tuned, tuned_weight)
+                _write(weight, slice_.dim, tuned, tuned_weight)
             if tuned_bias is not None:
                 if bias is None or len(tuned_bias) == len(bias):
                     bias = tuned_bias.detach().to(dtype)
@@ -201,13 +201,13 @@ class ComposedWeights(BaseTunerLayer):
 
     def _combined(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One adapter's effective weight, or the base plus the differences of several; differentiable."""
-        weight, bias = self.effective(names[0])
+        weight, bias = self.get_adapted_weight(names[0])
         if len(names) > 1:
             base = self.get_base_layer()
             base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
             base_weight = oriented(base, base_weight)
             for name in names[1:]:
-                other_weight, other_bias = self.effective(name)
+                other_weight, other_bias = self.get_adapted_weight(name)
                 weight = weight + (other_weight - base_weight.detach())
                 if other_bias is not None:
                     difference = other_bias if base_bias is None else other_bias - base_bias.detach()

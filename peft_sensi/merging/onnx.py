@@ -87,7 +87,7 @@ def export_onnx(
             token types where the model has more than one.
         opset: Of the operators, at least 14.
         tolerance: Largest absolute difference to the model's own outputs, on three shapes with padding.
-        int8: Whether a copy with dynamically quantised weights (int8, one scale an output channel) is written, or its
+        int8: Whether a copy with dynamically quantized weights (int8, one scale an output channel) is written, or its
             path; by default beside the other, as `name.int8.onnx`.
         data: Batches by which agreement with the model, and accuracy where they have `labels`, are measured.
         external_data: Whether weights go into a file of their own beside the other; `None` is only where they must (a
@@ -131,7 +131,7 @@ def export_onnx(
             small_path.parent.mkdir(parents=True, exist_ok=True)
             small_draft = Path(folder) / "int8" / small_path.name
             small_draft.parent.mkdir()
-            _quantise(Path(folder) / path.name, Path(folder) / "int8.onnx", is_external)
+            _quantize(Path(folder) / path.name, Path(folder) / "int8.onnx", is_external)
             _pack(Path(folder) / "int8.onnx", small_draft, external_data)
             small = _measure(small_draft, small_path, names, examples, expected, reference, batches)
             _put(small_draft, small_path)
@@ -263,7 +263,7 @@ def _pack(draft: Path, path: Path, external: bool | None) -> bool:
     return True
 
 
-def _quantise(source: Path, target: Path, external: bool) -> None:
+def _quantize(source: Path, target: Path, external: bool) -> None:
     import logging
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -302,7 +302,7 @@ def _measure(
         for values_of, wanted_of in zip(found, expected, strict=True)
         for values, wanted in zip(values_of, wanted_of.values(), strict=True)
     )
-    equal, right, count, labelled = 0, 0, 0, 0
+    equal, right, count, labeled = 0, 0, 0, 0
     for batch in batches if next(iter(expected[0].values())).shape[-1] > 1 else ():  # one output is a regression
         tensors = _inputs(batch, names)
         own = next(iter(_run(model, tensors).values())).argmax(-1)
@@ -311,14 +311,14 @@ def _measure(
         counts = np.ones(own.shape, dtype=bool)
         if labels is not None and labels.shape == own.shape:
             counts = labels >= 0  # Transformers' mark of places without a label is -100
-            right, labelled = right + int((theirs == labels)[counts].sum()), labelled + int(counts.sum())
+            right, labeled = right + int((theirs == labels)[counts].sum()), labeled + int(counts.sum())
         equal, count = equal + int((own == theirs)[counts].sum()), count + int(counts.sum())
     return ExportedFile(
         path,
         sum(file.stat().st_size for file in _parts(source)),
         difference,
         equal / count if count else None,
-        right / labelled if labelled else None,
+        right / labeled if labeled else None,
     )
 
 

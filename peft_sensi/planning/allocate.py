@@ -49,7 +49,7 @@ def make_plan(
         available: Units that can be kept at all, where some are gone already.
         multiple_of: Neurons are kept in steps of so many (heads in steps of one).
         min_units: Units that stay in each block; 0 lets whole sublayers go.
-        always_trained: Values that are trained in any case and count towards `trainable`.
+        always_trained: Values that are trained in any case and count toward `trainable`.
         tunes: Whether units are tuned at all; `False` leaves all kept ones frozen.
         retention: Share of each FFN's kept neurons that are tuned, rounded down (FAR); heads are tuned whole.
         tuned_layers: Units are tuned in so many layers only, those with the best scores for their cost.

@@ -17,7 +17,7 @@ Values = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class LeastSquares:
-    """Accumulates the weighted normal equations of the change of `weight` and `bias`; centred if there is a bias."""
+    """Accumulates the weighted normal equations of the change of `weight` and `bias`; centered if there is a bias."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -39,11 +39,11 @@ class LeastSquares:
 
     def solve(self) -> Values | None:
         """The solution for the tokens of all processes, if there is one. To be called once: it uses the sums up."""
-        distributed.add_up([self.zz, self.rz, self.z, self.r, self.total], "refitting")
+        distributed.all_sum([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None
-        centre = float(self.bias is not None)
-        mean_z, mean_r = centre * self.z / self.total, centre * self.r / self.total
+        center = float(self.bias is not None)
+        mean_z, mean_r = center * self.z / self.total, center * self.r / self.total
         # In place, and each freed as soon as it can be: these are the largest matrices of a refit.
         gram = self.zz.div_(self.total).addr_(mean_z, mean_z, alpha=-1.0)
         cross = self.rz.div_(self.total).addr_(mean_r, mean_z, alpha=-1.0)
@@ -77,7 +77,9 @@ class GuardErrors:
             )
 
     def best(self) -> Values | None:
-        self.errors = [sum(values) for values in zip(*distributed.meet("checking a refit", self.errors), strict=True)]
+        self.errors = [
+            sum(values) for values in zip(*distributed.gather("checking a refit", self.errors), strict=True)
+        ]
         step = STEPS[int(np.argmin(self.errors))]
         if step == 0.0:
             return None

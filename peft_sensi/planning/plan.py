@@ -110,7 +110,7 @@ class Plan:
             kept, tuned = (_unpack(entry[key], group.size, f"{group.name}.{key}") for key in ("kept", "tuned"))
             if group.fixed and not kept.all():
                 raise SensiLoadError(
-                    f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantised?): load "
+                    f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantized?): load "
                     f"the adapter on the base model that it was made for."
                 )
             if (tuned & ~kept).any() or (not group.trimmable and not kept.all()):

@@ -3,7 +3,7 @@
 For each sublayer in order, on the already trimmed model, the output projection `W, b` is refitted so that the residual
 sum that enters the next LayerNorm is again what it is in the untrimmed model:
 
-    minimise over W, b:  sum_t w_t |r_t + W z_t + b - s_t|^2 + ridge |W - W_0|^2
+    minimize over W, b:  sum_t w_t |r_t + W z_t + b - s_t|^2 + ridge |W - W_0|^2
 
 with `z_t` the kept activations and `r_t` the residual of the trimmed model, `s_t` the sum in the untrimmed model (so
 each sublayer also mends what the ones before it lost), and `w_t = 1 / var(s_t)`, because after the LayerNorm that is
@@ -65,8 +65,8 @@ def refit(
         by_layer = {layer: [g for g in groups if g.layer == layer] for layer in order}
         student = {g.name: _Output(model, plan, g) for g in plan.anatomy.trimmable}
         # By the place of a batch among those of all processes, so that their number changes nothing.
-        places = distributed.places(len(batches))
-        total = sum(distributed.meet("counting batches", len(batches)))
+        places = distributed.batch_positions(len(batches))
+        total = sum(distributed.gather("counting batches", len(batches)))
         held_out = {i for i, place in enumerate(places) if (place % 4 == 3 if total > 3 else place == 0)}
         for layer in tqdm(order, desc="refit", disable=not progress, leave=False):
             _refit_layer(model, plan, layer, by_layer[layer], student, streams, held_out, total)
@@ -338,7 +338,7 @@ def _trimmed_loss(
         for output in student.values():
             output.put()
         losses = [calibration_loss(model, b, loss_fn, f"calibration batch {i} (refit)") for i, b in batches.items()]
-    return sum(distributed.meet("comparing losses", sum(float(loss) for loss in losses)))
+    return sum(distributed.gather("comparing losses", sum(float(loss) for loss in losses)))
 
 
 def _first(output: Any) -> torch.Tensor:

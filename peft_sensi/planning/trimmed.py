@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix, oriented, tell_features
+from ..anatomy.linears import bias_of, matrix, oriented, update_features
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
 from ..utils.states import TRIMMED
@@ -50,7 +50,7 @@ def cut(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[None]
     finally:
         for linear, weight, bias in reversed(before):
             linear._parameters["weight"], linear._parameters["bias"] = weight, bias
-            tell_features(linear)
+            update_features(linear)
         for module, attribute, value in reversed(told):
             setattr(module, attribute, value)
 
@@ -62,4 +62,4 @@ def put(linear: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     linear._parameters["weight"] = nn.Parameter(oriented(linear, weight).to(dtype), requires_grad=False)
     if bias is not None:
         linear._parameters["bias"] = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    tell_features(linear)
+    update_features(linear)

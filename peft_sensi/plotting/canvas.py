@@ -1,7 +1,7 @@
 """What all pictures share: two styles, a sheet, axes, files.
 
 Three states are told apart by lightness first (dark is tuned, pale is gone), then by hues of Okabe and Ito's
-colour-blind safe palette, so that a print in black and white says the same. Methods differ in colour, marker and dash.
+color-blind safe palette, so that a print in black and white says the same. Methods differ in color, marker and dash.
 """
 
 from __future__ import annotations

@@ -346,8 +346,10 @@ def _draw_heat(
         interpolation="nearest",
         extent=(0, widest, len(rows) - 0.5, -0.5),
     )
-    spiked = [line for line, (name, _) in enumerate(rows) if name in scores.protected and scores.protected[name].any()]
-    for line in spiked:
+    with_outliers = [
+        line for line, (name, _) in enumerate(rows) if name in scores.protected and scores.protected[name].any()
+    ]
+    for line in with_outliers:
         axes.annotate(
             "▸",
             (0, line),
@@ -362,7 +364,7 @@ def _draw_heat(
     style_axes(axes, look)
     names = [name for name, _ in rows]
     block_ticks(axes, names, blocks_of(names))
-    if spiked:
+    if with_outliers:
         axes.tick_params(axis="y", pad=7)
     count_ticks(axes, widest)
     axes.set_title(f"{kind}, each block's best on the left", loc="left", color=look["ink"], size=8, pad=4)
@@ -371,5 +373,5 @@ def _draw_heat(
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=look["soft"], length=2)
     bar.ax.minorticks_off()
-    note = "score; ▸ has a spike, kept whatever its score" if spiked else "score"
+    note = "score; ▸ has a spike, kept whatever its score" if with_outliers else "score"
     bar.ax.set_xlabel(note, color=look["soft"], size=7.5, labelpad=2)

@@ -136,8 +136,8 @@ def new_card(
         results=results,
         provenance=[
             ("base model", f"`{base or 'unknown'}`"),
-            ("licence of the base", base_license or "see the base model's card"),
-            ("licence of the adapter", license or "not stated"),
+            ("license of the base", base_license or "see the base model's card"),
+            ("license of the adapter", license or "not stated"),
             ("fingerprint of the base", f"`{fingerprint}`" if fingerprint else "none"),
             ("ranked by", f"`{config.score}`, seed {config.seed}"),
             (

@@ -1,6 +1,6 @@
 """Tables for a terminal, and the same figures as plain JSON values. They need rich (`pip install 'peft-sensi[cli]'`).
 
-Nothing relies on colour: the three states have characters of their own, so a pipe or `NO_COLOR` loses nothing.
+Nothing relies on color: the three states have characters of their own, so a pipe or `NO_COLOR` loses nothing.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def legend(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Text:
     rows = drawn_rows(plan)
     for state, name in LEGEND.items():
         if any(row.count(state) for row in rows):
-            glyph, colour = GLYPHS[state]
-            text.append((ASCII[state] if ascii_only else glyph) * 2, colour)
+            glyph, color = GLYPHS[state]
+            text.append((ASCII[state] if ascii_only else glyph) * 2, color)
             text.append(f" {name}   ")
     return text
 
@@ -169,8 +169,8 @@ def _bar(row: Row, ascii_only: bool, width: int) -> Text:
         whole[max(whole, key=lambda state: whole[state])] -= 1
     while 0 < sum(whole.values()) < width:
         whole[max(whole, key=lambda state: exact[state] - whole[state])] += 1
-    for state, (glyph, colour) in GLYPHS.items():
-        text.append((ASCII[state] if ascii_only else glyph) * whole[state], colour)
+    for state, (glyph, color) in GLYPHS.items():
+        text.append((ASCII[state] if ascii_only else glyph) * whole[state], color)
     return text
 
 

@@ -19,7 +19,7 @@ from ..utils.errors import CalibrationError
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
-def materialise(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
+def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
     """The first `steps` batches, so that a generator can be used for several passes. Raises `CalibrationError`."""
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
@@ -108,7 +108,7 @@ def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
         for key, place in (("input_ids", -1), ("inputs_embeds", -2), ("decoder_input_ids", -1))
         if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
     ]
-    pooled = distributed.meet("measuring lengths", (sum(lengths), len(lengths)))
+    pooled = distributed.gather("measuring lengths", (sum(lengths), len(lengths)))
     total, number = (sum(values) for values in zip(*pooled, strict=True))
     return round(total / number) if number else None
 

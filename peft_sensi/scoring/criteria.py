@@ -34,10 +34,10 @@ from ..anatomy.modules import input_embedding, linear_of, task_head, unit_weight
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed, replicas
 from ..utils.errors import CalibrationError, SensiError
-from .calibration import LossFn, device_of, materialise, mean_length, preserved
+from .calibration import LossFn, device_of, materialize, mean_length, preserved
 from .gates import apply_gate, gate_gradients, hooked
 from .head import head_state
-from .outliers import SpikeFinder
+from .outliers import OutlierFinder
 from .priming import primed
 from .scores import DATA_METHODS, METHODS, Scores
 
@@ -71,18 +71,18 @@ def compute_scores(
         targets: Linears (or embeddings) outside the known blocks whose rows are to be scored too.
 
     Raises:
-        CalibrationError: Empty or unlabelled data, or a loss or gradient that is not finite (the batch is named).
+        CalibrationError: Empty or unlabeled data, or a loss or gradient that is not finite (the batch is named).
         SensiError: An unknown `score`.
     """
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
     table = input_embedding(model) if calibration is not None and score != "movement" else None
     anatomy = build_anatomy(model, {*targets, *([table] if table else [])}, blocks)
-    with distributed.together("scoring"), replicas.weights_of_0(model), preserved(model):
+    with distributed.synchronized("scoring"), replicas.weights_from_rank_0(model), preserved(model):
         # A data loader that shuffles draws random numbers, too.
         batches = None
         if calibration is not None:
-            batches = materialise(calibration, max(calibration_steps, priming_steps, 1))
+            batches = materialize(calibration, max(calibration_steps, priming_steps, 1))
         return score_units(
             model,
             anatomy,
@@ -138,7 +138,7 @@ def score_units(
     assert batches is not None
     if score in ("mask", "movement") and not priming_steps:
         raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
-    spikes = SpikeFinder(model, anatomy)
+    outliers = OutlierFinder(model, anatomy)
     if score == "mask":
         device = device_of(model)
         gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
@@ -160,7 +160,7 @@ def score_units(
         bar = tqdm(batches[: max(1, calibration_steps)], desc=f"{score} scores", disable=not progress, leave=False)
         for index, batch in enumerate(bar):
             # As a precaution not under autocast: a gate's gradient is a small difference of large terms.
-            with spikes.watching(batch), torch.autocast(device_of(model).type, enabled=False):
+            with outliers.watching(batch), torch.autocast(device_of(model).type, enabled=False):
                 gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
             examples += next(iter(gradients.values())).shape[0]
             for name, gradient in gradients.items():
@@ -168,10 +168,10 @@ def score_units(
                 if not torch.isfinite(total).all():
                     raise CalibrationError(f"The scores of {name!r} are not finite for calibration batch {index}.")
                 totals[name] += total
-    distributed.add_up(list(totals.values()), "adding up scores")
-    examples = sum(distributed.meet("counting examples", examples))
+    distributed.all_sum(list(totals.values()), "adding up scores")
+    examples = sum(distributed.gather("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
-    return Scores(values, score, length, spikes.found(), head)
+    return Scores(values, score, length, outliers.found(), head)
 
 
 def random_scores(anatomy: Anatomy, seed: int) -> dict[str, torch.Tensor]:
@@ -222,6 +222,6 @@ def only_seen(
                 for group, counts in zip(groups, seen, strict=True):
                     known = ids[(ids >= 0) & (ids < group.size)]
                     counts[known.reshape(-1).cpu().unique().long()] = 1.0
-    distributed.maximum(seen, "looking for tokens")
+    distributed.all_max(seen, "looking for tokens")
     masks = {g.name: mask for g, mask in zip(groups, seen, strict=True)}
     return {name: value * masks[name] if name in masks else value for name, value in values.items()}

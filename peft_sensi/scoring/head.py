@@ -22,7 +22,7 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
     if linear is None or linear.bias is None or bool(linear.bias.detach().any()):
         return
     outputs = linear.out_features
-    pooled = distributed.meet("counting labels", _count_labels(batches, outputs))
+    pooled = distributed.gather("counting labels", _count_labels(batches, outputs))
     numbers = [number for number, _, _ in pooled if number is not None]
     counts = [count for _, count, _ in pooled if count is not None]
     with torch.no_grad():

@@ -15,10 +15,10 @@ from ..utils import distributed
 from .calibration import device_of, to_device, token_mask
 
 
-SPIKE_SHARE = 0.5
+OUTLIER_SHARE = 0.5
 
 
-class SpikeFinder:
+class OutlierFinder:
     """Finds units that carry more than half of the energy of some token's residual sum (before the LayerNorm).
 
     One neuron that fires only on [CLS] can carry 80-97 % of a layer's output there, while its average score is small;
@@ -77,6 +77,6 @@ class SpikeFinder:
                 handle.remove()
 
     def found(self) -> dict[str, torch.Tensor]:
-        """Which units are spikes for a token of any process."""
-        distributed.maximum(list(self.share.values()), "looking for spikes")
-        return {name: share > SPIKE_SHARE for name, share in self.share.items()}
+        """Which units are outliers for a token of any process."""
+        distributed.all_max(list(self.share.values()), "looking for outliers")
+        return {name: share > OUTLIER_SHARE for name, share in self.share.items()}

@@ -154,7 +154,7 @@ class SignSteps:
         self.finite = True
 
     def __enter__(self) -> SignSteps:
-        alone = self.moving if distributed.count() == 1 else ()
+        alone = self.moving if distributed.world_size() == 1 else ()
         self.handles = [p.register_post_accumulate_grad_hook(self._move) for p in alone]
         return self
 

@@ -139,7 +139,7 @@ def pop_plan(tensors: dict[str, Any], where: str = WEIGHTS) -> Any:
 
 
 def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
-    """Shapes and projections of some rows of the base's weights; `None` on `meta` or quantised weights."""
+    """Shapes and projections of some rows of the base's weights; `None` on `meta` or quantized weights."""
     names = sorted({name for group in anatomy.groups for name in group.modules})
     sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
     shapes, marks = {}, []

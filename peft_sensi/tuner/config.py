@@ -57,9 +57,9 @@ class SensiConfig(_NeverStored, PeftConfig):
         score: `fisher`, `taylor`, `mask`, `movement`, `magnitude` or `random`.
         granularity: `unit` (heads, neurons, rows), `tensor` (a limit on parameters or FLOPs removes whole sublayers,
             one on trained values tunes whole Linears) or `weight` (only with an update of single weights).
-        update: How the tuned part is parametrised: `dense` slices, `low_rank`, `sparse`, `low_rank+sparse`,
+        update: How the tuned part is parametrized: `dense` slices, `low_rank`, `sparse`, `low_rank+sparse`,
             `dense+low_rank`, or `mask` (see `updates`). `None` is `dense`, or `low_rank` where a `trainable` limit is
-            small (see `pieces.usual_update`), which wants LoRA's learning rates.
+            small (see `slices.usual_update`), which wants LoRA's learning rates.
         rank: Of a low-rank update; by default the largest that a `trainable` limit allows.
         sparse: Number of trained values in each matrix.
         support: Where they are: `magnitude`, `random` or `decomposition`.
@@ -67,7 +67,7 @@ class SensiConfig(_NeverStored, PeftConfig):
         retention: Share of each FFN's neurons that are tuned; attention is then tuned whole.
         tuned_layers: Number of layers in which something is tuned: those with the best scores for their cost.
         compressed: How trained values are stored: `None` as they are, `"bits"` one bit for each masked weight,
-            `"bfloat16"` or `"int8"` as differences from the base (see `narrow`). Set by `SensiModel.compress`.
+            `"bfloat16"` or `"int8"` as differences from the base (see `compression`). Set by `SensiModel.compress`.
         schedule: What changes during training (see `schedule`); somebody must then step it.
         target_modules: What may be tuned, as in PEFT: names, a regular expression or `"all-linear"`. By default the
             Linears of all known blocks, or all Linears of an unknown model.
@@ -99,9 +99,9 @@ class SensiConfig(_NeverStored, PeftConfig):
         plan: A finished plan, which replaces budget and scores. Filled in when the model is wrapped.
         fingerprint: Statistics of the base, checked on load; `None` skips the check. Filled in as well.
         format_version: Of the adapter's files.
-        calibration: Batches that `model(**batch)` turns into a loss (any iterable). Used once and never serialised.
-        scores: [`Scores`] from `compute_scores`, instead of scoring again. Never serialised.
-        loss_fn: Function of the model and a batch, for models whose output has no loss. Never serialised.
+        calibration: Batches that `model(**batch)` turns into a loss (any iterable). Used once and never serialized.
+        scores: [`Scores`] from `compute_scores`, instead of scoring again. Never serialized.
+        loss_fn: Function of the model and a batch, for models whose output has no loss. Never serialized.
 
     Raises:
         SensiError: A field is malformed, or has no effect in this combination.

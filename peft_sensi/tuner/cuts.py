@@ -81,15 +81,15 @@ def close_units(
         min_units=config.units_to_stay,
         uniform=config.widths == "uniform",
     )
-    distributed.meet("cutting")
+    distributed.gather("cutting")
     with torch.no_grad():
         for group in anatomy.trimmable:
             if group.output in gates:
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
-                distributed.send_from_0(gate)
+                distributed.broadcast(gate)
     closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
-    distributed.agree("its cut", closed, "The processes must have the same model.")
+    distributed.check_equal("its cut", closed, "The processes must have the same model.")
 
 
 def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -123,7 +123,7 @@ def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[to
     """A Linear's weight `[out, in]` in the base and with the adapter, float32."""
     layer, before = root.get_submodule(name), matrix(linear_of(root, name)).float()
     if isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices:
-        return before, layer.effective(adapter_name)[0].float()
+        return before, layer.get_adapted_weight(adapter_name)[0].float()
     return before, before
 
 

@@ -16,14 +16,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_trim
-from ..anatomy.linears import check_quantised, is_plain
+from ..anatomy.linears import check_quantized, is_plain
 from ..anatomy.modules import base_of, linear_of, task_head
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
-from ..scoring.calibration import image_tokens, materialise, preserved
+from ..scoring.calibration import image_tokens, materialize, preserved
 from ..scoring.criteria import only_seen, score_units
 from ..scoring.head import head_at_prior
 from ..scoring.scores import Scores
@@ -89,7 +89,7 @@ def decide(
         limits = Budget()  # everything stays until the cuts come
     batches = None
     if given.calibration is not None:
-        batches = materialise(given.calibration, max(given.calibration_steps, given.priming_steps))
+        batches = materialize(given.calibration, max(given.calibration_steps, given.priming_steps))
         _warn_of_lost_inputs(given, batches)
     scores = given.scores
     if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
@@ -129,7 +129,7 @@ def decide(
     fit_rank(model, config, plan, whole)
     # Now that the plan is known, what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
-    # The fit is centred, so it moves the output biases where there are any: the adapter must hold them, too.
+    # The fit is centered, so it moves the output biases where there are any: the adapter must hold them, too.
     has_biases = any(linear_of(model, group.output).bias is not None for group in anatomy.trimmable)
     fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
     if given.refit and not fits:
@@ -167,15 +167,15 @@ def decide_together(
     targets: frozenset[str],
     saved: list[str],
 ) -> Decision:
-    """`decide` with all processes of `distributed.together`, which get the same decision."""
-    if distributed.count() == 1:
+    """`decide` with all processes of `distributed.synchronized`, which get the same decision."""
+    if distributed.world_size() == 1:
         return decide(model, given, config, anatomy, targets, saved)
     # Paths may differ between machines; plan and fingerprint are filled in below.
     own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
     data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
-    distributed.agree("its configuration", {**data, **settings}, "Give all processes the same.")
-    if replicas.somebody_has_no_weights(model):
+    distributed.check_equal("its configuration", {**data, **settings}, "Give all processes the same.")
+    if replicas.any_process_on_meta(model):
         decision = None
         if distributed.rank() == 0:
             with distributed.alone():
@@ -183,9 +183,9 @@ def decide_together(
     else:
         decision = decide(model, given, config, anatomy, targets, saved)
     # Sums are the same everywhere, but rounding on different hardware may not be.
-    decision = distributed.from_0(None if decision is None else decision.on_cpu())
+    decision = distributed.broadcast_object(None if decision is None else decision.on_cpu())
     plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
-    distributed.agree("its plan", plan.to_dict(), "The processes must have the same model.")
+    distributed.check_equal("its plan", plan.to_dict(), "The processes must have the same model.")
     return replace(decision, plan=plan)
 
 
@@ -246,7 +246,7 @@ def prepare(model: nn.Module, given: SensiConfig, config: SensiConfig) -> Decisi
     if config.update is None:
         config.update = usual_update(model, given, anatomy, targets, values_of(model, saved))
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
-    check_quantised(linears, config.update, config.sparsity, config.keep_base)
+    check_quantized(linears, config.update, config.sparsity, config.keep_base)
     if config.plan is not None:
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
@@ -258,7 +258,7 @@ def prepare(model: nn.Module, given: SensiConfig, config: SensiConfig) -> Decisi
         fit_rank(model, config, decision.plan, values_of(model, saved))
         config.plan = decision.plan.to_dict()
         logger.info("%s", decision.plan.line())
-    config.fingerprint = distributed.from_0(fingerprint(model, anatomy)) or config.fingerprint
+    config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
     return decision
 
 

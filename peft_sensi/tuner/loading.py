@@ -52,15 +52,15 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
         raise SensiLoadError(f"{config.file_name}: {error}") from error
 
 
-def check_slices(path: str, model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> None:
+def check_slices(path: str, model: nn.Module, slices: dict[str, tuple[Slice, Group]]) -> None:
     """Checks the file's tensors of sliced Linears before a Linear is replaced. Raises `SensiLoadError`."""
     expected: dict[str, Spec] = {}
     rooms: dict[str, int] = {}
-    for name, (piece, _) in pieces.items():
+    for name, (slice_, _) in slices.items():
         linear = linear_of(model, name)
-        for part, tensor in empty_parts(linear, piece).items():
+        for part, tensor in empty_parts(linear, slice_).items():
             expected[f"{name}.sensi_{part}"] = (tuple(tensor.shape), tensor.dtype)
-            rooms[f"{name}.sensi_{part}"] = piece.kept_shape(torch.Size(features(linear))).numel()
+            rooms[f"{name}.sensi_{part}"] = slice_.kept_shape(torch.Size(features(linear))).numel()
     with opened(path) as file:
         specs = _own_names(read_specs(path, file), path)
         ours = {name: spec for name, (_, spec) in specs.items() if name in expected or is_part(name)}

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import is_quantised, not_mergeable
+from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.units import Anatomy, Group
 from ..anatomy.widths import note_widths
 from ..layers.compression import KINDS
@@ -27,7 +27,7 @@ from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, pla
 from .config import SensiConfig
 from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
-from .slicing import pieces_of
+from .slicing import slices_of
 from .targets import targets_of
 from .wrapping import drop_originals, replace_module, replan, set_head, wrap_module
 
@@ -108,28 +108,28 @@ class SensiModel(BaseTuner):
             config.from_file = False  # its plan is made here, so no file can contradict it
         flags = [(p, p.requires_grad) for p in model.parameters()]
         # A finished plan needs nobody else: one process may load an adapter while others do something different.
-        joint = distributed.together("wrapping the model") if given.plan is None else nullcontext()
+        joint = distributed.synchronized("wrapping the model") if given.plan is None else nullcontext()
         try:
-            with joint, replicas.weights_of_0(model, keep=True):
+            with joint, replicas.weights_from_rank_0(model, keep=True):
                 with errors_of_file(given):
                     decision = prepare(model, given, config)
-                    pieces = {} if decision is None else pieces_of(model, config, decision.plan)
+                    slices = {} if decision is None else slices_of(model, config, decision.plan)
                 if (path := file_to_check(given)) is not None:
-                    check_slices(path, model, pieces)
+                    check_slices(path, model, slices)
                 if decision is not None:
                     self._remember(adapter_name, decision)
                 # Each layer takes its refitted values out, so that they are never there twice.
-                self._sensi_injecting = (pieces, {} if decision is None else decision.refitted)
+                self._sensi_injecting = (slices, {} if decision is None else decision.refitted)
                 # The plan decides which modules are replaced, so a state dict has nothing to add.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
                 if path is not None:
                     check_saved_modules(path, model, adapter_name)
                 if decision is not None:
                     set_head(model, adapter_name, decision.head)
-                    replicas.check_launcher(any(piece.has_integers for piece, _ in pieces.values()))
+                    replicas.check_launcher(any(slice_.has_integers for slice_, _ in slices.values()))
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
-                    replicas.make_room_for_adapter(model)
-                replicas.take_weights_of_0(model)  # some parts of an adapter start from random values
+                    replicas.allocate_adapter(model)
+                replicas.copy_weights_from_rank_0(model)  # some parts of an adapter start from random values
         except BaseException:
             self._roll_back(model, adapter_name, flags)
             raise
@@ -139,7 +139,7 @@ class SensiModel(BaseTuner):
         dropped = False
         for module in model.modules():
             if isinstance(module, SensiLayer):
-                module.sensi_companions = companions
+                module.sensi_saved_modules = companions
                 if not config.keep_base and adapter_name in module.sensi_slices:
                     module.drop_base(adapter_name)
                     dropped = True
@@ -199,10 +199,10 @@ class SensiModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert self._sensi_injecting is not None
-        pieces, refitted = self._sensi_injecting
-        piece, group = pieces[current_key]
+        slices, refitted = self._sensi_injecting
+        slice_, group = slices[current_key]
         layer = wrap_module(
-            self.model, current_key, adapter_name, piece, group, sensi_config, refitted.pop(current_key, None)
+            self.model, current_key, adapter_name, slice_, group, sensi_config, refitted.pop(current_key, None)
         )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
@@ -274,7 +274,7 @@ class SensiModel(BaseTuner):
                 layer.check_combination(adapter_names)
 
     def _check_codes(self) -> None:
-        if any(is_quantised(layer.get_base_layer()) for layer in self._layers()):
+        if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 
     def _check_base(self, action: str) -> None:
@@ -301,8 +301,8 @@ class SensiModel(BaseTuner):
         """Turns the trained values of an adapter into a narrower form, in which it is then used, saved and merged.
 
         `"bfloat16"` and `"int8"` hold the differences from the base's values, with a scale for each tuned unit (see
-        `narrow`): 2 bytes, or little more than 1, instead of 4 for each value. `"bits"` is one bit for each weight
-        of a learned mask. What PEFT saves whole (the task head, norms, embeddings) stays as it is. The adapter
+        `compression`): 2 bytes, or little more than 1, instead of 4 for each value. `"bits"` is one bit for each
+        weight of a learned mask. What PEFT saves whole (the task head, norms, embeddings) stays as it is. The adapter
         cannot be trained further: keep the checkpoint that you compress.
 
         Raises `SensiError` for a form that the adapter's update doesn't have, for an adapter that is compressed

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..layers.layer import SensiLayer
-from ..scoring.calibration import LossFn, materialise
+from ..scoring.calibration import LossFn, materialize
 from ..scoring.scores import DATA_METHODS
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -67,7 +67,7 @@ class Schedule:
         self.adapter_name, self.config = scheduled_adapter(self.model)
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches: list[Mapping[str, Any]] | None = None
-        with distributed.together("preparing the schedule"):
+        with distributed.synchronized("preparing the schedule"):
             self._prepare(total_steps, steps_per_epoch, calibration)
         self.done_steps = 0
         tuner(self.model).sensi_schedule_is_stepped = True
@@ -79,7 +79,7 @@ class Schedule:
             if calibration is None and self.config.score in DATA_METHODS and self.config.score != "movement":
                 raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
             if calibration is not None:
-                self.batches = materialise(calibration, self.config.calibration_steps)
+                self.batches = materialize(calibration, self.config.calibration_steps)
             cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
         elif "epochs" in self.phase:
@@ -149,7 +149,7 @@ class Schedule:
                 layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
 
     def _close(self, progress: float) -> None:
-        with distributed.together("cutting units"):
+        with distributed.synchronized("cutting units"):
             close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
 
     def _layers(self) -> list[SensiLayer]:
@@ -214,10 +214,10 @@ def freeze_dense(
 def mask_scores(layer: SensiLayer, adapter_name: str) -> torch.Tensor:
     """What decides which weights a mask keeps, `[out, in]` in the base's order."""
     with torch.no_grad():
-        effective, _ = layer.effective(adapter_name)
+        effective, _ = layer.get_adapted_weight(adapter_name)
         if layer.part("down", adapter_name) is None and layer.part("values", adapter_name) is None:
             return effective.abs()
-        return (effective - layer.origin(adapter_name).to(effective.dtype)).abs()
+        return (effective - layer.get_original_weight(adapter_name).to(effective.dtype)).abs()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

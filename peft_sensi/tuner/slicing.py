@@ -24,9 +24,9 @@ from ..utils.states import FROZEN, TUNED
 from .config import SensiConfig
 
 
-def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
+def slices_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tuple[Slice, Group]]:
     """For each module that the plan concerns: its slice and its group."""
-    pieces = {}
+    slices = {}
     if config.rank is not None:
         largest = max((max(features(linear_of(model, name))) for name in plan.targets), default=0)
         if config.rank > largest:
@@ -36,23 +36,23 @@ def pieces_of(model: nn.Module, config: SensiConfig, plan: Plan) -> dict[str, tu
         tuned, frozen = np.flatnonzero(states == TUNED), np.flatnonzero(states == FROZEN)
         for module in group.modules:
             sides = [side for side in group.sides if side.module == module]
-            piece = _slice(model, group, sides, tuned, frozen, config, module in plan.targets)
-            if not piece.idle:
-                pieces[module] = (piece, group)
-    return pieces
+            slice_ = _slice(model, group, sides, tuned, frozen, config, module in plan.targets)
+            if not slice_.idle:
+                slices[module] = (slice_, group)
+    return slices
 
 
-def trained_values(model: nn.Module, pieces: dict[str, tuple[Slice, Group]]) -> int:
+def trained_values(model: nn.Module, slices: dict[str, tuple[Slice, Group]]) -> int:
     """Number of values that the slices train."""
     total = 0
-    for name, (piece, _) in pieces.items():
+    for name, (slice_, _) in slices.items():
         linear = linear_of(model, name)
-        out, into = piece.kept_shape(torch.Size(features(linear)))
-        total += piece.tuned_count * (into if piece.dim == 0 else out)
+        out, into = slice_.kept_shape(torch.Size(features(linear)))
+        total += slice_.tuned_count * (into if slice_.dim == 0 else out)
         if bias_of(linear) is not None:
-            total += out if piece.train_bias else piece.tuned_count * (piece.dim == 0)
-        total += piece.rank * (out + into) + min(piece.sparse, out * into)
-        total += out * into * piece.learns_mask
+            total += out if slice_.train_bias else slice_.tuned_count * (slice_.dim == 0)
+        total += slice_.rank * (out + into) + min(slice_.sparse, out * into)
+        total += out * into * slice_.learns_mask
     return total
 
 
@@ -68,10 +68,10 @@ def rank_that_fits(model: nn.Module, config: SensiConfig, plan: Plan, always_tra
     assert limit is not None
     one = copy.copy(config)
     one.rank = 1
-    pieces = pieces_of(model, one, plan)
-    shapes = [p.kept_shape(torch.Size(features(linear_of(model, name)))) for name, (p, _) in pieces.items() if p.rank]
+    slices = slices_of(model, one, plan)
+    shapes = [p.kept_shape(torch.Size(features(linear_of(model, name)))) for name, (p, _) in slices.items() if p.rank]
     price = sum(sum(shape) for shape in shapes)
-    biases = trained_values(model, pieces) - price
+    biases = trained_values(model, slices) - price
     allowed = allowance(limit, plan.anatomy.total_params) - always_trained - biases
     if not price or allowed < price:
         raise BudgetError(
@@ -83,7 +83,7 @@ def rank_that_fits(model: nn.Module, config: SensiConfig, plan: Plan, always_tra
 
 def trained_beside_units(model: nn.Module, config: SensiConfig, plan: Plan) -> int:
     """What the slices train more than the plan's tuned units: biases, low-rank terms, single values, scores."""
-    return trained_values(model, pieces_of(model, config, plan)) - replace(plan, always_trained=0).trainable_params
+    return trained_values(model, slices_of(model, config, plan)) - replace(plan, always_trained=0).trainable_params
 
 
 def _slice(
@@ -98,7 +98,7 @@ def _slice(
     linear = linear_of(model, sides[0].module)
     units = np.concatenate([tuned, frozen])
     # What is not trained row by row or column by column is stored in the order of units. Where nothing is trimmed,
-    # that is the base's own, so that the same file fits a quantised base, whose units cannot change places.
+    # that is the base's own, so that the same file fits a quantized base, whose units cannot change places.
     in_order = config.update != "dense" or "biases" in (config.also_train or ())
     if not group.trimmable or (in_order and len(units) == group.size):
         units = np.sort(units)
@@ -125,7 +125,7 @@ def _slice(
         sizes["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
     cuts = bool(config.schedule and config.schedule["phase"] == "cut")
     if config.compressed in KINDS:
-        sizes["narrow"] = config.compressed
+        sizes["compressed"] = config.compressed
     return Slice(
         gated=cuts and group.trimmable and sides[0].module == group.output,
         dim=sides[0].dim,

@@ -22,7 +22,7 @@ from ..planning.plan import Plan
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
 from .config import SensiConfig
-from .slicing import pieces_of
+from .slicing import slices_of
 from .targets import plan_of
 
 
@@ -33,7 +33,7 @@ def wrap_module(
     model: nn.Module,
     name: str,
     adapter_name: str,
-    piece: Slice,
+    slice_: Slice,
     group: Group,
     config: SensiConfig,
     refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
@@ -55,7 +55,7 @@ def wrap_module(
             layer.sensi_units = group.size
             layer.sensi_attributes = [(*_number(model, path), per_unit) for path, per_unit in group.attributes]
         replace_module(model, name, layer)
-    layer.update_layer(adapter_name, piece, refitted, config.init_weights, config.inference_mode)
+    layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode)
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
@@ -102,15 +102,15 @@ def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[
         )
     before, config.plan = config.plan, plan
     try:
-        pieces = pieces_of(root, config, plan_of(root, config))
+        slices = slices_of(root, config, plan_of(root, config))
     except SensiLoadError:
         config.plan = before
         raise
     for name, layer in layers.items():
-        if name not in pieces:
+        if name not in slices:
             layer.delete_adapter(adapter_name)
-    for name, (piece, group) in pieces.items():
-        wrap_module(root, name, adapter_name, piece, group, config)
+    for name, (slice_, group) in slices.items():
+        wrap_module(root, name, adapter_name, slice_, group, config)
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
 
 
@@ -119,19 +119,19 @@ def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan)
     root = root_of(model)
     layers = _layers(root, adapter_name)
     config.plan, config.schedule = plan.to_dict(), None
-    pieces = pieces_of(root, config, plan)
-    for name in set(layers) - set(pieces):
+    slices = slices_of(root, config, plan)
+    for name in set(layers) - set(slices):
         layers[name].delete_adapter(adapter_name)  # it had nothing but a gate, which stayed open
-    for name, (piece, group) in pieces.items():
+    for name, (slice_, group) in slices.items():
         old, parts = None, {}
         if name in layers:
             old = layers[name].sensi_slices[adapter_name]
             parts = {part: layers[name].part(part, adapter_name) for part in (*PARTS, "places")}
-        layer = wrap_module(root, name, adapter_name, piece, group, config)
+        layer = wrap_module(root, name, adapter_name, slice_, group, config)
         if old is None:
             continue
         with torch.no_grad():
-            for part, value in kept_parts(parts, old, piece, torch.Size((layer.out_features, layer.in_features))):
+            for part, value in kept_parts(parts, old, slice_, torch.Size((layer.out_features, layer.in_features))):
                 if (parameter := layer.part(part, adapter_name)) is not None:  # something of the sublayer is left
                     parameter.copy_(value)
         if parts["weight"] is not None:

@@ -1,10 +1,11 @@
 """Several processes with different data come to one decision, or fail together.
 
-Whatever needs all processes happens inside `together`. There, everything that processes exchange goes through `meet`,
-which first tells everybody whether anybody has failed, and where everybody is: a process that fails says so at the
-meeting that the others come to next, all of them raise the same error, and nobody waits for somebody who is gone.
+Whatever needs all processes happens inside `synchronized`. There, everything that processes exchange goes through
+`gather`, which first tells everybody whether anybody has failed, and where everybody is: a process that fails says so
+at the meeting that the others come to next, all of them raise the same error, and nobody waits for one
+that is gone.
 
-Outside of `together`, and with one process, all functions here do nothing that can be seen.
+Outside of `synchronized`, and with one process, all functions here do nothing that can be seen.
 
 PyTorch's own collectives are used and not Accelerate's wrappers around them: those quietly do nothing in a process
 group that was started without Accelerate's environment variables. Accelerate starts the group where there is none.
@@ -33,7 +34,7 @@ _joined: ContextVar[bool] = ContextVar("joined", default=False)
 
 
 class _FailedTogether(Exception):
-    """Carries the error that all processes know already from the meeting to the end of `together`."""
+    """Carries the error that all processes know already from the meeting to the end of `synchronized`."""
 
     def __init__(self, error: SensiError, own: bool) -> None:
         super().__init__(str(error))
@@ -64,8 +65,8 @@ def start() -> int:
     return dist.get_world_size()
 
 
-def count() -> int:
-    """How many processes work on this together; 1 outside of `together`."""
+def world_size() -> int:
+    """How many processes work on this together; 1 outside of `synchronized`."""
     return dist.get_world_size() if _joined.get() else 1
 
 
@@ -74,7 +75,7 @@ def rank() -> int:
 
 
 @contextmanager
-def together(task: str) -> Iterator[None]:
+def synchronized(task: str) -> Iterator[None]:
     """Inside, processes may exchange values; when one of them fails, all end with the same error.
 
     `task` is for messages. An error that all processes have alike is raised as it is, others as the `SensiError` (or
@@ -86,9 +87,9 @@ def together(task: str) -> Iterator[None]:
     token = _joined.set(True)
     try:
         try:
-            meet(f"the start of {task}")
+            gather(f"the start of {task}")
             yield
-            meet(f"the end of {task}")
+            gather(f"the end of {task}")
         except _FailedTogether:
             raise
         except Exception as error:
@@ -106,7 +107,7 @@ def together(task: str) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process exchanges nothing, although it is in `together`."""
+    """Inside, this process exchanges nothing, although it is in `synchronized`."""
     token = _joined.set(False)
     try:
         yield
@@ -114,7 +115,7 @@ def alone() -> Iterator[None]:
         _joined.reset(token)
 
 
-def meet(where: str, payload: Any = None) -> list[Any]:
+def gather(where: str, payload: Any = None) -> list[Any]:
     """The payloads (any picklable values) of all processes, by rank. `where` must be the same everywhere."""
     return _exchange(where, payload, None) if _joined.get() else [payload]
 
@@ -161,27 +162,27 @@ def _text(error: Exception) -> str:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def add_up(tensors: Sequence[torch.Tensor], where: str) -> None:
+def all_sum(tensors: Sequence[torch.Tensor], where: str) -> None:
     """Replaces each tensor by its sum over all processes, in place."""
     _reduce(tensors, where, "SUM")
 
 
-def maximum(tensors: Sequence[torch.Tensor], where: str) -> None:
+def all_max(tensors: Sequence[torch.Tensor], where: str) -> None:
     """Replaces each tensor by its elementwise maximum over all processes, in place."""
     _reduce(tensors, where, "MAX")
 
 
 def _reduce(tensors: Sequence[torch.Tensor], where: str, operation: str) -> None:
-    if count() == 1:
+    if world_size() == 1:
         return
-    meet(f"{where}, {[tuple(tensor.shape) for tensor in tensors]}" if len(tensors) < 10 else where)
+    gather(f"{where}, {[tuple(tensor.shape) for tensor in tensors]}" if len(tensors) < 10 else where)
     for tensor in tensors:
         _on_the_wire(tensor, lambda t: dist.all_reduce(t, getattr(dist.ReduceOp, operation)))
 
 
-def send_from_0(tensor: torch.Tensor) -> None:
-    """Replaces the tensor by that of process 0, in place. To be called right after a `meet`."""
-    if count() > 1:
+def broadcast(tensor: torch.Tensor) -> None:
+    """Replaces the tensor by that of process 0, in place. To be called right after a `gather`."""
+    if world_size() > 1:
         _on_the_wire(tensor, lambda t: dist.broadcast(t, src=0))
 
 
@@ -199,18 +200,18 @@ def _on_the_wire(tensor: torch.Tensor, collective: Any) -> None:
 def average_gradients(
     parameters: Sequence[torch.Tensor], weight: float, where: str, batch_name: str = "a calibration batch"
 ) -> None:
-    """Replaces the gradients of all processes by their mean, weighted by `weight` (examples, or labelled tokens).
+    """Replaces the gradients of all processes by their mean, weighted by `weight` (examples, or labeled tokens).
 
     It is the gradient of the mean loss over the joint batch. A parameter that has a gradient somewhere gets one
     everywhere. Raises `CalibrationError` in all processes when a gradient is not finite in one.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients and not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
         raise CalibrationError(f"The gradient of {batch_name} is not finite.")
     used = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-    reports = meet(where, (used, weight))
+    reports = gather(where, (used, weight))
     share = weight / sum(w for _, w in reports)
     for i in sorted(set().union(*(indices for indices, _ in reports))):
         parameter = parameters[i]
@@ -223,7 +224,7 @@ def average_gradients(
 def weight_of(batch: Mapping[str, Any], own_loss: bool = False) -> float:
     """How much a batch weighs in a mean over the batches of all processes.
 
-    Its number of labelled positions where the loss is a mean over these, otherwise its number of examples.
+    Its number of labeled positions where the loss is a mean over these, otherwise its number of examples.
     """
     labels = batch.get("labels")
     if not own_loss and isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
@@ -231,9 +232,9 @@ def weight_of(batch: Mapping[str, Any], own_loss: bool = False) -> float:
     return float(max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1))
 
 
-def places(batches: int) -> list[int]:
+def batch_positions(batches: int) -> list[int]:
     """Where this process' batches are in the list that deals all processes one batch in turn, as samplers do."""
-    lengths = meet("counting batches", batches)
+    lengths = gather("counting batches", batches)
     dealt = sorted((turn, process) for process, length in enumerate(lengths) for turn in range(length))
     return [place for place, (_, process) in enumerate(dealt) if process == rank()]
 
@@ -241,10 +242,12 @@ def places(batches: int) -> list[int]:
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 
-def agree(what: str, value: Mapping[str, Any], advice: str) -> None:
+def check_equal(what: str, value: Mapping[str, Any], advice: str) -> None:
     """Raises `SensiError` in all processes unless they hold the same `value`, and names the first key that differs."""
     texts = {key: json.dumps(part, sort_keys=True, default=_showable) for key, part in value.items()}
-    hashes = meet(f"comparing {what}", {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()})
+    hashes = gather(
+        f"comparing {what}", {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
+    )
     for number, other in enumerate(hashes):
         if different := [key for key in {**hashes[0], **other} if other.get(key) != hashes[0].get(key)]:
             raise SensiError(f"Process {number} has another `{different[0]}` in {what} than process 0. {advice}")
@@ -254,11 +257,11 @@ def _showable(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, Iterable) else repr(value)
 
 
-def from_0(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The value (any picklable one, tensors on the CPU) that process 0 has."""
-    if count() == 1:
+    if world_size() == 1:
         return value
-    meet("sending the decision")
+    gather("sending the decision")
     box = [value if rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]

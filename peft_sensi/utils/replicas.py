@@ -1,8 +1,8 @@
 """The same weights in all processes before they are ranked, and models whose weights are in no process.
 
 A base can differ between processes (a fresh head is random in each), be in process 0 only (FSDP's
-`cpu_ram_efficient_loading`), or be spread over all of them (sharded). Under `distributed.together` the first is made
-alike and the second is filled or left to process 0; the third is refused.
+`cpu_ram_efficient_loading`), or be spread over all of them (sharded). Under `distributed.synchronized` the first is
+made alike and the second is filled or left to process 0; the third is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ GAPS = 0.2
 
 
 @contextmanager
-def weights_of_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
+def weights_from_rank_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
     """Inside, all processes have the weights of process 0, as after DDP's own broadcast; afterwards their own again.
 
     A fresh task head is random in each process. With `keep` the weights stay unless the block fails. Processes without
-    weights (see `somebody_has_no_weights`) are left alone.
+    weights (see `any_process_on_meta`) are left alone.
 
     Raises `SensiError` when the processes have different models.
     """
@@ -36,7 +36,7 @@ def weights_of_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
     done = False
     try:
         _fill_gaps(model, undo)
-        take_weights_of_0(model, undo)
+        copy_weights_from_rank_0(model, undo)
         yield
         done = True
     finally:
@@ -51,25 +51,25 @@ def _fill_gaps(model: nn.Module, undo: list[Callable[[], object]]) -> None:
 
     Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head there in all processes but the first.
     """
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     missing = [name for name, p in model.named_parameters() if p.is_meta]
-    first = distributed.meet("looking for gaps", missing)[0]
+    first = distributed.gather("looking for gaps", missing)[0]
     gaps = [name for name in missing if name not in first]
     if not gaps or sum(sizes[name] for name in gaps) > GAPS * sum(sizes.values()):
         return
     _make_room(model, gaps, undo)
 
 
-def make_room_for_adapter(model: nn.Module) -> None:
+def allocate_adapter(model: nn.Module) -> None:
     """Takes what an adapter trains off `meta` where its base has weights, here or in process 0.
 
     The values come from there, or from a file. On `meta`, Accelerate could not tell an optimizer's parameters apart.
     """
     parameters = dict(model.named_parameters())
     on_meta = [name for name, p in parameters.items() if p.is_meta]
-    if len(on_meta) < len(parameters) or (distributed.count() > 1 and distributed.rank() > 0):
+    if len(on_meta) < len(parameters) or (distributed.world_size() > 1 and distributed.rank() > 0):
         ours = [name for name in on_meta if "modules_to_save" in name.split(".") or ".sensi_" in name]
         _make_room(model, ours, [])
 
@@ -85,13 +85,13 @@ def _make_room(model: nn.Module, names: list[str], undo: list[Callable[[], objec
         parameters[leaf] = nn.Parameter(torch.zeros_like(before, device=device), before.requires_grad)
 
 
-def take_weights_of_0(model: nn.Module, undo: list[Callable[[], object]] | None = None) -> None:
+def copy_weights_from_rank_0(model: nn.Module, undo: list[Callable[[], object]] | None = None) -> None:
     """Copies what differs from process 0, and adds to `undo` how to get the values before back."""
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return
     named = [*model.named_parameters(), *model.named_buffers()]
     shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in named]
-    reports = distributed.meet("comparing weights", (shapes, [_mark(t) for _, t in named]))
+    reports = distributed.gather("comparing weights", (shapes, [_mark(t) for _, t in named]))
     for number, (other, _) in enumerate(reports):
         if other != reports[0][0]:
             different = sorted(set(other) ^ set(reports[0][0]))[:1] or other[:1]
@@ -101,7 +101,7 @@ def take_weights_of_0(model: nn.Module, undo: list[Callable[[], object]] | None 
             if None not in marks and len(set(marks)) > 1:
                 if undo is not None:
                     undo.append(functools.partial(tensor.copy_, tensor.detach().to("cpu", copy=True)))
-                distributed.send_from_0(tensor)
+                distributed.broadcast(tensor)
 
 
 def _mark(tensor: torch.Tensor) -> bytes | None:
@@ -151,8 +151,8 @@ def check_launcher(holds_integers: bool) -> None:
         raise SensiError(f"FSDP1 can train an adapter only with `fsdp_use_orig_params: true`. {way_out}")
 
 
-def somebody_has_no_weights(model: nn.Module) -> bool:
+def any_process_on_meta(model: nn.Module) -> bool:
     """Whether some process has its base on `meta`: under FSDP's `cpu_ram_efficient_loading` only process 0 has one."""
-    return distributed.count() > 1 and any(
-        distributed.meet("looking for weights", any(p.is_meta for p in model.parameters()))
+    return distributed.world_size() > 1 and any(
+        distributed.gather("looking for weights", any(p.is_meta for p in model.parameters()))
     )

@@ -75,7 +75,7 @@ def _fetch(peft: str, folder: Path) -> None:
 
 @contextmanager
 def _without_diffusers() -> Iterator[None]:
-    """The common tests import one class of it, to recognise image pipelines."""
+    """The common tests import one class of it, to recognize image pipelines."""
     try:
         import diffusers  # noqa: F401
     except ImportError:

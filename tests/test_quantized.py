@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, build_anatomy
-from peft_sensi.anatomy.linears import dequantised, is_quantised
+from peft_sensi.anatomy.linears import dequantized, is_quantized
 
 
 class Coded(nn.Linear):
@@ -58,7 +58,7 @@ def plain_model() -> nn.Module:
     return model.eval()
 
 
-def quantised_model(kind) -> nn.Module:
+def quantized_model(kind) -> nn.Module:
     model = plain_model()
     for name, module in list(model.bert.encoder.named_modules()):
         if type(module) is nn.Linear:
@@ -98,8 +98,8 @@ def train(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.filterwarnings("ignore:No budget was given")
-def test_tuning_on_a_quantised_base(kind, update, tmp_path):
-    base, batch = quantised_model(kind), token_batch(seed=9)
+def test_tuning_on_a_quantized_base(kind, update, tmp_path):
+    base, batch = quantized_model(kind), token_batch(seed=9)
     before = run(base, batch)
     model = wrap(base, **UPDATES[update])
     assert not model.base_model.plan().trims
@@ -109,23 +109,23 @@ def test_tuning_on_a_quantised_base(kind, update, tmp_path):
     after = run(model, batch)
     assert (after - before).abs().max() > 0.05 * scale
     model.save_pretrained(tmp_path)
-    assert torch.equal(run(PeftModel.from_pretrained(quantised_model(kind), tmp_path), batch), after)
+    assert torch.equal(run(PeftModel.from_pretrained(quantized_model(kind), tmp_path), batch), after)
     with model.disable_adapter():
         assert torch.equal(run(model, batch), before)
-    with pytest.raises(SensiError, match="without quantisation"):
+    with pytest.raises(SensiError, match="without quantization"):
         model.merge_and_unload()
     assert torch.equal(run(model.unload(), batch), before)
 
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.filterwarnings("ignore:No budget was given")
-def test_the_same_file_fits_the_base_without_quantisation(update, tmp_path):
+def test_the_same_file_fits_the_base_without_quantization(update, tmp_path):
     """Its values are those that were trained; what differs is the rounding of the frozen rest."""
-    base = quantised_model(codes)
+    base = quantized_model(codes)
     exact = plain_model()
     for name, module in base.named_modules():
-        if is_quantised(module):
-            exact.get_submodule(name).weight.data.copy_(dequantised(module))
+        if is_quantized(module):
+            exact.get_submodule(name).weight.data.copy_(dequantized(module))
     model = wrap(base, **UPDATES[update])
     train(model)
     model.save_pretrained(tmp_path)
@@ -136,12 +136,12 @@ def test_the_same_file_fits_the_base_without_quantisation(update, tmp_path):
     torch.testing.assert_close(run(small, batch), run(model, batch), atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_are_those_of_the_dequantised_model():
-    base = quantised_model(codes)
+def test_gradients_are_those_of_the_dequantized_model():
+    base = quantized_model(codes)
     exact = plain_model()
     for name, module in base.named_modules():
-        if is_quantised(module):
-            exact.get_submodule(name).weight.data.copy_(dequantised(module))
+        if is_quantized(module):
+            exact.get_submodule(name).weight.data.copy_(dequantized(module))
     models = [wrap(m, **UPDATES["units and low-rank"], also_train=["norms"], seed=3) for m in (base, exact)]
     with torch.no_grad():
         for a, b in zip(*(dict(m.named_parameters()).items() for m in models), strict=True):
@@ -158,34 +158,34 @@ def test_gradients_are_those_of_the_dequantised_model():
     assert compared > 20
 
 
-def test_calibration_on_a_quantised_base():
+def test_calibration_on_a_quantized_base():
     batches = [token_batch(seed=seed) for seed in range(3)]
-    model = wrap(quantised_model(codes), budget={"trainable": 0.1}, score="fisher", calibration=batches)
+    model = wrap(quantized_model(codes), budget={"trainable": 0.1}, score="fisher", calibration=batches)
     assert model.base_model.plan().trainable_share <= 0.1
 
 
 @pytest.mark.parametrize("budget", [0.5, {"flops": 0.5}, {"params": 0.5, "trainable": 0.1}])
-def test_trimming_a_quantised_base_is_refused(kind, budget):
-    base, batch = quantised_model(kind), token_batch()
+def test_trimming_a_quantized_base_is_refused(kind, budget):
+    base, batch = quantized_model(kind), token_batch()
     before = run(base, batch)
-    with pytest.raises(AnatomyError, match="quantised.*without quantisation"):
+    with pytest.raises(AnatomyError, match="quantized.*without quantization"):
         wrap(base, budget=budget)
     assert torch.equal(run(base, batch), before)
 
 
-def test_an_adapter_that_trims_does_not_load_on_a_quantised_base(tmp_path):
+def test_an_adapter_that_trims_does_not_load_on_a_quantized_base(tmp_path):
     wrap(plain_model(), budget=0.5).save_pretrained(tmp_path)
-    with pytest.raises(SensiLoadError, match="quantised"):
-        PeftModel.from_pretrained(quantised_model(codes), tmp_path)
+    with pytest.raises(SensiLoadError, match="quantized"):
+        PeftModel.from_pretrained(quantized_model(codes), tmp_path)
 
 
 @pytest.mark.parametrize("config", [{"update": "mask", "sparsity": 0.3}, {"keep_base": False}])
 @pytest.mark.filterwarnings("ignore:No budget was given")
 def test_what_needs_the_base_in_full_is_refused(config):
-    with pytest.raises(SensiError, match="quantised"):
-        wrap(quantised_model(codes), **config)
+    with pytest.raises(SensiError, match="quantized"):
+        wrap(quantized_model(codes), **config)
 
 
-def test_counts_are_those_of_the_model_without_quantisation(kind):
-    counts = [build_anatomy(model).total_params for model in (plain_model(), quantised_model(kind))]
+def test_counts_are_those_of_the_model_without_quantization(kind):
+    counts = [build_anatomy(model).total_params for model in (plain_model(), quantized_model(kind))]
     assert counts[0] == counts[1]
