@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from safetensors.torch import save_file
 
+from ..plotting.plots import plot_scores
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, write_atomically
@@ -69,12 +70,21 @@ class Scores:
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
-        """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
-        from ..plotting.plots import (
-            plot_scores,  # the package works without matplotlib, and scores do not know pictures
-        )
+        """Draws a heat map of the scores of all units, block by block.
 
-        plot_scores(self, path, style=style)
+        Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+
+        Args:
+            path: A file that ends in `.png`, `.svg` or `.pdf`.
+            style: `light` or `dark`.
+
+        Raises:
+            SensiError: There are no scores, matplotlib is missing, the style or the format is unknown, or the picture
+                cannot be written.
+        """
+        values = {name: scores.double().numpy() for name, scores in self.values.items()}
+        outliers = [name for name, marks in self.protected.items() if marks.any()]
+        plot_scores(values, path, f"Sensitivity of every unit, score = {self.method}", outliers, style)
 
 
 _KINDS = ("values", "protected", "head")
