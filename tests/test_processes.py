@@ -116,7 +116,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     """It cannot say what happened to it, but nobody waits for it."""
     with pytest.raises(AssertionError, match=r"Exit codes \[1, 9\]") as failure:
         run_two("processes_decide.py", tmp_path, "killed", timeout=100)
-    assert "SensiError: Another process is gone or hangs" in str(failure.value)
+    assert "SensiError: Another process has ended or does not respond" in str(failure.value)
 
 
 def test_weight_of_a_batch():
