@@ -1,1 +1,1 @@
-"""What all packages use: errors, checks of outside values, file access, several processes, unit states, text formats."""
+"""What all packages use: errors, checks of outside values, file access, several processes, unit states, and text."""
