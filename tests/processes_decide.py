@@ -12,7 +12,8 @@ from processes import log, message_of, save_and_exit
 from tiny import clone, snapshot, tiny_batches, tiny_model, wrap
 
 import peft_sensi.tuner.model
-from peft_sensi import Schedule, compute_scores
+from peft_sensi import CalibrationError, Schedule, compute_scores
+from peft_sensi.utils import distributed
 
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # so that one process can be compared
@@ -133,6 +134,13 @@ def attempt(model, **fields) -> tuple[str | None, bool]:
     return message, same and before[1:3] == after[1:3] and torch.equal(before[3], after[3])
 
 
+def disagree(error: Exception | None = None, place: str = "") -> None:
+    with distributed.synchronized("a test"):
+        if error is not None:
+            raise error
+        distributed.gather(place)
+
+
 def killed(rank: int) -> None:
     def batches():
         yield from tiny_batches(2)
@@ -191,6 +199,9 @@ def main(folder: str) -> None:
     model = wrap(tiny_model(), **cuts)
     data = uneven(rank) if rank == 0 else iter(())
     errors["schedule"] = (message_of(lambda: Schedule(model, 4, calibration=data)), True)
+    log("other errors and other places")
+    errors["both"] = (message_of(lambda: disagree(CalibrationError(f"batch {rank}"))), True)
+    errors["places"] = (message_of(lambda: disagree(place=f"place {rank}")), True)
     found["errors"] = errors
     log("no error again")
     found["again"] = result(wrap(tiny_model(**STILL), calibration=shares(rank, 2), **alike))

@@ -88,6 +88,8 @@ ERRORS = {
     "alike": "CalibrationError: `calibration` is empty",
     "no memory": "SensiError: In process 1 of 2: MemoryError: no room for this layer",
     "other model": "SensiError: Process 1 has another model than process 0; they differ in 'bert.encoder.layer.2",
+    "both": "CalibrationError: In process 0 of 2: batch 0 In process 1 of 2: batch 1",
+    "places": "SensiError: The processes do different things: process 0 is at place 0, process 1 is at place 1.",
     "schedule": "CalibrationError: In process 1 of 2: `calibration` is empty",
 }
 

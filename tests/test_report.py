@@ -270,6 +270,13 @@ def test_mistakes_are_named(plan, scored, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(plan, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(SensiError, match=r"a\.png could not be written"):
+        plan.plot(tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_without_matplotlib_one_line_says_what_to_install(plan, tmp_path, monkeypatch):
     original = builtins.__import__
 
