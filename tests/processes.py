@@ -1,4 +1,7 @@
-"""Two real processes for tests: what they run, and how they are started and never waited for in vain."""
+"""Starts tests in two real processes, collects what they found, and stops them if they hang.
+
+The second half is for the scripts that run in these processes.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 HERE = Path(__file__).resolve().parent
 
 
 def environment(rank: int | None = None, port: int = 0, size: int = 2, **extra: str) -> dict[str, str]:
-    """For one of `size` processes; without a rank for a launcher, which sets the rest itself."""
+    """Environment variables for one of `size` processes. Without a rank: for a launcher, which adds the rest."""
     found = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "PYTEST_"))}
     found |= {
         "OMP_NUM_THREADS": "1",
@@ -40,9 +45,9 @@ def free_port() -> int:
 
 
 def run_two(script: str, folder: Path, *arguments: str, timeout: float = 150, **extra: str) -> list[Any]:
-    """Runs `tests/<script> <folder> <arguments>` as two processes; what each saved as `<folder>/<rank>.pt`.
+    """Runs `tests/<script> <folder> <arguments>` in two processes. Returns what each saved as `<folder>/<rank>.pt`.
 
-    A process that fails or does not end in time is a failure, with everything that both have printed.
+    Raises `AssertionError` with the output of both processes if one of them fails or takes longer than `timeout`.
     """
     port = free_port()
     commands = [[sys.executable, str(HERE / script), str(folder), *arguments]] * 2
@@ -54,9 +59,9 @@ def run_two(script: str, folder: Path, *arguments: str, timeout: float = 150, **
 def launch_two(
     script: str, folder: Path, *arguments: str, options: tuple[str, ...] = (), timeout: float = 150
 ) -> list[Any]:
-    """`run_two` through `accelerate launch`.
+    """Like `run_two`, but with `accelerate launch`.
 
-    `--multi_gpu`, because with `--cpu` Accelerate 1.15 starts a single process unless there is `mpirun`.
+    The option is `--multi_gpu`, because with `--cpu` Accelerate 1.15 starts a single process if there is no `mpirun`.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -78,7 +83,7 @@ def _wait(commands: list[list[str]], environments: list[dict[str, str]], folder:
         while any(p.poll() is None for p in running) and time.monotonic() < deadline:
             time.sleep(0.05)
             if any(p.poll() for p in running):
-                deadline = min(deadline, time.monotonic() + 20)  # one has failed: the others must end, too
+                deadline = min(deadline, time.monotonic() + 20)  # one has failed, so the others must end soon
         codes = [p.poll() for p in running]
     finally:
         for process in running:
@@ -92,3 +97,27 @@ def _wait(commands: list[list[str]], environments: list[dict[str, str]], folder:
         )
         raise AssertionError(f"Exit codes {codes} (None: it hung).\n{said}")
     assert None not in codes, f"hung: {codes}\n" + "\n".join(log.read_text()[-6000:] for log in logs)
+
+
+# -- inside of a process ----------------------------------------------------------------------------------------------
+
+
+def log(what: str) -> None:
+    """Prints what begins now. It is shown if the test fails."""
+    print(f"{time.strftime('%X')} {os.environ['RANK']}: {what}", flush=True)
+
+
+def message_of(action: Callable[[], object]) -> str | None:
+    """The error that the action raises, as text."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def save_and_exit(folder: str | Path, found: Any) -> None:
+    torch.save(found, f"{folder}/{os.environ['RANK']}.pt")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process that exits in the usual way

@@ -1,14 +1,12 @@
-"""FSDP on two processes: by `fully_shard` itself, by Accelerate's own preparation, and FSDP1; and what is refused."""
+"""Run in two processes by test_processes_fsdp: FSDP2 with `fully_shard` and with Accelerate, FSDP1, and errors."""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import Rows
 from peft import PeftModel
+from processes import log, message_of, save_and_exit
 from processes_train import STILL, adamw, state
 from tiny import LABELS, tiny_batches, tiny_model, wrap
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -38,7 +37,7 @@ UPDATES = {
     "drawn mask": {"update": "low_rank", "rank": 2, "sparsity": 0.3},
 }
 FISHER = {"score": "fisher", "calibration_steps": 4, "priming_steps": 0}
-# Of these, `trim` decides with data, `alone` has weights in process 0 only, and `loaded` loads a finished adapter.
+# `trim` scores units with data, `alone` has weights in process 0 only, and `loaded` loads a finished adapter.
 BY_ACCELERATE = ("trim", "alone", "sparse", "loaded")
 
 
@@ -48,13 +47,13 @@ def fresh(update: str):
 
 
 def base_of(folder: Path):
-    """A base without a head, which is made up; under `cpu_ram_efficient_loading` in the first process only."""
+    """A base with a fresh head. Under `cpu_ram_efficient_loading`, only process 0 has the head's values."""
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=LABELS).float()
 
 
 def drop_weights(model) -> None:
-    """As loaders leave a model that is to get its weights from another process: buffers are there."""
+    """Moves all parameters to `meta`, as loaders do where another process sends the weights. Buffers stay."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -66,7 +65,7 @@ def calibrated(base, rank: int, count: int):
 
 
 def loop(model, steps: int = 6, share: slice = slice(None)) -> None:
-    """Some steps of AdamW; `share` takes this process' rows of each global batch of 8."""
+    """Steps of AdamW. `share` selects this process' rows of each global batch of 8."""
     optimizer = adamw(model)
     model.train()
     for batch in (2 * [*DataLoader(Rows(), batch_size=8)])[:steps]:
@@ -85,15 +84,7 @@ def ours(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: v.clone() for n, v in found.items() if ".sensi_" in n or ".modules_to_save." in n}
 
 
-def message_of(action: Callable[[], object]) -> str | None:
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def by_fully_shard(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
+def by_fully_shard(folder: Path, rank: int) -> dict:
     found = {}
     for update in UPDATES:
         log(update)
@@ -105,7 +96,7 @@ def by_fully_shard(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
 
 
 def on_cpu(plugin: FullyShardedDataParallelPlugin) -> Accelerator:
-    """An Accelerator with FSDP. On CPUs it falls back to DDP by itself, so it is told that it has not."""
+    """An Accelerator with FSDP on CPUs. There Accelerate falls back to DDP, so its state is set to FSDP here."""
     accelerator = Accelerator(cpu=True)
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
@@ -113,8 +104,8 @@ def on_cpu(plugin: FullyShardedDataParallelPlugin) -> Accelerator:
     return accelerator
 
 
-def by_accelerate(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
-    """`cpu_ram_efficient_loading`, training, `save_state` and `load_state`, and saving the adapter, by Accelerate."""
+def by_accelerate(folder: Path, rank: int) -> dict:
+    """Accelerate loads with `cpu_ram_efficient_loading`, trains, saves and loads its state, and saves the adapter."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     found = {}
     plugin = FullyShardedDataParallelPlugin(
@@ -163,8 +154,8 @@ def by_accelerate(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
     return found
 
 
-def with_fsdp1(folder: Path, rank: int, log: Callable[[str], None]) -> dict:
-    """FSDP1 with `use_orig_params`; and what the launcher's environment already says cannot work."""
+def with_fsdp1(folder: Path, rank: int) -> dict:
+    """FSDP1 with `use_orig_params`, and the settings that are refused."""
     for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_VERSION"):
         os.environ.pop(name, None)
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_USE_ORIG_PARAMS": "true"}
@@ -195,24 +186,17 @@ def main(folder: Path, parts: list[str]) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-
-    def log(what: str) -> None:
-        print(f"{time.strftime('%X')} {rank}: {what}", flush=True)
-
     dist.init_process_group("gloo")
     found: dict = {}
     for part in parts:
         try:
-            found[part] = PARTS[part](folder, rank, log)
+            found[part] = PARTS[part](folder, rank)
         except Exception:
             log(traceback.format_exc())
             found[part] = traceback.format_exc()
             if "--keep-going" not in sys.argv:
                 raise
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort a process whose interpreter goes down in order
+    save_and_exit(folder, found)
 
 
 if __name__ == "__main__":

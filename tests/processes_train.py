@@ -1,10 +1,9 @@
-"""Training as one or two processes, by Trainer and by a plain Accelerate loop; run through `accelerate launch`."""
+"""Training with Trainer and with a loop of Accelerate, for one process and for two (with `accelerate launch`)."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import Rows
 from peft import get_peft_model
+from processes import log
 from tiny import tiny_batches, tiny_model, wrap
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -28,7 +28,7 @@ UPDATES = {
 }
 
 
-# A gradient that is zero but for rounding, such as that of the keys' biases, must not become a step of full length.
+# Without it, AdamW makes a full step of a gradient that is zero up to rounding, such as that of the keys' biases.
 EPSILON = 1e-3
 
 
@@ -46,7 +46,7 @@ def calibration(rank: int, count: int = 3) -> list[dict]:
 
 def fresh(update: str = "dense"):
     torch.manual_seed(0)  # low-rank terms start from random values
-    return wrap(tiny_model(**STILL), **UPDATES[update])  # no data: the same plan in one process and in two
+    return wrap(tiny_model(**STILL), **UPDATES[update])  # without data, one process and two have the same plan
 
 
 def by_trainer(folder: Path, model, processes: int, resume: str | None = None, epochs: int = 2, **changes) -> Trainer:
@@ -72,7 +72,7 @@ def by_trainer(folder: Path, model, processes: int, resume: str | None = None, e
 
 
 def by_loop(folder: Path, update: str, resume: bool = False) -> dict[str, torch.Tensor]:
-    """Two epochs of a plain loop with a checkpoint of Accelerate's after the first; or the second from there."""
+    """Two epochs of a plain loop, with Accelerate's checkpoint after the first. `resume` runs only the second."""
     accelerator = Accelerator(cpu=True)
     model = fresh(update)
     loader = DataLoader(Rows(), batch_size=8 // accelerator.num_processes)
@@ -92,7 +92,7 @@ def by_loop(folder: Path, update: str, resume: bool = False) -> dict[str, torch.
 
 
 def phased(name: str, rank: int):
-    """Models of the phased recipes, with other data in each process."""
+    """Models of the recipes with a schedule. Each process has different data."""
     data = {"calibration": calibration(rank), "priming_steps": 3, "calibration_steps": 3, "task_type": "SEQ_CLS"}
     configs = {
         "cuts": SensiConfig(budget=0.5, schedule={"phase": "cut", "start": 0.2, "end": 0.6, "cuts": 2}, **data),
@@ -100,7 +100,7 @@ def phased(name: str, rank: int):
         "dsee": recipes.dsee(2, 16, mask="unstructured", sparsity=0.5, task_type="SEQ_CLS"),
         "structured dsee": recipes.dsee(2, 16, mask="structured", sparsity=0.3, task_type="SEQ_CLS"),
     }
-    torch.manual_seed(rank)  # nothing may depend on it
+    torch.manual_seed(rank)  # the result must not depend on the seed
     return get_peft_model(tiny_model(**STILL), configs[name])
 
 
@@ -109,9 +109,6 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found: dict = {"states": {}, "resumed": {}, "loop": {}, "loop resumed": {}, "phased": {}}
-
-    def log(what: str) -> None:
-        print(f"{time.strftime('%X')} {rank}: {what}", flush=True)
 
     log("wrapping before anything of Accelerate's")
     own = wrap(tiny_model(**STILL), budget=0.5, score="fisher", calibration=calibration(rank))

@@ -63,6 +63,7 @@ def namespace(named_models, tmp_path, monkeypatch) -> dict:
     rows = [f"{' '.join(f'w{(7 * i + j) % 60}' for j in range(5))}\t{'yes' if i % 2 else 'no'}" for i in range(40)]
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
     args = TrainingArguments("trainer", max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
                              disable_tqdm=True, save_strategy="no")  # fmt: skip
     return {

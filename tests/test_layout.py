@@ -1,4 +1,4 @@
-"""The order of the packages (CONTRIBUTING.md) and the size of the files, read from the source with `ast`."""
+"""The order of the packages (CONTRIBUTING.md), the length of the modules and their docstrings, read with `ast`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import peft_sensi
 
 
 ROOT = Path(peft_sensi.__file__).parent
-# A package may import itself and those on lower floors. `recipes` is a file beside the packages.
+# A module may import from its own package and from packages on lower floors. `recipes` is a single module.
 FLOORS = [
-    {"utils", "plotting"},
+    {"utils"},
+    {"plotting"},
     {"anatomy"},
     {"layers", "scoring"},
     {"planning"},
@@ -26,6 +27,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 WITHOUT_TORCH = ["planning.budget", "planning.plan", "planning.packing", "planning.allocate"]
 LONGEST_FILE = 350
 
+# By the name of the module, without `peft_sensi.`; a package has the name of its folder.
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
@@ -34,7 +36,7 @@ FILES = {
 
 
 def imported(module: str) -> set[str]:
-    """Every module of the package that a file imports, inside functions and for type checking too."""
+    """The modules of peft_sensi that a module imports, also inside of functions and for type checking only."""
     path, found = FILES[module], set()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -99,3 +101,9 @@ def test_planning_is_arithmetic(module):
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_files_are_short(module):
     assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_modules_have_docstrings(module):
+    text = ast.get_docstring(ast.parse(FILES[module].read_text(encoding="utf-8"))) or ""
+    assert text and "TODO" not in text

@@ -1,4 +1,4 @@
-"""Two real processes with different data: one decision, the same as one process takes, or one error for both."""
+"""Two real processes with different data make the decision of a single process, or both raise the same error."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def one_process(name: str) -> dict:
 
 @pytest.mark.parametrize("name", ["fisher", "taylor", "movement", "mask"])
 def test_scores_are_those_of_one_process_with_all_data(decided, name):
-    """After priming, too: a step of two processes is one step on the joint batch."""
+    """This includes priming: a step of two processes equals one step on the joint batch."""
     expected = one_process(name)
     for found in (process[name] for process in decided):
         assert found["values"].keys() == expected["values"].keys() and found["length"] == 12
-        # AdamW divides by the size of the gradient, which makes more of the rounding.
+        # AdamW divides by the size of the gradient, which enlarges rounding errors.
         assert_close(found["values"], expected["values"], 1e-5 if name == "fisher" else 1e-3)
         assert_close(found["head"], expected["head"], 1e-3)
         assert all(torch.equal(found["protected"][n], expected["protected"][n]) for n in expected["protected"])
@@ -57,7 +57,7 @@ def test_plan_and_refit_are_those_of_one_process_with_all_data(decided):
     output = next(n for n in expected if "output.dense.sensi_weight" in n)
     assert not torch.allclose(expected[output], plain.get_parameter(output), rtol=1e-2), "nothing was refitted"
     for found in decided:
-        assert found["wrap"]["plan"] == found["again"]["plan"] == plan  # again: after all those errors
+        assert found["wrap"]["plan"] == found["again"]["plan"] == plan  # `again` was made after all the errors
         assert_close(found["refit"]["state"], expected, 1e-4)
 
 
@@ -88,6 +88,8 @@ ERRORS = {
     "alike": "CalibrationError: `calibration` is empty",
     "no memory": "SensiError: In process 1 of 2: MemoryError: no room for this layer",
     "other model": "SensiError: Process 1 has another model than process 0; they differ in 'bert.encoder.layer.2",
+    "both": "CalibrationError: In process 0 of 2: batch 0 In process 1 of 2: batch 1",
+    "places": "SensiError: The processes do different things: process 0 is at place 0, process 1 is at place 1.",
     "schedule": "CalibrationError: In process 1 of 2: `calibration` is empty",
 }
 
@@ -113,10 +115,10 @@ def test_world_size_without_a_process_group_is_refused():
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
-    """It cannot say what happened to it, but nobody waits for it."""
+    """The killed process cannot report an error, but the other one does not wait for it."""
     with pytest.raises(AssertionError, match=r"Exit codes \[1, 9\]") as failure:
         run_two("processes_decide.py", tmp_path, "killed", timeout=100)
-    assert "SensiError: Another process is gone or hangs" in str(failure.value)
+    assert "SensiError: Another process has ended or does not respond" in str(failure.value)
 
 
 def test_weight_of_a_batch():

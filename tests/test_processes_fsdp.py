@@ -1,4 +1,4 @@
-"""FSDP on two processes: training equals one process, Accelerate's paths work, and what cannot work says so."""
+"""FSDP in two processes: training equals that of one process, also with Accelerate; what cannot work is an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def assert_close(found: dict[str, torch.Tensor], values: dict[str, torch.Tensor]
 def test_fully_shard_trains_as_one_process(sharded, update):
     _, (first, second) = sharded
     assert_close(first["fully_shard"][update], expected(update))
-    assert not second["fully_shard"][update]  # only the first process collects whole values
+    assert not second["fully_shard"][update]  # only process 0 collects the whole values
 
 
 @pytest.mark.parametrize("name", BY_ACCELERATE)
@@ -49,8 +49,8 @@ def test_accelerate_shards_saves_and_resumes(sharded, name):
     assert_close(first[f"{name}, resumed"], first[name], 1e-6)
     base = base_of(folder)
     torch.manual_seed(0)
-    if name in ("trim", "alone"):
-        model = calibrated(base, 0, 1 if name == "trim" else 2)  # alone, process 0 has its own half of the data only
+    if name in ("trim", "alone"):  # with `alone`, process 0 decides with its half of the data
+        model = calibrated(base, 0, 1 if name == "trim" else 2)
     else:
         model = wrap(base, **UPDATES["sparse" if name == "sparse" else "both"])
     loop(model, 8)

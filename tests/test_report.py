@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,10 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
-from peft_sensi.charts import line_style, plot_budgets
 from peft_sensi.planning.packing import unpack_states
-from peft_sensi.planning.plan import rows_of
+from peft_sensi.planning.plan import drawn_rows, rows_of
 from peft_sensi.plotting.canvas import STYLES
-from peft_sensi.plotting.plots import plot_plan, plot_scores
+from peft_sensi.plotting.plots import plot_plan
 from peft_sensi.reporting.tables import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
 from peft_sensi.utils.formatting import human, short_names, shortened
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED, Row
@@ -163,7 +164,7 @@ def test_a_decoder_with_grouped_heads_and_several_attentions_a_block_has_a_table
     assert [row.kind for row in rows_of(values)] == ["head", "head", "neuron", "head"]
     text = printed(plan_table(values))
     assert "cross_heads" in text and text.count("1/2") == 4 and max(map(len, text.splitlines())) <= 80
-    plot_plan(values, tmp_path / "t5.png")
+    plot_plan(drawn_rows(values), tmp_path / "t5.png")
 
 
 @pytest.mark.parametrize("counts", [(4, 36, 1496), (1, 1, 1), (1536, 0, 0), (0, 1, 1535), (500, 500, 536), (0, 0, 3)])
@@ -218,20 +219,27 @@ def test_the_ranking_marks_both_cuts(plan, scored, tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_formats_and_that_nothing_is_left_behind(plan, tmp_path, kind):
-    plot_plan(plan.to_dict(), tmp_path / "new" / f"map.{kind}")
+    plot_plan(drawn_rows(plan.to_dict()), tmp_path / "new" / f"map.{kind}")
     assert [p.name for p in (tmp_path / "new").iterdir()] == [f"map.{kind}"]
 
 
 def test_scores_of_blocks_and_of_lone_linears(scored, tmp_path):
     scored[1].plot(tmp_path / "scores.png")
     assert pixels(tmp_path / "scores.png").std() > 20
-    lone = Scores(
-        {"a.lin": torch.rand(7), "b.lin": torch.zeros(3)}, "magnitude", protected={"a.lin": torch.ones(7) > 0}
-    )
-    plot_scores(lone, tmp_path / "lone.png", style="dark")
-    plot_scores(Scores({"a": torch.zeros(4)}, "random"), tmp_path / "zero.png")
+    lone = {"a.lin": torch.rand(7), "b.lin": torch.zeros(3)}
+    Scores(lone, "magnitude", protected={"a.lin": torch.ones(7) > 0}).plot(tmp_path / "lone.png", style="dark")
+    Scores({"a": torch.zeros(4)}, "random").plot(tmp_path / "zero.png")
     with pytest.raises(SensiError, match="no scores"):
-        plot_scores(Scores({}, "random"), tmp_path / "none.png")
+        Scores({}, "random").plot(tmp_path / "none.png")
+
+
+def test_marks_are_on_the_groups_with_an_outlier_unit(scored, tmp_path):
+    outlier = {"bert.encoder.layer.1.neurons": torch.arange(64) == 5}
+    none = {"bert.encoder.layer.0.neurons": torch.zeros(64, dtype=torch.bool)}
+    Scores(scored[1].values, "fisher", protected=outlier | none).plot(tmp_path / "marked.svg")
+    assert (tmp_path / "marked.svg").read_text().count("<!-- ▸ -->") == 1
+    Scores(scored[1].values, "fisher", protected=none).plot(tmp_path / "plain.svg")
+    assert "▸" not in (tmp_path / "plain.svg").read_text()
 
 
 def test_rows_tensors_and_sublayers_have_maps(tmp_path):
@@ -257,9 +265,16 @@ def test_mistakes_are_named(plan, scored, tmp_path):
     with pytest.raises(SensiError, match="cost"):
         plan.plot(tmp_path / "a.png", scores=scored[1], cost="bytes")
     other = Scores({name: v[:-1] for name, v in scored[1].values.items()}, "magnitude")
-    with pytest.raises(SensiError, match="not of the model"):
+    with pytest.raises(SensiError, match="do not belong to this plan's model"):
         plan.plot(tmp_path / "a.png", scores=other)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(plan, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(SensiError, match=r"a\.png could not be written"):
+        plan.plot(tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_without_matplotlib_one_line_says_what_to_install(plan, tmp_path, monkeypatch):
@@ -277,10 +292,16 @@ def test_without_matplotlib_one_line_says_what_to_install(plan, tmp_path, monkey
         plan.plot(tmp_path / "a.png")
 
 
-# -- accuracy over budget ---------------------------------------------------------------------------------------------
+# -- accuracy over budget (examples/benchmarks) -----------------------------------------------------------------------
 
 
-def test_budgets_from_a_file_with_nested_names(tmp_path):
+@pytest.fixture
+def plots(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "benchmarks")
+    return importlib.import_module("plots")
+
+
+def test_budgets_from_a_file_with_nested_names(plots, tmp_path):
     records = [
         {"method": m, "plan": {"share": b}, "validation": {"accuracy": 0.5 + b / 4 + s / 100}}
         for m in ("sensi", "random")
@@ -290,23 +311,23 @@ def test_budgets_from_a_file_with_nested_names(tmp_path):
     records.append({"method": "full", "plan": None, "validation": {"accuracy": 0.8}})
     (tmp_path / "results.json").write_text(json.dumps(records))
     names = {"x": "plan.share", "y": "validation.accuracy", "reference": "full"}
-    plot_budgets(tmp_path / "results.json", tmp_path / "b.svg", **names)
+    plots.plot_budgets(tmp_path / "results.json", tmp_path / "b.svg", **names)
     text = (tmp_path / "b.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in ("sensi", "random", "full"))
 
 
-def test_methods_of_one_color_have_other_dashes_and_markers():
-    styles = [line_style(index) for index in range(18)]
+def test_methods_of_one_color_have_other_dashes_and_markers(plots):
+    styles = [plots.line_style(index) for index in range(18)]
     for first in range(6):
         dashes, markers = zip(*styles[first::6], strict=True)
         assert len(set(dashes)) == len(set(markers)) == 3
 
 
-def test_budgets_without_what_they_need(tmp_path):
+def test_budgets_without_what_they_need(plots, tmp_path):
     with pytest.raises(SensiError, match="accuracy"):
-        plot_budgets([{"method": "a", "budget": 0.5}], tmp_path / "b.png")
+        plots.plot_budgets([{"method": "a", "budget": 0.5}], tmp_path / "b.png")
     with pytest.raises(SensiError, match="no method 'full'"):
-        plot_budgets([{"method": "a", "budget": 0.5, "accuracy": 1.0}], tmp_path / "b.png", reference="full")
+        plots.plot_budgets([{"method": "a", "budget": 0.5, "accuracy": 1.0}], tmp_path / "b.png", reference="full")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(SensiError, match="not JSON"):
-        plot_budgets(tmp_path / "x.json", tmp_path / "b.png")
+        plots.plot_budgets(tmp_path / "x.json", tmp_path / "b.png")

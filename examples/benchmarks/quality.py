@@ -16,10 +16,9 @@ from pathlib import Path
 from grid import run_all
 from methods import TRIMMING, TUNING, Method, blocks_only, full, started
 from pages import write_part
+from plots import plot_budgets
 from tables import best_rates, budgets_series, quality_table, read_results
 from tasks import TASKS
-
-from peft_sensi.charts import plot_budgets
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality"

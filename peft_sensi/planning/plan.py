@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..anatomy.units import Anatomy, Group
-from ..utils.errors import SensiLoadError
+from ..plotting.plots import Ranking, plot_plan
+from ..utils.errors import SensiError, SensiLoadError
+from ..utils.formatting import human
 from ..utils.states import KINDS, TRIMMED, TUNED, Row
 from .packing import _pack, _unpack, check_plan_dict, unpack_states
 
@@ -163,15 +165,44 @@ class Plan:
         )
 
     def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:
-        """Draws the map of the model (and, with the `scores` it was made from, the score curve and its cut lines).
+        """Draws a map of the model. With scores, also draws the ranking of the units and the cut lines.
 
-        Needs matplotlib; see `plots.plot_plan`.
+        Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+
+        Args:
+            path: A file that ends in `.png`, `.svg` or `.pdf`.
+            scores: The `Scores` that the plan was made from.
+            style: `light` or `dark`.
+            cost: The ranking shows each score divided by this cost of the unit: `params` or `flops`.
+
+        Raises:
+            SensiError: Matplotlib is missing, an argument is unknown, the scores belong to another model, or the
+                picture cannot be written.
         """
-        from ..plotting.plots import (
-            plot_plan,  # the package works without matplotlib, and a plan does not know pictures
-        )
+        if cost not in ("params", "flops"):
+            raise SensiError(f"`cost` must be 'params' or 'flops', got {cost!r}.")
+        headline = f"{human(self.trainable_params)} values trained"
+        if self.trims:
+            shares = f"{self.params_share:.1%} of prunable parameters and {self.flops_share:.1%} of their FLOPs"
+            headline = f"{shares} kept; {headline}"
+        ranking = None if scores is None else self._ranking(scores.values, cost)
+        plot_plan(drawn_rows(self), path, headline, ranking, style)
 
-        plot_plan(self, path, scores=scores, style=style, cost=cost)
+    def _ranking(self, scores: Mapping[str, Any], cost: str) -> Ranking:
+        """The units that the budget is about: the trimmable ones, or all scored ones if no unit is trimmable."""
+        scored = [group for group in self.anatomy.groups if group.name in scores and group.kind != "token"]
+        groups = [group for group in scored if group.trimmable] or scored
+        if not groups or any(len(scores[group.name]) != group.size for group in groups):
+            raise SensiError("These scores do not belong to this plan's model: groups or numbers of units differ.")
+        costs = [g.unit_params if cost == "params" else 2 * g.unit_macs(self.sequence_length) for g in groups]
+        unit_costs = np.repeat(np.array(costs, dtype=float), [group.size for group in groups])
+        return Ranking(
+            scores=np.concatenate([scores[group.name].double().numpy() for group in groups]) / unit_costs,
+            costs=unit_costs,
+            states=np.concatenate([self.of(group) for group in groups]),
+            cost="parameter" if cost == "params" else "FLOP",
+            part="prunable" if groups[0].trimmable else "targeted",
+        )
 
     def __str__(self) -> str:
         return self.summary()

@@ -1,1 +1,1 @@
-"""Drawing: arrays and names go in, picture files come out. Needs matplotlib."""
+"""Pictures. Arrays and names of units go in, picture files come out. Needs matplotlib (`peft-sensi[plots]`)."""

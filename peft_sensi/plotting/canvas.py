@@ -1,7 +1,7 @@
-"""What all pictures share: two styles, a sheet, axes, files.
+"""What all pictures share: two styles, the figure, labels of blocks, and saving.
 
-Three states are told apart by lightness first (dark is tuned, pale is gone), then by hues of Okabe and Ito's
-color-blind safe palette, so that a print in black and white says the same. Methods differ in color, marker and dash.
+The three states differ in lightness first (tuned is dark, trimmed is pale), so that black and white prints show them.
+Their hues come from the palette of Okabe and Ito, which color-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..utils.errors import SensiError
+from ..utils.files import write_atomically
 from ..utils.formatting import short_names, shortened
 from ..utils.states import FROZEN, TRIMMED, TUNED
 
@@ -39,16 +42,22 @@ STYLES: dict[str, dict[str, Any]] = {
     },
 }
 WIDTH = 7.2  # inches: the width of a page's text
+LEFT, RIGHT = 0.08, 0.972  # margins, as shares of the width
 
 
 def look_of(style: str) -> dict[str, Any]:
+    """The colors of a style."""
     if style not in STYLES:
         raise SensiError(f"`style` must be one of {', '.join(STYLES)}, got {style!r}.")
     return STYLES[style]
 
 
 def new_figure(height: float, look: Mapping[str, Any]) -> Any:
-    """A figure of its own, outside pyplot: nothing of the user's is changed, and no window system is needed."""
+    """A figure of `height` inches. It does not use pyplot, so it needs no window system and changes no global state.
+
+    Raises:
+        SensiError: Matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -56,7 +65,23 @@ def new_figure(height: float, look: Mapping[str, Any]) -> Any:
     return Figure(figsize=(WIDTH, height), facecolor=look["background"])
 
 
-def style_axes(axes: Any, look: Mapping[str, Any]) -> None:
+def add_headline(figure: Any, text: str, look: Mapping[str, Any]) -> None:
+    y = 1 - 0.16 / figure.get_figheight()
+    figure.text(LEFT, y, text, color=look["ink"], weight="bold", va="top", size=9)
+
+
+def panel_height(lines: int) -> float:
+    """Height in inches of a panel with one line for each block."""
+    return max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
+
+
+def panel_widths(kinds: list[str]) -> list[float]:
+    """Relative widths of panels that lie side by side: heads need less room than neurons."""
+    return [1.0 if kind == "head" and len(kinds) > 1 else 1.7 for kind in kinds]
+
+
+def style_axes(axes: Any, look: Mapping[str, Any], title: str = "", pad: float = 4) -> None:
+    """Quiet axes: only the left and bottom lines, small labels, and the title on the left."""
     axes.set_facecolor(look["background"])
     axes.tick_params(colors=look["soft"], labelsize=7, length=2, width=0.6)
     axes.tick_params(which="minor", length=0)
@@ -65,31 +90,31 @@ def style_axes(axes: Any, look: Mapping[str, Any]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(look["line"])
+    axes.set_title(title, loc="left", color=look["ink"], size=8, pad=pad)
 
 
 def count_ticks(axes: Any, most: int) -> None:
-    """Whole quarters where they are whole, so that the full width has its number."""
+    """Ticks from 0 to `most`, at quarters, thirds or the half where these are whole numbers."""
     parts = next(n for n in (4, 3, 2, 1) if most % n == 0)
-    places = [most * i // parts for i in range(parts + 1)]
-    axes.set_xticks(places, [f"{place:,}" for place in places])
+    ticks = [most * i // parts for i in range(parts + 1)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlim(0, most)
 
 
 def block_labels(names: list[str], blocks: list[str]) -> list[str]:
-    """Short names of blocks; of groups, where a block has several."""
-    shown = short_names(blocks) if len(set(blocks)) == len(blocks) else short_names(names)
-    return [shortened(shown[b if b in shown else n], 24) for n, b in zip(names, blocks, strict=True)]
+    """A short label for each group: of its block, or of the group itself where a block has several groups."""
+    short = short_names(blocks if len(set(blocks)) == len(blocks) else names)
+    return [shortened(short[b if b in short else n], 24) for n, b in zip(names, blocks, strict=True)]
 
 
-def room_between(parts: list[list[str]]) -> float:
-    """The space between panels, in widths of a panel, that the labels of all but the first need."""
-    longest = max((len(label) for labels in parts[1:] for label in labels), default=0)
+def room_between(labels: list[list[str]]) -> float:
+    """The space between panels, in panel widths, that the labels of all panels but the first need."""
+    longest = max((len(label) for panel in labels[1:] for label in panel), default=0)
     return max(0.16, 0.08 + 0.024 * longest)
 
 
-def block_ticks(axes: Any, names: list[str], blocks: list[str]) -> None:
-    """The first block on top, with its short name; only some of the names where there are many."""
-    labels = block_labels(names, blocks)
+def block_ticks(axes: Any, labels: list[str]) -> None:
+    """Labels the lines of a panel, the first block on top. Leaves out labels where there are more than 26."""
     step = max(1, -(-len(labels) // 26))
     axes.set_yticks(range(0, len(labels), step), labels[::step], size=6.5)
     axes.set_ylim(len(labels) - 0.45, -0.55)
@@ -97,7 +122,11 @@ def block_ticks(axes: Any, names: list[str], blocks: list[str]) -> None:
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Writes the file under a temporary name first. Raises `SensiError` for a format that matplotlib does not have."""
+    """Writes the picture. The file's ending says the format.
+
+    Raises:
+        SensiError: Matplotlib does not know the format, or the file cannot be written.
+    """
     from matplotlib.transforms import Bbox
 
     path = Path(path)
@@ -106,12 +135,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     if kind not in known:
         raise SensiError(f"{path}: pictures are written as {', '.join(sorted(known))}, not as {kind or 'nothing'!r}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{kind}")
-    try:
-        # The sheet grows where a label would be cut off.
-        sheet = Bbox.from_bounds(0, 0, *figure.get_size_inches())
-        whole = Bbox.union([sheet, figure.get_tightbbox().padded(0.06)])
-        figure.savefig(unfinished, format=kind, dpi=200, bbox_inches=whole)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # The sheet grows where a label would be cut off.
+    sheet = Bbox.from_bounds(0, 0, *figure.get_size_inches())
+    whole = Bbox.union([sheet, figure.get_tightbbox().padded(0.06)])
+    write_atomically(path, lambda name: figure.savefig(name, format=kind, dpi=200, bbox_inches=whole))

@@ -1,247 +1,218 @@
-"""The picture of a plan: a map of the model, and the ranking with its cuts.
-
-It needs matplotlib (`pip install 'peft-sensi[plots]'`).
-"""
+"""The pictures of a plan (a map of the model, and the ranking with its cut lines) and of scores (a heat map)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..planning.plan import Plan, drawn_rows
-from ..scoring.scores import Scores
 from ..utils.errors import SensiError
-from ..utils.formatting import human
 from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
-from .canvas import block_labels, block_ticks, count_ticks, look_of, new_figure, room_between, save_figure, style_axes
+from .canvas import (
+    LEFT,
+    RIGHT,
+    add_headline,
+    block_labels,
+    block_ticks,
+    count_ticks,
+    look_of,
+    new_figure,
+    panel_height,
+    panel_widths,
+    room_between,
+    save_figure,
+    style_axes,
+)
 
 
-if TYPE_CHECKING:
-    from ..scoring.scores import Scores
+@dataclass(frozen=True)
+class Ranking:
+    """What the score curve shows. The three arrays have one entry a unit, in any order.
+
+    Attributes:
+        scores: Score of each unit, divided by the unit's cost.
+        costs: Cost of each unit.
+        states: State of each unit (uint8): trimmed, frozen or tuned.
+        cost: What costs are counted in, `parameter` or `FLOP`.
+        part: Which part of the model the units are, `prunable` or `targeted`.
+    """
+
+    scores: np.ndarray
+    costs: np.ndarray
+    states: np.ndarray
+    cost: str
+    part: str
 
 
 def plot_plan(
-    plan: Plan | Mapping[str, Any],
+    rows: Sequence[Row],
     path: str | os.PathLike,
-    scores: Scores | None = None,
+    headline: str = "What the adapter does with each unit",
+    ranking: Ranking | None = None,
     style: str = "light",
-    cost: str = "params",
-    title: str = "",
 ) -> None:
-    """A map of the model: a line a block, a square a head, a bar for the neurons; below it the ranking and its cuts.
+    """Draws a map of the model, with one line a block: a square for each head, a bar for the neurons.
+
+    Below the map comes the ranking of all units with the cut lines, if there is a `ranking`.
 
     Args:
-        plan: A plan, or the dict in an adapter's config (without costs, so without the ranking).
-        path: `.png`, `.svg` or `.pdf`.
-        scores: What the plan was made from. Without them there is no ranking to show.
+        rows: The groups of units and their states.
+        path: A file that ends in `.png`, `.svg` or `.pdf`.
+        headline: The bold text at the top.
         style: `light` or `dark`.
-        cost: By which cost scores are divided in the ranking, `params` or `flops`: the one that was limited.
 
     Raises:
-        SensiError: Matplotlib is missing, or an argument is unknown.
+        SensiError: Matplotlib is missing, the style or the format is unknown, or the file cannot be written.
     """
     look = look_of(style)
-    if cost not in ("params", "flops"):
-        raise SensiError(f"`cost` must be 'params' or 'flops', got {cost!r}.")
-    rows = drawn_rows(plan)
-    ranked = scores is not None and isinstance(plan, Plan)
-    maps = [[row for row in rows if row.kind == kind] for kind in ("head", "neuron")]
-    maps.append([row for row in rows if row.kind not in ("head", "neuron")])
-    maps = [part for part in maps if part]
-    lines = max(len(part) for part in maps)
-    height = max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
-    heights = [height, 1.5] if ranked else [height]
-    figure = new_figure(sum(heights) + 1.2 + 0.75 * ranked, look)
-    top = 1 - 0.82 / figure.get_figheight()
-    bottom = (0.58 if ranked else 0.36) / figure.get_figheight()
+    panels = [[row for row in rows if row.kind == kind] for kind in ("head", "neuron")]
+    panels.append([row for row in rows if row.kind not in ("head", "neuron")])
+    panels = [panel for panel in panels if panel]
+    heights = [panel_height(max(len(panel) for panel in panels))]
+    if ranking is not None:
+        heights.append(1.5)
+    figure = new_figure(sum(heights) + (1.2 if ranking is None else 1.95), look)
+    size = figure.get_figheight()
     grid = figure.add_gridspec(
         len(heights),
         1,
         height_ratios=heights,
-        left=0.08,
-        right=0.972,
-        top=top,
-        bottom=bottom,
-        hspace=1.5 / np.mean(heights) / 2 if ranked else 0,
+        left=LEFT,
+        right=RIGHT,
+        top=1 - 0.82 / size,
+        bottom=(0.36 if ranking is None else 0.58) / size,
+        hspace=0 if ranking is None else 0.75 / np.mean(heights),
     )
-    widths = [1.0 if part[0].kind == "head" and len(maps) > 1 else 1.7 for part in maps]
-    labels = [block_labels([row.name for row in part], [row.block for row in part]) for part in maps]
-    upper = grid[0].subgridspec(1, len(maps), width_ratios=widths, wspace=room_between(labels))
-    for i, part in enumerate(maps):
+    labels = [block_labels([row.name for row in panel], [row.block for row in panel]) for panel in panels]
+    widths = panel_widths([panel[0].kind for panel in panels])
+    upper = grid[0].subgridspec(1, len(panels), width_ratios=widths, wspace=room_between(labels))
+    for i, panel in enumerate(panels):
         axes = figure.add_subplot(upper[i])
-        if part[0].kind == "head" and max(row.size for row in part) <= 64:
-            _draw_squares(axes, part, look)
+        style_axes(axes, look, _counts(panel))
+        if panel[0].kind == "head" and max(row.size for row in panel) <= 64:
+            _draw_squares(axes, panel, look)
         else:
-            _draw_bars(axes, part, look)
+            _draw_bars(axes, panel, look)
+        block_ticks(axes, labels[i])
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
         if i == 0:
             axes.set_ylabel("block", color=look["soft"])
-    if isinstance(plan, Plan) and scores is not None:
-        _draw_ranking(figure.add_subplot(grid[1]), plan, scores, cost, look)
-    figure.text(
-        0.08,
-        1 - 0.16 / figure.get_figheight(),
-        title or _headline(plan),
-        color=look["ink"],
-        weight="bold",
-        va="top",
-        size=9,
-    )
-    _state_legend(figure, rows, look)
+    if ranking is not None:
+        _draw_ranking(figure.add_subplot(grid[1]), ranking, look)
+    add_headline(figure, headline, look)
+    _add_legend(figure, rows, look)
     save_figure(figure, path)
 
 
-def _draw_squares(axes: Any, rows: list[Row], look: Mapping[str, Any]) -> None:
-    """Every head at its own place; the order within a block is the model's."""
-    from matplotlib.patches import Rectangle
-
-    for line, row in enumerate(rows):
-        for unit, state in enumerate(row.states):
-            axes.add_patch(
-                Rectangle(
-                    (unit - 0.5, line - 0.5),
-                    1,
-                    1,
-                    facecolor=look["states"][int(state)],
-                    edgecolor=look["background" if state != TRIMMED else "line"],
-                    linewidth=0.8,
-                )
-            )
-    axes.set_xlim(-0.5, max(row.size for row in rows) - 0.5)
-    _finish_map(axes, rows, look)
-    axes.set_xticks([])
-
-
-def _draw_bars(axes: Any, rows: list[Row], look: Mapping[str, Any]) -> None:
-    for line, row in enumerate(rows):
-        start = 0
-        for state in (TUNED, FROZEN, TRIMMED):
-            width = row.count(state)
-            axes.barh(
-                line,
-                width,
-                left=start,
-                height=0.82,
-                color=look["states"][state],
-                linewidth=0.5,
-                edgecolor=look["line"] if state == TRIMMED else look["states"][state],
-            )
-            start += width
-    count_ticks(axes, max(row.size for row in rows))
-    _finish_map(axes, rows, look)
-
-
-def _finish_map(axes: Any, rows: list[Row], look: Mapping[str, Any]) -> None:
+def _counts(rows: Sequence[Row]) -> str:
+    """The title of a panel: how many units there are, are kept and are tuned."""
     tuned, frozen, trimmed = (sum(row.count(state) for row in rows) for state in (TUNED, FROZEN, TRIMMED))
     counts = [f"{tuned + frozen:,} kept"] if trimmed or not frozen else []
     counts += [f"{tuned:,} tuned"] if frozen else []
     kind = rows[0].kind if len({row.kind for row in rows}) == 1 else "row"
-    style_axes(axes, look)
-    axes.set_title(
-        f"{tuned + frozen + trimmed:,} {KINDS[kind]}: {', '.join(counts)}",
-        loc="left",
-        color=look["ink"],
-        size=8,
-        pad=4,
-    )
-    block_ticks(axes, [row.name for row in rows], [row.block for row in rows])
-    for side in ("left", "bottom"):
-        axes.spines[side].set_visible(False)
+    return f"{tuned + frozen + trimmed:,} {KINDS[kind]}: {', '.join(counts)}"
 
 
-def _draw_ranking(axes: Any, plan: Plan, scores: Scores, cost: str, look: Mapping[str, Any]) -> None:
-    """All units by score per cost; below the curve the states in this order, and the places of the two cuts."""
-    groups = [g for g in plan.anatomy.groups if g.name in scores.values and g.kind != "token"]
-    groups = [g for g in groups if g.trimmable] or groups
-    if not groups or any(scores.values[g.name].numel() != g.size for g in groups):
-        raise SensiError("These scores are not of the model that the plan is of.")
-    costs = [g.unit_params if cost == "params" else 2 * g.unit_macs(plan.sequence_length) for g in groups]
-    prices = np.concatenate([np.full(g.size, c, dtype=float) for g, c in zip(groups, costs, strict=True)])
-    values = np.concatenate([scores.values[g.name].double().numpy() for g in groups]) / prices
-    states = np.concatenate([plan.of(g) for g in groups])
-    order = np.argsort(-values, kind="stable")
-    prices, values, states = prices[order], values[order], states[order]
-    ends = np.cumsum(prices) / prices.sum()
-    positive = values[values > 0]
-    style_axes(axes, look)
+def _draw_squares(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
+    """One square a unit, in the order of the model."""
+    from matplotlib.patches import Rectangle
+
+    for line, row in enumerate(rows):
+        for unit, state in enumerate(row.states):
+            edge = look["line" if state == TRIMMED else "background"]
+            color = look["states"][int(state)]
+            axes.add_patch(Rectangle((unit - 0.5, line - 0.5), 1, 1, facecolor=color, edgecolor=edge, linewidth=0.8))
+    axes.set_xlim(-0.5, max(row.size for row in rows) - 0.5)
+    axes.set_xticks([])
+
+
+def _draw_bars(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
+    """One bar a group, with a section for each state."""
+    start = np.zeros(len(rows))
+    for state in (TUNED, FROZEN, TRIMMED):
+        widths = np.array([row.count(state) for row in rows])
+        color = look["states"][state]
+        edge = look["line"] if state == TRIMMED else color
+        axes.barh(range(len(rows)), widths, left=start, height=0.82, color=color, edgecolor=edge, linewidth=0.5)
+        start += widths
+    count_ticks(axes, max(row.size for row in rows))
+
+
+def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
+    """The scores of all units from best to worst, a strip with the states in this order, and the two cut lines."""
+    order = np.argsort(-ranking.scores, kind="stable")
+    scores, states = ranking.scores[order], ranking.states[order]
+    shares = ranking.costs[order] / ranking.costs.sum()
+    edges = np.append(0.0, np.cumsum(shares))
+    style_axes(axes, look, "The ranking and its cuts", pad=13)
+    positive = scores[scores > 0]
     if len(positive):
-        drawn = np.maximum(values, positive.min())
-        axes.step(
-            np.concatenate(([0.0], ends)), np.append(drawn, drawn[-1]), where="post", color=look["ink"], linewidth=1.1
-        )
-        axes.fill_between(
-            np.concatenate(([0.0], ends)),
-            np.append(drawn, drawn[-1]),
-            positive.min() / 2,
-            step="post",
-            color=look["fill"],
-            linewidth=0,
-        )
+        lowest = positive.min()
+        curve = np.maximum(scores, lowest)
+        axes.stairs(curve, edges, baseline=lowest / 2, fill=True, color=look["fill"], linewidth=0)
+        axes.stairs(curve, edges, baseline=None, color=look["ink"], linewidth=1.1)
         axes.set_yscale("log")
         # A few units far below the others must not flatten the rest of the curve.
-        low, high = np.quantile(positive, 0.002) / 2, positive.max() * 3
-        axes.set_ylim(low, high)
+        axes.set_ylim(np.quantile(positive, 0.002) / 2, positive.max() * 3)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylabel(f"score per {'parameter' if cost == 'params' else 'FLOP'}", color=look["soft"])
-    what = "prunable" if groups[0].trimmable else "targeted"
-    axes.set_xlabel(
-        f"share of the {what} {'parameters' if cost == 'params' else 'FLOPs'}, most sensitive units first",
-        color=look["soft"],
-        labelpad=2,
-    )
-    axes.set_title("The ranking and its cuts", loc="left", color=look["ink"], size=8, pad=13)
-    _draw_strip(axes, ends, prices / prices.sum(), states, look)
-    tuned, kept = float(prices[states == TUNED].sum()), float(prices[states != TRIMMED].sum())
-    cuts = {"tuned": tuned / prices.sum(), "kept": kept / prices.sum()}
+    axes.set_ylabel(f"score per {ranking.cost}", color=look["soft"])
+    xlabel = f"share of the {ranking.part} {ranking.cost}s, most sensitive units first"
+    axes.set_xlabel(xlabel, color=look["soft"], labelpad=2)
+    _draw_strip(axes, edges, states, look)
+    cuts = {"tuned": shares[states == TUNED].sum(), "kept": shares[states != TRIMMED].sum()}
     if not (states == FROZEN).any() or not (states == TUNED).any():
-        del cuts["tuned"]  # one cut: everything that is kept is tuned, or nothing is
-    places = [(name, place) for name, place in cuts.items() if place < 0.9995]
-    for i, (name, place) in enumerate(places):
-        axes.axvline(place, color=look["ink"], linestyle=(0, (4, 2)), linewidth=1.0)
-        crowded = len(places) == 2 and places[1][1] - places[0][1] < 0.14
-        side = "right" if place > 0.85 or (crowded and i == 0 and place > 0.14) else "left"
-        above = 10 if crowded and i == 1 and places[0][1] <= 0.14 else 3
+        del cuts["tuned"]  # there is one cut only: either all kept units are tuned or none is
+    _draw_cuts(axes, {name: x for name, x in cuts.items() if x < 0.9995}, look)
+
+
+def _draw_cuts(axes: Any, cuts: Mapping[str, float], look: Mapping[str, Any]) -> None:
+    """Dashed vertical lines with their names. Labels of lines that are close get out of each other's way."""
+    first = next(iter(cuts.values()), 0.0)
+    crowded = len(cuts) == 2 and cuts["kept"] - cuts["tuned"] < 0.14
+    for i, (name, x) in enumerate(cuts.items()):
+        axes.axvline(x, color=look["ink"], linestyle=(0, (4, 2)), linewidth=1.0)
+        on_the_left = x > 0.85 or (crowded and i == 0 and x > 0.14)
+        raised = crowded and i == 1 and first <= 0.14
         axes.annotate(
-            f"{place:.1%} {name}",
-            (place, 1.0),
+            f"{x:.1%} {name}",
+            (x, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(-2 if side == "right" else 2, above),
+            xytext=(-2 if on_the_left else 2, 10 if raised else 3),
             textcoords="offset points",
-            ha=side,
+            ha="right" if on_the_left else "left",
             color=look["ink"],
             size=7,
         )
 
 
-def _draw_strip(axes: Any, ends: np.ndarray, shares: np.ndarray, states: np.ndarray, look: Mapping[str, Any]) -> None:
-    """What became of the units at each place of the ranking: a plain cut, but for steps and minima."""
+def _draw_strip(axes: Any, edges: np.ndarray, states: np.ndarray, look: Mapping[str, Any]) -> None:
+    """A thin strip under the curve: the states of the units at each place of the ranking.
+
+    The cut lines are not always sharp there, because some units are kept in steps or as a minimum.
+    """
     strip = axes.inset_axes((0, -0.13, 1, 0.1))
     bins = np.linspace(0, 1, 181)
-    starts = ends - shares
     below = np.zeros(180)
     for state in (TUNED, FROZEN, TRIMMED):
-        mine = states == state
-        # The share of the units of this state that lies below each bin's edges, spread evenly over a unit's width.
-        inside = np.array([np.clip((edge - starts[mine]) / shares[mine], 0, 1) @ shares[mine] for edge in bins])
-        heights = np.diff(inside) * 180
-        strip.bar(
-            bins[:-1], heights, width=1 / 180, align="edge", bottom=below, color=look["states"][state], linewidth=0
-        )
-        below += heights
-    strip.set_xlim(0, 1)
-    strip.set_ylim(0, 1)
-    strip.set_xticks([])
-    strip.set_yticks([])
+        # The share of the units of this state up to each edge, and from it the part of each bin that they fill.
+        up_to = np.append(0.0, np.cumsum(np.diff(edges) * (states == state)))
+        filled = np.diff(np.interp(bins, edges, up_to)) * 180
+        color = look["states"][state]
+        strip.bar(bins[:-1], filled, width=1 / 180, align="edge", bottom=below, color=color, linewidth=0)
+        below += filled
+    strip.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[])
     for spine in strip.spines.values():
         spine.set_color(look["line"])
         spine.set_linewidth(0.5)
     axes.tick_params(axis="x", pad=15, length=0)
 
 
-def _state_legend(figure: Any, rows: list[Row], look: Mapping[str, Any]) -> None:
+def _add_legend(figure: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
     from matplotlib.patches import Patch
 
     present = [state for state in STATES if any(row.count(state) for row in rows)]
@@ -251,7 +222,7 @@ def _state_legend(figure: Any, rows: list[Row], look: Mapping[str, Any]) -> None
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0.08, 1 - 0.34 / figure.get_figheight()),
+        bbox_to_anchor=(LEFT, 1 - 0.34 / figure.get_figheight()),
         ncols=3,
         frameon=False,
         fontsize=7.5,
@@ -264,92 +235,84 @@ def _state_legend(figure: Any, rows: list[Row], look: Mapping[str, Any]) -> None
     )
 
 
-def _headline(plan: Plan | Mapping[str, Any]) -> str:
-    if not isinstance(plan, Plan):
-        return "What the adapter does with each unit"
-    parts = []
-    if plan.trims:
-        parts.append(f"{plan.params_share:.1%} of prunable parameters and {plan.flops_share:.1%} of their FLOPs kept")
-    parts.append(f"{human(plan.trainable_params)} values trained")
-    return "; ".join(parts)
+def plot_scores(
+    scores: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    headline: str,
+    outliers: Collection[str] = (),
+    style: str = "light",
+) -> None:
+    """Draws a heat map of the scores on a logarithmic scale: one line a block, with the block's best unit on the left.
 
+    Groups outside of blocks (rows of single Linears) are left out if there are blocks.
 
-def plot_scores(scores: Scores, path: str | os.PathLike, style: str = "light") -> None:
-    """The scores of all units on a logarithmic scale: a line a block, each block's units from best to worst.
+    Args:
+        scores: One number a unit, for each group.
+        path: A file that ends in `.png`, `.svg` or `.pdf`.
+        headline: The bold text at the top.
+        outliers: Names of groups with an outlier unit. They get a mark.
+        style: `light` or `dark`.
 
-    Units outside blocks (rows of single Linears) are left out when there are blocks. Raises `SensiError`.
+    Raises:
+        SensiError: There are no scores, matplotlib is missing, the style or the format is unknown, or the file cannot
+            be written.
     """
     look = look_of(style)
-    values = {name: np.sort(t.double().numpy())[::-1] for name, t in scores.values.items() if t.numel()}
-    if not values:
+    sorted_scores = {name: np.sort(values)[::-1] for name, values in scores.items() if len(values)}
+    if not sorted_scores:
         raise SensiError("There are no scores to draw.")
-    parts = {
-        kind: [n for n in values if n.endswith(f".{kind}") or n.endswith(f"_{kind}")] for kind in ("heads", "neurons")
+    panels = {
+        kind: [name for name in sorted_scores if name.endswith((f".{KINDS[kind]}", f"_{KINDS[kind]}"))]
+        for kind in ("head", "neuron")
     }
-    parts = {kind: names for kind, names in parts.items() if names} or {"units": list(values)}
-    lines = max(len(names) for names in parts.values())
-    height = max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
-    figure = new_figure(height + 1.4, look)
+    panels = {kind: names for kind, names in panels.items() if names} or {"": list(sorted_scores)}
+    labels = [block_labels(names, [name.rpartition(".")[0] for name in names]) for names in panels.values()]
+    figure = new_figure(panel_height(max(map(len, panels.values()))) + 1.4, look)
     size = figure.get_figheight()
     grid = figure.add_gridspec(
         1,
-        len(parts),
-        left=0.08,
-        right=0.972,
+        len(panels),
+        left=LEFT,
+        right=RIGHT,
         top=1 - 0.6 / size,
         bottom=0.8 / size,
-        wspace=room_between([block_labels(names, blocks_of(names)) for names in parts.values()]),
-        width_ratios=[1.0 if kind == "heads" and len(parts) > 1 else 1.7 for kind in parts],
+        wspace=room_between(labels),
+        width_ratios=panel_widths(list(panels)),
     )
-    for i, (kind, names) in enumerate(parts.items()):
+    for i, (kind, names) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[i])
-        _draw_heat(figure, axes, [(name, values[name]) for name in names], kind, scores, look)
+        style_axes(axes, look, f"{KINDS.get(kind, 'units')}, each block's best on the left")
+        marked = [line for line, name in enumerate(names) if name in outliers]
+        _draw_heat(axes, [sorted_scores[name] for name in names], marked, look)
+        block_ticks(axes, labels[i])
         if i == 0:
             axes.set_ylabel("block", color=look["soft"])
-    figure.text(
-        0.08,
-        1 - 0.16 / size,
-        f"Sensitivity of every unit, score = {scores.method}",
-        color=look["ink"],
-        weight="bold",
-        va="top",
-        size=9,
-    )
+    add_headline(figure, headline, look)
     save_figure(figure, path)
 
 
-def blocks_of(names: list[str]) -> list[str]:
-    return [name.rpartition(".")[0] for name in names]
-
-
-def _draw_heat(
-    figure: Any, axes: Any, rows: list[tuple[str, np.ndarray]], kind: str, scores: Scores, look: Mapping[str, Any]
-) -> None:
+def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], look: Mapping[str, Any]) -> None:
+    """Means of neighboring scores as colors, in at most 200 columns; marks on some lines; a color bar below."""
     from matplotlib.colors import LogNorm
 
-    columns = min(200, max(len(values) for _, values in rows))
-    image = np.full((len(rows), columns), np.nan)
-    widest = max(len(values) for _, values in rows)
-    for line, (_, values) in enumerate(rows):
-        for column, part in enumerate(np.array_split(np.arange(widest), columns)):
-            inside = part[part < len(values)]
-            if len(inside):
-                image[line, column] = values[inside].mean()
+    widest = max(map(len, lines))
+    columns = np.array_split(np.arange(widest), min(200, widest))
+    image = np.full((len(lines), len(columns)), np.nan)
+    for line, values in enumerate(lines):
+        for column, units in enumerate(columns):
+            if units[0] < len(values):
+                image[line, column] = values[units[0] : units[-1] + 1].mean()
     positive = image[image > 0]
     low, high = (np.quantile(positive, 0.003), positive.max()) if len(positive) else (0.5, 1.0)
-    norm = LogNorm(low, high if high > low else low * 1.0001, clip=True)
     drawn = axes.imshow(
         np.maximum(image, low),
         aspect="auto",
         cmap=look["map"],
-        norm=norm,
+        norm=LogNorm(low, max(high, low * 1.0001), clip=True),
         interpolation="nearest",
-        extent=(0, widest, len(rows) - 0.5, -0.5),
+        extent=(0, widest, len(lines) - 0.5, -0.5),
     )
-    with_outliers = [
-        line for line, (name, _) in enumerate(rows) if name in scores.protected and scores.protected[name].any()
-    ]
-    for line in with_outliers:
+    for line in marked:
         axes.annotate(
             "▸",
             (0, line),
@@ -361,17 +324,14 @@ def _draw_heat(
             color=look["ink"],
             annotation_clip=False,
         )
-    style_axes(axes, look)
-    names = [name for name, _ in rows]
-    block_ticks(axes, names, blocks_of(names))
-    if with_outliers:
+    if marked:
         axes.tick_params(axis="y", pad=7)
     count_ticks(axes, widest)
-    axes.set_title(f"{kind}, each block's best on the left", loc="left", color=look["ink"], size=8, pad=4)
-    inch = 1 / (axes.get_position().height * figure.get_figheight())
-    bar = figure.colorbar(drawn, cax=axes.inset_axes((0, -0.42 * inch, 1, 0.09 * inch)), orientation="horizontal")
+    inch = 1 / (axes.get_position().height * axes.figure.get_figheight())
+    below = axes.inset_axes((0, -0.42 * inch, 1, 0.09 * inch))
+    bar = axes.figure.colorbar(drawn, cax=below, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=look["soft"], length=2)
     bar.ax.minorticks_off()
-    note = "score; ▸ has a spike, kept whatever its score" if with_outliers else "score"
+    note = "score; ▸ marks an outlier unit, which is always kept" if marked else "score"
     bar.ax.set_xlabel(note, color=look["soft"], size=7.5, labelpad=2)

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..planning.plan import Plan, rows_of
+from ..planning.plan import Plan, drawn_rows, rows_of
+from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..utils.errors import SensiError
@@ -67,9 +68,10 @@ def write_card(
     plan = plan or plan_without_weights(saved, base)
     written = [folder / "README.md"]
     try:
-        from ..plotting.plots import plot_plan
-
-        plot_plan(plan or saved.config.plan, folder / PICTURE, scores=scores)
+        if plan is not None:
+            plan.plot(folder / PICTURE, scores=scores)
+        else:
+            plot_plan(drawn_rows(saved.config.plan), folder / PICTURE)
         written.append(folder / PICTURE)
     except SensiError:  # no matplotlib
         pass

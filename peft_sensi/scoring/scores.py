@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..plotting.plots import plot_scores
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
-from ..utils.files import write_atomically
+from ..utils.files import open_safetensors, write_atomically
 
 
 METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
@@ -44,14 +44,13 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
-        """Inverse of `save`. Raises `SensiLoadError` for a file that is not ours."""
-        try:
-            opened = safe_open(str(path), framework="pt")
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise SensiLoadError(f"{path} is not a safetensors file: {error}.") from None
-        with opened as file:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            SensiLoadError: The file is damaged, or does not hold scores.
+        """
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "peft_sensi.scores.1":
                 raise SensiLoadError(f"{path} is not a file of scores: its format is {metadata.get('format')!r}.")
@@ -71,12 +70,21 @@ class Scores:
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
-        """Draws the scores of all units, block by block. Needs matplotlib; see `charts.plot_scores`."""
-        from ..plotting.plots import (
-            plot_scores,  # the package works without matplotlib, and scores do not know pictures
-        )
+        """Draws a heat map of the scores of all units, block by block.
 
-        plot_scores(self, path, style=style)
+        Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+
+        Args:
+            path: A file that ends in `.png`, `.svg` or `.pdf`.
+            style: `light` or `dark`.
+
+        Raises:
+            SensiError: There are no scores, matplotlib is missing, the style or the format is unknown, or the picture
+                cannot be written.
+        """
+        values = {name: scores.double().numpy() for name, scores in self.values.items()}
+        outliers = [name for name, marks in self.protected.items() if marks.any()]
+        plot_scores(values, path, f"Sensitivity of every unit, score = {self.method}", outliers, style)
 
 
 _KINDS = ("values", "protected", "head")

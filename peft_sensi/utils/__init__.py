@@ -1,1 +1,1 @@
-"""What every package may use: errors, checks of outside values, file handling, several processes, text formatting."""
+"""What all packages use: errors, checks of outside values, file access, several processes, unit states, and text."""

@@ -1,14 +1,16 @@
-"""Types of a config's fields, checked before anything is done with a value.
+"""Checks of values that come from outside: the types of a config's fields, and what a config file may contain.
 
-A config that came out of a file is foreign: it is held to more. PEFT matches some names as regular expressions, and
-layouts of blocks name attributes that are read and set, so a file may hold plain names only.
+A config from a file is not trusted, so `check_foreign` allows less than a user may write in code. PEFT treats some
+names as regular expressions, and block layouts name attributes that are read and set. So files may hold plain names
+only.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 from .errors import SensiError, SensiLoadError
@@ -18,12 +20,12 @@ _COLLECTIONS = (list, tuple, set, frozenset)
 _REGEX_SIGNS = set("\\^$*+?{}[]()|")
 _PATH = re.compile(r"[A-Za-z0-9]\w*(\.[A-Za-z0-9]\w*)*")
 _LAYER_PATH = re.compile(r"(\w+|\*)(\.(\w+|\*))*")
-# More than any model has modules, and few enough to match against them in no time.
+# No model has more modules than this, and matching names against this many is still fast.
 _MOST_NAMES, _LONGEST_NAME, _MOST_STARS = 20_000, 512, 8
 
 
 def is_number(value: Any) -> bool:
-    """A finite number that a float can hold, and no boolean."""
+    """Whether this is a finite number that fits into a float. Booleans are not numbers here."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -32,23 +34,17 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, _COLLECTIONS) and all(isinstance(name, str) for name in value)
 
 
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_mapping(value: Any) -> bool:
-    return value is None or isinstance(value, Mapping)
-
-
 def _is_fingerprint(value: Any) -> bool:
-    if value is None:
-        return True
     if not isinstance(value, Mapping) or set(value) != {"shapes", "marks"}:
-        return False
+        return value is None
     shapes, marks = value["shapes"], value["marks"]
     return (
         isinstance(shapes, Mapping)
@@ -58,12 +54,17 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
+def _is_auto_mapping(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values()))
+
+
 _NAMES_OR_NONE = (lambda v: v is None or _is_names(v), "a list of names or None")
 _NAMES_OR_TEXT = (lambda v: v is None or isinstance(v, str) or _is_names(v), "a list of names, a string or None")
-_TEXT_OR_NONE = (_is_text, "a string or None")
-_TEXT = (lambda v: isinstance(v, str), "a string")
-_TRUTH = (lambda v: isinstance(v, bool), "True or False")
-_TYPES = {
+_TEXT_OR_NONE = (_is(str, NoneType), "a string or None")
+_TEXT = (_is(str), "a string")
+_BOOL = (_is(bool), "True or False")
+# For each field: a function that says whether a value is accepted, and the words for a message.
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": _NAMES_OR_TEXT,
     "exclude_modules": _NAMES_OR_TEXT,
     "modules_to_save": _NAMES_OR_NONE,
@@ -73,61 +74,68 @@ _TYPES = {
     "update": _TEXT_OR_NONE,
     "support": _TEXT_OR_NONE,
     "compressed": _TEXT_OR_NONE,
-    "blocks": (lambda v: v is None or isinstance(v, (list, tuple)), "a list of layouts or None"),
-    "schedule": (_is_mapping, "a dict or None"),
-    "refit": (lambda v: v is None or isinstance(v, bool), "True, False or None"),
-    "keep_base": _TRUTH,
-    "init_weights": _TRUTH,
-    "inference_mode": _TRUTH,
+    "blocks": (_is(list, tuple, NoneType), "a list of layouts or None"),
+    "schedule": (_is(Mapping, NoneType), "a dict or None"),
+    "refit": (_is(bool, NoneType), "True, False or None"),
+    "keep_base": _BOOL,
+    "init_weights": _BOOL,
+    "inference_mode": _BOOL,
     "priming_lr": (is_number, "a finite number"),
     "fingerprint": (_is_fingerprint, "None, or a dict of `shapes` and a list of finite `marks`"),
-    "auto_mapping": (lambda v: _is_mapping(v) and all(map(_is_text, (v or {}).values())), "a dict of strings or None"),
+    "auto_mapping": (_is_auto_mapping, "a dict of strings or None"),
     "revision": _TEXT_OR_NONE,
     "peft_version": _TEXT_OR_NONE,
 }
 
 
 def check_types(values: Mapping[str, Any]) -> None:
-    """Raises `SensiError` for the first field whose type is wrong; says key, expected and found."""
-    for name, (good, expected) in _TYPES.items():
-        if name in values and not good(values[name]):
+    """Checks the types of the fields of a config.
+
+    Raises:
+        SensiError: A field has a wrong type. The message names the field, the expected type and the value.
+    """
+    for name, (is_good, expected) in _TYPES.items():
+        if name in values and not is_good(values[name]):
             raise SensiError(f"`{name}` must be {expected}, got {shown(values[name])}.")
 
 
 def check_foreign(values: Mapping[str, Any]) -> None:
-    """What a file may not ask for, though a user may. To be called after `check_types`. Raises `SensiLoadError`."""
+    """Checks that a config from a file holds plain names only. Call `check_types` first.
+
+    Raises:
+        SensiLoadError: A field holds a regular expression, a private attribute, or too many or too long names.
+    """
     for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train"):
         value = values.get(name)
         if isinstance(value, str):
             if name != "target_modules" or value.lower() != "all-linear":
                 raise SensiLoadError(
-                    f"`{name}` must be a list of module names in a file, got the string {shown(value)}: a regular "
-                    f"expression from a file is not run. Saved adapters hold the modules that it matched."
+                    f"`{name}` must be a list of module names in a file, got the string {shown(value)}. Regular "
+                    f"expressions from files are not run; a saved adapter lists the modules that matched."
                 )
         elif value is not None:
             if len(value) > _MOST_NAMES or any(len(entry) > _LONGEST_NAME for entry in value):
                 raise SensiLoadError(f"`{name}` must hold at most {_MOST_NAMES} names of {_LONGEST_NAME} characters.")
-            # PEFT builds a regular expression around these.
+            # PEFT builds a regular expression from these.
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
     for layout in values.get("blocks") or ():
-        if isinstance(layout, Mapping):
-            _check_layout(layout)
+        for name, value in layout.items() if isinstance(layout, Mapping) else ():
+            if name != "head_size" or type(value) is not int:
+                _check_paths(name, value)
 
 
-def _check_layout(layout: Mapping[str, Any]) -> None:
-    for name, value in layout.items():
-        if name == "head_size" and type(value) is int:
-            continue
-        for path in value if isinstance(value, _COLLECTIONS) else [value]:
-            pattern = _LAYER_PATH if name == "layer" else _PATH
-            good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
-            if path != "" and not (good and pattern.fullmatch(path)):
-                raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
+def _check_paths(name: str, value: Any) -> None:
+    """Checks a field of a block layout: one dotted path or several, whose parts do not begin with an underscore."""
+    pattern = _LAYER_PATH if name == "layer" else _PATH
+    for path in value if isinstance(value, _COLLECTIONS) else [value]:
+        good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
+        if path != "" and not (good and pattern.fullmatch(path)):
+            raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
 
 
 def shown(value: Any) -> str:
-    """`repr` that never floods a message."""
+    """`repr` of a value for a message, at most 120 characters long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits

@@ -1,21 +1,21 @@
-"""The errors users can catch. All of them are `ValueError`s, because that is what PEFT raises for bad input."""
+"""The errors of this package. They are also `ValueError`s, which PEFT raises for bad input."""
 
 
 class SensiError(ValueError):
-    """Something about the request cannot be done; the message says what and what to do instead."""
+    """A request cannot be carried out. The message says why, and what to do instead."""
 
 
 class BudgetError(SensiError):
-    """The budget is malformed, or nothing that satisfies it exists."""
+    """The budget is malformed, or no plan satisfies it."""
 
 
 class AnatomyError(SensiError):
-    """The model has no units of the kind that was asked for."""
+    """The model has no units of the requested kind."""
 
 
 class CalibrationError(SensiError):
-    """The calibration data cannot be used: empty, without labels, or with a loss that is not finite."""
+    """The calibration data cannot be used: it is empty, has no labels, or its loss is not finite."""
 
 
 class SensiLoadError(SensiError):
-    """A file does not hold what it must hold, or does not belong to this base model."""
+    """A file is damaged, has unexpected content, or does not belong to this base model."""

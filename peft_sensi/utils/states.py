@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The three states of a unit, and the states of one group of units as an array."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import numpy as np
 
 
 TRIMMED, FROZEN, TUNED = 0, 1, 2
-
-
-STATES = {TUNED: "tuned", FROZEN: "frozen", TRIMMED: "trimmed"}
-
-
+STATES = {TUNED: "tuned", FROZEN: "frozen", TRIMMED: "trimmed"}  # the order in which tables and pictures show them
 KINDS = {"head": "heads", "neuron": "neurons", "row": "rows", "token": "tokens", "tensor": "tensors"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group of units. `states` is uint8, one a unit; `block` is the layer's path, or the module's outside one."""
+    """One group of units, as tables and pictures show it.
+
+    Attributes:
+        name: The group's name, such as `bert.encoder.layer.0.heads`.
+        block: Path of the block that the group belongs to; of the module, for a group outside of blocks.
+        kind: A key of `KINDS`.
+        states: The state of each unit, uint8.
+    """
 
     name: str
     block: str
@@ -30,4 +33,5 @@ class Row:
         return len(self.states)
 
     def count(self, *states: int) -> int:
+        """The number of units in one of these states."""
         return int(np.isin(self.states, states).sum())
