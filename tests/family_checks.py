@@ -334,10 +334,10 @@ def check_generation(case: Case) -> None:
     model = case.wrap(base, plan=random_plan(case, base))
     train(model, case)
     expected = generate(model)
-    told = {"return_dict_in_generate": True, "output_scores": True}
+    with_scores = {"return_dict_in_generate": True, "output_scores": True}
     with model.disable_adapter():
-        base_scores = generate(model, **told).scores[0]
-    assert not torch.equal(generate(model, **told).scores[0], base_scores)
+        base_scores = generate(model, **with_scores).scores[0]
+    assert not torch.equal(generate(model, **with_scores).scores[0], base_scores)
     assert torch.equal(generate(model, use_cache=False), expected)
     with model.disable_adapter():
         assert torch.equal(generate(model), before)

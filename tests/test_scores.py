@@ -1,7 +1,8 @@
-"""Scores: their definitions, what they need, and that the model and all random states are left as they were."""
+"""Scores: their definitions, their inputs and files, and that scoring leaves model and random states unchanged."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -10,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, wrap
+from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
@@ -201,7 +202,7 @@ def test_padding_has_no_influence():
 
 
 def test_gradients_are_the_change_of_the_loss():
-    """Without autograd: the loss when one unit's gate moves a little, in float64."""
+    """Compares with finite differences of the loss in float64, without autograd."""
     model = tiny_model(dtype=torch.float64)
     anatomy = build_anatomy(model)
     batch = {k: v[:1] for k, v in tiny_batches(1)[0].items()}
@@ -215,7 +216,7 @@ def test_gradients_are_the_change_of_the_loss():
                 gate[unit * width : (unit + 1) * width] += step
                 handle = module.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate,))
                 with torch.no_grad():
-                    # The loss itself, because calibration works in float32.
+                    # Not by `calibration_loss`, which returns float32.
                     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                     losses.append(nn.functional.cross_entropy(logits, batch["labels"]).item())
                 handle.remove()
@@ -260,6 +261,27 @@ def test_magnitude_is_the_squared_norm_of_all_weights_of_a_unit():
     assert scores.values["bert.encoder.layer.1.heads"][unit].item() == pytest.approx(head.item(), rel=1e-5)
 
 
+def test_scores_read_the_weights_that_the_base_layers_have_now():
+    """While an adapter is merged into the base layers, scores and outliers are those of the trained weights."""
+    model, batches = trained(budget={"trainable": 0.1}), tiny_batches(1)
+    root = model.base_model.model
+    plain = copy.deepcopy(model).merge_and_unload()
+    for score in ("magnitude", "fisher"):
+        options = {"score": score, "priming_steps": 0, "progress": False}
+        before = compute_scores(root, batches, **options)
+        model.merge_adapter()
+        merged = compute_scores(root, batches, **options)
+        model.unmerge_adapter()
+        expected = compute_scores(plain, batches, **options)
+        assert merged.values.keys() == expected.values.keys()
+        for name, values in expected.values.items():
+            torch.testing.assert_close(merged.values[name], values, atol=1e-7, rtol=1e-4)
+        for name, mask in expected.protected.items():
+            assert torch.equal(merged.protected[name], mask)
+        if score == "magnitude":
+            assert any(not torch.equal(before.values[name], merged.values[name]) for name in before.values)
+
+
 def test_random_scores_follow_the_seed_only():
     model = tiny_model()
     first, same = (compute_scores(model, score="random", seed=3) for _ in range(2))
@@ -269,7 +291,7 @@ def test_random_scores_follow_the_seed_only():
 
 
 def test_random_scores_prefer_no_kind_of_unit():
-    """After the division by cost: otherwise the control would drop all heads before any neuron."""
+    """Scores are divided by costs. Without a correction, random scores would drop all heads before any neuron."""
     shares = {"head": [], "neuron": []}
     for seed in range(8):
         model = tiny_model(num_hidden_layers=4)
@@ -282,7 +304,7 @@ def test_random_scores_prefer_no_kind_of_unit():
 
 
 class Buffered(nn.Module):
-    """A model with a buffer that every forward pass changes, and with randomness of all three kinds."""
+    """A model with a buffer that every forward pass changes. It uses the random states of Python and NumPy, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +330,7 @@ def test_nothing_is_changed_not_one_bit(score):
     loader = DataLoader(
         torch.arange(12).tolist(), batch_size=4, shuffle=True, collate_fn=lambda i: tiny_batches(1, seed=i[0])[0]
     )
-    # Gradients of a step in progress are the user's, too.
+    # The user may be in the middle of a step, and have gradients.
     model(**tiny_batches(1)[0])["loss"].backward()
     tensors, modes = snapshot(model), [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
@@ -624,7 +646,7 @@ def test_a_model_whose_output_has_no_loss_takes_a_function():
 
 
 def with_an_outlier(model, unit: int = 5):
-    """Neuron `unit` of the first layer carries most of the residual sum of the first token, and of no other."""
+    """Makes neuron `unit` of the first layer the largest part of the first token's residual sum, and of no other."""
     layer = model.bert.encoder.layer[0]
     with torch.no_grad():
         batch = tiny_batches(1)[0]
@@ -710,14 +732,14 @@ def test_learned_masks_compare_heads_and_neurons_by_their_gates():
     scores = compute_scores(model, tiny_batches(4), score="mask", priming_steps=6)
     anatomy = build_anatomy(model)
     gates = {g.name: scores.values[g.name] / g.unit_params for g in anatomy.groups}
-    # A gate starts at 1 and moves by about its rate of 0.01 a step, whatever the unit costs.
+    # A gate starts at 1 and moves by about 0.01 (its learning rate) per step. The cost of the unit has no influence.
     assert all(0.5 < float(gate.min()) and float(gate.max()) < 1.5 for gate in gates.values())
     assert any(float(gate.std()) > 1e-4 for gate in gates.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_priming_by_sign_needs_no_state_and_leaves_no_trace(dtype):
-    """Every weight moves by the rate times the warm-up, 16-bit ones on average; afterwards all is as it was."""
+    """Each weight moves by the learning rate (16-bit weights on average), and is restored afterwards."""
     model = tiny_model(dtype=dtype)
     before = snapshot(model)
     rate, batches = 1e-3, tiny_batches(2)

@@ -39,7 +39,8 @@ def compute_scores(
     """Scores every unit of `model`, including its input tokens if there is calibration data.
 
     The model and all random states are left exactly as they were. With several processes, all of them must call this
-    function, each with its own batches; all get the same scores. The formulas are in `scoring.criteria`.
+    function, each with its own batches; all get the same scores. In gradient scores every example counts the same,
+    also if the loss is a mean over labeled tokens. The formulas are in `scoring.criteria`.
 
     Args:
         calibration: Batches with labels that `model(**batch)` accepts. Without them, a score that needs data falls

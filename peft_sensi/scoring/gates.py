@@ -112,7 +112,8 @@ def find_weighting(
     in their number of labels, and `a` twice. The gradient of `a` in the first batch is its own gradient times `share`;
     in the second batch it is half of its own gradient. The ratio of the two gives `share`, which is compared with
     `n_a / (n_a + n_b)` of each weighting. If none of them is within 5 %, as with a contrastive loss, or if the
-    gradients are zero or not finite, the answer is `mean_over_examples`.
+    gradients are zero or not finite, the answer is `mean_over_examples`. If that is wrong, because `loss_fn` takes a
+    mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
     """
     contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
     if not contrast:
