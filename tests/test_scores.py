@@ -172,6 +172,23 @@ def test_without_unequal_labels_nothing_is_measured(labels):
     assert find_weighting(model, build_anatomy(model), [batch], loss_fn) is mean_over_examples
 
 
+def test_batches_with_and_without_token_labels():
+    """The second batch has no token labels, so each of its examples has the same weight."""
+
+    def loss_fn(model, batch):
+        labels = batch.get("labels", batch["input_ids"] % 3)
+        return nn.functional.cross_entropy(token_logits(model, batch), labels)
+
+    model, batch = token_model("TOKEN_CLS")
+    other = {k: v for k, v in batch.items() if k != "labels"}
+    anatomy = build_anatomy(model)
+    weighting = find_weighting(model, anatomy, [other, batch], loss_fn)
+    assert weighting is mean_over_labels
+    found = gate_gradients(model, anatomy, other, loss_fn, weighting=weighting)
+    for name, expected in gate_gradients_reference(model, anatomy, other, loss_fn).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("score", ["taylor", "fisher"])
 def test_scores_do_not_weigh_examples_by_their_length(score):
     """The mean over examples, however they are batched: one by one, or long and short ones together."""

@@ -89,14 +89,20 @@ def mean_over_examples(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones(examples_in(batch), dtype=torch.float32, device="cpu")
 
 
-def mean_over_labels(batch: Mapping[str, Any]) -> torch.Tensor:
-    """The `Weighting` of a loss that is a mean over labeled tokens, as in token classification. -100 is no label."""
-    return (batch["labels"] >= 0).flatten(1).sum(1).float().cpu()
+def mean_over_labels(batch: Mapping[str, Any], first: int = 0) -> torch.Tensor:
+    """The `Weighting` of a loss that is a mean over labeled tokens, as in token classification.
+
+    Counts the labels from position `first` on; -100 is no label. Without token labels, each example counts as one.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return mean_over_examples(batch)
+    return (labels[:, first:] >= 0).flatten(1).sum(1).float().cpu()
 
 
 def mean_over_next_labels(batch: Mapping[str, Any]) -> torch.Tensor:
     """`mean_over_labels` for causal language models: the labels are shifted by one, so the first has no prediction."""
-    return mean_over_labels({"labels": batch["labels"][:, 1:]})
+    return mean_over_labels(batch, first=1)
 
 
 _WEIGHTINGS = (mean_over_examples, mean_over_labels, mean_over_next_labels)
@@ -139,12 +145,9 @@ def find_weighting(
 
 
 def _unequal_pair(batch: Mapping[str, Any]) -> tuple[float, list[int]]:
-    """The log ratio of the most and the fewest labels of an example, and these two examples; 0 if it is unknown."""
-    labels = batch.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
-        return 0.0, []
+    """Of the examples with labels, those with the fewest and the most; before them, the log of the ratio."""
     counts = mean_over_next_labels(batch)
-    if len(labels) != examples_in(batch) or not counts.any():
+    if len(counts) != examples_in(batch) or not counts.any():
         return 0.0, []
     rows = [int(torch.where(counts > 0, counts, math.inf).argmin()), int(counts.argmax())]
     return math.log(counts[rows[1]] / counts[rows[0]]), rows
