@@ -11,7 +11,7 @@ from .planning.allocate import make_plan
 from .planning.budget import Budget
 from .planning.plan import Plan
 from .register import register
-from .scoring.criteria import compute_scores
+from .scoring.compute import compute_scores
 from .scoring.scores import Scores
 from .tuner.config import SensiConfig
 from .tuner.model import SensiModel

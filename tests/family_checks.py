@@ -1,7 +1,4 @@
-"""What must hold for every family of models: one function a property, used with a table of small random models.
-
-A family passes when its `Case` passes all functions whose name starts with `check_`.
-"""
+"""Properties that hold for every family of models: one function per property, for tables of small random models."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import units_at_zero
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
@@ -30,12 +28,14 @@ VOCABULARY = 50
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: how to make a model of a family and what to feed it.
+    """One row of the table: how to make a model of a family, and batches for it.
 
-    `config` makes a fresh Transformers config (its sizes should be odd and uneven), `auto` the model from it; `batch`
-    makes a batch with labels from a number of examples and a length (every second example is padded if `padded`).
-    `length` is the number of tokens that a batch of that length has inside (images: patches and special tokens).
-    `heads` and `neurons` say whether those can be trimmed.
+    Attributes:
+        config: Makes a fresh Transformers config. Its sizes should be odd and uneven.
+        auto: The class that makes the model from the config.
+        batch: Makes a batch with labels from a number of examples and a length. Every second example is padded.
+        length: The number of tokens of an example inside the model (for images: patches and special tokens).
+        heads, neurons: Whether these can be trimmed.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Case:
 
 
 def make_lively(model: nn.Module) -> None:
-    """Weights at which every head, neuron, bias and position changes the output; stock initialization hides errors."""
+    """Sets weights with which every head, neuron, bias and position changes the output. The stock ones hide errors."""
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
@@ -94,7 +94,7 @@ def make_lively(model: nn.Module) -> None:
 def token_batch(
     size: int = 4, length: int = 9, *, seed: int = 0, padded: bool = True, task: str = "SEQ_CLS", labels: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Tokens, token 2 at the end of each row, padding on the right; labels for a task type of PEFT or "MASKED_LM"."""
+    """Token ids with a 2 at the end of each example, padding on the right, and labels for the task."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
     mask = torch.ones(size, length, dtype=torch.long)
@@ -137,7 +137,7 @@ def run(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def random_plan(case: Case, model: nn.Module, seed: int = 0, tuned: float = 0.6) -> Any:
-    """Half of each group of units that can be trimmed (rounded up) stays; of what stays, some are frozen."""
+    """Keeps half of each group that can be trimmed (rounded up). Of the kept units, some are frozen."""
     anatomy, rng = case.anatomy(model), np.random.default_rng(seed)
     states = []
     for group in anatomy.groups:
@@ -151,7 +151,7 @@ def random_plan(case: Case, model: nn.Module, seed: int = 0, tuned: float = 0.6)
 
 
 def train(model: nn.Module, case: Case, steps: int = 2) -> list[float]:
-    """Moves all trained values far enough to see; leaves the model in evaluation mode."""
+    """Changes all trained values visibly. Leaves the model in evaluation mode."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -175,20 +175,14 @@ def assert_plain_values_equal(model: nn.Module, expected: dict[str, torch.Tensor
 
 
 def check_gates_equal_removal(case: Case, attention: str = "eager") -> None:
-    """Trimmed units are gone, and the rest computes what the whole model computes with their activations at zero."""
+    """A trimmed model computes the same as the whole model with the trimmed units' activations at zero."""
     model, other = case.model(attention), case.model(attention)
     batch = case.batch()
     plan = random_plan(case, model)
     kinds = {g.kind for g in plan.anatomy.trimmable}
     assert kinds == {name for name, wanted in (("head", case.heads), ("neuron", case.neurons)) if wanted}, kinds
-    handles = []
-    for group in plan.anatomy.trimmable:
-        gate = torch.from_numpy(np.repeat(plan.of(group) != TRIMMED, group.sides[-1].width)).float()
-        output = model.get_submodule(group.output)
-        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate, *a[1:])))
-    gated = run(model, batch)
-    for handle in handles:
-        handle.remove()
+    with units_at_zero(model, plan):
+        gated = run(model, batch)
     whole = run(model, batch)
     wrapped = case.wrap(other, plan=plan)
     scale = whole.abs().max()
@@ -204,7 +198,7 @@ def check_gates_equal_removal(case: Case, attention: str = "eager") -> None:
 
 
 def check_merge_equals_unmerged(case: Case) -> None:
-    """Merging changes nothing that can be seen, and unmerging gives the base's own tensors back."""
+    """Merging does not change the output, and unmerging restores the base's own tensors."""
     base = case.model()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = case.wrap(base, plan=random_plan(case, base))
@@ -223,14 +217,14 @@ def check_merge_equals_unmerged(case: Case) -> None:
 
 
 def flops(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    model.requires_grad_(False)  # the counter stumbles over views of parameters
+    model.requires_grad_(False)  # the counter fails on views of parameters
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(**batch)
     return counter.get_total_flops()
 
 
 def check_costs(case: Case) -> None:
-    """The plan's parameters and FLOPs are those that `numel` and torch's counter find missing."""
+    """The parameters and FLOPs that the plan removes are the differences of `numel` and of torch's FLOP counter."""
     base, other = case.model("eager"), case.model("eager")
     plan = random_plan(case, base)
     anatomy = plan.anatomy
@@ -245,7 +239,7 @@ def check_costs(case: Case) -> None:
 
 
 def check_save_load(case: Case, folder: Any) -> None:
-    """The adapter on a fresh base gives the same bits."""
+    """The adapter, loaded on a fresh base, gives bit-identical outputs."""
     base = case.model()
     model = case.wrap(base, plan=random_plan(case, base))
     train(model, case)
@@ -258,7 +252,7 @@ def check_save_load(case: Case, folder: Any) -> None:
 
 
 def check_disable_adapter(case: Case) -> None:
-    """The base underneath answers exactly as before, whatever was trimmed and trained."""
+    """With the adapter disabled or unloaded, the outputs are exactly those of the base."""
     base, batch = case.model(), case.batch(seed=3)
     before = run(base, batch)
     model = case.wrap(base, plan=random_plan(case, base))
@@ -272,7 +266,7 @@ def check_disable_adapter(case: Case) -> None:
 
 
 def check_training_step(case: Case, folder: Any) -> None:
-    """Calibration, a plan within its budget, and steps of Trainer that move the trained values and nothing else."""
+    """Calibration gives a plan within the budget, and Trainer changes the trained values and nothing else."""
     base = case.model()
     batches = [case.batch(seed=seed) for seed in range(4)]
     model = case.wrap(base, budget=0.55, calibration=batches)
@@ -294,7 +288,7 @@ def check_training_step(case: Case, folder: Any) -> None:
 
 
 def check_empty_sublayers(case: Case) -> None:
-    """A layer whose heads or neurons are all gone (but those that it cannot do without) still runs, and trains."""
+    """A layer without heads or neurons (except those that its code needs) still runs and can be trained."""
     base, other, batch = case.model(), case.model(), case.batch()
     like = random_plan(case, base)
     states = []
@@ -304,12 +298,8 @@ def check_empty_sublayers(case: Case) -> None:
             row[group.least :] = TRIMMED
         states.append(row.tobytes())
     plan = replace(like, states=tuple(states))
-    handles = []
-    for group in plan.anatomy.trimmable:
-        gate = torch.from_numpy(np.repeat(plan.of(group) != TRIMMED, group.sides[-1].width)).float()
-        output = base.get_submodule(group.output)
-        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate, *a[1:])))
-    gated = run(base, batch)
+    with units_at_zero(base, plan):
+        gated = run(base, batch)
     model = case.wrap(other, plan=plan)
     torch.testing.assert_close(run(model, batch), gated, atol=2e-5 * float(gated.abs().max()), rtol=1e-4)
     train(model, case)
@@ -318,7 +308,7 @@ def check_empty_sublayers(case: Case) -> None:
 
 
 def check_merged_files(case: Case, folder: Any) -> None:
-    """A merged model that was saved and loaded computes what the adapter does."""
+    """A merged model that was saved and loaded has the same outputs as the adapter."""
     base, batch = case.model(), case.batch(seed=3)
     model = case.wrap(base, plan=random_plan(case, base))
     train(model, case)
@@ -329,7 +319,7 @@ def check_merged_files(case: Case, folder: Any) -> None:
 
 
 def check_generation(case: Case) -> None:
-    """Greedy decoding with and without the cache agrees, merged or not, for prompts padded on the left as well."""
+    """Greedy decoding gives the same tokens with and without cache, merged and not, also for left-padded prompts."""
     base = case.model(case.attention[-1])
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -344,10 +334,10 @@ def check_generation(case: Case) -> None:
     model = case.wrap(base, plan=random_plan(case, base))
     train(model, case)
     expected = generate(model)
-    told = {"return_dict_in_generate": True, "output_scores": True}
+    with_scores = {"return_dict_in_generate": True, "output_scores": True}
     with model.disable_adapter():
-        base_scores = generate(model, **told).scores[0]
-    assert not torch.equal(generate(model, **told).scores[0], base_scores)
+        base_scores = generate(model, **with_scores).scores[0]
+    assert not torch.equal(generate(model, **with_scores).scores[0], base_scores)
     assert torch.equal(generate(model, use_cache=False), expected)
     with model.disable_adapter():
         assert torch.equal(generate(model), before)
@@ -355,16 +345,3 @@ def check_generation(case: Case) -> None:
     small = model.merge_and_unload()
     assert torch.equal(generate(small), expected)
     assert torch.equal(generate(small, use_cache=False), expected)
-
-
-def check_all(case: Case, folder: Any) -> None:
-    """Every check, for a family that needs no finer report."""
-    for attention in case.attention:
-        check_gates_equal_removal(case, attention)
-    check_merge_equals_unmerged(case)
-    check_costs(case)
-    check_save_load(case, folder / "adapter")
-    check_disable_adapter(case)
-    check_empty_sublayers(case)
-    check_merged_files(case, folder / "merged")
-    check_training_step(case, folder / "trainer")

@@ -1,4 +1,4 @@
-"""Units of a model: what each costs, where it lies, and that leaving it out is the same as multiplying it by zero."""
+"""Units of a model: their costs, their places, and that removing one is the same as multiplying it by zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import FAMILIES, logits, tiny_batches, tiny_config, tiny_model, wrap
+from tiny import FAMILIES, logits, tiny_batches, tiny_config, tiny_model, units_at_zero, wrap
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig, BertForSequenceClassification
@@ -117,7 +117,7 @@ def test_params_are_those_of_the_modules(family):
     model = tiny_model(family)
     anatomy = build_anatomy(model)
     for group in anatomy.groups:
-        # Of the output projection the bias is shared by all units, of the others it is theirs.
+        # All units share the bias of the output projection. In the other Linears, each unit has its own entries.
         whole = [model.get_submodule(name) for name in group.modules]
         owned = sum(m.weight.numel() for m in whole) + sum(m.bias.numel() for m in whole[:-1])
         assert group.size * group.unit_params == owned
@@ -126,18 +126,10 @@ def test_params_are_those_of_the_modules(family):
 
 
 def check_gates_equal_removal(model, small, plan, run):
-    handles = []
-    for group in plan.anatomy.trimmable:
-        width = group.sides[-1].width
-        gate = torch.from_numpy(np.repeat(plan.of(group) > 0, width)).float()
-        output = model.get_submodule(group.output)
-        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate,)))
-    untouched_by_hooks = run(small)
-    gated = run(model)
-    for handle in handles:
-        handle.remove()
+    with units_at_zero(model, plan):
+        gated = run(model)
     assert (run(model) - gated).abs().max() > 1e-2  # the removed units did something
-    torch.testing.assert_close(untouched_by_hooks, gated, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(small), gated, atol=1e-5, rtol=1e-5)
 
 
 def test_gates_at_zero_equal_physical_removal(family):

@@ -1,4 +1,4 @@
-"""Layouts that a user describes: the example of docs/families.md, shared layers, and heads that stay."""
+"""Block layouts that a user writes: the example of docs/families.md, shared layers, and fixed heads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import units_at_zero
 from torch import nn
 
 from peft_sensi import AnatomyError, BlockLayout, SensiConfig, SensiLoadError, build_anatomy, make_plan
@@ -39,21 +40,15 @@ def test_gates_equal_removal(example):
     anatomy = build_anatomy(model, blocks=[layout])
     rng = np.random.default_rng(0)
     plan = make_plan(anatomy, {g.name: rng.random(g.size) for g in anatomy.groups}, 0.6, multiple_of=1)
-    handles = []
-    for group in anatomy.groups:
-        gate = torch.from_numpy(np.repeat(plan.of(group) > 0, group.sides[-1].width)).float()
-        output = model.get_submodule(group.output)
-        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate,)))
-    gated = model(x)
-    for handle in handles:
-        handle.remove()
+    with units_at_zero(model, plan):
+        gated = model(x)
     assert (model(x) - gated).abs().max() > 1e-2
     small = get_peft_model(model, SensiConfig(plan=plan, blocks=[layout])).merge_and_unload()
     torch.testing.assert_close(small(x), gated, atol=1e-5, rtol=1e-5)
 
 
 def test_fixed_heads_are_tuned_in_their_own_order(example, tmp_path):
-    """A bias with one entry a head, outside of the layer: no head may leave or change places."""
+    """The layer has a bias with one entry per head, so no head may be removed or change its place."""
 
     class Biased(example["Layer"]):
         def forward(self, x):

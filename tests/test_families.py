@@ -33,7 +33,7 @@ from transformers import (
 from peft_sensi import SensiError
 
 
-# 3 heads of width 10, an FFN that no power of two divides.
+# 3 heads of size 10. The FFN's width is odd.
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 30,

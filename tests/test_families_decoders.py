@@ -1,4 +1,4 @@
-"""Families of decoders, and ModernBERT, whose blocks are like theirs: one table, one set of checks."""
+"""Families of decoders, and ModernBERT, whose blocks are similar: one table, one set of checks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from peft_sensi import (
 from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
 
 
-# 6 query heads on 3 key/value heads of width 10, whatever the hidden size; an FFN that no power of two divides.
+# 6 query heads and 3 key/value heads. The FFN's width is odd.
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 36,
@@ -78,7 +78,7 @@ ACTIVE = {"output_router_logits": True}  # with the auxiliary loss
 
 
 def decoder(model_type, name="", *, sizes=SIZES, heads=True, neurons=True, attention=("eager", "sdpa"), **changes):
-    """A causal language model; a change to `None` takes a size away."""
+    """A causal language model. A size that is changed to `None` is left to its default."""
     changes = {k: v for k, v in {**sizes, **changes}.items() if v is not None}
     return Case(
         name or model_type,
@@ -112,7 +112,7 @@ MODERNBERT = Case(
     AutoModelForMaskedLM,
     partial(token_batch, task="MASKED_LM"),
 )
-# Whose blocks are those of a family above, under other circumstances.
+# Families with the same kinds of blocks, and variants.
 MORE_CASES = [
     decoder("arcee"),
     decoder("cohere", use_qk_norm=False),
@@ -230,7 +230,7 @@ def test_a_unit_is_a_key_value_head_with_its_query_heads():
 
 
 def test_fused_projections_are_cut_in_all_their_parts():
-    """Rows of queries, keys and values of one Linear: the merged weight holds the kept ones in the base's order."""
+    """One Linear holds queries, keys and values. The merged weight has the kept rows of each, in the base's order."""
     for name in ("gpt2", "gpt_neox"):
         case = BY_NAME[name]
         base = case.model()
@@ -322,13 +322,13 @@ def test_everything_else_works_on_fused_projections_and_conv1d(name, update, tmp
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
 def test_layers_without_heads(name):
-    """Where the cache measures its length one head stays, elsewhere all may go where the code can run without."""
+    """One head stays where the cache measures its length, and where the code cannot run without heads."""
     case = BY_NAME[name]
     anatomy = case.anatomy(case.model())
     scores = {g.name: np.full(g.size, float(g.kind == "neuron")) for g in anatomy.groups}
     plan = make_plan(anatomy, scores, 0.35, min_units=0, multiple_of=1)
     heads = [int((plan.of(g) > 0).sum()) for g in anatomy.groups if g.kind == "head"]
-    # Qwen2's last two layers look at a window: of either kind the first measures a cache.
+    # Qwen2's last two layers have a sliding window. The first layer of each kind measures a cache.
     assert heads == {"llama": [1, 0, 0], "opt": [1, 1, 1], "gpt2": [1, 1], "qwen2": [1, 1, 0]}[name]
     model = case.wrap(case.model(), plan=plan)
     batch = {k: v[::2] for k, v in case.batch(labels=False).items() if k != "labels"}  # without padding
@@ -353,7 +353,7 @@ def test_a_plan_without_the_heads_that_must_stay_is_refused():
 def test_gradients_of_gates_are_those_of_their_definition(name):
     case = BY_NAME[name]
     model = case.model()
-    batch = case.batch(padded=False)  # then all examples weigh the same
+    batch = case.batch()
     fast = gate_gradients(model, case.anatomy(model), batch)
     slow = gate_gradients_reference(model, case.anatomy(model), batch)
     for group, expected in slow.items():
@@ -453,7 +453,7 @@ def test_unknown_families_can_be_tuned_but_not_trimmed(model_type):
 
 
 def test_weights_that_a_model_uses_without_calling_the_layer():
-    """Mamba multiplies by `dt_proj.weight`: what is trained there must have an effect before merging, too."""
+    """Mamba multiplies by `dt_proj.weight` itself. An adapter there must have an effect before merging, too."""
     case = decoder("mamba", **{"intermediate_size": 36, **UNKNOWN["mamba"]})
     model, batch = case.model(), case.batch()
     before = run(model, batch)
@@ -476,7 +476,7 @@ def test_linears_that_compute_something_else_are_left_alone():
 
 
 def test_heads_that_a_layout_cannot_describe():
-    """A gate beside the queries, values of another size, and parameters across heads: told apart by their shapes."""
+    """A gate beside the queries and parameters across heads are noticed by their shapes."""
     layout = BlockLayout(
         layer="layers.*", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
         head_size="self_attn.head_dim",

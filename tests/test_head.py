@@ -1,4 +1,4 @@
-"""A fresh task head: it starts at the labels' prior, or keeps what priming taught it."""
+"""A fresh task head starts at the prior of the labels, or as priming left it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft_sensi import compute_scores
 
 
 def fresh(**changes) -> nn.Module:
-    """As Transformers makes it: the bias of the last Linear is exactly zero."""
+    """A model with a fresh head as Transformers makes it: the bias of the last Linear is exactly zero."""
     model = tiny_model(**changes)
     nn.init.zeros_(model.classifier.bias)
     return model

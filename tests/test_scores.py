@@ -1,7 +1,8 @@
-"""Scores: their definitions, what they need, and that the model and all random states are left as they were."""
+"""Scores: their definitions, their inputs and files, and that scoring leaves model and random states unchanged."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -10,19 +11,42 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_model, wrap
+from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BatchEncoding
+from transformers import AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
 
-from peft_sensi import CalibrationError, Scores, SensiConfig, SensiLoadError, build_anatomy, compute_scores, make_plan
+from peft_sensi import (
+    AnatomyError,
+    CalibrationError,
+    Scores,
+    SensiConfig,
+    SensiLoadError,
+    build_anatomy,
+    compute_scores,
+    make_plan,
+)
 from peft_sensi.scoring.calibration import preserved
-from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
+from peft_sensi.scoring.compute import score_units
+from peft_sensi.scoring.criteria import METHODS
+from peft_sensi.scoring.gates import (
+    find_weighting,
+    gate_gradients,
+    gate_gradients_reference,
+    mean_over_examples,
+    mean_over_labels,
+    mean_over_next_labels,
+)
 from peft_sensi.scoring.head import start_head_at_prior
+from peft_sensi.scoring.options import ScoringOptions
 from peft_sensi.scoring.priming import primed
 
 
 QUICK = {"priming_steps": 2, "calibration_steps": 3, "progress": False}
+
+
+def quick(steps: int, lr: float = 1e-4, optimizer: str = "adamw") -> ScoringOptions:
+    return ScoringOptions(priming_steps=steps, priming_lr=lr, priming_optimizer=optimizer, progress=False)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
@@ -38,14 +62,142 @@ def test_fast_gradients_equal_the_reference(family, task):
         torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="a loss that is a mean over tokens weighs examples by their length")
-def test_fast_gradients_equal_the_reference_for_token_losses():
-    model = tiny_model(task="TOKEN_CLS")
-    anatomy = build_anatomy(model)
+def token_model(task: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model whose loss is a mean over labeled tokens, and a batch whose examples have 2, 12, 5, 9 and 3 labels."""
+    if task == "CAUSAL_LM":
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.data.mul_(4)
+    elif task == "SEQ_2_SEQ_LM":
+        torch.manual_seed(0)
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).eval()
+    else:
+        model = tiny_model(task=task)
     batch = tiny_batches(1, size=5, task="TOKEN_CLS")[0]
-    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    batch["attention_mask"] = (torch.arange(12)[None] < torch.tensor([2, 12, 5, 9, 3])[:, None]).long()
+    labels = batch["input_ids"] % (3 if task == "TOKEN_CLS" else 64)
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), labels, -100)
+    return model.to(dtype), batch
+
+
+def check_equal_to_reference(model, batch, loss_fn=None, examples=range(5), **tolerance) -> None:
+    anatomy = build_anatomy(model)
+    batch_without = {k: v[list(examples)] for k, v in batch.items()}
+    fast = gate_gradients(model, anatomy, batch, loss_fn)
+    slow = gate_gradients_reference(model, anatomy, batch_without, loss_fn)
     for name in slow:
-        torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
+        assert slow[name].abs().max() > 1e-5
+        torch.testing.assert_close(fast[name][list(examples)], slow[name], **{"atol": 1e-6, "rtol": 1e-3, **tolerance})
+
+
+TOKEN_TASKS = ["TOKEN_CLS", "MASKED_LM", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
+
+
+@pytest.mark.parametrize("task", TOKEN_TASKS)
+def test_fast_gradients_equal_the_reference_for_token_losses(task):
+    model, batch = token_model(task)
+    check_equal_to_reference(model, batch)
+    counted = mean_over_next_labels if task == "CAUSAL_LM" else mean_over_labels
+    assert find_weighting(model, build_anatomy(model), [batch]) is counted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("task", TOKEN_TASKS)
+def test_the_weighting_of_a_loss_is_found_in_half_precision(task, dtype):
+    model, batch = token_model(task, dtype)
+    counted = mean_over_next_labels if task == "CAUSAL_LM" else mean_over_labels
+    assert find_weighting(model, build_anatomy(model), [batch]) is counted
+
+
+@pytest.mark.parametrize("task", TOKEN_TASKS)
+def test_an_example_without_labels_has_no_gradient(task):
+    model, batch = token_model(task)
+    batch["labels"][3] = -100
+    if task == "CAUSAL_LM":
+        batch["labels"][0, 1:] = -100  # a label at the first position is never predicted
+    unlabeled = [0, 3] if task == "CAUSAL_LM" else [3]
+    check_equal_to_reference(model, batch, examples=[i for i in range(5) if i not in unlabeled])
+    for gradient in gate_gradients(model, build_anatomy(model), batch).values():
+        assert not gradient[unlabeled].any()
+
+
+def token_logits(model, batch):
+    return model(**{k: v for k, v in batch.items() if k != "labels"}).logits.transpose(1, 2)
+
+
+def example_mean(model, batch):
+    """Each example counts the same: the mean of the means over their tokens."""
+    losses = nn.functional.cross_entropy(token_logits(model, batch), batch["labels"], reduction="none")
+    return (losses.sum(1) / (batch["labels"] >= 0).sum(1)).mean()
+
+
+def token_mean(model, batch):
+    return nn.functional.cross_entropy(token_logits(model, batch), batch["labels"])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "weighting"), [(example_mean, mean_over_examples), (token_mean, mean_over_labels)]
+)
+def test_the_weighting_of_an_own_loss_is_measured(loss_fn, weighting):
+    model, batch = token_model("TOKEN_CLS")
+    assert find_weighting(model, build_anatomy(model), [batch], loss_fn) is weighting
+    check_equal_to_reference(model, batch, loss_fn)
+
+
+def test_a_loss_that_no_weighting_explains_counts_examples():
+    def contrast(model, batch):
+        means = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.mean(1)
+        return (means @ means.T).square().mean()
+
+    model, batch = token_model("TOKEN_CLS")
+    assert find_weighting(model, build_anatomy(model), [batch], contrast) is mean_over_examples
+
+
+@pytest.mark.parametrize("labels", ["none", "one per example", "equally many", "float"])
+def test_without_unequal_labels_nothing_is_measured(labels):
+    model, batch = token_model("TOKEN_CLS")
+    batch = {
+        "none": {k: v for k, v in batch.items() if k != "labels"},
+        "one per example": {**batch, "labels": torch.arange(5)},
+        "equally many": {**batch, "labels": batch["input_ids"] % 3},
+        "float": {**batch, "labels": torch.rand(5, 3)},
+    }[labels]
+
+    def loss_fn(model, batch):
+        raise AssertionError("the loss was computed")
+
+    assert find_weighting(model, build_anatomy(model), [batch], loss_fn) is mean_over_examples
+
+
+def test_batches_with_and_without_token_labels():
+    """The second batch has no token labels, so each of its examples has the same weight."""
+
+    def loss_fn(model, batch):
+        labels = batch.get("labels", batch["input_ids"] % 3)
+        return nn.functional.cross_entropy(token_logits(model, batch), labels)
+
+    model, batch = token_model("TOKEN_CLS")
+    other = {k: v for k, v in batch.items() if k != "labels"}
+    anatomy = build_anatomy(model)
+    weighting = find_weighting(model, anatomy, [other, batch], loss_fn)
+    assert weighting is mean_over_labels
+    found = gate_gradients(model, anatomy, other, loss_fn, weighting=weighting)
+    for name, expected in gate_gradients_reference(model, anatomy, other, loss_fn).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("score", ["taylor", "fisher"])
+def test_scores_do_not_weigh_examples_by_their_length(score):
+    """The mean over examples, however they are batched: one by one, or long and short ones together."""
+    model, batch = token_model("TOKEN_CLS")
+    single = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(5)]
+    options = {"score": score, "priming_steps": 0, "progress": False}
+    together, apart = compute_scores(model, [batch], **options), compute_scores(model, single, **options)
+    for name, values in apart.values.items():
+        torch.testing.assert_close(together.values[name], values, atol=1e-9, rtol=1e-3)
 
 
 def test_fast_gradients_equal_the_reference_for_lone_linears():
@@ -67,7 +219,7 @@ def test_padding_has_no_influence():
 
 
 def test_gradients_are_the_change_of_the_loss():
-    """Without autograd: the loss when one unit's gate moves a little, in float64."""
+    """Compares with finite differences of the loss in float64, without autograd."""
     model = tiny_model(dtype=torch.float64)
     anatomy = build_anatomy(model)
     batch = {k: v[:1] for k, v in tiny_batches(1)[0].items()}
@@ -81,7 +233,7 @@ def test_gradients_are_the_change_of_the_loss():
                 gate[unit * width : (unit + 1) * width] += step
                 handle = module.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate,))
                 with torch.no_grad():
-                    # The loss itself, because calibration works in float32.
+                    # Not by `calibration_loss`, which returns float32.
                     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                     losses.append(nn.functional.cross_entropy(logits, batch["labels"]).item())
                 handle.remove()
@@ -126,6 +278,27 @@ def test_magnitude_is_the_squared_norm_of_all_weights_of_a_unit():
     assert scores.values["bert.encoder.layer.1.heads"][unit].item() == pytest.approx(head.item(), rel=1e-5)
 
 
+def test_scores_read_the_weights_that_the_base_layers_have_now():
+    """While an adapter is merged into the base layers, scores and outliers are those of the trained weights."""
+    model, batches = trained(budget={"trainable": 0.1}), tiny_batches(1)
+    root = model.base_model.model
+    plain = copy.deepcopy(model).merge_and_unload()
+    for score in ("magnitude", "fisher"):
+        options = {"score": score, "priming_steps": 0, "progress": False}
+        before = compute_scores(root, batches, **options)
+        model.merge_adapter()
+        merged = compute_scores(root, batches, **options)
+        model.unmerge_adapter()
+        expected = compute_scores(plain, batches, **options)
+        assert merged.values.keys() == expected.values.keys()
+        for name, values in expected.values.items():
+            torch.testing.assert_close(merged.values[name], values, atol=1e-7, rtol=1e-4)
+        for name, mask in expected.protected.items():
+            assert torch.equal(merged.protected[name], mask)
+        if score == "magnitude":
+            assert any(not torch.equal(before.values[name], merged.values[name]) for name in before.values)
+
+
 def test_random_scores_follow_the_seed_only():
     model = tiny_model()
     first, same = (compute_scores(model, score="random", seed=3) for _ in range(2))
@@ -135,7 +308,7 @@ def test_random_scores_follow_the_seed_only():
 
 
 def test_random_scores_prefer_no_kind_of_unit():
-    """After the division by cost: otherwise the control would drop all heads before any neuron."""
+    """Scores are divided by costs. Without a correction, random scores would drop all heads before any neuron."""
     shares = {"head": [], "neuron": []}
     for seed in range(8):
         model = tiny_model(num_hidden_layers=4)
@@ -148,7 +321,7 @@ def test_random_scores_prefer_no_kind_of_unit():
 
 
 class Buffered(nn.Module):
-    """A model with a buffer that every forward pass changes, and with randomness of all three kinds."""
+    """A model with a buffer that every forward pass changes. It uses the random states of Python and NumPy, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +347,7 @@ def test_nothing_is_changed_not_one_bit(score):
     loader = DataLoader(
         torch.arange(12).tolist(), batch_size=4, shuffle=True, collate_fn=lambda i: tiny_batches(1, seed=i[0])[0]
     )
-    # Gradients of a step in progress are the user's, too.
+    # The user may be in the middle of a step, and have gradients.
     model(**tiny_batches(1)[0])["loss"].backward()
     tensors, modes = snapshot(model), [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
@@ -248,7 +421,7 @@ def test_inside_priming_the_loss_is_lower_and_embeddings_are_as_before():
             return sum(model(**b).loss.item() for b in batches)
 
     before = loss()
-    with preserved(model), primed(model, batches, steps=30, lr=1e-3, progress=False):
+    with preserved(model), primed(model, batches, quick(30, 1e-3)):
         assert not model.training
         assert loss() < before - 0.1
         assert_same_tensors(snapshot(model.bert.embeddings.word_embeddings), embeddings)
@@ -351,6 +524,52 @@ def test_scores_that_need_no_data_do_not_warn(score):
         compute_scores(tiny_model(), score=score)
 
 
+class Unknown(nn.Module):
+    """A model of no known family, with or without a table of input tokens."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 6) if tokens else nn.Identity()
+        self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.tokens = tokens
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, labels, input_ids=None, inputs=None, **ignored):
+        x = self.embed(input_ids).mean(1) if self.tokens else inputs
+        return {"loss": nn.functional.cross_entropy(self.out(torch.relu(self.inner(x))), labels)}
+
+    def batches(self):
+        return tiny_batches(2) if self.tokens else [{"inputs": torch.rand(4, 6), "labels": torch.tensor([0, 1, 2, 0])}]
+
+
+@pytest.mark.parametrize("score", METHODS)
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.filterwarnings("ignore:No calibration data")
+def test_a_model_without_known_units_is_refused(score, tokens, data):
+    model = Unknown(tokens)
+    batches = model.batches() if data else None
+    with pytest.raises(AnatomyError, match=r"Unknown has no known units.*blocks=.*targets=") as error:
+        compute_scores(model, batches, score=score, **QUICK)
+    assert isinstance(error.value, ValueError)
+    found = compute_scores(model, batches, score=score, targets=["inner"], **QUICK)
+    assert found.values["inner"].shape == (6,)
+
+
+@pytest.mark.parametrize("score", METHODS)
+def test_an_anatomy_without_groups_is_refused(score):
+    model = Unknown(tokens=False)
+    with preserved(model), pytest.raises(AnatomyError, match="no known units"):
+        score_units(model, build_anatomy(model), model.batches(), ScoringOptions(score, progress=False))
+
+
+def test_a_target_that_is_not_in_the_model_is_refused():
+    with pytest.raises(AnatomyError, match="target 'nowhere' is not in the model"):
+        compute_scores(tiny_model(), score="magnitude", targets=["nowhere"])
+
+
 @pytest.mark.parametrize("score", ["fischer", "", None, "FISHER"])
 def test_an_unknown_score_is_refused(score):
     with pytest.raises(ValueError, match="score"):
@@ -443,8 +662,8 @@ def test_a_model_whose_output_has_no_loss_takes_a_function():
     assert_same_tensors(scores.values, compute_scores(model, tiny_batches(), **options).values)
 
 
-def with_a_spike(model, unit: int = 5):
-    """Neuron `unit` of the first layer carries most of the residual sum of the first token, and of no other."""
+def with_an_outlier(model, unit: int = 5):
+    """Makes neuron `unit` of the first layer the largest part of the first token's residual sum, and of no other."""
     layer = model.bert.encoder.layer[0]
     with torch.no_grad():
         batch = tiny_batches(1)[0]
@@ -462,21 +681,21 @@ def with_a_spike(model, unit: int = 5):
     return model
 
 
-def test_spikes_are_found_and_kept_whatever_their_score():
+def test_outliers_are_found_and_kept_whatever_their_score():
     name = "bert.encoder.layer.0.neurons"
     batches = [tiny_batches(1)[0]]
     assert not compute_scores(tiny_model(lively=False), batches, **QUICK).protected[name].any()
-    model = with_a_spike(tiny_model())
-    # A loss that does not see the spike: its score is zero, and it must stay all the same.
+    model = with_an_outlier(tiny_model())
+    # Below, the outlier gets the score zero. It must be kept all the same.
     scores = compute_scores(model, batches, **{**QUICK, "priming_steps": 0})
     assert scores.protected[name][5] and scores.protected[name].sum() <= 3
     values = {g: v.clone() for g, v in scores.values.items()}
     values[name][5] = 0.0
     blind = Scores(values, "fisher", 12, scores.protected)
-    plan = wrap(with_a_spike(tiny_model()), budget=0.3, scores=blind, multiple_of=1).base_model.plan()
+    plan = wrap(with_an_outlier(tiny_model()), budget=0.3, scores=blind, multiple_of=1).base_model.plan()
     assert plan.of(plan.anatomy.by_name[name])[5] == 2
     unprotected = Scores(values, "fisher", 12)
-    plan = wrap(with_a_spike(tiny_model()), budget=0.3, scores=unprotected, multiple_of=1).base_model.plan()
+    plan = wrap(with_an_outlier(tiny_model()), budget=0.3, scores=unprotected, multiple_of=1).base_model.plan()
     assert plan.of(plan.anatomy.by_name[name])[5] == 0
 
 
@@ -498,7 +717,7 @@ def test_priming_under_an_outer_autocast_block_runs_on_the_weights_it_has_moved(
     model, batches = tiny_model(), tiny_batches(3)
     with torch.autocast("cpu", torch.bfloat16):
         before = model(**batches[0]).logits  # the block now holds 16-bit copies of the weights
-        with primed(model, batches, steps=3, lr=0.05, progress=False):
+        with primed(model, batches, quick(3, 0.05)):
             inside = model(**batches[0]).logits
             torch.clear_autocast_cache()
             assert torch.equal(inside, model(**batches[0]).logits)
@@ -530,18 +749,18 @@ def test_learned_masks_compare_heads_and_neurons_by_their_gates():
     scores = compute_scores(model, tiny_batches(4), score="mask", priming_steps=6)
     anatomy = build_anatomy(model)
     gates = {g.name: scores.values[g.name] / g.unit_params for g in anatomy.groups}
-    # A gate starts at 1 and moves by about its rate of 0.01 a step, whatever the unit costs.
+    # A gate starts at 1 and moves by about 0.01 (its learning rate) per step. The cost of the unit has no influence.
     assert all(0.5 < float(gate.min()) and float(gate.max()) < 1.5 for gate in gates.values())
     assert any(float(gate.std()) > 1e-4 for gate in gates.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_priming_by_sign_needs_no_state_and_leaves_no_trace(dtype):
-    """Every weight moves by the rate times the warm-up, 16-bit ones on average; afterwards all is as it was."""
+    """Each weight moves by the learning rate (16-bit weights on average), and is restored afterwards."""
     model = tiny_model(dtype=dtype)
     before = snapshot(model)
     rate, batches = 1e-3, tiny_batches(2)
-    with primed(model, batches, steps=1, lr=rate, optimizer="sign", progress=False) as originals:
+    with primed(model, batches, quick(1, rate, "sign")) as originals:
         assert not [p for p in model.parameters() if p.grad is not None]
         changes = torch.cat(
             [
@@ -558,7 +777,7 @@ def test_priming_by_sign_needs_no_state_and_leaves_no_trace(dtype):
 
 def test_priming_by_sign_learns_and_scores():
     model, batches = tiny_model(), tiny_batches(4)
-    with primed(model, batches, steps=30, lr=3e-3, optimizer="sign", progress=False), torch.no_grad():
+    with primed(model, batches, quick(30, 3e-3, "sign")), torch.no_grad():
         after = sum(float(model(**batch).loss) for batch in batches)
     assert after < sum(float(model(**batch).loss) for batch in batches)
     one, two = (
@@ -571,7 +790,7 @@ def test_priming_by_sign_learns_and_scores():
 
 def test_without_priming_only_the_heads_bias_waits_on_the_cpu():
     model = tiny_model()
-    with primed(model, tiny_batches(1), steps=0, lr=1e-4, progress=False) as originals:
+    with primed(model, tiny_batches(1), quick(0)) as originals:
         assert set(originals) == {id(model.classifier.bias)}
 
 

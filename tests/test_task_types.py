@@ -1,4 +1,4 @@
-"""Every task class of PEFT, and models that have none: wrap with data, train, save, load, merge, generate."""
+"""Every task class of PEFT, and models without one: wrap with data, train, save, load, merge, generate."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def case(task: str | None, model_type: str, auto, sizes: dict, batch=None) -> Ca
     return Case(name, config, auto, batch or partial(token_batch, task=task), task)
 
 
-# Each with its class in PEFT.
+# Each case, and the class that PEFT wraps it in.
 CASES = [
     (case("SEQ_CLS", "bert", AutoModelForSequenceClassification, {**ENCODER, "num_labels": 3}),
      PeftModelForSequenceClassification),
@@ -104,7 +104,7 @@ def test_task_type(made, peft_class, tmp_path):
     with model.disable_adapter():
         assert torch.equal(run(model, batch), base)
     model.save_pretrained(tmp_path)
-    # A fresh head or another random base must not matter for what is in the files, but the base must be the same.
+    # `made.model()` is the same base again.
     again = PeftModel.from_pretrained(made.model(), tmp_path)
     assert type(again) is peft_class
     assert torch.equal(run(again, batch), expected)
@@ -123,7 +123,7 @@ def check_generation(model: nn.Module, again: nn.Module) -> None:
 
 
 def pull_apart(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A loss of sentence embeddings, which a bare encoder does not have: different texts shall not look alike."""
+    """A loss for sentence embeddings, which an encoder without a head lacks: different texts get different vectors."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     hidden = model(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
     means = nn.functional.normalize(hidden.sum(1) / inputs["attention_mask"].sum(1, keepdim=True), dim=-1)
@@ -165,7 +165,7 @@ def test_token_types_that_peft_drops_are_not_silent():
     typed = [{**batch, "token_type_ids": torch.ones_like(batch["input_ids"])} for batch in batches]
     with pytest.warns(UserWarning, match="token_type_ids"):
         model = made.wrap(made.model(), budget=0.5, calibration=typed)
-    # What the warning says is so; if PEFT passes them on some day, it can go.
+    # PEFT really drops them. If it passes them on some day, the warning can be removed.
     assert torch.equal(run(model, typed[0]), run(model, batches[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -1,10 +1,13 @@
-"""Tiny random models of every supported family, batches with real padding, and the few steps most tests share."""
+"""Tiny random models, batches with real padding, and the few steps that most tests share."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -76,8 +79,8 @@ def tiny_model(
 ) -> Any:
     """A random model in evaluation mode; the same arguments give the same weights, whatever the random state.
 
-    `lively` makes weights and biases large enough for all parts to matter: with the stock initialization, heads and
-    neurons hardly change the output and many a wrong result passes.
+    `lively` makes weights and biases large enough for all parts to matter. With the stock initialization, heads and
+    neurons hardly change the output, so a test could pass with a wrong result.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,7 +106,7 @@ def tiny_batches(
     padding: bool = True,
     labels: bool = True,
 ) -> list[dict[str, torch.Tensor]]:
-    """Batches of which every second row is padded to a random length."""
+    """Batches in which every second example is shorter than the others, and padded."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
@@ -130,13 +133,13 @@ def tiny_batches(
 
 
 def wrap(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
-    """Wraps without calibration data unless some is given, for tests that do not care which units are chosen."""
+    """Wraps with magnitude scores, for tests in which it does not matter which units are chosen."""
     config = {"score": "magnitude", "task_type": "SEQ_CLS", "priming_steps": 2, "calibration_steps": 3, **config}
     return get_peft_model(model, SensiConfig(**config), adapter_name=adapter_name)
 
 
 def train(model: nn.Module, batches: list[dict[str, torch.Tensor]] | None = None, steps: int = 3) -> None:
-    """Moves all trainable values far enough to see; leaves the model in evaluation mode, without gradients."""
+    """Changes all trainable values visibly. Leaves the model in evaluation mode, without gradients."""
     batches = tiny_batches(steps, seed=7) if batches is None else batches
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -159,6 +162,21 @@ def trained(family: str = "bert", adapter_name: str = "default", **config: Any) 
 def logits(model: nn.Module, batch: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
     batch = tiny_batches(1, seed=99, labels=False)[0] if batch is None else batch
     return model.eval()(**batch).logits.clone()
+
+
+@contextmanager
+def units_at_zero(model: nn.Module, plan: Any) -> Iterator[None]:
+    """Inside the block, the activations of the units that `plan` trims are multiplied by zero."""
+    handles = []
+    for group in plan.anatomy.trimmable:
+        gate = torch.from_numpy(np.repeat(plan.of(group) > 0, group.sides[-1].width)).float()
+        output = model.get_submodule(group.output)
+        handles.append(output.register_forward_pre_hook(lambda m, a, gate=gate: (a[0] * gate, *a[1:])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,1 +1,1 @@
-"""A model goes in; its units (heads, neurons, rows, tokens) come out, with their weights and costs."""
+"""A model goes in. Its units (heads, neurons, rows, tokens) come out, with their weights and costs."""

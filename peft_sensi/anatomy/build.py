@@ -1,16 +1,16 @@
-"""Which units a model has, and which rows or columns of which Linear each of them owns (see `units`).
+"""Finds the units of a model: the model goes in, an `Anatomy` comes out (see `units`).
 
-Everything here reads shapes only, so it also works on `meta` tensors.
+Only shapes are read, so models on the `meta` device work too.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from operator import attrgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,72 +23,84 @@ from .modules import base_of, is_base_parameter, not_linear, task_head
 from .units import Anatomy, Group, Side
 
 
+Modules = dict[str, nn.Module]
+
+
 def build_anatomy(
     model: nn.Module,
     targets: Iterable[str] = (),
     blocks: Iterable[BlockLayout] | None = None,
     whole: Literal["", "sublayers", "tensors"] = "",
 ) -> Anatomy:
-    """Finds the groups of `model`: its blocks, and one of rows for each targeted Linear or embedding outside them.
+    """Finds the groups of units of `model`.
 
-    `blocks` replaces the built-in layouts. With `whole`, a sublayer of a block is one unit, or each targeted Linear is
-    one that can be tuned or frozen. Raises `AnatomyError` when given `blocks` match nothing.
+    These are the heads and neurons of its blocks, and a group of rows (or tokens) for each Linear (or embedding) in
+    `targets` that is in no block.
+
+    Args:
+        targets: Names of modules.
+        blocks: Layouts of the model's blocks, instead of those of its family.
+        whole: With `sublayers`, the whole attention or FFN of a layer is one unit. With `tensors`, each target is one
+            unit, which can be tuned or frozen, and blocks have no other units.
+
+    Raises:
+        AnatomyError: `blocks` match no layer, a layout does not fit its layer, or a target is not in the model.
+        TypeError: A target is neither a Linear nor an embedding.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
-    layouts = tuple(blocks) if blocks is not None else layouts_of(getattr(model, "config", None))
     modules = dict(model.named_modules())
-    cached = _layers_that_measure_caches(model)
-    groups = [group for layout in layouts for group in _block_groups(modules, layout, cached, blocks is None)]
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
-        # A decoder alone has cross-attention, which never runs.
-        groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
+    groups = _groups_in_blocks(model, modules, blocks)
+    layers = list(dict.fromkeys(group.layer for group in groups))
+    if whole == "sublayers":
+        groups = [group.as_one_unit() for group in groups]
+    elif whole == "tensors":
+        groups = []
+    in_blocks = {module for group in groups for module in group.modules}
+    groups += [_group_of_target(modules, name, layers, whole) for name in sorted(set(targets) - in_blocks)]
+    model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
+    return Anatomy(tuple(groups), _params_without_head(model), model_type)
+
+
+def _groups_in_blocks(model: nn.Module, modules: Modules, blocks: Iterable[BlockLayout] | None) -> list[Group]:
+    config = getattr(model, "config", None)
+    layouts = layouts_of(config) if blocks is None else tuple(blocks)
+    cached = _layers_that_measure_caches(config)
+    groups = [group for layout in layouts for group in _groups_of_layout(modules, layout, cached, blocks is None)]
     if blocks is not None and not groups:
         raise AnatomyError(
             f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
             f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
-    coded = {name for group in groups for name in group.modules if is_quantized(base_of(modules[name]))}
-    groups = [replace(group, fixed=True) if coded & set(group.modules) else group for group in groups]
-    layers = list(dict.fromkeys(group.layer for group in groups))
-    if whole == "sublayers":
-        groups = [group.as_one_unit() for group in groups]
-    elif whole == "tensors":
-        groups = []
-    owned = {module for group in groups for module in group.modules}
-    for name in sorted(set(targets) - owned):
-        linear = base_of(modules[name])
-        if is_plain_embedding(linear) and not whole:
-            size, width = features(linear)
-            groups.append(
-                Group(f"{name}.tokens", "token", size, (Side(name, 0, 1, width, tokens=False),), output=name)
-            )
-            continue
-        if not isinstance(linear, LINEARS):
-            raise not_linear(linear)
-        out, into = features(linear)
-        side = Side(name, 0, 1, into, cast(nn.Linear, linear).bias is not None)
-        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), _indexed_parent(name))
-        group = Group(name, "row", out, (side,), output=name, layer=layer)
-        groups.append(replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group)
-    return Anatomy(tuple(groups), _params_without_head(model), model_type)
+    if not getattr(config, "is_encoder_decoder", True):
+        # A decoder that is used alone has cross-attention, which never runs.
+        groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
+    return [
+        replace(group, fixed=True) if any(is_quantized(base_of(modules[name])) for name in group.modules) else group
+        for group in groups
+    ]
+
+
+def _group_of_target(modules: Modules, name: str, layers: list[str], whole: str) -> Group:
+    """The rows of a Linear, or the tokens of an embedding, that belongs to no block."""
+    if name not in modules:
+        raise AnatomyError(f"The target {name!r} is not in the model; `dict(model.named_modules())` shows the names.")
+    linear = base_of(modules[name])
+    if is_plain_embedding(linear) and not whole:
+        size, width = features(linear)
+        return Group(f"{name}.tokens", "token", size, (Side(name, 0, 1, width, tokens=False),), output=name)
+    if not isinstance(linear, LINEARS):
+        raise not_linear(linear)
+    out, into = features(linear)
+    side = Side(name, 0, 1, into, cast(nn.Linear, linear).bias is not None)
+    layer = next((layer for layer in layers if name.startswith(f"{layer}.")), _indexed_parent(name))
+    group = Group(name, "row", out, (side,), output=name, layer=layer)
+    return replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group
 
 
 def _indexed_parent(name: str) -> str:
-    """`model.layers.3` for `model.layers.3.mlp.up`: what a layer is in a model whose blocks are unknown."""
+    """The layer of a module in a model with unknown blocks: `model.layers.3` for `model.layers.3.mlp.up`."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
     return found.group() if found else ""
-
-
-def nothing_to_trim(model: nn.Module) -> AnatomyError:
-    if any(is_quantized(module) for module in model.modules()):
-        return not_trimmable(model)
-    return AnatomyError(
-        f"{type(model).__name__} has no heads or neurons that can be trimmed: its blocks are unknown. Known families "
-        f"are {', '.join(sorted(FAMILIES))}; describe another one with `SensiConfig(blocks=[BlockLayout("
-        f"layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., head_size=...)])`, or set only a "
-        f"`trainable` limit, which trims nothing."
-    )
 
 
 def _params_without_head(model: nn.Module) -> int:
@@ -100,68 +112,94 @@ def _params_without_head(model: nn.Module) -> int:
     )
 
 
-def _layers_that_measure_caches(model: nn.Module) -> frozenset[int]:
-    """Indices of the layers by whose keys Transformers' caches tell how many tokens they hold."""
-    config: object = getattr(model, "config", None)
+def nothing_to_score(model: nn.Module) -> AnatomyError:
+    """The error for a model of an unknown family in which the user has named no units either."""
+    return AnatomyError(
+        f"{type(model).__name__} has no known units, so there is nothing to score: {_UNKNOWN_BLOCKS} "
+        f"`blocks=[BlockLayout(layer='encoder.layer.*', ...)]`, or name Linears whose output rows are to be scored: "
+        f"`targets=[...]`."
+    )
+
+
+def nothing_to_trim(model: nn.Module) -> AnatomyError:
+    """The error for a trimming limit on a model without heads or neurons that can be trimmed."""
+    if any(is_quantized(module) for module in model.modules()):
+        return not_trimmable(model)
+    return AnatomyError(
+        f"{type(model).__name__} has no heads or neurons that can be trimmed: {_UNKNOWN_BLOCKS} "
+        f"`SensiConfig(blocks=[BlockLayout(layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., "
+        f"head_size=...)])`, or set only a `trainable` limit, which trims nothing."
+    )
+
+
+_UNKNOWN_BLOCKS = (
+    f"its blocks are unknown. Known families are {', '.join(sorted(FAMILIES))}. Describe another one with"
+)
+
+
+def _layers_that_measure_caches(config: Any) -> frozenset[int]:
+    """Indices of the layers whose keys tell Transformers' caches how many tokens they hold."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or ()
     return frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
 
 
-def _block_groups(
-    modules: dict[str, nn.Module], layout: BlockLayout, cached: frozenset[int], lenient: bool
-) -> Iterable[Group]:
-    """With `lenient`, sublayers that are not there are left out: a family may have alternatives."""
+def _groups_of_layout(
+    modules: Modules, layout: BlockLayout, cached: frozenset[int], built_in: bool
+) -> Iterator[Group]:
+    """The groups of all layers that a layout matches.
+
+    A built-in layout may describe sublayers that only some models of the family have; the others are skipped.
+    """
     path = r"(\d+)".join(re.escape(part) for part in layout.layer.split("*"))
     pattern = re.compile(rf"(?:^|.*\.){path}$")
     for name, layer in modules.items():
         match = pattern.match(name)
-        # Adapters on the model are wrapped modules inside the layer; the layer itself never is one.
+        # An adapter wraps modules inside a layer, never the layer itself.
         if match and is_base_parameter(name):
             index = int(match[1]) if match.lastindex else 0
-            repeats = _runs(layer, index, layout)
-            if layout.o and _is_there(modules, name, (layout.q, layout.k, layout.v, layout.o), lenient):
+            repeats = _repeats(layer, index, layout)
+            if layout.o and _is_there(modules, name, (layout.q, layout.k, layout.v, layout.o), built_in):
                 measures_cache = layout.cached and index in cached
-                yield replace(_heads(modules, name, layer, layout, measures_cache), repeats=repeats)
-            if layout.down and _is_there(modules, name, (layout.up, layout.gate, layout.down), lenient):
+                yield replace(_heads(modules, name, layout, measures_cache), repeats=repeats)
+            if layout.down and _is_there(modules, name, (layout.up, layout.gate, layout.down), built_in):
                 yield replace(_neurons(modules, name, layout), repeats=repeats)
 
 
-def _is_there(modules: dict[str, nn.Module], layer: str, names: Iterable[str], lenient: bool) -> bool:
-    """Whether a layer has the sublayer; the last of `names` is its output projection.
+def _is_there(modules: Modules, layer: str, names: Iterable[str], built_in: bool) -> bool:
+    """Whether a layer has the sublayer with these Linears; the last of `names` is its output projection.
 
-    After a merge that left nothing of the sublayer, that is a Linear without inputs.
+    If a trim has removed all units of the sublayer, the merged model keeps an output projection without inputs.
     """
     paths = [f"{layer}.{name}" for name in names if name]
-    if lenient and any(path not in modules for path in paths):
+    if built_in and any(path not in modules for path in paths):
         return False
     output = base_of(modules[paths[-1]]) if paths[-1] in modules else None
     return not isinstance(output, LINEARS) or features(cast(nn.Linear, output))[1] > 0
 
 
-def _runs(layer: nn.Module, index: int, layout: BlockLayout) -> int:
-    """How often a layer runs in one pass; `index` is its number among those that share the runs (ALBERT)."""
+def _repeats(layer: nn.Module, index: int, layout: BlockLayout) -> int:
+    """How often a layer runs in one pass. `index` is its place among the layers that share all runs (ALBERT)."""
     if isinstance(layout.repeats, int):
         return layout.repeats
     runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
     return sum(int(run / (runs / layers)) == index for run in range(runs))
 
 
-def _linear(modules: dict[str, nn.Module], layer: str, name: str) -> tuple[str, nn.Linear]:
+def _linear(modules: Modules, layer: str, name: str) -> tuple[str, nn.Linear]:
     path = f"{layer}.{name}"
     linear = base_of(modules[path]) if path in modules else None
     if not isinstance(linear, LINEARS):
-        raise AnatomyError(
-            f"The block layout names {path!r}, which is {'no Linear' if linear else 'not in the model'}."
-        )
+        found = f"a {type(linear).__name__} and not a Linear" if linear else "not in the model"
+        raise AnatomyError(f"The block layout names {path!r}, which is {found}.")
     return path, cast(nn.Linear, linear)
 
 
-def _heads(
-    modules: dict[str, nn.Module], name: str, layer: nn.Module, layout: BlockLayout, measures_cache: bool
-) -> Group:
-    head_size = layout.head_size if isinstance(layout.head_size, int) else attrgetter(layout.head_size)(layer)
+def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: bool) -> Group:
+    """The heads of the layer `name`. A unit is one key/value head with all query heads that use it."""
+    size = layout.head_size
+    head_size = size if isinstance(size, int) else attrgetter(size)(modules[name])
     o_name, o = _linear(modules, name, layout.o)
     o_out, o_in = features(o)
     uneven = AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o_in}.")
@@ -169,13 +207,12 @@ def _heads(
         raise uneven
     inputs = [_linear(modules, name, part) for part in (layout.q, layout.k, layout.v)]
     (q_name, _), (k_name, k), (v_name, _) = inputs
-    # What is left of the keys' Linear beside the queries, divided among keys and values.
-    fused = 1 + (v_name == k_name)
-    keys = (features(k)[0] - o_in * (q_name == k_name)) // fused
+    # The Linear of the keys may also hold the queries and the values.
+    keys = (features(k)[0] - o_in * (q_name == k_name)) // (1 + (v_name == k_name))
     if keys <= 0 or keys % head_size or o_in % keys:
         raise uneven
     units = keys // head_size
-    queries = o_in // keys  # query heads that share a key/value head
+    queries = o_in // keys  # query heads per key/value head
     widths: tuple[int, ...] = (queries * head_size, head_size, head_size)
     if layout.interleaved:
         widths, inputs = (sum(widths),), inputs[:1]
@@ -191,7 +228,7 @@ def _heads(
     attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
     attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
     attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
-    # The shapes of relative positions cannot be inferred from nothing.
+    # Without heads, the code for relative positions cannot infer its shapes.
     least = max(layout.min_heads, measures_cache, bool(layout.relative), _LEAST.get(type(o), 0))
     return Group(
         name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
@@ -209,7 +246,7 @@ def _heads(
     )
 
 
-def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> Group:
+def _neurons(modules: Modules, name: str, layout: BlockLayout) -> Group:
     down_name, down = _linear(modules, name, layout.down)
     out, size = features(down)
     inputs = [_linear(modules, name, part) for part in (layout.up, layout.gate) if part]
@@ -227,12 +264,12 @@ def _neurons(modules: dict[str, nn.Module], name: str, layout: BlockLayout) -> G
     )
 
 
-# `Conv1D` reshapes its input by -1, which is ambiguous where the input has no columns.
+# `Conv1D` reshapes its input with -1, which is ambiguous if the input has no columns.
 _LEAST: dict[type, int] = {Conv1D: 1}
 
 
 def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: int) -> list[Side]:
-    """The sides of the Linears in front of a group: one that is named several times holds its parts as blocks."""
+    """The sides of a group's input Linears. A Linear that occurs several times holds the parts one after another."""
     sides, filled = [], dict.fromkeys((path for path, _ in inputs), 0)
     for (path, linear), width in zip(inputs, widths, strict=True):
         sides.append(Side(path, 0, width, features(linear)[1], linear.bias is not None, filled[path]))
@@ -240,23 +277,21 @@ def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: i
     for path, linear in inputs:
         if features(linear)[0] != filled[path]:
             raise AnatomyError(
-                f"{path!r} has {features(linear)[0]} outputs, but {units} units of its block need {filled[path]}: the "
+                f"{path!r} has {features(linear)[0]} outputs, but {units} units of its block need {filled[path]}. The "
                 f"block computes something that its layout does not describe, such as a gate on its output."
             )
     return sides
 
 
-def _norm(modules: dict[str, nn.Module], layer: str, name: str) -> str:
+def _norm(modules: Modules, layer: str, name: str) -> str:
     path = f"{layer}.{name}"
     if name and path not in modules:
         raise AnatomyError(f"The block layout names the norm {path!r}, which is not in the model.")
     return path if name else ""
 
 
-def _depends_on_all_heads(
-    modules: dict[str, nn.Module], name: str, layout: BlockLayout, sides: list[Side], head_size: int
-) -> bool:
-    """Whether the attention has parameters of its own that are not the same for all heads, so that none can leave."""
+def _depends_on_all_heads(modules: Modules, name: str, layout: BlockLayout, sides: list[Side], head_size: int) -> bool:
+    """Whether the attention has parameters that the layout does not describe and that may differ between heads."""
     parent = layout.v.rpartition(".")[0]
     if not parent:
         return False
@@ -264,21 +299,20 @@ def _depends_on_all_heads(
     for path, parameter in modules[f"{name}.{parent}"].named_parameters(f"{name}.{parent}"):
         if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
             warnings.warn(
-                f"{path} of shape {tuple(parameter.shape)} belongs to an attention whose block layout does not "
-                f"describe it: the heads can be tuned, but not trimmed.",
+                f"{path} of shape {tuple(parameter.shape)} is part of an attention, but its block layout does not "
+                f"describe it. The heads of this attention can be tuned, but not trimmed.",
                 stacklevel=2,
             )
             return True
     return False
 
 
-@dataclass(frozen=True)
-class RelativePositions:
-    """How one attention uses relative positions.
+class RelativePositions(NamedTuple):
+    """How an attention uses relative positions.
 
-    Their keys and queries come from `projections` (names of Linears) that run on nothing else, or, if `shared`, from
-    the tokens' own, which then run once more for each of the `rows` positions. Each token is multiplied with all rows
-    once for each of the `products`: content with position (c2p) and position with content (p2c).
+    `rows` is the number of position vectors. The Linears in `projections` compute keys and queries from these vectors
+    only. If there are none, `shared` is true and the Linears of the tokens do it. Each token is multiplied with all
+    rows in each of the `products`: content with position (c2p) and position with content (p2c).
     """
 
     rows: int = 0
@@ -288,7 +322,7 @@ class RelativePositions:
 
 
 def relative_positions(attention: Any) -> RelativePositions:
-    """Reads a `DisentangledSelfAttention` of Transformers."""
+    """Reads a `DisentangledSelfAttention` of Transformers (DeBERTa, He et al. 2021, arXiv 2006.03654)."""
     if not attention.relative_attention:
         return RelativePositions()
     names = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}

@@ -1,4 +1,4 @@
-"""Where decoders keep their heads and neurons, and ModernBERT, whose layers are like theirs."""
+"""The layouts of decoder families, and of ModernBERT, whose layers are similar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from .layouts import BlockLayout
 
 
-# Llama's names, which most newer decoders share; heads are counted by -1 and by the ratio of queries to keys.
+Layouts = tuple[BlockLayout, ...]
+
+# Most newer decoders use Llama's names. Their code infers the number of heads from shapes, so no attribute holds it.
 _LLAMA = BlockLayout(
     layer="layers.*",
     q="self_attn.q_proj",
@@ -23,12 +25,12 @@ _LLAMA = BlockLayout(
     attention_norm="post_attention_layernorm",
     cached=True,
 )
-_ATTENTION_ONLY = replace(_LLAMA, up="", gate="", down="")  # the experts of a mixture stay as they are
-# The sublayer's output goes through a norm before it is added, and so that output is all that the refit can see.
+_ATTENTION_ONLY = replace(_LLAMA, up="", gate="", down="")  # the experts of a mixture have no units
+# A norm is applied to the sublayer's output before it is added. The refit fits the input of that norm.
 _NORMED_TWICE = replace(_LLAMA, attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
-# Norms of queries and keys over all heads together: no head can leave without changing the others.
+# Queries and keys are normalized over all heads together, so trimming one head would change the others.
 _NORMED_ACROSS_HEADS = replace(_NORMED_TWICE, fixed_heads=True)
-# The fused projection is taken apart at places that all layers read from the one config.
+# The code splits the fused projection at sizes that all layers read from the same config.
 _PHI3 = replace(
     _LLAMA,
     q="self_attn.qkv_proj",
@@ -41,7 +43,6 @@ _PHI3 = replace(
 _PHI = replace(_LLAMA, o="self_attn.dense", up="mlp.fc1", gate="", down="mlp.fc2", attention_norm="")
 _FUSED_GATE = replace(_LLAMA, up="mlp.gate_up_proj", gate="mlp.gate_up_proj")
 _STARCODER2 = replace(_LLAMA, up="mlp.c_fc", gate="", down="mlp.c_proj")
-_NEMOTRON = replace(_LLAMA, gate="")
 _GPT2 = BlockLayout(
     layer="h.*",
     q="attn.c_attn",
@@ -113,13 +114,13 @@ _OPT = BlockLayout(
 )
 
 
-def _opt(config: Any) -> tuple[BlockLayout, ...]:
+def _opt(config: Any) -> Layouts:
     if config.do_layer_norm_before:
         return (_OPT,)
     return (replace(_OPT, attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm"),)
 
 
-def _gpt_neox(config: Any) -> tuple[BlockLayout, ...]:
+def _gpt_neox(config: Any) -> Layouts:
     return (
         BlockLayout(
             layer="layers.*",
@@ -137,67 +138,48 @@ def _gpt_neox(config: Any) -> tuple[BlockLayout, ...]:
     )
 
 
-def _stablelm(config: Any) -> tuple[BlockLayout, ...]:
+def _stablelm(config: Any) -> Layouts:
     return (
         replace(
             _LLAMA,
             head_counts=("self_attn.num_heads",),
             kv_head_counts=("self_attn.num_key_value_heads",),
             attention_norm="" if config.use_parallel_residual else "post_attention_layernorm",
-            fixed_heads=config.qk_layernorm,  # one norm a head
+            fixed_heads=config.qk_layernorm,  # one norm for each head
             min_heads=1,
         ),
     )
 
 
-def _cohere(config: Any) -> tuple[BlockLayout, ...]:
-    return (replace(_LLAMA, attention_norm="", fixed_heads=config.use_qk_norm),)  # one norm a head
+def _cohere(config: Any) -> Layouts:
+    return (replace(_LLAMA, attention_norm="", fixed_heads=config.use_qk_norm),)  # one norm for each head
 
 
-DECODERS: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout, ...]]] = {
+_LIKE_LLAMA = (
+    "cwm ernie4_5 gemma granite helium hunyuan_v1_dense hyperclovax llama ministral ministral3 "
+    "mistral olmo qwen2 qwen3 seed_oss smollm3"
+).split()
+DECODERS: dict[str, Layouts | Callable[[Any], Layouts]] = {
+    **dict.fromkeys(_LIKE_LLAMA, (_LLAMA,)),
+    **dict.fromkeys(("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe"), (_ATTENTION_ONLY,)),
+    **dict.fromkeys(("exaone4", "gemma2", "gemma3_text"), (_NORMED_TWICE,)),
+    **dict.fromkeys(("olmo2", "olmo3"), (_NORMED_ACROSS_HEADS,)),
+    **dict.fromkeys(("arcee", "jais2", "nemotron"), (replace(_LLAMA, gate=""),)),
     "apertus": (replace(_LLAMA, gate="", attention_norm="feedforward_layernorm"),),
-    "arcee": (replace(_LLAMA, gate=""),),
     "biogpt": (_OPT,),
     "cohere": _cohere,
     "cohere2": (replace(_LLAMA, attention_norm=""),),
-    "cwm": (_LLAMA,),
-    "ernie4_5": (_LLAMA,),
-    "exaone4": (_NORMED_TWICE,),
-    "gemma": (_LLAMA,),
-    "gemma2": (_NORMED_TWICE,),
-    "gemma3_text": (_NORMED_TWICE,),
     "glm": (_FUSED_GATE,),
     "glm4": (replace(_FUSED_GATE, attention_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),),
     "gpt2": (_GPT2,),
     "gpt_neo": (_GPT_NEO,),
     "gpt_neox": _gpt_neox,
     "gptj": (_GPTJ,),
-    "granite": (_LLAMA,),
-    "granitemoe": (_ATTENTION_ONLY,),
-    "helium": (_LLAMA,),
-    "hunyuan_v1_dense": (_LLAMA,),
-    "hyperclovax": (_LLAMA,),
-    "jais2": (replace(_LLAMA, gate=""),),
-    "llama": (_LLAMA,),
-    "ministral": (_LLAMA,),
-    "ministral3": (_LLAMA,),
-    "mistral": (_LLAMA,),
-    "mixtral": (_ATTENTION_ONLY,),
     "modernbert": (_MODERNBERT,),
     "modernbert-decoder": (replace(_MODERNBERT, q="attn.q_proj", k="attn.k_proj", v="attn.v_proj", cached=True),),
-    "nemotron": (_NEMOTRON,),
-    "olmo": (_LLAMA,),
-    "olmo2": (_NORMED_ACROSS_HEADS,),
-    "olmo3": (_NORMED_ACROSS_HEADS,),
     "opt": _opt,
     "phi": (_PHI,),
     "phi3": (_PHI3,),
-    "qwen2": (_LLAMA,),
-    "qwen2_moe": (_ATTENTION_ONLY,),
-    "qwen3": (_LLAMA,),
-    "qwen3_moe": (_ATTENTION_ONLY,),
-    "seed_oss": (_LLAMA,),
-    "smollm3": (_LLAMA,),
     "stablelm": _stablelm,
     "starcoder2": (_STARCODER2,),
     "vaultgemma": (replace(_LLAMA, attention_norm="pre_feedforward_layernorm"),),

@@ -1,4 +1,7 @@
-"""Where each family of models keeps its heads and neurons: one entry a family."""
+"""The table of model families: which layouts a model has, by the `model_type` of its config.
+
+A family with variants has a function from the config to the layouts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .decoders import DECODERS
+from .decoders import DECODERS, Layouts
 from .layouts import BlockLayout
 
 
@@ -38,7 +41,7 @@ _DISTILBERT = BlockLayout(
     ffn_norm="output_layer_norm",
 )
 
-# BERT with the LayerNorms before the sublayers; a family names the norm before its FFN.
+# BERT with the LayerNorms before the sublayers. Each such family names the norm before its FFN.
 _BERT_PRE_NORM = replace(_BERT, attention_norm="", ffn_norm="")
 _ALBERT = BlockLayout(
     layer="encoder.albert_layer_groups.*.albert_layers.*",
@@ -61,7 +64,7 @@ _DEBERTA_V2 = replace(
     k="attention.self.key_proj",
     v="attention.self.value_proj",
     relative="attention.self",
-    min_heads=1,  # its shapes cannot be inferred from nothing
+    min_heads=1,  # without heads, its code cannot infer its shapes
 )
 _MPNET = replace(
     _BERT,
@@ -83,8 +86,8 @@ _MOBILEBERT = (
 )
 
 
-def _t5(config: Any) -> tuple[BlockLayout, ...]:
-    """The layers of one stack share a position bias with one column a head, so heads stay; FFNs may be gated."""
+def _t5(config: Any) -> Layouts:
+    """All layers of a stack share a position bias with one column per head, so heads are fixed. FFNs may be gated."""
     layouts = []
     for stack, ffn in (("encoder", 1), ("decoder", 2)):
         own, other, dense = "layer.0.SelfAttention", "layer.1.EncDecAttention", f"layer.{ffn}.DenseReluDense"
@@ -107,8 +110,8 @@ def _t5(config: Any) -> tuple[BlockLayout, ...]:
     return tuple(layouts)
 
 
-def _bart(norm_first: bool = False) -> tuple[BlockLayout, ...]:
-    """Self-attention, cross-attention and FFN of both stacks, each its own group."""
+def _bart(norm_first: bool = False) -> Layouts:
+    """Self-attention, cross-attention and FFN of encoder and decoder. `norm_first`: norms come before sublayers."""
 
     def heads(stack: str, name: str, norm: str, **more: Any) -> BlockLayout:
         projections: dict[str, Any] = {part: f"{name}.{part}_proj" for part in "qkv"}
@@ -122,7 +125,7 @@ def _bart(norm_first: bool = False) -> tuple[BlockLayout, ...]:
             **more,
         )
 
-    # The norm whose input is the sum after a sublayer is its own where it comes last, else that of the next sublayer.
+    # The residual sum after a sublayer enters the sublayer's own norm or, with `norm_first`, the next sublayer's norm.
     own, cross, last = "self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"
     encoder = replace(heads("encoder", "self_attn", last if norm_first else own), up="fc1", down="fc2")
     decoder = heads("decoder", "self_attn", cross if norm_first else own, cached=True)
@@ -145,47 +148,30 @@ _VIT = BlockLayout(
     attention_norm="layernorm_after",
 )
 
-FAMILIES: dict[str, tuple[BlockLayout, ...] | Callable[[Any], tuple[BlockLayout, ...]]] = {
+_LIKE_BERT = (
+    "bert bert-generation camembert data2vec-text electra ernie layoutlm rembert roberta roformer "
+    "splinter xlm-roberta xmod"
+).split()
+FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     **DECODERS,
+    **dict.fromkeys(_LIKE_BERT, (_BERT,)),
+    **dict.fromkeys(("bart", "blenderbot-small", "marian", "plbart"), _bart()),
+    **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
+    **dict.fromkeys(("deit", "vit"), (_VIT,)),
+    **dict.fromkeys(("mt5", "t5", "umt5"), _t5),
     "albert": (_ALBERT,),
-    "bart": _bart(),
-    "bert": (_BERT,),
-    "bert-generation": (_BERT,),
-    "blenderbot": _bart(norm_first=True),
-    "blenderbot-small": _bart(),
-    "camembert": (_BERT,),
-    "data2vec-text": (_BERT,),
     "deberta-v2": (_DEBERTA_V2,),
-    "deit": (_VIT,),
     "distilbert": (_DISTILBERT,),
-    "electra": (_BERT,),
-    "ernie": (_BERT,),
     "esm": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
-    "layoutlm": (_BERT,),
-    "m2m_100": _bart(norm_first=True),
-    "marian": _bart(),
-    "mbart": _bart(norm_first=True),
     "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
     "mobilebert": _MOBILEBERT,
     "mpnet": (_MPNET,),
-    "mt5": _t5,
-    "pegasus": _bart(norm_first=True),
-    "plbart": _bart(),
-    "rembert": (_BERT,),
-    "roberta": (_BERT,),
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
-    "roformer": (_BERT,),
-    "splinter": (_BERT,),
-    "t5": _t5,
-    "umt5": _t5,
-    "vit": (_VIT,),
-    "xlm-roberta": (_BERT,),
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
-    "xmod": (_BERT,),
 }
 
 
-def layouts_of(config: Any) -> tuple[BlockLayout, ...]:
-    """The layouts of the family of a model with this config; none for an unknown family."""
+def layouts_of(config: Any) -> Layouts:
+    """The layouts for a model with this config. Unknown families have none."""
     entry = FAMILIES.get(getattr(config, "model_type", "") or "", ())
     return entry(config) if callable(entry) else entry

@@ -1,9 +1,9 @@
-"""How a family of models describes where its layers keep their heads and neurons."""
+"""`BlockLayout`: names the modules that hold the heads and neurons of a transformer layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..utils.errors import AnatomyError
@@ -11,23 +11,31 @@ from ..utils.errors import AnatomyError
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where a transformer layer keeps its heads and neurons: one row of the table of families (`families`).
+    """Where a transformer layer keeps its heads and neurons: one row of the table in `families`.
 
-    Names are paths below the layer module. `layer` is the end of the layer's own path, with `*` for its index. Leave
-    the attention names or the FFN names empty for a layer that has only the other; a field that names nothing is
-    skipped. `head_size` is a number or the path of an attribute that holds it. `head_counts`, `kv_head_counts` and
-    `head_widths` are attributes that must follow the number of heads (resp. heads times head size) of a trimmed layer.
-    The two norms are the modules whose *input* is the residual sum after the sublayer; they weigh the errors of the
-    refit. Leave them empty where that sum is what the layer returns.
+    Names are paths of submodules below the layer. A layer without attention leaves the attention fields empty, and a
+    layer without an FFN leaves the FFN fields empty. One fused Linear is named several times. If it is `q`, `k` and
+    `v` (or `k` and `v`, or `up` and `gate`), it holds their rows one after another in this order.
 
-    One fused Linear is named several times: as `q`, `k` and `v` (or as `k` and `v`, or `up` and `gate`) it holds their
-    rows one block after another in this order, or, with `interleaved`, those of each head together. `fixed_heads` can
-    be tuned but not trimmed. Where the layer's code cannot run without heads, `min_heads` of them stay; with `cached`,
-    one stays in those layers by whose keys a cache for generation measures its length: the first of each kind in
-    `config.layer_types`. `cross` marks attention to another sequence, which has a group of its own. `relative` is the
-    path of an attention that projects relative positions, too (see `positions`). `repeats` is how often the layer runs
-    in one pass: a number, or the paths of two attributes, the number of runs of all layers and that of the layers (the
-    first `*` of `layer`) over which they are spread.
+    Attributes:
+        layer: The end of the layers' own paths, with `*` for each index, such as `encoder.layer.*`.
+        q, k, v, o: Linears of queries, keys and values, and the output projection of the attention.
+        up, gate, down: Linears of the FFN: input, gate (if any) and output.
+        head_size: A number, or the path of an attribute that holds it.
+        head_counts: Paths of attributes that hold the number of heads; they follow a trim.
+        kv_head_counts: The same for the number of key/value heads.
+        head_widths: The same for the number of heads times the head size.
+        attention_norm, ffn_norm: The modules whose *input* is the residual sum after the attention or FFN. The refit
+            weighs its errors by them. Leave them empty if the layer returns that sum.
+        fixed_heads: The heads can be tuned but not trimmed.
+        interleaved: A fused Linear holds the queries, keys and values of each head together.
+        min_heads: How many heads must stay, so that the layer's code can run.
+        cached: A generation cache measures its length by the keys of a layer: the first of each kind in
+            `config.layer_types`. One head stays in these layers.
+        cross: The attention is to another sequence. Its heads have a group of their own.
+        relative: Path of an attention that projects relative positions, too (DeBERTa, see `build`).
+        repeats: How often the layer runs in one pass. Either a number, or the paths of two attributes: the number of
+            runs of all layers together, and the number of layers (the first `*`) that share these runs.
     """
 
     layer: str
@@ -54,9 +62,10 @@ class BlockLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockLayout:
+        """The layout of a JSON object. Raises `AnatomyError` for unknown fields and wrong types."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise AnatomyError(f"A block layout has no field {unknown[0]!r}; its fields are {sorted(known)}.")
+            raise AnatomyError(f"A block layout has no field {unknown[0]!r}. Its fields are {sorted(known)}.")
         if not isinstance(values.get("layer"), str) or not values["layer"]:
             raise AnatomyError(
                 "A block layout needs `layer`, the path of the layer modules, such as 'encoder.layer.*'."
@@ -70,7 +79,6 @@ class BlockLayout:
         return cls(**fitting)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v and (k, v) != _ONCE}
-
-
-_ONCE = ("repeats", 1)
+        """The fields that differ from their defaults, as a JSON object."""
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}

@@ -1,4 +1,4 @@
-"""One view of every kind of linear map: weight `[out, in]`, bias `[out]`; of embeddings `[tokens, hidden]`."""
+"""One view of all Linears, quantized or not: weight `[out, in]`, bias `[out]`; of embeddings: `[tokens, hidden]`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from transformers.pytorch_utils import Conv1D
 from ..utils.errors import AnatomyError, SensiError
 
 
-# What can be targeted: `torch.nn.Linear`, and GPT-2's `Conv1D`, a Linear whose weight is stored as `[in, out]`.
+# The classes that can be targeted. `Conv1D` is GPT-2's Linear; it stores its weight as `[in, out]`.
 LINEARS = (nn.Linear, Conv1D)
+# Subclasses of Linear, by name, that have a `forward` of their own but compute the same.
+_ALSO_PLAIN = ("FalconLinear",)
+
+# -- kinds of modules -------------------------------------------------------------------------------------------------
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the module computes `x @ weight.T + bias` and nothing else, which a subclass of Linear need not do."""
-    inherited = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    coded = isinstance(module, nn.Linear) and is_quantized(module)
-    return inherited or coded or type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN
-
-
-_ALSO_PLAIN = ("FalconLinear",)  # it adds its bias in a step of its own
+    """Whether the module computes `x @ weight.T + bias` and nothing else. Subclasses of Linear may compute more."""
+    if type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN:
+        return True
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantized(module))
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
@@ -33,31 +34,49 @@ def is_plain_embedding(module: nn.Module) -> bool:
     return plain and module.max_norm is None and not (module.scale_grad_by_freq or module.sparse)
 
 
-def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A view of `linear`'s own `weight` as `[out, in]`, or the other way round: the function is its own inverse."""
-    return weight.t() if isinstance(linear, Conv1D) else weight
+def is_quantized(linear: Any) -> bool:
+    """Whether the module stores its weight in quantized form (bitsandbytes, HQQ or torchao)."""
+    weight = getattr(linear, "weight", None)
+    return hasattr(linear, "W_q") or (weight is not None and has_codes(weight))
+
+
+def has_codes(weight: torch.Tensor) -> bool:
+    """Whether a weight consists of quantized codes (bitsandbytes or torchao)."""
+    kind = type(weight)
+    if kind is nn.Parameter or kind is torch.Tensor:
+        return False  # `torch.compile` can follow this comparison, but not the next one
+    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
+
+
+# -- weights and shapes -----------------------------------------------------------------------------------------------
 
 
 def matrix(linear: Any) -> torch.Tensor:
-    """The weight as `[out, in]`, sharing its storage unless it is quantized."""
+    """The weight as `[out, in]`. It shares storage with the module unless the module is quantized."""
     return dequantized(linear) if is_quantized(linear) else oriented(linear, linear.weight)
 
 
+def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A view of `weight`, from the layout in which `linear` stores it to `[out, in]`, or back."""
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def bias_of(linear: nn.Module) -> torch.Tensor | None:
+    """The bias `[out]`, or `None`. Embeddings have none."""
+    return getattr(linear, "bias", None)
+
+
 def features(linear: Any) -> tuple[int, int]:
-    """Number of outputs and of inputs; of an embedding its tokens and its width."""
+    """The number of outputs and of inputs. For an embedding, the number of tokens and the hidden size."""
     if isinstance(linear, nn.Embedding):
         return linear.num_embeddings, linear.embedding_dim
     return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
 
 
-def bias_of(linear: nn.Module) -> torch.Tensor | None:
-    return getattr(linear, "bias", None)  # embeddings have none
-
-
 def update_features(linear: Any) -> None:
-    """Sets the module's own numbers of outputs and inputs to those of its weight."""
+    """Sets the module's numbers of outputs and inputs to the shape of its weight. Embeddings are never trimmed."""
     if isinstance(linear, nn.Embedding):
-        return  # no token ever leaves
+        return
     out, into = matrix(linear).shape
     if isinstance(linear, Conv1D):
         linear.nf, linear.nx = out, into
@@ -65,25 +84,23 @@ def update_features(linear: Any) -> None:
         linear.out_features, linear.in_features = out, into
 
 
-def is_quantized(linear: Any) -> bool:
-    """Whether a Linear's weight is stored in codes."""
-    weight = getattr(linear, "weight", None)
-    return hasattr(linear, "W_q") or (weight is not None and has_codes(weight))
+def count(parameter: torch.Tensor) -> int:
+    """The number of weights. bitsandbytes packs two 4-bit weights into a byte."""
+    if type(parameter).__name__ != "Params4bit":
+        return parameter.numel()
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else 2 * parameter.numel() * parameter.element_size()
 
 
-def has_codes(weight: torch.Tensor) -> bool:
-    kind = type(weight)
-    if kind is nn.Parameter or kind is torch.Tensor:
-        return False  # the usual case, which `torch.compile` can follow
-    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
+# -- quantized Linears ------------------------------------------------------------------------------------------------
 
 
 def dequantized(linear: Any) -> torch.Tensor:
-    """The weight `[out, in]` that the codes stand for, as a new tensor in a float dtype."""
+    """The weight `[out, in]` of a quantized Linear, as a new tensor of a float dtype."""
     unpack(linear)
     with torch.no_grad():
         if get_bnb_param_type(linear.weight):
-            # Not `dequantize_module_weight`: on the CPU that loses the scales of 8-bit weights that ran before.
+            # On the CPU, `dequantize_module_weight` loses the scales of 8-bit weights that have run before.
             weight = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
         else:
             weight = dequantize_module_weight(linear)
@@ -91,43 +108,40 @@ def dequantized(linear: Any) -> torch.Tensor:
 
 
 def unpack(linear: Any) -> None:
-    """Undoes the layout into which bitsandbytes brings 4-bit codes when a CPU evaluates a model.
+    """Undoes the layout that bitsandbytes gives 4-bit weights when a model is evaluated on the CPU.
 
-    It has no gradients, and `dequantize_4bit` does not know it. Saving undoes it; there is no other public way.
+    That layout supports no gradients, and `dequantize_4bit` cannot read it. The only public way to undo it is
+    `state_dict()`.
     """
     if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
         linear.state_dict()
 
 
-def count(parameter: torch.Tensor) -> int:
-    """Number of weights: 4-bit codes are packed, two in a byte of whatever type."""
-    if type(parameter).__name__ != "Params4bit":
-        return parameter.numel()
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else 2 * parameter.numel() * parameter.element_size()
-
-
 def check_quantized(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
-    """Refuses what needs the values of a quantized base. Raises `SensiError`."""
+    """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
     if not any(is_quantized(linear) for linear in linears):
         return
-    way_out = "Load the base model without quantization for that."
     if update == "mask" or sparsity is not None:
-        raise SensiError(f"The base model is quantized: its weights cannot be masked. {way_out}")
-    if not keep_base:
-        raise SensiError(f"The base model is quantized: `keep_base=False` would have to cut its codes. {way_out}")
+        problem = "its weights cannot be masked"
+    elif not keep_base:
+        problem = "`keep_base=False` would have to cut its quantized weights"
+    else:
+        return
+    raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
 
 
 def not_trimmable(model: nn.Module) -> AnatomyError:
+    """The error for a trimming limit on a quantized model."""
     return AnatomyError(
-        f"{type(model).__name__} is quantized: codes are stored in blocks with common scales, so heads and neurons "
-        f"cannot be cut out of them. Load the base model without quantization to trim it (and quantize the merged "
-        f"model), or set only a `trainable` limit, which trims nothing."
+        f"{type(model).__name__} is quantized: its weights are stored in blocks with common scales, so heads and "
+        f"neurons cannot be cut out of them. Load the base model without quantization to trim it (and quantize the "
+        f"merged model), or set only a `trainable` limit, which trims nothing."
     )
 
 
 def not_mergeable() -> SensiError:
+    """The error for merging an adapter into a quantized model."""
     return SensiError(
-        "The base model is quantized, and rounding the merged weights to its codes would lose what was trained. Load "
-        "the adapter on the base model without quantization, and merge it there."
+        "The base model is quantized, and rounding the merged weights to its precision would lose what was trained. "
+        "Load the adapter on the base model without quantization, and merge it there."
     )

@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""Finds modules of a model by name or role, behind the wrappers that PEFT puts around them.
+
+Everything that reads the weights of units does so through `linear_of` or `unit_weights`, so it sees the weights that
+the base layers have at that moment. No copies are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from .units import Group, Side
 
 
 def not_linear(module: nn.Module) -> TypeError:
+    """The error for a target of a kind that has no rows to tune."""
     return TypeError(
         f"Target module {module} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
         f"`torch.nn.Embedding` can be targeted."
@@ -21,7 +26,7 @@ def not_linear(module: nn.Module) -> TypeError:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The user's own module behind PEFT's wrappers."""
+    """The user's own module, without the wrappers that PEFT has put around it."""
     while True:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
@@ -32,31 +37,32 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
-    """The Linear (or `Conv1D`, see `linears`) called `name`, behind PEFT's wrappers."""
+    """The user's own Linear (or `Conv1D`, see `linears`) called `name`, without PEFT's wrappers."""
     return cast(nn.Linear, base_of(model.get_submodule(name)))
 
 
 def is_base_parameter(name: str) -> bool:
-    """Whether a parameter's name belongs to the base model and not to an adapter on it."""
+    """Whether this is the name of a parameter of the base model, and not of an adapter."""
     return not any(part.startswith("sensi_") or part == "modules_to_save" for part in name.split("."))
 
 
 def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Module | None:
-    """The model's `input` or `output` embedding; `None` where it has none, or Transformers cannot tell."""
+    """The model's `input` or `output` embedding, or `None` if there is none or Transformers does not know it."""
     try:
         return getattr(model, f"get_{side}_embeddings")()
     except (AttributeError, NotImplementedError):
         return None
 
 
-# What PEFT takes for heads, by task type; for models whose transformer is no child of its own (T5's answers).
+# The names that PEFT takes for task heads. They are used for models that do not hold their transformer in a module of
+# its own, such as T5 for question answering.
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
 def task_head(model: nn.Module) -> list[str]:
-    """Names of the children that make up a classification-like head: everything outside the base transformer.
+    """Names of the child modules that make up a classification-like head: all that is outside the base transformer.
 
-    Empty for a bare transformer and for language models, whose head belongs to the pretrained base.
+    The list is empty for a transformer without a head, and for language models, whose head is pretrained.
     """
     prefix = getattr(model, "base_model_prefix", "")
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
@@ -68,12 +74,12 @@ def task_head(model: nn.Module) -> list[str]:
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
-    """The weights of each unit on one side, as a matrix `[size, width * fan]` in float32."""
+    """The weights that each unit owns on one side: `[group.size, side.width * side.fan]`, float32."""
     return side.per_unit(matrix(linear_of(model, side.module)).detach(), group.size).float()
 
 
 def input_embedding(model: nn.Module) -> str | None:
-    """Name of the table in which input tokens are looked up; `None` where other modules share it or depend on it."""
+    """Name of the embedding of the input tokens, or `None` if it does more than look up rows, or is shared."""
     table = embedding_of(model, "input")
     if table is None or not is_plain_embedding(table := base_of(table)) or is_shared(model, table):
         return None
@@ -81,6 +87,6 @@ def input_embedding(model: nn.Module) -> str | None:
 
 
 def is_shared(model: nn.Module, table: nn.Module) -> bool:
-    """Whether another module, such as a language model's output layer, has the same weight."""
+    """Whether another module, such as the output layer of a language model, uses the weight of this embedding too."""
     others = {id(m): m for m in map(base_of, model.modules()) if m is not table}
     return any(getattr(other, "weight", None) is table.weight for other in others.values())

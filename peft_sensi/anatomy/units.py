@@ -1,10 +1,9 @@
-"""A unit, what it owns and what it costs; `anatomy` finds them in a model.
+"""Units, the weights that they own and their costs. `build` finds the units of a model.
 
 A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, an
-output row of a Linear that belongs to no known block, or a token's row in a table of embeddings. A *group* holds the
-units of one sublayer. Removing a head or a neuron means removing slices of several weights at once (its *sides*), and
-exactly the same function remains as when the unit's activation is multiplied by zero at the input of the group's
-output projection.
+output row of a Linear that belongs to no known block, or a token's row of an embedding. A *group* holds the units of
+one sublayer. A head or neuron owns slices of several weights (its *sides*). To remove it is to remove these slices.
+The model then computes the same as if the unit's activation were zero at the input of the group's output projection.
 """
 
 from __future__ import annotations
@@ -23,9 +22,13 @@ Kind = Literal["head", "neuron", "row", "token", "tensor"]
 class Side:
     """The slice of one weight `[out, in]` that each unit of a group owns.
 
-    `dim` 0 means output rows (with their bias entries), 1 input columns; unit `u` owns the positions
-    `offset + u * width ... offset + (u + 1) * width`. `fan` is the length of the other dimension. The weight runs once
-    for each token unless `tokens` is false, and once for each of `rows` vectors that do not depend on the input.
+    Attributes:
+        module: Name of the Linear or embedding.
+        dim: 0 for output rows (with their bias entries, if `bias`), 1 for input columns.
+        width: Rows or columns per unit: unit `u` owns `offset + u * width` to `offset + (u + 1) * width - 1`.
+        fan: Length of the other dimension.
+        tokens: Whether the weight is multiplied with each token.
+        rows: Number of vectors, independent of the input, that it is multiplied with besides (relative positions).
     """
 
     module: str
@@ -39,25 +42,34 @@ class Side:
 
     @property
     def unit_params(self) -> int:
+        """Parameters of one unit on this side."""
         return self.width * (self.fan + int(self.bias and self.dim == 0))
 
     def per_unit(self, weight: torch.Tensor, units: int) -> torch.Tensor:
-        """The entries of a weight `[out, in]` that each of the units owns, as a matrix `[units, width * fan]`."""
+        """The entries of `weight` (`[out, in]`, or a bias `[out]`) that each unit owns: `[units, entries]`."""
         owned = weight.narrow(self.dim, self.offset, units * self.width)
         return (owned if self.dim == 0 else owned.t()).reshape(units, -1)
 
     def positions(self, units: np.ndarray) -> np.ndarray:
-        """Rows or columns (int64) of the given units, in the units' order."""
+        """Indices (int64) of the rows or columns of the given units, in the units' order."""
         return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The units of one sublayer. `output` is the module at whose input (rows, tokens: at whose output) a gate acts.
+    """The units of one sublayer.
 
-    The units of a `fixed` group can be tuned but not trimmed, nor change places: something outside counts on them. A
-    layer runs `repeats` times in one pass, and at least `least` units must stay for it to run. `relative_rows` is the
-    number of relative positions with which an attention of disentangled positions multiplies each token.
+    Attributes:
+        size: Number of units.
+        output: The module at whose input gates act (for rows and tokens: at whose output).
+        layer: Name of the layer that the sublayer belongs to.
+        norm: The module whose input is the residual sum after the sublayer; if empty, the layer returns that sum.
+        attributes: Paths of numbers that a trim must change, each with its amount per unit.
+        attention_width: Query heads per unit times head size; 0 for other kinds than heads.
+        repeats: How often the layer runs in one pass.
+        least: How many units must stay, so that the layer's code can run.
+        fixed: The units can be tuned, but neither trimmed nor reordered, because other code relies on them.
+        relative_rows: Number of relative positions that an attention multiplies with each token (DeBERTa).
     """
 
     name: str
@@ -76,6 +88,7 @@ class Group:
 
     @property
     def in_block(self) -> bool:
+        """Whether the units are heads or neurons of a known block."""
         return self.kind in ("head", "neuron")
 
     @property
@@ -88,30 +101,30 @@ class Group:
 
     @property
     def unit_params(self) -> int:
-        """Parameters of one unit; BERT-base: head 196,800, neuron 1,537."""
+        """Parameters of one unit. In BERT-base, a head has 196,800 and a neuron 1,537."""
         return sum(side.unit_params for side in self.sides)
 
     def unit_macs(self, sequence_length: int) -> int:
         """Multiply-accumulates of one unit for one sequence (Kwon et al. 2022, arXiv 2204.09656).
 
-        A head costs `3*S*H*d + 2*S^2*d + S*d*H`, a neuron `2*S*H`: every weight once a token, and for a head the two
-        products of the attention matrix.
+        With `S` tokens, hidden size `H` and head size `d`, a head costs `3*S*H*d + 2*S^2*d + S*d*H` and a neuron
+        `2*S*H`: each weight once per token, and for a head the two products with the attention matrix (`2*S^2*d`).
         """
         weights = sum(side.width * side.fan * (sequence_length * side.tokens + side.rows) for side in self.sides)
         products = sequence_length * (2 * sequence_length + self.relative_rows)
         return self.repeats * (weights + products * self.attention_width)
 
     def unit_trainable(self, targets: frozenset[str], with_bias: bool = True) -> int:
-        """Values that training one unit adds: only what lies in targeted modules."""
+        """How many parameters are trained with one unit: those that lie in the modules `targets`."""
         sides = [side for side in self.sides if side.module in targets]
         return sum(side.unit_params if with_bias else side.width * side.fan for side in sides)
 
     def zeros(self) -> torch.Tensor:
-        """A float32 zero for each unit, on the CPU, whatever torch's defaults are."""
+        """A float32 zero for each unit, on the CPU. Torch's default dtype and device have no influence."""
         return torch.zeros(self.size, dtype=torch.float32, device="cpu")
 
     def as_one_unit(self) -> Group:
-        """The same sublayer, to be kept or to go as a whole."""
+        """The same sublayer with a single unit, which is kept or trimmed as a whole."""
         return replace(
             self,
             size=1,
@@ -124,7 +137,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All groups of a model. `total_params` counts the base without its task head (the unit of `trainable` shares)."""
+    """All groups of a model.
+
+    `total_params` is the number of parameters of the base without its task head; `trainable` limits are shares of it.
+    """
 
     groups: tuple[Group, ...]
     total_params: int

@@ -1,8 +1,8 @@
-"""How a trimmed Transformers model differs from what its class builds, and whether its config can say so.
+"""The widths of a trimmed Transformers model, and whether its config can express them.
 
-A merged model is an ordinary model of its family whose parameters have other shapes. What is needed to rebuild it is
-found by comparison with a fresh model of the same class on `meta`, and not from a plan, so it also holds for models
-that were trimmed twice or loaded from a merged folder.
+A merged model is an ordinary model of its family whose parameters have other shapes. To find out what is needed to
+rebuild it, the model is compared with a fresh model of the same class on the `meta` device. No plan is needed, so this
+also works for models that were trimmed twice or loaded from a merged folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..utils.errors import SensiError
 
 logger = logging.getLogger(__name__)
 
-# Under this key a config holds what its own fields cannot express.
+# The key of a config for what its own fields cannot express.
 RECORD_KEY = "peft_sensi"
 RECORD_VERSION = 1
 
@@ -34,7 +34,7 @@ _HEAD_SIZE_KEYS = ("head_dim", "d_kv")
 
 @dataclass(frozen=True)
 class Widths:
-    """Shapes of parameters, and numbers that parent modules hold, where they are not those of the stock class."""
+    """What differs from the stock class: shapes of parameters, and numbers that are attributes of modules."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: dict[str, int | float] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Widths:
         return bool(self.shapes or self.attributes)
 
     def to_record(self, architecture: str) -> dict[str, Any]:
-        """A JSON value for the config."""
+        """A JSON object for the config, from which `load_merged` rebuilds the model."""
         return {
             "format_version": RECORD_VERSION,
             "load_with": "peft_sensi.load_merged",
@@ -54,7 +54,7 @@ class Widths:
 
 
 def stock_class(model: nn.Module) -> type[PreTrainedModel]:
-    """The model's class, if it is one of Transformers' own. Raises `SensiError`."""
+    """The model's class. Raises `SensiError` if it is not one of Transformers' own."""
     cls = type(model)
     if not isinstance(model, PreTrainedModel) or getattr(transformers, cls.__name__, None) is not cls:
         raise SensiError(
@@ -65,22 +65,22 @@ def stock_class(model: nn.Module) -> type[PreTrainedModel]:
 
 
 def on_meta(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """A model of this class without memory for its weights."""
+    """A model of this class on the `meta` device, which needs no memory for weights."""
     with torch.device("meta"):
         return cls(copy.deepcopy(config))
 
 
 def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[str] = frozenset()) -> Widths:
-    """What `model` has that `stock` has otherwise. Raises `SensiError` when shapes alone do not explain it.
+    """The differences of `model` from `stock`. Raises `SensiError` if they are more than shapes and numbers.
 
-    Numbers of modules count where some parameter below the module differs, or where the module is in `within`.
+    Numbers are compared only for modules that are in `within` or contain a parameter of another shape.
     """
     own, theirs = _tensors(model), _tensors(stock)
     if different := sorted(set(own) ^ set(theirs)):
         raise SensiError(
-            f"{different[0]!r} is {'not ' if different[0] in theirs else ''}in this {type(model).__name__}, unlike in "
-            f"a fresh one ({len(different)} such tensors): only a merged model whose layers are all its class's own "
-            f"can be saved. Call `merge_and_unload()` first; quantized and otherwise replaced layers cannot be kept."
+            f"This {type(model).__name__} and a fresh one do not have the same tensors: {different[0]!r} is only in "
+            f"{'the fresh one' if different[0] in theirs else 'this one'} ({len(different)} such tensors). Call "
+            f"`merge_and_unload()` first. A model with quantized or otherwise replaced layers cannot be saved."
         )
     shapes = {n: tuple(own[n].shape) for n in theirs if own[n].shape != theirs[n].shape}
     if moved := [n for n in shapes if n not in dict(model.named_parameters(remove_duplicate=False))]:
@@ -89,13 +89,13 @@ def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[st
 
 
 def changed_modules(shapes: Mapping[str, Any]) -> frozenset[str]:
-    """All modules that have one of these parameters below them."""
+    """The names of all modules that contain one of these parameters."""
     parts = [name.split(".") for name in shapes]
     return frozenset(".".join(path[:depth]) for path in parts for depth in range(len(path)))
 
 
 def apply(model: nn.Module, widths: Widths) -> None:
-    """Gives a fresh model these widths; the values of the parameters concerned are undefined afterwards."""
+    """Gives a fresh model these widths. The changed parameters are not initialized."""
     for name, shape in widths.shapes.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -110,10 +110,10 @@ def apply(model: nn.Module, widths: Widths) -> None:
 
 
 def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
-    """Fields of the config under which the stock class builds exactly this model; `None` if there are none.
+    """Fields of the config with which the stock class builds exactly this model, or `None` if there are none.
 
-    Fields are tried, and what the class builds from them is compared: no table of families is needed, and a field that
-    also changes something else (BERT's head count changes the head size) is never taken.
+    Candidates are tried out: the stock class builds a model, which is compared with this one. So no table of families
+    is needed, and a field is never taken if it changes something else too (BERT's head count changes the head size).
     """
     if not widths:
         return {}
@@ -122,34 +122,29 @@ def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
     cls, within = type(model), changed_modules(widths.shapes)
     config, stock, edits = copy.deepcopy(model.config), on_meta(type(model), model.config), dict[str, Any]()
     left = widths
-    pairs = _changes(model, stock, widths)
-
-    def without_namesakes(found: Widths, fields: Mapping[str, Any]) -> Widths:
-        # A module's own `intermediate_size` merely repeats the config's, and nothing made it follow the cut.
-        numbers = {n: v for n, v in found.attributes.items() if n.rpartition(".")[2] not in fields}
-        return Widths(found.shapes, numbers)
-
-    for edit in _edits(config, pairs):
+    for edit in _edits(config, _changes(model, stock, widths)):
         trial = copy.deepcopy(config)
         try:
             for key, value in edit.items():
                 setattr(trial, key, value)
             if hasattr(trial, "validate"):
                 trial.validate()
-            after = without_namesakes(compare(model, on_meta(cls, trial), within), edits | edit)
-        except Exception:  # any class may refuse any combination of numbers, each with an error of its own
+            after = compare(model, on_meta(cls, trial), within)
+        except Exception:  # a class may refuse a combination of numbers with any error
             continue
         if len(after.shapes) < len(left.shapes):
-            config, left = trial, after
-            edits |= edit
+            config, edits = trial, edits | edit
+            # A module may keep a copy of the config's `intermediate_size`, which did not follow the trim.
+            numbers = {n: v for n, v in after.attributes.items() if n.rpartition(".")[2] not in edits}
+            left = Widths(after.shapes, numbers)
     return None if left else edits
 
 
 def note_widths(model: nn.Module) -> None:
-    """Writes into a merged model's config what its widths are, so that `save_pretrained` saves a whole description.
+    """Writes the widths of a merged model into its config, so that `save_pretrained` saves a complete description.
 
-    In the config's own fields where they can express it; otherwise under a key that `load_merged` reads. Does nothing
-    for models that are not Transformers' own.
+    If the config's own fields cannot express them, they are written under the key `RECORD_KEY`, which `load_merged`
+    reads. Models that are not Transformers' own are left unchanged.
     """
     try:
         cls = stock_class(model)
@@ -193,7 +188,7 @@ def _uniform(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _changes(model: nn.Module, stock: nn.Module, widths: Widths) -> list[tuple[int, int]]:
-    """Pairs of a length in the stock model and the length that it has here."""
+    """Pairs `(length in the stock model, length in this model)` of the dimensions that differ."""
     before = dict(stock.named_parameters(remove_duplicate=False))
     pairs = (
         pair
@@ -205,7 +200,7 @@ def _changes(model: nn.Module, stock: nn.Module, widths: Widths) -> list[tuple[i
 
 
 def _edits(config: Any, pairs: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """Changes of the config that could explain such changes of lengths."""
+    """Candidates: changes of config fields that could explain these pairs of lengths."""
     counts: dict[str, Any] = {key: getattr(config, key, None) for key in (*_HEAD_KEYS, "num_key_value_heads")}
     # Many classes read a `head_dim` that their config does not declare.
     size_key = next((key for key in _HEAD_SIZE_KEYS if isinstance(getattr(config, key, None), int)), "head_dim")
@@ -226,5 +221,5 @@ def _edits(config: Any, pairs: list[tuple[int, int]]) -> Iterator[dict[str, Any]
         for key, value in config.to_dict().items():
             if type(value) is int and value == old:
                 yield {key: new}
-        if getattr(config, "n_inner", 0) is None:  # GPT-2's way to say four times the hidden size
+        if getattr(config, "n_inner", 0) is None:  # in GPT-2's config, `None` means four times the hidden size
             yield {"n_inner": new}

@@ -12,7 +12,7 @@ import typer
 from .. import recipes
 from ..merging.load import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget
-from ..scoring.scores import METHODS
+from ..scoring.criteria import METHODS
 from ..utils.errors import SensiError
 
 

@@ -21,7 +21,7 @@ from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..planning.plan import Plan
 from ..reporting.tables import plan_figures
-from ..scoring.criteria import compute_scores
+from ..scoring.compute import compute_scores
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback

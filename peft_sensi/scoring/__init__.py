@@ -1,1 +1,1 @@
-"""A model, its anatomy and calibration batches go in; a sensitivity score for each unit comes out."""
+"""A model, its anatomy and calibration batches go in. A sensitivity score for each unit comes out."""

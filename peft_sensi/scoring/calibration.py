@@ -1,4 +1,4 @@
-"""Running the user's model on calibration batches, and leaving it exactly as it was found."""
+"""Runs the user's model on calibration batches: batches are checked, losses computed, and the model restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
 def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
-    """The first `steps` batches, so that a generator can be used for several passes. Raises `CalibrationError`."""
+    """Returns the first `steps` batches as a list, because a generator can be read only once.
+
+    Raises `CalibrationError` if there is no batch, or if something is not a batch.
+    """
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"`calibration` must be an iterable of batches (a DataLoader, a list of dicts, a generator), got "
@@ -39,8 +42,8 @@ def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Ma
             value = batch.get(name)
             if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() < 2):
                 raise CalibrationError(
-                    f"Calibration batch {index} looks like a single example: its {name!r} is no tensor of several. "
-                    f"Give batches, such as `DataLoader(dataset, batch_size=32, collate_fn=data_collator)`."
+                    f"Calibration batch {index} looks like a single example: its {name!r} is not a tensor of several "
+                    f"examples. Give batches, such as `DataLoader(dataset, batch_size=32, collate_fn=data_collator)`."
                 )
     return batches
 
@@ -56,7 +59,10 @@ def device_of(model: nn.Module) -> torch.device:
 def calibration_loss(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None = None, where: str = "a calibration batch"
 ) -> torch.Tensor:
-    """The scalar loss (float32) of one batch. Raises `CalibrationError` when there is none, or it is not finite."""
+    """The loss of one batch as a float32 scalar. Raises `CalibrationError` if there is no loss or it is not finite.
+
+    `where` names the batch in messages.
+    """
     batch = to_device(batch, device_of(model))
     loss: torch.Tensor | None
     if loss_fn is not None:
@@ -65,7 +71,7 @@ def calibration_loss(
         output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not output[0].dim():
-            loss = output[0]  # with `config.return_dict=False` a scalar comes first if there are labels
+            loss = output[0]  # with `config.return_dict=False`, the loss comes first if there are labels
     if loss_fn is not None and not isinstance(loss, torch.Tensor):
         raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     if not isinstance(loss, torch.Tensor):
@@ -83,9 +89,9 @@ def calibration_loss(
 
 
 def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """The attention mask as booleans in this shape, `[batch, tokens]` or `[batch * tokens]`, else `None`.
+    """The attention mask as booleans, if it fits `shape` (`[batch, tokens]` or `[batch * tokens]`), else `None`.
 
-    Models for multiple choice run `[batch, choices, tokens]` as `[batch * choices, tokens]`.
+    Multiple-choice models get `[batch, choices, tokens]` and run it as `[batch * choices, tokens]`.
     """
     mask = batch.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.dim() in (2, 3):
@@ -96,16 +102,17 @@ def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | No
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:
+    """The number of examples of a batch: the largest first dimension of its tensors."""
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
 
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
-    """Mean padded length of the token batches of all processes, rounded; `None` for inputs that are not tokens."""
-    # Tokens come last, or before the hidden size; models for multiple choice have the choices in front of them.
+    """Mean padded length of the batches of all processes in tokens, rounded; `None` if the inputs are not tokens."""
+    # The tokens' dimension is the last, or the one before the hidden size. Multiple-choice inputs have three.
     lengths = [
-        batch[key].shape[place]
+        batch[key].shape[dim]
         for batch in batches
-        for key, place in (("input_ids", -1), ("inputs_embeds", -2), ("decoder_input_ids", -1))
+        for key, dim in (("input_ids", -1), ("inputs_embeds", -2), ("decoder_input_ids", -1))
         if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
     ]
     pooled = distributed.gather("measuring lengths", (sum(lengths), len(lengths)))
@@ -114,7 +121,7 @@ def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
 
 
 def image_tokens(model: nn.Module) -> int | None:
-    """Patches and special tokens of an image: the length of the learned positions `[1, tokens, hidden]`, if any."""
+    """How many tokens an image model has per image: the length of its position embeddings `[1, tokens, hidden]`."""
     if getattr(model, "main_input_name", "") != "pixel_values":
         return None
     positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
@@ -123,10 +130,10 @@ def image_tokens(model: nn.Module) -> int | None:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restores what running and differentiating the model may change, whatever happens inside.
+    """Restores what forward and backward passes may change, even if an error occurs inside the block.
 
-    Covers training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all
-    devices. Weights are restored by whoever changes them (see `priming.primed`).
+    This covers training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on
+    all devices. It does not cover weights: code that changes them must restore them (see `priming.primed`).
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]

@@ -1,213 +1,198 @@
-"""How sensitive the model is to each unit.
+"""The criteria: each function takes a model, its units and calibration batches, and returns a score for each unit.
 
-All gradient scores use one gate a unit, fixed at 1, on the input of the group's output projection (for the rows of a
-lone Linear: on its output). The loss's derivative with respect to the gate of example `i` is `g_i`:
+In the formulas, a gate is a factor on the activation of a unit, fixed at 1 (see `gates`), `L_i` is the loss of example
+`i`, and `g_i = dL_i / dgate`. A plan divides scores by the units' costs. Scores that do not grow with the size of a
+unit (mask, random) are therefore multiplied by the unit's number of parameters. After the division, heads and neurons
+are then compared by the unscaled numbers.
 
-- Taylor (Molchanov et al. 2017, arXiv 1611.06440; Michel et al. 2019, arXiv 1905.10650): `mean_i |g_i|`, the
-  first-order change of the loss when the unit is removed.
-- Fisher (Kwon et al. 2022, arXiv 2204.09656): `mean_i g_i^2`, the diagonal of the empirical Fisher information.
-- Movement (FAR, arXiv 2205.01541): the L1 norm of (primed - initial) over the unit's weights.
-- Magnitude: the squared L2 norm of the unit's weights.
-
-A plan divides scores by costs, so a score must add up over what a unit consists of. These do not, and are multiplied
-by the unit's parameters first, so that heads and neurons are compared by the numbers themselves:
-
-- Mask (EarlyBERT, arXiv 2101.00063): `|gate|` of gates trained along with the weights during priming, under an L1
-  penalty.
-- Random: uniform noise from a seed, the control.
+To add a criterion, write one function and add one line to `CRITERIA`.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..anatomy.build import build_anatomy
-from ..anatomy.layouts import BlockLayout
 from ..anatomy.linears import oriented
-from ..anatomy.modules import input_embedding, linear_of, task_head, unit_weights
+from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
-from ..utils import distributed, replicas
+from ..utils import distributed
 from ..utils.errors import CalibrationError, SensiError
-from .calibration import LossFn, device_of, materialize, mean_length, preserved
-from .gates import apply_gate, gate_gradients, hooked
+from .calibration import device_of
+from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
+from .options import ScoringOptions
 from .outliers import OutlierFinder
 from .priming import primed
-from .scores import DATA_METHODS, METHODS, Scores
 
 
-def compute_scores(
-    model: nn.Module,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
-    *,
-    score: str = "fisher",
-    calibration_steps: int = 24,
-    priming_steps: int = 40,
-    priming_lr: float = 1e-4,
-    priming_optimizer: str = "adamw",
-    loss_fn: LossFn | None = None,
-    seed: int = 0,
-    targets: Iterable[str] = (),
-    blocks: Iterable[BlockLayout] | None = None,
-    progress: bool = True,
-) -> Scores:
-    """Scores every unit of `model`, its input tokens too; model and random states are left exactly as they were.
+Batches = list[Mapping[str, Any]]
 
-    With several processes all of them must call this, each with its own batches; they get the same scores.
-    Without `calibration` a gradient score falls back to magnitude, with a warning.
 
-    Args:
-        calibration: Batches with labels, as `model(**batch)` takes them; at most `calibration_steps` are scored.
-        score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
-        priming_steps: Length of the short fine-tuning before gradients are taken, from which a task head also gets its
-            start, whatever the score; 0 for none.
-        priming_optimizer: `adamw`, or `sign`, which needs no memory beside the weights.
-        targets: Linears (or embeddings) outside the known blocks whose rows are to be scored too.
+@dataclass(frozen=True)
+class Found:
+    """What a criterion returns; the fields are those of `Scores`."""
 
-    Raises:
-        CalibrationError: Empty or unlabeled data, or a loss or gradient that is not finite (the batch is named).
-        SensiError: An unknown `score`.
+    values: dict[str, torch.Tensor]
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
+    protected: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def random(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+    """Uniform noise in [0, 1) from `options.seed`, times the unit's parameters: the control for all other scores."""
+    generator = torch.Generator("cpu").manual_seed(options.seed)
+    values = {g.name: g.zeros().uniform_(generator=generator) * g.unit_params for g in anatomy.groups}
+    return Found(only_seen(anatomy, values, batches), _primed_head(model, batches, options))
+
+
+def magnitude(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+    """`sum w^2` over all weights `w` of the unit: the squared L2 norm (Han et al. 2015, arXiv 1506.02626)."""
+    values = {}
+    for group in anatomy.groups:
+        squares = [unit_weights(model, group, side).square().sum(1) for side in group.sides]
+        values[group.name] = torch.stack(squares).sum(0).cpu()
+    return Found(only_seen(anatomy, values, batches), _primed_head(model, batches, options))
+
+
+def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+    """`mean_i |g_i|`: the first-order change of the loss when the unit is removed.
+
+    Sources: Molchanov et al. 2017 (arXiv 1611.06440), Michel et al. 2019 (arXiv 1905.10650).
     """
-    if score not in METHODS:
-        raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
-    table = input_embedding(model) if calibration is not None and score != "movement" else None
-    anatomy = build_anatomy(model, {*targets, *([table] if table else [])}, blocks)
-    with distributed.synchronized("scoring"), replicas.weights_from_rank_0(model), preserved(model):
-        # A data loader that shuffles draws random numbers, too.
-        batches = None
-        if calibration is not None:
-            batches = materialize(calibration, max(calibration_steps, priming_steps, 1))
-        return score_units(
-            model,
-            anatomy,
-            batches,
-            score=score,
-            calibration_steps=calibration_steps,
-            priming_steps=priming_steps,
-            priming_lr=priming_lr,
-            priming_optimizer=priming_optimizer,
-            loss_fn=loss_fn,
-            seed=seed,
-            progress=progress,
-        )
+    return _mean_over_examples(torch.abs, model, anatomy, batches, options)
 
 
-def score_units(
+def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+    """`mean_i g_i^2`: the diagonal of the empirical Fisher information (Kwon et al. 2022, arXiv 2204.09656)."""
+    return _mean_over_examples(torch.square, model, anatomy, batches, options)
+
+
+def mask(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+    """`|gate|` times the unit's parameters, for gates that are trained with an L1 penalty during priming.
+
+    Source: EarlyBERT (arXiv 2101.00063). Raises `SensiError` without priming.
+    """
+    _check_primes(options)
+    assert batches is not None
+    device = device_of(model)
+    gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
+    with (
+        hooked(model, anatomy, lambda group, x, ids: apply_gate(x, gates[group.name], ids)),
+        primed(model, batches, options, list(gates.values())),
+    ):
+        head = head_state(model)
+    values = {g.name: gates[g.name].detach().abs().cpu() * g.unit_params for g in anatomy.groups}
+    return Found(only_seen(anatomy, values, batches), head)
+
+
+def movement(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+    """`sum |w_primed - w_initial|` over the weights of the unit (FAR, arXiv 2205.01541).
+
+    Raises `SensiError` without priming.
+    """
+    _check_primes(options)
+    assert batches is not None
+    with primed(model, batches, options) as originals:
+        return Found({g.name: _moved(model, g, originals) for g in anatomy.groups}, head_state(model))
+
+
+class Criterion(NamedTuple):
+    """One row of `CRITERIA`. `needs_data` tells whether the function needs batches."""
+
+    function: Callable[[nn.Module, Anatomy, Batches | None, ScoringOptions], Found]
+    needs_data: bool = True
+
+
+CRITERIA = {
+    "random": Criterion(random, needs_data=False),
+    "magnitude": Criterion(magnitude, needs_data=False),
+    "taylor": Criterion(taylor),
+    "fisher": Criterion(fisher),
+    "mask": Criterion(mask),
+    "movement": Criterion(movement),
+}
+METHODS = tuple(CRITERIA)
+DATA_METHODS = tuple(name for name, criterion in CRITERIA.items() if criterion.needs_data)
+
+
+def _mean_over_examples(
+    function: Callable[[torch.Tensor], torch.Tensor],
     model: nn.Module,
     anatomy: Anatomy,
-    batches: list[Mapping[str, Any]] | None,
-    *,
-    score: str,
-    calibration_steps: int,
-    priming_steps: int,
-    priming_lr: float,
-    priming_optimizer: str = "adamw",
-    loss_fn: LossFn | None,
-    seed: int,
-    progress: bool,
-) -> Scores:
-    """`compute_scores` on given batches; to be called inside `calibration.preserved`."""
-    length = mean_length(batches) if batches else None
-    if score in DATA_METHODS and batches is None:
-        warnings.warn(
-            f"No calibration data was given, so score={score!r} falls back to 'magnitude', which usually loses more "
-            f"accuracy. Pass `calibration=` (batches with labels).",
-            stacklevel=2,
-        )
-        score = "magnitude"
-    torch.manual_seed(seed + distributed.rank())  # dropout while priming: the same data and seed give the same plan
-    priming: dict[str, Any] = {"steps": priming_steps, "lr": priming_lr, "optimizer": priming_optimizer}
-    priming |= {"loss_fn": loss_fn, "progress": progress}
-    if score not in DATA_METHODS:
-        if score == "random":
-            values = random_scores(anatomy, seed)
-        else:
-            values = {g.name: magnitude(model, g) for g in anatomy.groups}
-        head = {}
-        if batches is not None and priming_steps and task_head(model):
-            # The head gets the same start under every score, so that controls differ in the ranking only.
-            with primed(model, batches, **priming):
-                head = head_state(model)
-        return Scores(only_seen(anatomy, values, batches), score, length, head=head)
+    batches: Batches | None,
+    options: ScoringOptions,
+) -> Found:
+    """The mean of `function(g_i)` over the examples of all processes, taken on the primed model."""
     assert batches is not None
-    if score in ("mask", "movement") and not priming_steps:
-        raise SensiError(f"score={score!r} is learned during priming: `priming_steps` must not be 0.")
     outliers = OutlierFinder(model, anatomy)
-    if score == "mask":
-        device = device_of(model)
-        gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
-        with (
-            hooked(model, anatomy, lambda group, x, ids: apply_gate(x, gates[group.name], ids)),
-            primed(model, batches, gates=list(gates.values()), **priming),
-        ):
-            head = head_state(model)
-        learned = {g.name: gates[g.name].detach().abs().cpu() * g.unit_params for g in anatomy.groups}
-        return Scores(only_seen(anatomy, learned, batches), score, length, head=head)
-    with primed(model, batches, **priming) as originals:
-        head = head_state(model) if priming_steps else {}
-        if score == "movement":
-            return Scores({g.name: movement(model, g, originals) for g in anatomy.groups}, score, length, head=head)
+    with primed(model, batches, options):
+        head = head_state(model) if options.priming_steps else {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         totals = {g.name: g.zeros() for g in anatomy.groups}
         examples = 0
-        bar = tqdm(batches[: max(1, calibration_steps)], desc=f"{score} scores", disable=not progress, leave=False)
-        for index, batch in enumerate(bar):
-            # As a precaution not under autocast: a gate's gradient is a small difference of large terms.
-            with outliers.watching(batch), torch.autocast(device_of(model).type, enabled=False):
-                gradients = gate_gradients(model, anatomy, batch, loss_fn, f"calibration batch {index}")
-            examples += next(iter(gradients.values())).shape[0]
-            for name, gradient in gradients.items():
-                total = (gradient.abs() if score == "taylor" else gradient.square()).sum(0).cpu()
-                if not torch.isfinite(total).all():
-                    raise CalibrationError(f"The scores of {name!r} are not finite for calibration batch {index}.")
-                totals[name] += total
+        batches = batches[: max(1, options.calibration_steps)]
+        # A gate's gradient is a small difference of large terms, so autocast is switched off as a precaution.
+        with torch.autocast(device_of(model).type, enabled=False):
+            weighting = find_weighting(model, anatomy, batches, options.loss_fn)
+            bar = tqdm(batches, desc=f"{options.score} scores", disable=not options.progress, leave=False)
+            for index, batch in enumerate(bar):
+                where = f"calibration batch {index}"
+                with outliers.watching(batch):
+                    gradients = gate_gradients(model, anatomy, batch, options.loss_fn, where, weighting)
+                examples += next(iter(gradients.values())).shape[0]
+                for name, gradient in gradients.items():
+                    total = function(gradient).sum(0).cpu()
+                    if not torch.isfinite(total).all():
+                        raise CalibrationError(f"The scores of {name!r} are not finite for {where}.")
+                    totals[name] += total
     distributed.all_sum(list(totals.values()), "adding up scores")
     examples = sum(distributed.gather("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
-    return Scores(values, score, length, outliers.found(), head)
+    return Found(values, head, outliers.found())
 
 
-def random_scores(anatomy: Anatomy, seed: int) -> dict[str, torch.Tensor]:
-    """Noise in proportion to the unit's cost, so that after the division by cost no kind of unit is preferred."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return {g.name: g.zeros().uniform_(generator=generator) * g.unit_params for g in anatomy.groups}
+def _check_primes(options: ScoringOptions) -> None:
+    if not options.priming_steps:
+        raise SensiError(f"score={options.score!r} is learned during priming: `priming_steps` must not be 0.")
 
 
-def magnitude(model: nn.Module, group: Group) -> torch.Tensor:
-    """Squared L2 norm of all weights of each unit."""
-    squares = [unit_weights(model, group, side).square().sum(1) for side in group.sides]
-    return torch.stack(squares).sum(0).cpu()
+def _primed_head(model: nn.Module, batches: Batches | None, options: ScoringOptions) -> dict[str, torch.Tensor]:
+    """The task head after priming, for scores that need no priming themselves.
+
+    So the head starts the same under every score, and controls differ in the ranking only.
+    """
+    if batches is None or not options.priming_steps or not task_head(model):
+        return {}
+    with primed(model, batches, options):
+        return head_state(model)
 
 
-def movement(model: nn.Module, group: Group, originals: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """L1 norm of what priming changed in each unit: `originals` holds the values before, by `id` of the parameter."""
+def _moved(model: nn.Module, group: Group, originals: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """`movement` of one group; `originals` holds the values before priming, by `id` of the parameter."""
     total = group.zeros()
     for side in group.sides:
         linear = linear_of(model, side.module)
-        if id(linear.weight) not in originals:
-            continue
-        change = oriented(linear, linear.weight.detach().cpu().float() - originals[id(linear.weight)].float())
-        total += side.per_unit(change, group.size).abs().sum(1)
-        if side.bias and side.dim == 0 and id(linear.bias) in originals:
-            change = linear.bias.detach().cpu().float() - originals[id(linear.bias)].float()
-            total += side.per_unit(change, group.size).abs().sum(1)
+        for parameter in (linear.weight, linear.bias if side.bias and side.dim == 0 else None):
+            if parameter is not None and id(parameter) in originals:
+                change = parameter.detach().cpu().float() - originals[id(parameter)].float()
+                change = oriented(linear, change) if parameter is linear.weight else change
+                total += side.per_unit(change, group.size).abs().sum(1)
     return total
 
 
 def only_seen(
     anatomy: Anatomy, values: Mapping[str, torch.Tensor], batches: Iterable[Mapping[str, Any]] | None
 ) -> dict[str, torch.Tensor]:
-    """`values` with zero for tokens that are nowhere in the batches (of all processes), padding left out.
+    """`values`, with zeros for tokens that do not occur in the batches of any process (padding does not count).
 
-    For scores that do not come from gradients: those are zero by themselves. Without batches everything counts as
-    seen.
+    Gradient scores do not need this, because the gradient of an unseen token is zero. Without batches, every token
+    counts as seen.
     """
     groups = [group for group in anatomy.groups if group.kind == "token"]
     if not groups or batches is None:
@@ -216,9 +201,9 @@ def only_seen(
     for batch in batches:
         for name, ids in batch.items():
             if name.endswith("input_ids") and isinstance(ids, torch.Tensor):
-                mask = batch.get(name.replace("input_ids", "attention_mask"))
-                if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
-                    ids = ids[mask.bool()]
+                attention = batch.get(name.replace("input_ids", "attention_mask"))
+                if isinstance(attention, torch.Tensor) and attention.shape == ids.shape:
+                    ids = ids[attention.bool()]
                 for group, counts in zip(groups, seen, strict=True):
                     known = ids[(ids >= 0) & (ids < group.size)]
                     counts[known.reshape(-1).cpu().unique().long()] = 1.0

@@ -1,11 +1,14 @@
-"""Gates on units: one factor a unit, fixed at 1, on the input of an output projection (or the output of a Linear).
+"""Gates on units, and each example's gradients with respect to them.
 
-The gate of a token acts on its vector, wherever it occurs.
+A gate is one factor per unit, fixed at 1. It acts on the input of the group's output projection; for the rows of a
+single Linear and for tokens, it acts on the output of the Linear or embedding. The gate of a token acts on the token's
+vector wherever the token occurs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +20,44 @@ from ..utils.errors import CalibrationError
 from .calibration import LossFn, calibration_loss, examples_in
 
 
+# Gives each example's number of terms in the mean that is a batch's loss, as float32 `[examples]`.
+Weighting = Callable[[Mapping[str, Any]], torch.Tensor]
+
+
 def gate_gradients(
     model: nn.Module,
     anatomy: Anatomy,
     batch: Mapping[str, Any],
     loss_fn: LossFn | None = None,
     where: str = "a calibration batch",
+    weighting: Weighting | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Derivatives of each example's loss with respect to each unit's gate: `{group: [examples, units]}`, float32.
+    """Derivatives of each example's own loss with respect to each unit's gate: `{group: [examples, units]}`, float32.
 
-    One forward and one backward pass: every example has its own row of gates, and where the batch's loss is a mean
-    over examples, its gradient times the batch size is the example's own. (Where it is a mean over tokens, examples
-    weigh by their length.) No weight is differentiated.
+    One forward and one backward pass: every example has its own row of gates. If `n_i` of the `N` terms of the batch's
+    loss come from example `i`, the example's own gradient is `N / n_i` times its row of the batch's gradient.
+    `weighting` gives the `n_i`; it defaults to `find_weighting` on this batch. An example without terms gets zeros.
+    Weights get no gradient.
+
+    Raises `CalibrationError` if the loss or a gradient is not finite; `where` names the batch in the message.
     """
-    gates: dict[str, torch.Tensor] = {}
+    if weighting is None:
+        weighting = find_weighting(model, anatomy, [batch], loss_fn)
+    terms = weighting(batch)
+    factors = torch.where(terms > 0, terms.sum() / terms, 0.0)[:, None]
+    gradients = _batch_gradients(model, anatomy, batch, loss_fn, where)
+    # Some modules see another number of rows than there are examples, such as one for each choice.
+    return {
+        name: rows * (factors.to(rows.device) if len(rows) == len(factors) else len(rows))
+        for name, rows in gradients.items()
+    }
 
+
+def _batch_gradients(
+    model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None, where: str
+) -> dict[str, torch.Tensor]:
+    """Derivatives of the batch's loss with respect to the gates, `{group: [examples, units]}` in float32."""
+    gates: dict[str, torch.Tensor] = {}
     examples = examples_in(batch)
 
     def gated(group: Group, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -39,7 +65,7 @@ def gate_gradients(
         if ids is not None:
             gates.setdefault(group.name, torch.ones(len(ids), group.size, device=x.device, requires_grad=True))
             return apply_gate(x, gates[group.name], ids)
-        if x.dim() == 2 and shape[0] % examples == 0:  # OPT runs its FFN on all tokens of the batch in one row
+        if x.dim() == 2 and shape[0] % examples == 0:  # OPT's FFN gets the tokens of all examples as one list
             x = x.reshape(examples, -1, shape[-1])
         if group.name not in gates:
             gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
@@ -54,15 +80,89 @@ def gate_gradients(
         grad = found.get(group.name)
         if grad is not None and not torch.isfinite(grad).all():
             raise CalibrationError(f"The gradient of {group.name!r} is not finite for {where}.")
-        result[group.name] = group.zeros()[None] if grad is None else grad.float() * grad.shape[0]
+        result[group.name] = group.zeros()[None] if grad is None else grad.float()
     return result
+
+
+def mean_over_examples(batch: Mapping[str, Any]) -> torch.Tensor:
+    """The `Weighting` of a loss to which every example contributes the same."""
+    return torch.ones(examples_in(batch), dtype=torch.float32, device="cpu")
+
+
+def mean_over_labels(batch: Mapping[str, Any], first: int = 0) -> torch.Tensor:
+    """The `Weighting` of a loss that is a mean over labeled tokens, as in token classification.
+
+    Counts the labels from position `first` on; -100 is no label. Without token labels, each example counts as one.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return mean_over_examples(batch)
+    return (labels[:, first:] >= 0).flatten(1).sum(1).float().cpu()
+
+
+def mean_over_next_labels(batch: Mapping[str, Any]) -> torch.Tensor:
+    """`mean_over_labels` for causal language models: the labels are shifted by one, so the first has no prediction."""
+    return mean_over_labels(batch, first=1)
+
+
+_WEIGHTINGS = (mean_over_examples, mean_over_labels, mean_over_next_labels)
+
+
+def find_weighting(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Mapping[str, Any]], loss_fn: LossFn | None = None
+) -> Weighting:
+    """Measures what the loss of a batch is a mean of: examples or labels. This works for any `loss_fn`.
+
+    If there are no `labels` of several tokens, or the examples of each batch have equally many, nothing is run and the
+    answer is `mean_over_examples`. Otherwise two small batches are run: the two examples `a` and `b` that differ most
+    in their number of labels, and `a` twice. The gradient of `a` in the first batch is its own gradient times `share`;
+    in the second batch it is half of its own gradient. The ratio of the two gives `share`, which is compared with
+    `n_a / (n_a + n_b)` of each weighting. If none of them is within 5 %, as with a contrastive loss, or if the
+    gradients are zero or not finite, the answer is `mean_over_examples`. If that is wrong, because `loss_fn` takes a
+    mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
+    """
+    contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
+    if not contrast:
+        return mean_over_examples
+    pair, twice = _examples_of(batch, rows), _examples_of(batch, [rows[0], rows[0]])
+    try:
+        mixed, alone = (_batch_gradients(model, anatomy, b, loss_fn, "two examples") for b in (pair, twice))
+    except CalibrationError:
+        return mean_over_examples
+    # Some modules see another number of rows than there are examples.
+    both = [(mixed[name][0].cpu().double(), own[0].cpu().double()) for name, own in alone.items() if len(own) == 2]
+    product, square = sum(float(m @ own) for m, own in both), sum(float(own @ own) for _, own in both)
+    if product <= 0:
+        return mean_over_examples
+    share = product / square / 2
+
+    def error(weighting: Weighting) -> float:
+        terms = weighting(pair)
+        return abs(math.log(share * float(terms.sum() / terms[0])))
+
+    best = min(_WEIGHTINGS, key=error)
+    return best if error(best) < 0.05 else mean_over_examples
+
+
+def _unequal_pair(batch: Mapping[str, Any]) -> tuple[float, list[int]]:
+    """Of the examples with labels, those with the fewest and the most; before them, the log of the ratio."""
+    counts = mean_over_next_labels(batch)
+    if len(counts) != examples_in(batch) or not counts.any():
+        return 0.0, []
+    rows = [int(torch.where(counts > 0, counts, math.inf).argmin()), int(counts.argmax())]
+    return math.log(counts[rows[1]] / counts[rows[0]]), rows
+
+
+def _examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
+    size = examples_in(batch)
+    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
 
 
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Multiplies each unit's part of `x` `[..., units * width]` by its gate `[..., units]`.
 
-    With `ids` `[examples, ...]`, the vectors `x` `[examples, ..., hidden]` by those of their tokens, the gates being
-    `[tokens]` or `[examples, tokens]`.
+    If `ids` `[examples, ...]` are given, `x` `[examples, ..., hidden]` holds the tokens' vectors, and each is
+    multiplied by the gate of its token. Gates are then `[tokens]` or `[examples, tokens]`.
     """
     if ids is not None:
         gate = gate[ids] if gate.dim() == 1 else gate.gather(1, ids.flatten(1)).view(ids.shape)
@@ -73,7 +173,7 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = N
 def gate_gradients_reference(
     model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
 ) -> dict[str, torch.Tensor]:
-    """The definition, slowly: each example alone, one shared gate vector a group, plain autograd."""
+    """The slow definition of `gate_gradients`: one pass per example, one gate vector per group, plain autograd."""
     size = examples_in(batch)
     rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
     for i in range(size):
@@ -96,23 +196,20 @@ def gate_gradients_reference(
 
 @contextmanager
 def hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
-    """Inside the block `gated(group, x, ids)` replaces what the gates act on; `ids` are given for tokens only."""
+    """Inside the block, `gated(group, x, ids)` replaces each tensor `x` that gates act on. Only tokens have `ids`."""
     handles = []
     try:
         for group in anatomy.groups:
             module = model.get_submodule(group.output)
-            if not group.in_block:
-                handles.append(
-                    module.register_forward_hook(
-                        lambda m, args, y, group=group: gated(group, y, args[0] if group.kind == "token" else None)
-                    )
+            if group.in_block:
+                handle = module.register_forward_pre_hook(
+                    lambda m, args, group=group: (gated(group, args[0], None), *args[1:])
                 )
             else:
-                handles.append(
-                    module.register_forward_pre_hook(
-                        lambda m, args, group=group: (gated(group, args[0], None), *args[1:])
-                    )
+                handle = module.register_forward_hook(
+                    lambda m, args, y, group=group: gated(group, y, args[0] if group.kind == "token" else None)
                 )
+            handles.append(handle)
         yield
     finally:
         for handle in handles:

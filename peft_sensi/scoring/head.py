@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""Where a fresh task head starts: at the prior of the calibration labels, or as priming left it.
+
+Model and batches go in; parameters of the task head come out, by the names that they have in the base model.
+"""
 
 from __future__ import annotations
 
@@ -13,46 +16,38 @@ from ..utils import distributed
 
 
 def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> None:
-    """Sets the bias of a fresh classification head to the log prior of the labels, of a regression head to their mean.
+    """Sets the bias of a fresh head so that its first training steps are not spent on the labels' distribution.
 
-    The labels are those of all processes. Does nothing to a head that has been trained (its bias is not zero), and to
-    heads whose labels are not classes.
+    For classification the bias becomes `log((count + 1) / sum(count + 1))` of each class, for regression the mean of
+    the labels; both over the batches of all processes. A head with a nonzero bias has been trained and stays as it is,
+    and so does a head whose labels are no classes.
     """
     linear = _last_linear(model)
     if linear is None or linear.bias is None or bool(linear.bias.detach().any()):
         return
     outputs = linear.out_features
-    pooled = distributed.gather("counting labels", _count_labels(batches, outputs))
-    numbers = [number for number, _, _ in pooled if number is not None]
-    counts = [count for _, count, _ in pooled if count is not None]
+    labels = torch.cat(distributed.gather("counting labels", _labels(batches, outputs)))
+    if not len(labels):
+        return
     with torch.no_grad():
-        if outputs == 1 and numbers:
-            linear.bias.fill_(sum(total for _, total in numbers) / sum(number for number, _ in numbers))
-        elif outputs > 1 and counts and not any(strange for _, _, strange in pooled):
-            smoothed = torch.tensor(counts).sum(0).float() + 1.0
-            linear.bias.copy_((smoothed / smoothed.sum()).log())
+        if labels.is_floating_point() and outputs == 1:
+            linear.bias.fill_(float(labels.double().mean()))
+        elif not labels.is_floating_point() and outputs > 1 and int(labels.max()) < outputs:
+            counts = torch.bincount(labels, minlength=outputs).float() + 1.0
+            linear.bias.copy_((counts / counts.sum()).log())
 
 
-def _count_labels(
-    batches: list[Mapping[str, Any]], outputs: int
-) -> tuple[tuple[int, float] | None, list[int] | None, bool]:
-    """Number and sum of labels that are numbers, how often each class occurs, and whether there are other classes."""
+def _labels(batches: list[Mapping[str, Any]], outputs: int) -> torch.Tensor:
+    """All labels of the batches as one vector; empty if there are none, or if they are neither classes nor numbers."""
     labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
     if not labels or any(_is_multi_hot(batch, outputs) for batch in batches):
-        return None, None, False
+        return torch.empty(0, dtype=torch.long, device="cpu")
     values = torch.cat([label.detach().reshape(-1) for label in labels]).cpu()
-    if values.is_floating_point():
-        return (len(values), float(values.double().sum())), None, False
-    values = values[values >= 0]  # -100 marks positions without a label
-    if not len(values):
-        return None, None, False
-    if int(values.max()) >= outputs:
-        return None, None, True
-    return None, torch.bincount(values, minlength=outputs).tolist(), False
+    return values if values.is_floating_point() else values[values >= 0].long()  # -100 marks tokens without a label
 
 
 def _is_multi_hot(batch: Mapping[str, Any], outputs: int) -> bool:
-    """Whether an example's labels are a row of zeros and ones, one a class, and not the classes of its tokens."""
+    """Whether the labels of an example are a zero or one for each class, and not a class for each token."""
     labels, ids = batch.get("labels"), batch.get("input_ids")
     if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.shape[-1] != outputs:
         return False
@@ -60,10 +55,10 @@ def _is_multi_hot(batch: Mapping[str, Any], outputs: int) -> bool:
 
 
 def head_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the task head's parameters, by the names that they have in the base, on the CPU."""
+    """Copies of the task head's parameters on the CPU, by the names that they have in the base model."""
     prefixes = tuple(f"{name}." for name in task_head(model))
     return {
-        # The head of a model that already has an adapter is inside a wrapper of PEFT's.
+        # In a model that already has an adapter, PEFT wraps the head.
         name.replace(".original_module.", "."): p.detach().to("cpu", copy=True)
         for name, p in model.named_parameters()
         if name.startswith(prefixes) and is_base_parameter(name)
@@ -71,14 +66,13 @@ def head_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """`head_state` after `start_head_at_prior`; the head itself stays as it is."""
-    linear = _last_linear(model)
-    before = None if linear is None or linear.bias is None else linear.bias.detach().clone()
+    """`head_state` as it would be after `start_head_at_prior`. The head itself is not changed."""
+    before = [(bias, bias.detach().clone()) for bias in head_bias(model)]
     start_head_at_prior(model, batches)
     head = head_state(model)
-    if linear is not None and before is not None:
-        with torch.no_grad():
-            linear.bias.copy_(before)
+    with torch.no_grad():
+        for bias, value in before:
+            bias.copy_(value)
     return head
 
 
@@ -92,7 +86,7 @@ def _last_linear(model: nn.Module) -> nn.Linear | None:
     return linears[-1] if linears else None
 
 
-def _head_bias(model: nn.Module) -> list[nn.Parameter]:
-    """What `start_head_at_prior` changes."""
+def head_bias(model: nn.Module) -> list[nn.Parameter]:
+    """The parameter that `start_head_at_prior` may change, if the model has one."""
     linear = _last_linear(model)
     return [] if linear is None or linear.bias is None else [linear.bias]

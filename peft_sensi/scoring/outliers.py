@@ -1,4 +1,4 @@
-"""Units that no plan should cut, whatever their score."""
+"""Outlier neurons and heads: model and calibration batches go in, the units that no plan should cut come out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ OUTLIER_SHARE = 0.5
 
 
 class OutlierFinder:
-    """Finds units that carry more than half of the energy of some token's residual sum (before the LayerNorm).
+    """Finds units whose output makes up more than half of a token's residual sum (before the LayerNorm).
 
-    One neuron that fires only on [CLS] can carry 80-97 % of a layer's output there, while its average score is small;
-    cutting it ruins the layer, and refitting around it ruins every other token.
+    Both are measured by their squared norms. One neuron that is active only on [CLS] can make up 80 to 97 % of a
+    layer's output there, while its average score is small. Cutting it ruins the layer, and refitting the layer without
+    it ruins all other tokens.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -32,6 +33,7 @@ class OutlierFinder:
 
     @contextmanager
     def watching(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Inside the block, the model must run forward on `batch` once. Padding is left out."""
         energies: dict[str, torch.Tensor] = {}
         batch = to_device(batch, device_of(self.model))
 
@@ -40,7 +42,7 @@ class OutlierFinder:
             columns = unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
             if group.kind == "neuron":
                 energies[group.name] = x.square() * columns.square().sum(1)
-            else:  # |W x|^2 of each head by its Gram matrix, which is small
+            else:  # `|W x|^2` of each head as `x^T (W W^T) x`: the matrix in parentheses is small
                 weight = columns.view(group.size, group.sides[-1].width, -1)
                 x = x.unflatten(-1, (group.size, -1))
                 energies[group.name] = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
@@ -65,7 +67,7 @@ class OutlierFinder:
                 if group.norm:
                     norm = self.model.get_submodule(group.norm)
                     handle = norm.register_forward_pre_hook(lambda m, args, group=group: at_sum(group, args[0]))
-                else:  # the sum is what the layer returns
+                else:  # without such a norm, the layer returns the sum itself
                     layer = self.model.get_submodule(group.layer)
                     handle = layer.register_forward_hook(
                         lambda m, args, y, group=group: at_sum(group, y[0] if isinstance(y, tuple) else y)
@@ -77,6 +79,6 @@ class OutlierFinder:
                 handle.remove()
 
     def found(self) -> dict[str, torch.Tensor]:
-        """Which units are outliers for a token of any process."""
+        """A boolean for each unit, by group: whether it is an outlier for any token that any process has seen."""
         distributed.all_max(list(self.share.values()), "looking for outliers")
         return {name: share > OUTLIER_SHARE for name, share in self.share.items()}

@@ -1,8 +1,8 @@
-"""A short fine-tuning before gradients are trusted, undone afterwards.
+"""Priming: a short fine-tuning before gradients are taken, undone afterwards.
 
-A fresh task head makes the gradients of a pretrained model noise; FAR (arXiv 2205.01541) primes for about one percent
-of the iterations. The weights are moved in place and put back, so the device never holds a second model beside the
-optimizer's state: the original values of what moves wait on the CPU.
+With a fresh task head, the gradients of a pretrained model are noise. FAR (arXiv 2205.01541) primes for about one
+percent of the iterations. The weights are changed in place and restored, and their original values are kept on the
+CPU. So the device never holds a second model besides the optimizer's state.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import LossFn, calibration_loss
-from .head import _head_bias, start_head_at_prior
+from .calibration import calibration_loss
+from .head import head_bias, start_head_at_prior
+from .options import ScoringOptions
 
 
 GATE_LR = 1e-2
@@ -31,27 +32,23 @@ GATE_PENALTY = 1e-4
 def primed(
     model: nn.Module,
     batches: list[Mapping[str, Any]],
-    *,
-    steps: int,
-    lr: float,
-    loss_fn: LossFn | None = None,
-    progress: bool = True,
+    options: ScoringOptions,
     gates: Sequence[torch.Tensor] = (),
-    optimizer: str = "adamw",
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Inside the block the model is primed, in evaluation mode; afterwards every weight is what it was, bit by bit.
+    """Inside the block, the model is primed and in evaluation mode. Afterwards every weight is restored, bit by bit.
 
-    Yields the original values of what moved, on the CPU, by `id` of the parameter. `gates` are trained along with the
-    weights, at their own rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
+    Yields the original values of the weights that priming changes, on the CPU, by `id` of the parameter. `gates` are
+    trained together with the weights, at their own learning rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
 
-    A linear warm-up over the first tenth. `optimizer` is one of `OPTIMIZERS`: `adamw`, or `sign` (Bernstein et al.
-    2018, arXiv 1802.04434), whose steps are as large as Adam's first ones, but which needs no memory beside the
-    weights: a gradient is used and freed as soon as it is there. Embeddings stay as they are: they move little, and
-    their optimizer state would be the largest. A fresh head (a last Linear whose bias is exactly zero) starts at the
-    log prior or mean of the labels, so that its first steps are not spent on that. Several processes take each step
-    together, on the joint batch.
+    The learning rate rises linearly over the first tenth of the steps. `options.priming_optimizer` is one of
+    `OPTIMIZERS`: `adamw`, or `sign` (Bernstein et al. 2018, arXiv 1802.04434). The steps of `sign` are as large as
+    Adam's first steps, but it needs no memory besides the weights: each gradient is used and freed at once. Embeddings
+    are not primed: they would change little, and their optimizer state would be the largest. A fresh head starts at
+    the prior of the labels (see `start_head_at_prior`). Several processes take each step together, on the joint batch.
+
+    Raises `CalibrationError` if a loss or gradient is not finite.
     """
-    moving = _moving_parameters(model) if steps else _head_bias(model)
+    moving = _primed_parameters(model) if options.priming_steps else head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
     try:
         for parameter in model.parameters():
@@ -59,10 +56,10 @@ def primed(
         for parameter in moving:
             parameter.requires_grad_(True)
         start_head_at_prior(model, batches)
-        if steps:
+        if options.priming_steps:
             model.train()
-            # The stepper's state is freed before the scores come, which need memory of their own.
-            _prime(model, batches, _STEPPERS[optimizer](moving, lr), steps, loss_fn, progress, gates)
+            # The optimizer lives in this call only, so that its state is freed before the scores need memory.
+            _prime(model, batches, _STEPPERS[options.priming_optimizer](moving, options.priming_lr), options, gates)
         model.eval()
         yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:
@@ -77,14 +74,13 @@ def _prime(
     model: nn.Module,
     batches: list[Mapping[str, Any]],
     stepper: AdamSteps | SignSteps,
-    steps: int,
-    loss_fn: LossFn | None,
-    progress: bool,
+    options: ScoringOptions,
     gates: Sequence[torch.Tensor],
 ) -> None:
+    steps, loss_fn = options.priming_steps, options.loss_fn
     gate_optimizer = torch.optim.AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
     with stepper, torch.enable_grad():
-        for step in tqdm(range(steps), desc="priming", disable=not progress, leave=False):
+        for step in tqdm(range(steps), desc="priming", disable=not options.progress, leave=False):
             warm_up = min(1.0, (step + 1) / max(1, steps // 10))
             index = step % len(batches)
             name = f"calibration batch {index} (priming step {step})"
@@ -101,13 +97,13 @@ def _prime(
                 gate_optimizer.param_groups[0]["lr"] = GATE_LR * warm_up
                 gate_optimizer.step()
                 gate_optimizer.zero_grad()
-            # Inside the user's own autocast block its 16-bit copies of the weights would outlive the step, and all
-            # following passes would run on the weights before it.
+            # Inside the user's autocast block, the 16-bit copies of the weights would be kept after the step, and all
+            # following passes would use the old weights.
             torch.clear_autocast_cache()
 
 
 class AdamSteps:
-    """AdamW on float32 masters: 16-bit weights would swallow small steps."""
+    """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights."""
 
     factor = 1.0
 
@@ -124,7 +120,7 @@ class AdamSteps:
         self.optimizer.zero_grad()
 
     def step(self) -> bool:
-        """Moves the weights; false, and nothing is done, where a gradient is not finite."""
+        """Updates the weights. If a gradient is not finite, changes nothing and returns `False`."""
         for master, parameter in zip(self.masters, self.moving, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad = parameter.grad.float()
@@ -142,9 +138,10 @@ class AdamSteps:
 
 
 class SignSteps:
-    """Moves each weight against its gradient's sign, during the backward pass where no other process is to be asked.
+    """Moves each weight by the learning rate, against the sign of its gradient.
 
-    16-bit weights are rounded at random, so that small steps are not lost but taken now and then.
+    A single process updates each weight as soon as its gradient is there, during the backward pass. Several processes
+    average the gradients first. 16-bit weights are rounded at random, so that small steps have an effect on average.
     """
 
     factor = 1.0
@@ -174,6 +171,7 @@ class SignSteps:
             parameter.sub_(grad.sign_(), alpha=self.lr * self.factor)
 
     def step(self) -> bool:
+        """Updates the weights that still have a gradient. Returns whether all gradients were finite."""
         for parameter in self.moving:
             if parameter.grad is not None:
                 self._move(parameter)
@@ -182,16 +180,18 @@ class SignSteps:
 
 _STEPPERS: dict[str, type[AdamSteps] | type[SignSteps]] = {"adamw": AdamSteps, "sign": SignSteps}
 OPTIMIZERS = tuple(_STEPPERS)
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32's mantissa
+# How many bits of a float32's mantissa the type does not have.
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def _round_at_random(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Float32 values whose last `bits` are zero; right on average."""
+    """Rounds float32 values at random so that their last `bits` bits are zero. The expected value is unchanged."""
     noise = torch.randint(0, 1 << bits, values.shape, dtype=torch.int32, device=values.device)
     return (values.view(torch.int32) + noise).bitwise_and_(-(1 << bits)).view(torch.float32)
 
 
-def _moving_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _primed_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The float parameters of the base model, without embeddings and quantized weights."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return [
         p

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""`Scores`: one number per unit, and its file."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from ..plotting.plots import plot_scores
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, write_atomically
-
-
-METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
-
-
-DATA_METHODS = ("taylor", "fisher", "mask", "movement")
+from .criteria import METHODS
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One float32 number a unit for each group, and what was learned on the way.
+    """The sensitivity of each unit. One `Scores` serves many budgets, and many runs: see `save` and `load`.
 
-    `protected` marks spike units, which carry more than half of a token's residual sum; no plan should cut them.
-    `head` holds the task head as priming left it. One `Scores` serves many budgets, and many runs: see `save` and
-    `load`.
+    Attributes:
+        values: `{group: [units]}`, float32; a larger value means a more sensitive unit.
+        method: The criterion, or `none` if the units were not ranked.
+        sequence_length: Mean padded length of the calibration batches, in tokens.
+        protected: `{group: [units]}`, bool: outlier neurons and heads, which no plan should cut (see `outliers`).
+        head: Parameters of the task head after priming, by their names in the base model.
     """
 
     values: dict[str, torch.Tensor]
@@ -37,7 +35,7 @@ class Scores:
     head: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, under a temporary name first. Raises `SensiError` when the disk is full."""
+        """Writes one safetensors file, under a temporary name first. Raises `SensiError` if the disk is full."""
         tensors = {f"{kind}:{k}": v.contiguous() for kind in _KINDS for k, v in getattr(self, kind).items()}
         metadata = {"format": "peft_sensi.scores.1", "method": self.method, "length": json.dumps(self.sequence_length)}
         write_atomically(path, lambda name: save_file(tensors, name, metadata=metadata))
@@ -91,12 +89,12 @@ _KINDS = ("values", "protected", "head")
 
 
 def _check_tensors(path: str | os.PathLike, parts: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Dtypes, shapes and values of a file of scores. Raises `SensiLoadError`."""
+    """Checks dtypes, shapes and values of the tensors of a file. Raises `SensiLoadError`."""
     for kind, tensors in parts.items():
         for name, tensor in tensors.items():
             where = f"{path}: {kind}:{name}"
             if kind != "head" and tensor.dim() != 1:
-                raise SensiLoadError(f"{where} has shape {tuple(tensor.shape)}, expected one number a unit.")
+                raise SensiLoadError(f"{where} has shape {tuple(tensor.shape)}, expected one number for each unit.")
             if kind == "protected":
                 if tensor.dtype != torch.bool or name not in parts["values"]:
                     raise SensiLoadError(f"{where} is {tensor.dtype}, expected one boolean for each score.")

@@ -19,8 +19,9 @@ from ..layers.compression import KINDS
 from ..planning.budget import Budget
 from ..planning.packing import check_plan_dict
 from ..planning.plan import Plan
+from ..scoring.criteria import METHODS
 from ..scoring.priming import OPTIMIZERS
-from ..scoring.scores import METHODS, Scores
+from ..scoring.scores import Scores
 from ..utils.checks import check_foreign, check_types, is_number, shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import find_weights, write_atomically

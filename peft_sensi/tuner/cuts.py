@@ -17,7 +17,8 @@ from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn, preserved
-from ..scoring.criteria import score_units
+from ..scoring.compute import score_units
+from ..scoring.options import ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
@@ -53,18 +54,15 @@ def close_units(
     else:
         with preserved(root):
             root.eval()
-            scores = score_units(
-                root,
-                anatomy,
-                batches,
+            options = ScoringOptions(
                 score=config.score,
                 calibration_steps=config.calibration_steps,
                 priming_steps=0,
-                priming_lr=config.priming_lr,
                 loss_fn=loss_fn,
                 seed=config.seed,
                 progress=False,
             )
+            scores = score_units(root, anatomy, batches, options)
     gates = gates_of(root, adapter_name)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
     values = {name: value.numpy() * opened.get(name, 1) for name, value in scores.values.items()}

@@ -24,8 +24,10 @@ from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
 from ..scoring.calibration import image_tokens, materialize, preserved
-from ..scoring.criteria import only_seen, score_units
+from ..scoring.compute import score_units
+from ..scoring.criteria import only_seen
 from ..scoring.head import head_at_prior
+from ..scoring.options import ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -93,10 +95,7 @@ def decide(
         _warn_of_lost_inputs(given, batches)
     scores = given.scores
     if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
-        scores = score_units(
-            model,
-            anatomy,
-            batches,
+        options = ScoringOptions(
             score=given.score,
             calibration_steps=given.calibration_steps,
             priming_steps=given.priming_steps,
@@ -106,6 +105,7 @@ def decide(
             seed=given.seed,
             progress=distributed.rank() == 0,
         )
+        scores = score_units(model, anatomy, batches, options)
     if scores is None:
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
         scores = Scores(only_seen(anatomy, unranked, batches), "none")

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from ..layers.layer import SensiLayer
 from ..scoring.calibration import LossFn, materialize
-from ..scoring.scores import DATA_METHODS
+from ..scoring.criteria import DATA_METHODS
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .config import SensiConfig

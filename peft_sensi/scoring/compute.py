@@ -1,0 +1,107 @@
+"""From a model and calibration batches to `Scores`: checks the inputs, then runs the chosen criterion."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..anatomy.build import build_anatomy, nothing_to_score
+from ..anatomy.layouts import BlockLayout
+from ..anatomy.modules import input_embedding
+from ..anatomy.units import Anatomy
+from ..utils import distributed, replicas
+from ..utils.errors import SensiError
+from .calibration import LossFn, materialize, mean_length, preserved
+from .criteria import CRITERIA, METHODS
+from .options import ScoringOptions
+from .scores import Scores
+
+
+def compute_scores(
+    model: nn.Module,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    score: str = "fisher",
+    calibration_steps: int = 24,
+    priming_steps: int = 40,
+    priming_lr: float = 1e-4,
+    priming_optimizer: str = "adamw",
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    targets: Iterable[str] = (),
+    blocks: Iterable[BlockLayout] | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Scores every unit of `model`, including its input tokens if there is calibration data.
+
+    The model and all random states are left exactly as they were. With several processes, all of them must call this
+    function, each with its own batches; all get the same scores. In gradient scores every example counts the same,
+    also if the loss is a mean over labeled tokens. The formulas are in `scoring.criteria`.
+
+    Args:
+        calibration: Batches with labels that `model(**batch)` accepts. Without them, a score that needs data falls
+            back to magnitude, with a warning.
+        score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
+        calibration_steps: How many batches are scored at most.
+        priming_steps: Number of steps of the short fine-tuning before gradients are taken; 0 for none. It also trains
+            the task head that the adapter starts with, whatever the score is.
+        priming_lr: Learning rate of that fine-tuning.
+        priming_optimizer: `adamw`, or `sign`, which needs no memory besides the weights.
+        loss_fn: Computes the loss from the model and a batch, for models whose output has no `loss`. The batch may
+            have any number of examples.
+        seed: Seed of dropout during priming and of random scores.
+        targets: Names of Linears outside the known blocks whose output rows are scored too, and of embeddings whose
+            tokens are.
+        blocks: Layouts of the model's blocks, instead of those of its family.
+        progress: Whether to show progress bars.
+
+    Raises:
+        AnatomyError: The model has no known units, or `targets` or `blocks` do not fit it.
+        CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
+            the batch.
+        SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0.
+    """
+    if score not in METHODS:
+        raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
+    options = ScoringOptions(
+        score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress
+    )
+    # Priming does not train embeddings, so movement cannot rank tokens.
+    table = input_embedding(model) if calibration is not None and score != "movement" else None
+    named = set(targets)
+    anatomy = build_anatomy(model, named | ({table} if table else set()), blocks)
+    if all(group.output == table and table not in named for group in anatomy.groups):
+        raise nothing_to_score(model)
+    with distributed.synchronized("scoring"), replicas.weights_from_rank_0(model), preserved(model):
+        batches = None
+        if calibration is not None:  # inside `preserved`, because a shuffling data loader draws random numbers
+            batches = materialize(calibration, max(calibration_steps, priming_steps, 1))
+        return score_units(model, anatomy, batches, options)
+
+
+def score_units(
+    model: nn.Module, anatomy: Anatomy, batches: list[Mapping[str, Any]] | None, options: ScoringOptions
+) -> Scores:
+    """`compute_scores` for a given anatomy and given batches. The caller must be inside `calibration.preserved`.
+
+    Raises `AnatomyError` if the anatomy has no groups.
+    """
+    if not anatomy.groups:
+        raise nothing_to_score(model)
+    method = options.score
+    if CRITERIA[method].needs_data and batches is None:
+        warnings.warn(
+            f"No calibration data was given, so score={method!r} falls back to 'magnitude', which usually loses more "
+            f"accuracy. Pass `calibration=` (batches with labels).",
+            stacklevel=2,
+        )
+        method = "magnitude"
+    length = mean_length(batches) if batches else None
+    # Dropout during priming is random: with the same data and seed, the plan is the same.
+    torch.manual_seed(options.seed + distributed.rank())
+    found = CRITERIA[method].function(model, anatomy, batches, options)
+    return Scores(found.values, method, length, found.protected, found.head)
