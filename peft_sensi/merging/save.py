@@ -30,7 +30,7 @@ from ..anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_clas
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
-from ..utils.files import flush, read_object
+from ..utils.files import flush, read_json_object
 from .load import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS, load_merged
 from .modeling_file import auto_map, modeling_file
 
@@ -132,7 +132,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _is_ours(config: Path) -> bool:
-    values = read_object(config)
+    values = read_json_object(config, optional=True)
     return RECORD_KEY in values or _MARK.items() <= values.items()
 
 

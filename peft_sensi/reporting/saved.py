@@ -24,7 +24,7 @@ from ..planning.plan import Plan, rows_of
 from ..tuner.config import SensiConfig
 from ..tuner.targets import plan_of
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import read_object
+from ..utils.files import read_json_object
 from ..utils.formatting import human
 from ..utils.states import FROZEN, TRIMMED, TUNED
 
@@ -244,7 +244,7 @@ def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     if (labels := _number_of_labels(adapter, config)) and labels != config.num_labels:
         config.num_labels = labels
     # `peft-sensi train` leaves its config there. Read as JSON: a file must not choose what is built.
-    left = read_object(adapter.folder / "config.json")
+    left = read_json_object(adapter.folder / "config.json", optional=True)
     names, numbers = left.get("id2label"), range(labels or 0)
     if labels and isinstance(names, dict) and set(names) == {str(i) for i in numbers}:
         config.id2label = {i: str(names[str(i)]) for i in numbers}

@@ -7,12 +7,11 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
-from ..utils.files import write_atomically
+from ..utils.files import open_safetensors, write_atomically
 
 
 METHODS = ("random", "magnitude", "taylor", "fisher", "mask", "movement")
@@ -44,14 +43,13 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
-        """Inverse of `save`. Raises `SensiLoadError` for a file that is not ours."""
-        try:
-            opened = safe_open(str(path), framework="pt")
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise SensiLoadError(f"{path} is not a safetensors file: {error}.") from None
-        with opened as file:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            SensiLoadError: The file is damaged, or does not hold scores.
+        """
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "peft_sensi.scores.1":
                 raise SensiLoadError(f"{path} is not a file of scores: its format is {metadata.get('format')!r}.")

@@ -25,7 +25,7 @@ from ..layers.values import _FLOATS, WEIGHTS, _check_finite
 from ..planning.packing import check_plan_dict
 from ..utils.checks import is_number
 from ..utils.errors import SensiLoadError
-from ..utils.files import Spec, opened, read_specs
+from ..utils.files import Spec, open_safetensors, read_specs
 
 
 FORMAT_VERSION = 1
@@ -118,7 +118,7 @@ def check_values(path: str, config: Any) -> None:
 
     Raises `SensiLoadError`.
     """
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         specs = read_specs(path, file)
         check_pair(file.get_tensor(_plan_key(specs, path)), config, path)
         for key, (_, dtype) in specs.items():

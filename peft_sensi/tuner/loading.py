@@ -23,7 +23,7 @@ from ..layers.layer import SensiLayer
 from ..layers.slices import Slice, empty_parts
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiLoadError
-from ..utils.files import Spec, opened, read_specs
+from ..utils.files import Spec, open_safetensors, read_specs
 from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
 from .config import SensiConfig
 
@@ -61,7 +61,7 @@ def check_slices(path: str, model: nn.Module, slices: dict[str, tuple[Slice, Gro
         for part, tensor in empty_parts(linear, slice_).items():
             expected[f"{name}.sensi_{part}"] = (tuple(tensor.shape), tensor.dtype)
             rooms[f"{name}.sensi_{part}"] = slice_.kept_shape(torch.Size(features(linear))).numel()
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)
         ours = {name: spec for name, (_, spec) in specs.items() if name in expected or is_part(name)}
         check_specs(ours, expected, path)
@@ -76,7 +76,7 @@ def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
                 expected[f"{name}.{key}"] = (tuple(tensor.shape), tensor.dtype)
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)
     found = {name: spec for name, (_, spec) in specs.items() if not is_part(name)}
     resized = {name: spec for name, spec in embeddings_of(model).items() if name in found and name not in expected}

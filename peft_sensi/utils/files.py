@@ -1,12 +1,14 @@
-"""Our own files are complete or absent: written under a temporary name, flushed to the disk, and renamed."""
+"""All file access of the package: opening safetensors files, reading JSON, and writing files that are never half done.
+
+Every error names the file. A file that was not read or written as a whole is an error, never a partial result.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,36 +22,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import SensiError, SensiLoadError
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Calls `write` with a temporary name beside `path`, then renames. The old file stays until the new one is whole.
-
-    Raises `SensiError` when the disk is full or nothing can be written there; the old file is then as it was.
-    """
-    path = Path(path)
-    # Not `mkstemp`, whose files only the owner may read.
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        write(str(temporary))
-        _flush(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise SensiError(f"{path} could not be written, and is as it was before: {error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the rename itself; not every system can flush a folder
-        _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
-
 
 _DTYPES = {
     "F64": torch.float64,
@@ -65,10 +38,155 @@ _DTYPES = {
 }
 
 
-def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> str | None:
-    """Path of the safetensors file in a folder or a repository of the Hub; `None` where there are no weights at all.
+# -- writing ----------------------------------------------------------------------------------------------------------
 
-    PEFT would fall back to `adapter_model.bin`, a pickle. Raises `SensiLoadError` for that.
+
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
+    """Replaces a file only once the new content is complete and on the disk.
+
+    Args:
+        path: The file to create or replace.
+        write: Is called with the name of a temporary file in the same folder and writes the content there.
+
+    Raises:
+        SensiError: Writing failed, for example because the disk is full. The old file is unchanged.
+    """
+    path = Path(path)
+    # Not `mkstemp`: only the owner may read the files that it creates.
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        write(str(temporary))
+        flush(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise SensiError(f"{path} could not be written ({error}). Nothing was changed.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def move_files(files: Sequence[Path], folder: Path) -> None:
+    """Moves files into a folder on the same disk, in the given order. Existing files of these names are replaced.
+
+    The last file is the one that refers to the others (a config, for example). It gets its name only after all others
+    are on the disk, so an interruption leaves either the old or the new set of files in use.
+    """
+    for file in files:
+        flush(file)
+    *others, last = files
+    for file in others:
+        os.replace(file, folder / file.name)
+    flush(folder)
+    os.replace(last, folder / last.name)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Waits until the content of a file, or the list of names in a folder, is on the disk."""
+    if path.is_dir():
+        with suppress(OSError):  # not every operating system and file system can flush a folder
+            _fsync(path, os.O_RDONLY)
+    else:
+        _fsync(path, os.O_RDWR)  # Windows flushes only files that are open for writing
+
+
+def _fsync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
+    """Opens a safetensors file with `safe_open`. Tensors are read only when the caller asks for them.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        SensiLoadError: The file is damaged, or a tensor in it cannot be read. Errors of the caller's block count, too.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SensiError, FileNotFoundError):
+        raise
+    # The errors that a malformed header can cause in safetensors and in PyTorch's constructors.
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SensiLoadError(
+            f"{path} is not a whole safetensors file ({error}). Perhaps a save was interrupted: save it again."
+        ) from error
+
+
+def read_specs(path: str | os.PathLike, file: Any) -> dict[str, Spec]:
+    """Shape and dtype of each tensor of an open safetensors file. Reads the header only.
+
+    Raises:
+        SensiLoadError: A tensor has a dtype that no adapter uses.
+    """
+    specs = {}
+    for key in file.keys():
+        part = file.get_slice(key)
+        if part.get_dtype() not in _DTYPES:
+            raise SensiLoadError(f"{path}: {key!r} has the dtype {part.get_dtype()}, expected one of {list(_DTYPES)}.")
+        specs[key] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+    return specs
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        SensiLoadError: The file cannot be read, or does not hold JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SensiLoadError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SensiLoadError(f"{path} cannot be read: it is not JSON ({error}).") from error
+
+
+def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file, as a dict. With `optional`, an empty dict if there is no such file or object.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        SensiLoadError: The file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise SensiLoadError(f"{path} must hold a JSON object, found a {type(values).__name__}.")
+    except (FileNotFoundError, SensiLoadError):
+        if optional:
+            return {}
+        raise
+    return values
+
+
+# -- finding an adapter's weights -------------------------------------------------------------------------------------
+
+
+def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> str | None:
+    """Path of an adapter's safetensors file. A file on the Hub is downloaded.
+
+    Args:
+        place: A folder or the name of a repository on the Hub.
+        subfolder: Where the adapter is inside of `place`.
+        hub: Options for `hf_hub_download`.
+
+    Returns:
+        `None` if there are no weights, or if the repository cannot be reached (PEFT then raises its own error).
+
+    Raises:
+        SensiLoadError: There are weights in a pickle only, which PEFT would load instead.
     """
     folder = os.path.join(place, subfolder or "")
     if os.path.isdir(folder):
@@ -83,66 +201,20 @@ def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[s
     except EntryNotFoundError:
         pass
     except (OSError, ValueError, HfHubHTTPError):
-        return None  # no such repository, no connection: PEFT says that
+        return None
     pickled = "/".join(filter(None, (subfolder, WEIGHTS_NAME)))
     known = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
-    found = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
-    if not found and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
-        with suppress(Exception):  # no connection, in the words of whatever HTTP client the Hub's library has
-            found = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
-    if found:
+    exists = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
+    if not exists and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
+        with suppress(Exception):  # no connection: the error's class depends on the Hub library's HTTP client
+            exists = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
+    if exists:
         raise _only_safetensors(f"{place}/{pickled}")
     return None
 
 
 def _only_safetensors(path: str) -> SensiLoadError:
     return SensiLoadError(
-        f"{path}: only safetensors files are read, and there is no {SAFETENSORS_WEIGHTS_NAME}; a pickle could run "
-        f"code. Ask its author to save the adapter again."
+        f"{path}: only safetensors files are read, because a pickle can run code, and there is no "
+        f"{SAFETENSORS_WEIGHTS_NAME}. Ask the adapter's author to save it again."
     )
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Any]:
-    """`safe_open`, whose errors become `SensiLoadError`s that name the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SensiError:
-        raise
-    # What a header can provoke in the reader and in PyTorch's constructors.
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SensiLoadError(
-            f"{path}: expected a whole safetensors file, found: {error} (a save may have been interrupted)."
-        ) from error
-
-
-def read_specs(path: str, file: Any) -> dict[str, Spec]:
-    """Shape and dtype of each tensor, from the header alone."""
-    specs = {}
-    for key in file.keys():
-        part = file.get_slice(key)
-        if part.get_dtype() not in _DTYPES:
-            raise SensiLoadError(f"{path}: {key!r} has the dtype {part.get_dtype()}, expected one of {list(_DTYPES)}.")
-        specs[key] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
-    return specs
-
-
-def flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; empty where there is none, for files that need not be there."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
