@@ -1,4 +1,4 @@
-"""A Hub small enough to read: repositories in memory, uploads as regular and as LFS files, downloads, metadata."""
+"""A small Hub for tests: repositories in memory, uploads as regular and as LFS files, downloads and metadata."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Hub:
-    """`repos[name][path]` is a file's content, `commits` the messages, `strange` the requests that nobody expected."""
+    """`repos[name][path]` is the content of a file, `commits` are messages, `strange` are unsupported requests."""
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, wrap
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
+import peft_sensi
 import peft_sensi.cli.textdata as textdata
-from peft_sensi import Scores, recipes
+from peft_sensi import Scores, SensiError, recipes
 from peft_sensi.cli import main
+from peft_sensi.cli.arguments import number
 from peft_sensi.cli.commands import app
 
 
@@ -82,6 +84,7 @@ def test_help_has_an_example_and_fits_80_columns(command):
 def test_the_commands_are_listed():
     text = call("--help")
     assert all(f" {command} " in text for command in COMMANDS)
+    assert call("--version") == f"peft-sensi {peft_sensi.__version__}\n"
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
@@ -231,6 +234,29 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     )
 
 
+@pytest.mark.parametrize("text", ["0,5", "12,5", "1,00", "0,500", "0,5%", "1,000.5", "1,0000", "1000,000", ",5", "5,"])
+def test_decimal_commas_are_refused(text):
+    for option in ("--budget", "--flops", "--trainable"):
+        message = fails("plan", "nowhere", "--score", "magnitude", option, text)
+        assert f"{option} {text}: write decimals with a point" in message
+
+
+def test_numbers_of_the_budget():
+    counts = {
+        "40000000": 40_000_000,
+        "40_000_000": 40_000_000,
+        "1,000,000": 10**6,
+        "12,500": 12_500,
+        "4e7": 40_000_000,
+    }
+    shares = {"0.5": 0.5, "50%": 0.5, "12.5%": 0.125, ".5": 0.5, "1.0": 1.0}
+    for text, value in (counts | shares).items():
+        found = number("budget", text)
+        assert found == value and type(found) is type(value)
+    with pytest.raises(SensiError, match="--budget half: a limit is a share"):
+        number("budget", "half")
+
+
 def test_wrong_arguments_are_told_from_failures(work):
     assert "No such option" in fails("plan", work / "base", "--bugdet", "0.5", status=2)
     assert "fisher" in fails("plan", work / "base", "--score", "luck", status=2)
@@ -285,7 +311,7 @@ def test_data_that_cannot_be_meant(work, tmp_path):
     assert "nothing to learn" in with_rows([row | {"label": "x"} for row in rows])
     assert "different labels" in with_rows([row | {"label": f"id{i}"} for i, row in enumerate(rows)])
     assert "no text in 'text'" in with_rows([*rows * 20, {"text": 5, "label": 1}])
-    assert "which column holds the labels" in with_rows([{"text": "a"}])
+    assert "--label-column" in with_rows([{"text": "a"}])
     text = fails("plan", work / "base", "--data", work / "data.tsv", "--regression", "--budget", "0.5")
     assert "not all labels" in text or "neither names nor numbers" in text
 
@@ -304,7 +330,7 @@ def test_labels_and_columns_are_found_where_there_is_no_doubt():
     rows = [{"idx": "1", "premise": "a", "hypothesis": "b", "label": "0"}]
     assert textdata._columns("f", rows, None, None, None) == ("label", ("premise", "hypothesis"))
     assert textdata._columns("f", rows, "premise", None, "idx") == ("idx", ("premise",))
-    with pytest.raises(textdata.DataError, match="which column holds the text"):
+    with pytest.raises(textdata.DataError, match="--text-column"):
         textdata._columns("f", [{"a": "x", "b": "y", "c": "z", "label": "0"}], None, None, None)
 
 
@@ -339,7 +365,20 @@ def test_holes_among_the_labels_are_found(work):
     held = lines_of(work, "held.tsv", ["a film\tnan", "the film\t1.5"])
     amounts = lines_of(work, "amounts.tsv", [f"good film\t{i / 7}" for i in range(30)])
     text = fails("train", work / "base", "--data", amounts, "--validation", held, "--out", work / "never")
-    assert "'nan' is not an amount" in text
+    assert "'nan' is not a number" in text
+
+
+def test_quality_of_classes_that_are_never_predicted_or_never_right():
+    import numpy as np
+
+    from peft_sensi.cli.train import quality
+
+    logits = np.eye(4)[[0, 0, 1, 3, 1]]
+    found = quality((logits, None), np.array([0, 1, 1, 2, 1]), regression=False)
+    # F1 of the classes: 2/3, 4/5, 0 (never predicted), 0 (never right).
+    assert found == {"accuracy": pytest.approx(3 / 5), "f1_macro": pytest.approx((2 / 3 + 4 / 5) / 4)}
+    found = quality(np.array([[1.0], [2.0], [4.0]]), np.array([10.0, 20.0, 40.0]), regression=True)
+    assert found == {"pearson": pytest.approx(1), "spearman": pytest.approx(1)}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -411,3 +450,36 @@ def test_many_classes_keep_their_names(work, tmp_path):
     call("merge", tmp_path / "adapter", tmp_path / "merged")
     names = sorted({f"class {i}" for i in range(12)})
     assert load_merged(tmp_path / "merged").config.id2label == dict(enumerate(names))
+
+
+@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize("budget", [0.5, {"trainable": 0.2}])
+def test_names_of_the_bases_labels_survive_merge_and_export(tmp_path, count, budget):
+    """The adapter's folder does not name them: it was saved in Python, not by `peft-sensi train`."""
+    names = dict(enumerate(f"name {i}" for i in range(count)))
+    tiny_model(id2label=names, label2id={name: i for i, name in names.items()}, num_labels=count).save_pretrained(
+        tmp_path / "base"
+    )
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    wrap(base, budget=budget).save_pretrained(tmp_path / "adapter")
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    # As lists: programs read the names in the order of the file.
+    assert list(config["id2label"].items()) == [(str(i), name) for i, name in names.items()]
+    assert config["label2id"] == {name: i for i, name in names.items()}
+    onnxruntime = pytest.importorskip("onnxruntime")
+    call("export", tmp_path / "adapter", tmp_path / "model.onnx", "--int8")
+    for file in ("model.onnx", "model.int8.onnx"):
+        metadata = onnxruntime.InferenceSession(tmp_path / file).get_modelmeta().custom_metadata_map
+        assert list(json.loads(metadata["id2label"]).values()) == list(names.values())
+
+
+def test_an_adapter_for_other_labels_does_not_get_the_bases_names(tmp_path):
+    tiny_model(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, num_labels=2).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True
+    )
+    wrap(base, budget=0.5).save_pretrained(tmp_path / "adapter")
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["id2label"] == {str(i): f"LABEL_{i}" for i in range(5)}

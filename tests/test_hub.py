@@ -51,7 +51,7 @@ def test_the_card_names_what_was_asked_and_reached(adapter):
     saved = open_adapter(adapter)
     write_card(saved, license="apache-2.0", results={"validation": {"accuracy": 0.87654}, "rows": {"train": 1000}})
     card = ModelCard.load(adapter / "README.md")
-    plan_line = next(line for line in card.text.splitlines() if line.startswith("| parameters kept"))
+    plan_line = next(line for line in card.text.splitlines() if line.startswith("| prunable parameters kept"))
     assert "| 0.5 |" in plan_line and "%" in plan_line
     assert "| accuracy | 0.8765 |" in card.text and "| train rows | 1,000 |" in card.text
     assert card.data.license == "apache-2.0" and "| license of the base | mit |" in card.text

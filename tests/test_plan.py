@@ -19,6 +19,7 @@ from tiny import tiny_model
 from peft_sensi import Anatomy, Budget, BudgetError, Plan, SensiLoadError, build_anatomy, make_plan
 from peft_sensi.anatomy.units import Group, Side
 from peft_sensi.planning.budget import allowance
+from peft_sensi.planning.plan import units_by_kind
 
 
 def heads(name: str, size: int, width: int = 2, hidden: int = 8) -> Group:
@@ -392,6 +393,29 @@ def test_the_summary_has_a_line_a_group_and_the_figures():
     for share in (plan.params_share, plan.model_params_share, plan.flops_share, plan.trainable_share):
         assert f"{share:.2%}" in "\n".join(lines[1 + len(anatomy.groups) :])
     assert "\n" not in plan.line()
+
+
+def test_the_figures_are_what_every_text_says():
+    groups = (heads("l0.heads", 4), neurons("l0.neurons", 40), rows("lone", 5))
+    anatomy = Anatomy(groups, 10_000)
+    scores = {g.name: np.arange(1.0, g.size + 1) for g in groups}
+    plan = make_plan(anatomy, scores, {"params": 0.5, "trainable": 0.05}, sequence_length=16)
+    figures = json.loads(json.dumps(plan.figures()))
+    assert figures["params_share"] == figures["params_kept"] / figures["params_prunable"] == plan.params_share
+    assert figures["flops_share"] == figures["flops_kept"] / figures["flops_prunable"] == plan.flops_share
+    assert figures["trainable_share"] == figures["trainable_params"] / figures["base_params"] == plan.trainable_share
+    facts = plan.facts()
+    assert facts["prunable parameters kept"] == (
+        f"{plan.kept_params:,} of {anatomy.prunable_params:,} ({plan.params_share:.2%})"
+    )
+    assert all(f"{name}: {value}" in plan.summary() for name, value in facts.items())
+    assert plan.facts(lambda count: f"<{count}>")["trained values"].startswith(f"<{plan.trainable_params}> (")
+    counts = {g.kind: {"size": g.size, "kept": int((plan.of(g) > 0).sum()), "tuned": int((plan.of(g) == 2).sum())}
+              for g in groups}  # fmt: skip
+    assert units_by_kind(plan) == counts
+    assert f"kept {counts['head']['kept']} of 4 heads, {counts['neuron']['kept']} of 40 neurons; " in plan.line()
+    only_rows = Anatomy((rows("lone", 5),), 100)
+    assert "prunable" not in " ".join(make_plan(only_rows, {"lone": np.ones(5)}, None).facts())
 
 
 def test_plans_are_immutable():

@@ -20,7 +20,8 @@ from peft_sensi.planning.packing import unpack_states
 from peft_sensi.planning.plan import drawn_rows, rows_of
 from peft_sensi.plotting.canvas import STYLES
 from peft_sensi.plotting.plots import plot_plan
-from peft_sensi.reporting.tables import _bar, facts_table, group_counts, legend, plan_facts, plan_figures, plan_table
+from peft_sensi.reporting.facts import group_counts, plan_figures
+from peft_sensi.reporting.tables import Bar, facts_table, legend, plan_table
 from peft_sensi.utils.formatting import human, short_names, shortened
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED, Row
 
@@ -99,7 +100,7 @@ def test_counts_for_humans():
 
 
 def test_the_table_holds_every_count_and_fits_80_columns(plan):
-    text = printed(plan_table(plan), legend(plan), facts_table(plan_facts(plan)))
+    text = printed(plan_table(plan), legend(plan), facts_table(plan.facts(human)))
     assert max(map(len, text.splitlines())) <= 80
     for row in rows_of(plan):
         assert f"{row.count(TUNED, FROZEN):,}/{row.size:,}" in text
@@ -171,11 +172,18 @@ def test_a_decoder_with_grouped_heads_and_several_attentions_a_block_has_a_table
 @pytest.mark.parametrize("width", [3, 10, 16])
 def test_a_bar_leaves_nothing_out(counts, width):
     states = np.repeat(np.array([TUNED, FROZEN, TRIMMED], dtype=np.uint8), counts)
-    bar = _bar(Row("n", "n", "neuron", states), True, width).plain
+    bar = Bar(Row("n", "n", "neuron", states), ascii_only=True).text(width).plain
     assert len(bar) == width
     for glyph, count in zip("#=.", counts, strict=True):
         cells = bar.count(glyph)
         assert (cells > 0) == (count > 0) and (width < 10 or abs(cells - count * width / sum(counts)) <= 2)
+
+
+def test_narrow_terminals_lose_bars_and_no_numbers(plan):
+    text = printed(plan_table(plan), width=50)
+    assert max(map(len, text.splitlines())) <= 50 and not set("█▒·") & set(text)
+    for row in rows_of(plan):
+        assert f"{row.count(TUNED, FROZEN):,}/{row.size:,}" in text
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -254,7 +262,7 @@ def test_rows_tensors_and_sublayers_have_maps(tmp_path):
         plan = make_plan(anatomy, values, {"trainable": 0.2})
         scores = Scores({n: torch.tensor(v) for n, v in values.items()}, "magnitude")
         plan.plot(tmp_path / "x.png", scores=scores, cost="params")
-        printed(plan_table(plan), facts_table(plan_facts(plan)))
+        printed(plan_table(plan), facts_table(plan.facts(human)))
 
 
 def test_mistakes_are_named(plan, scored, tmp_path):

@@ -1,7 +1,7 @@
-"""The entry point of the command `peft-sensi`; the commands themselves are in `commands.py`.
+"""The command `peft-sensi`. Arguments and files go in; tables or JSON, adapters, models and cards come out.
 
-Exit status: 0 done; 1 something is wrong with a file, a model or a budget (one line says what); 2 wrong arguments;
-130 interrupted.
+Results go to stdout, everything else to stderr. Exit status: 0 for success, 1 for a problem with a file, a model or a
+budget (one line says which), 2 for wrong arguments, 130 for an interruption with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ends the process, as commands do."""
+    """Runs the command and ends the process. `arguments` defaults to the process's own, `sys.argv[1:]`."""
     try:
         from .commands import app
     except ModuleNotFoundError as error:

@@ -1,11 +1,12 @@
-"""The arguments that several commands take, and how they are read and checked."""
+"""The arguments that several commands share, with their help texts, and the checks of their values."""
 
 from __future__ import annotations
 
 import enum
+import re
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,60 +27,70 @@ class Style(enum.StrEnum):
     dark = "dark"
 
 
+def option(names: str, metavar: str | None, help: str, panel: str | None = None, **limits: Any) -> Any:
+    """An option with one or several names, which `--help` shows in a panel of its own if `panel` is given."""
+    return typer.Option(*names.split(), metavar=metavar, help=help, rich_help_panel=panel, **limits)
+
+
+def argument(metavar: str, help: str) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
 BUDGET, DATA = "The budget", "The data"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model on the Hub, or a folder.", show_default=False)]
-Adapter = Annotated[
-    str,
-    typer.Argument(metavar="ADAPTER", help="An adapter's folder, or its name on the Hub.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback when something goes wrong.")]
-Base = Annotated[str | None, typer.Option(metavar="MODEL", help="The base model, if not the one the adapter names.")]
+LABELED_TEXTS = option("--data", "FILE", "Labeled texts: .tsv, .csv, .json or .jsonl.", DATA)
+Model = Annotated[str, argument("MODEL", "The name of a model on the Hub, or a folder.")]
+Adapter = Annotated[str, argument("ADAPTER", "The name of an adapter on the Hub, or a folder.")]
+Repo = Annotated[str, argument("REPO", "The adapter's name on the Hub: user/name.")]
+Json = Annotated[bool, option("--json", None, "Print one JSON value instead of tables.")]
+Debug = Annotated[bool, option("--debug", None, "Show Python's traceback after an error.")]
+Base = Annotated[str | None, option("--base", "MODEL", "Use this base model, not the one that the adapter names.")]
 Params = Annotated[
     str | None,
-    typer.Option("--budget", "--params", metavar="LIMIT", rich_help_panel=BUDGET,
-                 help="Parameters of heads and neurons that stay: a share (0.5) or a count (40000000)."),
+    option("--budget --params", "LIMIT",
+           "Parameters of heads and neurons to keep: a share (0.5) or a count (40000000).", BUDGET),
 ]  # fmt: skip
-Flops = Annotated[str | None, typer.Option(metavar="LIMIT", rich_help_panel=BUDGET, help="The same for their FLOPs.")]
+Flops = Annotated[
+    str | None, option("--flops", "LIMIT", "FLOPs of heads and neurons to keep: a share or a count.", BUDGET)
+]
 Trainable = Annotated[
     str | None,
-    typer.Option(metavar="LIMIT", rich_help_panel=BUDGET, help="Values to tune: a share of the base, or a count."),
+    option("--trainable", "LIMIT", "Values to train: a share of the base's parameters, or a count.", BUDGET),
 ]
-Ranking = Annotated[
-    Score, typer.Option("--score", metavar="NAME", help="fisher, taylor, mask, movement, magnitude or random.")
+Ranking = Annotated[Score, option("--score", "NAME", "Rank by fisher, taylor, mask, movement, magnitude or random.")]
+SavedScores = Annotated[Path | None, option("--scores", "FILE", "Use scores that --save-scores wrote before.")]
+TextColumn = Annotated[
+    str | None,
+    option("--text-column", "NAME", "The column with the text. Default: the only text columns, one or two.", DATA),
 ]
-SavedScores = Annotated[
-    Path | None, typer.Option("--scores", metavar="FILE", help="Scores from --save-scores, instead of scoring again.")
+PairColumn = Annotated[str | None, option("--pair-column", "NAME", "The column with the second text.", DATA)]
+LabelColumn = Annotated[
+    str | None,
+    option("--label-column", "NAME", "The column with the label. Default: label, or a similar name.", DATA),
 ]
-Text_ = Annotated[
-    str | None, typer.Option("--text-column", metavar="NAME", rich_help_panel=DATA, help="Found if there is no doubt.")
+Regression = Annotated[bool, option("--regression", None, "Predict the labels as numbers, not as classes.", DATA)]
+MaxLength = Annotated[int, option("--max-length", "N", "Cut texts after this many tokens.", DATA, min=2)]
+MaxRows = Annotated[int | None, option("--max-rows", "N", "Use this many rows, chosen at random.", DATA, min=2)]
+BatchSize = Annotated[int, option("--batch-size", "N", "Rows in each batch.", min=1)]
+Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0)]
+Results = Annotated[
+    Path | None, option("--results", "FILE", "Results for the card: metrics.json or another JSON file.")
 ]
-Pair = Annotated[
-    str | None, typer.Option("--pair-column", metavar="NAME", rich_help_panel=DATA, help="The second of two texts.")
-]
-Label = Annotated[
-    str | None, typer.Option("--label-column", metavar="NAME", rich_help_panel=DATA, help="Default: label.")
-]
-Regression = Annotated[
-    bool,
-    typer.Option("--regression", rich_help_panel=DATA, help="Labels are amounts, not classes."),
-]
-MaxLength = Annotated[
-    int, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="Longer texts are cut, in tokens.")
-]
-MaxRows = Annotated[
-    int | None, typer.Option(min=2, metavar="N", rich_help_panel=DATA, help="A random choice of so many rows.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a batch.")]
-Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Of everything random.")]
+License = Annotated[str | None, option("--license", "NAME", "The adapter's license for the card, such as apache-2.0.")]
 
 
 def check_out(folder: Path) -> None:
-    """Before hours of training: whether the adapter can go there. Raises `SensiError`."""
+    """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder.
+
+    Raises:
+        SensiError: The path is a file, the folder holds a model, or it is not writable.
+    """
     if folder.exists() and not folder.is_dir():
-        raise SensiError(f"{folder} is a file; --out names a folder.")
+        raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
     if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
-        raise SensiError(f"{folder} holds a model ({found[0]}), which the adapter would spoil: give another --out.")
+        raise SensiError(
+            f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
+            f"another folder as --out."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -88,19 +99,39 @@ def check_out(folder: Path) -> None:
 
 
 def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:
-    """Options as a budget: `0.5` is a share, `40000000` a count. `None` lets the library choose its default."""
-    given = {"params": params, "flops": flops, "trainable": trainable}
-    return {name: number(name, text) for name, text in given.items() if text is not None} or None
+    """The budget that the options describe. `None`, without any option, stands for the library's default budget.
+
+    Raises:
+        SensiError: An option is not a share or a count.
+    """
+    given = {"params": ("budget", params), "flops": ("flops", flops), "trainable": ("trainable", trainable)}
+    limits = {name: number(option, text) for name, (option, text) in given.items() if text is not None}
+    if limits:
+        Budget.parse(limits)
+    return limits or None
 
 
-def number(name: str, text: str) -> float | int:
+def number(option: str, text: str) -> float | int:
+    """Reads a share (`0.5`, `50%`) or a count (`40000000`, `40_000_000`, `40,000,000`, `4e7`).
+
+    Raises:
+        SensiError: The text is not a number, or has a comma that does not separate thousands.
+    """
+    digits = text
+    if "," in text:
+        # 0,5 and 0,500 are decimal commas: no count starts with a zero.
+        if not re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", text):
+            raise SensiError(
+                f"--{option} {text}: write decimals with a point, such as 0.5. Commas may only separate thousands, as "
+                f"in 1,000,000."
+            )
+        digits = text.replace(",", "")
     try:
-        value: float | int = int(text.replace("_", "").replace(",", ""))
+        return int(digits)
     except ValueError:
-        try:
-            value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            raise SensiError(f"--{name} {text}: a limit is a share such as 0.5 or 50%, or a whole count.") from None
-        value = int(value) if value > 1 and value.is_integer() else value
-    Budget.parse({name: value})
-    return value
+        pass
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise SensiError(f"--{option} {text}: a limit is a share such as 0.5 or 50%, or a whole count.") from None
+    return int(value) if value > 1 and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""How the commands talk: results on stdout, everything else on stderr, errors in one line."""
+"""What the commands print: results on stdout, progress, warnings and errors on stderr, each error in one line."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
-def readable(command: Callable[..., None]) -> Callable[..., None]:
-    """What goes wrong ends the command with one line and exit status 1; with `debug=True` Python's traceback too."""
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns an exception of a command into one line on stderr and exit status 1.
+
+    The traceback is printed before that line if the command was called with `debug=True`.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -37,7 +40,7 @@ def readable(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             err.print("interrupted")
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of our output has seen enough
+        except BrokenPipeError:  # the program that reads our output has ended, as `head` does
             sys.stderr.close()
             raise typer.Exit(1) from None
         except Exception as error:
@@ -45,7 +48,9 @@ def readable(command: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             expected = isinstance(error, (SensiError, OSError, ImportError))
             text = " ".join(str(error).split()) or "no reason was given"
-            line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
+            if isinstance(error, ModuleNotFoundError):
+                text += ": pip install 'peft-sensi[cli]'"
+            line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
             err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
             raise typer.Exit(1) from None
 
@@ -53,14 +58,14 @@ def readable(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def quiet_libraries() -> None:
-    """Only warnings that users can do something about, a line each."""
+    """Hides messages of other libraries that a user of the command cannot act on. Prints each warning in one line."""
     from transformers.utils import logging
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
+            stream.reconfigure(errors="replace")  # instead of an error for a character that the terminal lacks
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading weights, which has our own spinner
+    logging.disable_progress_bar()  # `step` reports the loading of weights
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
 
@@ -72,7 +77,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def step(what: str, show: bool = True) -> Iterator[None]:
-    """A spinner on a terminal, and afterwards a line with the seconds; for what has no progress bar of its own."""
+    """Shows a spinner while the block runs (on a terminal only), and then a line with the seconds that it took."""
     start = time.perf_counter()
     status = err.status(what) if show and err.is_terminal else contextlib.nullcontext()
     with status:
@@ -82,7 +87,7 @@ def step(what: str, show: bool = True) -> Iterator[None]:
 
 
 def print_json(value: Mapping[str, Any] | list[Any]) -> None:
-    """One JSON value on stdout, without color or wrapping. NaN and infinity become null, which JSON has."""
+    """Prints one JSON value on stdout. NaN and infinity become null, because JSON has no such numbers."""
     sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -95,7 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 def ascii_only() -> bool:
-    """Whether this output cannot show block characters."""
+    """Whether the encoding of stdout lacks the block characters of the bars."""
     try:
         "█▒·".encode(out.encoding)
     except (UnicodeEncodeError, LookupError):

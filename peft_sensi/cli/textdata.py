@@ -1,6 +1,6 @@
-"""Labeled texts from files, as the command reads them: columns, labels, tokens, a classifier that fits.
+"""A file of labeled texts goes in; tokenized rows, the labels and a classifier for them come out.
 
-The five kinds of file are those that people have; nothing is guessed silently: `TextTask.line` says what was found.
+Columns and labels are recognized automatically if there is no doubt. `TextTask.line` says what was recognized.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from ..reporting.saved import found
+from ..reporting.saved import load_pretrained
 from ..utils.errors import SensiError
 
 
@@ -26,23 +26,26 @@ LABEL_COLUMNS = ("label", "labels", "target", "class", "score")
 
 
 class DataError(SensiError):
-    """A data file, or what was said about it, is wrong."""
+    """A data file cannot be read, or does not contain what the options say."""
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a TSV, CSV, JSON (a list of objects) or JSON Lines file. Raises `DataError`.
+    """The rows of a TSV, CSV, JSON (a list of objects) or JSON Lines file, as dicts from columns to values.
 
-    Cells of TSV and CSV files stay strings: a sentence such as "1984", "null" or "NA" must not turn into a number or
-    a hole. TSV files are read without quoting, as the GLUE files need: a lone double quote there is text.
+    Cells of TSV and CSV files stay strings: a text such as "1984", "null" or "NA" is not read as a number or a missing
+    value. Double quotes in TSV files are part of the text, as in the files of GLUE.
+
+    Raises:
+        DataError: The file has another form, is empty, or its rows do not fit the header.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (".tsv", ".csv", ".json", ".jsonl"):
-        raise DataError(f"{path}: data is read from .tsv, .csv, .json and .jsonl files.")
+        raise DataError(f"{path} cannot be read: data files end in .tsv, .csv, .json or .jsonl.")
     try:
         if kind in (".tsv", ".csv"):
             dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-            limit = csv.field_size_limit(2**31 - 1)  # texts may be long; they are cut later
+            limit = csv.field_size_limit(2**31 - 1)  # texts may be long: the tokenizer cuts them later
             try:
                 with path.open(encoding="utf-8-sig", newline="") as file:
                     reader = csv.DictReader(file, **dialect)
@@ -54,7 +57,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path} has two columns {twice[0]!r}.")
         else:
             text = path.read_text(encoding="utf-8-sig")
-            # Not splitlines(): it also breaks at U+2028 and its like, which JSON strings may hold.
+            # Not splitlines(): it also splits at characters such as U+2028, which JSON strings may contain.
             lines = [line for line in text.split("\n") if line.strip()]
             rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except (UnicodeError, csv.Error, ValueError, RecursionError) as error:
@@ -71,7 +74,13 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Labels:
-    """What the label column holds. `names` of the classes are empty for regression."""
+    """The labels of a task.
+
+    Attributes:
+        names: Names of the classes, in the order of their numbers. Empty for a regression.
+        encode: Turns a value of the label column into the number that the model predicts. Raises `KeyError`,
+            `ValueError` or `TypeError` for a value that is not a label of this task.
+    """
 
     names: list[str]
     encode: Callable[[Any], int | float]
@@ -82,13 +91,17 @@ class Labels:
 
 
 def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels:
-    """Classes, or that the labels are amounts. Files give strings: "1" is a class, "3.8" is an amount."""
+    """Decides whether the values of a label column are classes or numbers to predict.
+
+    Whole numbers ("1") are classes, and numbers with a fraction ("3.8") are numbers to predict, unless `regression`
+    says otherwise. Raises `TypeError` or `ValueError` for values that are neither.
+    """
     whole = all(_is_integer(value) for value in values)
     if regression is None:
         regression = not whole and all(_is_number(value) for value in values)
     if regression:
-        return Labels([], _amount)
-    # 2 comes before 10 where every label is a number.
+        return Labels([], _finite)
+    # Numbers are sorted as numbers: 2 comes before 10.
     names = sorted({str(value) for value in values}, key=int if whole else None)
     index = {name: i for i, name in enumerate(names)}
     return Labels(names, lambda value: index[str(value)])
@@ -96,7 +109,16 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
 
 @dataclass
 class TextTask:
-    """Tokenized rows with labels, and all that is needed to train and name them."""
+    """A data file as a text classification (or regression) task.
+
+    Attributes:
+        tokenizer: The base model's tokenizer.
+        labels: The classes.
+        columns: The names of the columns with texts, one or two.
+        label_column: The name of the column with labels.
+        train: Tokenized rows with `labels`.
+        validation: The same for the rows that are not trained on.
+    """
 
     tokenizer: Any
     labels: Labels
@@ -111,12 +133,13 @@ class TextTask:
 
     @property
     def line(self) -> str:
-        kind = "amounts" if self.labels.regression else f"{len(self.labels.names)} classes"
+        """What was recognized, in one line for the user."""
+        kind = "numbers" if self.labels.regression else f"{len(self.labels.names)} classes"
         rows = f"{len(self.train):,} rows" + (f" and {len(self.validation):,} held out" if self.validation else "")
         return f"{rows}; text in {' + '.join(self.columns)}, {kind} in {self.label_column}"
 
     def batches(self, batch_size: int, seed: int) -> DataLoader:
-        """Mixed training batches with a seed of their own."""
+        """Batches of the training rows in a random order that depends on `seed` only."""
         order = list(self.train)
         random.Random(seed).shuffle(order)
         return DataLoader(order, batch_size=batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
@@ -136,13 +159,21 @@ def read_task(
     hold_out: float = 0.0,
     seed: int = 0,
 ) -> TextTask:
-    """Reads and tokenizes labeled texts for `model`. Raises `DataError`, `SensiError`.
+    """Reads and tokenizes a data file.
 
     Args:
-        validation: A second file; without it the share `hold_out` of the rows is held out.
-        text_column, pair_column, label_column: Found from the header and the values where there is no doubt.
-        max_rows: A random choice of so many rows.
-        regression: Whether labels are amounts; found from the labels if not given.
+        model: The base model, for its tokenizer.
+        data: The file with the training rows.
+        validation: A file with validation rows.
+        text_column, pair_column, label_column: Names of columns. `None`: they are recognized, if there is no doubt.
+        max_length: The number of tokens after which texts are cut. The model's own limit holds, too.
+        max_rows: The number of training rows to choose at random.
+        regression: Whether labels are numbers to predict. `None`: see `find_labels`.
+        hold_out: The share of the training rows that is used for validation if there is no file for it.
+        seed: The seed of the order of rows.
+
+    Raises:
+        DataError: A file cannot be read, or its columns or labels are not those of a task.
     """
     rows = read_rows(data)
     label, columns = _columns(data, rows, text_column, pair_column, label_column)
@@ -153,27 +184,16 @@ def read_task(
         held = read_rows(validation)
         if missing := [name for name in (*columns, label) if name not in held[0]]:
             raise DataError(f"{validation} has no column {missing[0]!r}; it has {', '.join(held[0])}.")
-    values = [row.get(label) for row in rows]
-    numbers = any(_is_number(value) for value in values)
-    if any(_is_hole(value, numbers) for value in values):
-        raise DataError(f"{data}: a row has no label in {label!r}.")
-    try:
-        labels = find_labels(values, regression or None)
-    except (TypeError, ValueError):
-        raise DataError(f"{data}: the labels in {label!r} are neither names nor numbers.") from None
-    if regression and not all(_is_number(value) for value in values):
-        raise DataError(f"{data}: not all labels in {label!r} are numbers, as a regression needs.")
-    if len(labels.names) == 1:
-        raise DataError(f"All rows of {data} have the label {labels.names[0]!r}: there is nothing to learn.")
-    if len(labels.names) > max(2, len(rows) // 2):
-        raise DataError(f"{data}: {len(labels.names):,} different labels in {len(rows):,} rows: is it {label!r}?")
+    labels = _labels(data, rows, label, regression)
     if hold_out and validation is None:
         held, rows = _hold_out(rows, label, hold_out, labels)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_pretrained(AutoTokenizer, model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     max_length = min(max_length, tokenizer.model_max_length)
-    if tokenizer.model_max_length > 10**6:  # it does not know
-        positions = getattr(found(AutoConfig, model).get_text_config(), "max_position_embeddings", None)
-        max_length = min(max_length, positions or max_length)
+    if tokenizer.model_max_length > 10**6:  # a placeholder: the tokenizer does not know the model's limit
+        config = load_pretrained(AutoConfig, model).get_text_config()
+        max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     parts = [
         _encode(part, name, columns, label, labels, tokenizer, max_length)
         for part, name in ((rows, data), (held, validation or data))
@@ -181,13 +201,35 @@ def read_task(
     return TextTask(tokenizer, labels, columns, label, *parts)
 
 
+def _labels(data: str | Path, rows: list[dict[str, Any]], column: str, regression: bool | None) -> Labels:
+    """`find_labels` for a column of a file, with checks that the labels can be learned."""
+    values = [row.get(column) for row in rows]
+    numbers = any(_is_number(value) for value in values)
+    if any(_is_missing(value, numbers) for value in values):
+        raise DataError(f"{data}: a row has no label in {column!r}.")
+    try:
+        labels = find_labels(values, regression)
+    except (TypeError, ValueError):
+        raise DataError(f"{data}: the labels in {column!r} are neither names nor numbers.") from None
+    if regression and not all(_is_number(value) for value in values):
+        raise DataError(f"{data}: not all labels in {column!r} are numbers, as a regression needs.")
+    if len(labels.names) == 1:
+        raise DataError(f"All rows of {data} have the label {labels.names[0]!r}: there is nothing to learn.")
+    if len(labels.names) > max(2, len(rows) // 2):
+        raise DataError(
+            f"{data}: {column!r} has {len(labels.names):,} different labels in {len(rows):,} rows, so it is probably "
+            f"not the label: name the right column with --label-column."
+        )
+    return labels
+
+
 def _hold_out(
     rows: list[dict[str, Any]], label: str, share: float, labels: Labels
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The first rows, as many as asked for, but the last row of a class stays for training; and the others."""
+    """Splits rows into validation rows, `share` of them, and training rows. Each class keeps a training row."""
     count, left = round(len(rows) * share), Counter(str(row[label]) for row in rows)
     if not 0 < count < len(rows):
-        raise DataError(f"{len(rows)} rows are too few to hold out {share:.0%} of them: give a validation file.")
+        raise DataError(f"{len(rows)} rows are too few to validate on {share:.0%} of them: give a validation file.")
     held: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
     for row in rows:
@@ -200,66 +242,39 @@ def _hold_out(
     return held, kept
 
 
-def load_tokenizer(model: str) -> Any:
-    tokenizer = found(AutoTokenizer, model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def load_classifier(model: str, labels: Labels | None = None, tokenizer: Any = None) -> Any:
-    """The base model with a fresh head for these labels, in float32."""
+    """The base model in float32, with a fresh head for the labels. Without labels, the checkpoint's head is kept."""
     heads: dict[str, Any] = {}
     if labels is not None and labels.regression:
         heads = {"num_labels": 1, "problem_type": "regression"}
     elif labels is not None:
         names = dict(enumerate(labels.names))
         heads = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    # A head for other labels, which the checkpoint may have, is replaced by a fresh one.
-    base = found(AutoModelForSequenceClassification, model, ignore_mismatched_sizes=True, **heads).float()
-    if base.config.get_text_config().pad_token_id is None and tokenizer is not None:
-        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders look for the last real token
+    # The checkpoint may have a head for other labels, which is replaced.
+    base = load_pretrained(AutoModelForSequenceClassification, model, ignore_mismatched_sizes=True, **heads).float()
+    config = base.config.get_text_config()
+    if config.pad_token_id is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token that is not padding
     return base
-
-
-def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float | None]:
-    """Accuracy and macro F1, or Pearson's and Spearman's correlation, of logits `[rows, classes]`.
-
-    `None` where it is undefined: the correlation with amounts that are all the same.
-    """
-    import numpy as np
-
-    predictions = predictions[0] if isinstance(predictions, tuple) else predictions
-    if regression:
-        from scipy.stats import pearsonr, spearmanr
-
-        values = np.asarray(predictions, dtype=float).reshape(-1)
-        measures = {"pearson": pearsonr, "spearman": spearmanr}
-        varied = all(len(np.unique(column)) > 1 for column in (labels, values))
-        return {
-            name: float(measure(labels, values).statistic) if varied else None for name, measure in measures.items()
-        }
-    predicted, labels = np.argmax(predictions, axis=-1), np.asarray(labels)
-    f1 = []
-    for label in np.union1d(labels, predicted):
-        hits = ((predicted == label) & (labels == label)).sum()
-        f1.append(2 * hits / ((predicted == label).sum() + (labels == label).sum()))
-    return {"accuracy": float((predicted == labels).mean()), "f1_macro": float(np.mean(f1))}
 
 
 def _columns(
     data: str | Path, rows: list[dict[str, Any]], text: str | None, pair: str | None, label: str | None
 ) -> tuple[str, tuple[str, ...]]:
+    """The names of the label column and of the text columns: those that were given, or the only possible ones."""
     names = list(rows[0])
     for name in filter(None, (text, pair, label)):
         if name not in names:
             raise DataError(f"{data} has no column {name!r}; it has {', '.join(map(str, names))}.")
     if label is not None and label in (text, pair):
-        raise DataError(f"{label!r} cannot be the text and the label.")
+        raise DataError(f"{label!r} cannot be both the text and the label.")
     if label is None:
         label = next((name for name in LABEL_COLUMNS if name in names), None)
         if label is None:
-            raise DataError(f"{data}: say which column holds the labels; there are {', '.join(map(str, names))}.")
+            raise DataError(
+                f"{data}: name the column that holds the labels with --label-column; there are "
+                f"{', '.join(map(str, names))}."
+            )
     if text is not None:
         return label, (text,) if pair is None else (text, pair)
     sample = rows[:100]
@@ -271,7 +286,9 @@ def _columns(
         and not all(_is_number(row[name]) for row in sample)
     ]
     if len(texts) not in ((1,) if pair else (1, 2)):
-        raise DataError(f"{data}: say which column holds the text; there are {', '.join(map(str, names))}.")
+        raise DataError(
+            f"{data}: name the column that holds the text with --text-column; there are {', '.join(map(str, names))}."
+        )
     return label, (*texts, pair) if pair else tuple(texts)
 
 
@@ -296,7 +313,7 @@ def _encode(
             try:
                 value = labels.encode(row[label])
             except (KeyError, ValueError, TypeError):
-                known = "an amount" if labels.regression else f"one of {', '.join(labels.names[:8])}"
+                known = "a number" if labels.regression else f"one of {', '.join(labels.names[:8])}"
                 raise DataError(f"{name}: the label {row.get(label)!r} is not {known}, as in training.") from None
             encoded.append({key: values[i] for key, values in inputs.items()} | {"labels": value})
     return encoded
@@ -310,20 +327,20 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     try:
-        _amount(value)
+        _finite(value)
     except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool)
 
 
-def _amount(value: Any) -> float:
-    """Raises `ValueError` for NaN and infinity, too: no loss can be made of them."""
-    if not math.isfinite(amount := float(value)):
-        raise ValueError(f"{value!r} is no amount")
-    return amount
+def _finite(value: Any) -> float:
+    """`float(value)`. Raises `ValueError` for NaN and infinity too, because a loss cannot be computed from them."""
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value!r} is not finite")
+    return number
 
 
-def _is_hole(value: Any, numbers: bool) -> bool:
-    """Whether a label is missing; between numbers the text nan is, too."""
+def _is_missing(value: Any, numbers: bool) -> bool:
+    """Whether a label is missing. Among numbers, the text "nan" stands for a missing label, too."""
     nan = isinstance(value, float) or (numbers and isinstance(value, str) and value.strip().lower() == "nan")
     return value is None or value == "" or (nan and not math.isfinite(float(value)))

@@ -1,4 +1,4 @@
-"""What the commands `plan` and `train` do with a text classifier."""
+"""A text classifier and its data go in; scores, a plan, or a trained and saved adapter come out."""
 
 from __future__ import annotations
 
@@ -10,63 +10,51 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..planning.plan import Plan
-from ..reporting.tables import plan_figures
 from ..scoring.compute import compute_scores
+from ..reporting.facts import plan_figures
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback
 from ..utils.errors import SensiError
 from ..utils.files import write_atomically
-from .textdata import TextTask, quality
+from .textdata import TextTask
 
 
-def score_for(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]] | None,
-    score: str,
-    calibration_steps: int,
-    priming_steps: int,
-    seed: int,
-) -> Scores:
-    """Scores of all units that a plan for this model can speak of: its blocks, or else all its Linears."""
+def score_for(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, **options: Any) -> Scores:
+    """Scores of the model's heads and neurons, or of the rows of its Linears if it has no known blocks.
+
+    `options` are those of `compute_scores`.
+    """
     targets: list[str] = []
     if not build_anatomy(model).groups:
         head = tuple(f"{name}." for name in task_head(model))
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         targets = [name for name in linears if not f"{name}.".startswith(head)]
-    return compute_scores(
-        model,
-        batches,
-        score=score,
-        calibration_steps=calibration_steps,
-        priming_steps=priming_steps,
-        seed=seed,
-        targets=targets,
-    )
+    return compute_scores(model, batches, targets=targets, **options)
 
 
 def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int) -> Plan:
-    """The plan that training with these limits and scores would get. Wraps the model."""
+    """The plan for these limits and scores. Wraps the model with an adapter."""
     config = SensiConfig(budget=limits, scores=for_head_of(model, scores), seed=seed, task_type="SEQ_CLS")
-    return plan_of_wrapped(get_peft_model(model, config))
-
-
-def plan_of_wrapped(model: Any) -> Plan:
-    return model.base_model.plan()
+    peft_model: Any = get_peft_model(model, config)
+    return peft_model.base_model.plan()
 
 
 def for_head_of(model: nn.Module, scores: Scores) -> Scores:
-    """The scores without the primed head where that was one for other labels."""
+    """The scores, without the primed task head if it is for other labels than the model's head."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     fits = all(shapes.get(name) == value.shape for name, value in scores.head.items())
     return scores if fits else replace(scores, head={})
@@ -88,7 +76,25 @@ def train_for(
     seed: int,
     show: Callable[[Plan], None],
 ) -> dict[str, Any]:
-    """Wraps, trains, evaluates and saves; what is returned is also in `metrics.json`."""
+    """Wraps the model, trains the adapter, evaluates it and saves it.
+
+    Args:
+        model: The base model.
+        task: The training and validation rows.
+        folder: For the adapter, the tokenizer, the names of the labels, the card and `metrics.json`.
+        limits: The budget; `None` for the default of the library or the recipe.
+        recipe: The name of a recipe, instead of `limits` and `score`.
+        score: The name of the score.
+        scores: Scores that were computed before.
+        epochs, lr, batch_size, bf16, seed: As in the command's options.
+        show: Is called with the plan before the training starts.
+
+    Returns:
+        What `metrics.json` contains. Empty in all processes but the first.
+
+    Raises:
+        SensiError: Training ended in values that are not finite.
+    """
     calibration = list(task.batches(batch_size, seed))[:64]
     scores = None if scores is None else for_head_of(model, scores)
     config = config_for(recipe, limits, score, scores, calibration, seed)
@@ -97,7 +103,7 @@ def train_for(
     set_seed(seed)
     peft_model: Any = get_peft_model(model, config)
     prepared = time.perf_counter()
-    show(plan_of_wrapped(peft_model))
+    show(peft_model.base_model.plan())
     arguments = TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
@@ -106,34 +112,35 @@ def train_for(
         per_device_eval_batch_size=2 * batch_size,
         warmup_steps=0.1,
         bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
+        use_cpu=not torch.accelerator.is_available(),  # otherwise TrainingArguments refuses bf16 on a CPU
         seed=seed,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
         remove_unused_columns=False,
     )
-    callbacks: list[TrainerCallback] = [SensiCallback(calibration=calibration)]
     trainer = Trainer(
         peft_model,
         arguments,
         train_dataset=task.train,  # type: ignore[arg-type]
         data_collator=task.collator,
         processing_class=task.tokenizer,
-        callbacks=callbacks,
+        callbacks=[SensiCallback(calibration=calibration)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trained = time.perf_counter()
     if not all(bool(torch.isfinite(p).all()) for p in peft_model.parameters() if p.requires_grad):
-        raise SensiError("The training ended in values that are not finite, and is not saved: try a smaller --lr.")
+        raise SensiError(
+            "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
+        )
     trainer.save_model()  # before anything else can go wrong
     outcome = trainer.predict(task.validation)  # type: ignore[arg-type]
     found = quality(outcome.predictions, outcome.label_ids, task.labels.regression)
     if not trainer.is_world_process_zero():
         return {}
-    peft_model.get_base_model().config.save_pretrained(folder)  # the names of the labels
-    plan = plan_of_wrapped(peft_model)
+    peft_model.get_base_model().config.save_pretrained(folder)  # for the names of the labels
+    plan = peft_model.base_model.plan()
     result = {
         "model": name,
         "budget": limits,
@@ -152,7 +159,7 @@ def train_for(
         "folder": str(folder),
         "command": sys.argv[1:],
     }
-    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and of no use with the adapter
+    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody needs with the adapter
     text = json.dumps(result, indent=2, default=str)
     write_atomically(folder / "metrics.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
     return result
@@ -161,12 +168,35 @@ def train_for(
 def config_for(
     recipe: str | None, limits: Any, score: str, scores: Scores | None, calibration: list[Any], seed: int
 ) -> SensiConfig:
-    common: dict[str, Any] = {"calibration": calibration, "task_type": "SEQ_CLS", "seed": seed}
-    if scores is not None:
-        common["scores"] = scores
+    common: dict[str, Any] = {"calibration": calibration, "scores": scores, "task_type": "SEQ_CLS", "seed": seed}
     if recipe is None:
         return SensiConfig(budget=limits, score=score, **common)
     if recipe == "sensi_bert":
         (limit, budget), *_ = limits.items()
         return recipes.sensi_bert(budget, limit, **common)
     return recipes.RECIPES[recipe](**common)
+
+
+def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float | None]:
+    """Accuracy and macro F1 of a classifier, Pearson's and Spearman's correlation of a regressor.
+
+    Args:
+        predictions: Logits of shape `[rows, classes]`, or predicted numbers of shape `[rows, 1]`; or a tuple of arrays
+            that begins with them.
+        labels: Numbers of the classes, or numbers to predict, of shape `[rows]`.
+        regression: Whether the labels are numbers to predict.
+
+    Returns:
+        A correlation is `None` if all labels or all predictions are equal, because it is undefined then.
+    """
+    predictions = predictions[0] if isinstance(predictions, tuple) else predictions
+    if not regression:
+        predicted = np.argmax(predictions, axis=-1)
+        return {
+            "accuracy": float(accuracy_score(labels, predicted)),
+            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+        }
+    values = np.asarray(predictions, dtype=float).reshape(-1)
+    varied = all(len(np.unique(column)) > 1 for column in (labels, values))
+    measures = {"pearson": pearsonr, "spearman": spearmanr}
+    return {name: float(measure(labels, values).statistic) if varied else None for name, measure in measures.items()}

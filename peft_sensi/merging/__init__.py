@@ -1,1 +1,1 @@
-"""A merged model goes in; a folder or an ONNX file comes out, and a folder is read back with every check."""
+"""A model with an adapter goes in; a merged model comes out, as a folder or an ONNX file. Folders can be loaded."""

@@ -1,8 +1,8 @@
-"""Building a merged model again from a folder, of which nothing is believed before it is checked."""
+"""A folder with a merged model goes in; the model comes out. The folder may come from anywhere: everything in it is
+checked before it is used."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
 from ..utils.checks import is_number
 from ..utils.errors import SensiLoadError
+from ..utils.files import open_safetensors, read_json_object
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# What else stock loaders take for the weights of a folder.
+# Other files that stock loaders take for the weights of a folder.
 OTHER_WEIGHTS = ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 OWN_WEIGHTS = re.compile(r"(?:sensi_)?model-[0-9a-f]{16}\.safetensors")
 
-# Fields of a config that make Transformers import or download code, or read weights from elsewhere.
+# Fields of a config that make Transformers import or download code, or read weights from another place.
 _CODE_KEYS = (
     "auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "quantization_config",
@@ -33,17 +33,21 @@ _CODE_KEYS = (
 _LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
 )  # fmt: skip
-_TABLES = 2**28  # bytes that tables beside the file may have in any case
+_ALLOWED_BUFFERS = 2**28  # bytes of buffers that are not in the file, see `_check_buffers`
 
 
 def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Loads a merged model: an instance of the Transformers class that was saved, on the CPU, in evaluation mode.
 
-    Reads what `save_merged` wrote and what `merge_and_unload().save_pretrained(...)` did. Only classes of Transformers
-    itself are built, and only from shapes that the weights file has.
+    Args:
+        folder: A folder that `save_merged` or `merge_and_unload().save_pretrained(...)` wrote. It need not be trusted:
+            only model classes of Transformers itself are built, and only with the shapes of the weights file.
+
+    Returns:
+        The model. Every tensor has the dtype that it has in the file.
 
     Raises:
-        SensiLoadError: Something is missing, damaged, of a newer format, or not what it must be.
+        SensiLoadError: Something in the folder is missing, damaged, malformed or of a newer format.
     """
     folder = Path(folder)
     values = _read_config(folder)
@@ -62,29 +66,24 @@ def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
     try:
         empty = on_meta(cls, config)
     except Exception as error:
-        raise SensiLoadError(f"{folder / CONFIG} describes no {cls.__name__}: {error}") from error
+        raise SensiLoadError(f"No {cls.__name__} can be built from {folder / CONFIG}: {error}") from error
     _check_widths(widths, empty)
     apply(empty, widths)
-    _check_tables(empty, tensors)
-    if not set(tensors) <= set(empty.state_dict()):
-        state = _older_names(empty, tensors, folder / weights)
+    _check_buffers(empty, tensors)
+    if set(tensors) <= set(empty.state_dict()):
+        state = _checked_state(empty, tensors, folder / weights)
     else:
-        state = _whole_state(empty, tensors, folder / weights)
+        state = _published_state(empty, tensors, folder / weights)
     return _build(cls, config, widths, state, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return read_json_object(folder / CONFIG)
     except FileNotFoundError:
         raise SensiLoadError(
-            f"{folder} holds no {CONFIG}: it is no merged model, or its saving was cut off."
+            f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SensiLoadError(f"{folder / CONFIG} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise SensiLoadError(f"{folder / CONFIG} does not hold a config.")
-    return values
 
 
 def _check_record(record: Any) -> None:
@@ -102,21 +101,21 @@ def _check_record(record: Any) -> None:
         isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)
         for shape in shapes.values()
     ):
-        raise SensiLoadError(f"{where} needs `shapes`: for each parameter a list of whole numbers.")
+        raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter.")
     if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):
-        raise SensiLoadError(f"{where} needs `attributes`: for each name a number.")
+        raise SensiLoadError(f"{where} must have `attributes`, with a number for each name.")
     weights = record.get("weights", WEIGHTS)
     if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
-        raise SensiLoadError(f"{where} names {weights!r}, which is no weights file of this folder.")
+        raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file.")
 
 
 def _architecture(name: Any) -> type[PreTrainedModel]:
-    """Transformers' own class of this name, and nothing else: a file must not choose what is imported."""
+    """The model class of Transformers with this name. A file cannot choose any other class, or what is imported."""
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:
         if cls.__module__.startswith("transformers.") and cls.__name__ == name:
             return cls
-    raise SensiLoadError(f"The folder's architecture is {name!r}, which is no model class of Transformers.")
+    raise SensiLoadError(f"The folder's architecture is {name!r}, which is not a model class of Transformers.")
 
 
 def _without_code(values: Any) -> Any:
@@ -126,10 +125,12 @@ def _without_code(values: Any) -> Any:
 
 
 def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """Raises `SensiLoadError` also for what would take long to build: nothing is large that is not in the file."""
-    for name in _LAYERS:  # each has a tensor; modules cost time even without weights
+    """The config object. Raises `SensiLoadError` for numbers that are too large for the tensors of the file."""
+    for name in _LAYERS:  # building modules takes time even without weights, and each layer has a tensor in the file
         if type(layers := values.get(name)) is int and layers > len(tensors):
-            raise SensiLoadError(f"The config has {layers} layers, but the weights file only {len(tensors)} tensors.")
+            raise SensiLoadError(
+                f"The config has {layers} layers, but the weights file has only {len(tensors)} tensors."
+            )
     rows = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     if type(labels := values.get("num_labels")) is int and labels > max(rows, 1000):
         raise SensiLoadError(f"The config has {labels} labels, but no tensor of the weights file has so many rows.")
@@ -139,35 +140,37 @@ def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict
         raise SensiLoadError(f"{CONFIG} is nested too deeply.") from error
     assert cls.config_class is not None  # see `_architecture`
     expected = cls.config_class.model_type
-    if values.pop("model_type", None) != expected:
-        raise SensiLoadError(f"The config is not one of a {cls.__name__}, whose model_type is {expected!r}.")
+    if (found := values.pop("model_type", None)) != expected:
+        raise SensiLoadError(f"The config's model_type is {found!r}, but a {cls.__name__} has {expected!r}.")
     try:
-        config = cls.config_class.from_dict(values)
+        return cls.config_class.from_dict(values)
     except Exception as error:
-        raise SensiLoadError(f"The config is not one of a {cls.__name__}: {error}") from error
-    return config
+        raise SensiLoadError(f"The config does not fit a {cls.__name__}: {error}") from error
 
 
-def _check_tables(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises `SensiLoadError` for tables that are in no file (of positions) and would be built much larger than it."""
+def _check_buffers(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises `SensiLoadError` for huge buffers that the model computes itself, such as tables of positions.
+
+    They are not in the file, so the config alone tells their size.
+    """
     stored = set(empty.state_dict())
-    built = sum(b.numel() * b.element_size() for name, b in empty.named_buffers() if name not in stored)
+    computed = sum(b.numel() * b.element_size() for name, b in empty.named_buffers() if name not in stored)
     file = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if built > max(_TABLES, 4 * file):
-        raise SensiLoadError(f"The config asks for tables of {built:,} bytes beside a weights file of {file:,}.")
+    if computed > max(_ALLOWED_BUFFERS, 4 * file):
+        raise SensiLoadError(
+            f"The config asks for buffers of {computed:,} bytes, but the weights file has only {file:,} bytes."
+        )
 
 
 def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
-    """The tensors of the file, mapped and not yet read."""
+    """The tensors of the file, mapped into memory. Their values are read when they are used."""
     if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
-        raise SensiLoadError(f"{folder / CONFIG} names {weights!r}, which is no safetensors file of this folder.")
-    if not (folder / weights).is_file():
-        raise SensiLoadError(f"{folder} lacks {weights!r}, the weights of its {CONFIG}.")
+        raise SensiLoadError(f"{folder / CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
     try:
-        with safe_open(folder / weights, framework="pt") as file:
+        with open_safetensors(folder / weights) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SensiLoadError(f"{folder / weights} is no intact safetensors file: {error}.") from error
+    except FileNotFoundError:
+        raise SensiLoadError(f"{folder} lacks {weights!r}, the weights that its {CONFIG} names.") from None
 
 
 def _check_widths(widths: Widths, empty: PreTrainedModel) -> None:
@@ -175,18 +178,18 @@ def _check_widths(widths: Widths, empty: PreTrainedModel) -> None:
     for name, shape in widths.shapes.items():
         if name not in parameters or parameters[name].dim() != len(shape):
             raise SensiLoadError(
-                f"The record gives {name!r} the shape {shape}, but {type(empty).__name__} has no such parameter."
+                f"The config gives {name!r} the shape {shape}, but {type(empty).__name__} has no such parameter."
             )
     modules = dict(empty.named_modules())
     for name in widths.attributes:
         path, _, attribute = name.rpartition(".")
         known = vars(modules[path]) if path in modules else {}
         if attribute.startswith("_") or type(known.get(attribute)) not in (int, float):
-            raise SensiLoadError(f"The record sets {name!r}, which is no number of a {type(empty).__name__}.")
+            raise SensiLoadError(f"The config sets {name!r}, which is not a number of a {type(empty).__name__}.")
 
 
-def _whole_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """Checks the file against the shapes, and gives tied parameters all their names."""
+def _checked_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """The state dict, with every name of a tied parameter. Raises `SensiLoadError` for tensors that do not fit."""
     expected = empty.state_dict(keep_vars=True)
     if extra := sorted(set(tensors) - set(expected)):
         raise SensiLoadError(f"{file} holds {extra[0]!r}, which the model does not have ({len(extra)} extra).")
@@ -206,8 +209,11 @@ def _whole_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file:
     return state
 
 
-def _older_names(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint in a family's published format, which stock loading converts."""
+def _published_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """The tensors under the names of the family's published checkpoints, which `from_pretrained` converts.
+
+    The names are not known here, so only the total size is checked.
+    """
     sizes = {id(tensor): tensor.numel() for tensor in empty.state_dict(keep_vars=True).values()}
     if sum(sizes.values()) != sum(tensor.numel() for tensor in tensors.values()):
         names = sorted(set(tensors) - set(empty.state_dict()))
@@ -223,10 +229,10 @@ def _build(
             super().__init__(config, *args, **kwargs)
             apply(self, widths)
 
-    Built.__name__ = cls.__name__  # Transformers looks for the task in it
+    Built.__name__ = cls.__name__  # Transformers reads the task from the class's name
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     dtype = max(set(floating), key=floating.count, default=torch.float32)
-    # Stock loading also fills what no file holds, such as the frequencies of rotary embeddings.
+    # `from_pretrained` also computes what is not in the file, such as the frequencies of rotary embeddings.
     try:
         model, info = Built.from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
@@ -238,9 +244,8 @@ def _build(
     model.__class__ = cls
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if (
-                name in state and tensor.dtype != state[name].dtype
-            ):  # a model may mix types: a head in float32 on a bf16 base
+            # A model may have several dtypes, such as a float32 head on a bfloat16 base.
+            if name in state and tensor.dtype != state[name].dtype:
                 tensor.data = state[name].clone()
     model.config.name_or_path = str(folder)
     if widths:

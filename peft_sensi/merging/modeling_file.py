@@ -1,4 +1,5 @@
-"""The small modeling file in a merged folder, with which `trust_remote_code=True` loads it without this package."""
+"""A model class goes in; a modeling file for `trust_remote_code=True` comes out. With it in the folder, Transformers
+loads a merged model without this package."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import transformers
 from transformers import PreTrainedModel
 
 
-_TEXT = '''"""A {architecture} of which attention heads and FFN neurons were removed; written by peft_sensi.
+_TEXT = '''"""A {architecture} without some of its attention heads and FFN neurons; written by peft_sensi.
 
-For `AutoModel...from_pretrained(folder, trust_remote_code=True)`. With peft_sensi installed,
-`peft_sensi.load_merged(folder)` gives a plain {architecture} and checks everything it reads.
+Load it with `AutoModel...from_pretrained(folder, trust_remote_code=True)`. If peft_sensi is installed,
+`peft_sensi.load_merged(folder)` returns a plain {architecture} and checks everything that it reads.
 """
 
 import os
@@ -23,7 +24,8 @@ from transformers import {architecture}, {config}
 class Sensi{config}({config}):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # Stock loaders look for another file, so none of them fills in random weights where widths differ.
+        # The weights file has a name of its own. Loaders that ignore this class do not find it and raise, instead of
+        # filling in random weights where widths differ.
         self.transformers_weights = self.peft_sensi["weights"]
 
 
@@ -49,14 +51,14 @@ class Sensi{architecture}({architecture}):
 
 
 def modeling_file(cls: type[PreTrainedModel]) -> tuple[str, str]:
-    """Name and text of the file for a class of Transformers. It has no widths in it, those are in the config."""
+    """Name and text of the file for a class of Transformers. The text contains no widths: the config does."""
     assert cls.config_class is not None  # Transformers' abstract classes have none
     name = f"modeling_sensi_{cls.__name__.lower()}.py"
     return name, _TEXT.format(architecture=cls.__name__, config=cls.config_class.__name__)
 
 
 def auto_map(cls: type[PreTrainedModel], file_name: str) -> dict[str, str]:
-    """Which class of the file each of Transformers' auto classes takes."""
+    """The config's `auto_map`: for each of Transformers' auto classes that knows `cls`, the class in the file."""
     assert cls.config_class is not None
     module = file_name.removesuffix(".py")
     entries = {"AutoConfig": f"{module}.Sensi{cls.config_class.__name__}"}

@@ -1,8 +1,8 @@
-"""ONNX files of merged models, checked in onnxruntime before they get their name.
+"""A model goes in; an ONNX file comes out, in float32, for any batch size and length. Only onnxruntime runs it.
 
-The file has a dynamic batch and a dynamic length, is float32 whatever the model is, and needs nothing but onnxruntime
-to run. It is written by PyTorch's TorchScript-based exporter: it needs no further package, and its graphs are checked
-here on shapes other than the one that was traced, which is where a traced constant would show.
+The file is checked in onnxruntime before it replaces anything. PyTorch's TorchScript-based exporter writes it, because
+this exporter needs no further package. It records what the model does with one batch, so the check also uses batches
+of other shapes: they would show a size that was recorded as a constant.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import secrets
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
@@ -24,21 +23,26 @@ from peft import PeftModel
 from torch import nn
 
 from ..utils.errors import SensiError
-from ..utils.files import flush
+from .onnx_graph import move_graph, pack, parts, quantize
 from .save import merged_copy
 
 
-# Shapes [batch, length] on which the file must agree with the model; the first is traced.
+# Shapes [batch, length] on which the file must agree with the model. The exporter sees the first one only.
 _SHAPES = ((2, 7), (1, 12), (3, 5))
-_LARGEST_PROTOBUF = 2**31 - 2**20
+_LABELS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One ONNX file. `bytes` counts its external data, too.
+    """One ONNX file.
 
-    `difference` is the largest absolute one to the model's outputs; `agreement` (share of equal arg maxima) and
-    `accuracy` (share of those that equal `labels`) are of the `data` that was given, else `None`.
+    Attributes:
+        path: Where it is.
+        bytes: Its size, with its external data.
+        difference: The largest absolute difference between its outputs and the model's.
+        agreement: The share of predictions (arg maxima of the first output) in `data` that are those of the model;
+            `None` without `data`.
+        accuracy: The share of predictions in `data` that are equal to `labels`; `None` without labels.
     """
 
     path: Path
@@ -54,7 +58,7 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: names of inputs and outputs, the opset, the file and, if wanted, its int8 copy."""
+    """What was written: the names of inputs and outputs, the opset, the file and its int8 copy, if there is one."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -78,23 +82,27 @@ def export_onnx(
     data: Iterable[Mapping[str, Any]] | None = None,
     external_data: bool | None = None,
 ) -> ExportReport:
-    """Exports a merged copy of `model`, checks it in onnxruntime, and only then puts it at `path`.
+    """Writes a model as an ONNX file, after onnxruntime has computed the same outputs from it as the model.
+
+    The names of the labels are in the file's metadata, as `id2label` (JSON), unless they are only `LABEL_0` and so on.
 
     Args:
-        model: A `PeftModel` with an adapter of this package, or a Transformers model; stays as it is.
-        path: Of the `.onnx` file. A file that is there stays until the new one is complete and checked.
-        inputs: An example batch whose tensors are all `[batch, length]`; by default random token ids with a mask, and
-            token types where the model has more than one.
-        opset: Of the operators, at least 14.
-        tolerance: Largest absolute difference to the model's own outputs, on three shapes with padding.
-        int8: Whether a copy with dynamically quantized weights (int8, one scale an output channel) is written, or its
-            path; by default beside the other, as `name.int8.onnx`.
-        data: Batches by which agreement with the model, and accuracy where they have `labels`, are measured.
-        external_data: Whether weights go into a file of their own beside the other; `None` is only where they must (a
-            protobuf ends at 2 GB).
+        model: A `PeftModel` with an adapter of this package, or a Transformers model. It does not change: a copy is
+            merged and exported.
+        path: The `.onnx` file. An existing file is replaced only after the new one has been checked.
+        inputs: An example batch of tensors, all of the shape `[batch, length]`. Default: random token ids with a mask,
+            and token types if the model has more than one.
+        opset: The version of ONNX's operators, from 14 to 20.
+        tolerance: The largest absolute difference to the model's outputs that is accepted, on three shapes with
+            padding.
+        int8: Whether to write a copy with dynamically quantized weights (int8, one scale for each output channel) as
+            `name.int8.onnx` beside the file; or the path of this copy.
+        data: Batches to measure agreement with the model on, and accuracy if they have `labels`.
+        external_data: Whether the weights go into a second file. `None`: only above 2 GB, where they must.
 
     Raises:
-        SensiError: The extra `onnx` is not installed, the model cannot be exported, or onnxruntime finds other values.
+        SensiError: The extra `onnx` is not installed, an argument is wrong, PyTorch cannot export the model, or
+            onnxruntime computes other outputs.
     """
     _packages()
     path = Path(path)
@@ -103,8 +111,11 @@ def export_onnx(
     if isinstance(opset, bool) or not isinstance(opset, int) or not 14 <= opset <= 20:
         raise SensiError(f"`opset` must be a whole number from 14 to 20, got {opset!r}.")
     if path.is_dir():
-        raise SensiError(f"{path} is a folder; give the path of a file.")
-    # The copy that is compared with has its adapters still, so that merging is checked as well.
+        raise SensiError(f"{path} is a folder: give the path of a file.")
+    small_path = (path.with_suffix(".int8.onnx") if int8 is True else Path(int8)) if int8 else None
+    if small_path is not None and small_path.resolve() == path.resolve():
+        raise SensiError("`int8` must be another path than `path`.")
+    # The reference still has its adapter, so the comparison checks the merge, too.
     reference = copy.deepcopy(model).float().cpu().eval()
     merged = merged_copy(reference)
     merged = (copy.deepcopy(merged) if merged is reference else merged).eval()
@@ -113,29 +124,25 @@ def export_onnx(
     names = tuple(examples[0])
     expected = [_run(reference, example) for example in examples]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as folder:
-        draft = Path(folder) / "draft.onnx"
-        _trace(merged, examples[0], expected, draft, opset)
-        is_external = _pack(draft, Path(folder) / path.name, external_data)
-        file = _measure(Path(folder) / path.name, path, names, examples, expected, reference, batches)
+    with tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name:
+        folder, small = Path(name), None
+        _trace(merged, examples[0], expected, folder / "draft.onnx", opset)
+        is_external = pack(folder / "draft.onnx", folder / path.name, external_data, merged.config.id2label)
+        file = _measure(folder / path.name, path, names, examples, expected, reference, batches)
         if not file.difference <= tolerance:
             raise SensiError(
                 f"onnxruntime's outputs differ from the model's by up to {file.difference:.1e}, more than "
                 f"{tolerance}: nothing was written to {path}."
             )
-        small = None
-        if int8:
-            small_path = path.with_suffix(".int8.onnx") if int8 is True else Path(int8)
-            if small_path.resolve() == path.resolve():
-                raise SensiError("`int8` must be another path than `path`.")
+        if small_path is not None:
             small_path.parent.mkdir(parents=True, exist_ok=True)
-            small_draft = Path(folder) / "int8" / small_path.name
+            quantize(folder / path.name, folder / "int8.onnx", is_external)
+            small_draft = folder / "int8" / small_path.name
             small_draft.parent.mkdir()
-            _quantize(Path(folder) / path.name, Path(folder) / "int8.onnx", is_external)
-            _pack(Path(folder) / "int8.onnx", small_draft, external_data)
+            pack(folder / "int8.onnx", small_draft, external_data)
             small = _measure(small_draft, small_path, names, examples, expected, reference, batches)
-            _put(small_draft, small_path)
-        _put(Path(folder) / path.name, path)
+            move_graph(small_draft, small_path)
+        move_graph(folder / path.name, path)
     return ExportReport(names, tuple(expected[0]), opset, file, small)
 
 
@@ -150,18 +157,26 @@ def _packages() -> None:
 
 
 def _examples(model: nn.Module, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
-    """Batches of the shapes above, every second row padded."""
+    """One batch for each of `_SHAPES`: random token ids whose second row is padded, or the given batch.
+
+    Rows and columns of a given batch are repeated or cut to fit the shapes.
+    """
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
     if given is not None:
-        given = {name: value for name, value in given.items() if name in accepted and isinstance(value, torch.Tensor)}
-        given = {n: v.cpu() for n, v in given.items() if n not in ("labels", "start_positions", "end_positions")}
+        given = {
+            name: value.cpu()
+            for name, value in given.items()
+            if name in accepted and name not in _LABELS and isinstance(value, torch.Tensor)
+        }
         if not given or any(v.dim() != 2 or v.shape != next(iter(given.values())).shape for v in given.values()):
             raise SensiError("`inputs` must be tensors of one shape [batch, length], as a tokenizer returns them.")
     elif "input_ids" not in accepted:
         raise SensiError(f"{type(model).__name__} does not take `input_ids`: give a batch as `inputs=`.")
     if getattr(config, "is_encoder_decoder", False):
-        raise SensiError("Encoder-decoder models cannot be exported as one graph; use Optimum on the merged model.")
+        raise SensiError(
+            "Encoder-decoder models cannot be exported as one graph: save the merged model and export it with Optimum."
+        )
     generator = torch.Generator().manual_seed(0)
     examples = []
     for size, length in _SHAPES:
@@ -174,27 +189,19 @@ def _examples(model: nn.Module, given: Mapping[str, torch.Tensor] | None) -> lis
         if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 1) > 1:
             example["token_type_ids"] = torch.zeros_like(ids)
         if given is not None:
-            rows, columns = (torch.arange(n) % m for n, m in zip((size, length), _shape(given), strict=True))
-            example = {name: value[rows][:, columns].contiguous() for name, value in given.items()}
+            rows, columns = torch.arange(size)[:, None], torch.arange(length)
+            example = {name: v[rows % v.shape[0], columns % v.shape[1]] for name, v in given.items()}
         examples.append({name: value for name, value in example.items() if name in accepted})
     return examples
 
 
-def _shape(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    rows, columns = next(iter(batch.values())).shape
-    return rows, columns
-
-
 def _outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     options: dict[str, Any] = {"return_dict": True}
-    if "use_cache" in inspect.signature(_inner(model).forward).parameters:
+    if "use_cache" in inspect.signature(inner.forward).parameters:
         options["use_cache"] = False
-    found = model(**batch, **options)
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor) and name != "loss"}
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    outputs = model(**batch, **options)
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor) and name != "loss"}
 
 
 @torch.no_grad()
@@ -203,7 +210,7 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, np.nd
 
 
 class _Graph(nn.Module):
-    """Tensors in, tensors out, by place."""
+    """The model as a function of tensors to tensors, in a fixed order."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
@@ -220,7 +227,7 @@ def _trace(
     path: Path,
     opset: int,
 ) -> None:
-    # The plain formula of attention: fused kernels bring branches that a trace takes for one of them only.
+    # Fused kernels branch on their inputs, and a trace would record one of the branches only.
     model.set_attn_implementation("eager")
     axes = {name: {0: "batch", 1: "length"} for name in example}
     for name, first in expected[0].items():
@@ -232,7 +239,7 @@ def _trace(
                     axes[name][dim] = label
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # about constants in the trace: other shapes are checked afterwards
+            warnings.simplefilter("ignore")  # about constants in the trace, which `_measure` finds
             torch.onnx.export(
                 _Graph(model, example),
                 tuple(example.values()),
@@ -243,39 +250,9 @@ def _trace(
                 opset_version=opset,
                 dynamo=False,
             )
-    except Exception as error:  # the exporter's errors have no common class
+    except Exception as error:  # the exporter's errors have no common base class
         message = str(error).strip().partition("\n")[0]
         raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {message}") from error
-
-
-def _pack(draft: Path, path: Path, external: bool | None) -> bool:
-    """Writes the draft as one file, or as one file and one for its weights. Whether it was two."""
-    import onnx
-
-    graph = onnx.load(draft)
-    weights = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    if not (weights >= _LARGEST_PROTOBUF if external is None else external):
-        onnx.save_model(graph, path)
-        return False
-    # A name of its own, so that what is at the path now stays whole until the new graph replaces it.
-    name = f"{path.stem}-{secrets.token_hex(8)}.onnx_data"
-    onnx.save_model(graph, path, save_as_external_data=True, all_tensors_to_one_file=True, location=name)
-    return True
-
-
-def _quantize(source: Path, target: Path, external: bool) -> None:
-    import logging
-
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # advice about a preprocessing step that changes nothing here
-    try:
-        quantize_dynamic(
-            source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=external
-        )
-    finally:
-        logging.disable(level)
 
 
 def _measure(
@@ -287,7 +264,7 @@ def _measure(
     model: nn.Module,
     batches: list[dict[str, Any]],
 ) -> ExportedFile:
-    """Runs a file in onnxruntime. `path` is where it is going to be."""
+    """Runs a file in onnxruntime and compares. `path` is where the file will be moved to."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -295,7 +272,7 @@ def _measure(
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         found = [session.run(None, {n: batch[n].numpy() for n in names}) for batch in examples]
-    except Exception as error:  # onnxruntime's errors have no common class either
+    except Exception as error:  # onnxruntime's errors have no common base class either
         raise SensiError(f"onnxruntime cannot run the exported model: {error}") from error
     difference = max(
         float(np.abs(values - wanted).max(initial=0.0)) if values.shape == wanted.shape else float("inf")
@@ -310,12 +287,12 @@ def _measure(
         labels = np.asarray(torch.as_tensor(batch["labels"]).cpu()) if "labels" in batch else None
         counts = np.ones(own.shape, dtype=bool)
         if labels is not None and labels.shape == own.shape:
-            counts = labels >= 0  # Transformers' mark of places without a label is -100
+            counts = labels >= 0  # -100 stands for "no label"
             right, labeled = right + int((theirs == labels)[counts].sum()), labeled + int(counts.sum())
         equal, count = equal + int((own == theirs)[counts].sum()), count + int(counts.sum())
     return ExportedFile(
         path,
-        sum(file.stat().st_size for file in _parts(source)),
+        sum(file.stat().st_size for file in parts(source)),
         difference,
         equal / count if count else None,
         right / labeled if labeled else None,
@@ -323,7 +300,7 @@ def _measure(
 
 
 def _inputs(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """A batch as the graph takes it; what a tokenizer left out is what the model would assume."""
+    """The graph's inputs. A missing mask or missing token types get the values that the model would assume."""
     tensors = {name: torch.as_tensor(batch[name]).cpu() for name in names if name in batch}
     for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if name in names and name not in tensors and "input_ids" in tensors:
@@ -331,32 +308,3 @@ def _inputs(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.T
     if missing := set(names) - set(tensors):
         raise SensiError(f"A batch of `data` lacks {sorted(missing)[0]!r}, which the graph takes.")
     return {name: tensors[name] for name in names}
-
-
-def _parts(path: Path) -> list[Path]:
-    """The files that belong to a graph, itself last."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False)
-    names = {
-        entry.value for tensor in graph.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return [*(path.parent / name for name in sorted(names) if Path(name).name == name), path]
-
-
-def _put(source: Path, path: Path) -> None:
-    """Moves a graph and its data into place, the graph last; then removes data that only the old graph had."""
-    try:
-        old = set(_parts(path)) if path.exists() else set()
-    except Exception:  # whatever is there is no graph, and is replaced
-        old = set()
-    new = set()
-    for file in _parts(source):
-        flush(file)
-        target = path if file == source else path.parent / file.name
-        os.replace(file, target)
-        new.add(target)
-    flush(path.parent)
-    for file in old - new:
-        if file.name.endswith((".onnx_data", ".onnx.data")):
-            file.unlink(missing_ok=True)

@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""The compact text form of a plan: masks of units become base64 text, and text from a file is checked and unpacked.
+
+`Plan.to_dict` and `Plan.from_dict` use it. It needs no model, so an adapter's config can be checked on its own.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +15,63 @@ from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
 
 
-def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """States (uint8) of each group's units, from `Plan.to_dict`, without a model. Raises `SensiLoadError`."""
-    check_plan_dict(values)
-    states = {}
-    for name, entry in values["groups"].items():
-        if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
-            raise SensiLoadError(f"The plan's group {name!r} claims {entry['size']:,} units.")
-        kept, tuned = (_unpack(entry[key], entry["size"], f"{name}.{key}") for key in ("kept", "tuned"))
-        states[name] = kept.astype(np.uint8) + (kept & tuned).astype(np.uint8)
-    return states
-
-
-def _pack(mask: np.ndarray) -> str:
+def pack_mask(mask: np.ndarray) -> str:
+    """A boolean mask as text: `"all"`, `"none"`, or its bits in base64, the first unit in the highest bit."""
     if mask.all():
         return "all"
     return base64.b64encode(np.packbits(mask).tobytes()).decode() if mask.any() else "none"
 
 
-def _unpack(text: str, size: int, where: str) -> np.ndarray:
+def unpack_group(name: str, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The boolean masks of kept and of tuned units, shape `[size]`, from a group's entry in a checked plan dict.
+
+    Raises:
+        SensiLoadError: If a mask's text is not that of a mask of `entry["size"]` units.
+    """
+    size = entry["size"]
+    return _unpack_mask(entry["kept"], size, f"{name}.kept"), _unpack_mask(entry["tuned"], size, f"{name}.tuned")
+
+
+def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The states of the units of each group (uint8, shape `[size]`) from a plan dict, without the model.
+
+    Raises:
+        SensiLoadError: If the dict is malformed, or if a group has more than 2**24 units.
+    """
+    check_plan_dict(values)
+    states = {}
+    for name, entry in values["groups"].items():
+        if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
+            raise SensiLoadError(f"The plan's group {name!r} claims {entry['size']:,} units, more than any model has.")
+        kept, tuned = unpack_group(name, entry)
+        states[name] = kept.astype(np.uint8) + (kept & tuned).astype(np.uint8)
+    return states
+
+
+def _unpack_mask(text: str, size: int, where: str) -> np.ndarray:
     if text in ("all", "none"):
         return np.full(size, text == "all")
-    if len(text) != -(-size // 24) * 4:  # before it is unpacked
-        raise SensiLoadError(
-            f"The plan's mask {where!r} has {len(text)} characters, expected {-(-size // 24) * 4} for {size} units."
-        )
+    length = -(-size // 24) * 4
+    if len(text) != length:  # checked first, so that a long text is never decoded
+        raise SensiLoadError(f"The plan's mask {where!r} has {len(text)} characters, but {size} units need {length}.")
     try:
         bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8))
     except ValueError as error:
         raise SensiLoadError(f"The plan's mask {where!r} is not base64: {error}.") from None
     if len(bits) != -(-size // 8) * 8 or bits[size:].any():
-        raise SensiLoadError(
-            f"The plan's mask {where!r} holds {len(bits)} bits where {size} units need another number."
-        )
+        raise SensiLoadError(f"The plan's mask {where!r} does not hold exactly one bit for each of {size} units.")
     return bits[:size].astype(bool)
 
 
 def check_plan_dict(values: Any) -> None:
-    """Checks everything about a plan from outside that can be checked without a model. Raises `SensiLoadError`."""
+    """Checks the keys and types of a plan dict that came from a file; the masks' texts are not unpacked.
+
+    Raises:
+        SensiLoadError: If a key is missing or unknown, or if a value has the wrong type.
+    """
 
     def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+        return type(value) is int and 0 <= value < 2**48
 
     keys = {"sequence_length", "always_trained", "groups"}
     if not isinstance(values, Mapping) or set(values) != keys:
@@ -62,7 +81,7 @@ def check_plan_dict(values: Any) -> None:
         if not is_count(values[name]):
             raise SensiLoadError(f"The plan's `{name}` must be a whole number, got {shown(values[name])}.")
     if not isinstance(values["groups"], Mapping):
-        raise SensiLoadError("The plan's groups must be a mapping from group names.")
+        raise SensiLoadError(f"The plan's groups must be a mapping from names, got {shown(values['groups'])}.")
     for name, entry in values["groups"].items():
         good = isinstance(entry, Mapping) and set(entry) == {"size", "kept", "tuned"} and is_count(entry["size"])
         if not good or not all(isinstance(entry[key], str) for key in ("kept", "tuned")):

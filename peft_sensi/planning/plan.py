@@ -1,9 +1,12 @@
-"""Which unit is tuned, which stays frozen and which leaves the model: one ranking, two cuts."""
+"""A plan: which units are tuned, which stay frozen and which are trimmed, and what that costs.
+
+`allocate.make_plan` builds plans from scores and a budget, `Plan.from_dict` from the dict in an adapter's config.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +16,25 @@ from ..anatomy.units import Anatomy, Group
 from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.formatting import human
-from ..utils.states import KINDS, TRIMMED, TUNED, Row
-from .packing import _pack, _unpack, check_plan_dict, unpack_states
+from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
+from .packing import check_plan_dict, pack_mask, unpack_group, unpack_states
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The state of every unit, and what that costs. Immutable and comparable; `str(plan)` is the summary.
+    """The state of every unit of a model. Plans are immutable and comparable, and `str(plan)` is `plan.summary()`.
 
-    `states` holds one byte a unit (0 trimmed, 1 frozen, 2 tuned), group by group in the anatomy's order. `targets` are
-    the modules whose slices of a tuned unit are trained; `always_trained` counts values that are trained whatever the
-    plan says (output biases, norms). FLOPs are 2 x MACs of one sequence of `sequence_length` tokens.
+    Attributes:
+        anatomy: The groups of units of the base model, and what a unit of each costs.
+        states: One `bytes` object for each group, in the anatomy's order. Each byte is the state of one unit: 0 is
+            trimmed, 1 is frozen, 2 is tuned.
+        targets: Names of the modules that may be trained. Tuning a unit trains its slices of these modules only.
+        sequence_length: Number of tokens in the sequence for which FLOPs are counted.
+        always_trained: Number of values that are trained beside the tuned units (output biases and norms, for
+            example). The task head is not counted.
+
+    All FLOPs are those of one sequence, 2 for each multiply-accumulate operation. The *prunable* part of a model
+    consists of the heads and neurons that can be trimmed.
     """
 
     anatomy: Anatomy
@@ -33,33 +44,35 @@ class Plan:
     always_trained: int = 0
 
     def of(self, group: Group) -> np.ndarray:
-        """States (uint8) of the units of one group."""
+        """The states of a group's units, uint8 of shape `[group.size]`, read-only."""
         return np.frombuffer(self.states[self.anatomy.groups.index(group)], dtype=np.uint8)
 
-    def _rows(self) -> list[tuple[Group, np.ndarray]]:
+    def _states(self) -> list[tuple[Group, np.ndarray]]:
         return [(g, np.frombuffer(s, dtype=np.uint8)) for g, s in zip(self.anatomy.groups, self.states, strict=True)]
+
+    def _counts(self) -> list[tuple[Group, int, int]]:
+        """Each group with the number of its units that stay in the model and the number of those that are tuned."""
+        return [(g, int((s != TRIMMED).sum()), int((s == TUNED).sum())) for g, s in self._states()]
 
     @property
     def trims(self) -> bool:
-        return any((states == TRIMMED).any() for _, states in self._rows())
+        """Whether any unit leaves the model."""
+        return any(kept < group.size for group, kept, _ in self._counts())
 
     @property
     def kept_params(self) -> int:
         """Parameters of the prunable part that stay in the model."""
-        return sum(int((s != TRIMMED).sum()) * g.unit_params for g, s in self._rows() if g.trimmable)
+        return sum(kept * g.unit_params for g, kept, _ in self._counts() if g.trimmable)
 
     @property
     def kept_flops(self) -> int:
-        """FLOPs of the prunable part for one sequence."""
-        return 2 * sum(
-            int((s != TRIMMED).sum()) * g.unit_macs(self.sequence_length) for g, s in self._rows() if g.trimmable
-        )
+        """FLOPs of the prunable part that stay in the model."""
+        return 2 * sum(kept * g.unit_macs(self.sequence_length) for g, kept, _ in self._counts() if g.trimmable)
 
     @property
     def trainable_params(self) -> int:
-        """Trained values, the task head left out."""
-        tuned = sum(int((s == TUNED).sum()) * g.unit_trainable(self.targets) for g, s in self._rows())
-        return tuned + self.always_trained
+        """Trained values, without the task head."""
+        return self.always_trained + sum(tuned * g.unit_trainable(self.targets) for g, _, tuned in self._counts())
 
     @property
     def params_share(self) -> float:
@@ -73,29 +86,107 @@ class Plan:
 
     @property
     def model_params_share(self) -> float:
-        """Share of all base parameters, embeddings included and the task head left out, that is kept."""
+        """Share of all base parameters that is kept. Embeddings are counted, the task head is not."""
         total = self.anatomy.total_params
         return (total - self.anatomy.prunable_params + self.kept_params) / max(1, total)
 
     @property
     def trainable_share(self) -> float:
-        """Trained values over all base parameters."""
+        """Trained values as a share of all base parameters."""
         return self.trainable_params / max(1, self.anatomy.total_params)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A compact JSON value: bit masks of kept and of tuned units, packed and base64-encoded."""
-        groups = {
-            g.name: {"size": g.size, "kept": _pack(s != TRIMMED), "tuned": _pack(s == TUNED)} for g, s in self._rows()
-        }
+    def figures(self) -> dict[str, int | float]:
+        """All figures of the plan, as a JSON value. Every text, table and report about a plan reads them here.
+
+        Returns:
+            Counts and shares of what is kept of the prunable part (`params_kept`, `params_prunable`, `params_share`,
+            `flops_kept`, `flops_prunable`, `flops_share`), the `sequence_length` of these FLOPs, the parameters of the
+            base without its task head and the share of them that is kept (`base_params`, `base_params_share`), and
+            the number of trained values and its ratio to `base_params` (`trainable_params`, `trainable_share`).
+        """
         return {
+            "params_kept": self.kept_params,
+            "params_prunable": self.anatomy.prunable_params,
+            "params_share": self.params_share,
+            "flops_kept": self.kept_flops,
+            "flops_prunable": 2 * self.anatomy.prunable_macs(self.sequence_length),
+            "flops_share": self.flops_share,
             "sequence_length": self.sequence_length,
-            "always_trained": self.always_trained,
-            "groups": groups,
+            "base_params": self.anatomy.total_params,
+            "base_params_share": self.model_params_share,
+            "trainable_params": self.trainable_params,
+            "trainable_share": self.trainable_share,
         }
+
+    def facts(self, number: Callable[[int], str] = "{:,}".format) -> dict[str, str]:
+        """`figures` as text, by label. `number` formats the counts; see `formatting.human` for short ones."""
+        values = self.figures()
+        count = {name: number(value) for name, value in values.items() if isinstance(value, int)}
+        share = {name: f"{value:.2%}" for name, value in values.items() if isinstance(value, float)}
+        facts = {}
+        if self.anatomy.trimmable:
+            facts["prunable parameters kept"] = (
+                f"{count['params_kept']} of {count['params_prunable']} ({share['params_share']})"
+            )
+            facts["prunable FLOPs kept"] = (
+                f"{count['flops_kept']} of {count['flops_prunable']} "
+                f"({share['flops_share']}, {self.sequence_length} tokens)"
+            )
+        facts["base parameters kept"] = f"{share['base_params_share']} of {count['base_params']}, embeddings included"
+        for group, _, tuned in self._counts():
+            if group.kind == "token":
+                facts["tokens trained"] = f"{tuned:,} of {group.size:,}"
+        facts["trained values"] = (
+            f"{count['trainable_params']} ({share['trainable_share']} of the base), beside the task head"
+        )
+        return facts
+
+    def summary(self) -> str:
+        """A table with one line for each group (units, kept, tuned, shares of parameters), followed by `facts`."""
+        lines = [f"{COLUMNS} {'of prunable':>12} {'of model':>9}"]
+        prunable, total = max(1, self.anatomy.prunable_params), max(1, self.anatomy.total_params)
+        for group, kept, tuned in self._counts():
+            params = kept * group.unit_params
+            share = f"{params / prunable:.2%}" if group.trimmable else "-"
+            lines.append(f"{_columns(group, kept, tuned)} {share:>12} {params / total:>9.2%}")
+        return "\n".join([*lines, *(f"{name}: {value}" for name, value in self.facts().items())])
+
+    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
+        """A table of the groups with their mean score per 1000 parameters, the largest first.
+
+        The plan keeps and tunes the units with the largest scores for their cost, so most of them are in the first
+        groups. `scores` maps each group's name to the scores of its units, shape `[group.size]`.
+        """
+        density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
+        lines = [f"{'score / 1000 params':>19}  {COLUMNS}"]
+        for group, kept, tuned in sorted(self._counts(), key=lambda counts: -density[counts[0].name]):
+            lines.append(f"{density[group.name]:>19.3e}  {_columns(group, kept, tuned)}")
+        return "\n".join(lines)
+
+    def line(self) -> str:
+        """The most important figures in one line, for a log."""
+        units = {kind: counts for kind, counts in units_by_kind(self).items() if kind in ("head", "neuron")}
+        kept = ", ".join(f"{c['kept']} of {c['size']} {KINDS[kind]}" for kind, c in units.items())
+        return (
+            f"{f'kept {kept}; ' if kept else ''}{self.params_share:.1%} of prunable parameters, "
+            f"{self.flops_share:.1%} of prunable FLOPs, {self.trainable_params:,} trained values"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as a compact JSON value: for each group a packed mask of its kept and one of its tuned units."""
+        groups = {
+            g.name: {"size": g.size, "kept": pack_mask(s != TRIMMED), "tuned": pack_mask(s == TUNED)}
+            for g, s in self._states()
+        }
+        return {"sequence_length": self.sequence_length, "always_trained": self.always_trained, "groups": groups}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], anatomy: Anatomy, targets: frozenset[str]) -> Plan:
-        """Inverse of `to_dict`. Raises `SensiLoadError` when the plan does not fit the model."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            SensiLoadError: If the dict is malformed, or if it does not fit the model that has this anatomy.
+        """
         check_plan_dict(values)
         groups = values["groups"]
         if extra := sorted(set(groups) - set(anatomy.by_name)):
@@ -109,16 +200,18 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
-            kept, tuned = (_unpack(entry[key], group.size, f"{group.name}.{key}") for key in ("kept", "tuned"))
+            kept, tuned = unpack_group(group.name, entry)
             if group.fixed and not kept.all():
                 raise SensiLoadError(
                     f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantized?): load "
                     f"the adapter on the base model that it was made for."
                 )
-            if (tuned & ~kept).any() or (not group.trimmable and not kept.all()):
+            if not group.trimmable and not kept.all():
                 raise SensiLoadError(
-                    f"The plan of {group.name!r} contradicts itself: it tunes or trims what it cannot."
+                    f"The plan trims units of {group.name!r}, but only heads and neurons can be trimmed."
                 )
+            if (tuned & ~kept).any():
+                raise SensiLoadError(f"The plan tunes units of {group.name!r} that it also trims.")
             if kept.sum() < group.least:
                 raise SensiLoadError(
                     f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
@@ -126,43 +219,6 @@ class Plan:
                 )
             states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
-
-    def summary(self) -> str:
-        """A table by layer: kept and tuned units, and the shares that the budget speaks about."""
-        lines = [f"{'group':<44} {'units':>7} {'kept':>7} {'tuned':>7} {'of prunable':>12} {'of model':>9}"]
-        prunable, total = max(1, self.anatomy.prunable_params), max(1, self.anatomy.total_params)
-        for group, states in self._rows():
-            params = int((states != TRIMMED).sum()) * group.unit_params
-            share = f"{params / prunable:>12.2%}" if group.trimmable else f"{'-':>12}"
-            lines.append(f"{_counts(group, states)} {share} {params / total:>9.2%}")
-        lines += [
-            f"prunable parameters kept: {self.kept_params:,} ({self.params_share:.2%})",
-            f"model parameters kept: {self.model_params_share:.2%}",
-            f"prunable FLOPs kept: {self.kept_flops:,} ({self.flops_share:.2%} at {self.sequence_length} tokens)",
-            f"trained values: {self.trainable_params:,} ({self.trainable_share:.2%} of the base)",
-        ]
-        return "\n".join(lines)
-
-    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
-        """A table of the groups by their score per thousand parameters, which is what ranks them: the best first."""
-        density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
-        lines = [f"{'score / 1000 params':>19}  {'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"]
-        for group, states in sorted(self._rows(), key=lambda row: -density[row[0].name]):
-            lines.append(f"{density[group.name]:>19.3e}  {_counts(group, states)}")
-        return "\n".join(lines)
-
-    def line(self) -> str:
-        """One line for the log."""
-        heads, neurons = ([(g.size, s) for g, s in self._rows() if g.kind == kind] for kind in ("head", "neuron"))
-        kept = ", ".join(
-            f"{sum(int((s != TRIMMED).sum()) for _, s in rows)} of {sum(size for size, _ in rows)} {kind}"
-            for kind, rows in (("heads", heads), ("neurons", neurons))
-            if rows
-        )
-        return (
-            f"{'kept ' + kept + '; ' if kept else ''}{self.params_share:.1%} of prunable parameters, "
-            f"{self.flops_share:.1%} of prunable FLOPs, {self.trainable_params:,} trained values"
-        )
 
     def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:
         """Draws a map of the model. With scores, also draws the ranking of the units and the cut lines.
@@ -208,17 +264,18 @@ class Plan:
         return self.summary()
 
 
-def _counts(group: Group, states: np.ndarray) -> str:
-    """A group's columns in the tables: its name, and how many units it has, keeps and tunes."""
+COLUMNS = f"{'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"
+
+
+def _columns(group: Group, kept: int, tuned: int) -> str:
     name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
-    kept, tuned = int((states != TRIMMED).sum()), int((states == TUNED).sum())
     return f"{name:<44} {group.size:>7} {kept:>7} {tuned:>7}"
 
 
 def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
-    """The groups of a plan, or of the dict that an adapter's config holds. Raises `SensiLoadError` for a broken dict.
+    """One `Row` for each group of a plan, or of the dict in an adapter's config. Raises `SensiLoadError`.
 
-    A dict says nothing about kinds, so they are read off the groups' names.
+    Such a dict does not contain the kinds of the groups, so their names tell the kind.
     """
     if isinstance(plan, Plan):
         return [Row(g.name, block_of(g), g.kind, plan.of(g)) for g in plan.anatomy.groups]
@@ -231,10 +288,25 @@ def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
 
 
 def drawn_rows(plan: Plan | Mapping[str, Any]) -> list[Row]:
-    """`rows_of` without tokens, next to whose number the other units could not be seen."""
+    """`rows_of` without the tokens: there are so many of them that the other units would not be visible."""
     rows = rows_of(plan)
     return [row for row in rows if row.kind != "token"] or rows
 
 
+def units_by_kind(plan: Plan | Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """For each kind of unit the numbers of all units (`size`), of `kept` ones and of `tuned` ones.
+
+    `plan` is a `Plan`, or the dict in an adapter's config. Raises `SensiLoadError` for a broken dict.
+    """
+    units: dict[str, dict[str, int]] = {}
+    for row in rows_of(plan):
+        counts = units.setdefault(row.kind, {"size": 0, "kept": 0, "tuned": 0})
+        counts["size"] += row.size
+        counts["kept"] += row.count(FROZEN, TUNED)
+        counts["tuned"] += row.count(TUNED)
+    return units
+
+
 def block_of(group: Group) -> str:
+    """The layer of a head or neuron group; the name of any other group."""
     return (group.layer if group.trimmable else "") or group.name

@@ -1,1 +1,1 @@
-"""A plan, or a saved adapter, goes in; tables, facts, model cards and uploads come out."""
+"""A plan or a saved adapter goes in; facts, tables for a terminal, model cards and uploads to the Hub come out."""

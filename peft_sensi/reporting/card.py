@@ -1,12 +1,11 @@
-"""Model cards: what an adapter is, how it is loaded, what was asked and what was reached.
+"""Model cards: what an adapter is, how it is loaded, what its budget asked for and what was reached.
 
-The template is `card_template.md`, filled in by `huggingface_hub.ModelCard`. In a card that somebody has edited only
-our own section, between two comments, is written anew.
+`huggingface_hub.ModelCard` fills in the template, `card_template.md`. In a card that exists already, only the section
+between our two comments is replaced; what others wrote around it stays.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,11 @@ from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..utils.errors import SensiError
+from ..utils.files import read_json
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
-from .saved import (
-    AUTO_CLASSES,
-    SavedAdapter,
-    budget_words,
-    number_of_labels,
-    plan_without_weights,
-    short_fingerprint,
-    unit_facts,
-)
+from .facts import limit_words, unit_facts
+from .saved import AUTO_CLASSES, SavedAdapter, number_of_labels, plan_without_weights, short_fingerprint, task_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -56,13 +49,21 @@ def write_card(
     repo: str | None = None,
     folder: Path | None = None,
 ) -> list[Path]:
-    """Writes README.md and, where matplotlib is installed, the plan's picture; returns the paths.
+    """Writes README.md and, if matplotlib is installed, a picture of the plan. Returns the paths of both.
 
     Args:
-        results: Measured numbers: a mapping (its `validation` part, where it has one), a list of records, or a file.
-        base: The base model, if not the one the adapter names.
-        plan: With costs; otherwise it is built from the base's configuration, if that can be had.
-        scores: For the picture of the ranking; adapters do not hold them.
+        saved: The adapter that the card is about.
+        results: Measured numbers: a mapping (with a key `validation`, only the numbers in it are shown), a list of
+            records, or the path of a JSON file with one of them.
+        license: The adapter's license, for the metadata.
+        base: Name or folder of the base model, if not the one that the adapter names.
+        plan: The adapter's plan with its costs. By default it is computed from the base model's config, if possible.
+        scores: The scores of the units, for a picture of the ranking. Adapters do not contain them.
+        repo: The adapter's name on the Hub, for the title and the example.
+        folder: Where the files are written. Default: the adapter's folder.
+
+    Raises:
+        SensiError: `results` contains no numbers, or a file of results cannot be read.
     """
     folder = folder or saved.folder
     plan = plan or plan_without_weights(saved, base)
@@ -105,19 +106,20 @@ def new_card(
     base_license: str | None = None,
     num_labels: int | None = None,
 ) -> ModelCard:
-    task = getattr(config.task_type, "value", config.task_type) or ""
+    """Fills in the template. Without a plan, the card contains numbers of units instead of shares."""
+    task = task_of(config) or ""
     on_hub = base if base and is_repo(base) else None
-    # A path says nothing to others, and may say too much.
+    # Only the last part of a path is shown: the rest helps nobody and may be private.
     base = on_hub or (f"path/to/{Path(base).name}" if base else None)
+    trims = plan.trims if plan is not None else any(row.count(TRIMMED) for row in rows_of(config.plan))
     data = ModelCardData(
         library_name="peft",
         base_model=on_hub,
         license=license,
         pipeline_tag=PIPELINES.get(task),
-        tags=sorted({"peft_sensi", "fine-tuning", *(["pruning"] if trims(config, plan) else []),
+        tags=sorted({"peft_sensi", "fine-tuning", *(["pruning"] if trims else []),
                      *([f"base_model:adapter:{on_hub}"] if on_hub else [])}),
     )  # fmt: skip
-    auto = config.auto_mapping or {}
     fingerprint = short_fingerprint(config)
     return ModelCard.from_template(
         data,
@@ -128,13 +130,12 @@ def new_card(
         else f"`{base or 'an unnamed base model'}`",
         sentence=_sentence(config, plan),
         picture=picture,
-        model_class=AUTO_CLASSES.get(task) or str(auto.get("base_model_class") or "AutoModel"),
+        model_class=AUTO_CLASSES.get(task) or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel"),
         base_name=base or "path/to/the/base",
         base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
         repo=repo,
-        merged_words="a plain model with smaller matrices" if trims(config, plan) else "a plain model",
+        merged_words="a plain model with smaller matrices" if trims else "a plain model",
         budget=_budget_rows(config, plan),
-        length_words=f", FLOPs those of one sequence of {plan.sequence_length} tokens" if plan else "",
         results=results,
         provenance=[
             ("base model", f"`{base or 'unknown'}`"),
@@ -152,37 +153,44 @@ def new_card(
 
 
 def save_card(card: ModelCard, path: Path) -> None:
-    """Keeps what somebody else wrote into an older card: its metadata, and the text around our section."""
-    if path.is_file():
-        try:
-            old: Any = ModelCard.load(path)
-        except (ValueError, OSError):  # not a card
-            old = None
-        if old is not None:
-            ours = _section(card.text)
-            before, after = _around(old.text)
-            card.text = f"{before}{ours}{after}"
-            merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
-            tags = {*(old.data.get("tags") or []), *(card.data.get("tags") or [])}
-            # PEFT names a base that may be a path on this machine, which the Hub refuses.
-            paths = {tag for tag in tags if tag.startswith("base_model:") and not is_repo(tag.rpartition(":")[2])}
-            merged["tags"] = sorted(tags - paths)
-            if not is_repo(str(merged.get("base_model") or "")):
-                merged.pop("base_model", None)
-            card.data = ModelCardData(**merged)
+    """Saves the card. If there is one already, its metadata and the text around our section stay."""
+    try:
+        old: Any = ModelCard.load(path) if path.is_file() else None
+    except (ValueError, OSError):  # the file is not a card, and is replaced
+        old = None
+    if old is not None:
+        before, after = _around_section(old.text)
+        ours = card.text[card.text.index(BEGIN) : card.text.index(END) + len(END)]
+        card.text = f"{before}{ours}{after}"
+        merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
+        tags = {*(old.data.get("tags") or []), *(card.data.get("tags") or [])}
+        # PEFT writes the base's name even if it is a path on this machine, and the Hub refuses such metadata.
+        paths = {tag for tag in tags if tag.startswith("base_model:") and not is_repo(tag.rpartition(":")[2])}
+        merged["tags"] = sorted(tags - paths)
+        if not is_repo(str(merged.get("base_model") or "")):
+            merged.pop("base_model", None)
+        card.data = ModelCardData(**merged)
     card.save(path)
 
 
+def _around_section(text: str) -> tuple[str, str]:
+    """The text before and after our section. If there is no section, it belongs at the end."""
+    if BEGIN in text and END in text[text.index(BEGIN) :]:
+        return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    return text.rstrip() + "\n\n", "\n"
+
+
 def results_table(results: Any) -> str:
-    """Markdown. Raises `SensiError` when a file holds no numbers."""
+    """Measured numbers as a Markdown table; see `write_card` for their forms. Empty for `None`.
+
+    Raises:
+        SensiError: There are no numbers in `results`, or a file cannot be read.
+    """
     if results is None:
         return ""
     source = results
     if isinstance(results, (str, Path)):
-        try:
-            results = json.loads(Path(results).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise SensiError(f"{source} is not JSON: {error}.") from None
+        results = read_json(results)
     if isinstance(results, Mapping):
         numbers = results["validation"] if isinstance(results.get("validation"), Mapping) else results
         rows = [(name, _cell(value)) for name, value in numbers.items() if _is_number(value)]
@@ -200,77 +208,6 @@ def results_table(results: Any) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def license_of(base: str | None) -> str | None:
-    """From the base's own card, in its folder or on the Hub; `None` when there is none or the Hub cannot be asked."""
-    if not base:
-        return None
-    try:
-        path = Path(base) / "README.md"
-        if Path(base).is_dir():
-            return ModelCard.load(path).data.get("license") if path.is_file() else None
-        return ModelCard.load(base).data.get("license")
-    except Exception:  # a card is not worth an error: no network, no repository, no metadata
-        return None
-
-
-def is_repo(name: str) -> bool:
-    """Whether this is the name of a repository and not a folder of this machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).is_dir()
-
-
-def trims(config: SensiConfig, plan: Plan | None) -> bool:
-    return plan.trims if plan is not None else any(row.count(TRIMMED) for row in rows_of(config.plan))
-
-
-def _sentence(config: SensiConfig, plan: Plan | None) -> str:
-    if plan is None:
-        return "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items()) + "."
-    parts = []
-    if plan.trims:
-        parts.append(
-            f"{plan.params_share:.1%} of the parameters of its heads and neurons stay "
-            f"({plan.model_params_share:.1%} of the whole model), with {plan.flops_share:.1%} of their FLOPs"
-        )
-    parts.append(f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base)")
-    return "; ".join(parts) + "."
-
-
-def _budget_rows(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]]:
-    limits = config.limits if config.budget is not None else None
-    asked = {name: getattr(limits, name, None) for name in ("params", "flops", "trainable")}
-    reached = dict.fromkeys(asked, "unknown without the base")
-    if plan is not None:
-        reached = {
-            "params": f"{plan.params_share:.2%} ({human(plan.kept_params)})",
-            "flops": f"{plan.flops_share:.2%} ({human(plan.kept_flops)})",
-            "trainable": f"{plan.trainable_share:.2%} ({plan.trainable_params:,})",
-        }
-        if not plan.anatomy.trimmable:
-            reached |= dict.fromkeys(("params", "flops"), "all: the model has nothing that could be trimmed")
-    names = {"params": "parameters kept", "flops": "FLOPs kept", "trainable": "trained values"}
-    words = {
-        name: budget_words({name: value}).partition(" ")[2] if value is not None else "-"
-        for name, value in asked.items()
-    }
-    return [(names[name], words[name], reached[name]) for name in names]
-
-
-def _section(text: str) -> str:
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    return text[start:end]
-
-
-def _around(text: str) -> tuple[str, str]:
-    """What stands before and after our section; where there is none, everything stands before."""
-    if BEGIN in text and END in text[text.index(BEGIN) :]:
-        return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    return text.rstrip() + "\n\n", "\n"
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -279,3 +216,51 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else f"{value:,}" if _is_number(value) else str(value)
+
+
+def license_of(base: str | None) -> str | None:
+    """The license in the card of the base model (a folder, or a name on the Hub); `None` if it cannot be found."""
+    if not base:
+        return None
+    try:
+        card = Path(base) / "README.md" if Path(base).is_dir() else base
+        return ModelCard.load(card).data.get("license")
+    except Exception:  # no card, no license in it, no network: the adapter's card is written all the same
+        return None
+
+
+def is_repo(name: str) -> bool:
+    """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()
+
+
+def _sentence(config: SensiConfig, plan: Plan | None) -> str:
+    if plan is None:
+        return "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items()) + "."
+    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base)."
+    if not plan.trims:
+        return trained
+    return (
+        f"it keeps {plan.params_share:.1%} of the parameters of the base's heads and neurons "
+        f"({plan.model_params_share:.1%} of the whole model), with {plan.flops_share:.1%} of their FLOPs; {trained}"
+    )
+
+
+def _budget_rows(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]]:
+    """Label, limit and result for each of the three limits of a budget."""
+    limits = config.limits if config.budget is not None else None
+    facts = None if plan is None else plan.facts(human)
+    rows = []
+    for name, label in (
+        ("params", "prunable parameters kept"),
+        ("flops", "prunable FLOPs kept"),
+        ("trainable", "trained values"),
+    ):
+        limit = getattr(limits, name, None)
+        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
+        rows.append((label, "-" if limit is None else limit_words(limit), reached))
+    return rows

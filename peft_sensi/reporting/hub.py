@@ -1,4 +1,4 @@
-"""Adapters and the Hub: pushing one with its card, from its folder or from a model."""
+"""An adapter, in a folder or in a model, goes in; a commit on the Hub, with the model card, comes out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .card import PICTURE, new_card, save_card, write_card
 from .saved import SavedAdapter, open_adapter
 
 
-# What is uploaded beside the adapter and the card. Never pickles: optimizer states and training arguments stay here.
+# Files that are uploaded. Pickles are not: optimizer states and training arguments stay on this machine. The patterns
+# do not match in subfolders, which may be a Trainer's checkpoints.
 UPLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md", PICTURE)
 
 
@@ -28,15 +29,30 @@ def push_folder(
     repo: str,
     *,
     private: bool | None = None,
-    message: str = "Upload adapter",
+    commit_message: str | None = None,
+    commit_description: str | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    description: str | None = None,
     tags: list[str] | None = None,
     **card: Any,
 ) -> Any:
-    """One commit with the adapter's files and a fresh card; the folder stays as it is. Returns the commit."""
+    """Uploads an adapter's files and a new model card in one commit. The folder does not change.
+
+    Args:
+        saved: The adapter.
+        repo: The repository, `user/name`. It is created if it does not exist.
+        private: Whether a new repository is private. `None` is the account's default.
+        commit_message, commit_description, token, revision, create_pr: As in `HfApi.create_commit`.
+        tags: Further tags for the card.
+        card: Further arguments for `write_card`.
+
+    Returns:
+        A `huggingface_hub.CommitInfo`.
+
+    Raises:
+        SensiError: `repo` cannot be the name of a repository.
+    """
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -44,32 +60,36 @@ def push_folder(
         raise SensiError(f"{repo!r} is not a name for a repository: {str(error).splitlines()[0]}") from None
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo, branch=revision, exist_ok=True)
+    files = {path.name: path for pattern in UPLOADED for path in saved.folder.glob(pattern)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for pattern in UPLOADED:
-            for path in sorted(saved.folder.glob(pattern)):
-                shutil.copyfile(path, folder / path.name)
-        write_card(saved, folder=folder, repo=repo, **card)
+        readme = folder / "README.md"
+        if readme.name in files:  # the new card keeps what was written around our section
+            shutil.copyfile(files[readme.name], readme)
+        files |= {path.name: path for path in write_card(saved, folder=folder, repo=repo, **card)}
         if tags:
-            readme = ModelCard.load(folder / "README.md")
-            readme.data.tags = sorted({*(readme.data.tags or []), *tags})
-            readme.save(folder / "README.md")
-        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+            _add_tags(readme, tags)
         return api.create_commit(
             repo,
-            operations,
-            commit_message=message,
-            commit_description=description,
+            [CommitOperationAdd(name, path) for name, path in sorted(files.items())],
+            commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
 
 
-def hook_cards() -> None:
-    """Gives adapters of ours their card in `save_pretrained` and `push_to_hub`; other methods' are as before.
+def _add_tags(readme: Path, tags: list[str]) -> None:
+    card: Any = ModelCard.load(readme)
+    card.data.tags = sorted({*(card.data.tags or []), *tags})
+    card.save(readme)
 
-    PEFT asks the tuner for nothing when it writes README.md, and `push_to_hub` replaces what it wrote by a blank card
-    (Transformers 5.23). So these two methods of `PeftModel` are wrapped. Idempotent.
+
+def hook_cards() -> None:
+    """Makes `PeftModel.save_pretrained` and `push_to_hub` write our model card for adapters of this package.
+
+    PEFT does not ask the tuner when it writes README.md, and `push_to_hub` replaces that file by an empty card
+    (Transformers 5.23). So both methods of `PeftModel` are wrapped, once. Adapters of other methods are not affected.
     """
     if not hasattr(PeftModel.push_to_hub, "sensi_wraps"):
         PeftModel.create_or_update_model_card = _with_our_section(PeftModel.create_or_update_model_card)  # type: ignore[method-assign]
@@ -78,68 +98,39 @@ def hook_cards() -> None:
 
 def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
-        path, ours = Path(output_dir) / "README.md", isinstance(self.base_model, SensiModel)
-        our_tags: list[str] = []
-        if ours:
-            with contextlib.suppress(SensiError, IndexError):  # a card is not worth a failed save
-                name = self.active_adapters[0]
-                config, plan = self.peft_config[name], self.base_model.plan(name)
-                base = config.base_model_name_or_path or self.base_model.model.__dict__.get("name_or_path")
-                labels = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
-                card: Any = new_card(config, plan, base=base, repo=path.parent.name, num_labels=labels)
-                save_card(card, path)
-                our_tags = card.data.tags or []
+        if not isinstance(self.base_model, SensiModel):
+            return original(self, output_dir)
+        path, tags = Path(output_dir) / "README.md", list[str]()
+        with contextlib.suppress(SensiError, IndexError):  # a card that fails must not make the save fail
+            name = self.active_adapters[0]
+            config, plan = self.peft_config[name], self.base_model.plan(name)
+            base = config.base_model_name_or_path or self.base_model.model.__dict__.get("name_or_path")
+            labels = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
+            card: Any = new_card(config, plan, base=base, repo=path.parent.name, num_labels=labels)
+            save_card(card, path)
+            tags = card.data.tags or []
         original(self, output_dir)
-        if ours:
-            card = ModelCard.load(path)
-            card.data.tags = sorted({*(card.data.tags or []), *our_tags})  # PEFT has replaced them
-            card.save(path)
+        _add_tags(path, tags)  # PEFT has replaced them
 
     return create_or_update_model_card
 
 
 def _with_our_card(original: Callable[..., Any]) -> Callable[..., Any]:
-    def push_to_hub(
-        self: Any,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        tags: list[str] | None = None,
-        results: Any = None,
-        license: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Uploads the adapter with its card. `results` and `license` go into the card; the rest as in Transformers."""
+    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads the adapter with its model card. The arguments are those of Transformers' `push_to_hub`.
+
+        Adapters of this package also take `results` and `license` for the card (see `write_card`).
+        """
         if not isinstance(self.base_model, SensiModel):
-            return original(
-                self, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
-                token=token, revision=revision, create_pr=create_pr, tags=tags, **kwargs,
-            )  # fmt: skip
+            return original(self, repo_id, **kwargs)
+        kwargs.pop("max_shard_size", None)  # an adapter has one weights file
         with tempfile.TemporaryDirectory() as temporary:
             name = self.active_adapters[0]
             self.save_pretrained(temporary, selected_adapters=[name])
-            (Path(temporary) / "README.md").unlink()  # the fuller one comes with the upload
-            folder = Path(temporary) if name == "default" else Path(temporary) / name
-            return push_folder(
-                open_adapter(folder),
-                repo_id,
-                private=private,
-                message=commit_message or "Upload model",
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                description=commit_description,
-                tags=tags,
-                plan=self.base_model.plan(name),
-                scores=self.base_model._sensi_scores.get(name),
-                results=results,
-                license=license,
-            )
+            (Path(temporary) / "README.md").unlink()  # `push_folder` writes one that contains more
+            saved = open_adapter(Path(temporary) if name == "default" else Path(temporary) / name)
+            plan, scores = self.base_model.plan(name), self.base_model._sensi_scores.get(name)
+            return push_folder(saved, repo_id, plan=plan, scores=scores, **kwargs)
 
     push_to_hub.sensi_wraps = original  # type: ignore[attr-defined]
     return push_to_hub

@@ -1,189 +1,127 @@
-"""Tables for a terminal, and the same figures as plain JSON values. They need rich (`pip install 'peft-sensi[cli]'`).
+"""A plan or a list of facts goes in; tables for a terminal, drawn by rich, come out.
 
-Nothing relies on color: the three states have characters of their own, so a pipe or `NO_COLOR` loses nothing.
+Each of the three states has its own character, so nothing is lost without color (`NO_COLOR`, pipes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from ..planning.plan import Plan, drawn_rows, rows_of
-from ..utils.errors import SensiError
-from ..utils.formatting import human, short_names, shortened
-from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
+from rich import box
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
-
-
-GLYPHS = {TUNED: ("█", "blue"), FROZEN: ("▒", "yellow"), TRIMMED: ("·", "bright_black")}
-ASCII = {TUNED: "#", FROZEN: "=", TRIMMED: "."}
-LEGEND = {TUNED: "tuned", FROZEN: "frozen", TRIMMED: "trimmed"}
-WIDTH = 80  # what every terminal has
-MIN_BAR, MAX_BAR = 4, 16
+from ..planning.plan import Plan, drawn_rows
+from ..utils.formatting import short_names, shortened
+from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
 
 
-def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> RenderableType:
-    """A line a block: how many heads and neurons stay, how many of them are tuned, and a bar of the three states."""
+# Characters with and without Unicode, and the color.
+GLYPHS = {TUNED: ("█", "#", "blue"), FROZEN: ("▒", "=", "yellow"), TRIMMED: ("·", ".", "bright_black")}
+
+
+class Bar:
+    """The shares of a group's three states, as a bar of 4 to 16 characters. rich chooses the width."""
+
+    def __init__(self, row: Row, ascii_only: bool = False) -> None:
+        self.row, self.ascii_only = row, ascii_only
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(4, 16)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield self.text(options.max_width) if options.max_width >= 4 else Text()  # too narrow for three states
+
+    def text(self, width: int) -> Text:
+        """Each state that occurs gets at least one character."""
+        exact = {state: self.row.count(state) * width / max(1, self.row.size) for state in STATES}
+        cells = {state: max(int(share), int(share > 0)) for state, share in exact.items()}
+        while sum(cells.values()) > width:
+            cells[max(cells, key=lambda state: cells[state])] -= 1
+        while 0 < sum(cells.values()) < width:
+            cells[max(cells, key=lambda state: exact[state] - cells[state])] += 1
+        return Text.assemble(*(_characters(state, cells[state], self.ascii_only) for state in STATES))
+
+
+def _characters(state: int, count: int, ascii_only: bool) -> tuple[str, str]:
+    glyph, plain, color = GLYPHS[state]
+    return (plain if ascii_only else glyph) * count, color
+
+
+def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Table:
+    """A table with one line for each block: its numbers of kept and tuned units, and a bar of the three states.
+
+    `plan` is a `Plan`, or the dict in an adapter's config. The column of tuned units is left out if all kept units are
+    tuned, or none.
+    """
     table, rows = _table(), drawn_rows(plan)
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     both = any(row.count(FROZEN) for row in rows) and any(row.count(TUNED) for row in rows)
-    lines = _lines(rows)
-
-    def cells(line: Mapping[str, Row], kind: str) -> list[str]:
-        if kind not in line:
-            return ["", ""][: 1 + both]
-        row = line[kind]
-        return [f"{row.count(TUNED, FROZEN):,}/{row.size:,}", *([f"{row.count(TUNED):,}"] if both else [])]
-
-    headers = {kind: [f"{KINDS[kind]} kept", *(["tuned"] if both else [])] for kind in kinds}
-    columns = [
-        [header, *(cells(line, kind)[i] for _, line in lines)]
-        for kind in kinds
-        for i, header in enumerate(headers[kind])
-    ]
-    taken = max(len(label) for label in ("block", *(label for label, _ in lines))) + sum(
-        max(map(len, column)) for column in columns
-    )
-    room = (WIDTH - taken - 3 * (1 + len(columns) + len(kinds))) // max(1, len(kinds))
-    bar = max(MIN_BAR, min(MAX_BAR, room))
     table.add_column("block", no_wrap=True)
     for kind in kinds:
-        for header in headers[kind]:
+        for header in [f"{KINDS[kind]} kept", "tuned"][: 1 + both]:
             table.add_column(header, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-    for label, line in lines:
-        parts: list[Any] = [label]
+        table.add_column()  # rich makes columns that may wrap narrower: the bars, and no others
+    for label, line in _lines(rows):
+        cells: list[Any] = [Text(label)]
         for kind in kinds:
-            parts += [*cells(line, kind), _bar(line[kind], ascii_only, bar) if kind in line else ""]
-        table.add_row(*parts)
+            row = line.get(kind)
+            counts = [f"{row.count(TUNED, FROZEN):,}/{row.size:,}", f"{row.count(TUNED):,}"] if row else ["", ""]
+            cells += [*counts[: 1 + both], Bar(row, ascii_only) if row else ""]
+        table.add_row(*cells)
     return table
 
 
 def legend(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Text:
-    text = _text()
-    rows = drawn_rows(plan)
-    for state, name in LEGEND.items():
+    """The characters of the states that occur in the plan, and their names."""
+    text, rows = Text(), drawn_rows(plan)
+    for state, name in STATES.items():
         if any(row.count(state) for row in rows):
-            glyph, color = GLYPHS[state]
-            text.append((ASCII[state] if ascii_only else glyph) * 2, color)
-            text.append(f" {name}   ")
+            text.append(*_characters(state, 2, ascii_only)).append(f" {name}   ")
     return text
 
 
-def facts_table(facts: Mapping[str, str]) -> RenderableType:
-    """Names and values in two columns."""
-    from rich.table import Table
-
+def facts_table(facts: Mapping[str, str]) -> Table:
+    """Labels and values in two columns."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, _text(value))
+        table.add_row(name, Text(value))
     return table
 
 
-def plan_facts(plan: Plan) -> dict[str, str]:
-    """What the budget speaks about, in human units."""
-    facts = {}
-    anatomy = plan.anatomy
-    if anatomy.trimmable:
-        flops = 2 * anatomy.prunable_macs(plan.sequence_length)
-        facts["prunable parameters kept"] = (
-            f"{human(plan.kept_params)} of {human(anatomy.prunable_params)} ({plan.params_share:.2%})"
-        )
-        facts["prunable FLOPs kept"] = (
-            f"{human(plan.kept_flops)} of {human(flops)} ({plan.flops_share:.2%}, {plan.sequence_length} tokens)"
-        )
-    facts["base parameters kept"] = (
-        f"{plan.model_params_share:.2%} of {human(anatomy.total_params)}, embeddings included"
-    )
-    for row in rows_of(plan):
-        if row.kind == "token":
-            facts["tokens trained"] = f"{row.count(TUNED):,} of {row.size:,}"
-    facts["trained values"] = (
-        f"{human(plan.trainable_params)} ({plan.trainable_share:.2%} of the base), beside the task head"
-    )
-    return facts
-
-
-def plan_figures(plan: Plan) -> dict[str, Any]:
-    """A JSON value with the figures of `plan_facts` and the counts of every group."""
-    return {
-        "params_kept": plan.kept_params,
-        "params_prunable": plan.anatomy.prunable_params,
-        "params_share": plan.params_share,
-        "flops_kept": plan.kept_flops,
-        "flops_share": plan.flops_share,
-        "sequence_length": plan.sequence_length,
-        "base_params": plan.anatomy.total_params,
-        "base_params_share": plan.model_params_share,
-        "trainable_params": plan.trainable_params,
-        "trainable_share": plan.trainable_share,
-        "groups": group_counts(plan),
-    }
-
-
-def group_counts(plan: Plan | Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": r.name, "kind": r.kind, "size": r.size, **{LEGEND[s]: r.count(s) for s in LEGEND}}
-        for r in rows_of(plan)
-    ]
-
-
-def records_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
-    """A plain table of strings; the last column wraps."""
+def records_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of strings. Only the last column wraps."""
     table = _table()
     for i, column in enumerate(columns):
         table.add_column(column, no_wrap=i + 1 < len(columns), overflow="fold")
     for row in rows:
-        table.add_row(*map(_text, row))
+        table.add_row(*map(Text, row))
     return table
 
 
-def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
-    """The rows of a block on one line; a second attention of the same block gets a line of its own."""
-    names = short_names(row.block for row in rows)
-    lines: list[tuple[str, dict[str, Row]]] = []
-    open_line: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        line = open_line.get(row.block)
-        if line is None or row.kind in line:
-            second = line is not None
-            line = open_line[row.block] = {}
-            label = names[row.block] + (f" {row.name.rpartition('.')[2]}" if second else "")
-            lines.append((shortened(label, 36 if len({row.kind for row in rows}) == 1 else 20), line))
-        line[row.kind] = row
-    return lines
-
-
-def _bar(row: Row, ascii_only: bool, width: int) -> Text:
-    """A state that occurs gets at least one character, and a state that is all gets all."""
-    text = _text()
-    exact = {state: row.count(state) * width / max(1, row.size) for state in GLYPHS}
-    whole = {state: max(int(cells), int(cells > 0)) for state, cells in exact.items()}
-    while sum(whole.values()) > width:
-        whole[max(whole, key=lambda state: whole[state])] -= 1
-    while 0 < sum(whole.values()) < width:
-        whole[max(whole, key=lambda state: exact[state] - whole[state])] += 1
-    for state, (glyph, color) in GLYPHS.items():
-        text.append((ASCII[state] if ascii_only else glyph) * whole[state], color)
-    return text
-
-
-def _table() -> Any:
-    try:
-        from rich import box
-        from rich.table import Table
-    except ImportError:
-        raise SensiError("Tables need rich: `pip install 'peft-sensi[cli]'`.") from None
+def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
 
 
-def _text(content: str = "") -> Text:
-    from rich.text import Text
+def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
+    """Labels of the table's lines, and the row of each kind on the line.
 
-    return Text(content)
+    The rows of a block share a line. A block's second row of the same kind (a second attention) gets its own line.
+    """
+    names = short_names(row.block for row in rows)
+    width = 36 if len({row.kind for row in rows}) == 1 else 20
+    lines: list[tuple[str, dict[str, Row]]] = []
+    last_line: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        line = last_line.get(row.block)
+        if line is None or row.kind in line:
+            label = names[row.block] if line is None else f"{names[row.block]} {row.name.rpartition('.')[2]}"
+            line = last_line[row.block] = {}
+            lines.append((shortened(label, width), line))
+        line[row.kind] = row
+    return lines

@@ -1,0 +1,149 @@
+"""The commands that start from a saved adapter: `inspect`, `merge`, `export`, `card` and `push`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.text import Text
+
+from ..merging.onnx import export_onnx
+from ..merging.save import save_merged
+from ..reporting.card import write_card
+from ..reporting.facts import adapter_facts, adapter_figures
+from ..reporting.hub import push_folder
+from ..reporting.saved import SavedAdapter, load_adapter, open_adapter, plan_without_weights
+from ..reporting.tables import facts_table, legend, plan_table
+from ..utils.errors import SensiError
+from ..utils.formatting import size_of
+from . import arguments as args
+from .arguments import argument, option
+from .terminal import ascii_only, err, out, print_json, step
+
+
+def inspect(adapter: args.Adapter, base: args.Base = None, json: args.Json = False, debug: args.Debug = False) -> None:
+    """Show what is in an adapter. No weights are loaded; shares need the base model's configuration."""
+    saved = open_adapter(adapter)
+    plan = plan_without_weights(saved, base)
+    if json:
+        print_json(adapter_figures(saved, plan))
+        return
+    out.print(facts_table(adapter_facts(saved, plan)))
+    shown = saved.config.plan if plan is None else plan
+    out.print(plan_table(shown, ascii_only()), legend(shown, ascii_only()))
+    if plan is None:
+        err.print(Text(f"The shares need the base model, which was not found: {base or saved.base}", "dim"))
+
+
+def merge(
+    adapter: args.Adapter,
+    folder: Annotated[Path, argument("OUT", "The folder for the model.")],
+    base: args.Base = None,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Merge an adapter into its base: the result is a Transformers model with smaller matrices, for `load_merged`."""
+    saved, model = load_saved(adapter, base, json)
+    with step("merging", show=not json):
+        small = model.merge_and_unload()
+        plain = save_merged(small, folder)
+        copy_tokenizer(saved, base, folder)
+    count = sum(parameter.numel() for parameter in small.parameters())
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    if json:
+        print_json({"folder": str(folder), "parameters": count, "bytes": size, "loads_without_peft_sensi": plain})
+        return
+    out.print(Text(f"{folder}: {count:,} parameters, {size_of(size)}"), soft_wrap=True)
+    if plain:
+        out.print("All layers have the same widths: AutoModel...from_pretrained loads it, without peft_sensi.")
+    else:
+        out.print("Layers have different widths: load it with peft_sensi.load_merged(folder),")
+        out.print("or, without peft_sensi, with trust_remote_code=True.")
+
+
+def export(
+    adapter: args.Adapter,
+    file: Annotated[Path, argument("OUT.onnx", "The file to write.")],
+    int8: Annotated[bool, option("--int8", None, "Also write a copy with 8-bit weights, OUT.int8.onnx.")] = False,
+    opset: Annotated[int, option("--opset", "N", "The version of ONNX's operators.", min=14)] = 17,
+    base: args.Base = None,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Write the merged model as an ONNX file for any batch size and length, and check it in onnxruntime."""
+    if file.suffix.lower() != ".onnx":
+        raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
+    _, model = load_saved(adapter, base, json)
+    with step("exporting", show=not json):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        report = export_onnx(model, file, int8=int8, opset=opset)
+    if json:
+        print_json(asdict(report))
+        return
+    out.print(Text(str(report)), soft_wrap=True)
+
+
+def card(
+    adapter: args.Adapter,
+    results: args.Results = None,
+    license: args.License = None,
+    repo: Annotated[str | None, option("--repo", "REPO", "The adapter's name on the Hub.")] = None,
+    folder: Annotated[
+        Path | None, option("--out", "FOLDER", "The folder for the card. Default: the adapter's.")
+    ] = None,
+    base: args.Base = None,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Write the model card (README.md and a picture of the plan) into an adapter's folder."""
+    saved = open_adapter(adapter)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
+    if json:
+        print_json({"files": [str(path) for path in written]})
+        return
+    for path in written:
+        out.print(Text(str(path)), soft_wrap=True)
+
+
+def push(
+    adapter: args.Adapter,
+    repo: args.Repo,
+    private: Annotated[bool, option("--private", None, "Create a private repository.")] = False,
+    results: args.Results = None,
+    license: args.License = None,
+    message: Annotated[str, option("--message", "TEXT", "The message of the commit.")] = "Upload adapter",
+    base: args.Base = None,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Upload an adapter with its model card to the Hub (log in first: hf auth login)."""
+    saved = open_adapter(adapter)
+    with step(f"uploading to {repo}", show=not json):
+        commit = push_folder(
+            saved, repo, private=private or None, commit_message=message, results=results, license=license, base=base
+        )
+    if json:
+        print_json({"url": commit.commit_url, "repo": repo})
+        return
+    out.print(Text(commit.commit_url), soft_wrap=True)
+
+
+def load_saved(adapter: str, base: str | None, json: bool) -> tuple[SavedAdapter, Any]:
+    saved = open_adapter(adapter)
+    with step("loading the model", show=not json):
+        return saved, load_adapter(saved, base)
+
+
+def copy_tokenizer(saved: SavedAdapter, base: str | None, folder: Path) -> None:
+    """Copies the tokenizer of the adapter's folder, or else of the base, into a folder. Does nothing without one."""
+    from transformers import AutoTokenizer
+
+    for source in (str(saved.folder), base or saved.base):
+        try:
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+            return
+        except Exception:  # a missing tokenizer has many errors, and the merged model is already saved
+            continue

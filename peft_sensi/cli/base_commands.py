@@ -1,0 +1,216 @@
+"""The commands that start from a base model: `plan`, `train` and `recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.text import Text
+
+from .. import recipes
+from ..planning.plan import Plan
+from ..reporting.facts import plan_figures
+from ..reporting.tables import facts_table, legend, plan_table, records_table
+from ..scoring.criteria import DATA_METHODS
+from ..scoring.scores import Scores
+from ..utils.errors import SensiError
+from ..utils.formatting import human, size_of
+from . import arguments as args
+from .arguments import option
+from .terminal import ascii_only, err, out, print_json, step
+
+
+# `train` and `textdata` are imported inside the functions: Trainer and scikit-learn take a second to import.
+
+
+def plan(
+    model: args.Model,
+    data: Annotated[Path | None, args.LABELED_TEXTS] = None,
+    budget: args.Params = None,
+    flops: args.Flops = None,
+    trainable: args.Trainable = None,
+    score: args.Ranking = args.FISHER,
+    scores: args.SavedScores = None,
+    save_scores: Annotated[
+        Path | None, option("--save-scores", "FILE", "Save the scores, for plans with other budgets.")
+    ] = None,
+    plot: Annotated[Path | None, option("--plot", "FILE", "Draw the plan: .png, .svg or .pdf.")] = None,
+    style: Annotated[
+        args.Style, option("--style", "NAME", "The style of the drawing: light or dark.")
+    ] = args.Style.light,
+    text_column: args.TextColumn = None,
+    pair_column: args.PairColumn = None,
+    label_column: args.LabelColumn = None,
+    regression: args.Regression = False,
+    max_length: args.MaxLength = 128,
+    max_rows: args.MaxRows = None,
+    batch_size: args.BatchSize = 32,
+    calibration_steps: Annotated[
+        int, option("--calibration-steps", "N", "Batches to compute scores from.", min=1)
+    ] = 24,
+    priming_steps: Annotated[
+        int, option("--priming-steps", "N", "Steps of the short fine-tuning before scoring.", min=0)
+    ] = 40,
+    seed: args.Seed = 0,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Show what a budget would tune, freeze and trim. Nothing is trained or changed.
+
+    All heads and neurons are ranked together. The best ones stay in the model, and the best of these are tuned.
+    """
+    from .train import plan_for, score_for
+
+    limits = args.limits_of(budget, flops, trainable)
+    base, task = load_base(
+        model, data, needs_data=scores is None and score in DATA_METHODS, text_column=text_column,
+        pair_column=pair_column, label_column=label_column, regression=regression or None, max_length=max_length,
+        max_rows=max_rows, seed=seed,
+    )  # fmt: skip
+    if scores is not None:
+        ranking = Scores.load(scores)
+    else:
+        batches = None if task is None else task.batches(batch_size, seed)
+        steps: dict[str, Any] = {"calibration_steps": calibration_steps, "priming_steps": priming_steps}
+        ranking = score_for(base, batches, score=score.value, seed=seed, **steps)
+    found = plan_for(base, limits, ranking, seed)
+    if save_scores is not None:
+        ranking.save(save_scores)
+    if plot is not None:
+        cost = "flops" if limits and "flops" in limits and "params" not in limits else "params"
+        found.plot(plot, scores=ranking, style=style.value, cost=cost)
+    files = {"scores": save_scores, "picture": plot}
+    if json:
+        figures = plan_figures(found)
+        print_json({"model": model, "budget": limits, "score": ranking.method, "files": files, "plan": figures})
+        return
+    out.print(*plan_renderables(found))
+    for what, path in files.items():
+        if path is not None:
+            out.print(Text(f"{what}: {path}"), soft_wrap=True)
+
+
+def train(
+    model: args.Model,
+    data: Annotated[Path, args.LABELED_TEXTS],
+    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapter.")],
+    validation: Annotated[
+        Path | None,
+        option("--validation", "FILE", "Validation texts. Default: a tenth of the data.", args.DATA),
+    ] = None,
+    budget: args.Params = None,
+    flops: args.Flops = None,
+    trainable: args.Trainable = None,
+    recipe: Annotated[
+        args.Recipe | None, option("--recipe", "NAME", "A published method that `peft-sensi recipes` lists.")
+    ] = None,
+    score: Annotated[
+        args.Score | None, option("--score", "NAME", "As in `peft-sensi plan`; fisher by default.")
+    ] = None,
+    scores: args.SavedScores = None,
+    epochs: Annotated[float, option("--epochs", "N", "Passes over the data.", min=0)] = 3,
+    lr: Annotated[
+        float,
+        option("--lr", "RATE", "The peak learning rate. Use 1e-3 or more if --trainable is at most 2%."),
+    ] = 1e-4,
+    batch_size: args.BatchSize = 32,
+    text_column: args.TextColumn = None,
+    pair_column: args.PairColumn = None,
+    label_column: args.LabelColumn = None,
+    regression: args.Regression = False,
+    max_length: args.MaxLength = 128,
+    max_rows: args.MaxRows = None,
+    bf16: Annotated[bool, option("--bf16", None, "Train with bfloat16 mixed precision.")] = False,
+    seed: args.Seed = 0,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Train a text classifier (or a regressor) under a budget, and save the adapter.
+
+    The folder gets the adapter, the tokenizer, the names of the labels, a model card and metrics.json.
+    """
+    from .train import train_for
+
+    limits = args.limits_of(budget, flops, trainable)
+    if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
+        raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
+    if recipe not in (None, "sensi_bert") and limits is not None:
+        raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget, --flops and --trainable.")
+    if recipe is not None and score is not None:
+        raise SensiError(f"The recipe {recipe} has its own way to rank units: leave out --score.")
+    if not 0 < lr < float("inf"):
+        raise SensiError(f"--lr must be a positive number, got {lr}.")
+    args.check_out(out_folder)
+    base, task = load_base(
+        model, data, text_column=text_column, pair_column=pair_column, label_column=label_column,
+        regression=regression or None, max_length=max_length, max_rows=max_rows, seed=seed,
+        validation=validation, hold_out=0.0 if validation else 0.1,
+    )  # fmt: skip
+    result = train_for(
+        base,
+        task,
+        out_folder,
+        limits=limits,
+        recipe=recipe.value if recipe else None,
+        score=(score or args.FISHER).value,
+        scores=None if scores is None else Scores.load(scores),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        bf16=bf16,
+        seed=seed,
+        show=lambda plan: err.print(*plan_renderables(plan)),
+    )
+    if json:
+        print_json(result)
+        return
+    facts = {name: "undefined" if v is None else f"{v:.4f}" for name, v in result["validation"].items()}
+    facts |= {
+        "validation rows": f"{result['rows']['validation']:,}",
+        "trained values": f"{result['trained_values']:,}",
+        "adapter": size_of(result["weight_bytes"]),
+        "training": f"{result['seconds']['training']:.0f} s",
+    }
+    out.print(facts_table(facts))
+    out.print(Text(f"saved in {out_folder}"), soft_wrap=True)
+
+
+def list_recipes(json: args.Json = False, debug: args.Debug = False) -> None:
+    """List the published methods that are built in."""
+    lines = {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in recipes.RECIPES.items()}
+    if json:
+        print_json([{"name": name, "what": what} for name, what in lines.items()])
+        return
+    out.print(records_table(["recipe", "what it does"], [[name, what] for name, what in lines.items()]))
+    out.print("In Python:  config = peft_sensi.recipes.NAME(...)")
+    out.print("In a shell: peft-sensi train ... --recipe NAME")
+
+
+def load_base(model: str, data: Path | None, needs_data: bool = True, **options: Any) -> tuple[Any, Any]:
+    """Loads the base model, and the task of the data file if there is one (else `None`).
+
+    Args:
+        model: A folder or the name of a model on the Hub.
+        data: A file of labeled texts. The model gets a fresh head for its labels.
+        needs_data: Whether a missing file is an error.
+        options: For `textdata.read_task`.
+    """
+    from .textdata import load_classifier, read_task
+
+    if data is None:
+        if needs_data:
+            raise SensiError(
+                "Give --data, a file of labeled texts to compute scores from. Only --score magnitude and --score "
+                "random need no data."
+            )
+        with step("loading the model"):
+            return load_classifier(model), None
+    with step("reading the data"):
+        task = read_task(model, data, **options)
+    err.print(Text(task.line, "dim"), soft_wrap=True)
+    with step("loading the model"):
+        return load_classifier(model, task.labels, task.tokenizer), task
+
+
+def plan_renderables(plan: Plan) -> list[Any]:
+    return [plan_table(plan, ascii_only()), legend(plan, ascii_only()), facts_table(plan.facts(human))]

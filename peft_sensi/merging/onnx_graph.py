@@ -1,0 +1,69 @@
+"""ONNX graphs on disk: packing one into one or two files, quantizing it, and moving it to its place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..utils.files import move_files
+
+
+LARGEST_PROTOBUF = 2**31 - 2**20
+
+
+def pack(draft: Path, path: Path, external: bool | None, labels: Mapping[int, str] | None = None) -> bool:
+    """Writes the draft as one file, or as two: the graph and its weights. Returns whether there are two."""
+    import onnx
+
+    graph = onnx.load(draft)
+    if labels and any(name != f"LABEL_{i}" for i, name in labels.items()):
+        entry = graph.metadata_props.add()
+        entry.key, entry.value = "id2label", json.dumps(labels)
+    weights = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+    if not (weights >= LARGEST_PROTOBUF if external is None else external):
+        onnx.save_model(graph, path)
+        return False
+    # A new name: the graph that is at the path now still needs its own weights.
+    name = f"{path.stem}-{secrets.token_hex(8)}.onnx_data"
+    onnx.save_model(graph, path, save_as_external_data=True, all_tensors_to_one_file=True, location=name)
+    return True
+
+
+def quantize(source: Path, target: Path, external: bool) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # advice about a preprocessing step that changes nothing here
+    try:
+        quantize_dynamic(
+            source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=external
+        )
+    finally:
+        logging.disable(level)
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a graph: its external data, and the graph itself as the last one."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    names = {
+        entry.value for tensor in graph.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return [*(path.parent / name for name in sorted(names) if Path(name).name == name), path]
+
+
+def move_graph(source: Path, path: Path) -> None:
+    """Moves a graph and its data to its place, and removes data that only the old graph there used."""
+    try:
+        old = parts(path) if path.exists() else []
+    except Exception:  # the old file is not a graph
+        old = []
+    files = parts(source)
+    move_files(files, path.parent)
+    for file in {part.name for part in old} - {part.name for part in files}:
+        if file.endswith((".onnx_data", ".onnx.data")):
+            (path.parent / file).unlink(missing_ok=True)
