@@ -1,9 +1,9 @@
 """Runs every Python block of the documentation, page by page, from top to bottom.
 
 The blocks of a page share one namespace. It starts with the names that a reader is assumed to have (`base`,
-`train_batches`, `train_rows`, `eval_rows`, `Trainer`, `TrainingArguments`, `args`). The models that blocks load by name
-are tiny random models, saved under these names in the folder where the blocks run. A block that cannot run is marked
-`no-run`.
+`train_batches`, `train_rows`, `eval_rows`, `Trainer`, `TrainingArguments`, `args`). The models that blocks load by
+name are tiny random models, saved under these names in the folder where the blocks run. A block that cannot run is
+marked `no-run`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer,
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES += sorted((ROOT / "peft_sensi").glob("*.md"))
-FILES = [path for path in FILES if path.name != "card_template.md"]  # a template; the tests of cards check it filled in
+FILES = [
+    path for path in FILES if path.name != "card_template.md"
+]  # a template; the tests of cards check it filled in
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.S | re.M)
 
 
