@@ -250,8 +250,8 @@ def report(results: dict[str, Result], task: Task) -> None:
     console.print(
         f"Parameters, FLOPs (one sequence of {MAX_LENGTH} tokens) and inference (float32, {len(batch['labels'])} such "
         "sequences) are those of the merged model, compared with the whole base model, embeddings included. A "
-        "training step uses the same sequences under bfloat16 autocast. Both times are medians of interleaved runs. On "
-        "disk is the size of the files that save_pretrained writes."
+        "training step uses the same sequences under bfloat16 autocast. Both times are medians of interleaved runs. "
+        "On disk is the size of the files that save_pretrained writes."
     )
 
 
