@@ -121,7 +121,7 @@ def deciding_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records for `peft_sensi.charts.plot_budgets`: retention of each trimming run over its budget.
+    """Records for `plots.plot_budgets`: retention of each trimming run over its budget.
 
     Only rows with all tasks of `ours` are used, because means over different tasks cannot be compared.
     """
