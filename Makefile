@@ -1,12 +1,12 @@
-# Every target makes .venv when it is missing and installs what it needs from the pinned versions; a second call installs
-# nothing. The stamps are older than pyproject.toml or constraints.txt after a change there, which installs again.
+# Every target creates .venv if it is missing, and installs what it needs in pinned versions. A second call installs nothing.
+# If pyproject.toml or constraints.txt changes, the stamps are outdated, and the next call installs again.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
-# Idle threads sleep instead of spinning: on a shared machine a spinning one takes the core that the other thread needs.
+# Idle threads sleep instead of spinning. On a shared machine, a spinning thread takes a core that another thread needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test slow lint format types
@@ -20,7 +20,7 @@ PYTEST_ARGS ?= -n auto
 test: $(VENV)/.stamp-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# Thousands of mutated files, hundreds of kills, every family: an hour on a small machine.
+# Thousands of mutated files, hundreds of kills, every family. This takes an hour on a small machine.
 slow: $(VENV)/.stamp-dev
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
@@ -40,13 +40,13 @@ $(VENV)/.stamp-python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# The linter alone: checking the style shouldn't need PyTorch.
+# Only the linter: checking the style does not need PyTorch.
 $(VENV)/.stamp-lint: $(VENV)/.stamp-python $(PINS)
 	$(PIP) ruff
 	touch $@
 
-# torch first and by its exact version: a range would let pip choose another build, with gigabytes of CUDA libraries.
-# setuptools with it: the build backend is then a pinned one too, and no isolated build environment has to be made.
+# torch is installed first, with its exact version. With a range, pip could choose another build with gigabytes of CUDA libraries.
+# setuptools is installed here too, so that the build backend is pinned and no isolated build environment is needed.
 $(VENV)/.stamp-torch: $(VENV)/.stamp-python $(PINS)
 	$(PIP) setuptools "$$(grep '^torch==' constraints.txt)"
 	touch $@

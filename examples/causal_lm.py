@@ -1,16 +1,16 @@
-"""Tune a language model with a budget on a text file: any decoder, or a small Llama-shaped one made here.
+"""Tune a language model under a budget: any decoder, or a small Llama-shaped model made here; the data is a text file.
 
     python examples/causal_lm.py --model meta-llama/Llama-3.2-1B --train_file train.txt --validation_file dev.txt \\
         --budget 0.5 --output_dir out
 
-Without weights at hand, first train a small model from scratch (its byte-level tokenizer is trained on the text), then
-give it a budget on another text:
+Without a pretrained model, first train a small model from scratch (its byte-level tokenizer is trained on the text).
+Then tune it under a budget on another text:
 
     python examples/causal_lm.py --method full --train_file general.txt --num_train_epochs 5 --output_dir small
     python examples/causal_lm.py --model small --train_file special.txt --budget 0.5 --output_dir out
 
-Files: .txt (a document, or several between blank lines), or one of the formats of text_classification.py with a text
-column. All options of `transformers.TrainingArguments` work. `out` gets the adapter, the tokenizer and `metrics.json`.
+Files: .txt (documents separated by blank lines), or a format of text_classification.py with a text column. All options
+of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metrics.json` are written to `out`.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from common import DataError, check_columns, load_metric, read_table
 from runner import FileOptions, MethodOptions, Task, parse, pretrained, readable_errors, run, split_files
 
 
-IGNORED = -100  # the label of positions that no loss is taken at
-END = "<end>"  # of a document, in the tokenizer that is trained here
+IGNORED = -100  # the label of positions without a loss
+END = "<end>"  # the end of a document, in the tokenizer that is trained here
 DEFAULTS = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16}
 
 
 @dataclass
 class LanguageModelOptions(MethodOptions):
     model: str | None = field(
-        default=None, metadata={"help": "A model id on the Hub, or a folder; without it a small random Llama is made"}
+        default=None, metadata={"help": "A model id on the Hub, or a folder; by default a small random Llama is made"}
     )
-    vocab_size: int = field(default=1024, metadata={"help": "Of the model that is made; at least 257"})
-    hidden_size: int = field(default=128, metadata={"help": "Of the model that is made"})
-    layers: int = field(default=4, metadata={"help": "Of the model that is made"})
-    heads: int = field(default=4, metadata={"help": "Of the model that is made; two share a key/value head"})
+    vocab_size: int = field(default=1024, metadata={"help": "Vocabulary size of the model that is made; at least 257"})
+    hidden_size: int = field(default=128, metadata={"help": "Hidden size of the model that is made"})
+    layers: int = field(default=4, metadata={"help": "Layers of the model that is made"})
+    heads: int = field(default=4, metadata={"help": "Heads of the model that is made; two share a key/value head"})
 
 
 @dataclass
 class DataOptions(FileOptions):
-    text_column: str = field(default="text", metadata={"help": "In files that have columns"})
-    block_size: int = field(default=128, metadata={"help": "Tokens of a training row; documents are joined and cut"})
+    text_column: str = field(default="text", metadata={"help": "The column of the texts, in files with columns"})
+    block_size: int = field(default=128, metadata={"help": "Tokens per row; documents are joined, then cut"})
 
 
 @readable_errors()
@@ -71,9 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     base = options.model or make_base(train_rows["text"], options, data.block_size, training)
     tokenizer = pretrained(AutoTokenizer, base)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise DataError(f"--model {base}: its tokenizer has no token for padding, and none for the end of a text")
+        raise DataError(f"--model {base}: its tokenizer has neither a padding token nor an end-of-text token")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # never seen: the attention mask and the labels leave it out
+        tokenizer.pad_token = tokenizer.eos_token  # the attention mask and the labels exclude padding
     train_set, validation_set = (
         blocks(rows, tokenizer, min(data.block_size, tokenizer.model_max_length))
         for rows in (train_rows, validation_rows)
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         load_base=lambda: pretrained(AutoModelForCausalLM, base, dtype=options.dtype),
         train_set=train_set,
         validation_set=validation_set,
-        # Pads labels along with the tokens, which a language model's labels need as much as tags do.
+        # Pads the labels too, like the tags of words.
         collator=DataCollatorForTokenClassification(tokenizer),
         metrics=language_metrics,
         unit_of_cost=min(data.block_size, tokenizer.model_max_length),
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_texts(path: str, column: str) -> Dataset:
-    """Rows of `text`, one a document."""
+    """Rows with a column `text`, one row per document."""
     if Path(path).suffix.lower() in (".tsv", ".csv", ".json", ".jsonl"):
         rows = read_table(path)
         check_columns(rows, column)
@@ -110,7 +110,7 @@ def read_texts(path: str, column: str) -> Dataset:
 
 
 def make_base(texts: list[str], options: LanguageModelOptions, block_size: int, training: TrainingArguments) -> str:
-    """A tokenizer and a random model of the shape of Llama in `base` of the output folder, whose path is returned."""
+    """Writes a tokenizer and a random Llama-shaped model to `base` in the output folder, and returns this path."""
     folder = Path(training.output_dir) / "base"
     with training.main_process_first():
         if training.process_index == 0:
@@ -134,9 +134,9 @@ def make_base(texts: list[str], options: LanguageModelOptions, block_size: int, 
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte pairs on top of the 256 bytes, so that every text has tokens."""
+    """Trains a byte-level BPE tokenizer. It starts from the 256 bytes, so it can encode every text."""
     if vocab_size < 257:
-        raise DataError(f"--vocab_size {vocab_size}: 256 bytes and the end of a document need 257")
+        raise DataError(f"--vocab_size {vocab_size} is too small: the 256 bytes and the end of a document need 257")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -151,7 +151,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 
 
 def blocks(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> Dataset:
-    """All documents in one line of tokens, an end behind each, cut into rows of `size` (the last is shorter)."""
+    """Joins all documents, with an end token after each, and cuts the result into rows of at most `size` tokens."""
 
     def encode(batch: Mapping[str, list]) -> Mapping[str, list]:
         return {"input_ids": tokenizer(batch["text"], verbose=False)["input_ids"]}
@@ -161,15 +161,17 @@ def blocks(rows: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> Data
     ended = ([*ids, *(end if ids[-1:] != end else [])] for ids in encoded["input_ids"])
     line = list(itertools.chain.from_iterable(ended))
     cut = [line[start : start + size] for start in range(0, len(line), size)]
-    cut = [ids for ids in cut if len(ids) > 1]  # a row of one token predicts nothing
+    cut = [ids for ids in cut if len(ids) > 1]  # a row of one token has nothing to predict
     if not cut:
         raise DataError("the text has fewer than two tokens")
     return Dataset.from_dict({"input_ids": cut, "attention_mask": [[1] * len(ids) for ids in cut], "labels": cut})
 
 
 def token_statistics(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest next token and the log likelihood of the right one, `[batch, tokens - 1]` each: all logits of a
-    validation set would not fit into memory."""
+    """The most likely next token and the log-likelihood of the correct one, `[batch, tokens - 1]` each.
+
+    All logits of a validation set would not fit into memory.
+    """
     logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
     right = labels[:, 1:]
     likelihood = -F.cross_entropy(logits.transpose(1, 2), right, ignore_index=IGNORED, reduction="none")

@@ -1,6 +1,6 @@
-"""What the examples share: reading data, metrics, training defaults, timing and counting.
+"""Code that the examples share: reading data, metrics, training defaults, timing and counting.
 
-The examples are run as `python examples/<name>.py`, which puts this folder on the path: `from common import ...`.
+`python examples/<name>.py` puts this folder on Python's path, so the examples use `from common import ...`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from peft_sensi.cli.textdata import DataError, read_rows
 
 METRICS = Path(__file__).resolve().parent / "metrics"
 
-# Arguments of TrainingArguments that suit a small encoder. Batches of similar length waste little on padding.
+# TrainingArguments for a small encoder. Batches of texts of similar length need little padding.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "learning_rate": 5e-5,
-    "warmup_steps": 0.1,  # below 1: a share of all steps
+    "warmup_steps": 0.1,  # a number below 1 is a share of all steps
     "train_sampling_strategy": "group_by_length",
     "logging_strategy": "epoch",
     "save_strategy": "no",
@@ -46,19 +46,19 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 def read_table(path: str | Path) -> Dataset:
-    """Rows of a TSV, CSV, JSON (a list of objects) or JSON Lines file, as the command `peft-sensi` reads them."""
+    """Reads a TSV, CSV, JSON (a list of objects) or JSON Lines file in the same way as the command `peft-sensi`."""
     return Dataset.from_list(read_rows(path))
 
 
 def check_columns(rows: Dataset, *names: str | None) -> None:
-    """Raises `DataError` for a column that is not there; `None` asks for nothing."""
+    """Raises `DataError` if a column is missing. Names that are `None` are skipped."""
     for name in names:
         if name is not None and name not in rows.column_names:
-            raise DataError(f"no column {name!r}; there are: {', '.join(rows.column_names)}")
+            raise DataError(f"there is no column {name!r}; the columns are: {', '.join(rows.column_names)}")
 
 
 def hold_out(rows: Dataset, share: float, seed: int, group: str | None = None) -> tuple[Dataset, Dataset]:
-    """Training and validation rows. Rows that have the same value in the column `group` stay on one side."""
+    """Splits rows into training and validation rows. Rows with the same value in the column `group` stay together."""
     groups = list(rows[group]) if group else list(range(len(rows)))
     distinct = sorted(set(groups))
     np.random.default_rng(seed).shuffle(distinct)
@@ -66,7 +66,7 @@ def hold_out(rows: Dataset, share: float, seed: int, group: str | None = None) -
     if not 0 < count < len(distinct):
         raise DataError(
             f"--validation_share {share} of {len(distinct)} {f'values of {group}' if group else 'rows'} leaves one "
-            f"side empty: give a --validation_file, or another share"
+            f"part without rows: give a --validation_file, or another share"
         )
     held_out = set(distinct[:count])
     sides = [[i for i, value in enumerate(groups) if (value in held_out) is side] for side in (False, True)]
@@ -81,7 +81,7 @@ def tokenize(
     labels: Sequence[Any],
     max_length: int,
 ) -> Dataset:
-    """Model inputs only: a batch of the result can go into `model(**batch)`, so it serves for calibration as it is."""
+    """Tokenizes texts. The result has model inputs only, so its batches fit `model(**batch)`, also for calibration."""
     limit = min(max_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list]) -> Mapping[str, list]:
@@ -92,14 +92,14 @@ def tokenize(
 
 
 def sample(dataset: Dataset, rows: int | None, seed: int) -> Dataset:
-    """A random choice of at most `rows` rows, in mixed order; all of them, as they are, for None."""
+    """At most `rows` randomly chosen rows, in random order. With `None`, all rows in their own order."""
     if rows is None or rows >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(rows))
 
 
 def batches(dataset: Dataset, collator: Callable, batch_size: int = 32, seed: int | None = None) -> DataLoader:
-    """Batches in order, or mixed with a seed of their own: looking at them shifts nobody's random numbers."""
+    """Batches in order, or shuffled with `seed`. The global random state is not used."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     shuffle = generator is not None
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=collator)
@@ -109,12 +109,12 @@ def batches(dataset: Dataset, collator: Callable, batch_size: int = 32, seed: in
 
 
 def load_metric(kind: str) -> evaluate.EvaluationModule:
-    """kind: the name of a file in `examples/metrics`."""
+    """Loads a metric. `kind` is the name of a file in `examples/metrics`."""
     return evaluate.load(str(METRICS / f"{kind}.py"))
 
 
 def metric_function(kind: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for Trainer: "classification" or "regression"."""
+    """The function `compute_metrics` for Trainer. `kind` is "classification" or "regression"."""
     metric = load_metric(kind)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -126,7 +126,7 @@ def metric_function(kind: str) -> Callable[[EvalPrediction], dict[str, float]]:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all: a run that is killed leaves no half file. NaN and infinity become null, which JSON has."""
+    """Writes a JSON file atomically, so that a killed run leaves no partial file. NaN and infinity become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -158,7 +158,7 @@ def folder_bytes(folder: str | Path) -> int:
 
 
 def plan_figures(model: Any) -> dict[str, float]:
-    """The part of a Sensi model's plan that the examples report; the one place that knows its attribute names."""
+    """The figures of a Sensi model's plan that the examples report."""
     plan = model.base_model.plan()
     return {
         "params_share": plan.params_share,
@@ -168,8 +168,11 @@ def plan_figures(model: Any) -> dict[str, float]:
 
 
 def trained_model(trainer: Trainer) -> Any:
-    """The model as it was before Trainer took it. With mixed precision Accelerate replaces its `forward` by one under
-    autocast and leaves that in place: logits computed later would be bfloat16 ones without anybody asking for it."""
+    """The trained model without Accelerate's changes.
+
+    With mixed precision, Accelerate replaces the model's `forward` by one under autocast, and does not restore it.
+    Logits computed after training would then silently be bfloat16.
+    """
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
@@ -179,7 +182,7 @@ def parameters(model: nn.Module, trainable_only: bool = False) -> int:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The fused attention of PyTorch counts as no FLOPs at all on a CPU; the eager one is counted in full."""
+    """Uses eager attention. On a CPU, the FLOPs of PyTorch's fused attention are not counted at all."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -189,9 +192,9 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def flops(model: PreTrainedModel, inputs: int | Mapping[str, torch.Tensor]) -> int:
-    """FLOPs of one forward pass, counted while it runs (a multiply and an add are two).
+    """FLOPs of one forward pass, counted while it runs. A multiply and an add are two FLOPs.
 
-    inputs: what goes into the model, or a number of tokens for one sequence of that length.
+    `inputs` are the inputs of the model, or a number of tokens: one sequence of this length is then used.
     """
     if isinstance(inputs, int):
         ids = torch.ones(1, inputs, dtype=torch.long)
@@ -218,7 +221,7 @@ def all_logits(model: nn.Module, loader: Iterable[Mapping[str, torch.Tensor]]) -
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int = 9, warm_up: int = 2
 ) -> dict[str, float]:
-    """Median seconds of each call. They take turns, so that a busy moment of the machine falls on all of them."""
+    """Median seconds of each call. The calls take turns, so that other load on the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
         for name, call in calls.items():
@@ -241,7 +244,7 @@ def inference_call(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Calla
 
 
 def training_call(model: nn.Module, batch: Mapping[str, torch.Tensor], bf16: bool = True) -> Callable[[], None]:
-    """One optimizer step. It changes the model: time it after everything that needs the trained values."""
+    """One optimizer step. It changes the model, so do everything that needs the trained values before it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
     def call() -> None:

@@ -1,16 +1,17 @@
-"""Tune an image classifier with a budget: any ViT, on scikit-learn's digits or on image files of your own.
+"""Tune an image classifier under a budget: any ViT, on scikit-learn's digits or on your own image files.
 
     python examples/image_classification.py --model google/vit-base-patch16-224 --train_file train.csv --budget 0.5 \\
         --output_dir out
 
-Without weights at hand, first train a small ViT from scratch on the digits (8 x 8 pixels), then give it a budget:
+Without a pretrained model, first train a small ViT from scratch on the digits (8 x 8 pixels). Then tune it under a
+budget:
 
     python examples/image_classification.py --method full --num_train_epochs 30 --learning_rate 1e-3 --output_dir small
     python examples/image_classification.py --model small --budget 0.5 --output_dir out
 
-Files: .tsv, .csv, .json or .jsonl with a column of image paths (relative to the file) and one of labels. PEFT has no
-task type for images. All options of `transformers.TrainingArguments` work. `out` gets the adapter, the preprocessor's
-numbers and `metrics.json`.
+Files: .tsv, .csv, .json or .jsonl with a column of image paths (relative to the file) and a column of labels. PEFT has
+no task type for images, so none is set. All options of `transformers.TrainingArguments` work. The adapter, the numbers
+of the preprocessor and `metrics.json` are written to `out`.
 """
 
 from __future__ import annotations
@@ -34,34 +35,36 @@ from runner import FileOptions, MethodOptions, Task, parse, pretrained, readable
 PREPROCESSOR = "preprocessor_config.json"
 DEFAULTS = {
     "per_device_train_batch_size": 32,
-    "train_sampling_strategy": "random",  # all images have one size
-    "remove_unused_columns": False,  # images become pixels when a row is read
+    "train_sampling_strategy": "random",  # all images have the same size
+    "remove_unused_columns": False,  # images are converted when a row is read
 }
 
 
 @dataclass
 class ImageModelOptions(MethodOptions):
     model: str | None = field(
-        default=None, metadata={"help": "A model id on the Hub, or a folder; without it a small random ViT is made"}
+        default=None, metadata={"help": "A model id on the Hub, or a folder; by default a small random ViT is made"}
     )
-    image_size: int = field(default=8, metadata={"help": "Pixels, of the model that is made"})
-    patch_size: int = field(default=2, metadata={"help": "Pixels, of the model that is made"})
-    hidden_size: int = field(default=64, metadata={"help": "Of the model that is made"})
-    layers: int = field(default=4, metadata={"help": "Of the model that is made"})
-    heads: int = field(default=4, metadata={"help": "Of the model that is made"})
+    image_size: int = field(default=8, metadata={"help": "Image size of the model that is made, in pixels"})
+    patch_size: int = field(default=2, metadata={"help": "Patch size of the model that is made, in pixels"})
+    hidden_size: int = field(default=64, metadata={"help": "Hidden size of the model that is made"})
+    layers: int = field(default=4, metadata={"help": "Layers of the model that is made"})
+    heads: int = field(default=4, metadata={"help": "Heads of the model that is made"})
 
 
 @dataclass
 class DataOptions(FileOptions):
-    train_file: str | None = field(default=None, metadata={"help": "Without it scikit-learn's digits are used"})
-    validation_share: float = field(default=0.2, metadata={"help": "What is held out without a validation file"})
+    train_file: str | None = field(default=None, metadata={"help": "Without it, scikit-learn's digits are used"})
+    validation_share: float = field(
+        default=0.2, metadata={"help": "The share that is held out without a validation file"}
+    )
     image_column: str = "image"
     label_column: str = "label"
 
 
 @dataclass
 class Pixels:
-    """How an image becomes numbers: `[channels, size, size]`, float32, (value in 0..1 - mean) / std."""
+    """Converts an image to a float32 tensor `[channels, size, size]`, with the values (value in 0..1 - mean) / std."""
 
     size: int
     channels: int
@@ -71,13 +74,13 @@ class Pixels:
     def __call__(self, image: Any) -> torch.Tensor:
         image = image.convert({1: "L", 3: "RGB"}[self.channels])
         if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), resample=2)  # bilinear, as ViT's own preprocessing
+            image = image.resize((self.size, self.size), resample=2)  # bilinear, as in ViT's own preprocessing
         values = np.asarray(image, dtype=np.float32).reshape(self.size, self.size, self.channels) / 255
         values = (values - np.float32(self.mean)) / np.float32(self.std)
         return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
     def to_dict(self) -> dict[str, Any]:
-        """What `preprocessor_config.json` holds."""
+        """The content of `preprocessor_config.json`."""
         return {"image_mean": list(self.mean), "image_std": list(self.std), "size": self.size}
 
 
@@ -90,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     pixels = preprocessing(base)
 
     def load_base() -> Any:
-        # A head of another number of classes is made anew.
+        # If the head has another number of classes, it is newly initialized.
         return pretrained(
             AutoModelForImageClassification,
             base,
@@ -117,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows of `image` and `label` (a `ClassLabel`); the classes are those of the training rows."""
+    """Rows with `image` and `label` (a `ClassLabel`). The classes are those of the training rows."""
     if data.train_file is not None:
         train, validation = split_files(
             data, lambda path: read_images(path, data.image_column, data.label_column), seed
@@ -128,9 +131,9 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
         labels = ClassLabel(names=names)
         return train.cast_column("label", labels), validation.cast_column("label", labels)
     if data.validation_file is not None:
-        raise DataError("--validation_file without a --train_file")
+        raise DataError("--validation_file needs a --train_file")
     digits = load_digits()
-    # 0..16 becomes 0..240.
+    # The values 0..16 become 0..240.
     rows = {"image": list((digits.images * 15).astype(np.uint8)), "label": digits.target.tolist()}
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     train, validation = hold_out(Dataset.from_dict(rows, features=features), data.validation_share, seed)
@@ -142,7 +145,7 @@ def read_images(path: str, image_column: str, label_column: str) -> Dataset:
     check_columns(table, image_column, label_column)
     files = [Path(path).parent / str(name) for name in table[image_column]]
     if missing := next((file for file in files if not file.is_file()), None):
-        raise DataError(f"{path} names an image that is not there: {missing}")
+        raise DataError(f"{path} names an image that does not exist: {missing}")
     rows = Dataset.from_dict(
         {"image": [str(file) for file in files], "label": [str(label) for label in table[label_column]]}
     )
@@ -154,7 +157,7 @@ def channels_of(rows: Dataset) -> int:
 
 
 def make_base(options: ImageModelOptions, channels: int, training: TrainingArguments) -> str:
-    """A random ViT in `base` of the output folder, whose path is returned."""
+    """Writes a random ViT to `base` in the output folder, and returns this path."""
     folder = Path(training.output_dir) / "base"
     if options.hidden_size % options.heads or options.image_size % options.patch_size:
         raise DataError("--hidden_size must be a multiple of --heads, and --image_size of --patch_size")
@@ -174,14 +177,16 @@ def make_base(options: ImageModelOptions, channels: int, training: TrainingArgum
 
 
 def preprocessing(base: str) -> Pixels:
-    """The model's own numbers where it has a `preprocessor_config.json`, else ViT's."""
+    """The numbers in the model's `preprocessor_config.json`. Without this file, those of ViT."""
     config = pretrained(AutoConfig, base)
     size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
     if not isinstance(size, int) or channels not in (1, 3):
-        raise DataError(f"--model {base}: takes square images of 1 or 3 channels only, not {size} x {channels}")
+        raise DataError(
+            f"--model {base} has image size {size} and {channels} channels; only square images of 1 or 3 channels work"
+        )
     try:
         given, _ = ImageProcessingMixin.get_image_processor_dict(base)
-    except OSError:  # there is no such file
+    except OSError:  # the file does not exist
         given = {}
     mean, std = given.get("image_mean") or [0.5] * channels, given.get("image_std") or [0.5] * channels
     return Pixels(size, channels, mean, std)

@@ -1,12 +1,13 @@
-"""Training on several processes: each calibrates on its own share of the data, all get one plan and train together.
+"""Training on several processes: each calibrates on its own share of the data, and all get the same plan.
 
-    accelerate launch --cpu --num_processes 2 examples/multi_gpu.py
-    accelerate launch --cpu --num_processes 2 examples/multi_gpu.py --loop accelerate
+    accelerate launch --multi_gpu --num_processes 2 examples/multi_gpu.py
+    accelerate launch --multi_gpu --num_processes 2 examples/multi_gpu.py --loop accelerate
     accelerate launch --config_file examples/accelerate_ddp.yaml examples/multi_gpu.py
     accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/multi_gpu.py
 
-The task is that of the quickstart, in small: which library does a docstring come from? It also runs as one process:
-`python examples/multi_gpu.py`. See docs/multi_gpu.md for what holds under DDP, FSDP and DeepSpeed.
+The first two commands also work without GPUs. The task is a smaller version of the quickstart's: which library does a
+docstring come from? `python examples/multi_gpu.py` runs it as one process. docs/multi_gpu.md says what works under
+DDP, FSDP and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import os
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the libraries below read it when they are imported
 
 from pathlib import Path
 
@@ -48,16 +49,16 @@ GLOBAL_BATCH = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loop", choices=("trainer", "accelerate"), default="trainer")
-    parser.add_argument("--model", default=get_model_path(), help="a folder or a name on the Hub")
+    parser.add_argument("--model", default=get_model_path(), help="a folder, or a name on the Hub")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--rows", type=int, default=100, help="rows for training, of each of the six classes")
+    parser.add_argument("--rows", type=int, default=100, help="training rows of each of the six classes")
     parser.add_argument("--priming-steps", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("multi_gpu_output"))
     args = parser.parse_args()
     cpu = not torch.cuda.is_available()
 
-    # Before the model is loaded: `cpu_ram_efficient_loading` reads the weights in one process only.
+    # Before the model is loaded, because `cpu_ram_efficient_loading` reads the weights in one process only.
     accelerator = Accelerator(cpu=cpu) if args.loop == "accelerate" else None
     processes = PartialState(cpu=cpu)
     set_seed(0)
@@ -66,7 +67,7 @@ def main() -> None:
     data = docstrings.build(train_per_class=args.rows, test_per_class=50)
     train, test = (tokenize(data[s], tokenizer, "text", None, data[s]["label"], MAX_LENGTH) for s in ("train", "test"))
 
-    # Each process calibrates on its own share; scores are summed over all of them.
+    # Each process calibrates on its own share. The scores are summed over all processes.
     share = train.shuffle(seed=0).shard(processes.num_processes, processes.process_index)
     calibration = batches(share, collator, max(1, GLOBAL_BATCH // processes.num_processes))
     config = SensiConfig(
@@ -133,7 +134,7 @@ def with_accelerate(
             optimizer.zero_grad()
         accelerator.print(f"epoch {epoch}: last loss {loss.item():.3f}")
         accelerator.save_state(str(args.output / "state"))  # resume with accelerator.load_state
-    # All processes collect the state dict (it is sharded under FSDP), which only one of them then has.
+    # All processes must collect the state dict, because it is sharded under FSDP. Only one process then has it.
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter", state_dict=state)

@@ -1,13 +1,14 @@
-"""Tune a model that finds answers in a text with a budget: any encoder with a fast tokenizer, files in SQuAD format.
+"""Tune a question answering model under a budget: any encoder with a fast tokenizer, files in SQuAD format.
 
     python examples/question_answering.py --model bert-base-uncased --train_file train.json \\
         --validation_file dev.json --budget 0.5 --output_dir out
 
-Files: JSON as SQuAD 1.1 and 2.0 have it (data > paragraphs > context, qas > question, answers > text, answer_start). A
-long text is read in windows that overlap by `--stride` tokens; the best span of all its windows is the answer, cut out
-of the original text. Questions without answers are learned if the training file has some.
-Without a validation file, whole articles are held out.
-All options of `transformers.TrainingArguments` work. `out` gets the adapter, the tokenizer and `metrics.json`.
+Files: JSON in the format of SQuAD 1.1 or 2.0 (data > paragraphs > context, qas > question, answers > text,
+answer_start). A long text is read in windows that overlap by `--stride` tokens. The answer is the best span of all
+windows, cut from the original text. Questions without answers are learned if the training file has some. Without a
+validation file, whole articles are held out.
+All options of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metrics.json` are written to
+`out`.
 """
 
 from __future__ import annotations
@@ -47,15 +48,20 @@ FEATURES = Features(
 
 @dataclass
 class DataOptions(FileOptions):
-    max_length: int = field(default=384, metadata={"help": "Tokens of a window: the question and a part of the text"})
-    stride: int = field(default=128, metadata={"help": "Tokens that neighboring windows share"})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens"})
+    max_length: int = field(
+        default=384, metadata={"help": "Tokens per window, with the question and a part of the text"}
+    )
+    stride: int = field(default=128, metadata={"help": "Number of tokens that neighboring windows share"})
+    max_answer_length: int = field(default=30, metadata={"help": "Longest answer, in tokens"})
 
 
 @dataclass
 class Windows:
-    """Model inputs, one row a window; and for each the row it was cut from and the places of its tokens in the text:
-    `spans[window]` is an int array `[tokens, 2]` of first and behind-last characters, -1 for all but the text."""
+    """Windows over the texts.
+
+    `inputs` has one row of model inputs per window. `rows[window]` is the index of its question. `spans[window]` is an
+    int array `[tokens, 2]` with the start and end of each token in the text, in characters; -1 for tokens outside it.
+    """
 
     inputs: Dataset
     rows: list[int]
@@ -66,12 +72,14 @@ class Windows:
 def main(arguments: list[str] | None = None) -> None:
     options, data, training = parse(__doc__.splitlines()[0], DataOptions, arguments=arguments)
     train_rows, validation_rows = split_files(data, read_squad, training.seed, group="article")
-    # Positions count from the left. PEFT 0.21's model for question answering takes `token_type_ids` and drops them,
-    # which the plain model that comes out of merging would not: nobody gets them. Given here, both are saved as well.
+    # Positions count from the left. PEFT 0.21's model for question answering drops `token_type_ids`, but the merged
+    # model would use them. Therefore the tokenizer does not produce them. Both settings are saved with the tokenizer.
     options_of_text: dict[str, Any] = {"padding_side": "right", "model_input_names": ["input_ids", "attention_mask"]}
     tokenizer = pretrained(AutoTokenizer, options.model, **options_of_text)
     if not tokenizer.is_fast:
-        raise DataError(f"--model {options.model}: answers are found in the text by a fast tokenizer, which it lacks")
+        raise DataError(
+            f"--model {options.model}: it has no fast tokenizer, which is needed to find answers in a text"
+        )
     train_windows = windows(train_rows, tokenizer, data.max_length, data.stride)
     validation_windows = windows(validation_rows, tokenizer, data.max_length, data.stride)
     may_be_silent = any(not answers for answers in train_rows["answers"])
@@ -93,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_squad(path: str | Path) -> Dataset:
-    """One row a question. Answers that are not where the file says are left out, and counted on stderr."""
+    """One row per question. Answers that are not at the stated position are skipped, and counted on stderr."""
     content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     rows, misplaced = [], 0
     try:
@@ -101,7 +109,7 @@ def read_squad(path: str | Path) -> Dataset:
             for paragraph in article["paragraphs"]:
                 context = paragraph["context"]
                 for entry in paragraph["qas"]:
-                    # The answers of an impossible question, if there are any, are only plausible ones.
+                    # If an impossible question has answers, they are only plausible, not correct.
                     given = [] if entry.get("is_impossible", False) else entry["answers"]
                     answers = [(answer["text"], answer["answer_start"]) for answer in given]
                     right = [(t, at) for t, at in answers if t.strip() and context[at : at + len(t)] == t]
@@ -123,22 +131,22 @@ def read_squad(path: str | Path) -> Dataset:
             f"answer_start): {type(error).__name__} {error}"
         ) from error
     if misplaced:
-        print(f"{path}: {misplaced} answers are not where `answer_start` says, and are left out", file=sys.stderr)
+        print(f"{path}: skipped {misplaced} answers that are not at their `answer_start`", file=sys.stderr)
     if not rows:
         raise DataError(f"{path} has no questions")
     return Dataset.from_list(rows, features=FEATURES)
 
 
 def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> Windows:
-    """Windows over the texts, each with its question and with the token positions of the first answer.
+    """Windows over the texts, each with its question and the token positions of the first answer.
 
-    A window that does not hold the whole answer points at its first token ([CLS], or whatever comes first). A
-    question may take half of a window; the rest of a longer one is cut off.
+    If a window does not contain the whole answer, its positions are those of its first token, such as [CLS]. A
+    question may take half of a window; a longer question is cut.
     """
     limit = min(max_length, tokenizer.model_max_length)
     longest_question = limit // 2 - tokenizer.num_special_tokens_to_add(pair=True)
     if not 0 <= stride < limit - limit // 2 or longest_question < 1:
-        raise DataError(f"--stride {stride}: must be less than half of the window of {limit} tokens")
+        raise DataError(f"--stride {stride} must be less than half of the window of {limit} tokens")
     owners: list[int] = []
     spans: list[np.ndarray] = []
 
@@ -165,7 +173,7 @@ def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, 
         encoded["end_positions"] = [end for _, end in positions]
         return dict(encoded)
 
-    # Not cached: a result from the cache would come without the spans.
+    # Not cached, because a cached result would have no spans.
     encoded = rows.map(
         encode,
         batched=True,
@@ -183,10 +191,10 @@ def shortened(question: str, tokenizer: PreTrainedTokenizerBase, tokens: int) ->
 
 
 def answer_tokens(places: np.ndarray, answer: str, start: int) -> tuple[int, int]:
-    """First and last token of an answer; (0, 0) if the window does not hold all of it."""
+    """First and last token of an answer; (0, 0) if the window does not contain the whole answer."""
     start += len(answer) - len(answer.lstrip())
     end = start + len(answer.strip())
-    # Some tokenizers count the space before a word as part of it: what counts is which tokens the answer touches.
+    # Some tokenizers include the space before a word in its token. Therefore all tokens that overlap the answer count.
     touched = np.flatnonzero((places[:, 0] < end) & (places[:, 1] > start) & (places[:, 0] >= 0))
     if not len(touched):
         return 0, 0
@@ -216,9 +224,10 @@ def answer_texts(
     max_answer_length: int,
     may_be_silent: bool = False,
 ) -> list[str]:
-    """The best span of each text by the sum of its two logits (`starts`, `ends`: `[windows, tokens]`).
+    """The span of each text with the highest sum of its two logits (`starts`, `ends`: `[windows, tokens]`).
 
-    With `may_be_silent` the answer is empty where even the window that is least sure of silence prefers it.
+    With `may_be_silent`, the answer is empty if in every window the logits of "no answer" have a higher sum than the
+    best span of the text.
     """
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(contexts)
     silence = [np.inf] * len(contexts)
@@ -231,7 +240,7 @@ def answer_texts(
 
 
 def best_span(places: np.ndarray, starts: np.ndarray, ends: np.ndarray, longest: int) -> tuple[float, int, int]:
-    """Score, first and last token; a score of minus infinity if the window has no text."""
+    """Score, first token and last token of the best span. The score is minus infinity if the window has no text."""
     text = np.flatnonzero(places[:, 0] >= 0)
     if not len(text):
         return -np.inf, 0, 0

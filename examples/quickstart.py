@@ -1,8 +1,9 @@
-"""`make demo`: half of the heads and neurons of all-MiniLM-L6-v2, on a real task, offline, in minutes on two cores.
+"""`make demo`: fine-tune half of the heads and neurons of all-MiniLM-L6-v2 on a real task, offline, in a few minutes.
 
-The task: which library does a docstring come from? (`docstrings.py` builds it from what is installed.) Three ways of
-fine-tuning are compared: the whole model, `SensiConfig(budget=0.5)`, and random trimming to the same budget. Each
-adapter is saved, loaded on a fresh base model and merged, and must give the trained model's logits again.
+The task is to tell which library a docstring comes from (`docstrings.py` builds the data from installed packages).
+Three kinds of fine-tuning are compared: the whole model, `SensiConfig(budget=0.5)`, and random trimming to the same
+budget. Each adapter is saved, loaded on a fresh base model and merged, and its logits are compared with those of the
+trained model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the libraries below read it when they are imported
 
 import tempfile
 import time
@@ -77,12 +78,12 @@ class Task:
 
 @dataclass
 class Result:
-    """A trained model, and the plain model (no adapter, smaller matrices) that one would deploy."""
+    """A trained model, and the plain model (without adapter, with smaller matrices) that you would deploy."""
 
     trained: Any
     plain: PreTrainedModel
     accuracy: float
-    seconds_before: float  # scores, plan, trim, refit
+    seconds_before: float  # scoring, planning, trimming, refitting
     seconds: float
     bytes_on_disk: int
 
@@ -92,14 +93,14 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks with the old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT uses the old name
 
     task = build_task()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         results[BASELINE] = fine_tune_all(task, Path(folder) / "full")
 
-        console.print(f"\nSensiConfig(budget={BUDGET}): scores, plan, trim, refit, then training ...")
+        console.print(f"\nSensiConfig(budget={BUDGET}): scoring, planning, trimming, refitting, then training ...")
         calibration = batches(task.train, task.collator, seed=SEED)
         config = SensiConfig(budget=BUDGET, calibration=calibration, task_type="SEQ_CLS")
         results[f"Sensi, budget {BUDGET}"] = tune_adapter(task, config, Path(folder) / "sensi", show_plan=True)
@@ -111,7 +112,7 @@ def main() -> None:
 
     console.print("\nTiming ...")
     report(results, task)
-    console.print(f"All of it took {time.perf_counter() - start:.0f} s.")
+    console.print(f"The whole demo took {time.perf_counter() - start:.0f} s.")
 
 
 def build_task() -> Task:
@@ -119,8 +120,8 @@ def build_task() -> Task:
     data = docstrings.build(seed=SEED)
     modules = {split: len(set(rows["module"])) for split, rows in data.items()}
     console.print(
-        f"Docstrings of {', '.join(docstrings.LIBRARIES)}: {len(data['train'])} rows for training from "
-        f"{modules['train']} modules, {len(data['test'])} held out from {modules['test']} others."
+        f"Docstrings of {', '.join(docstrings.LIBRARIES)}: {len(data['train'])} training rows from "
+        f"{modules['train']} modules, {len(data['test'])} held-out rows from {modules['test']} other modules."
     )
     row = data["train"][0]
     console.print(f"For example ({docstrings.LIBRARIES[row['label']]}): {row['text']}", markup=False)
@@ -150,13 +151,13 @@ def fine_tune_all(task: Task, folder: Path) -> Result:
 
 
 def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool = False) -> Result:
-    """What a user does, from the config to a plain smaller model."""
+    """The workflow of a user, from the config to a plain smaller model."""
     set_seed(SEED)
     start = time.perf_counter()
     model = get_peft_model(fresh_base(), config)
     prepared = time.perf_counter() - start
     if show_plan:
-        print(model.base_model.plan().summary())  # a table of its own, which rich would wrap
+        print(model.base_model.plan().summary())  # rich would wrap the lines of this table
     figures = plan_figures(model)
     console.print(
         f"prepared in {prepared:.0f} s; kept {figures['params_share']:.1%} of the prunable parameters and "
@@ -167,7 +168,8 @@ def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool 
     model.save_pretrained(folder / "saved")
     logits = all_logits(model, batches(task.test, task.collator))
 
-    # The head of this base is random and another one than in training: everything that counts must come from the file.
+    # With another seed, the random head of this base differs from the one in training. All trained values must come
+    # from the file.
     set_seed(SEED + 1)
     reloaded = PeftModel.from_pretrained(fresh_base(), folder / "saved")
     reloaded_logits = all_logits(reloaded, batches(task.test, task.collator))
@@ -181,14 +183,14 @@ def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool 
 
     accuracy = held_out_accuracy(logits, task)
     console.print(
-        f"accuracy {accuracy:.3f}, trained in {seconds:.0f} s; logits on {len(logits)} held-out rows: reloaded equal, "
-        f"merged within {difference:.1e}"
+        f"accuracy {accuracy:.3f}, trained in {seconds:.0f} s; on {len(logits)} held-out rows, the logits of the "
+        f"reloaded model are equal, and those of the merged model differ by at most {difference:.1e}"
     )
     return Result(model, merged, accuracy, prepared, seconds, folder_bytes(folder / "saved"))
 
 
 def train(model: Any, task: Task, folder: Path) -> tuple[Any, float]:
-    """The trained model and the seconds it took; the same recipe for every method."""
+    """Returns the trained model and the seconds of training. The settings are the same for every method."""
     quiet = {"disable_tqdm": True, "logging_strategy": "no"}
     options = TRAINING_DEFAULTS | quiet
     arguments = TrainingArguments(str(folder), use_cpu=True, bf16=True, seed=SEED, num_train_epochs=2, **options)
@@ -205,8 +207,8 @@ def held_out_accuracy(logits: torch.Tensor, task: Task) -> float:
 
 
 def report(results: dict[str, Result], task: Task) -> None:
-    base = results[BASELINE].plain  # full fine-tuning leaves the shape of the base as it is
-    # Padded to the full length, so that every method does the same work.
+    base = results[BASELINE].plain  # full fine-tuning does not change the shape of the base
+    # Padded to the full length, so that the work is the same for every method.
     batch = next(
         iter(
             batches(
@@ -215,7 +217,7 @@ def report(results: dict[str, Result], task: Task) -> None:
             )
         )
     )
-    # Counts and inference first: a timed training step changes the model.
+    # Counting and inference come first, because a timed training step changes the model.
     counted = {name: (parameters(result.plain), flops(result.plain, MAX_LENGTH)) for name, result in results.items()}
     base_parameters, base_flops = parameters(base), flops(base, MAX_LENGTH)
     inference = interleaved_medians({name: inference_call(result.plain, batch) for name, result in results.items()})
@@ -247,9 +249,9 @@ def report(results: dict[str, Result], task: Task) -> None:
     console.print(table)
     console.print(
         f"Parameters, FLOPs (one sequence of {MAX_LENGTH} tokens) and inference (float32, {len(batch['labels'])} such "
-        "sequences) are of the merged model, compared with the whole base model, embeddings included. A training "
-        "step: the same sequences, bfloat16 autocast. Both times are medians of interleaved runs. On disk: what "
-        "save_pretrained writes."
+        "sequences) are those of the merged model, compared with the whole base model, embeddings included. A "
+        "training step uses the same sequences under bfloat16 autocast. Both times are medians of interleaved runs. "
+        "On disk is the size of the files that save_pretrained writes."
     )
 
 

@@ -1,6 +1,6 @@
-"""What all example scripts do once their data is read: wrap, train, evaluate, save, reload, report.
+"""The steps that all example scripts share once the data is read: wrap, train, evaluate, save, reload, report.
 
-A script brings its `Task` (a base model, two sets of rows, a metric); everything here is the same for all of them.
+Each script provides a `Task`: a base model, training and validation rows, and a metric.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from transformers import (
 )
 
 from peft_sensi import Budget, SensiConfig, SensiError
-from peft_sensi.anatomy.modules import task_head
 
 from common import (
     TRAINING_DEFAULTS,
@@ -48,7 +47,7 @@ from common import (
 )
 
 
-CHECKED_ROWS = 128  # how many validation rows the reloaded model is compared on
+CHECKED_ROWS = 128  # the reloaded model is compared on this many validation rows
 
 
 @dataclass
@@ -56,9 +55,10 @@ class MethodOptions:
     model: str = field(metadata={"help": "A model id on the Hub, or a folder"})
     method: Literal["sensi", "full", "lora"] = "sensi"
     budget: float | None = field(
-        default=None, metadata={"help": "Share of the heads' and neurons' parameters to keep; 0.5 if no limit is set"}
+        default=None,
+        metadata={"help": "Share of the heads' and neurons' parameters to keep; 0.5 if no limit is given"},
     )
-    params: float | None = field(default=None, metadata={"help": "The same as --budget, together with other limits"})
+    params: float | None = field(default=None, metadata={"help": "The same as --budget, for use with other limits"})
     flops: float | None = field(default=None, metadata={"help": "Share of the heads' and neurons' FLOPs to keep"})
     trainable: float | None = field(
         default=None, metadata={"help": "Share of the base model's parameters to tune; the rest is frozen"}
@@ -66,7 +66,8 @@ class MethodOptions:
     score: str = field(default="fisher", metadata={"help": "fisher, taylor, mask, movement, magnitude or random"})
     lora_rank: int = 8
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "Of the base model; full fine-tuning in 16 bits loses small steps"}
+        default="float32",
+        metadata={"help": "Dtype of the base model; full fine-tuning in 16 bits loses small updates"},
     )
 
 
@@ -74,20 +75,22 @@ class MethodOptions:
 class FileOptions:
     train_file: str | None = None
     validation_file: str | None = field(
-        default=None, metadata={"help": "Without it a part of the training file is held out"}
+        default=None, metadata={"help": "Without it, a part of the training file is held out"}
     )
-    validation_share: float = field(default=0.1, metadata={"help": "How much of it, when there is no validation file"})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "The share that is held out if there is no validation file"}
+    )
     max_train_rows: int | None = None
     max_validation_rows: int | None = None
 
 
 @dataclass
 class Task:
-    """What is particular to one script.
+    """The parts of an example that differ between scripts.
 
-    The two sets hold model inputs only: `model(**collator(rows))` returns a loss. `load_base` gives the same weights
-    on every call, but for those of a fresh head. `unit_of_cost` is what FLOPs are counted for: a number of tokens, or
-    inputs of the model.
+    `train_set` and `validation_set` have model inputs only: `model(**collator(rows))` returns a loss. `load_base`
+    returns the same weights on every call, except those of a fresh head. FLOPs are counted for `unit_of_cost`: a
+    number of tokens, or inputs of the model.
     """
 
     task_type: str | None
@@ -98,14 +101,14 @@ class Task:
     metrics: Callable[[EvalPrediction], dict[str, float]]
     unit_of_cost: int | Mapping[str, torch.Tensor]
     tokenizer: PreTrainedTokenizerBase | None = None
-    # Makes small tensors of a batch's logits before they are collected: (logits, labels) -> what `metrics` gets.
+    # Reduces the logits of a batch to small tensors before they are collected: (logits, labels) -> input of `metrics`.
     reduce_logits: Callable[[Any, torch.Tensor], Any] | None = None
-    details: dict[str, Any] = field(default_factory=dict)  # for metrics.json
+    details: dict[str, Any] = field(default_factory=dict)  # further entries of metrics.json
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What a user can mend (a path, a file, a budget) ends the script with one line and exit status 1."""
+    """If the user gave a wrong path, file or budget, ends the script with a one-line message and exit status 1."""
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError, DataError, SensiError) as error:
@@ -119,7 +122,7 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     arguments: list[str] | None = None,
 ) -> tuple[Any, Any, TrainingArguments]:
-    """The three groups of options; `arguments` replaces the command line. Contradictions are refused at once."""
+    """Parses the three groups of options and refuses contradictions. `arguments` replaces the command line."""
     parser = HfArgumentParser((method_options, data_options, TrainingArguments), description=description)
     parser.set_defaults(**{**TRAINING_DEFAULTS, **(defaults or {})})
     method, data, training = parser.parse_args_into_dataclasses(arguments)
@@ -130,27 +133,27 @@ def parse(
 
 
 def budget_of(options: MethodOptions) -> float | dict[str, float] | None:
-    """The budget for SensiConfig; None lets it choose its default."""
+    """The budget for `SensiConfig`. `None` means the default budget."""
     limits = {name: getattr(options, name) for name in ("params", "flops", "trainable")}
     limits = {name: share_or_count(value) for name, value in limits.items() if value is not None}
     if options.budget is not None and "params" in limits:
-        raise DataError("--budget and --params are the same limit: give one of them")
+        raise DataError("--budget and --params are the same limit: give only one of them")
     if options.budget is not None:
         limits = {"params": share_or_count(options.budget)} | limits
     if limits and options.method != "sensi":
-        raise DataError(f"--method {options.method} has no budget: leave out {', '.join(limits)}")
+        raise DataError(f"--method {options.method} has no budget: do not set {', '.join(limits)}")
     return limits or None
 
 
 def share_or_count(value: float) -> float | int:
-    """A budget tells shares from counts by their type, which an option on the command line doesn't have."""
+    """Whole numbers above 1 become int, because `SensiConfig` takes a float for a share and an int for a count."""
     return int(value) if value > 1 and value.is_integer() else value
 
 
 def split_files(
     data: FileOptions, read: Callable[[str], Dataset], seed: int, group: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation rows of the files; what is held out comes in whole values of the column `group`."""
+    """Reads training and validation rows. Rows with the same value in the column `group` are held out together."""
     if data.train_file is None:
         raise DataError("give a --train_file")
     train = read(data.train_file)
@@ -162,7 +165,7 @@ def split_files(
 
 
 def pretrained(auto_class: Any, name: str, **options: Any) -> Any:
-    """`from_pretrained`, with an error that names the option."""
+    """`from_pretrained`, with an error that mentions the option `--model`."""
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
@@ -170,12 +173,12 @@ def pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 
 
 def typical_length(rows: Dataset) -> int:
-    """Median number of tokens: FLOPs are compared at this length, whatever the method."""
+    """Median number of tokens. FLOPs are counted at this length for every method."""
     return int(statistics.median(len(ids) for ids in rows["input_ids"]))
 
 
 class StepTimer(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, from the first batch's start to the weights' update."""
+    """Wall-clock seconds of each optimizer step, from the start of the first batch to the update of the weights."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -194,8 +197,10 @@ class StepTimer(TrainerCallback):
 
 
 class OrderedTrainer(Trainer):
-    """Evaluates rows in their order, as a metric that looks up texts by row needs. Trainer's sampling by length also
-    changes the order of evaluation."""
+    """Evaluates the rows in their own order, which metrics need that look up texts by row.
+
+    Without this, Trainer's sampling by length would also change the order of evaluation.
+    """
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         before, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
@@ -206,7 +211,7 @@ class OrderedTrainer(Trainer):
 
 
 def run(task: Task, options: MethodOptions, training: TrainingArguments) -> dict[str, Any]:
-    """Trains and evaluates; leaves the adapter (or the whole model) and `metrics.json` in the output folder."""
+    """Trains and evaluates. Writes the adapter (or the whole model) and `metrics.json` to the output folder."""
     folder, limits = Path(training.output_dir), budget_of(options)
     start = time.perf_counter()
     base = task.load_base().to(training.device)
@@ -261,7 +266,7 @@ def run(task: Task, options: MethodOptions, training: TrainingArguments) -> dict
 
 
 def wrapped(base: PreTrainedModel, task: Task, options: MethodOptions, training: TrainingArguments) -> nn.Module:
-    """The base model as the chosen method trains it."""
+    """The base model, wrapped for the chosen method."""
     if options.method == "sensi":
         calibration = batches(task.train_set, task.collator, training.per_device_train_batch_size, training.seed)
         config = SensiConfig(
@@ -280,15 +285,23 @@ def wrapped(base: PreTrainedModel, task: Task, options: MethodOptions, training:
             r=options.lora_rank,
             lora_alpha=2 * options.lora_rank,
             target_modules="all-linear" if task.task_type is None else None,
-            modules_to_save=task_head(base) or None,
+            modules_to_save=task_head(base, task.task_type) or None,
         )
         return get_peft_model(base, config)
     return base
 
 
+def task_head(base: PreTrainedModel, task_type: str | None) -> list[str]:
+    """Names of the modules outside the transformer. A language model's head belongs to the pretrained model."""
+    if task_type == "CAUSAL_LM":
+        return []
+    children = {name for name, child in base.named_children() if any(True for _ in child.parameters())}
+    return sorted(children - {base.base_model_prefix})
+
+
 @torch.no_grad()
 def outputs(model: nn.Module, loader: Iterable[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """All logits of all batches, one tensor each (question answering has two a batch)."""
+    """The logits of all batches. Each batch gives one tensor, or two for question answering."""
     model.eval()
     device = next(model.parameters()).device
     found = []
@@ -301,7 +314,8 @@ def outputs(model: nn.Module, loader: Iterable[Mapping[str, torch.Tensor]]) -> l
 def check_reloaded(
     trained: nn.Module, task: Task, training: TrainingArguments
 ) -> tuple[PreTrainedModel, dict[str, float]]:
-    """The plain model that one deploys, from the files; and how far its logits, and those before merging, are off."""
+    """Loads the saved files and merges the adapter. Returns the plain model, and how much its logits differ from
+    those of the trained model, before and after merging."""
     rows = task.validation_set.select(range(min(CHECKED_ROWS, len(task.validation_set))))
     loader = batches(rows, task.collator, training.per_device_eval_batch_size)
     expected = outputs(trained, loader)
@@ -310,7 +324,8 @@ def check_reloaded(
         found = outputs(model.to(training.device), loader)
         return max((a.float() - b.float()).abs().max().item() for a, b in zip(found, expected, strict=True))
 
-    set_seed(training.seed + 1)  # a fresh head is another one than in training: all that counts comes from the files
+    # With another seed, a fresh head gets other values than in training. All trained values must come from the files.
+    set_seed(training.seed + 1)
     if not isinstance(trained, PeftModel):
         reloaded = type(trained).from_pretrained(training.output_dir, dtype=trained.dtype)
         return reloaded, {"reloaded": difference(reloaded)}
@@ -325,7 +340,7 @@ def weight_bytes(folder: Path, stem: str) -> int:
 
 
 def report(metrics: Mapping[str, Any], unit_of_cost: int | Mapping[str, torch.Tensor], folder: Path) -> str:
-    """The same lines for every task and method."""
+    """The report, with the same lines for every task and method."""
     base = metrics["base"]
     unit = f"one sequence of {unit_of_cost} tokens" if isinstance(unit_of_cost, int) else "one input"
     speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
@@ -339,11 +354,11 @@ def report(metrics: Mapping[str, Any], unit_of_cost: int | Mapping[str, torch.Te
         "trained values": f"{metrics['trained_values']:,}",
         "file": f"{metrics['weight_bytes']:,} bytes in {folder}",
         "preparation": f"{metrics['seconds_before_training']:.1f} s",
-        "training step": "none was made" if step is None else f"{step * 1e3:.0f} ms (median)",
-        "reloaded": "logits equal"
+        "training step": "no step was made" if step is None else f"{step * 1e3:.0f} ms (median)",
+        "reloaded": "logits are equal"
         if differences["reloaded"] == 0
-        else f"LOGITS DIFFER by {differences['reloaded']:.1e}",
+        else f"LOGITS DIFFER by up to {differences['reloaded']:.1e}",
     }
     if "merged" in differences:
-        lines["merged"] = f"logits within {differences['merged']:.1e}"
+        lines["merged"] = f"logits differ by at most {differences['merged']:.1e}"
     return "\n".join(f"{name + ':':<16}{value}" for name, value in lines.items())

@@ -1,13 +1,14 @@
-"""Tune a text classifier (or a regressor) with a budget: any encoder, a GLUE task from the Hub or files of your own.
+"""Tune a text classifier or regressor under a budget: any encoder, a GLUE task from the Hub or your own files.
 
     python examples/text_classification.py --model bert-base-uncased --task sst2 --budget 0.5 --output_dir out
     python examples/text_classification.py --model bert-base-uncased \\
         --train_file train.tsv --validation_file dev.tsv --text_column sentence1 --pair_column sentence2 \\
         --flops 0.4 --trainable 0.05 --output_dir out
 
-Files: .tsv (read without quoting), .csv, .json or .jsonl. Labels: names or integers (classes), or decimal numbers
-(regression).
-All options of `transformers.TrainingArguments` work. `out` gets the adapter, the tokenizer and `metrics.json`.
+Files: .tsv (read without quoting), .csv, .json or .jsonl. Labels: names or integers for classes, decimal numbers for
+regression.
+All options of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metrics.json` are written to
+`out`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common import DataError, check_columns, metric_function, read_table, sample
 from runner import FileOptions, Task, parse, pretrained, readable_errors, run, split_files, typical_length
 
 
-# The columns of the GLUE tasks; the labels and their kind come with the data.
+# The text columns of the GLUE tasks. The labels, and whether they are classes, are read from the data.
 GLUE: dict[str, tuple[str, str | None]] = {
     "cola": ("sentence", None),
     "mnli": ("premise", "hypothesis"),
@@ -41,13 +42,15 @@ GLUE: dict[str, tuple[str, str | None]] = {
 @dataclass
 class DataOptions(FileOptions):
     task: str | None = field(default=None, metadata={"help": f"A GLUE task, read from the Hub: {', '.join(GLUE)}"})
-    text_column: str = field(default="sentence", metadata={"help": "The (first) text in the files"})
-    pair_column: str | None = field(default=None, metadata={"help": "The second text, for tasks on two texts"})
+    text_column: str = field(default="sentence", metadata={"help": "The column of the (first) text"})
+    pair_column: str | None = field(
+        default=None, metadata={"help": "The column of the second text, for tasks on two texts"}
+    )
     label_column: str = "label"
     regression: bool | None = field(
-        default=None, metadata={"help": "Whether labels are amounts; found from the labels if not set"}
+        default=None, metadata={"help": "Whether labels are numbers, not classes; by default found from the labels"}
     )
-    max_length: int = field(default=128, metadata={"help": "Longer inputs are cut, in tokens"})
+    max_length: int = field(default=128, metadata={"help": "Inputs with more tokens are cut"})
 
 
 @readable_errors()
@@ -77,10 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
 def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset, str, str | None, str]:
     """Training rows, validation rows, and the names of the text, pair and label columns."""
     if (data.task is None) == (data.train_file is None):
-        raise DataError("give either --task or --train_file")
+        raise DataError("give either --task or --train_file, not both")
     if data.task is not None:
         if data.task not in GLUE:
-            raise DataError(f"--task {data.task}: not one of {', '.join(GLUE)}")
+            raise DataError(f"--task {data.task} is not one of {', '.join(GLUE)}")
         splits = load_dataset("nyu-mll/glue", data.task)
         train = sample(splits["train"], data.max_train_rows, seed)
         validation = splits["validation_matched" if data.task == "mnli" else "validation"]
@@ -95,7 +98,7 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset, str, str 
 
 
 def labels_of(rows: Dataset, column: str, regression: bool | None) -> Labels:
-    """Names of the classes, or that there are none; some datasets know their classes."""
+    """The labels, with the names of the classes if there are classes. Some datasets store these names."""
     names = getattr(rows.features[column], "names", None)
     return Labels(list(names), int) if names else find_labels(rows[column][:], regression)
 

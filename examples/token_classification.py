@@ -1,12 +1,13 @@
-"""Tune a tagger of words (named entities) with a budget: any encoder with a fast tokenizer, files in CoNLL format.
+"""Tune a word tagger (such as for named entities) under a budget: any encoder with a fast tokenizer, CoNLL files.
 
     python examples/token_classification.py --model bert-base-cased --train_file train.conll \\
         --validation_file dev.conll --budget 0.5 --output_dir out
 
-Files: one word a line with its tag (O, B-person, I-person; also the IOB1, IOBES and BILOU forms) in columns separated
-by tabs or spaces, a blank line between sentences. The first sub-word of a word carries its tag; entities are counted
-in words of the file, also where a long sentence is read in several windows.
-All options of `transformers.TrainingArguments` work. `out` gets the adapter, the tokenizer and `metrics.json`.
+Files: one word with its tag (O, B-person, I-person; also IOB1, IOBES and BILOU) per line, in columns separated by tabs
+or spaces, and a blank line between sentences. The first sub-word of a word gets its tag. Entities are counted over the
+words of the file, even if a long sentence is read in several windows.
+All options of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metrics.json` are written to
+`out`.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from runner import FileOptions, Task, parse, pretrained, readable_errors, run, s
 
 
 OUTSIDE = "O"
-IGNORED = -100  # the label of positions that no loss is taken at
-# Byte-level tokenizers that take words as input need to know that each of them follows a space.
+IGNORED = -100  # the label of positions without a loss
+# With words as input, these byte-level tokenizers must be told that a space comes before each word.
 BYTE_LEVEL = ("bloom", "deberta", "gpt2", "longformer", "modernbert", "roberta")
 
 
 @dataclass
 class DataOptions(FileOptions):
-    token_column: int = field(default=0, metadata={"help": "Columns are counted from 0; -1 is the last one"})
-    tag_column: int = -1
-    max_length: int = field(default=128, metadata={"help": "Tokens of a window; longer sentences get several"})
+    token_column: int = field(default=0, metadata={"help": "Column of the words, counted from 0; -1 is the last one"})
+    tag_column: int = field(default=-1, metadata={"help": "Column of the tags, counted in the same way"})
+    max_length: int = field(default=128, metadata={"help": "Tokens per window; longer sentences get several windows"})
 
 
 @readable_errors()
@@ -52,14 +53,16 @@ def main(arguments: list[str] | None = None) -> None:
     train_rows, validation_rows = split_files(
         data, lambda path: read_conll(path, data.token_column, data.tag_column), training.seed
     )
-    # A tag that only the validation rows have cannot be learned, but must count as missed.
+    # A tag that occurs only in the validation rows cannot be learned, but must count as missed.
     tags = sorted({tag for rows in (train_rows, validation_rows) for row in rows["tags"] for tag in row} - {OUTSIDE})
     tags = [OUTSIDE, *tags]
     config = pretrained(AutoConfig, options.model)
     extra = {"add_prefix_space": True} if config.model_type in BYTE_LEVEL else {}
     tokenizer = pretrained(AutoTokenizer, options.model, **extra)
     if not tokenizer.is_fast:
-        raise DataError(f"--model {options.model}: sub-words are matched to words by a fast tokenizer, which it lacks")
+        raise DataError(
+            f"--model {options.model}: it has no fast tokenizer, which is needed to match sub-words to words"
+        )
     train_set, _ = windows(train_rows, tokenizer, tags, data.max_length)
     validation_set, words = windows(validation_rows, tokenizer, tags, data.max_length)
     task = Task(
@@ -85,11 +88,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_conll(path: str | Path, token_column: int, tag_column: int) -> Dataset:
-    """Rows of `tokens` and `tags`, one a sentence. Lines of one cell or none, and -DOCSTART- lines, end a sentence."""
+    """Rows with `tokens` and `tags`, one row per sentence.
+
+    An empty line, a line without a word, or a -DOCSTART- line ends a sentence.
+    """
     sentences: list[dict[str, list[str]]] = []
     tokens: list[str] = []
     tags: list[str] = []
-    # A split at "\n" only: U+0085, U+2028 and their like can be tokens.
+    # Split only at "\n", because U+0085, U+2028 and similar characters can be tokens.
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate([*lines, ""], start=1):
         cells = line.rstrip("\r").split("\t") if "\t" in line else line.split()
@@ -100,11 +106,13 @@ def read_conll(path: str | Path, token_column: int, tag_column: int) -> Dataset:
             continue
         for column in (token_column, tag_column):
             if not -len(cells) <= column < len(cells):
-                raise DataError(f"{path}, line {number}: no column {column}; there are {len(cells)}: {line.strip()!r}")
+                raise DataError(
+                    f"{path}, line {number}: there is no column {column} among {len(cells)}: {line.strip()!r}"
+                )
         token, tag = cells[token_column].strip(), cells[tag_column].strip()
         prefix, dash, kind = tag.partition("-")
         if tag != OUTSIDE and not (prefix in "BIESLU" and len(prefix) == 1 and dash and kind):
-            raise DataError(f"{path}, line {number}: {tag!r} is no tag such as O, B-person or I-person")
+            raise DataError(f"{path}, line {number}: {tag!r} is not a tag such as O, B-person or I-person")
         tokens.append(token)
         tags.append(tag)
     if not sentences:
@@ -116,9 +124,9 @@ def read_conll(path: str | Path, token_column: int, tag_column: int) -> Dataset:
 def windows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], max_length: int
 ) -> tuple[Dataset, list[list[tuple[int, int]]]]:
-    """Model inputs, one row a window; and the (sentence, word) of every labeled position, in order, of each window.
+    """Returns the model inputs, one row per window, and the (sentence, word) of each labeled position of each window.
 
-    A word that tokenizes to nothing (a lone variation selector, say) has no position.
+    A word for which the tokenizer produces no token (such as a lone variation selector) has no position.
     """
     index = {tag: i for i, tag in enumerate(tags)}
     limit = min(max_length, tokenizer.model_max_length)
@@ -134,7 +142,7 @@ def windows(
         )
         samples = encoded.pop("overflow_to_sample_mapping")
         encoded["labels"] = []
-        before: tuple[int, int] | None = None  # a word that is cut by a window's end goes on in the next one
+        before: tuple[int, int] | None = None  # a word can continue in the next window
         for window, sample in enumerate(samples):
             labels, found = [], []
             for word in encoded.word_ids(window):
@@ -148,7 +156,7 @@ def windows(
             places.append(found)
         return dict(encoded)
 
-    # Not cached: a result from the cache would come without the places.
+    # Not cached, because a cached result would have no places.
     encoded = rows.map(
         encode,
         batched=True,
@@ -166,7 +174,7 @@ def best_class(logits: Any) -> torch.Tensor:
 def entity_metrics(
     rows: Dataset, places: list[list[tuple[int, int]]], tags: Sequence[str]
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The metric over whole sentences; `places` says which word each labeled position of each window stands for."""
+    """The metric over whole sentences. `places` has the (sentence, word) of each labeled position of each window."""
     metric = load_metric("token_classification")
     expected = [list(row) for row in rows["tags"]]
 

@@ -1,4 +1,4 @@
-"""The benchmarks still run, resume, and write their tables."""
+"""The benchmarks run, resume and write their tables, and the documentation has the tables of the committed results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_speed_in_its_quick_form(tmp_path):
     assert methods["far10_small"]["files"]["bytes"] > 0 and methods["half"]["wrap"]["wrap_steps"] > 0
     text = page.read_text()
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text and "LoRA r=8" in text
-    # A second run finds everything done.
+    # In a second run, everything is already done.
     before = output.read_text()
     again = subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100, capture_output=True, text=True)
     assert output.read_text() == before and "step" not in again.stdout
@@ -87,6 +87,30 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
 
 
+@pytest.mark.parametrize("name", ["quality", "systems"])
+def test_the_documentation_has_the_table_of_the_committed_results(grid, name):
+    import methods
+    import tables
+
+    results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / name)
+    pages = {"quality": "quality.md", "systems": "results-systems.md"}
+    table = tables.quality_table(results) if name == "quality" else tables.systems_table(results, methods.SYSTEMS)
+    assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in (ROOT / "docs" / pages[name]).read_text()
+
+
+def test_the_readme_quotes_the_table(grid):
+    import tables
+
+    results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / "quality")
+    rows = tables.quality_table([r for r in results if r["task"] in ("trec6", "sst2")]).splitlines()
+    readme = (ROOT / "README.md").read_text().splitlines()
+    for start, method in (("| `SensiConfig(budget=...)` |", "ours"), ("| random ranking;", "random, refitted")):
+        quoted = next(line for line in readme if line.startswith(start)).split("|")[2:-1]
+        for budget, share in zip(("0.6", "0.5", "0.4", "0.25", "0.1"), quoted, strict=True):
+            row = next(row for row in rows if row.startswith(f"| trim {budget} {method} |"))
+            assert share.strip() == row.split("|")[4].partition("±")[0].strip().replace("%", " %"), (method, budget)
+
+
 def test_words_are_scored_as_entities_of_whole_sentences(grid, encoder, tmp_path):  # noqa: F811
     import methods
     import tables
@@ -130,7 +154,7 @@ def test_noisy_tasks_are_shown_but_decide_nothing(grid):
     line = tables.quality_table([*runs, run("cola", "trim 0.5 ours", 0.1)]).splitlines()[3]
     assert "0.900 | 0.100 | 100.0% |" in line
     assert len(tables.budgets_series([*runs, run("cola", "trim 0.5 ours", 0.1)])) == 1
-    # A row that lacks a task of ours is not drawn beside it.
+    # A row without all tasks of `ours` is not drawn.
     runs += [run("sst2", "full", 0.9), run("sst2", "trim 0.5 ours", 0.8), run("trec6", "trim 0.5 random", 0.9)]
     assert {record["method"] for record in tables.budgets_series(runs)} == {"ours"}
 
@@ -164,7 +188,7 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     assert "| 20.0% [10.0%, 30.0%] |" in random, "of 10, 20 and 30 points"
 
 
-def test_every_row_of_the_budgets_builds_and_trains_what_it_says(grid):
+def test_every_row_builds_and_has_the_stated_size(grid):
     import methods
     from tiny import tiny_batches, tiny_model
 
@@ -183,7 +207,7 @@ def test_every_row_of_the_budgets_builds_and_trains_what_it_says(grid):
             trained = sum(p.numel() for n, p in named if p.requires_grad and "classifier" not in n)
             assert trained > 0, name
             if kind == "tune" and name not in ("BitFit", "LayerNorm"):
-                most = 0.3 if name == "AdaLoRA" else 0.2  # whose ranks shrink while it trains
+                most = 0.3 if name == "AdaLoRA" else 0.2  # its ranks shrink during training
                 assert 0.1 * whole < trained <= most * whole, name
             if kind == "trim":
                 merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,8 +1,9 @@
-"""Every Python block of the documentation is run, file by file, in the order in which it is read.
+"""Runs every Python block of the documentation, page by page, from top to bottom.
 
-The blocks of a file share one namespace. It starts with what a reader has at that point (`base`, `train_batches`,
-`train_rows`, `eval_rows`, `Trainer`, `TrainingArguments`, `args`); the models that blocks name live as tiny random
-ones, under those names, in the folder where the blocks run. A block that cannot run is marked `no-run`.
+The blocks of a page share one namespace. It starts with the names that a reader is assumed to have (`base`,
+`train_batches`, `train_rows`, `eval_rows`, `Trainer`, `TrainingArguments`, `args`). The models that blocks load by
+name are tiny random models, saved under these names in the folder where the blocks run. A block that cannot run is
+marked `no-run`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer,
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES += sorted((ROOT / "peft_sensi").glob("*.md"))
-FILES = [path for path in FILES if path.name != "card_template.md"]  # a template; filled in, it is tested as a card
+FILES = [
+    path for path in FILES if path.name != "card_template.md"
+]  # a template; the tests of cards check it filled in
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.S | re.M)
 
 
 def blocks(path: Path) -> list[tuple[int, str, str]]:
-    """Line, mark and code of each block."""
+    """The line number, mark and code of each block."""
     text = path.read_text(encoding="utf-8")
     return [(text[: m.start()].count("\n") + 2, m[1].strip(), m[2]) for m in BLOCK.finditer(text)]
 
@@ -44,7 +47,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def named_models(tmp_path_factory) -> Path:
-    """The models that the documentation names, tiny, in a folder each."""
+    """A folder with tiny models under the names that the documentation uses."""
     folder = tmp_path_factory.mktemp("models")
     for name, family in {"bert-base-uncased": "bert", "distilbert-base-uncased": "distilbert"}.items():
         tiny_model(family, num_labels=2).save_pretrained(folder / name)
@@ -111,10 +114,25 @@ def test_commands_in_the_documentation_exist():
     assert seen >= 5
 
 
+def headings(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_inside_the_repository_lead_somewhere():
     for path in FILES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+            page = path.parent / target if target else path
+            assert page.exists(), f"{path.name} links to {target}"
+            assert not anchor or anchor in headings(page), f"{path.name} links to {target}#{anchor}"
+
+
+def test_files_named_in_the_documentation_exist():
+    for path in FILES:
+        for name in re.findall(r"\b(?:peft_sensi|examples|tests|docs)/[\w./-]*\w", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), f"{path.name} names {name}"
 
 
 def test_make_targets_in_the_documentation_exist():
@@ -126,7 +144,7 @@ def test_make_targets_in_the_documentation_exist():
 
 @pytest.mark.slow
 def test_the_package_is_imported_where_blocks_say_it_must_be():
-    """Without the import PEFT does not know the method: the sentence in the README is still true."""
+    """The README says that PEFT does not know the method without the import."""
     code = "from peft import PeftConfig; PeftConfig.from_peft_type(peft_type='SENSI')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "KeyError: 'SENSI'" in done.stderr

@@ -1,4 +1,4 @@
-"""The example scripts, run small: made-up rows, tiny models, no file from elsewhere."""
+"""Runs the example scripts with made-up rows and tiny models. No other files are needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scripts_on_the_path():
 
 
 def run(script: str, *arguments: object) -> dict:
-    """Runs a script in this process; what it wrote into metrics.json."""
+    """Runs a script in this process, and returns the content of its metrics.json."""
     given = [str(argument) for argument in arguments]
     importlib.import_module(script).main([*given, *(a for a in QUICK if a)])
     folder = Path(given[given.index("--output_dir") + 1])
@@ -43,10 +43,10 @@ def run(script: str, *arguments: object) -> dict:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    """A tiny BERT whose tokenizer knows a few words and spells the others."""
+    """The folder of a tiny BERT. Its tokenizer knows a few words, and splits all others into letters."""
     folder = tmp_path_factory.mktemp("encoder")
-    slices = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", "?", "1", "##1"]
-    tokenizer = Tokenizer(models.WordPiece({slice_: i for i, slice_ in enumerate(slices)}, unk_token="[UNK]"))
+    vocabulary = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", "?", "1", "##1"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -62,14 +62,14 @@ def encoder(tmp_path_factory) -> Path:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=64,
     ).save_pretrained(folder)
-    tiny_model("bert", "FEATURE_EXTRACTION", vocab_size=len(slices), max_position_embeddings=64).save_pretrained(
+    tiny_model("bert", "FEATURE_EXTRACTION", vocab_size=len(vocabulary), max_position_embeddings=64).save_pretrained(
         folder
     )
     return folder
 
 
 def check(metrics: dict, trims: bool) -> None:
-    """What every report holds, and that the files give the trained model again."""
+    """Checks the entries that every report has, and that the saved files give the trained model again."""
     assert metrics["differences"]["reloaded"] == 0
     assert metrics["differences"]["merged"] < 1e-4
     base = metrics["base"]
@@ -105,7 +105,7 @@ def test_text_classification(encoder, tmp_path):
     assert metrics["rows"] == {"train": 36, "validation": 4}
 
 
-def test_amounts_are_a_regression(encoder, tmp_path):
+def test_numbers_are_a_regression(encoder, tmp_path):
     rows = [{"sentence": "red " * (1 + i % 4), "score": 0.5 * (i % 4)} for i in range(24)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
@@ -116,7 +116,7 @@ def test_amounts_are_a_regression(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_other_methods_are_reported_alike(method, encoder, tmp_path):
+def test_other_methods_have_the_same_report(method, encoder, tmp_path):
     file = write_sentences(tmp_path / "rows.tsv")
     metrics = run("text_classification", "--model", encoder, "--train_file", file, "--method", method,
                   "--output_dir", tmp_path / "out")  # fmt: skip
@@ -129,7 +129,7 @@ def test_the_other_methods_are_reported_alike(method, encoder, tmp_path):
 
 
 def write_tags(path: Path, count: int = 48) -> Path:
-    """Of two words after `in` the first is B-place and the second I-place; `lives` marks the word before a person."""
+    """The word after `in` is B-place, a second one is I-place. The word before `lives` is B-person."""
     sentences = []
     for i in range(count):
         place = [f"{LETTERS[i % 26]}b\tB-place", f"{LETTERS[i % 7]}c\tI-place"][: 1 + i % 2]
@@ -148,7 +148,7 @@ def test_token_classification(encoder, tmp_path):
 
 
 def test_tags_are_learned(encoder, tmp_path):
-    """Wrong alignment of labels, or rows evaluated in another order than they are in, could not reach this."""
+    """With wrongly aligned labels, or rows evaluated in another order, this F1 could not be reached."""
     file = write_tags(tmp_path / "rows.conll", 96)
     metrics = run("token_classification", "--model", encoder, "--train_file", file, "--validation_file", file,
                   "--method", "full", "--max_length", 16, "--output_dir", tmp_path / "out",
@@ -158,10 +158,10 @@ def test_tags_are_learned(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("max_length", [6, 7, 11, 64])
-def test_every_word_is_labelled_once_in_whatever_window(max_length, encoder, tmp_path):
+def test_every_word_is_labeled_once_over_all_windows(max_length, encoder, tmp_path):
     script = importlib.import_module("token_classification")
     path = tmp_path / "rows.conll"
-    # The third word of the first sentence is a control character, of which the tokenizer leaves nothing.
+    # The third word of the first sentence is a control character, for which the tokenizer produces no token.
     path.write_text("red O\nabcdefgh B-x\n\x07 I-x\nblue I-x\n\nstone O\n\n-DOCSTART- -X- O\n\nzz S-y\nabc I-x\n")
     rows = script.read_conll(path, 0, -1)
     assert [len(tokens) for tokens in rows["tokens"]] == [4, 1, 2]
@@ -175,14 +175,14 @@ def test_every_word_is_labelled_once_in_whatever_window(max_length, encoder, tmp
         assert len(window["labels"]) == len(window["input_ids"]) <= max_length
         labeled = [i for i, label in enumerate(window["labels"]) if label != -100]
         for position, (sentence, word) in zip(labeled, found, strict=True):
-            slice_ = tokenizer.convert_ids_to_tokens(window["input_ids"][position])
-            assert rows["tokens"][sentence][word].startswith(slice_)  # its first sub-word
+            first = tokenizer.convert_ids_to_tokens(window["input_ids"][position])
+            assert rows["tokens"][sentence][word].startswith(first)  # the first sub-word
             assert tags[window["labels"][position]] == rows["tags"][sentence][word]
-    # Predicting every label right finds all but what has no token.
+    # With all labels predicted correctly, everything is found except words without a token.
     width = max(len(labels) for labels in encoded["labels"])
     labels = np.array([[*row, *[-100] * (width - len(row))] for row in encoded["labels"]])
     scores = script.entity_metrics(rows, places, tags)(EvalPrediction(labels, labels))
-    assert scores["recall"] == 2 / 3  # (x, 1, 4) is in two parts without its middle
+    assert scores["recall"] == 2 / 3  # without its middle word, the entity (x, 1, 4) is found as two parts
     assert scores["tag_accuracy"] == 6 / 7
 
 
@@ -240,7 +240,7 @@ def test_question_answering(encoder, tmp_path):
                   "--stride", 8, "--output_dir", tmp_path / "out", "--max_steps", 12)  # fmt: skip
     check(metrics, trims=True)
     assert metrics["questions"]["train"] + metrics["questions"]["validation"] == 54
-    # PEFT drops token types, so nobody may be given any.
+    # PEFT drops token types, so the saved tokenizer must not produce them.
     assert "token_type_ids" in AutoTokenizer.from_pretrained(encoder)("red", "blue")
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert set(saved("red", "blue")) == {"input_ids", "attention_mask"}
@@ -265,7 +265,7 @@ def test_labels_of_windows_are_the_answers(max_length, stride, encoder, tmp_path
             answered.add(row)
     with_answers = {i for i, answers in enumerate(rows["answers"]) if answers}
     assert answered == with_answers
-    # Logits that point at the labels give every answer back, in the words of the original text.
+    # Logits that point at the labels give every answer, in the words of the original text.
     metric = script.answer_metrics(rows, found, 30, may_be_silent=True)
     scores = metric(EvalPrediction((starts, ends), None))
     assert scores == {"exact_match": 1.0, "f1": 1.0}
@@ -308,7 +308,7 @@ def test_misplaced_answers_are_left_out_and_counted(tmp_path, capsys):
     content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
     path.write_text(json.dumps(content))
     assert len(script.read_squad(path)) == 8  # of 9
-    assert "1 answers" in capsys.readouterr().err
+    assert "skipped 1 answers" in capsys.readouterr().err
 
 
 # --- language models -------------------------------------------------------------------------------------------------
@@ -327,13 +327,13 @@ def test_causal_lm(tmp_path):
     file = write_text(tmp_path / "text.txt")
     whole = run("causal_lm", "--method", "full", "--train_file", file, *SMALL, "--output_dir", tmp_path / "small")
     assert whole["differences"]["reloaded"] == 0
-    # The reported numbers are those of all rows, one at a time and without any padding.
+    # The reported numbers must equal those of all rows, computed one at a time and without padding.
     script = importlib.import_module("causal_lm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     _, rows = importlib.import_module("common").hold_out(script.read_texts(str(file), "text"), 0.1, seed=42)
     blocks = script.blocks(rows, tokenizer, 40)
-    assert len({len(ids) for ids in blocks["input_ids"]}) > 1  # so there was padding in the evaluated batch
+    assert len({len(ids) for ids in blocks["input_ids"]}) > 1  # so the evaluated batch had padding
     losses, right, count = 0.0, 0, 0
     for ids in blocks["input_ids"]:
         ids = torch.tensor([ids])
@@ -345,7 +345,7 @@ def test_causal_lm(tmp_path):
     assert whole["validation"]["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-4)
     assert whole["validation"]["next_token_accuracy"] == pytest.approx(right / count)
     text = "red städte 城 \n\n end"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text  # bytes know every text
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text  # bytes can encode every text
 
     metrics = run("causal_lm", "--model", tmp_path / "small", "--train_file", write_text(tmp_path / "b.txt", 1),
                   "--budget", 0.5, "--block_size", 40, "--output_dir", tmp_path / "out")  # fmt: skip
@@ -395,7 +395,7 @@ def test_a_missing_file_is_one_line(script, encoder, tmp_path):
     model = ["--model", encoder] if script in NEEDS_MODEL else []
     with pytest.raises(SystemExit, match=r"nowhere\.tsv") as caught:
         run(script, *model, "--train_file", tmp_path / "nowhere.tsv", "--output_dir", tmp_path)
-    assert isinstance(caught.value.code, str)  # which Python prints, and exits with 1
+    assert isinstance(caught.value.code, str)  # Python prints it, and exits with status 1
 
 
 ROWS = ["--train_file", "rows.tsv"]
@@ -405,8 +405,9 @@ WRONG = {
     "contradiction": ("text_classification", [*ROWS, "--budget", 0.5, "--params", 0.5], "--params"),
     "budget for full": ("text_classification", [*ROWS, "--method", "full", "--flops", 0.5], "flops"),
     "impossible budget": ("text_classification", ["--train_file", "nowhere.tsv", "--budget", 1.5], "1.5"),
-    "tag column": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 4], "line 1: no column 4"),
-    "not tags": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 0], "'ad' is no tag"),
+    "tag column": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 4],
+                   "line 1: there is no column 4"),
+    "not tags": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 0], "'ad' is not a tag"),
     "not SQuAD": ("question_answering", ROWS, "line 1"),
     "other JSON": ("question_answering", ["--train_file", "other.json"], "not in SQuAD format"),
     "stride": ("question_answering", ["--train_file", "rows.json", "--stride", 40], "--stride 40"),
@@ -420,7 +421,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_a_user_can_mend_is_said(case, encoder, tmp_path, monkeypatch):
+def test_wrong_input_is_named(case, encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_sentences(Path("rows.tsv"))
     write_tags(Path("rows.conll"))

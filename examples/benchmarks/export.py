@@ -1,11 +1,11 @@
-"""What trimming and int8 gain in onnxruntime: bytes, latency and accuracy of the base's export and of the merged half.
+"""The gain of trimming and int8 in onnxruntime: bytes, latency and accuracy of the whole model and of the half model.
 
     python examples/benchmarks/export.py runs/export            # trains, exports, measures
     python examples/benchmarks/export.py runs/export --rounds 99  # measures again
 
 Task and models are those of `make demo`: all-MiniLM-L6-v2 fine-tuned whole, and with `SensiConfig(budget=0.5)`. Both
-are exported, both are also quantized, and the four files take turns in onnxruntime on the same batches, so that a
-busy moment of the machine falls on all of them.
+are exported, and both exports are also quantized. The four files take turns in onnxruntime on the same batches, so
+that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Trains both models and exports them; `files.json`, written last, says that all is there."""
+    """Trains both models and exports them. `files.json` is written last, and shows that everything is complete."""
     task = build_task()
     test = list(batches(task.test, task.collator))
     files: dict[str, dict[str, Any]] = {}
@@ -81,7 +81,7 @@ def base_or_half(name: str, task: Task) -> torch.nn.Module:
 
 
 def measure(folder: Path, rounds: int, threads: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each file for each shape of a batch."""
+    """Median seconds of each file, for each batch shape."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     sessions = {

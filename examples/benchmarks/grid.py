@@ -1,4 +1,4 @@
-"""One run of a method on a task, and many of them: resumable, one JSON file a run."""
+"""Runs methods on tasks. Each run writes one JSON file, and finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from common import flops, folder_bytes, load_metric, parameters, write_json
 
 
 def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -> dict[str, Any]:
-    """Trains with bf16 autocast, AdamW and a linear schedule; the metric on dev and on the held-out training rows."""
+    """Trains with bf16 autocast, AdamW and a linear schedule. Returns the metrics on the dev rows and on the held-out
+    training rows, and the costs."""
     task = data.task
-    logging.set_verbosity_error()  # a fresh head is no news here
+    logging.set_verbosity_error()  # no warnings about fresh heads
     logging.disable_progress_bar()
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     set_seed(seed)
@@ -116,7 +117,7 @@ def score(model: nn.Module, data: Data, split: str) -> float:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """What `save_pretrained` writes: the adapter, or the whole model where there is none."""
+    """Bytes that `save_pretrained` writes: the adapter, or the whole model if there is no adapter."""
     if is_sensi(model) and model.peft_config["default"].update == "mask":
         model.base_model.compress("bits")
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +126,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def zeros_share(model: nn.Module) -> float:
-    """Zeros among the weights of the transformer's Linears."""
+    """The share of zeros among the weights of the transformer's Linears."""
     weights = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
@@ -139,7 +140,10 @@ def run_all(
     results: Path,
     rates: Iterable[float] = (),
 ) -> None:
-    """Runs what has no result yet, and leaves out what cannot have its budget. `rates` replaces the methods' own."""
+    """Makes all runs that have no result yet. Methods that cannot meet their budget are skipped.
+
+    `rates` replaces the learning rates of the methods.
+    """
     wanted = [
         (task, seed, name, rate)
         for seed in seeds
@@ -158,7 +162,7 @@ def run_all(
         try:
             figures = train(loaded[1], methods[name], model_name, rate, seed)
         except BudgetMissed as error:
-            bar.write(f"{name} is left out: {error}")
+            bar.write(f"{name} is skipped: {error}")
             continue
         write_json(path, {"task": task.name, "method": name, "seed": seed, "metric": task.metric} | figures)
 

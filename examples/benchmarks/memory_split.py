@@ -1,4 +1,4 @@
-"""Where the memory of a training step goes."""
+"""Measures what the memory of a training step is used for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of each storage, once however many tensors share it, by its address."""
+    """Bytes of each storage by its address. A storage that several tensors share is counted once."""
     dense = (part for tensor in tensors if not tensor.is_meta for part in _dense(tensor))
     storages = (tensor.untyped_storage() for tensor in dense)
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
@@ -24,7 +24,7 @@ def _dense(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def held_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers, and what modules keep beside them, such as the cache of fused weights."""
+    """Parameters, buffers, and other tensors that modules keep, such as the cache of fused weights."""
     found: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         for value in vars(module).values():
@@ -43,17 +43,17 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 class SavedActivations:
-    """Counts what autograd saves for the backward pass: storages once, those of parameters and caches apart.
+    """Counts the tensors that autograd saves for the backward pass, each storage once, without parameters and caches.
 
-    Copies of weights (autocast makes 16-bit ones) count as `weight_copies`: a matrix is an activation if one dimension
-    is `rows` or `rows * columns`, the batch's size.
+    Copies of weights (autocast makes 16-bit copies) are counted separately, as `weight_copies`. A matrix is an
+    activation if one of its dimensions is `rows` or `rows * columns`, the size of the batch.
     """
 
     def __init__(self, model: nn.Module, rows: int, columns: int) -> None:
         self.model, self.sizes = model, {rows, rows * columns}
         self.activations: dict[int, int] = {}
         self.weight_copies: dict[int, int] = {}
-        self._keep: list[torch.Tensor] = []  # so that no address is used twice
+        self._keep: list[torch.Tensor] = []  # keeps storages alive, so that no address is used twice
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ class SavedActivations:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
-        held = storage_bytes(held_tensors(self.model))  # now, because a first forward pass fills caches
+        held = storage_bytes(held_tensors(self.model))  # only now, because the first forward pass fills caches
         for kind in (self.activations, self.weight_copies):
             for address in held.keys() & kind.keys():
                 del kind[address]
@@ -85,7 +85,7 @@ class SavedActivations:
 
 
 def free_at_once() -> None:
-    """Lets glibc give freed memory back to the system, so that a peak of one phase isn't seen in the next."""
+    """Makes glibc return freed memory to the system at once, so that each phase has its own peak."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
@@ -93,7 +93,7 @@ def free_at_once() -> None:
 
 
 def peak_of_process(reset: bool = False) -> int:
-    """Peak resident memory (Linux, bytes) since the last reset; with `reset`, a new peak begins here."""
+    """Peak resident memory in bytes since the last reset (Linux only). `reset` starts a new measurement."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What is compared: each row of a table is a name and a function from a base model to what is trained."""
+"""The compared methods. Each row of a table has a name and a function from a base model to a model to train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_sensi import SensiConfig, compute_scores, recipes
 
 @dataclass(frozen=True)
 class Run:
-    """What a method may know about the training that follows."""
+    """What a method may know about the training."""
 
     calibration: Any
     steps: int
@@ -26,7 +26,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """`rate` is the AdamW rate, `control` the row that shows what the method's choice is worth."""
+    """`rate` is the learning rate of AdamW. `control` is the row with which the method is compared in the notes."""
 
     build: Callable[[nn.Module, Run], nn.Module]
     rate: float
@@ -38,7 +38,7 @@ def full(base: nn.Module, run: Run) -> nn.Module:
 
 
 def started(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module, Run], nn.Module]:
-    """With the task head as priming leaves it, which our own rows that trim start from by themselves."""
+    """Starts from the primed task head. Rows of `SensiConfig` that trim do this by default."""
 
     def build_started(base: nn.Module, run: Run) -> nn.Module:
         scores = compute_scores(base, run.calibration, score="random", seed=run.seed, progress=False)
@@ -49,7 +49,7 @@ def started(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module
 
 
 def blocks_only(base: nn.Module, run: Run) -> nn.Module:
-    """Full fine-tuning but for the tables of embeddings."""
+    """Full fine-tuning without the embedding tables."""
     for module in base.modules():
         if isinstance(module, nn.Embedding):
             module.weight.requires_grad = False
@@ -79,12 +79,12 @@ def lora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
 
 
 def shira_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
-    """SHiRA (arXiv 2406.13175); its `r` gives each matrix as many values as a LoRA of that rank would have."""
+    """SHiRA (arXiv 2406.13175). Its `r` gives each matrix as many values as LoRA of this rank has."""
     return lambda base, run: get_peft_model(base, ShiraConfig(r=rank_of(base, share), **on_all_linears(base)))
 
 
 def adalora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
-    """AdaLoRA (arXiv 2303.10512): starts with half as many ranks again, ends with those of a LoRA of that share."""
+    """AdaLoRA (arXiv 2303.10512): starts with 1.5 times as many ranks as LoRA with this share; ends with as many."""
 
     def build(base: nn.Module, run: Run) -> nn.Module:
         rank = rank_of(base, share)
@@ -98,7 +98,7 @@ def adalora_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
 
 
 def supertuning_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
-    """Supertuning (arXiv 2607.09287): a share of the base's values, those with the largest weights."""
+    """Supertuning (arXiv 2607.09287): tunes the largest weights, a share of the base's values."""
 
     def build(base: nn.Module, run: Run) -> nn.Module:
         inside = on_all_linears(base)
@@ -110,13 +110,13 @@ def supertuning_of(share: float) -> Callable[[nn.Module, Run], nn.Module]:
 
 
 def rank_of(base: nn.Module, share: float) -> int:
-    """The LoRA rank on all Linears that comes closest to a share of the base's values from below, at least 1."""
+    """The largest LoRA rank on all Linears whose values do not exceed a share of the base's values; at least 1."""
     per_rank = sum(sum(m.weight.shape) for m in linears(base).values())
     return max(1, int(share * base.base_model.num_parameters() / per_rank))
 
 
 def on_all_linears(base: nn.Module) -> dict[str, Any]:
-    """Whole names, the pooler's too; the task head is trained whole."""
+    """PEFT's arguments for all Linears of the base, the pooler included. The task head is trained whole."""
     inside = base.base_model.named_modules()
     names = [f"{base.base_model_prefix}.{name}" for name, m in inside if isinstance(m, nn.Linear)]
     return {"task_type": task_type(base), "target_modules": names}
@@ -135,7 +135,7 @@ def linears(base: nn.Module) -> dict[str, nn.Linear]:
 def sensi(
     make: Callable[..., SensiConfig], data: bool = True, **options: Any
 ) -> Callable[[nn.Module, Run], nn.Module]:
-    """A row of ours: `make` is a recipe or `SensiConfig`; options that are functions are given the run."""
+    """A row of `SensiConfig`, or of the recipe `make`. Options that are functions are called with the run."""
 
     def build(base: nn.Module, run: Run) -> nn.Module:
         given = {name: value(run) if callable(value) else value for name, value in options.items()}
@@ -147,7 +147,7 @@ def sensi(
 
 
 def _freeze(base: nn.Module, trained: Callable[[str], bool]) -> nn.Module:
-    """Leaves the head and what `trained` says trainable."""
+    """Freezes all parameters except the task head and those for which `trained` returns True."""
     for name, parameter in base.named_parameters():
         parameter.requires_grad = not name.startswith(base.base_model_prefix + ".") or trained(name)
     return base
@@ -179,7 +179,7 @@ SYSTEMS: dict[str, Method] = {
 }
 
 
-# Trimming: the share of the heads' and neurons' parameters that stays is the row's budget.
+# Trimming. The budget is the share of the heads' and neurons' parameters that is kept.
 TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
     "random": lambda budget: sensi(SensiConfig, budget=budget, score="random", refit=False),
     "magnitude": lambda budget: sensi(SensiConfig, budget=budget, score="magnitude", refit=False),
@@ -197,7 +197,7 @@ TRIMMING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = 
     "ours": lambda budget: sensi(SensiConfig, budget=budget),
 }
 
-# Tuning: the share of the base's values that is trained is the row's budget.
+# Tuning. The budget is the share of the base's values that is trained.
 TUNING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
     "BitFit": lambda budget: bitfit,
     "LayerNorm": lambda budget: layer_norm,

@@ -1,4 +1,4 @@
-"""Smaller models by other means than ours: another library's pruning, and leaving out whole layers."""
+"""Other ways to make a model smaller: the pruning of another library, and removing whole layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from peft_sensi import SensiConfig
 
 
 class BudgetMissed(ValueError):
-    """A method that cannot have the size it was asked for: its row is left out."""
+    """The method cannot meet the requested size. Its row is skipped."""
 
 
 def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tensor]], budget: float) -> nn.Module:
     """Torch-Pruning (Fang et al. 2023, arXiv 2301.12900) with its Taylor importance, for a BERT.
 
-    Heads are ranked over all layers, and so are neurons; the share `budget` of each stays. The library never takes
-    all heads of a layer: where its ranking would, all of them stay, and a small budget is exceeded.
+    Heads are ranked over all layers, and so are neurons. The share `budget` of each is kept. The library never removes
+    all heads of a layer. If its ranking would do so, it keeps all heads of this layer, and a small budget is exceeded.
 
     Raises:
-        BudgetMissed: It is exceeded by more than a hundredth of the blocks' matrices.
+        BudgetMissed: The budget is exceeded by more than one percent of the blocks' matrices.
     """
     import torch_pruning as tp
 
@@ -31,14 +31,14 @@ def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tens
         if name.endswith((".query", ".key", ".value")):
             heads[module] = base.config.num_attention_heads
         elif isinstance(module, nn.Embedding | nn.Linear) and not name.endswith("intermediate.dense"):
-            stays.append(module)  # the width between blocks
-    batches = list(islice(calibration, SensiConfig().calibration_steps))  # as many as ours scores
+            stays.append(module)  # these determine the width between blocks
+    batches = list(islice(calibration, SensiConfig().calibration_steps))  # as many as `SensiConfig` scores
     pruner = tp.pruner.BasePruner(
         base,
         example_inputs=dict(batches[0]),
         importance=tp.importance.GroupTaylorImportance(),
         global_pruning=True,
-        isomorphic=True,  # one ranking of heads, one of neurons
+        isomorphic=True,  # one ranking for heads and one for neurons
         pruning_ratio=1 - budget,
         head_pruning_ratio=1 - budget,
         prune_num_heads=True,
@@ -54,20 +54,20 @@ def torch_pruning(base: nn.Module, calibration: Iterable[Mapping[str, torch.Tens
     base.zero_grad()
     left = _matrices(base) / whole
     if left > budget + 0.01:
-        raise BudgetMissed(f"Torch-Pruning leaves {left:.0%} where {budget:.0%} were asked for.")
+        raise BudgetMissed(f"Torch-Pruning keeps {left:.0%}, but the budget is {budget:.0%}.")
     return base
 
 
 def lower_layers(base: nn.Module, budget: float) -> nn.Module:
-    """The lower layers only, the simplest smaller student (Sajjad et al. 2023, arXiv 2004.03844), for a BERT.
+    """Keeps only the lower layers: the simplest smaller student (Sajjad et al. 2023, arXiv 2004.03844), for a BERT.
 
     Raises:
-        BudgetMissed: The share of the layers is no whole number.
+        BudgetMissed: The budget is not a whole number of layers.
     """
     layers = base.base_model.encoder.layer
     count = budget * len(layers)
     if count != int(count):
-        raise BudgetMissed(f"{budget:g} of {len(layers)} layers is no whole number.")
+        raise BudgetMissed(f"{budget:g} of {len(layers)} layers is not a whole number of layers.")
     base.base_model.encoder.layer = layers[: int(count)]
     base.config.num_hidden_layers = int(count)
     return base

@@ -1,11 +1,11 @@
-"""Accuracy at every budget: ours beside what a user could do instead, everybody with the same rates to choose from.
+"""Accuracy at every budget: `SensiConfig` and its alternatives, with the same learning rates to choose from.
 
     python examples/benchmarks/quality.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
-    python examples/benchmarks/quality.py table --page README.md
+    python examples/benchmarks/quality.py table --page docs/quality.md
     python examples/benchmarks/quality.py plot docs/accuracy.png
 
-The rate of a row is the one with the best score on held-out training rows (seed 0); the other seeds run at that rate
-only. Runs that have a result are not repeated.
+The learning rate of a row is the one with the best metric on held-out training rows, with seed 0. The other seeds run
+only at this rate. Runs that have a result are not repeated.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality"
 RATES = [5e-5, 1.5e-4, 3e-4]
-# What could make a difference to full fine-tuning besides units.
+# Variants of full fine-tuning: the differences from `ours` that have nothing to do with units.
 FULL = {"full, embeddings frozen": blocks_only, "full, head started": started(full)}
 KINDS = {"trim": (TRIMMING, [0.5, 0.25, 0.1]), "tune": (TUNING, [0.1, 0.01, 0.001])}
 
 
 def rows(kind: str, names: list[str] | None, budgets: list[float] | None) -> dict[str, Method]:
-    """`<kind> <budget> <method>`, with full fine-tuning first, which everything is compared with."""
+    """The rows, named `<kind> <budget> <method>`. The first is full fine-tuning, the reference for all others."""
     makers, usual = KINDS[kind]
     methods = {"full": Method(full, RATES[0])}
     if kind == "trim":
@@ -51,10 +51,16 @@ def main() -> None:
     run.add_argument("--methods", nargs="+")
     run.add_argument("--budgets", nargs="+", type=float)
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    run.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from with seed 0")
+    run.add_argument(
+        "--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from, with seed 0"
+    )
     plot.add_argument("picture", type=Path)
     for command in (run, table):
-        command.add_argument("--page", type=Path, help="writes the table between the marks `quality: begin` and `end`")
+        command.add_argument(
+            "--page",
+            type=Path,
+            help="Markdown page with the markers `quality: begin` and `end`; the table is written between them",
+        )
     for command in (run, table, plot):
         command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
         command.add_argument("--results", type=Path, default=RESULTS)

@@ -1,14 +1,15 @@
-"""Time, memory and bytes of a training step, side by side: full fine-tuning, methods of PEFT, and ours.
+"""Time, memory and bytes of a training step: full fine-tuning, methods of PEFT, and `SensiConfig` side by side.
 
     python examples/benchmarks/speed.py --shapes distilbert bert-base --precisions fp32 bf16
     python examples/benchmarks/speed.py --only full lora_all half --parts step
     python examples/benchmarks/speed.py --device cuda --compile
 
-One process a method. Steps are timed in rounds in which the methods take turns, and are compared with the reference
-(full fine-tuning) of the same round; only one process works at a time. What is finished is in the JSON file and is not
-measured again, so a run can be stopped and goes on; `--seconds` stops it after the group of methods it is at.
+Each method has its own process, and only one process works at a time. Steps are timed in rounds, in which the methods
+take turns; each is compared with full fine-tuning, the reference, in the same round. Finished measurements are in the
+JSON file and are not repeated, so a run can be stopped and continued. `--seconds` starts no further group of methods
+after this time.
 
-Parts: `step` (training step and inference, unmerged and merged), `memory` (of a step, by what holds it), `files`
+Parts: `step` (training step and inference, unmerged and merged), `memory` (memory of a step by its use), `files`
 (bytes of the adapter and time to load it), `wrap` (time to wrap with calibration data, in training steps).
 The models have random weights, so nothing is downloaded and nothing is learned.
 """
@@ -33,7 +34,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # also in the processes that are started from here
+sys.path.insert(0, str(Path(__file__).parent))  # also for the processes that are started here
 
 PARTS = ("step", "memory", "files", "wrap")
 PRECISIONS = ("fp32", "bf16")
@@ -43,7 +44,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class Worker:
-    """One method in a process of its own; every public method is a command from the process that compares."""
+    """One method in its own process. Every public method of this class is a command that the main process can send."""
 
     def __init__(self, shape: str, method: str, precision: str, device: str, compiled: bool, threads: int) -> None:
         import torch
@@ -111,7 +112,7 @@ class Worker:
             self.forward = self.torch.compile(self.model)
 
     def memory(self) -> dict[str, Any]:
-        """Bytes of a training step by what holds them, and the measured peak, after a first step."""
+        """Bytes of a training step by use, and the measured peak, after two warm-up steps."""
         from memory_split import (
             SavedActivations,
             free_at_once,
@@ -175,7 +176,7 @@ class Worker:
         return {"bytes": size, "load_s": min(times[False]), "load_low_s": min(times[True])}
 
     def wrap(self, calibration: int, size: int, length: int) -> dict[str, Any]:
-        """Wrapping with calibration data, in training steps of full fine-tuning of the same batch size."""
+        """Time to wrap with calibration data, in full fine-tuning steps of the same batch size."""
         from speed_methods import METHODS
 
         method = self.method
@@ -211,15 +212,15 @@ def _serve(connection: Connection, arguments: dict[str, Any]) -> None:
             connection.send(("done", getattr(worker, name)(**fields)))
     except (EOFError, KeyboardInterrupt):
         pass
-    except Exception as error:  # the others go on
+    except Exception as error:  # the other methods continue
         connection.send(("error", f"{type(error).__name__}: {error}"))
 
 
 class Process:
-    """The other end of a `Worker`."""
+    """The handle of a `Worker` in the main process."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        # Forked from a server that has imported everything, but has no threads and has not touched the device.
+        # Forked from a server that has imported everything, but has started no threads and not used the device.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["speed_methods"])
         self.connection, other = context.Pipe()
@@ -236,7 +237,7 @@ class Process:
         try:
             kind, value = self.connection.recv()
         except EOFError:
-            raise RuntimeError("The process of this method died (out of memory?).") from None
+            raise RuntimeError("The process of this method died, perhaps because it ran out of memory.") from None
         if kind == "error":
             raise RuntimeError(value)
         return value
@@ -255,7 +256,7 @@ class Process:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """The median and the quartiles."""
     if len(values) < 2:
         return {"median": values[0], "low": values[0], "high": values[0]}
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -263,7 +264,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compare_steps(names: list[str], arguments: dict[str, Any], rounds: int, merges: set[str]) -> dict[str, Any]:
-    """Seconds and ratios to full fine-tuning of the same round, for `full` and these methods."""
+    """Seconds, and ratios to full fine-tuning in the same round, for `full` and the given methods."""
     names = ["full", *(n for n in names if n != "full")]
     found: dict[str, Any] = {}
     processes: dict[str, Process] = {}
@@ -349,7 +350,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         found = {group[0]: alone(group[0], arguments, part)}
                     for name, values in found.items():
                         if name == "full" and part == "step" and "step" in methods.get("full", {}):
-                            continue  # the reference of the first group stays
+                            continue  # keep the reference of the first group
                         methods.setdefault(name, {})[part] = values
                         print(f"{key} {part:6} {name:14} {_short(values)}", flush=True)
                     _write(path, results)
@@ -392,17 +393,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shapes", nargs="+", default=["distilbert", "bert-base", "decoder-1b"])
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--only", nargs="+", help="methods, by their short names; default: all")
-    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--compile", action="store_true", help="under torch.compile")
+    parser.add_argument("--only", nargs="+", help="short names of the methods to measure; all by default")
+    parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda if available")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--group", type=int, default=5, help="methods that take turns with the reference")
-    parser.add_argument("--seconds", type=float, default=0, help="begin no further group after so long")
+    parser.add_argument("--group", type=int, default=5, help="number of methods that take turns with the reference")
+    parser.add_argument("--seconds", type=float, default=0, help="start no further group of methods after this time")
     parser.add_argument("--wrap-batch", default="8x64", help="rows x tokens of the calibration batches of `wrap`")
     parser.add_argument("--output", default="speed.json")
-    parser.add_argument("--table", help="Markdown file whose generated part is written anew")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: does it all still run?")
+    parser.add_argument("--table", help="Markdown page whose generated part is replaced")
+    parser.add_argument(
+        "--quick", action="store_true", help="check that everything runs, with a tiny model and few rounds"
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.shapes, options.precisions, options.rounds, options.threads = ["tiny"], ["fp32"], 2, 1

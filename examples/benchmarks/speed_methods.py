@@ -1,4 +1,4 @@
-"""What `speed.py` compares: shapes of models with random weights, and methods that wrap them."""
+"""The models (with random weights) and the methods that `speed.py` compares."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_sensi import SensiConfig, recipes
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its batch. `linears` are the Linears of its blocks: what "all linear" means for every method."""
+    """A model and its batch. `linears` are the Linears of its blocks, which "all linear" means for every method."""
 
     config: Callable[[], Any]
     linears: tuple[str, ...]
@@ -63,7 +63,7 @@ SHAPES = {
         ("sa_layer_norm", "output_layer_norm"),
     ),
     "bert-base": Shape(BertConfig, **_BERT),
-    # About 1.1 billion parameters, the shape of TinyLlama.
+    # The shape of TinyLlama, with about 1.1 billion parameters.
     "decoder-1b": Shape(
         lambda: LlamaConfig(
             vocab_size=32000,
@@ -108,12 +108,12 @@ class Method:
 
 
 def _by_peft(config: type, **fields: Any) -> Callable[[nn.Module, Shape, dict[str, Any]], nn.Module]:
-    """A method of PEFT; `targets` names the field of `Shape` that it applies to. It trains the task head, as we do."""
+    """A method of PEFT, on the Linears that `Shape` has under the name `targets`. The task head is trained too."""
     targets = fields.pop("targets")
 
     def wrap(model: nn.Module, shape: Shape, extra: dict[str, Any]) -> nn.Module:
-        # For a classification task PEFT adds `classifier` to what is trained, but not DistilBERT's fresh
-        # `pre_classifier`, which every full comparison trains.
+        # For classification, PEFT also trains `classifier`, but not DistilBERT's fresh `pre_classifier`, which the
+        # other methods train.
         more = {"modules_to_save": ["pre_classifier"]} if hasattr(model, "pre_classifier") else {}
         task = "CAUSAL_LM" if shape.causal else "SEQ_CLS"
         made = config(task_type=task, target_modules=list(getattr(shape, targets)), **more, **fields)
@@ -124,7 +124,7 @@ def _by_peft(config: type, **fields: Any) -> Callable[[nn.Module, Shape, dict[st
 
 def _by_us(make: Callable[..., SensiConfig], **fields: Any) -> Callable[[nn.Module, Shape, dict[str, Any]], nn.Module]:
     def wrap(model: nn.Module, shape: Shape, extra: dict[str, Any]) -> nn.Module:
-        # How units are scored doesn't change what a step costs; `extra` has the calibration where wrapping is timed.
+        # The score does not change the cost of a step. `extra` has the calibration data when wrapping is timed.
         more = extra or {"score": "random"}
         return peft.get_peft_model(model, make(task_type="CAUSAL_LM" if shape.causal else "SEQ_CLS", **fields, **more))
 
@@ -132,7 +132,7 @@ def _by_us(make: Callable[..., SensiConfig], **fields: Any) -> Callable[[nn.Modu
 
 
 def _half_with_tokens(model: nn.Module, shape: Shape, extra: dict[str, Any]) -> nn.Module:
-    """Two batches of random tokens have about as many different ones as a thousand sentences."""
+    """Trains tokens too. Two batches of random tokens have about as many different ones as a thousand sentences."""
     more = extra or {"score": "random", "calibration": shape.batches(2, torch.device("cpu")), "refit": False}
     return _by_us(SensiConfig, budget=0.5)(model, shape, more)
 

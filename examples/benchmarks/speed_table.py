@@ -1,4 +1,4 @@
-"""The Markdown of what `speed.py` has measured: from its JSON file, into the generated part of a page."""
+"""Writes the results of `speed.py` (a JSON file) as Markdown tables into the generated part of a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 
 def write_table(results: dict[str, Any], page: str | None) -> str:
-    """The tables; with `page`, they replace what is between the two marks there (or become the whole new file)."""
+    """Returns the tables. With `page`, also writes them between the two markers there, or to a new file."""
     text = "\n\n".join(_setting(key, setting) for key, setting in results.items())
     if page:
         write_part(Path(page), "speed.py", text)

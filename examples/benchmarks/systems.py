@@ -1,9 +1,9 @@
-"""The five systems and their controls on real tasks: a JSON file a run, then a Markdown table.
+"""The five systems and their controls on real tasks. Each run writes a JSON file; a Markdown table shows all runs.
 
     python examples/benchmarks/systems.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
-    python examples/benchmarks/systems.py table --page README.md
+    python examples/benchmarks/systems.py table --page docs/results-systems.md
 
-Runs that have a result are not repeated. The data folder holds `<task>/train.tsv` and `dev.tsv` (TREC: `test.tsv`).
+Runs that have a result are not repeated. The data folder has `<task>/train.tsv` and `dev.tsv` (TREC: `test.tsv`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ def main() -> None:
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--methods", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    run.add_argument("--rates", nargs="+", type=float, default=[], help="instead of each method's own")
+    run.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="learning rates to use instead of each method's own"
+    )
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
-        command.add_argument("--page", type=Path, help="writes the table between the marks `systems: begin` and `end`")
+        command.add_argument(
+            "--page",
+            type=Path,
+            help="Markdown page with the markers `systems: begin` and `end`; the table is written between them",
+        )
     options = parser.parse_args()
     if options.command == "run":
         tasks = [TASKS[name] for name in options.tasks]

@@ -1,4 +1,4 @@
-"""Results as Markdown tables: means over seeds with their standard errors, and where a row loses to its control."""
+"""Results as Markdown tables: means over seeds with standard errors, and notes on rows below their control."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean, and its standard error over seeds (NaN for a single one)."""
+    """The mean, and its standard error over seeds (NaN for a single value)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
@@ -34,7 +34,7 @@ def cell(values: list[float], form: str = ".3f") -> str:
 
 
 def with_interval(values: list[float]) -> str:
-    """Mean and 95 % interval, in percent, of paired differences, by the bootstrap over tasks and seeds."""
+    """Mean and 95 % bootstrap interval of paired differences over tasks and seeds, in percent."""
     if len(values) < 3:
         return cell(values, ".1%")
     drawn = bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
@@ -83,7 +83,7 @@ def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) 
 
 
 def best_rates(results: list[dict[str, Any]], task: str, methods: Mapping[str, Any]) -> dict[str, float]:
-    """For each method the rate with the best score on the held-out training rows, seed 0."""
+    """For each method, the learning rate with the best metric on the held-out training rows, with seed 0."""
     best: dict[str, dict[str, Any]] = {}
     for result in results:
         name = result["method"]
@@ -94,13 +94,13 @@ def best_rates(results: list[dict[str, Any]], task: str, methods: Mapping[str, A
 
 
 def at_best_rates(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every method and task only the runs at the rate that was chosen."""
+    """The runs at the chosen learning rate of their method and task."""
     rates = {task: best_rates(results, task, {r["method"]: None for r in results}) for task in TASKS}
     return [r for r in results if rates[r["task"]].get(r["method"]) == r["rate"]]
 
 
 def retentions(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds to each run `retention = (metric - m0) / (full - m0)`, with `m0` of the constant predictor (see `Task`)."""
+    """Adds `retention = (metric - m0) / (full - m0)` to each run; `m0` is `Task.constant`."""
     chosen = at_best_rates(results)
     full = {
         task: statistics.fmean(scores)
@@ -116,14 +116,14 @@ def retentions(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def deciding_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without noisy tasks (see `Task`)."""
+    """The runs on tasks that are not noisy (see `Task`)."""
     return [run for run in runs if not TASKS[run["task"]].noisy]
 
 
 def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records for `plots.plot_budgets`: retention of each trimming run over its budget.
 
-    Only of rows that have all tasks of `ours`: means over other tasks cannot be compared.
+    Only rows with all tasks of `ours` are used, because means over different tasks cannot be compared.
     """
     runs = deciding_runs(retentions(results))
     tasks: dict[str, set[str]] = defaultdict(set)
@@ -139,10 +139,10 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def quality_table(results: list[dict[str, Any]]) -> str:
-    """Metric by task, and the mean retention over tasks, in percent (error: over tasks and seeds).
+    """The metric per task, and the mean retention in percent, with its standard error over tasks and seeds.
 
-    `behind ours` is how much more retention `ours` has at the same budget, on the same tasks and seeds,
-    with a bootstrap interval. Both leave out tasks that are noisy (see `Task`).
+    `behind ours` is how much more `ours` retains at the same budget, on the same tasks and seeds, with a bootstrap
+    interval. Retention and `behind ours` leave out noisy tasks (see `Task`).
     """
     runs = retentions(results)
     deciding = deciding_runs(runs)
@@ -161,7 +161,7 @@ def quality_table(results: list[dict[str, Any]]) -> str:
 
 
 def _behind_ours(name: str, runs: list[dict[str, Any]]) -> list[float]:
-    """What `ours` retains more than this row, for each task and seed that both have."""
+    """How much more `ours` retains than this row, for each task and seed that both have."""
     budget = " ".join(name.split(" ")[:2])
     if name in ("full", f"{budget} ours"):
         return []

@@ -1,4 +1,4 @@
-"""The tasks of the benchmarks: which files, which columns, which metric, how long to train."""
+"""The tasks of the benchmarks: their files, columns, metrics and lengths of training."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Task:
-    """`rows` bounds the training rows, 0 takes all. `constant` is the dev metric of always the most frequent class.
+    """A task.
 
-    `held_out` training rows choose the rates; 500 leave an error of a point, so more where a task can spare them.
-    With `words`, every word of a sentence has a class (CoNLL files). A task that is too noisy, at this size of model,
-    to decide between methods is shown, but no part of means over tasks.
+    `rows` limits the number of training rows; 0 means all. `constant` is the dev metric of always answering the most
+    frequent class. Learning rates are chosen on `held_out` training rows. With 500 rows the error is one point, so a
+    task with many rows holds out more. With `words`, every word of a sentence has a class (CoNLL files). A `noisy`
+    task cannot separate methods at this model size: it is shown, but left out of means over tasks.
     """
 
     name: str
@@ -67,9 +68,10 @@ TASKS = {
 
 @dataclass
 class Data:
-    """A task's tokenized rows. `held_out` are training rows that nobody trains on: rates are chosen there.
+    """The tokenized rows of a task. Learning rates are chosen on `held_out`, training rows that no run trains on.
 
-    `metrics`, of a task of words, turn the classes of all tokens into that split's metric.
+    For a task with a class per word, `metrics` has a function for each split that computes its metric from the classes
+    of all tokens.
     """
 
     task: Task
@@ -81,14 +83,14 @@ class Data:
     metrics: dict[str, Callable[[EvalPrediction], dict[str, float]]] = field(default_factory=dict)
 
     def training_batches(self, seed: int) -> DataLoader:
-        """Batches of similar length: little is wasted on padding."""
+        """Batches of rows of similar length, which need little padding."""
         generator = torch.Generator().manual_seed(seed)
         lengths = [len(ids) for ids in self.train["input_ids"]]
         sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths, generator=generator)
         return DataLoader(self.train, BATCH_SIZE, sampler=sampler, collate_fn=self.collator, drop_last=True)
 
     def calibration(self) -> DataLoader:
-        """Of the training rows, in an order of their own."""
+        """Batches of training rows, in another order than for training."""
         return self.training_batches(self.seed + 1000)
 
     def order(self, split: str) -> list[int]:
@@ -96,13 +98,13 @@ class Data:
         return sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
 
     def batches(self, split: str) -> Iterator[dict[str, torch.Tensor]]:
-        """In the order of `order`."""
+        """The batches of a split, in the order of `order`."""
         rows = getattr(self, split).select(self.order(split))
         return iter(DataLoader(rows, 2 * BATCH_SIZE, collate_fn=self.collator))
 
 
 def load_task(task: Task, folder: Path, model: str, seed: int) -> Data:
-    """Reads `folder/<task>/train.tsv` and the dev file. `seed` chooses the rows, the same for every method."""
+    """Reads `folder/<task>/train.tsv` and the dev file. `seed` selects the training rows for all methods."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     if task.words:
         return _load_words(task, folder, tokenizer, seed)

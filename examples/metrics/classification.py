@@ -1,4 +1,4 @@
-"""Accuracy, macro F1 and Matthews correlation: `evaluate.load(<path of this file>)`, no download."""
+"""Accuracy, macro F1 and Matthews correlation. Load with `evaluate.load(<path of this file>)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity and next-token accuracy: `evaluate.load(<path of this file>)`, no download."""
+"""Perplexity and next-token accuracy. Load with `evaluate.load(<path of this file>)`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 class LanguageModeling(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Perplexity is exp of the mean of -log p over all tokens, each weighing the same.",
+            description="Perplexity is exp of the mean of -log p over all tokens, with equal weights.",
             citation="",
-            inputs_description="predictions: likeliest tokens; references: tokens; log_likelihoods: natural log of p",
+            inputs_description="predictions: most likely tokens; references: tokens; log_likelihoods: ln p",
             features=datasets.Features(
                 {
                     "predictions": datasets.Value("int64"),
@@ -29,6 +29,6 @@ class LanguageModeling(evaluate.Metric):
     ) -> dict[str, float]:
         mean = float(np.mean(log_likelihoods))
         return {
-            "perplexity": math.exp(min(-mean, 700.0)),  # beyond it a float overflows
+            "perplexity": math.exp(min(-mean, 700.0)),  # a larger exponent overflows
             "next_token_accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references))),
         }

@@ -1,4 +1,4 @@
-"""Exact match and F1 of answers, as SQuAD counts them: `evaluate.load(<path of this file>)`, no download."""
+"""Exact match and F1 of answers, as in SQuAD. Load with `evaluate.load(<path of this file>)`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import evaluate
 class QuestionAnswering(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Shares in 0..1, each question with the reference that suits best (Rajpurkar et al. 2016).",
+            description="Shares in 0..1; each question counts with its best reference (Rajpurkar et al. 2016).",
             citation="",
-            inputs_description="predictions: texts, empty for no answer; references: all right answers of each",
+            inputs_description="predictions: texts, empty for no answer; references: all correct answers of each",
             features=datasets.Features(
                 {
                     "predictions": datasets.Value("string"),
@@ -25,7 +25,7 @@ class QuestionAnswering(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        # A question without an answer is answered by silence.
+        # The correct prediction for a question without an answer is the empty text.
         pairs = [(text, list(answers) or [""]) for text, answers in zip(predictions, references, strict=True)]
         return {
             "exact_match": sum(max(exact(text, answer) for answer in answers) for text, answers in pairs) / len(pairs),
@@ -34,7 +34,7 @@ class QuestionAnswering(evaluate.Metric):
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without punctuation and without English articles."""
+    """The words of a text in lower case, without punctuation and English articles."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
@@ -44,7 +44,7 @@ def exact(predicted: str, answer: str) -> float:
 
 
 def f1(predicted: str, answer: str) -> float:
-    """Overlap of the two bags of words."""
+    """F1 of the two bags of words."""
     found, expected = words(predicted), words(answer)
     if not found or not expected:
         return float(found == expected)

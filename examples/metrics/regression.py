@@ -1,4 +1,4 @@
-"""Pearson and Spearman correlation and mean squared error: `evaluate.load(<path of this file>)`, no download."""
+"""Pearson and Spearman correlation, mean squared error. Load with `evaluate.load(<path of this file>)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entity-level precision, recall and F1, and tag accuracy: `evaluate.load(<path of this file>)`, no download."""
+"""Precision, recall and F1 of entities, tag accuracy. Load with `evaluate.load(<path of this file>)`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import evaluate
 class TokenClassification(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="An entity counts as found if its type, first and last word are right; averages are micro.",
+            description="An entity is correct if its type, first word and last word are correct; micro averages.",
             citation="",
-            inputs_description="predictions, references: for each sentence the tags of its words, such as B-person",
+            inputs_description="predictions, references: for each sentence, the tags of its words, such as B-person",
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("string")),
@@ -32,7 +32,7 @@ class TokenClassification(evaluate.Metric):
         return {
             "precision": right / len(predicted) if predicted else 0.0,
             "recall": right / len(expected) if expected else 0.0,
-            # Nothing to find and nothing found is no error.
+            # If there is nothing to find, finding nothing is correct.
             "f1": 2 * right / (len(predicted) + len(expected)) if predicted or expected else 1.0,
             "tag_accuracy": sum(tags) / len(tags) if tags else 1.0,
         }
@@ -46,8 +46,9 @@ def entities_of(sentences: list[list[str]]) -> set[tuple[int, str, int, int]]:
 def entities(tags: list[str]) -> list[tuple[str, int, int]]:
     """(type, first word, word after the last) of each entity of one sentence.
 
-    The convention of the CoNLL-2000 script: an entity begins at B- (or S-, U-), and at I- (E-, L-) where no entity of
-    the same type is open, so IOB1, IOB2, IOBES and BILOU are all read, and so is what a model makes of them.
+    This is the convention of the CoNLL-2000 script. An entity begins at B- (or S-, U-), and at I- (or E-, L-) if no
+    entity of the same type is open. Therefore IOB1, IOB2, IOBES and BILOU can be read, and so can inconsistent
+    predictions of a model.
     """
     found = []
     kind: str | None = None
