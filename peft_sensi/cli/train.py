@@ -23,8 +23,8 @@ from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..planning.plan import Plan
-from ..scoring.compute import compute_scores
 from ..reporting.facts import plan_figures
+from ..scoring.compute import compute_scores
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback
