@@ -138,7 +138,7 @@ def _warn_if_all_equal(values: list[np.ndarray]) -> None:
     if len(scores) > 1 and (scores == scores[0]).all():
         value = f"{scores[0]:g}" if scores[0] else "zero"
         warnings.warn(
-            f"All scores are {value}, so they rank nothing. Units are chosen by their costs, and the first units of "
+            f"All scores are {value}, so nothing is ranked. Units are chosen by their costs, and the first units of "
             f"each block are kept. Check the calibration data and the loss, or choose another score.",
             stacklevel=3,
         )
