@@ -12,11 +12,23 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import tiny_batches, tiny_model
 
-from peft_sensi import Anatomy, Budget, BudgetError, Plan, SensiLoadError, build_anatomy, make_plan
+from peft_sensi import (
+    Anatomy,
+    Budget,
+    BudgetError,
+    Plan,
+    Scores,
+    SensiError,
+    SensiLoadError,
+    build_anatomy,
+    compute_scores,
+    make_plan,
+)
 from peft_sensi.anatomy.units import Group, Side
 from peft_sensi.planning.budget import allowance
 from peft_sensi.planning.plan import units_by_kind
@@ -287,11 +299,56 @@ def test_a_budget_too_small_says_what_is_needed(budget, message):
 
 @pytest.mark.parametrize(
     "scores",
-    [{}, {"n": np.ones(7)}, {"n": np.ones((8, 1))}, {"n": np.full(8, np.nan)}, {"n": np.array([np.inf] + [1.0] * 7)}],
+    [
+        {},
+        {"n": None},
+        {"n": "fisher"},
+        {"n": np.ones(7)},
+        {"n": torch.ones(7)},
+        {"n": np.ones((8, 1))},
+        {"n": np.full(8, np.nan)},
+        {"n": np.array([np.inf] + [1.0] * 7)},
+    ],
     ids=repr,
 )
 def test_bad_scores_are_refused(scores):
     with pytest.raises(BudgetError, match="'n'"):
+        make_plan(Anatomy((neurons("n", 8),), 1000), scores, 0.5)
+
+
+def test_scores_are_taken_from_an_object_or_from_arrays_or_tensors():
+    anatomy = Anatomy((heads("h", 4), neurons("n", 16)), 10_000)
+    tensors = {g.name: torch.arange(1.0, g.size + 1) for g in anatomy.groups}
+    protected = {"n": torch.arange(16) == 0}
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    expected = make_plan(anatomy, arrays, 0.5, protected={"n": np.arange(16) == 0}, sequence_length=32)
+    assert expected.of(anatomy.groups[1])[0] == 2  # protected, in spite of its score
+    scores = Scores(tensors, "fisher", sequence_length=32, protected=protected)
+    assert make_plan(anatomy, scores, 0.5) == expected
+    for values in (
+        tensors,
+        {name: value.bfloat16() for name, value in tensors.items()},
+        {name: value.requires_grad_() for name, value in tensors.items()},
+        {name: value.tolist() for name, value in arrays.items()},
+    ):
+        assert make_plan(anatomy, values, 0.5, protected=protected, sequence_length=32) == expected
+    # What is given beside the scores wins.
+    assert make_plan(anatomy, scores, 0.5, protected={}, sequence_length=64) == make_plan(
+        anatomy, arrays, 0.5, sequence_length=64
+    )
+    assert make_plan(anatomy, Scores(tensors, "fisher"), 0.5).sequence_length == 128
+
+
+def test_the_scores_of_a_model_make_its_plan():
+    model = tiny_model()
+    scores = compute_scores(model, tiny_batches(2), calibration_steps=2, priming_steps=0, progress=False)
+    plan = make_plan(build_anatomy(model), scores, 0.5)
+    assert plan.sequence_length == scores.sequence_length == 12 and plan.params_share <= 0.5
+
+
+@pytest.mark.parametrize("scores", [None, 1.0, [np.ones(8)], np.ones(8), "fisher"], ids=repr)
+def test_scores_of_a_wrong_type_are_refused(scores):
+    with pytest.raises(SensiError, match=f"`scores` must be a `Scores` or a mapping.*got {type(scores).__name__}"):
         make_plan(Anatomy((neurons("n", 8),), 1000), scores, 0.5)
 
 

@@ -7,14 +7,16 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from test_families import CASES
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 from torch import nn
 
+import peft_sensi.planning.layerwise as layerwise
 import peft_sensi.planning.refit as refit_module
 from peft_sensi import BlockLayout, Plan, SensiConfig, SensiError, build_anatomy, make_plan
 from peft_sensi.planning.least_squares import RIDGE
 from peft_sensi.planning.refit import refit
-from peft_sensi.planning.trimmed import cut
+from peft_sensi.planning.trimmed import trimmed
 from peft_sensi.utils.states import TRIMMED
 
 
@@ -57,7 +59,7 @@ def fit(model, plan, batches, **options):
         return refit(model.eval(), plan, batches, progress=False, **options)
 
 
-def trimmed(model, plan, fitted=None):
+def merged_model(model, plan, fitted=None):
     """The trimmed model, with the refitted values if there are any, as a plain one."""
     small = wrap(model, plan=plan).merge_and_unload()
     for name, (weight, bias) in (fitted or {}).items():
@@ -83,8 +85,8 @@ def test_it_helps_on_data_it_has_not_seen(family):
     plan = half_plan(model)
     fitted = fit(model, plan, data(model))
     assert set(fitted) <= {g.output for g in plan.anatomy.groups} and len(fitted) >= 2
-    without = hidden_error(model, trimmed(tiny_model(family), plan), UNSEEN)
-    with_ = hidden_error(model, trimmed(tiny_model(family), plan, fitted), UNSEEN)
+    without = hidden_error(model, merged_model(tiny_model(family), plan), UNSEEN)
+    with_ = hidden_error(model, merged_model(tiny_model(family), plan, fitted), UNSEEN)
     assert with_ < 0.8 * without
 
 
@@ -170,8 +172,8 @@ def test_later_layers_mend_what_earlier_ones_lost():
     name = "bert.encoder.layer.1.output.dense"
     assert not torch.allclose(both[name][0], alone[name][0], atol=1e-3)
     mixed = {**both, name: alone[name]}
-    with_feedback = hidden_error(model, trimmed(tiny_model(), plan, both), UNSEEN)
-    assert with_feedback < hidden_error(model, trimmed(tiny_model(), plan, mixed), UNSEEN)
+    with_feedback = hidden_error(model, merged_model(tiny_model(), plan, both), UNSEEN)
+    assert with_feedback < hidden_error(model, merged_model(tiny_model(), plan, mixed), UNSEEN)
 
 
 def test_nothing_changes_when_nothing_is_trimmed():
@@ -212,6 +214,123 @@ def test_a_refit_that_makes_the_loss_worse_is_put_back():
 
     assert fit(model, plan, batches)
     assert fit(model, plan, batches, loss_fn=perverse) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        (1.0, 0.9, True),
+        (1.0, 1.005, True),
+        (1.0, 1.03, False),
+        (-10.0, -10.5, True),
+        (-10.0, -9.95, True),
+        (-10.0, -9.7, False),
+        (-1.0, 1.0, False),
+        (0.0, 0.0, True),
+        (0.0, 0.001, False),
+    ],
+)
+def test_the_guard_compares_losses_of_any_sign(before, after, kept, monkeypatch):
+    losses = [after, before]
+    monkeypatch.setattr(refit_module, "_trimmed_loss", lambda *args: losses.pop(0))
+    model = tiny_model()
+    assert bool(fit(model, half_plan(model), data(model, 4))) == kept and not losses
+
+
+def less_ten(model, batch):
+    return model(**batch).loss - 10
+
+
+def negative_likeness(model, batch):
+    return -torch.cosine_similarity(model(**batch).logits, batch["labels"], dim=0).mean()
+
+
+@pytest.mark.parametrize("loss_fn", [less_ten, negative_likeness])
+def test_a_negative_loss_that_gets_better_keeps_the_refit(loss_fn):
+    model = tiny_model()
+    plan, batches = half_plan(model), data(model)
+    assert fit(model, plan, batches).keys() == fit(model, plan, batches, loss_fn=loss_fn).keys() != set()
+
+
+def encoder_decoder(name):
+    """A random model, a plan, batches that hold the model's own logits, and a loss that is the distance from these."""
+    case = next(case for case in CASES if case.name == name)
+    model = case.model()
+    anatomy = case.anatomy(model)
+    rng = np.random.default_rng(0)
+    scores = {g.name: rng.random(g.size) for g in anatomy.groups}
+    batches = [case.batch(8, seed=i) for i in range(8)]
+    for batch in batches:
+        with torch.no_grad():
+            batch["wanted"] = model(**batch).logits
+    return case, model, make_plan(anatomy, scores, 0.5, multiple_of=1), batches
+
+
+def distance(model, batch):
+    batch = dict(batch)
+    wanted = batch.pop("wanted")
+    return (model(**batch).logits - wanted).square().mean()
+
+
+def merged_encoder_decoder(case, plan, fitted):
+    merged = case.wrap(case.model(), plan=plan.to_dict()).merge_and_unload()
+    for name, (weight, bias) in fitted.items():
+        merged.get_submodule(name).weight.data.copy_(weight)
+        if bias is not None:
+            merged.get_submodule(name).bias.data.copy_(bias)
+    return merged
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_is_refitted_with_the_states_of_the_trimmed_encoder(name, monkeypatch):
+    case, model, plan, batches = encoder_decoder(name)
+    batches = batches[:4]
+    seen = []
+
+    def spy(model, layer, arguments, *rest, **options):
+        if "decoder" in layer:
+            args, kwargs = arguments
+            found = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3]
+            seen.append((layer, *found))
+        return layerwise.run_layer(model, layer, arguments, *rest, **options)
+
+    monkeypatch.setattr(refit_module, "run_layer", spy)
+    fitted = fit(model, plan, batches, loss_fn=distance)
+    assert any("encoder" in module for module in fitted) and any("decoder" in module for module in fitted)
+    merged = merged_encoder_decoder(case, plan, fitted)
+    states = {}
+    with torch.no_grad():
+        for kind, encoder in (("whole", model.get_encoder()), ("trimmed", merged.get_encoder())):
+            inputs = [{key: b[key] for key in ("input_ids", "attention_mask")} for b in batches]
+            states[kind] = [encoder(**batch).last_hidden_state for batch in inputs]
+    for layer in dict.fromkeys(entry[0] for entry in seen):
+        runs = [found for name, *found in seen if name == layer]
+        assert all(len(found) == 1 for found in runs)
+        # First the untrimmed model runs on every batch, then the trimmed one, at least once for fitting or checking
+        # and once with the fitted values.
+        for (found,), expected in zip(runs[:4], states["whole"], strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert len(runs) >= 12
+        for (found,) in runs[4:]:
+            distances = [float((found - expected).abs().max()) for expected in states["trimmed"]]
+            assert min(distances) < 1e-5
+        for (found,), expected in zip(runs[-4:], states["trimmed"], strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_s_refit_gets_better_by_that(name, monkeypatch):
+    case, model, plan, batches = encoder_decoder(name)
+    errors = []
+    for follows in (True, False):
+        if not follows:
+            monkeypatch.setattr(refit_module, "_follow_trimmed_model", lambda *args: None)
+        fitted = fit(model, plan, batches, loss_fn=distance)
+        assert any("decoder" in module for module in fitted)
+        merged = merged_encoder_decoder(case, plan, fitted)
+        with torch.no_grad():
+            errors.append(sum(float(distance(merged, batch)) for batch in batches))
+    assert errors[0] < errors[1]
 
 
 def test_the_model_is_left_as_it_was():
@@ -276,14 +395,14 @@ def test_a_cut_model_is_the_trimmed_one_and_then_whole_again(family):
     plan, before = adapter.base_model.plan(), snapshot(model)
     heads = [getattr(m, "n_heads", getattr(m, "num_attention_heads", None)) for m in model.modules()]
     whole = logits(model)
-    with torch.no_grad(), cut(model, plan, plan.anatomy.trimmable):
+    with torch.no_grad(), trimmed(model, plan, plan.anatomy.trimmable):
         torch.testing.assert_close(logits(model), logits(adapter), atol=1e-5, rtol=1e-5)
         kept = sum(p.numel() for p in model.parameters())
     assert kept < sum(value.numel() for value in before.values())
     assert_same_tensors(snapshot(model), before)
     assert torch.equal(logits(model), whole)
     assert heads == [getattr(m, "n_heads", getattr(m, "num_attention_heads", None)) for m in model.modules()]
-    with pytest.raises(RuntimeError, match="boom"), cut(model, plan, plan.anatomy.trimmable):
+    with pytest.raises(RuntimeError, match="boom"), trimmed(model, plan, plan.anatomy.trimmable):
         raise RuntimeError("boom")
     assert_same_tensors(snapshot(model), before)
 
@@ -291,20 +410,21 @@ def test_a_cut_model_is_the_trimmed_one_and_then_whole_again(family):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "electra"])
 def test_how_layers_are_called_does_not_need_what_they_compute(family, monkeypatch):
     """All batches but the first pass through the layers unchanged: same calls, same first input, same fit."""
-    model, batches = tiny.tiny_model(family), tiny_batches(8, size=16)
+    model = tiny_model(family)
+    batches = data(model, 8, size=16)
     plan, passed = only_neurons(model, (0, 1)), []
-    original = refit_module._passing_on
+    original = layerwise._returning_their_input
 
     def counting(model, layers):
         passed.append(len(layers))
         return original(model, layers)
 
-    monkeypatch.setattr(refit_module, "_passing_on", counting)
+    monkeypatch.setattr(layerwise, "_returning_their_input", counting)
     before = snapshot(model)
     fast = refit(model, plan, batches, progress=False)
     assert_same_tensors(snapshot(model), before)
     assert passed == [0, *[2] * 7]
-    monkeypatch.setattr(refit_module, "_passing_on", lambda model, layers: original(model, []))
+    monkeypatch.setattr(layerwise, "_returning_their_input", lambda model, layers: original(model, []))
     slow = refit(model, plan, batches, progress=False)
     assert fast.keys() == slow.keys() and fast
     for name, values in slow.items():

@@ -1,36 +1,35 @@
-"""Choosing the states of all units under a budget.
+"""Choosing the state of every unit under a budget: scores and limits go in, a `Plan` comes out.
 
-Units are ranked by score per cost. The first cut keeps as many of the best as the limits on parameters and FLOPs allow
-and trims the rest; the second tunes as many of the kept ones as the limit on trained values allows. A limit is never
-exceeded, and no further step of any group would fit.
+Units are ranked by score per cost. The first cut keeps as many of the best units as the limits on parameters and FLOPs
+allow, and trims the rest. The second cut tunes as many of the kept units as the limit on trained values allows. No
+limit is exceeded, and no further step of any group would fit.
 """
 
 from __future__ import annotations
 
-import heapq
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from ..anatomy.units import Anatomy, Group
-from ..utils.errors import BudgetError
+from ..scoring.scores import Scores
+from ..utils.errors import BudgetError, SensiError
 from .budget import Budget, allowance
+from .ladders import Ladder, Masks, best_first, first_units, joint, ladder_of, take_steps
 from .plan import Plan
 
 
 def make_plan(
     anatomy: Anatomy,
-    scores: Mapping[str, np.ndarray],
+    scores: Scores | Mapping[str, Any],
     budget: Budget | float | Mapping[str, float] | None,
     *,
     targets: frozenset[str] | None = None,
-    protected: Mapping[str, np.ndarray] | None = None,
-    available: Mapping[str, np.ndarray] | None = None,
-    sequence_length: int = 128,
+    protected: Mapping[str, Any] | None = None,
+    available: Mapping[str, Any] | None = None,
+    sequence_length: int | None = None,
     multiple_of: int = 8,
     min_units: int = 1,
     always_trained: int = 0,
@@ -43,171 +42,172 @@ def make_plan(
     """Chooses the states of all units under the budget.
 
     Args:
-        scores: For each group one number a unit; larger is more worth keeping. Not divided by cost yet.
-        targets: Modules that may be trained; all by default.
-        protected: Units that are kept whatever their score, as long as the budget allows it.
-        available: Units that can be kept at all, where some are gone already.
-        multiple_of: Neurons are kept in steps of so many (heads in steps of one).
-        min_units: Units that stay in each block; 0 lets whole sublayers go.
-        always_trained: Values that are trained in any case and count toward `trainable`.
-        tunes: Whether units are tuned at all; `False` leaves all kept ones frozen.
-        retention: Share of each FFN's kept neurons that are tuned, rounded down (FAR); heads are tuned whole.
-        tuned_layers: Units are tuned in so many layers only, those with the best scores for their cost.
-        biases_apart: Biases are among the values that are always trained, not among those of the units.
-        uniform: Blocks of the same size keep the same number of units, each its own best. A step is then one head, or
-            `multiple_of` neurons, in all of them at once.
+        scores: The result of `compute_scores`, or a mapping from each group's name to the scores of its units, an
+            array or tensor of shape `[units]`. Units with larger scores are kept first. The scores are those of whole
+            units: this function divides them by the units' costs.
+        targets: Names of the modules that may be trained. Default: all modules of all groups.
+        protected: For each group a boolean mask `[units]`. These units are kept whatever their scores, unless the
+            budget is too small for that. Default: the protected units of `scores`, if that is a `Scores`.
+        available: For each group a boolean mask `[units]` of the units that can be kept. Default: all.
+        sequence_length: Number of tokens for which FLOPs are counted. Default: that of `scores`, if that is a
+            `Scores` and has one, else 128.
+        multiple_of: Neurons are kept in multiples of this number. Heads are kept one by one.
+        min_units: Smallest number of units that stay in each block. With 0, whole sublayers may be trimmed.
+        always_trained: Number of values that are trained in any case. They count toward the `trainable` limit.
+        tunes: Whether units are tuned at all. If not, all kept units are frozen.
+        retention: Share of the kept neurons of each FFN that is tuned, rounded down (FAR). All kept heads are tuned.
+        biases_apart: Whether the biases are counted in `always_trained` and not as part of the units.
+        uniform: Whether all blocks of the same size keep the same number of units, each block its own best ones. One
+            step then adds a head, or `multiple_of` neurons, to all of these blocks.
+        tuned_layers: Units are tuned only in this number of layers: those with the largest scores for their cost.
 
     Raises:
-        BudgetError: When even the smallest plan exceeds a limit, or scores are not finite.
+        BudgetError: If even the smallest plan exceeds a limit, or if a group's scores are missing, have the wrong
+            shape or are not finite.
+        SensiError: If `scores` is neither a `Scores` nor a mapping.
     """
-    limits = Budget() if budget is None else Budget.parse(budget)
-    values = {g.name: _checked_scores(g, scores) for g in anatomy.groups}
-    targets = frozenset(m for g in anatomy.groups for m in g.modules) if targets is None else targets
-    kept = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
-    if limits != Budget() or retention or tuned_layers is not None:
-        _warn_if_nothing_is_ranked([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
-    if limits.trims:
-        kept.update(
-            _choose_kept(
-                anatomy,
-                values,
-                limits,
-                protected or {},
-                available or {},
-                sequence_length,
-                multiple_of,
-                min_units,
-                uniform,
-            )
+    if isinstance(scores, Scores):
+        protected = scores.protected if protected is None else protected
+        sequence_length = sequence_length or scores.sequence_length
+        scores = scores.values
+    elif not isinstance(scores, Mapping):
+        raise SensiError(
+            f"`scores` must be a `Scores` or a mapping from group names to arrays, got {type(scores).__name__}."
         )
+    length = sequence_length or 128
+    limits = Budget() if budget is None else Budget.parse(budget)
+    values = {g.name: _scores_of(g, scores) for g in anatomy.groups}
+    if targets is None:
+        targets = frozenset(module for g in anatomy.groups for module in g.modules)
+    if limits != Budget() or retention or tuned_layers is not None:
+        _warn_if_all_equal([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
+
+    kept: Masks = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
+    if limits.trims:
+        must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
+        can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
+        kept |= _choose_kept(anatomy, values, limits, must_stay, can_stay, length, multiple_of, min_units, uniform)
+
     costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
     if tuned_layers is not None:
         costs |= dict.fromkeys(_outside_best_layers(anatomy, values, kept, costs, tuned_layers), 0)
-    # A token that was never seen has no gradient, now or in training.
-    seen = {g.name: g.kind != "token" or values[g.name] > 0 for g in anatomy.groups}
-    tunable = {g.name: kept[g.name] & bool(costs[g.name]) & seen[g.name] for g in anatomy.groups}
-    if not tunes:
-        tuned = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.groups}
-    elif limits.trainable is not None:
-        tuned = _choose_tuned(anatomy, values, tunable, costs, limits.trainable, always_trained)
-    else:
-        tuned = tunable
-        if retention is not None:
-            for group in (g for g in anatomy.groups if g.kind == "neuron"):
-                count = allowance(retention, int(tuned[group.name].sum())) if retention else 0
-                tuned[group.name] &= _best(values[group.name], tuned[group.name], count)
-    states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
-    return Plan(anatomy, states, targets, sequence_length, always_trained)
-
-
-def _warn_if_nothing_is_ranked(values: list[np.ndarray]) -> None:
-    scores = np.concatenate([np.zeros(0), *values])
-    if len(scores) > 1 and (scores == scores[0]).all():
-        value = f"{scores[0]:g}" if scores[0] else "zero"
-        warnings.warn(
-            f"All scores are {value}, so nothing is ranked: units are chosen by their cost, and the first ones of "
-            f"each block. Check the calibration data and the loss, or choose another score.",
-            stacklevel=3,
-        )
-
-
-def _outside_best_layers(
-    anatomy: Anatomy,
-    values: Mapping[str, np.ndarray],
-    kept: Mapping[str, np.ndarray],
-    costs: Mapping[str, int],
-    count: int,
-) -> list[str]:
-    """Groups in no layer, or in one that is not among the `count` with the best score per trained value."""
-    gains: dict[str, float] = {}
-    prices: dict[str, int] = {}
+    tuned = {g.name: kept[g.name] & bool(tunes and costs[g.name]) for g in anatomy.groups}
     for group in anatomy.groups:
-        if costs[group.name]:
-            gains[group.layer] = gains.get(group.layer, 0.0) + float(values[group.name][kept[group.name]].sum())
-            prices[group.layer] = prices.get(group.layer, 0) + costs[group.name] * int(kept[group.name].sum())
-    layers = [layer for layer in gains if layer]
-    if count > len(layers):
-        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(layers)} layers with targeted modules.")
-    best = sorted(layers, key=lambda layer: -gains[layer] / max(1, prices[layer]))[:count]
-    return [group.name for group in anatomy.groups if group.layer not in best]
+        if group.kind == "token":
+            # A token that is not in the calibration data has no gradient. Training would not change it either.
+            tuned[group.name] &= values[group.name] > 0
+    if tunes and limits.trainable is not None:
+        tuned = _choose_tuned(anatomy, values, tuned, costs, limits.trainable, always_trained)
+    elif retention is not None:
+        for group in anatomy.groups:
+            if group.kind == "neuron":
+                candidates = tuned[group.name]
+                count = allowance(retention, int(candidates.sum())) if retention else 0
+                order = best_first(values[group.name], candidates, forced=np.zeros_like(candidates))
+                tuned[group.name] = first_units(order, count, group)
+    states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
+    return Plan(anatomy, states, targets, length, always_trained)
 
 
-def _checked_scores(group: Group, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+def _scores_of(group: Group, scores: Mapping[str, Any]) -> np.ndarray:
     if group.name not in scores:
-        raise BudgetError(f"There are no scores for {group.name!r}; were they made for another model?")
-    values = np.asarray(scores[group.name], dtype=np.float64)
+        raise BudgetError(f"There are no scores for {group.name!r}. Were the scores computed for another model?")
+    try:
+        values = np.asarray(_array(scores[group.name]), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise BudgetError(f"The scores of {group.name!r} are no array of numbers: {error}.") from None
     if values.shape != (group.size,):
-        raise BudgetError(f"{group.name!r} has {group.size} units but scores of shape {values.shape}.")
+        raise BudgetError(f"{group.name!r} has {group.size} units, but its scores have the shape {values.shape}.")
     if not np.isfinite(values).all():
         raise BudgetError(f"The scores of {group.name!r} contain NaN or infinity.")
     return values
 
 
-@dataclass
-class _Ladder:
-    """The steps by which groups grow: `counts[0]` units of each are mandatory, step `i` leads to `counts[i + 1]`."""
+def _array(value: Any) -> Any:
+    """A torch tensor of any dtype on any device as a NumPy array; anything else as it is."""
+    return value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
 
-    orders: list[np.ndarray]  # of each group: unit indices, best first
-    counts: np.ndarray
-    gains: np.ndarray  # score that each step adds
-    costs: np.ndarray  # [limits, steps]
-    floor: np.ndarray  # [limits], cost of the mandatory units
-    taken: int = 0
+
+def _mask(masks: Mapping[str, Any] | None, group: Group, default: bool) -> np.ndarray:
+    mask = (masks or {}).get(group.name)
+    return np.full(group.size, default) if mask is None else np.asarray(_array(mask), dtype=bool)
+
+
+def _warn_if_all_equal(values: list[np.ndarray]) -> None:
+    scores = np.concatenate([np.zeros(0), *values])
+    if len(scores) > 1 and (scores == scores[0]).all():
+        value = f"{scores[0]:g}" if scores[0] else "zero"
+        warnings.warn(
+            f"All scores are {value}, so nothing is ranked. Units are chosen by their costs, and the first units of "
+            f"each block are kept. Check the calibration data and the loss, or choose another score.",
+            stacklevel=3,
+        )
+
+
+def _outside_best_layers(
+    anatomy: Anatomy, values: Mapping[str, np.ndarray], kept: Masks, costs: Mapping[str, int], count: int
+) -> list[str]:
+    """Names of the groups outside the `count` layers with the largest scores for their trained values."""
+    gains: dict[str, float] = {}
+    prices: dict[str, int] = {}
+    for group in anatomy.groups:
+        if costs[group.name] and group.layer:
+            gains[group.layer] = gains.get(group.layer, 0.0) + float(values[group.name][kept[group.name]].sum())
+            prices[group.layer] = prices.get(group.layer, 0) + costs[group.name] * int(kept[group.name].sum())
+    if count > len(gains):
+        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(gains)} layers with targeted modules.")
+    best = sorted(gains, key=lambda layer: -gains[layer] / max(1, prices[layer]))[:count]
+    return [group.name for group in anatomy.groups if group.layer not in best]
 
 
 def _choose_kept(
     anatomy: Anatomy,
-    values: dict[str, np.ndarray],
+    values: Mapping[str, np.ndarray],
     limits: Budget,
-    protected: Mapping[str, np.ndarray],
-    available: Mapping[str, np.ndarray],
+    protected: Masks,
+    available: Masks,
     sequence_length: int,
     multiple_of: int,
     min_units: int,
     uniform: bool,
-) -> dict[str, np.ndarray]:
-    groups = anatomy.trimmable
-    costs, allowed = [], []
-    if limits.params is not None:
-        costs.append([g.unit_params for g in groups])
-        allowed.append(allowance(limits.params, anatomy.prunable_params))
-    if limits.flops is not None:
-        costs.append([2 * g.unit_macs(sequence_length) for g in groups])
-        allowed.append(allowance(limits.flops, 2 * anatomy.prunable_macs(sequence_length)))
-    unit_costs = np.array(costs, dtype=np.int64)  # [limits, groups]
-    allowed_costs = np.array(allowed, dtype=np.int64)
+) -> Masks:
+    """The units that stay under the limits on parameters and FLOPs."""
+    names = [name for name in ("params", "flops") if getattr(limits, name) is not None]
+    cost: dict[str, Callable[[Group], int]] = {
+        "params": lambda group: group.unit_params,
+        "flops": lambda group: 2 * group.unit_macs(sequence_length),
+    }
+    whole = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
+    allowed = np.array([allowance(getattr(limits, name), whole[name]) for name in names], dtype=np.int64)
 
     # Groups that grow together: in a uniform plan those that have the same number of units of the same kind.
-    together: dict[object, list[int]] = {}
-    for i, g in enumerate(groups):
-        together.setdefault((g.kind, g.size) if uniform else i, []).append(i)
+    together: dict[object, list[Group]] = {}
+    for group in anatomy.trimmable:
+        together.setdefault((group.kind, group.size) if uniform else group.name, []).append(group)
 
-    def ladders(keep_protected: bool) -> list[_Ladder]:
-        single = [
-            _ladder(
+    def ladders_with(keep_protected: bool) -> tuple[list[Ladder], np.ndarray]:
+        """The ladders of all groups, and the costs of their mandatory units."""
+        single = {
+            g.name: ladder_of(
+                g,
                 values[g.name],
-                np.flatnonzero(available.get(g.name, np.ones(g.size))),
-                unit_costs[:, i],
-                np.asarray(protected.get(g.name, np.zeros(g.size)), dtype=bool) & keep_protected,
+                np.array([cost[name](g) for name in names], dtype=np.int64),
+                available[g.name],
+                protected[g.name] & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,
                 max(min_units, g.least),
             )
-            for i, g in enumerate(groups)
-        ]
-        return [_joint([single[i] for i in members]) for members in together.values()]
+            for g in anatomy.trimmable
+        }
+        ladders = [joint([single[g.name] for g in groups]) for groups in together.values()]
+        return ladders, np.sum([ladder.costs[:, 0] for ladder in ladders], axis=0)
 
-    chosen = ladders(keep_protected=True)
-    if (np.sum([ladder.floor for ladder in chosen], axis=0) > allowed_costs).any():
-        chosen = ladders(keep_protected=False)  # the limit is a promise, protection is advice
-    floor = np.sum([ladder.floor for ladder in chosen], axis=0)
-    if (floor > allowed_costs).any():
-        smallest = ", ".join(
-            f"{name} >= {cost:,}"
-            for name, cost in zip(
-                [n for n in ("params", "flops") if getattr(limits, n) is not None], floor, strict=True
-            )
-        )
-        # Some families cannot lose all of a block, whatever `min_units`.
+    ladders, mandatory = ladders_with(keep_protected=True)
+    if (mandatory > allowed).any():  # limits must hold, protection is only a preference
+        ladders, mandatory = ladders_with(keep_protected=False)
+    if (mandatory > allowed).any():
+        smallest = ", ".join(f"{n} >= {cost:,}" for n, cost in zip(names, mandatory, strict=True))
+        # Some families cannot run without certain units, whatever `min_units` is.
         stays, ways = "what the model cannot run without", "Raise the budget"
         if multiple_of > 1:
             ways += ", or lower `multiple_of`"
@@ -216,138 +216,27 @@ def _choose_kept(
             stays = f"{min_units} head(s) and {multiple_of} neurons in each block{number}, and {stays}"
             ways += ", or let whole sublayers go with `min_units=0`"
         raise BudgetError(f"The budget is too small for {stays}: that alone needs {smallest}. {ways}.")
-    left = allowed_costs - floor
-    _fill(chosen, left)
-    kept = {}
-    for ladder, members in zip(chosen, together.values(), strict=True):
-        for order, i in zip(ladder.orders, members, strict=True):
-            mask = np.zeros(groups[i].size, dtype=bool)
-            mask[order[: ladder.counts[ladder.taken]]] = True
-            kept[groups[i].name] = mask
-    return kept
-
-
-def _ladder(
-    values: np.ndarray, candidates: np.ndarray, unit_cost: np.ndarray, forced: np.ndarray, step: int, min_units: int
-) -> _Ladder:
-    size = len(candidates)
-    values, forced = values[candidates], forced[candidates]
-    order = np.lexsort((np.arange(size), -values, ~forced))
-    counts = np.unique(np.append(np.arange(0, size, step), size))
-    # `[0:1]` is the mandatory rung: the first count that covers the minimum and all forced units.
-    counts = counts[np.searchsorted(counts, min(size, max(min_units, int(forced.sum())))) :]
-    total = np.concatenate(([0.0], np.cumsum(values[order])))
-    return _Ladder(
-        orders=[candidates[order]],
-        counts=counts,
-        gains=np.diff(total[counts]),
-        costs=unit_cost[:, None] * np.diff(counts)[None, :],
-        floor=unit_cost * counts[0],
-    )
-
-
-def _joint(ladders: list[_Ladder]) -> _Ladder:
-    """One ladder for groups that always keep the same number of units; its costs and gains are the sums."""
-    if len(ladders) == 1:
-        return ladders[0]
-    counts = reduce(np.intersect1d, [ladder.counts for ladder in ladders])
-    if not counts.size:
-        raise BudgetError("Uniform widths are not possible: the blocks have no number of units in common.")
-    places = [np.searchsorted(ladder.counts, counts) for ladder in ladders]
-    totals = [np.concatenate(([0.0], np.cumsum(ladder.gains))) for ladder in ladders]
-    spent = [
-        ladder.floor[:, None] + np.pad(np.cumsum(ladder.costs, axis=1), ((0, 0), (1, 0))) for ladder in ladders
-    ]  # [limits, counts]
-    whole = sum(cost[:, place] for cost, place in zip(spent, places, strict=True))
-    return _Ladder(
-        orders=[ladder.orders[0] for ladder in ladders],
-        counts=counts,
-        gains=np.sum([np.diff(total[place]) for total, place in zip(totals, places, strict=True)], axis=0),
-        costs=np.diff(whole, axis=1),
-        floor=whole[:, 0],
-    )
-
-
-def _exchange_rate(ladders: list[_Ladder], left: np.ndarray) -> np.ndarray:
-    """Weights of the limits (their sum is 1) in the price of a step, `sum_i weight_i * cost_i / left_i`.
-
-    Under two limits, one weighted sum of them is a relaxation, solved by taking steps by score per price; the weights
-    for which its value is least are those of the linear program's dual (surrogate duality, Glover 1975), and taking
-    steps by that price is optimal but for the last few, which do not fit exactly.
-    """
-    if len(left) == 1:
-        return np.ones(1)
-    gains = np.concatenate([ladder.gains for ladder in ladders])
-    costs = np.concatenate([ladder.costs for ladder in ladders], axis=1) / np.maximum(left, 1)[:, None]
-
-    def relaxed_value(weight: float) -> float:
-        price = np.array([weight, 1 - weight]) @ costs
-        order = np.argsort(-gains / price, kind="stable")
-        spent, value = np.cumsum(price[order]), np.concatenate(([0.0], np.cumsum(gains[order])))
-        return float(np.interp(1.0, np.concatenate(([0.0], spent)), value))
-
-    if gains.size == 0:
-        return np.full(2, 0.5)
-    weight = minimize_scalar(relaxed_value, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6}).x
-    return np.array([weight, 1 - weight])
-
-
-def _fill(ladders: list[_Ladder], left: np.ndarray) -> None:
-    """Takes steps in the order of score per price until none fits: a merge of the sorted ladders."""
-    weights = _exchange_rate(ladders, left) / np.maximum(left, 1)
-
-    def rung(index: int) -> tuple[float, int] | None:
-        ladder = ladders[index]
-        if ladder.taken == ladder.gains.size:
-            return None
-        price = float(weights @ ladder.costs[:, ladder.taken])
-        return (-ladder.gains[ladder.taken] / max(price, np.finfo(float).tiny), index)
-
-    heap = [entry for index in range(len(ladders)) if (entry := rung(index)) is not None]
-    heapq.heapify(heap)
-    while heap:
-        _, index = heapq.heappop(heap)
-        ladder = ladders[index]
-        cost = ladder.costs[:, ladder.taken]
-        if (cost > left).any():
-            continue  # what is left only shrinks, so this ladder is finished
-        left = left - cost
-        ladder.taken += 1
-        if (entry := rung(index)) is not None:
-            heapq.heappush(heap, entry)
+    return take_steps(ladders, allowed - mandatory)
 
 
 def _choose_tuned(
     anatomy: Anatomy,
-    values: dict[str, np.ndarray],
-    tunable: dict[str, np.ndarray],
-    costs: dict[str, int],
+    values: Mapping[str, np.ndarray],
+    tunable: Masks,
+    costs: Mapping[str, int],
     limit: float | int,
     always_trained: int,
-) -> dict[str, np.ndarray]:
+) -> Masks:
+    """The tunable units that are tuned under the limit on trained values."""
     allowed = allowance(limit, anatomy.total_params) - always_trained
-    unit_costs = [costs[g.name] for g in anatomy.groups]
-    ladders = []
-    for group, cost in zip(anatomy.groups, unit_costs, strict=True):
-        candidates = np.flatnonzero(tunable[group.name])
-        ladders.append(_ladder(values[group.name], candidates, np.array([cost]), np.zeros(group.size, bool), 1, 0))
-    cheapest = min((cost for cost in unit_costs if cost), default=0)
+    cheapest = min((cost for cost in costs.values() if cost), default=0)
     if allowed < cheapest:
+        beside = f" beside the {always_trained:,} that are always trained" if always_trained else ""
         raise BudgetError(
-            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}"
-            f"{f' beside the {always_trained:,} that are always trained' if always_trained else ''}."
+            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}."
         )
-    _fill(ladders, np.array([allowed], dtype=np.int64))
-    tuned = {}
-    for group, ladder in zip(anatomy.groups, ladders, strict=True):
-        mask = np.zeros(group.size, dtype=bool)
-        mask[ladder.orders[0][: ladder.counts[ladder.taken]]] = True
-        tuned[group.name] = mask
-    return tuned
-
-
-def _best(values: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
-    """Mask of the `count` candidates with the largest values; ties go to the smaller index."""
-    mask = np.zeros(len(values), dtype=bool)
-    mask[np.lexsort((np.arange(len(values)), -values, ~candidates))[:count]] = True
-    return mask
+    ladders = [
+        ladder_of(g, values[g.name], np.array([costs[g.name]]), tunable[g.name], np.zeros(g.size, dtype=bool))
+        for g in anatomy.groups
+    ]
+    return take_steps(ladders, np.array([allowed], dtype=np.int64))

@@ -1,4 +1,4 @@
-"""What a user may ask for: limits on parameters, FLOPs and trained values."""
+"""Budgets: limits on parameters, FLOPs and trained values, read from what a user gives and checked."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ LIMITS = ("params", "flops", "trainable")
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits that all hold at once; `None` is no limit.
+    """Limits that all hold at once. `None` means no limit.
 
-    A float in (0, 1] (or the int 1) is a share: of the prunable part for `params` and `flops`, of all base parameters
-    for `trainable`. An int above 1 is an absolute count of parameters, of FLOPs for one sequence, or of values.
+    A float in (0, 1] is a share, and so is the int 1. An int above 1 is an absolute count.
+
+    Attributes:
+        params: Share or number of the prunable parameters (heads and neurons) that may stay in the model.
+        flops: Share or number of the prunable part's FLOPs for one sequence.
+        trainable: Number of trained values, as a share of all base parameters or as a count.
+
+    Raises:
+        BudgetError: If a limit is neither a share nor a count.
     """
 
     params: float | int | None = None
@@ -34,11 +41,16 @@ class Budget:
 
     @property
     def trims(self) -> bool:
+        """Whether there is a limit on the size of the model, so that units may have to leave it."""
         return self.params is not None or self.flops is not None
 
     @classmethod
     def parse(cls, budget: Any) -> Budget:
-        """Reads a number (a limit on `params`) or a mapping of limits. Raises `BudgetError`."""
+        """Reads a number, which is a limit on `params`, or a mapping from names to limits.
+
+        Raises:
+            BudgetError: If a limit has an unknown name or is neither a share nor a count, or if there is no limit.
+        """
         if isinstance(budget, Budget):
             return budget
         if not isinstance(budget, Mapping):
@@ -63,10 +75,10 @@ def _check_limit(name: str, value: Any) -> float | int:
 
 
 def allowance(limit: float | int, whole: int) -> int:
-    """The largest whole number that the limit allows of `whole`.
+    """The largest whole number that a limit allows: the count itself, or that share of `whole`, rounded down.
 
-    Shares are read as the decimal the user wrote: 0.29 of 100 is 29, although 0.29 * 100 is below it in binary.
+    A share means the decimal number that the user wrote: 0.29 of 100 is 29, although `0.29 * 100` is below 29.
     """
     if isinstance(limit, int) and limit > 1:
-        return min(limit, 2**62)  # plans count in int64
+        return min(limit, 2**62)  # the costs of plans are int64
     return math.floor(Decimal(repr(float(limit))) * whole)

@@ -1,4 +1,4 @@
-"""The closed form behind the refit, and its guard."""
+"""The closed form of the refit: activations and targets go in; weights, biases and their errors come out."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from torch.nn import functional as F
 from ..utils import distributed
 
 
-RIDGE = 1e-2
-STEPS = (0.0, 0.5, 1.0)
+RIDGE = 1e-2  # relative to the mean of the Gram matrix's diagonal
+STEPS = (0.0, 0.5, 1.0)  # parts of the way from the old values to the solution
 
-# Weight `[out, kept columns]` (columns in ascending order) and bias `[out]` if the module has one, float32.
+# Weight `[out, kept columns]`, the columns in ascending order, and bias `[out]` or `None`. Both are float32.
 Values = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class LeastSquares:
-    """Accumulates the weighted normal equations of the change of `weight` and `bias`; centered if there is a bias."""
+    """Weighted ridge regression for the change of a weight `[out, kept]` and of its bias `[out]`, if there is one.
+
+    With a bias, activations and errors are centered by their weighted means. Sums are float64 (float32 on MPS).
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -28,6 +31,10 @@ class LeastSquares:
         self.total = weight.new_zeros((), dtype=double)
 
     def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds the tokens of one batch to the normal equations: `residual + W z + b` should become `target`.
+
+        `z` is `[tokens, kept]`, `residual` and `target` are `[tokens, out]`. A token's weight is 1 / var(target).
+        """
         w = 1.0 / target.var(dim=-1, keepdim=True).clamp_min(1e-6)
         error = target - residual - F.linear(z, self.weight, self.bias)
         zw = z * w
@@ -38,13 +45,16 @@ class LeastSquares:
         self.total += w.sum()
 
     def solve(self) -> Values | None:
-        """The solution for the tokens of all processes, if there is one. To be called once: it uses the sums up."""
+        """The new weight and bias, from the tokens of all processes; `None` if the equations cannot be solved.
+
+        To be called once, by all processes: it overwrites the sums.
+        """
         distributed.all_sum([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None
         center = float(self.bias is not None)
         mean_z, mean_r = center * self.z / self.total, center * self.r / self.total
-        # In place, and each freed as soon as it can be: these are the largest matrices of a refit.
+        # These are the largest matrices of a refit, so they are changed in place and freed early.
         gram = self.zz.div_(self.total).addr_(mean_z, mean_z, alpha=-1.0)
         cross = self.rz.div_(self.total).addr_(mean_r, mean_z, alpha=-1.0)
         del self.zz, self.rz
@@ -62,13 +72,14 @@ class LeastSquares:
 
 
 class GuardErrors:
-    """Errors after a LayerNorm, on held-out tokens, of going part of the way from the old to the new values."""
+    """Compares steps from the old to the new values: their squared errors after a LayerNorm, on held-out tokens."""
 
     def __init__(self, old: Values, new: Values) -> None:
         self.old, self.new = old, new
         self.errors = [0.0] * len(STEPS)
 
     def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds the errors of one batch. The shapes are those of `LeastSquares.add`."""
         start, end = residual + F.linear(z, *self.old), residual + F.linear(z, *self.new)
         normed = F.layer_norm(target, target.shape[-1:])
         for i, step in enumerate(STEPS):
@@ -77,6 +88,7 @@ class GuardErrors:
             )
 
     def best(self) -> Values | None:
+        """The values after the step with the smallest error in all processes; `None` if that is no step at all."""
         self.errors = [
             sum(values) for values in zip(*distributed.gather("checking a refit", self.errors), strict=True)
         ]
