@@ -21,7 +21,7 @@ from torch import nn
 from ..anatomy.linears import matrix
 from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
 from ..anatomy.units import Anatomy
-from ..layers.values import _FLOATS, WEIGHTS, _check_finite
+from ..layers.values import FLOATS, WEIGHTS, check_finite
 from ..planning.packing import check_plan_dict
 from ..utils.checks import is_number
 from ..utils.errors import SensiLoadError
@@ -122,8 +122,8 @@ def check_values(path: str, config: Any) -> None:
         specs = read_specs(path, file)
         check_pair(file.get_tensor(_plan_key(specs, path)), config, path)
         for key, (_, dtype) in specs.items():
-            if dtype in _FLOATS:
-                _check_finite(key, file.get_tensor(key), path)
+            if dtype in FLOATS:
+                check_finite(key, file.get_tensor(key), path)
 
 
 def _plan_key(names: Iterable[str], where: str) -> str:

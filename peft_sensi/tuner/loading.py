@@ -16,16 +16,15 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import features
 from ..anatomy.modules import linear_of
-from ..anatomy.units import Group
 from ..layers.layer import SensiLayer
-from ..layers.slices import Slice, empty_parts
+from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiLoadError
 from ..utils.files import Spec, opened, read_specs
 from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
 from .config import SensiConfig
+from .slicing import Slices
 
 
 _PREFIX = "base_model.model."
@@ -52,21 +51,20 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
         raise SensiLoadError(f"{config.file_name}: {error}") from error
 
 
-def check_slices(path: str, model: nn.Module, slices: dict[str, tuple[Slice, Group]]) -> None:
+def check_slices(path: str, model: nn.Module, slices: Slices) -> None:
     """Checks the file's tensors of sliced Linears before a Linear is replaced. Raises `SensiLoadError`."""
     expected: dict[str, Spec] = {}
-    rooms: dict[str, int] = {}
+    numels: dict[str, int] = {}
     for name, (slice_, _) in slices.items():
-        linear = linear_of(model, name)
-        for part, tensor in empty_parts(linear, slice_).items():
-            expected[f"{name}.sensi_{part}"] = (tuple(tensor.shape), tensor.dtype)
-            rooms[f"{name}.sensi_{part}"] = slice_.kept_shape(torch.Size(features(linear))).numel()
+        for part, spec in tensor_specs(slice_, master_dtype(linear_of(model, name))).items():
+            expected[f"{name}.sensi_{part}"] = (spec.shape, spec.dtype)
+            numels[f"{name}.sensi_{part}"] = slice_.kept_shape.numel()
     with opened(path) as file:
         specs = _own_names(read_specs(path, file), path)
         ours = {name: spec for name, (_, spec) in specs.items() if name in expected or is_part(name)}
         check_specs(ours, expected, path)
         for name in ours:
-            check_content(name, file.get_tensor(specs[name][0]), rooms[name], path)
+            check_content(name, file.get_tensor(specs[name][0]), numels[name], path)
 
 
 def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
@@ -109,7 +107,7 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
     check_specs({key: (tuple(t.shape), t.dtype) for key, t in found.items()}, expected)
     for key, tensor in tensors.items():
         layer = layers.get(".".join(key.split(".")[:-2]))
-        check_content(key, tensor, None if layer is None else layer.kept_numel(adapter_name))
+        check_content(key, tensor, None if layer is None else layer.sensi_slices[adapter_name].kept_shape.numel())
     for layer in layers.values():
         layer.sensi_unchecked.discard(adapter_name)
 

@@ -29,7 +29,7 @@ from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .slicing import slices_of
 from .targets import targets_of
-from .wrapping import drop_originals, replace_module, replan, set_head, wrap_module
+from .wrapping import drop_originals, replace_module, replanned, set_head, wrap_module
 
 
 class SensiModel(BaseTuner):
@@ -350,9 +350,8 @@ class SensiModel(BaseTuner):
         if config.from_file:
             check_pair(stored, config)
         plan, _ = plan_from_tensor(stored)
-        if plan != config.plan:
-            replan(model, config, adapter_name, plan)
-        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(tensors, model, adapter_name)
+        with nullcontext() if plan == config.plan else replanned(model, config, adapter_name, plan):
+            tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            check_state(tensors, model, adapter_name)
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors
