@@ -34,7 +34,7 @@ class SensiEmbedding(nn.Module, SensiLayer):
         if self.sensi_unchecked:
             self.check_loaded(active[0])
         slice_ = self.sensi_slices[active[0]]
-        rows, base = self._trained(active[0], slice_)["weight"], self.base_layer.weight
+        rows, base = self._trained(active[0], slice_).get("weight"), self.base_layer.weight
         if rows is None:
             return self.base_layer(ids)
         if slice_.whole:

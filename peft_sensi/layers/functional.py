@@ -16,11 +16,17 @@ from torch.nn import functional as F
 
 
 Positions = int | torch.Tensor  # the first n positions, or an index (int64)
+Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
 
 
 def take(x: torch.Tensor, dim: int, positions: Positions) -> torch.Tensor:
     """The entries of `x` at some positions of one dimension: a view for the first n, a copy for an index."""
     return x.narrow(dim, 0, positions) if isinstance(positions, int) else x.index_select(dim, positions)
+
+
+def cast(pair: Pair, dtype: torch.dtype) -> Pair:
+    weight, bias = pair
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +150,7 @@ def compose(
     values: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Pair:
     """Weight and bias from frozen values and trained tensors, in plain autograd.
 
     The arguments are those of `fused_linear`, but `weight` and `bias` hold frozen values. `mask` is `[out, in]`, or

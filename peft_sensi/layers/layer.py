@@ -14,6 +14,7 @@ from torch import nn
 from ..anatomy.linears import bias_of, features, is_quantized, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
 from .compression import PARTS
+from .functional import Pair
 from .slices import Slice, compress_parts, first_parts, master_dtype, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
@@ -81,7 +82,7 @@ class SensiLayer(ComposedWeights):
         self,
         adapter_name: str,
         slice_: Slice,
-        values: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        values: Pair | None = None,
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
@@ -117,6 +118,7 @@ class SensiLayer(ComposedWeights):
                 del getattr(self, name)[adapter_name]
         self.sensi_unchecked.discard(adapter_name)
         self._sensi_fused.clear()
+        self.update_parents()
 
     def drop_base(self, adapter_name: str) -> None:
         """Drops the base's rows or columns that this adapter does not need. The others get the adapter's order."""

@@ -11,7 +11,7 @@ import torch
 
 from ..anatomy.linears import bias_of, matrix
 from .compression import KINDS, PARTS, encode, sizes
-from .functional import Positions
+from .functional import Pair, Positions
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
 
@@ -158,9 +158,7 @@ def master_dtype(base: Any) -> torch.dtype:
     return torch.promote_types(base.weight.dtype, torch.float32)
 
 
-def first_parts(
-    base: Any, slice_: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
-) -> dict[str, torch.Tensor]:
+def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torch.Tensor]:
     """The tensors of `tensor_specs` before training. Apart from `values`, they change nothing.
 
     `values` are refitted values: a weight of the shape of `sensi_weight`, and a whole bias or `None`. Without them,

@@ -16,6 +16,7 @@ from ..anatomy.linears import is_plain, is_plain_embedding
 from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
+from ..layers.functional import Pair
 from ..layers.layer import SensiLayer
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
@@ -37,7 +38,7 @@ def wrap_module(
     slice_: Slice,
     group: Group,
     config: SensiConfig,
-    refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    refitted: Pair | None = None,
 ) -> SensiLinear | SensiEmbedding:
     """Sets up a slice for this adapter on the module called `name`. A plain Linear or embedding is replaced first.
 
@@ -168,23 +169,15 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     if any(layer.merged for layer in layers.values()):
         raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
     fields = config.plan, config.schedule
-    before = {
-        name: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name))
-        for name, layer in _layers_of(root, adapter_name).items()
-    }
-    flags = {
-        (name, part): parameter.requires_grad
-        for name, (_, parts) in before.items()
-        for part, parameter in parts.items()
-        if f"sensi_{part}" in SensiLayer.adapter_layer_names
-    }
+    own = _layers_of(root, adapter_name)
+    before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
+    flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
+    trained = any(flags.values()) or not flags
     try:
         yield
         for name, layer in _layers(root).items():
             for part, parameter in layer.own_parts(adapter_name).items():
-                if flags and f"sensi_{part}" in SensiLayer.adapter_layer_names:
-                    parameter.requires_grad_(flags.get((name, part), any(flags.values())))
-            layer.update_parents()
+                parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
     except BaseException:
         config.plan, config.schedule = fields
         for name, layer in _layers(root).items():
