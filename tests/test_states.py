@@ -266,3 +266,22 @@ def test_cuts_of_one_adapter_end_beside_another():
     assert names == ["a"] and all(state == (["a"], False) for state in active.values())
     assert not [n for n, flag in flags.items() if before[2].get(n, flag) != flag]
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deleted", ["a", "c"])
+def test_deleting_an_adapter_activates_the_same_one_everywhere(deleted):
+    """The adapters that stay are on different layers."""
+    model = trained(adapter_name="a", **TUNE)
+    for name, layer in (("b", 1), ("c", 0)):
+        model.add_adapter(name, config(**FEW, target_modules=[f"layer.{layer}.intermediate.dense"]))
+        model.set_adapter(name)
+        train(model)
+    model.set_adapter("b")
+    expected = logits(model)
+    model.set_adapter("a")
+    unchanged = logits(model)
+    model.delete_adapter(deleted)
+    assert model.active_adapters == ["b" if deleted == "a" else "a"]
+    assert torch.equal(logits(model), expected if deleted == "a" else unchanged)
+    model.set_adapter("b")
+    assert torch.equal(logits(model), expected)

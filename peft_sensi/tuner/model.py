@@ -237,7 +237,12 @@ class SensiModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_base("delete the adapter")
+        others = [name for name in self.active_adapters if name != adapter_name]
+        was_active = len(others) < len(self.active_adapters)
         super().delete_adapter(adapter_name)
+        if was_active and self.peft_config and not any(layer.merged for layer in self._layers()):
+            # Each layer has activated one of the adapters that it has, which can be different ones.
+            self.set_adapter(others or min(self.peft_config))
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
