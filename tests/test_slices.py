@@ -1,4 +1,4 @@
-"""Units that leave a Linear: the values of the units that stay are exactly those that were trained."""
+"""The table of an adapter's tensors, and units that leave: the units that stay keep exactly their trained values."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_table_is_what_is_initialized(problem):
 
 
 def gpt2() -> GPT2ForSequenceClassification:
-    """Its queries, keys and values are one Linear, in which a head has three places."""
+    """A model with one Linear for queries, keys and values: each head has rows at three places."""
     sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 40}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

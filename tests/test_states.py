@@ -1,4 +1,4 @@
-"""What an adapter must survive between two calls: merged, without its base, loaded without memory, oddly named."""
+"""Adapters in unusual states: merged, without the base, with odd names, or beside another adapter that is rebuilt."""
 
 from __future__ import annotations
 
