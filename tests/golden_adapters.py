@@ -1,9 +1,9 @@
-"""Golden adapters: small ones of every recipe and stored type, which every later version must load to the same logits.
+"""Small golden adapters of every recipe and stored type. Every later version must load them to the same logits.
 
     python tests/golden_adapters.py
 
-makes those that are missing in `tests/golden`, and the logits they gave; it never touches one that is there. When the
-format changes, old adapters stay, and a new name is added here.
+adds the adapters that are missing in `tests/golden`, with their logits. It never changes an adapter that is there.
+When the format changes, old adapters stay, and new names are added here.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ STORED |= {"trim_and_tune_int8": "int8", "dsee_int8": "int8"}
 
 
 def golden_base() -> BertForSequenceClassification:
-    """A model whose weights follow from a formula, so that no version of a random generator matters."""
+    """A model whose weights follow from a formula, so that they do not depend on a random generator."""
     config = BertConfig(
         vocab_size=24,
         hidden_size=16,

@@ -1,4 +1,4 @@
-"""Adapters in bfloat16 and int8: what is registered is what the file holds, on every way of loading."""
+"""Adapters in bfloat16 and int8: the registered tensors equal those of the file, whatever loads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign files, one rule at a time: what is refused, by which error, and how the base is left."""
+"""Files from outside, one rule at a time: which files are refused, by which error, and that the base is unchanged."""
 
 from __future__ import annotations
 

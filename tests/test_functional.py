@@ -200,7 +200,7 @@ def test_a_trained_weight_that_changed_before_the_backward_pass_is_an_error(dim)
 
 
 @pytest.mark.parametrize("name", ["down", "up", "values"])
-def test_so_it_is_for_the_other_parts(name):
+def test_other_trained_tensors_that_changed_before_the_backward_pass_are_an_error(name):
     arguments = fused(case(1, "none", "frozen", "low sparse"))
     y = fused_linear(**arguments)
     with torch.no_grad():

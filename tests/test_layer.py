@@ -1,4 +1,4 @@
-"""The adapter on one Linear: what is trained, what is computed, and what stays of the base."""
+"""The adapter on one Linear: what it trains, what it computes, and what it keeps of the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is held, what is saved for the backward pass, and how far that goes."""
+"""Memory: what a model holds, and what autograd saves for the backward pass."""
 
 from __future__ import annotations
 

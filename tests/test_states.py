@@ -1,14 +1,17 @@
-"""What an adapter must survive between two calls: merged, without its base, loaded without memory, oddly named."""
+"""Adapters in unusual states: merged, without the base, with odd names, or beside another adapter that is rebuilt."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import TRIM, TUNE, logits, tiny_model, train, trained, wrap
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_model, train, trained, wrap
 from torch import nn
 
-from peft_sensi import SensiConfig, SensiError
+from peft_sensi import Schedule, SensiConfig, SensiError, SensiLoadError
 
 
 def test_the_plan_can_be_read_while_the_adapter_is_merged():
@@ -102,3 +105,183 @@ def test_scores_of_a_deleted_adapter_are_forgotten(tmp_path):
     model.delete_adapter("b")
     model.load_adapter(tmp_path, "b")
     assert "b" not in model.base_model._sensi_scores
+
+
+# -- two adapters: one is rebuilt, the other stays as it is -----------------------------------------------------------
+
+
+# Three plans that concern different layers; a checkpoint fits a model with the same `also_train`.
+HALF = {**TRIM, "also_train": ["norms"]}
+FEW = {**TUNE, "also_train": ["norms"]}
+BOTH = {"budget": {"params": 0.6, "trainable": 0.03}, "also_train": ["norms"]}
+
+
+def config(**options) -> SensiConfig:
+    return SensiConfig(score="magnitude", task_type="SEQ_CLS", **options)
+
+
+def activity(model: nn.Module) -> tuple:
+    """Which adapters are active where, and what requires gradients."""
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    active = {n: (list(m.active_adapters), m.disable_adapters) for n, m in wrapped}
+    named = model.named_parameters()
+    flags = {n.replace(".base_layer", "").replace(".original_module", ""): p.requires_grad for n, p in named}
+    return model.active_adapters, active, flags
+
+
+def assert_same_activity(model: nn.Module, before: tuple) -> None:
+    """The same adapters are active in every module, new ones included, and the same tensors require gradients."""
+    names, active, flags = activity(model)
+    assert names == before[0]
+    assert {n: state for n, state in active.items() if n in before[1]} == before[1]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert len({str(active[n]) for n in layers}) == 1
+    assert len({tuple(map(id, m.sensi_saved_modules)) for m in layers.values()}) == 1
+    assert not [n for n, flag in flags.items() if before[2].get(n, flag) != flag]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize(("first", "second"), [(FEW, HALF), (HALF, BOTH), (BOTH, FEW)])
+def test_loading_another_plan_into_an_inactive_adapter(first, second, trainable):
+    """As `Trainer` does when it resumes: the layers of that adapter are rebuilt, and the active one is not touched."""
+    source = trained(**second)
+    model = trained(adapter_name="a", **first)
+    model.add_adapter("b", config(budget=0.4))
+    model.set_adapter("b", inference_mode=not trainable)
+    if trainable:
+        train(model)
+    expected, before = logits(model), activity(model)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(source), adapter_name="a")
+    assert_same_activity(model, before)
+    assert torch.equal(logits(model), expected)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and "a" in n.split(".")]
+    model.set_adapter("a")
+    assert torch.equal(logits(model), logits(source))
+    trainables = sum(p.numel() for p in source.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainables
+    model.set_adapter("b")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_loading_another_plan_into_the_active_adapter(trainable):
+    source = trained(**BOTH)
+    model = trained(adapter_name="a", **HALF)
+    model.add_adapter("b", config(**FEW))
+    model.set_adapter("a", inference_mode=not trainable)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(source), adapter_name="a")
+    names, active, _ = activity(model)
+    assert names == ["a"] and all(state == (["a"], False) for state in active.values())
+    assert torch.equal(logits(model), logits(source))
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == trainable * sum(p.numel() for p in source.parameters() if p.requires_grad)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".b")]
+
+
+def test_loading_another_plan_while_adapters_are_disabled():
+    source, model = trained(**BOTH), trained(**HALF)
+    base = logits(tiny_model())
+    with model.disable_adapter():
+        set_peft_model_state_dict(model, get_peft_model_state_dict(source))
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), logits(source))
+    train(model)
+    assert not torch.equal(logits(model), logits(source))
+
+
+@pytest.mark.parametrize("fault", ["shape", "stray"])
+@pytest.mark.parametrize("active", ["a", "b"])
+def test_another_plan_that_cannot_be_loaded_changes_nothing(active, fault):
+    model = trained(adapter_name="a", **HALF)
+    model.add_adapter("b", config(budget=0.4))
+    model.set_adapter(active)
+    expected, before, tensors = logits(model), activity(model), snapshot(model)
+    fields = dict(vars(model.peft_config["a"]))
+    state = get_peft_model_state_dict(trained(**BOTH))
+    if fault == "shape":
+        name = next(n for n in state if "sensi_weight" in n)
+        state[name] = state[name][:-1]
+    else:
+        state["base_model.model.bert.pooler.dense.weight"] = torch.zeros(32, 32)
+    with pytest.raises(SensiLoadError):
+        set_peft_model_state_dict(model, state, adapter_name="a")
+    assert_same_tensors(snapshot(model), tensors)
+    assert activity(model) == before and vars(model.peft_config["a"]) == fields
+    assert torch.equal(logits(model), expected)
+
+
+def test_another_plan_is_not_loaded_into_a_merged_model():
+    model = trained(adapter_name="a", **HALF)
+    model.add_adapter("b", config(**FEW))
+    model.merge_adapter()
+    expected, tensors = logits(model), snapshot(model)
+    with pytest.raises(SensiError, match="unmerge_adapter"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(trained(**BOTH)), adapter_name="b")
+    assert_same_tensors(snapshot(model), tensors)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("how", ["add", "load", "load to train", "load while disabled", "fail"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_second_adapter_leaves_the_first_active(how, trainable, tmp_path):
+    trained(**BOTH).save_pretrained(tmp_path)
+    model = trained(adapter_name="a", **TUNE)
+    model.set_adapter("a", inference_mode=not trainable)
+    expected = logits(model)
+    if how == "load while disabled":
+        model.base_model.disable_adapter_layers()
+    before = activity(model)
+    if how == "add":
+        model.add_adapter("b", config(**BOTH))
+    elif how == "fail":
+        weights = load_file(tmp_path / "adapter_model.safetensors")
+        weights["base_model.model.classifier.weight"][:] = float("nan")
+        weights["base_model.model.classifier.extra"] = torch.ones(1)
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(SensiLoadError):
+            model.load_adapter(tmp_path, "b")
+    else:
+        model.load_adapter(tmp_path, "b", is_trainable=how == "load to train")
+    assert_same_activity(model, before)
+    if how == "load while disabled":
+        assert torch.equal(logits(model), logits(tiny_model()))
+        model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model), expected)
+
+
+def test_cuts_of_one_adapter_end_beside_another():
+    """A frozen layer of the adapter has only a gate, which goes at the end: nothing else becomes active there."""
+    phase = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}
+    model = wrap(tiny_model(), "a", budget=0.95, tuned_layers=1, multiple_of=1, schedule=phase)
+    model.add_adapter("b", config(**TUNE))
+    schedule = Schedule(model, 4)
+    schedule.step(done_steps=2)
+    train(model)
+    expected, before = logits(model), activity(model)
+    gone = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and "a" in m.sensi_slices}
+    schedule.finish()
+    gone -= {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and "a" in m.sensi_slices}
+    assert gone, "no layer has lost the adapter"
+    names, active, flags = activity(model)
+    assert names == ["a"] and all(state == (["a"], False) for state in active.values())
+    assert not [n for n, flag in flags.items() if before[2].get(n, flag) != flag]
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deleted", ["a", "c"])
+def test_deleting_an_adapter_activates_the_same_one_everywhere(deleted):
+    """The adapters that stay are on different layers."""
+    model = trained(adapter_name="a", **TUNE)
+    for name, layer in (("b", 1), ("c", 0)):
+        model.add_adapter(name, config(**FEW, target_modules=[f"layer.{layer}.intermediate.dense"]))
+        model.set_adapter(name)
+        train(model)
+    model.set_adapter("b")
+    expected = logits(model)
+    model.set_adapter("a")
+    unchanged = logits(model)
+    model.delete_adapter(deleted)
+    assert model.active_adapters == ["b" if deleted == "a" else "a"]
+    assert torch.equal(logits(model), expected if deleted == "a" else unchanged)
+    model.set_adapter("b")
+    assert torch.equal(logits(model), expected)

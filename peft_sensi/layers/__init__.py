@@ -1,1 +1,1 @@
-"""A Linear (or embedding) and a slice go in; a layer of which only that slice is trained comes out."""
+"""A Linear (or embedding) and a slice go in; a layer that trains only that slice comes out."""

@@ -1,13 +1,13 @@
-"""Trained values in narrow types: what `SensiModel.compress` registers in place of the float32 tensors.
+"""Compressed adapters: float32 tensors go in, bfloat16 or int8 codes (and float32 scales) come out, and back.
 
-Of one adapter on one Linear all trained parts lie behind each other in one vector of codes, in the order of `PARTS`,
-each in its own row-major order. `weight` and `bias` are coded as differences from the base's values, which are small
-and of which a file needs only the leading digits; the other parts have no such values and are coded as they are.
+All trained tensors of one adapter on one Linear become one vector of codes. They follow each other in the order of
+`PARTS`, each row by row. `weight` and `bias` are encoded as differences from the base's values, because differences
+are small and need fewer digits. The other tensors are encoded as they are.
 
-- `bfloat16`: the codes are the differences, rounded.
-- `int8`: `difference = code * scale`, with codes in -127..127 and a float32 scale for each tuned row or column, each
-row of `down`, each column of `up`, and every `BLOCK` entries of `bias` and `values`. The scales are a second vector,
-in the same order.
+- `bfloat16`: the codes are the rounded values.
+- `int8`: `value = code * scale`. Codes are from -127 to 127. There is a float32 scale for each tuned row or column,
+  for each row of `down`, for each column of `up`, and for every `BLOCK` entries of `bias` and `values`. The scales are
+  a second vector in the same order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PARTS = ("weight", "bias", "down", "up", "values")
 BLOCK = 64
 _LARGEST = 127
 
-Shapes = Mapping[str, tuple[int, ...]]  # of the parts that there are
+Shapes = Mapping[str, tuple[int, ...]]  # by name, for those of `PARTS` that an adapter has
 
 
 def sizes(shapes: Shapes, dim: int, kind: str) -> tuple[int, int]:
-    """Numbers of codes and of scales. `dim` is 0 where rows of `weight` are tuned, 1 where columns are."""
+    """Numbers of codes and of scales. `dim` is 0 if rows of `weight` are tuned, 1 if columns are."""
     codes = sum(torch.Size(shape).numel() for shape in shapes.values())
     if kind != "int8":
         return codes, 0
@@ -35,7 +35,10 @@ def sizes(shapes: Shapes, dim: int, kind: str) -> tuple[int, int]:
 
 
 def encode(parts: Mapping[str, torch.Tensor], dim: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of differences (float32)."""
+    """Codes (of the dtype `KINDS[kind]`) and scales (float32, empty for bfloat16), both one-dimensional.
+
+    `parts` are tensors by name, already as differences where the module's docstring says so. `dim` as in `sizes`.
+    """
     ordered = [(name, parts[name].detach().float()) for name in PARTS if name in parts]
     device = ordered[0][1].device if ordered else None
     if kind == "bfloat16":
@@ -51,7 +54,7 @@ def encode(parts: Mapping[str, torch.Tensor], dim: int, kind: str) -> tuple[torc
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor | None, shapes: Shapes, dim: int) -> dict[str, torch.Tensor]:
-    """Inverse of `encode`, but for the rounding: differences in float32."""
+    """The inverse of `encode` up to rounding: float32 tensors by name."""
     parts, at, scale_at = {}, 0, 0
     for name in PARTS:
         if name not in shapes:
@@ -68,7 +71,7 @@ def decode(codes: torch.Tensor, scales: torch.Tensor | None, shapes: Shapes, dim
 
 
 def _axis(name: str, dim: int) -> int:
-    """The dimension of a matrix along which scales differ."""
+    """The dimension of a matrix along which each position has its own scale."""
     return {"weight": dim, "down": 0, "up": 1}[name]
 
 
@@ -86,7 +89,7 @@ def _largest(name: str, part: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _spread(name: str, scales: torch.Tensor, shape: torch.Size, dim: int) -> torch.Tensor:
-    """The scale of each entry, or what broadcasts to it."""
+    """The scales in a shape that broadcasts to the tensor."""
     if len(shape) == 1:
         return scales.repeat_interleave(BLOCK)[: shape[0]]
     return scales.unsqueeze(1 - _axis(name, dim))

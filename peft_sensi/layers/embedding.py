@@ -1,4 +1,4 @@
-"""The forward pass of an embedding of which some tokens are tuned."""
+"""The forward pass of an embedding with adapters. Token ids go in, their rows come out."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from .layer import SensiLayer
 
 
 class SensiEmbedding(nn.Module, SensiLayer):
-    """`SensiLayer` on a `torch.nn.Embedding`: rows of trained tokens stand in for the base's.
+    """`SensiLayer` on a `torch.nn.Embedding`: the adapter's rows replace the base's rows of the tuned tokens.
 
-    Rows are looked up twice, in the base and among the few trained ones, so that the backward pass never makes a
-    gradient of the whole table.
+    Every token is looked up in both tables. So the backward pass needs no gradient of the size of the base's table.
     """
 
     base_layer: nn.Embedding
@@ -35,19 +34,19 @@ class SensiEmbedding(nn.Module, SensiLayer):
         if self.sensi_unchecked:
             self.check_loaded(active[0])
         slice_ = self.sensi_slices[active[0]]
-        rows, base = self._trained(active[0], slice_)["weight"], self.base_layer.weight
+        rows, base = self._trained(active[0], slice_).get("weight"), self.base_layer.weight
         if rows is None:
             return self.base_layer(ids)
         if slice_.whole:
             return F.embedding(ids, rows.to(base.dtype))
-        tokens = slice_.tuned_positions.to(ids.device)  # ascending: an embedding keeps its own order
+        tokens = slice_.tuned_positions.to(ids.device)  # ascending, because an embedding keeps its own order
         slots = torch.searchsorted(tokens, ids).clamp_(max=len(tokens) - 1)
         is_tuned = (tokens[slots] == ids).unsqueeze(-1)
         return torch.where(is_tuned, F.embedding(slots, rows).to(base.dtype), F.embedding(ids, base))
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's table, as `get_input_embeddings().weight` is asked for its size, dtype and device."""
+        """The base's table. Libraries read the size, dtype and device of `get_input_embeddings().weight`."""
         return self.base_layer.weight
 
     def __repr__(self) -> str:

@@ -1,9 +1,9 @@
-"""The linear map of which only a part is trained: some rows or columns, a low-rank term, or single values.
+"""A linear map with a trained part: some rows or columns, a low-rank term, or single values.
 
-Forward is one matmul with a fused weight that holds trained and frozen values side by side. Backward computes the
-gradients of the trained parts only, and keeps only the activations that these need: the whole input where rows, a
-low-rank term or single values are trained, a contiguous copy of the trained columns' inputs where columns are, nothing
-where nothing is.
+The forward pass is one matrix product with a fused weight, which holds trained and frozen values. The backward pass
+computes the gradients of the trained tensors only, and autograd saves only the activations that these gradients need:
+the whole input if rows, a low-rank term or single values are trained, a contiguous copy of some input columns if only
+columns are trained, and none if only a bias is trained.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-Positions = int | torch.Tensor  # the first n positions, or an index
+Positions = int | torch.Tensor  # the first n positions, or an index (int64)
+Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
 
 
 def take(x: torch.Tensor, dim: int, positions: Positions) -> torch.Tensor:
+    """The entries of `x` at some positions of one dimension: a view for the first n, a copy for an index."""
     return x.narrow(dim, 0, positions) if isinstance(positions, int) else x.index_select(dim, positions)
 
 
+def cast(pair: Pair, dtype: torch.dtype) -> Pair:
+    weight, bias = pair
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 would be ambiguous where a whole sublayer is gone
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 is ambiguous if `x` has no values
 
 
 def fused_linear(
@@ -40,19 +47,26 @@ def fused_linear(
     values: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T + bias`, differentiable in `x` and in the trained parts that `weight` and `bias` already contain.
+    """`x @ weight.T + bias`, differentiable in `x` and in the trained tensors.
+
+    `weight` and `bias` must already contain the trained tensors. They get no gradients of their own.
 
     Args:
-        x: `[..., in]`, of `weight`'s dtype.
-        weight: `[out, in]`, not differentiated. It must already hold `tuned_weight` at the positions `tuned` of
-            dimension `dim`, and the sum of the other parts. A cache may be rewritten after the forward pass, as long
-            as the trained parts stay the same: the backward pass checks that, as autograd does for any weight.
-        bias: `[out]` or none, already holding `tuned_bias`.
-        tuned_weight: `[n, in]` for `dim` 0, `[out, n]` for `dim` 1, in any float dtype.
-        tuned_bias: `[n]` (the rows `tuned`) or `[out]`.
+        x: `[..., in]`, of the dtype of `weight`.
+        weight: `[out, in]`. It holds `tuned_weight` at the positions `tuned` of dimension `dim`, plus `up @ down`,
+            plus `values` at `places`. A cache may be rewritten after the forward pass, but only with the same values.
+        bias: `[out]` or `None`. It holds `tuned_bias`.
+        dim: 0 if the tuned positions are rows of `weight`, 1 if they are columns.
+        tuned: The tuned positions.
+        tuned_weight: `[n, in]` for `dim` 0, `[out, n]` for `dim` 1, of any float dtype.
+        tuned_bias: `[n]` (bias of the rows `tuned`) or `[out]`, of any float dtype.
         down, up: `[r, in]` and `[out, r]`: the low-rank term `up @ down`. Its gradients `(grad @ up)^T x` and
-            `grad^T (x @ down^T)` never form a matrix of the weight's size.
+            `grad^T (x @ down^T)` are computed without a matrix of the size of `weight`.
         values, places: `[n]` single values and their flat positions (int64) in `weight`.
+
+    Raises:
+        RuntimeError: From the backward pass, if a trained tensor has changed since the forward pass, or if second
+            derivatives are requested.
     """
     return _FusedLinear.apply(x, weight, bias, tuned_weight, tuned_bias, down, up, values, places, dim, tuned)
 
@@ -87,8 +101,8 @@ class _FusedLinear(torch.autograd.Function):
         parts = (tuned_weight, down, up, values)
         if not (needs_x or saved_x is not None):
             parts = (None,) * 4
-        # The fused weight's storage is rewritten on every forward pass, with the same values as long as the trained
-        # parts do not change; saving those lets autograd notice when they did.
+        # The fused weight is rewritten on every forward pass through `.data`, which autograd does not see. The trained
+        # tensors are saved so that autograd notices if they have changed.
         ctx.save_for_backward(weight if needs_x else None, saved_x, places if needs_values else None, *parts)
         return F.linear(x, weight, bias)
 
@@ -136,10 +150,11 @@ def compose(
     values: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias from frozen values and trained parts (see `fused_linear`), in plain autograd.
+) -> Pair:
+    """Weight and bias from frozen values and trained tensors, in plain autograd.
 
-    `mask` `[out, in]` multiplies the sum of everything else, so that what it removes stays removed.
+    The arguments are those of `fused_linear`, but `weight` and `bias` hold frozen values. `mask` is `[out, in]`, or
+    `[in]` for the same mask in every row. It multiplies the sum of everything else, so that a masked weight is zero.
     """
     weight = weight.detach()
     index = torch.arange(tuned, device=weight.device) if isinstance(tuned, int) else tuned
@@ -163,8 +178,9 @@ def compose(
 def fused_linear_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **parts: Any
 ) -> torch.Tensor:
-    """`fused_linear` in plain autograd, from frozen values alone: also what runs where a fused cache cannot be kept.
+    """The same as `fused_linear` in plain autograd; `weight` and `bias` hold frozen values (see `compose`).
 
-    That is under `torch.compile`, with sharded weights, and with a mask, whose gradients need the whole weight's.
+    It is also used where no fused weight can be cached: under `torch.compile` and with sharded weights. And it is used
+    with a mask, whose gradient needs the gradient of the whole weight.
     """
     return F.linear(x, *compose(weight, bias, **parts))

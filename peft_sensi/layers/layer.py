@@ -1,4 +1,4 @@
-"""The Linear (or embedding) of which units are tuned, frozen or trimmed."""
+"""The state of all adapters on one Linear or embedding, and PEFT's calls on it: activate, merge, delete and so on."""
 
 from __future__ import annotations
 
@@ -14,29 +14,38 @@ from torch import nn
 from ..anatomy.linears import bias_of, features, is_quantized, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
 from .compression import PARTS
-from .slices import Slice, compress_parts, empty_parts, first_parts
+from .functional import Pair
+from .slices import Slice, compress_parts, first_parts, master_dtype, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
 
 class SensiLayer(ComposedWeights):
-    """The adapter's state on one Linear, each a dict by adapter name.
+    """The tensors of all adapters on one Linear (or embedding): for each kind of tensor a dict by adapter name.
 
-    Trained, float32 whatever the base's dtype: `sensi_weight` (tuned rows `[n, in]` or columns `[out, n]`) and
-    `sensi_bias`, both as values and not differences; `sensi_down` `[rank, in]` and `sensi_up` `[out, rank]`;
-    `sensi_values` `[n]`; `sensi_scores` `[out, in]`, of a mask. Stored but not trained: `sensi_places` `[n]` (int32),
-    flat positions of the values; `sensi_bits` (uint8), a mask. All but the first two are in the adapter's order of
-    units. Once an adapter is compressed, `sensi_codes` (bfloat16 or int8) and for int8 `sensi_scales` (float32) stand
-    in place of all that was trained (see `compression`), again without gradients.
+    `out` and `in` are the sides of the kept part of the weight, `t` is the number of tuned rows or columns.
+
+    | tensor | dtype, shape | meaning |
+    | --- | --- | --- |
+    | `sensi_weight` | float32 `[t, in]` or `[out, t]` | tuned rows or columns: values, not differences |
+    | `sensi_bias` | float32 `[t]` or `[out]` | trained bias: values, not differences |
+    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term |
+    | `sensi_values` | float32 `[n]` | single values |
+    | `sensi_scores` | float32 `[out, in]` | scores of a learned mask |
+    | `sensi_places` | int32 `[n]` | flat positions of the single values in `[out, in]` |
+    | `sensi_bits` | uint8 `[ceil(out * in / 8)]` | a mask |
+    | `sensi_gate` | uint8 `[units]` | open units during cuts |
+    | `sensi_codes` | bfloat16 or int8 `[c]` | compressed values, in place of the first five tensors |
+    | `sensi_scales` | float32 `[s]` | scales of int8 codes |
+
+    The first six tensors are trained. On a float64 base, `sensi_weight` and `sensi_bias` are float64. Units are in the
+    adapter's order (see `Slice`). `slices.tensor_specs` says which tensors an adapter has.
     """
 
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
-    other_param_names = (
-        *("sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales"),
-        *("sensi_slices", "sensi_frozen"),
-    )
-    # All that is stored, in the order of the docstring.
+    # All stored tensors, in the order of the table.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
+    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_frozen")
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
@@ -47,57 +56,72 @@ class SensiLayer(ComposedWeights):
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict({}))
         self.sensi_slices = {}
-        # `(module, attribute, value per unit)`: what parent modules must know about the number of units. A plain list,
-        # because Transformers' own `set_adapter` and `disable_adapters` reach only the layers, not the tuner.
+        # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
+        # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
-        # PEFT's wrappers of the modules that adapters save whole, for the same reason: see `_update_saved_modules`.
+        # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
         self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0
         self.sensi_in_block = True
         self.sensi_base_dropped = False
-        # Adapters that will be loaded from a file and have not been looked at since: see `check_loaded`.
+        # Adapters whose loaded values have not been checked yet (see `check_loaded`).
         self.sensi_unchecked: set[str] = set()
-        # Trained parts that a phase of training has frozen, by adapter.
+        # Trained tensors that a schedule has frozen, by adapter.
         self.sensi_frozen: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._sensi_fused = {}
         self._sensi_unmerged = []
         self.out_features, self.in_features = features(base_layer)
-        self.sensi_coded = is_quantized(base_layer)  # asked once: `torch.compile` cannot trace the question
+        self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
 
     def update_layer(
         self,
         adapter_name: str,
         slice_: Slice,
-        values: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        values: Pair | None = None,
         init_weights: bool = True,
         inference_mode: bool = False,
     ) -> None:
-        """Sets up `adapter_name`, from the base's values or from refitted ones in the order of `slice_.kept`."""
-        for name in self.tensor_names:
-            if adapter_name in getattr(self, name):
-                del getattr(self, name)[adapter_name]
-        self._sensi_fused.clear()
+        """Sets up `adapter_name`, and leaves the other adapters and the choice of the active ones as they are.
+
+        `values` are refitted values in the order of `slice_.kept` (see `slices.first_parts`). Gradients are required
+        if the adapter is active and not in `inference_mode`.
+        """
+        self.discard_parts(adapter_name)
         self.sensi_slices[adapter_name] = slice_
         base = self.get_base_layer()
-        empty = base.weight.is_meta or new_parameters_are_empty()
-        # An adapter that is only used gets its places from a file: choosing them would take longer than to load it.
-        chosen = replace(slice_, support="first") if inference_mode else slice_
-        start = empty_parts(base, slice_) if empty else first_parts(base, chosen, values)
-        for name, tensor in start.items():
-            trained = f"sensi_{name}" in self.adapter_layer_names
-            if trained and not init_weights and not tensor.is_meta:
+        specs = tensor_specs(slice_, master_dtype(base))
+        if base.weight.is_meta or new_parameters_are_empty():
+            start = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+        else:
+            # In inference mode a file brings the positions of single values, and choosing them can take long.
+            start = first_parts(base, replace(slice_, support="first") if inference_mode else slice_, values)
+        active = adapter_name in self.active_adapters and not inference_mode
+        for name, spec in specs.items():
+            tensor = start[name]
+            if spec.trained and not init_weights and not tensor.is_meta:
                 scale = tensor.std() if tensor.numel() > 1 else tensor.new_zeros(())
                 tensor = tensor + torch.randn_like(tensor) * scale.clamp_min(0.1)
-            getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=trained)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+            parameter = nn.Parameter(tensor.contiguous(), requires_grad=spec.trained and active)
+            getattr(self, f"sensi_{name}")[adapter_name] = parameter
+        self._freeze_parts()
+        self.update_parents()
+
+    def discard_parts(self, adapter_name: str) -> None:
+        """Removes an adapter from this layer. Unlike `delete_adapter`, it never activates another adapter."""
+        for name in (*self.tensor_names, "sensi_slices"):
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+        self.sensi_unchecked.discard(adapter_name)
+        self._sensi_fused.clear()
+        self.update_parents()
 
     def drop_base(self, adapter_name: str) -> None:
-        """Keeps of the base only what this adapter needs: the kept slices in its order, or nothing."""
+        """Drops the base's rows or columns that this adapter does not need. The others get the adapter's order."""
         slice_, base = self.sensi_slices[adapter_name], self.get_base_layer()
         kept = (slice_.kept[:0] if slice_.whole else slice_.kept).to(base.weight.device)
-        # Not by assignment: while PEFT loads with `low_cpu_mem_usage`, whatever is registered loses its values.
+        # Written into `_parameters`: under PEFT's `low_cpu_mem_usage`, a registered parameter loses its values.
         parameters = base._parameters
         weight = oriented(base, matrix(base).detach().index_select(slice_.dim, kept)).contiguous()
         parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -108,10 +132,14 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused.clear()
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
-        """Sets the adapter's mask to the best scores `[out, in]` (in the base's order) at its sparsity."""
+        """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity.
+
+        Raises:
+            SensiError: The adapter has no mask.
+        """
         slice_, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
         if bits is None or slice_.sparsity is None:
-            raise SensiError(f"The adapter {adapter_name!r} has no mask to be drawn.")
+            raise SensiError(f"The adapter {adapter_name!r} has no mask that could be drawn.")
         rank = slice_.kept.argsort().argsort().to(scores.device)  # place of each kept unit in ascending order
         mask = top_mask(scores.index_select(slice_.dim, rank), slice_.sparsity)
         with torch.no_grad():
@@ -119,10 +147,9 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
-        """Whether the adapter's mask, if it has one, lets anything go."""
-        slice_, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
-        shape = slice_.kept_shape(torch.Size((self.out_features, self.in_features)))
-        return bits is None or not bool(unpack_mask(bits, shape).all())
+        """Whether the adapter's mask removes at least one weight; also true without a mask."""
+        bits = self.part("bits", adapter_name)
+        return bits is None or not bool(unpack_mask(bits, self.sensi_slices[adapter_name].kept_shape).all())
 
     def settle_mask(self, adapter_name: str) -> None:
         """Replaces the scores of a learned mask by the mask itself."""
@@ -134,17 +161,21 @@ class SensiLayer(ComposedWeights):
             self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
 
     def compress(self, adapter_name: str, kind: str) -> None:
-        """Replaces the trained values by codes (see `compression`). Raises `SensiError` if the base was dropped."""
+        """Replaces the trained values by codes (see `compression`).
+
+        Raises:
+            SensiError: The base was dropped.
+        """
         if adapter_name not in self.sensi_slices:
             return
         if self.sensi_base_dropped:
             raise base_is_dropped("compress the adapter, which needs the differences from the base's values")
         slice_ = replace(self.sensi_slices[adapter_name], compressed=kind)
-        trained = {n: p for n in PARTS if (p := self.part(n, adapter_name)) is not None}
-        parts = compress_parts(trained, self._original_parts(slice_, trained), slice_)
+        trained = {name: p for name in PARTS if (p := self.part(name, adapter_name)) is not None}
+        codes = compress_parts(trained, self._base_values(slice_, trained), slice_)
         for name in trained:
             del getattr(self, f"sensi_{name}")[adapter_name]
-        for name, tensor in parts.items():
+        for name, tensor in codes.items():
             getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor, requires_grad=False)
         self.sensi_slices[adapter_name] = slice_
         self._sensi_fused.clear()
@@ -154,7 +185,7 @@ class SensiLayer(ComposedWeights):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._freeze_parts()
-        self._update_parents()
+        self.update_parents()
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
@@ -164,7 +195,7 @@ class SensiLayer(ComposedWeights):
         if not enabled and self.sensi_base_dropped:
             raise base_is_dropped("disable the adapter")
         super().enable_adapters(enabled)
-        self._update_parents()
+        self.update_parents()
         self._update_saved_modules()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -172,13 +203,15 @@ class SensiLayer(ComposedWeights):
             raise base_is_dropped("delete the adapter")
         super().delete_adapter(adapter_name)
         self._sensi_fused.clear()
-        self._update_parents()
+        self.update_parents()
         self._update_saved_modules()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the adapter's weights into the base layer, with smaller matrices where units are trimmed.
+        """Replaces the weight and bias of the base layer by the adapter's. Trimmed units make the matrices smaller.
 
-        Raises `SensiError` when several adapters are to be merged and one of them trims or masks.
+        Raises:
+            SensiError: Several adapters would be merged and one of them trims or masks, or the base is quantized.
+            ValueError: `safe_merge` is set and the result has NaN or infinite values.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.sensi_slices]
         together = names + [n for n in self.merged_adapters if n not in names]
@@ -200,10 +233,10 @@ class SensiLayer(ComposedWeights):
                 base.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
             update_features(base)
             self.merged_adapters.append(name)
-        self._update_parents()
+        self.update_parents()
 
     def unmerge(self) -> None:
-        """Puts the base's own tensors back, exactly."""
+        """Puts the base's own tensors back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -214,20 +247,21 @@ class SensiLayer(ComposedWeights):
         update_features(base)
         self._sensi_unmerged.clear()
         self.merged_adapters.clear()
-        self._update_parents()
+        self.update_parents()
 
     def check_combination(self, adapter_names: list[str]) -> None:
+        """Raises `SensiError` if the adapters cannot be active or merged at the same time."""
         slices = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
         if len(adapter_names) > 1 and self.sensi_coded:
             raise SensiError("Only one adapter can be active on a quantized base.")
         if self.sensi_base_dropped or any(slice_.trims or slice_.sparsity is not None for slice_ in slices):
             raise SensiError(
                 f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units "
-                f"or masks weights, and only adapters that remove nothing can be added up. Activate one at a time."
+                f"or masks weights. Only adapters that remove nothing can be added. Activate one adapter at a time."
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's version also casts to the base's dtype, which would round the float32 masters of a bf16 base.
+        # PEFT's version also casts to the base's dtype, which would round float32 values on a bfloat16 base.
         device = device or self.get_base_layer().weight.device
         for name in self.tensor_names:
             parameters = getattr(self, name)
@@ -243,29 +277,30 @@ class SensiLayer(ComposedWeights):
                     parameter.requires_grad_(False)
 
     def _applied(self) -> list[str]:
-        """The active adapters that the forward pass has to apply: none while they are disabled or merged."""
+        """The active adapters that the forward pass applies: none while adapters are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
     def _working_adapter(self) -> str | None:
-        """The one adapter whose widths the layer has now."""
+        """The adapter whose number of units the layer has now, if there is one."""
         if self.merged_adapters:
             return self.merged_adapters[-1]
         applied = self._applied()
         return applied[0] if applied else None
 
-    def _update_parents(self) -> None:
+    def update_parents(self) -> None:
+        """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
         name = self._working_adapter()
         units = self.sensi_units if name is None else self.sensi_slices[name].units
         for module, attribute, per_unit in self.sensi_attributes:
             setattr(module, attribute, units * per_unit)
 
     def _update_saved_modules(self) -> None:
-        """Heads, norms and embeddings of an adapter work when its layers do.
+        """Enables and activates the modules that are saved whole together with the layers of the same adapter.
 
-        Transformers' `enable_adapters` forgets them, and after `delete_adapter` PEFT leaves those inactive that the
-        adapter that is active now has, and the deleted one had not.
+        Transformers' `enable_adapters` does not reach them. PEFT's `delete_adapter` activates another adapter, but not
+        those of its modules that the deleted adapter did not have.
         """
         for wrapper in self.sensi_saved_modules:
             if wrapper.disable_adapters != self.disable_adapters:
@@ -283,7 +318,10 @@ def base_is_dropped(action: str) -> SensiError:
 
 
 def new_parameters_are_empty() -> bool:
-    # Under `low_cpu_mem_usage` PEFT builds the tuner in Accelerate's `init_empty_weights`, and tells nobody: a fresh
-    # parameter shows it.
+    """Whether new parameters are created on `meta`.
+
+    Under `low_cpu_mem_usage` PEFT builds the tuner inside Accelerate's `init_empty_weights`. No flag says so, but a
+    new parameter shows it.
+    """
     probe = nn.ParameterList([torch.empty(1)])  # draws no random number
     return probe[0].is_meta

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..anatomy.linears import oriented, unpack
-from .functional import fused_linear, fused_linear_reference
+from .functional import Pair, cast, fused_linear, fused_linear_reference
 from .layer import SensiLayer
-from .slices import Slice
 
 
 class SensiLinear(nn.Module, SensiLayer):
@@ -35,8 +34,7 @@ class SensiLinear(nn.Module, SensiLayer):
         x = x.to(dtype)
         if len(active) > 1:
             self.check_combination(active)
-            weight, bias = self._combined(active)
-            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return F.linear(x, *cast(self._combined(active), dtype))
         if coded and not self.sensi_slices[active[0]].whole:
             return self._forward_beside(x, active[0])
         return self._forward_one(x, active[0], dtype)
@@ -46,40 +44,39 @@ class SensiLinear(nn.Module, SensiLayer):
             self.check_loaded(name)
         slice_ = self.sensi_slices[name]
         if slice_.whole:
-            weight, trained = self.sensi_weight[name], self.part("bias", name)
-            bias = self.base_layer.bias if trained is None else trained
-            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        # FSDP2 puts whole parameters in place for the forward pass, and only the module still tells.
+            bias = self.part("bias", name)
+            bias = self.base_layer.bias if bias is None else bias
+            return F.linear(x, *cast((self.sensi_weight[name], bias), dtype))
+        # During the forward pass FSDP2 replaces sharded parameters by whole ones. Only a flag of the module shows it.
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
-            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self._own_parameters(name))
+            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
         )
         if slice_.compressed is not None and not sharded and not torch.compiler.is_compiling():
             return F.linear(x, *self._decoded(name, dtype))
         parts = self._parts(name, slice_)
         if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
-            frozen, bias = self._kept_base(slice_)
-            return fused_linear_reference(x, frozen.to(dtype), None if bias is None else bias.to(dtype), **parts)
+            return fused_linear_reference(x, *cast(self._kept_base(slice_), dtype), **parts)
         del parts["mask"]
-        weight, bias = self._fused(name, dtype, parts)
-        return fused_linear(x, weight, bias, **parts)
+        return fused_linear(x, *self._fused(name, dtype, parts), **parts)
 
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """On a quantized base: its own kernel, whose weight has no gradient, plus what the adapter changes."""
+        """The forward pass on a quantized base: the output of the base's own kernel plus the adapter's changes."""
         slice_, base = self.sensi_slices[name], self.base_layer
         if self.training or x.requires_grad:
             unpack(base)
         y, parts = base(x), self._parts(name, slice_)
         replaced = [part for part in ("weight", "bias") if parts[f"tuned_{part}"] is not None]
-        origins = self._cached_origins(name, slice_, replaced)
+        key = (id(base.weight), base.weight.device)
+        base_values, _ = self._cached(name, key, lambda: (self._base_values(slice_, replaced), None))
         index = slice_.tuned_index.to(x.device)
         if (weight := parts["tuned_weight"]) is not None:
-            change = (weight - origins["weight"]).to(x.dtype)
+            change = (weight - base_values["weight"]).to(x.dtype)
             if slice_.dim == 1:
                 y = y + F.linear(x.index_select(-1, index), change)
             else:
                 y = y.index_add(-1, index, F.linear(x, change).to(y.dtype))
         if (bias := parts["tuned_bias"]) is not None:
-            change = (bias - origins["bias"]).to(y.dtype)
+            change = (bias - base_values["bias"]).to(y.dtype)
             if len(change) < y.shape[-1]:
                 change = change.new_zeros(y.shape[-1]).index_add(0, index, change)
             y = y + change
@@ -91,33 +88,23 @@ class SensiLinear(nn.Module, SensiLayer):
             y = y + F.linear(x, single.to(x.dtype))
         return y
 
-    def _cached_origins(self, name: str, slice_: Slice, names: list[str]) -> dict[str, Any]:
-        key = (id(self.base_layer.weight), self.base_layer.weight.device)
-        cached = self._sensi_fused.get(name)
-        if cached is None or cached[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                cached = self._sensi_fused[name] = (key, self._original_parts(slice_, names), None)
-        return cached[1]
-
     @property
     def weight(self) -> torch.Tensor:
-        """The base's; outside known blocks the one in effect, because some models (Mamba) use it without `forward`."""
-        weight, _ = self._in_effect()
-        return weight
+        """The base's weight; outside known blocks the adapted one, because some models (Mamba) bypass `forward`."""
+        return self._in_effect()[0]
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]  # PEFT forgets Linears without one
-        """Like `weight`."""
-        _, bias = self._in_effect()
-        return bias
+        """The base's bias, or the adapted one, as for `weight`."""
+        return self._in_effect()[1]
 
-    def _in_effect(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _in_effect(self) -> Pair:
         base = self.base_layer
         active = self._applied()
         if self.sensi_in_block or not active or self.sensi_coded:
             return base.weight, base.bias
         weight, bias = self._combined(active)
-        return oriented(base, weight).to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)
+        return cast((oriented(base, weight), bias), base.weight.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
         self._sensi_fused.clear()

@@ -1,37 +1,48 @@
-"""What one adapter does with one Linear, and the tensors it starts from."""
+"""What one adapter does with one Linear, and the tensors that it stores for that."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..anatomy.linears import bias_of, features, matrix
-from .compression import KINDS, encode, sizes
-from .functional import Positions
+from ..anatomy.linears import bias_of, matrix
+from .compression import KINDS, PARTS, encode, sizes
+from .functional import Pair, Positions
 from .updates import low_rank_start, pack_mask, sparse_support, top_mask
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one adapter does with one Linear, whose base weight is `[out, in]`, or with the rows of an embedding.
+    """What one adapter does with one Linear, or with the rows of an embedding.
 
-    `kept` lists the base positions (int64, CPU) along `dim` (0 = rows, 1 = columns) that stay, in the order in which
-    the adapter computes them: tuned first, then frozen, the same on both sides of a group, so that the tuned slice is
-    contiguous and no output permutation is needed. A lone Linear keeps its own order instead, and `tuned` is then an
-    index into `kept` rather than a number.
-
-    `rank`, `sparse` and `sparsity` are the sizes of the parts that `updates` describes; 0 or `None` where there is
-    none. `gated` columns are multiplied by a mask of units, which cuts during training close one by one. A `sparsity`
-    belongs to a mask that is learned (`learns_mask`) or one bit a weight (drawn once, or learned before).
-    `compressed` is the type in which trained values are stored once they are not trained any more (see `compression`).
+    Args:
+        base_shape: Shape `(out, in)` of the base weight. For an embedding: the number of tokens and the width.
+        has_bias: Whether the base has a bias.
+        dim: 0 if the units are rows of the weight, 1 if they are columns.
+        kept: Positions (int64, CPU) of the kept rows or columns in the base, in the adapter's own order: first the
+            tuned units, then the frozen ones. Both sides of a group have the same order, so the tuned part is
+            contiguous and no output has to be permuted. A Linear outside a block keeps the base's order.
+        tuned: The tuned rows or columns, as positions in `kept`: a number if they come first, otherwise an index.
+        units: Number of kept units.
+        train_bias: Whether the whole bias is trained. If not, only the entries of tuned rows are.
+        rank: Rank of the low-rank term; 0 for none.
+        sparse: Number of trained single values; 0 for none.
+        support: How the positions of the single values are chosen (see `updates.sparse_support`).
+        seed: Seed of a random support.
+        sparsity: Share of the kept weights that a mask removes; `None` without a mask.
+        learns_mask: Whether the mask is learned. If not, it is stored as one bit per weight.
+        drawn_later: Whether a schedule draws the mask during training. Until then the mask removes nothing.
+        gated: Whether the columns are multiplied by a gate with one entry per unit. Cuts during training close it.
+        compressed: Type in which the trained values are stored once training is over (see `compression`).
     """
 
+    base_shape: tuple[int, int]
+    has_bias: bool
     dim: int
-    size: int
     kept: torch.Tensor
     tuned: Positions
     units: int
@@ -48,7 +59,7 @@ class Slice:
 
     @property
     def trims(self) -> bool:
-        return len(self.kept) < self.size
+        return len(self.kept) < self.base_shape[self.dim]
 
     @property
     def tuned_count(self) -> int:
@@ -56,173 +67,187 @@ class Slice:
 
     @cached_property
     def whole(self) -> bool:
-        """Everything that is kept is tuned, and nothing else happens to the weight."""
+        """Whether all that is kept is tuned and nothing else changes the weight."""
         others = self.rank or self.sparse or self.sparsity is not None
         return 0 < self.tuned_count == len(self.kept) and not others and not self.gated and self.compressed is None
 
     @cached_property
     def natural(self) -> bool:
-        """Nothing is trimmed or moved."""
-        return torch.equal(self.kept, torch.arange(self.size, device=self.kept.device))
+        """Whether all rows and columns are kept in the base's order."""
+        return torch.equal(self.kept, torch.arange(self.base_shape[self.dim], device=self.kept.device))
 
     @property
     def has_integers(self) -> bool:
-        """Whether the adapter stores something beside floating-point values here."""
+        """Whether the adapter stores integers here."""
         return bool(self.sparse) or (self.sparsity is not None and not self.learns_mask) or self.gated
 
     @property
     def idle(self) -> bool:
-        """The Linear needs no adapter layer at all."""
+        """Whether the Linear needs no adapter layer."""
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
         return self.natural and not parts and not self.gated
 
     @property
     def tuned_index(self) -> torch.Tensor:
-        """The places (int64) of the trained rows or columns among the kept ones."""
+        """Positions (int64) of the tuned rows or columns among the kept ones."""
         return torch.arange(self.tuned, device=self.kept.device) if isinstance(self.tuned, int) else self.tuned
 
     @property
     def tuned_positions(self) -> torch.Tensor:
-        """Base positions (int64) of the trained rows or columns, in the order of the trained tensor."""
+        """Positions (int64) of the tuned rows or columns in the base, in the order of the trained tensor."""
         return self.kept[: self.tuned] if isinstance(self.tuned, int) else self.kept[self.tuned]
 
-    def kept_shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the kept part of a weight of this shape."""
-        return torch.Size(len(self.kept) if dim == self.dim else size for dim, size in enumerate(shape))
+    @property
+    def kept_shape(self) -> torch.Size:
+        """Shape of the kept part of the weight."""
+        return torch.Size(len(self.kept) if dim == self.dim else size for dim, size in enumerate(self.base_shape))
 
 
-def first_parts(
-    base: Any, slice_: Slice, values: tuple[torch.Tensor, torch.Tensor | None] | None
-) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by name (see `SensiLayer`), from the base's values or refitted ones."""
-    master = torch.promote_types(base.weight.dtype, torch.float32)
-    weight, bias = matrix(base).detach(), bias_of(base)
-    bias = None if bias is None else bias.detach()
-    if values is not None:
-        values = (values[0].to(weight.device), None if values[1] is None else values[1].to(weight.device))
-        bias = values[1] if values[1] is not None else bias
-    parts = {}
-    if slice_.tuned_count:
-        index = slice_.tuned_positions.to(weight.device)
-        # Both are new tensors: no further copy.
-        parts["weight"] = (values[0] if values is not None else weight.index_select(slice_.dim, index)).to(master)
-    if bias is not None and slice_.train_bias:
-        parts["bias"] = bias.index_select(0, slice_.kept.to(bias.device)) if slice_.dim == 0 else bias
-    elif bias is not None and slice_.dim == 0 and slice_.tuned_count:
-        parts["bias"] = bias.index_select(0, slice_.tuned_positions.to(bias.device))
-    if "bias" in parts:
-        parts["bias"] = parts["bias"].to(master, copy=True)
-    shape = slice_.kept_shape(weight.shape)
+class TensorSpec(NamedTuple):
+    """One stored tensor. `axis` is the dimension along which the Linear's rows or columns lie, if there is one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool = False
+    axis: int | None = None
+    tuned_only: bool = False  # along `axis`: whether only tuned rows or columns are there, or all kept ones
+
+
+def tensor_specs(slice_: Slice, dtype: torch.dtype = torch.float32, *, decoded: bool = False) -> dict[str, TensorSpec]:
+    """The tensors that an adapter stores for one Linear, by name without `sensi_`. No other place lists them.
+
+    `dtype` is the type of trained weights and biases (see `master_dtype`). With `decoded`, the tensors of a compressed
+    adapter are those that it had before.
+    """
+    dim, count, (out, into) = slice_.dim, slice_.tuned_count, slice_.kept_shape
+    specs: dict[str, TensorSpec] = {}
+    if count:
+        shape = (count, into) if dim == 0 else (out, count)
+        specs["weight"] = TensorSpec(shape, dtype, trained=True, axis=dim, tuned_only=True)
+    if slice_.train_bias:
+        specs["bias"] = TensorSpec((out,), dtype, trained=True, axis=0 if dim == 0 else None)
+    elif slice_.has_bias and dim == 0 and count:
+        specs["bias"] = TensorSpec((count,), dtype, trained=True, axis=0, tuned_only=True)
     if slice_.rank:
-        parts["down"], parts["up"] = low_rank_start(shape, slice_.rank, weight)
-    if slice_.sparse or slice_.learns_mask:
-        kept = weight.index_select(slice_.dim, slice_.kept.to(weight.device))
-        if slice_.sparse:
-            places = sparse_support(kept, slice_.sparse, slice_.support, slice_.rank or 1, slice_.seed)
-            parts["places"], parts["values"] = places, torch.zeros(len(places), device=weight.device)
-        if slice_.learns_mask:
-            # In units of the matrix's spread, so that one learning rate moves all matrices' masks alike.
-            parts["scores"] = kept.float().abs() / kept.float().std().clamp_min(1e-12)
-    if slice_.sparsity is not None and not slice_.learns_mask:
-        mask = torch.ones(shape, dtype=torch.bool, device=weight.device)
-        if not slice_.drawn_later:
-            mask = top_mask(weight.index_select(slice_.dim, slice_.kept.to(weight.device)).abs(), slice_.sparsity)
-        parts["bits"] = pack_mask(mask)
+        specs["down"] = TensorSpec((slice_.rank, into), torch.float32, trained=True, axis=1 if dim == 1 else None)
+        specs["up"] = TensorSpec((out, slice_.rank), torch.float32, trained=True, axis=0 if dim == 0 else None)
+    if slice_.sparse:
+        values = min(slice_.sparse, out * into)
+        specs["values"] = TensorSpec((values,), torch.float32, trained=True)
+        specs["places"] = TensorSpec((values,), torch.int32)
+    if slice_.learns_mask:
+        specs["scores"] = TensorSpec((out, into), torch.float32, trained=True, axis=dim)
+    elif slice_.sparsity is not None:
+        specs["bits"] = TensorSpec((-(-out * into // 8),), torch.uint8)
     if slice_.gated:
-        parts["gate"] = torch.ones(slice_.units, dtype=torch.uint8, device=weight.device)
-    if slice_.compressed is not None:
-        origins = {
-            name: parts[name] if name in ("weight", "bias") else 0.0
-            for name in trained_shapes(*features(base), bias_of(base) is not None, slice_)
-        }
-        return compress_parts(parts, origins, slice_)
-    return parts
+        specs["gate"] = TensorSpec((slice_.units,), torch.uint8)
+    if slice_.compressed is None or decoded:
+        return specs
+    coded = {name: specs[name].shape for name in PARTS if name in specs}
+    specs = {name: spec for name, spec in specs.items() if name not in coded}
+    codes, scales = sizes(coded, dim, slice_.compressed)
+    if coded:
+        specs["codes"] = TensorSpec((codes,), KINDS[slice_.compressed])
+    if scales:
+        specs["scales"] = TensorSpec((scales,), torch.float32)
+    return specs
+
+
+def master_dtype(base: Any) -> torch.dtype:
+    """Type of trained weights and biases: float32, or float64 on a float64 base."""
+    return torch.promote_types(base.weight.dtype, torch.float32)
+
+
+def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torch.Tensor]:
+    """The tensors of `tensor_specs` before training. Apart from `values`, they change nothing.
+
+    `values` are refitted values: a weight of the shape of `sensi_weight`, and a whole bias or `None`. Without them,
+    weights and biases start from the base's own values.
+    """
+    specs = tensor_specs(slice_, master_dtype(base))
+    weight, bias = matrix(base).detach(), bias_of(base)
+    fitted, fitted_bias = (None, None) if values is None else values
+    bias = bias if fitted_bias is None else fitted_bias
+    kept, tuned = slice_.kept.to(weight.device), slice_.tuned_positions.to(weight.device)
+    # Zero codes and scales stand for the base's own weights and biases, and for no low-rank term.
+    zero = ("values", "codes", "scales")
+    parts = {name: torch.zeros(specs[name].shape, dtype=specs[name].dtype) for name in zero if name in specs}
+    if "weight" in specs:
+        parts["weight"] = weight.index_select(slice_.dim, tuned) if fitted is None else fitted
+    if "bias" in specs and bias is not None:
+        bias = bias.detach().to(weight.device)
+        # A copy: a whole bias would share the base's storage.
+        parts["bias"] = bias.clone() if slice_.dim == 1 else bias[tuned if specs["bias"].tuned_only else kept]
+    if "down" in specs:
+        parts["down"], parts["up"] = low_rank_start(slice_.kept_shape, slice_.rank, weight)
+    if {"places", "scores", "bits"} & specs.keys():
+        weight = weight.index_select(slice_.dim, kept)
+    if "places" in specs:
+        parts["places"] = sparse_support(weight, slice_.sparse, slice_.support, slice_.rank or 1, slice_.seed)
+    if "scores" in specs:
+        # In units of the matrix's standard deviation, so that one learning rate suits the masks of all matrices.
+        parts["scores"] = weight.float().abs() / weight.float().std().clamp_min(1e-12)
+    if "bits" in specs and slice_.sparsity is not None:
+        parts["bits"] = pack_mask(top_mask(weight.abs(), 0.0 if slice_.drawn_later else slice_.sparsity))
+    if "gate" in specs:
+        parts["gate"] = torch.ones(specs["gate"].shape)
+    return {name: parts[name].to(weight.device, spec.dtype) for name, spec in specs.items()}
 
 
 def compress_parts(
-    parts: Mapping[str, torch.Tensor], origins: Mapping[str, torch.Tensor | float], slice_: Slice
+    parts: Mapping[str, torch.Tensor], base_values: Mapping[str, torch.Tensor], slice_: Slice
 ) -> dict[str, torch.Tensor]:
-    """`parts` with codes and scales of the differences from `origins` in place of the trained values."""
-    assert slice_.compressed is not None
-    rest = {name: tensor for name, tensor in parts.items() if name not in origins}
-    codes, scales = encode(
-        {n: parts[n].detach().float() - o for n, o in origins.items()}, slice_.dim, slice_.compressed
-    )
-    return rest | ({"codes": codes} if origins else {}) | ({"scales": scales} if len(scales) else {})
+    """Codes and scales of trained tensors, by name.
 
-
-def trained_shapes(out: int, into: int, has_bias: bool, slice_: Slice) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained parts that can be narrowed (a learned mask cannot), on a base weight `[out, into]`."""
-    shape = slice_.kept_shape(torch.Size((out, into)))
-    shapes: dict[str, tuple[int, ...]] = {}
-    if slice_.tuned_count:
-        shapes["weight"] = tuple(slice_.tuned_count if dim == slice_.dim else size for dim, size in enumerate(shape))
-    if has_bias and (slice_.train_bias or (slice_.dim == 0 and slice_.tuned_count)):
-        shapes["bias"] = (shape[0] if slice_.train_bias else slice_.tuned_count,)
-    if slice_.rank:
-        shapes["down"], shapes["up"] = (slice_.rank, shape[1]), (shape[0], slice_.rank)
-    if slice_.sparse:
-        shapes["values"] = (min(slice_.sparse, shape.numel()),)
-    return shapes
-
-
-def empty_parts(base: Any, slice_: Slice) -> dict[str, torch.Tensor]:
-    """Shapes and dtypes of `first_parts` on `meta`: loading with `low_cpu_mem_usage` allocates nothing twice."""
-    master = torch.promote_types(base.weight.dtype, torch.float32)
-    shape = slice_.kept_shape(torch.Size(features(base)))
-    trained = trained_shapes(*features(base), bias_of(base) is not None, slice_)
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if slice_.compressed is not None:
-        codes, scales = sizes(trained, slice_.dim, slice_.compressed)
-        shapes |= {"codes": ((codes,), KINDS[slice_.compressed])} if trained else {}
-        shapes |= {"scales": ((scales,), torch.float32)} if scales else {}
-    else:
-        shapes |= {n: (size, master if n in ("weight", "bias") else torch.float32) for n, size in trained.items()}
-    if slice_.sparse:
-        shapes["places"] = (trained["values"], torch.int32)
-    if slice_.learns_mask:
-        shapes["scores"] = (tuple(shape), torch.float32)
-    elif slice_.sparsity is not None:
-        shapes["bits"] = ((-(-shape.numel() // 8),), torch.uint8)
-    if slice_.gated:
-        shapes["gate"] = ((slice_.units,), torch.uint8)
-    return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
-
-
-def kept_parts(
-    parts: Mapping[str, torch.Tensor | None], old: Slice, new: Slice, shape: torch.Size
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """What remains of an adapter's tensors when units leave a Linear of this base shape.
-
-    Single values keep their number, because a file's shapes follow from the configuration: those that leave with a
-    unit are replaced by zeros at the first free positions.
+    `base_values` are the base's weights and biases at the trained positions; they are subtracted before encoding.
     """
-    if torch.equal(old.kept, new.kept):
-        yield from ((name, value) for name, value in parts.items() if value is not None)
-        return
-    now = torch.argsort(old.kept)[torch.searchsorted(old.kept.sort().values, new.kept)]  # where each kept unit was
-    dims = {"weight": new.dim, "bias": 0 if new.dim == 0 else None}
-    dims |= {"up": 0} if new.dim == 0 else {"down": 1}
-    for name in ("weight", "bias", "down", "up"):
-        if (value := parts[name]) is not None:
-            dim = dims.get(name)
-            yield name, value if dim is None else value.index_select(dim, now.to(value.device))
-    places, values = parts["places"], parts["values"]
-    if places is None or values is None:
-        return
-    columns = old.kept_shape(shape)[1]
-    position = [places.long() // columns, places.long() % columns]
-    here = torch.full((len(old.kept),), -1, device=places.device)
-    here[now.to(places.device)] = torch.arange(len(now), device=places.device)
-    position[new.dim] = here[position[new.dim]]
+    assert slice_.compressed is not None
+    if not parts:
+        return {}
+    differences = {name: part.detach().float() - base_values.get(name, 0.0) for name, part in parts.items()}
+    codes, scales = encode(differences, slice_.dim, slice_.compressed)
+    return {"codes": codes, **({"scales": scales} if len(scales) else {})}
+
+
+def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dict[str, torch.Tensor]:
+    """The values of an adapter's trained tensors after units have left a Linear.
+
+    The units of `new` are some of those of `old`, and tuned or frozen as before. The number of single values follows
+    from the config and must not change: values that leave with a unit are replaced by zeros at the first free places.
+    """
+    kept = _positions_in(old.kept, new.kept)
+    tuned = _positions_in(old.tuned_positions, new.tuned_positions)
+    result: dict[str, torch.Tensor] = {}
+    for name, spec in tensor_specs(new).items():
+        if spec.trained and name in parts and name != "values":
+            value, index = parts[name], tuned if spec.tuned_only else kept
+            result[name] = value if spec.axis is None else value.index_select(spec.axis, index.to(value.device))
+    if "values" in parts:
+        result["places"], result["values"] = _kept_values(parts["places"], parts["values"], kept, old, new)
+    return result
+
+
+def _positions_in(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Where each entry of `new` is in `old`."""
+    order = old.argsort()
+    return order[torch.searchsorted(old[order], new)]
+
+
+def _kept_values(
+    places: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, old: Slice, new: Slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat places (int32, ascending) and values of the single values, see `kept_parts`."""
+    was, now = old.kept_shape, new.kept_shape
+    position = [places.long() // was[1], places.long() % was[1]]
+    new_of_old = torch.full((len(old.kept),), -1, device=places.device)
+    new_of_old[kept.to(places.device)] = torch.arange(len(kept), device=places.device)
+    position[new.dim] = new_of_old[position[new.dim]]
     stays = position[new.dim] >= 0
-    room = new.kept_shape(shape)
-    count = min(len(places), room.numel())
-    flat = (position[0] * room[1] + position[1])[stays]
-    free = torch.ones(room.numel(), dtype=torch.bool, device=places.device)
+    flat = (position[0] * now[1] + position[1])[stays]
+    free = torch.ones(now.numel(), dtype=torch.bool, device=places.device)
     free[flat] = False
+    count = min(len(places), now.numel())
     flat = torch.cat([flat, free.nonzero()[: count - len(flat), 0]])
     values = torch.cat([values[stays], values.new_zeros(count - int(stays.sum()))])
     order = flat.argsort()
-    yield "places", flat[order].to(torch.int32)
-    yield "values", values[order]
+    return flat[order].to(torch.int32), values[order]

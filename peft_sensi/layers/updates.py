@@ -1,10 +1,10 @@
-"""How the trained part of a Linear is parametrized: dense slices, low-rank terms, single values, binary masks.
+"""The kinds of trained tensors: dense slices, low-rank terms, single values and binary masks, and how they start.
 
-An `update` is a name or several joined by `+`. The effective weight is always
+An `update` is one of `UPDATES`; some combine two kinds by `+`. The adapted weight is always
 
-    (base with its tuned slices replaced + up @ down + values at their places) * mask
+    (base with the tuned rows or columns replaced + up @ down + values at their places) * mask
 
-so that what a mask removes stays removed when the adapter is merged (DSEE, arXiv 2111.00160).
+The mask comes last, so a masked weight is zero in the merged model too (DSEE, arXiv 2111.00160).
 """
 
 from __future__ import annotations
@@ -20,17 +20,26 @@ _DECOMPOSITION_ROUNDS = 10
 
 
 def low_rank_start(shape: torch.Size, rank: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`down` `[rank, in]`, random with the variance 1 / in, and `up` `[out, rank]`, zero: at first nothing changes."""
+    """The start of a low-rank term: `down` `[rank, in]` and `up` `[out, rank]`, both float32.
+
+    `down` is random with variance 1 / in, and `up` is zero, so `up @ down` is zero (LoRA, arXiv 2106.09685).
+    """
     out, features = shape
     down = torch.randn(rank, features, device=like.device) / max(1, features) ** 0.5
     return down, torch.zeros(out, rank, device=like.device)
 
 
 def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, seed: int) -> torch.Tensor:
-    """`count` flat positions (int32, ascending) of a matrix whose values are to be trained.
+    """Flat positions (int32, ascending, at most `count`) of the single values of a matrix that are trained.
 
-    `magnitude` takes the largest |W|, `random` any, `decomposition` the largest entries of the sparse part of
-    `W = L + S` with `L` of low rank, `first` (which no config may ask for) the first. Ties go to the smaller position.
+    `support` is one of:
+
+    - `magnitude`: the largest |W|.
+    - `random`: random positions by `seed`.
+    - `decomposition`: the largest entries of `W - L`, with `L` of the given rank (see `_sparse_part`).
+    - `first`: the first positions; for adapters whose positions come from a file.
+
+    Among equal values, the smaller position is taken.
     """
     count = min(count, weight.numel())
     if support == "first":
@@ -47,8 +56,11 @@ def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, se
 
 
 def _sparse_part(weight: torch.Tensor, count: int, rank: int) -> torch.Tensor:
-    """`W - L` after alternating between the best `L` of the rank and the best `S` with `count` entries."""
-    # A rank that reaches the matrix's own would explain everything and leave nothing to choose from.
+    """`W - L` for a decomposition `W = L + S`: `L` has low rank, `S` has `count` nonzero entries.
+
+    Alternates between the best `L` (by singular value decomposition) and the best `S` (DSEE, arXiv 2111.00160).
+    """
+    # With the full rank of the matrix, `L` would be `W`, and no entry would stand out.
     rank = max(1, min(rank, min(weight.shape) - 1))
     sparse = torch.zeros_like(weight)
     rest = weight
@@ -62,21 +74,24 @@ def _sparse_part(weight: torch.Tensor, count: int, rank: int) -> torch.Tensor:
 
 
 def top_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """A mask (bool) that removes exactly `floor(sparsity * numel)` entries: those with the smallest scores."""
+    """A mask (bool, of the shape of `scores`) that is false for the `floor(sparsity * numel)` smallest scores.
+
+    Among equal scores, the first ones are removed.
+    """
     flat = scores.detach().flatten()
     removed = int(sparsity * flat.numel() + 1e-9)
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    # A selection and not a sort: a mask that is learned is drawn in every step.
+    # `kthvalue` and not `sort`, for speed: a learned mask is computed in every step.
     threshold = flat.kthvalue(removed).values
     mask = flat > threshold
     ties = (flat == threshold).nonzero()[:, 0]
-    mask[ties[len(ties) - (flat.numel() - removed - int(mask.sum())) :]] = True  # the first of equals go
+    mask[ties[len(ties) - (flat.numel() - removed - int(mask.sum())) :]] = True
     return mask.view_as(scores)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The mask of the scores; its gradient is passed to the scores as it is (Bengio et al. 2013, arXiv 1308.3432)."""
+    """`top_mask` whose gradient goes to the scores unchanged (Bengio et al. 2013, arXiv 1308.3432)."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -88,19 +103,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def learned_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """`top_mask` that can be trained."""
+    """`top_mask` in the dtype of the scores, with a straight-through gradient."""
     return _StraightThrough.apply(scores, sparsity)
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """One bit an entry: uint8 `[ceil(numel / 8)]`, the first entry in the highest bit."""
+    """The mask with one bit per entry: uint8 `[ceil(numel / 8)]`. The first entry is the highest bit."""
     bits = mask.flatten().to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     return (bits << torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(bits: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor:
-    """Inverse of `pack_mask`, as booleans."""
+    """The inverse of `pack_mask`: a bool tensor of the given shape."""
     numel = shape[0] * shape[1]
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).flatten()[:numel].view(*shape).bool()

@@ -1,8 +1,8 @@
-"""What the parts of an adapter and the base's values make together: the weight and bias that a layer computes with."""
+"""The base's values and an adapter's tensors go in; the weight and bias that a layer computes with come out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -11,16 +11,16 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, matrix, oriented
 from .compression import PARTS, decode
-from .functional import Positions, compose, take
-from .slices import Slice, trained_shapes
+from .functional import Pair, Positions, cast, compose, take
+from .slices import Slice, tensor_specs
 from .updates import learned_mask, unpack_mask
 from .values import check_content
 
 
 class ComposedWeights(BaseTunerLayer):
-    """Reads what `SensiLayer` sets up."""
+    """The part of `SensiLayer` that computes weights. `SensiLayer` sets up the attributes and changes them."""
 
-    base_layer: Any  # a Linear of any kind (see `linears`), or an embedding
+    base_layer: Any  # an embedding, or a Linear of any kind (see `anatomy.linears`)
     tensor_names: tuple[str, ...] = ()
     sensi_unchecked: set[str]
     out_features: int
@@ -28,9 +28,10 @@ class ComposedWeights(BaseTunerLayer):
     sensi_slices: dict[str, Slice]
     sensi_coded: bool
     sensi_base_dropped: bool
-    # Neither a parameter nor a buffer: DDP would broadcast it on every forward pass, FSDP would shard it.
+    # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which FSDP
+    # shards.
     _sensi_fused: dict[str, tuple[Any, Any, Any]]
-    _sensi_unmerged: list[tuple[torch.Tensor, torch.Tensor | None]]
+    _sensi_unmerged: list[Pair]
 
     def get_base_layer(self) -> Any:
         return super().get_base_layer()
@@ -40,24 +41,24 @@ class ComposedWeights(BaseTunerLayer):
         parameters = getattr(self, f"sensi_{name}")
         return parameters[adapter_name] if adapter_name in parameters else None
 
-    def kept_numel(self, adapter_name: str) -> int:
-        """Number of weights that the adapter keeps."""
-        shape = torch.Size((self.out_features, self.in_features))
-        return self.sensi_slices[adapter_name].kept_shape(shape).numel()
+    def own_parts(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """All tensors of an adapter, by name without `sensi_`."""
+        names = [name for name in self.tensor_names if adapter_name in getattr(self, name)]
+        return {name.removeprefix("sensi_"): getattr(self, name)[adapter_name] for name in names}
 
     def check_loaded(self, adapter_name: str) -> None:
-        """Checks, once, what a loader that passes none of our hooks has put here. Raises `SensiLoadError`."""
+        """Checks values from a file, once, if no hook of ours has seen them. Raises `SensiLoadError`."""
         if adapter_name in self.sensi_unchecked:
-            room = self.kept_numel(adapter_name)
-            for name in self.tensor_names:
-                if (tensor := self.part(name.removeprefix("sensi_"), adapter_name)) is not None:
-                    check_content(f"{name}.{adapter_name}", tensor.detach(), room)
+            numel = self.sensi_slices[adapter_name].kept_shape.numel()
+            for name, tensor in self.own_parts(adapter_name).items():
+                check_content(f"sensi_{name}.{adapter_name}", tensor.detach(), numel)
             self.sensi_unchecked.discard(adapter_name)
 
-    def get_adapted_weight(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias with which a plain Linear does what this adapter does, units in the base's order.
+    def get_adapted_weight(self, adapter_name: str) -> Pair:
+        """Weight `[out, in]` and bias `[out]` with which a plain Linear computes the same as this adapter.
 
-        Differentiable in the trained parts; in their dtype.
+        Only kept units are there, in the base's order. The result is differentiable in the trained tensors and has
+        their dtype.
         """
         self.check_loaded(adapter_name)
         slice_ = self.sensi_slices[adapter_name]
@@ -69,122 +70,123 @@ class ComposedWeights(BaseTunerLayer):
         return weight, bias
 
     def get_original_weight(self, adapter_name: str) -> torch.Tensor:
-        """The base's weight `[out, in]`, of the kept units in the base's order, as `get_adapted_weight` has them."""
+        """The base's weight `[out, in]`, restricted to the kept units like `get_adapted_weight`."""
         slice_ = self.sensi_slices[adapter_name]
         weight, _ = self._kept_base(slice_)
         return weight.index_select(slice_.dim, slice_.kept.argsort().to(weight.device))
 
-    def _kept_base(self, slice_: Slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The base's values at the kept positions, in the adapter's order; possibly the base's own tensors."""
+    def _base(self) -> Pair:
+        """The base's weight `[out, in]` and bias as they are without merged adapters, detached."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
         weight = matrix(base) if self.sensi_coded else oriented(base, weight)
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return weight.detach(), None if bias is None else bias.detach()
+
+    def _kept_base(self, slice_: Slice) -> Pair:
+        """The base's weight and bias at the kept positions, in the adapter's order. They may share its storage."""
+        weight, bias = self._base()
+        dim, kept = slice_.dim, slice_.kept.to(weight.device)
         if not self.sensi_base_dropped:
             if slice_.natural:
                 return weight, bias
-            kept = slice_.kept.to(weight.device)
-            weight = weight.index_select(slice_.dim, kept)
-            bias = bias.index_select(0, kept) if bias is not None and slice_.dim == 0 else bias
-        elif slice_.whole:  # nothing of the base is left here, and every value will be overwritten
-            weight = weight.new_empty(slice_.kept_shape(weight.shape))
-            bias = bias.new_empty(len(slice_.kept)) if bias is not None and slice_.dim == 0 else bias
+            return weight.index_select(dim, kept), bias if bias is None or dim == 1 else bias.index_select(0, kept)
+        if slice_.whole:  # nothing of the base is left, and the adapter overwrites every value
+            weight = weight.new_empty(slice_.kept_shape)
+            bias = bias if bias is None or dim == 1 else bias.new_empty(len(kept))
         return weight, bias
 
     def _parts(self, name: str, slice_: Slice) -> dict[str, Any]:
-        """The arguments of `functional.compose`."""
+        """The arguments of `functional.compose` beside the frozen weight and bias."""
         device = self.get_base_layer().weight.device
         places, bits, scores = (self.part(part, name) for part in ("places", "bits", "scores"))
         mask = None
         if scores is not None and slice_.sparsity is not None:
             mask = learned_mask(scores, slice_.sparsity)
         elif bits is not None:
-            mask = unpack_mask(bits, slice_.kept_shape(torch.Size((self.out_features, self.in_features))))
+            mask = unpack_mask(bits, slice_.kept_shape)
         if (gate := self.part("gate", name)) is not None:
-            mask = gate.repeat_interleave(len(slice_.kept) // slice_.units)  # [columns], the same for every row
+            # `[in]`: the same for every row. The gate has the units in the base's order, the columns may have another.
+            mask = gate.repeat_interleave(len(slice_.kept) // slice_.units)
+            mask = mask if slice_.natural else mask[slice_.kept.to(device)]
         trained = self._trained(name, slice_)
         return {
             "dim": slice_.dim,
             "tuned": slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(device),
-            "tuned_weight": trained["weight"],
-            "tuned_bias": trained["bias"],
-            "down": trained["down"],
-            "up": trained["up"],
-            "values": trained["values"],
+            "tuned_weight": trained.get("weight"),
+            "tuned_bias": trained.get("bias"),
+            "down": trained.get("down"),
+            "up": trained.get("up"),
+            "values": trained.get("values"),
             "places": None if places is None else places.long(),
             "mask": mask,
         }
 
-    def _original_parts(self, slice_: Slice, names: Iterable[str]) -> dict[str, torch.Tensor | float]:
-        """From what the trained parts differ: the base's values at their positions, in float32, or zero."""
+    def _base_values(self, slice_: Slice, names: Container[str]) -> dict[str, torch.Tensor]:
+        """The base's values (float32) at the positions of the trained weight and bias, as far as `names` has them."""
         weight, bias = self._kept_base(slice_)
         index = slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(weight.device)
-        origins: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
-        if "weight" in origins:
-            origins["weight"] = take(weight, slice_.dim, index).float()
-        if "bias" in origins and bias is not None:
-            origins["bias"] = (bias if slice_.train_bias else take(bias, 0, index)).float()
-        return origins
+        values = {}
+        if "weight" in names:
+            values["weight"] = take(weight, slice_.dim, index).float()
+        if "bias" in names and bias is not None:
+            values["bias"] = (bias if slice_.train_bias else take(bias, 0, index)).float()
+        return values
 
-    def _trained(self, name: str, slice_: Slice) -> dict[str, torch.Tensor | None]:
-        """All trained parts as values, decoded if they are compressed."""
-        if slice_.compressed is None:
-            return {part: self.part(part, name) for part in PARTS}
-        codes, scales = self.part("codes", name), self.part("scales", name)
-        found: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
-        if codes is not None:
-            shapes = trained_shapes(
-                self.out_features, self.in_features, bias_of(self.get_base_layer()) is not None, slice_
-            )
-            differences = decode(codes, scales, shapes, slice_.dim)
-            origins = self._original_parts(slice_, shapes)
-            found |= {part: origins[part] + difference for part, difference in differences.items()}
-        return found
+    def _trained(self, name: str, slice_: Slice) -> dict[str, torch.Tensor]:
+        """The trained tensors that `compression` knows, as values. Codes are decoded."""
+        parts = self.own_parts(name)
+        if "codes" not in parts:
+            return {part: parts[part] for part in PARTS if part in parts}
+        shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
+        differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
+        base_values = self._base_values(slice_, differences)
+        return {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
 
-    def _composed(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias in the adapter's order and the trained parts' dtype, in plain autograd."""
+    def _composed(self, name: str) -> Pair:
+        """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""
         slice_ = self.sensi_slices[name]
-        weight, bias = self._kept_base(slice_)
-        master = torch.promote_types(weight.dtype, torch.float32)
-        return compose(weight.to(master), None if bias is None else bias.to(master), **self._parts(name, slice_))
+        frozen = self._kept_base(slice_)
+        return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), **self._parts(name, slice_))
 
-    def _decoded(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What a compressed adapter computes with, from a cache as long as no code changes."""
-        base = self.get_base_layer().weight
-        tensors = (base, *self._own_parameters(name))
-        key = (dtype, base.device, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+    def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What `make` has returned for this adapter and key; it is called again when the key changes."""
         cached = self._sensi_fused.get(name)
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                weight, bias = self._composed(name)
-                cached = self._sensi_fused[name] = (key, weight.to(dtype), None if bias is None else bias.to(dtype))
+                cached = self._sensi_fused[name] = (key, *make())
         return cached[1], cached[2]
 
-    def _own_parameters(self, name: str) -> list[torch.Tensor]:
-        parts = (self.part(part.removeprefix("sensi_"), name) for part in self.tensor_names)
-        return [parameter for parameter in parts if parameter is not None]
+    def _decoded(self, name: str, dtype: torch.dtype) -> Pair:
+        """Weight and bias of a compressed adapter. They are cached until a code changes."""
+        base = self.get_base_layer().weight
+        tensors = (base, *self.own_parts(name).values())
+        key = (dtype, base.device, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        return self._cached(name, key, lambda: cast(self._composed(name), dtype))
 
-    def _fused(self, name: str, dtype: torch.dtype, parts: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias in the adapter's order that hold all trained parts; the frozen values come from a cache."""
-        slice_, base = self.sensi_slices[name], self.get_base_layer()
-        key = (dtype, base.weight.data_ptr(), base.weight._version, base.weight.device)
+    def _frozen(self, name: str, dtype: torch.dtype) -> Pair:
+        """Weight and bias in the adapter's order, into which trained values may be written. They are cached."""
+        slice_, base = self.sensi_slices[name], self.get_base_layer().weight
+        if self.sensi_base_dropped and dtype == base.dtype:
+            # The rest of the base belongs to this adapter alone, and its values at trained positions are never read.
+            # So no cache is needed.
+            return self._kept_base(slice_)
+
+        def make() -> Pair:
+            weight, bias = self._kept_base(slice_)
+            # The cache shares the base's own tensors if nothing is written into it.
+            copy = slice_.tuned_count > 0 and weight.data_ptr() == base.data_ptr()
+            return weight.to(dtype, copy=copy), None if bias is None else bias.to(dtype, copy=copy)
+
+        return self._cached(name, (dtype, base.data_ptr(), base._version, base.device), make)
+
+    def _fused(self, name: str, dtype: torch.dtype, parts: dict[str, Any]) -> Pair:
+        """Weight and bias in the adapter's order, with all trained values in them."""
+        slice_ = self.sensi_slices[name]
         with torch.inference_mode(False), torch.no_grad():
-            cached = self._sensi_fused.get(name)
-            if self.sensi_base_dropped and dtype == base.weight.dtype:
-                # What is left of the base is this adapter's alone, and what it holds at trained positions is never
-                # read: no second copy of the weight is needed.
-                frozen, bias = self._kept_base(slice_)
-                cached = (key, frozen, bias)
-            elif cached is None or cached[0] != key:
-                frozen, bias = self._kept_base(slice_)
-                # The base's own tensors are shared as long as nothing is written into the cache.
-                writes = slice_.tuned_count > 0
-                own = writes and frozen.data_ptr() == base.weight.data_ptr()
-                frozen = frozen.to(dtype, copy=own)
-                bias = None if bias is None else bias.to(dtype, copy=own)
-                cached = self._sensi_fused[name] = (key, frozen, bias)
-            # `.data`: the cache is rewritten with the values it has, while backward passes may still hold it.
-            weight, bias = cached[1].data, None if cached[2] is None else cached[2].data
+            # `.data`: autograd must not notice that the cache is rewritten with the same values, because a backward
+            # pass may still need it.
+            frozen, frozen_bias = self._frozen(name, dtype)
+            weight, bias = frozen.data, None if frozen_bias is None else frozen_bias.data
             tuned, tuned_weight, tuned_bias = parts["tuned"], parts["tuned_weight"], parts["tuned_bias"]
             if tuned_weight is not None:
                 _write(weight, slice_.dim, tuned, tuned_weight)
@@ -199,19 +201,16 @@ class ComposedWeights(BaseTunerLayer):
                 weight = weight.flatten().index_add(0, parts["places"], parts["values"].to(dtype)).view_as(weight)
             return weight, bias
 
-    def _combined(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One adapter's effective weight, or the base plus the differences of several; differentiable."""
+    def _combined(self, names: list[str]) -> Pair:
+        """Weight and bias of one adapter, or the base plus the differences of several adapters; differentiable."""
         weight, bias = self.get_adapted_weight(names[0])
-        if len(names) > 1:
-            base = self.get_base_layer()
-            base_weight, base_bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
-            base_weight = oriented(base, base_weight)
-            for name in names[1:]:
-                other_weight, other_bias = self.get_adapted_weight(name)
-                weight = weight + (other_weight - base_weight.detach())
-                if other_bias is not None:
-                    difference = other_bias if base_bias is None else other_bias - base_bias.detach()
-                    bias = difference if bias is None else bias + difference
+        for name in names[1:]:
+            base_weight, base_bias = self._base()
+            other_weight, other_bias = self.get_adapted_weight(name)
+            weight = weight + (other_weight - base_weight)
+            if other_bias is not None:
+                difference = other_bias if base_bias is None else other_bias - base_bias
+                bias = difference if bias is None else bias + difference
         return weight, bias
 
 

@@ -1,11 +1,13 @@
-"""What is written beside the trained values, and how files are checked before they are believed.
+"""Data that is saved beside the trained values (plan, mark, fingerprint), and checks of it when an adapter is loaded.
 
-An adapter is PEFT's pair `adapter_config.json` + `adapter_model.safetensors`; `FORMAT.md` describes both. The config
-holds the plan, bit-packed, so that every loader can build the right shapes before it reads a weight. The tensors are
-those of `SensiLayer`, the modules that are saved whole, and `sensi_plan`: the plan the values belong to, as JSON in
-bytes, with a mark of the config's other fields that give values their meaning. `Trainer` resumes into a model whose
-config has another plan without ever reading the checkpoint's config; and PEFT writes first the values and then the
-config, so a kill between the two leaves a pair that shows itself by its marks.
+An adapter has PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`; `FORMAT.md` describes both. The
+config holds the plan, so that every loader can build the right shapes before it reads a weight. The weights file holds
+the plan too, as the tensor `sensi_plan`: JSON in bytes, with a hash (the *mark*) of the config's fields that say what
+the values mean. This serves two purposes:
+
+- `Trainer` resumes by loading weights into a wrapped model, whose plan may differ. It never reads the checkpoint's
+  config, so the plan comes from the tensor.
+- PEFT writes the weights before the config. An interrupted save is detected because the marks of the two files differ.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import nn
 from ..anatomy.linears import matrix
 from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
 from ..anatomy.units import Anatomy
-from ..layers.values import _FLOATS, WEIGHTS, _check_finite
+from ..layers.values import FLOATS, WEIGHTS, check_finite
 from ..planning.packing import check_plan_dict
 from ..utils.checks import is_number
 from ..utils.errors import SensiLoadError
@@ -31,8 +33,8 @@ from ..utils.files import Spec, open_safetensors, read_specs
 FORMAT_VERSION = 1
 PLAN_KEY = "sensi_plan"
 
-# Fields without which values would be read as something else. `None` is left out of the mark, so that a field that
-# comes later does not change the mark of older files.
+# The fields that say what the values mean. `None` is left out of the mark, so that a new field with this default does
+# not change the marks of older files.
 _MEANING = (
     "also_train",
     "blocks",
@@ -52,21 +54,21 @@ _MEANING = (
 )
 _LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megabyte
 
-# A fingerprint projects sampled rows on fixed signs. Rounding to bf16 or 4 bits moves the result by up to about 0.15
-# (it is in units of the row's norm, so another base's is a standard normal draw), another base by 1.1 on average.
+# A fingerprint projects sampled rows on fixed signs, in units of the row's norm, so that a random row gives a standard
+# normal number. Rounding to bfloat16 or 4 bits changes a projection by up to 0.15, another base by 1.1 on average.
 _SAMPLED_LINEARS = 16
 _SAMPLED_ROWS = 4
 _TOLERANCE = 0.25
 
 
 def meaning(config: Any) -> dict[str, Any]:
-    """The fields of a config that give the values their meaning, as JSON would give them back."""
+    """The config's fields that say what the values mean, as they are after a round trip through JSON."""
     fields = ((name, getattr(config, name)) for name in _MEANING)
     return {name: sorted(v) if isinstance(v, (set, frozenset)) else v for name, v in fields if v is not None}
 
 
 def config_mark(config: Any) -> str:
-    """A hash of `meaning`, in which the order of names in a list does not count."""
+    """SHA-256 of `meaning`, in hexadecimal. The order of names in a list has no influence."""
     values = meaning(config)
     for name in ("also_train", "exclude_modules", "modules_to_save", "target_modules"):
         if name in values and not isinstance(values[name], str):
@@ -75,13 +77,17 @@ def config_mark(config: Any) -> str:
 
 
 def plan_to_tensor(plan: Mapping[str, Any], mark: str | None = None) -> torch.Tensor:
-    """The plan's dict form and the config's mark as uint8 bytes."""
+    """The plan (see `Plan.to_dict`) and the config's mark as JSON in a uint8 vector."""
     values = {**plan, "config": mark} if mark is not None else plan
     return torch.frombuffer(bytearray(json.dumps(values, sort_keys=True).encode()), dtype=torch.uint8)
 
 
 def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> tuple[dict[str, Any], str | None]:
-    """Inverse of `plan_to_tensor`; files of the first versions have no mark. Raises `SensiLoadError`."""
+    """Plan and mark from a tensor of `plan_to_tensor`. The mark is `None` in files of the first versions.
+
+    Raises:
+        SensiLoadError: The tensor does not hold a plan.
+    """
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > _LARGEST_PLAN:
         raise SensiLoadError(
             f"{where}: {PLAN_KEY!r} must be a vector of bytes, got {tensor.dtype} {tuple(tensor.shape)}."
@@ -103,43 +109,54 @@ def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> tuple[dict[s
 
 
 def check_pair(stored: torch.Tensor, config: Any, where: str = WEIGHTS) -> None:
-    """Raises `SensiLoadError` when values with this `sensi_plan` do not belong to a config that came from a file."""
+    """Checks that a config and a weights file were saved together, by the tensor `sensi_plan`.
+
+    Raises:
+        SensiLoadError: The plans or the marks differ.
+    """
     plan, mark = plan_from_tensor(stored, where)
     if plan != config.plan or (mark is not None and mark != config.file_mark):
         what = "hold different plans" if plan != config.plan else "were saved with different settings"
         raise SensiLoadError(
-            f"{where}: adapter_config.json and adapter_model.safetensors {what}: they do not belong together (a save "
-            f"may have been interrupted between them)."
+            f"{where}: adapter_config.json and adapter_model.safetensors {what}: they do not belong together. A save "
+            f"may have been interrupted between them; load an older checkpoint."
         )
 
 
 def check_values(path: str, config: Any) -> None:
-    """Checks what can be checked in a weights file without a model: header, plan, finiteness, one value at a time.
+    """Checks a weights file as far as possible without a model: its header, its plan, and that floats are finite.
 
-    Raises `SensiLoadError`.
+    Raises:
+        SensiLoadError: The file is damaged or does not belong to the config.
     """
     with open_safetensors(path) as file:
         specs = read_specs(path, file)
         check_pair(file.get_tensor(_plan_key(specs, path)), config, path)
         for key, (_, dtype) in specs.items():
-            if dtype in _FLOATS:
-                _check_finite(key, file.get_tensor(key), path)
+            if dtype in FLOATS:
+                check_finite(key, file.get_tensor(key), path)
 
 
 def _plan_key(names: Iterable[str], where: str) -> str:
     keys = [name for name in names if name.rpartition(".")[2] == PLAN_KEY]
     if len(keys) != 1:
-        raise SensiLoadError(f"{where}: expected one tensor {PLAN_KEY!r}, found {len(keys)}: the file is not ours.")
+        raise SensiLoadError(
+            f"{where}: expected one tensor {PLAN_KEY!r}, found {len(keys)}. This is no adapter of peft_sensi."
+        )
     return keys[0]
 
 
 def pop_plan(tensors: dict[str, Any], where: str = WEIGHTS) -> Any:
-    """Removes `sensi_plan` from tensors by name, and returns it. Raises `SensiLoadError` when there is not one."""
+    """Removes the tensor `sensi_plan` and returns it. Raises `SensiLoadError` if there is not exactly one."""
     return tensors.pop(_plan_key(tensors, where))
 
 
 def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
-    """Shapes and projections of some rows of the base's weights; `None` on `meta` or quantized weights."""
+    """Shapes of some of the base's Linears and projections of some of their rows, to recognize the base.
+
+    `shapes` has up to 16 Linears by name, and `marks` one number for each of up to 4 rows of each. Returns `None` if
+    weights are on `meta` or quantized.
+    """
     names = sorted({name for group in anatomy.groups for name in group.modules})
     sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
     shapes, marks = {}, []
@@ -156,7 +173,11 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
 
 
 def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None:
-    """Raises `SensiLoadError` when `model` is not the base that the adapter was made for."""
+    """Checks that `model` is the base that the adapter was made for, unless its weights are on `meta` or quantized.
+
+    Raises:
+        SensiLoadError: The model has other shapes, or its weights differ by more than a change of precision explains.
+    """
     good = (
         isinstance(expected, Mapping)
         and isinstance(expected.get("shapes"), Mapping)
@@ -181,7 +202,7 @@ def check_fingerprint(expected: Any, model: nn.Module, anatomy: Anatomy) -> None
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Spec]:
-    """Parameters of the base that a file may overwrite: PEFT saves embeddings whose size was changed."""
+    """The parameters of the base that a file may hold: PEFT saves embeddings that were resized."""
     tables = [embedding_of(model, "input"), embedding_of(model, "output")]
     embeddings = {id(p) for table in tables if table is not None for p in table.parameters()}
     named = model.named_parameters(remove_duplicate=False)
@@ -189,14 +210,17 @@ def embeddings_of(model: nn.Module) -> dict[str, Spec]:
 
 
 def check_strays(found: Iterable[str], model: nn.Module) -> None:
-    """Raises `SensiLoadError` for tensors of the base itself, which loading would overwrite for good.
+    """Checks that a file holds no tensors of the base itself, which loading would overwrite.
 
-    They are of modules that the file's adapter saves whole and this model does not.
+    This happens if the file's adapter saves a module whole and the model's adapter does not.
+
+    Raises:
+        SensiLoadError: There is such a tensor.
     """
     allowed = set(embeddings_of(model))
     for name in found:
         if is_base_parameter(name) and not {name, name.removeprefix("base_model.model.")} & allowed:
             raise SensiLoadError(
-                f"{WEIGHTS} holds {name!r}, which this model does not save: it was made with another "
-                f"`also_train` or `modules_to_save`."
+                f"{WEIGHTS} holds {name!r}, which this model does not save. The file was made with another "
+                f"`also_train` or `modules_to_save`: wrap the model with the same."
             )

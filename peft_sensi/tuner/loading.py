@@ -1,9 +1,12 @@
-"""A file of values against the model that it is to be loaded into, on every path that values can take.
+"""Checks that a weights file fits the model that it is loaded into.
 
-`PeftModel` loads through `SensiConfig.from_pretrained`, so the file is known before a layer is built: names, shapes
-and indices are checked then, and nothing is allocated for a file that does not fit. Every PEFT loader then passes the
-hook in `SensiModel`. Transformers' own `load_adapter` passes neither: a layer checks what it was given when it is
-first used.
+There are three checks, because loaders differ:
+
+- `PeftModel.from_pretrained` reads the config first, so the file is known before a layer is built. Names, shapes and
+  values are checked then, and nothing is allocated for a file that does not fit (`check_slices`).
+- Every PEFT loader calls a hook of `SensiModel` with the tensors (`check_state`).
+- Transformers' own `load_adapter` does neither. There, a layer checks its tensors when it is first used
+  (`SensiLayer.check_loaded`).
 """
 
 from __future__ import annotations
@@ -16,34 +19,36 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import features
 from ..anatomy.modules import linear_of
-from ..anatomy.units import Group
 from ..layers.layer import SensiLayer
-from ..layers.slices import Slice, empty_parts
+from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
 from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
 from .config import SensiConfig
+from .slicing import Slices
 
 
 _PREFIX = "base_model.model."
 
 
 def file_to_check(config: SensiConfig) -> str | None:
-    """The file that will be loaded under this config: none if the user has changed what decides about values."""
-    path, said = config.weights_file, config.file_meaning
-    if path is None or said is None or not os.path.exists(path):
+    """Path of the weights file that will be loaded under this config.
+
+    `None` if there is no file, or if the user has changed fields that say what its values mean.
+    """
+    path, original = config.weights_file, config.file_meaning
+    if path is None or original is None or not os.path.exists(path):
         return None
-    return (
-        path if {**meaning(config), "fingerprint": said.get("fingerprint")} == {"fingerprint": None, **said} else None
-    )
+    # The fingerprint may differ: users switch its check off.
+    now = {**meaning(config), "fingerprint": original.get("fingerprint")}
+    return path if now == {"fingerprint": None, **original} else None
 
 
 @contextmanager
 def errors_of_file(config: SensiConfig) -> Iterator[None]:
-    """What a config from a file makes impossible becomes a `SensiLoadError` that names the file."""
+    """Errors inside become a `SensiLoadError` that names the config's file, if the config comes from one."""
     try:
         yield
     except (ValueError, TypeError, AttributeError) as error:
@@ -52,25 +57,32 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
         raise SensiLoadError(f"{config.file_name}: {error}") from error
 
 
-def check_slices(path: str, model: nn.Module, slices: dict[str, tuple[Slice, Group]]) -> None:
-    """Checks the file's tensors of sliced Linears before a Linear is replaced. Raises `SensiLoadError`."""
+def check_slices(path: str, model: nn.Module, slices: Slices) -> None:
+    """Checks the file's tensors that start with `sensi_`, before a Linear is replaced.
+
+    Raises:
+        SensiLoadError: Names, shapes, dtypes or values do not fit the slices.
+    """
     expected: dict[str, Spec] = {}
-    rooms: dict[str, int] = {}
+    numels: dict[str, int] = {}
     for name, (slice_, _) in slices.items():
-        linear = linear_of(model, name)
-        for part, tensor in empty_parts(linear, slice_).items():
-            expected[f"{name}.sensi_{part}"] = (tuple(tensor.shape), tensor.dtype)
-            rooms[f"{name}.sensi_{part}"] = slice_.kept_shape(torch.Size(features(linear))).numel()
+        for part, spec in tensor_specs(slice_, master_dtype(linear_of(model, name))).items():
+            expected[f"{name}.sensi_{part}"] = (spec.shape, spec.dtype)
+            numels[f"{name}.sensi_{part}"] = slice_.kept_shape.numel()
     with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)
         ours = {name: spec for name, (_, spec) in specs.items() if name in expected or is_part(name)}
         check_specs(ours, expected, path)
         for name in ours:
-            check_content(name, file.get_tensor(specs[name][0]), rooms[name], path)
+            check_content(name, file.get_tensor(specs[name][0]), numels[name], path)
 
 
 def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
-    """Checks the file's other tensors, once the modules that are saved whole are known. Raises `SensiLoadError`."""
+    """Checks the file's tensors of modules that are saved whole, after these modules have been wrapped.
+
+    Raises:
+        SensiLoadError: Names, shapes or dtypes do not fit the modules.
+    """
     expected: dict[str, Spec] = {}
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
@@ -84,9 +96,12 @@ def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
 
 
 def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
-    """Checks tensors by the model's own names, as they are about to be loaded. Raises `SensiLoadError`.
+    """Checks tensors with the model's own names just before they are loaded.
 
-    The shapes of modules that are saved whole are left to PyTorch, which PEFT's `ignore_mismatched_sizes` silences.
+    PyTorch checks the shapes of modules that are saved whole. PEFT has `ignore_mismatched_sizes` for them.
+
+    Raises:
+        SensiLoadError: Names, shapes, dtypes or values do not fit the adapter.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SensiLayer)}
     saved = f".modules_to_save.{adapter_name}."
@@ -96,12 +111,12 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
             expected[key] = (tuple(value.shape), value.dtype)
         elif saved in f".{key}" and key in tensors:
             expected[key] = (tuple(tensors[key].shape), value.dtype)
-    coded, codes = ({key for key in keys if "sensi_codes" in key.split(".")[-2:]} for keys in (tensors, expected))
-    if bool(coded) != bool(codes):
+    in_file, in_model = (any("sensi_codes" in key.split(".")[-2:] for key in keys) for keys in (tensors, expected))
+    if in_file != in_model:
         raise SensiLoadError(
-            f"{WEIGHTS} holds {'compressed' if coded else 'uncompressed'} values and this model's adapter "
-            f"{'uncompressed' if coded else 'compressed'} ones. Load the folder with `PeftModel.from_pretrained`; "
-            f"training goes on from an uncompressed checkpoint only."
+            f"{WEIGHTS} holds {'compressed' if in_file else 'uncompressed'} values, but this model's adapter is "
+            f"{'compressed' if in_model else 'uncompressed'}. Load the folder with `PeftModel.from_pretrained`. To "
+            f"continue training, use an uncompressed checkpoint."
         )
     check_strays(tensors, model)
     embeddings = {name.removeprefix(_PREFIX) for name in embeddings_of(model)}
@@ -109,18 +124,22 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
     check_specs({key: (tuple(t.shape), t.dtype) for key, t in found.items()}, expected)
     for key, tensor in tensors.items():
         layer = layers.get(".".join(key.split(".")[:-2]))
-        check_content(key, tensor, None if layer is None else layer.kept_numel(adapter_name))
+        check_content(key, tensor, None if layer is None else layer.sensi_slices[adapter_name].kept_shape.numel())
     for layer in layers.values():
         layer.sensi_unchecked.discard(adapter_name)
 
 
 def is_part(name: str) -> bool:
-    """Whether a tensor's name in a file is that of a part of a sliced Linear."""
+    """Whether a name in a file is that of a tensor of `SensiLayer`."""
     return name.rpartition(".")[2] in SensiLayer.tensor_names
 
 
 def _own_names(specs: dict[str, Spec], path: str) -> dict[str, tuple[str, Spec]]:
-    """Names in the user's own model, with the file's: PEFT reads files with its prefix, and without."""
+    """The file's names and specs by the names in the user's own model. PEFT's prefix is optional in a file.
+
+    Raises:
+        SensiLoadError: A tensor is there twice, with and without the prefix.
+    """
     names = {key.removeprefix(_PREFIX): (key, spec) for key, spec in specs.items()}
     if len(names) != len(specs):
         raise SensiLoadError(f"{path}: expected every tensor once, found some with and without {_PREFIX!r}.")

@@ -29,7 +29,7 @@ from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .slicing import slices_of
 from .targets import targets_of
-from .wrapping import drop_originals, replace_module, replan, set_head, wrap_module
+from .wrapping import drop_originals, replace_module, replanned, set_head, wrap_module
 
 
 class SensiModel(BaseTuner):
@@ -237,7 +237,12 @@ class SensiModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_base("delete the adapter")
+        others = [name for name in self.active_adapters if name != adapter_name]
+        was_active = len(others) < len(self.active_adapters)
         super().delete_adapter(adapter_name)
+        if was_active and self.peft_config and not any(layer.merged for layer in self._layers()):
+            # Each layer has activated one of the adapters that it has, which can be different ones.
+            self.set_adapter(others or min(self.peft_config))
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
@@ -350,9 +355,8 @@ class SensiModel(BaseTuner):
         if config.from_file:
             check_pair(stored, config)
         plan, _ = plan_from_tensor(stored)
-        if plan != config.plan:
-            replan(model, config, adapter_name, plan)
-        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state(tensors, model, adapter_name)
+        with nullcontext() if plan == config.plan else replanned(model, config, adapter_name, plan):
+            tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            check_state(tensors, model, adapter_name)
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors

@@ -1,8 +1,10 @@
-"""Putting an adapter's slices into a model, and changing them."""
+"""An adapter's slices go into a model: Linears are replaced by layers, and layers are rebuilt for another plan."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch import nn
 from ..anatomy.linears import is_plain, is_plain_embedding
 from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
-from ..layers.compression import PARTS
 from ..layers.embedding import SensiEmbedding
+from ..layers.functional import Pair
 from ..layers.layer import SensiLayer
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
@@ -22,7 +24,7 @@ from ..planning.plan import Plan
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
 from .config import SensiConfig
-from .slicing import slices_of
+from .slicing import Slices, slices_of
 from .targets import plan_of
 
 
@@ -36,9 +38,15 @@ def wrap_module(
     slice_: Slice,
     group: Group,
     config: SensiConfig,
-    refitted: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    refitted: Pair | None = None,
 ) -> SensiLinear | SensiEmbedding:
-    """Gives the module called `name` a slice for this adapter, replacing a plain Linear or embedding first."""
+    """Sets up a slice for this adapter on the module called `name`. A plain Linear or embedding is replaced first.
+
+    `refitted` are values that the adapter starts from (see `SensiLayer.update_layer`).
+
+    Raises:
+        TypeError: The module is no Linear or embedding that can be targeted.
+    """
     base: Any = model.get_submodule(name)
     layer: SensiLinear | SensiEmbedding
     if isinstance(base, SensiLinear | SensiEmbedding):
@@ -50,6 +58,9 @@ def wrap_module(
             layer = SensiLinear(base, adapter_name)
         else:
             raise not_linear(base)
+        if (other := next(iter(_layers(model).values()), None)) is not None:
+            layer._active_adapter, layer._disable_adapters = other._active_adapter, other._disable_adapters
+            layer.sensi_saved_modules = other.sensi_saved_modules
         layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
@@ -62,20 +73,27 @@ def wrap_module(
 
 
 def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module and the name of an attribute that counts units: a layout from a file may name anything."""
+    """The module and the name of an attribute that depends on the number of units.
+
+    Raises:
+        SensiLoadError: The attribute is no integer. A layout from a file could name any attribute.
+    """
     parent, _, name = path.rpartition(".")
     module = model.get_submodule(parent)
     if type(getattr(module, name, 0)) is not int:
-        raise SensiLoadError(f"`blocks` names {path!r}, which is no number in this model and cannot follow the units.")
+        raise SensiLoadError(
+            f"`blocks` names {path!r} as a number that depends on the units, but in this model it is no integer."
+        )
     return module, name
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """The user's own model, in whose paths groups and modules are named."""
+    """The user's own model. The names of groups and modules are paths in it."""
     return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 def save_whole(config: SensiConfig, names: list[str]) -> None:
+    """Adds modules to `modules_to_save`."""
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
 
 
@@ -84,62 +102,106 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _layers(root: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """The layers that an adapter has, by name."""
-    layers = {name: m for name, m in root.named_modules() if isinstance(m, SensiLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in layer.sensi_slices}
+@contextmanager
+def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> Iterator[None]:
+    """Gives an adapter the plan of a checkpoint that is being loaded; its values start afresh.
 
+    If the block raises, the adapter has its old plan and values again.
 
-def replan(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> None:
-    """Gives an adapter in place another plan, because the checkpoint that is being loaded was trained under it."""
+    Raises:
+        SensiLoadError: The plan does not fit the model, or the model is sharded or without its base, so that layers
+            cannot be rebuilt.
+        SensiError: An adapter is merged.
+    """
     root = root_of(model)
-    layers = _layers(root, adapter_name)
-    if any(replicas.is_sharded(m) for m in layers.values()) or any(m.sensi_base_dropped for m in layers.values()):
+    layers = _layers_of(root, adapter_name).values()
+    if any(replicas.is_sharded(layer) or layer.sensi_base_dropped for layer in layers):
         raise SensiLoadError(
-            "The checkpoint was trained under another plan than the one that this model was wrapped with, and a "
-            "sharded model or one without its base cannot change it. Wrap the model with `SensiConfig(plan=...)` of "
+            "The checkpoint was trained under another plan than the one that this model was wrapped with. A sharded "
+            "model, or one without its base, cannot change its plan. Wrap the model with `SensiConfig(plan=...)` of "
             "the checkpoint."
         )
-    before, config.plan = config.plan, plan
-    try:
-        slices = slices_of(root, config, plan_of(root, config))
-    except SensiLoadError:
-        config.plan = before
-        raise
-    for name, layer in layers.items():
-        if name not in slices:
-            layer.delete_adapter(adapter_name)
-    for name, (slice_, group) in slices.items():
-        wrap_module(root, name, adapter_name, slice_, group, config)
+    with _rebuilding(root, config, adapter_name):
+        config.plan = plan
+        _rebuild(root, config, adapter_name, slices_of(root, config, plan_of(root, config)))
+        yield
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
 
 
 def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan) -> None:
-    """Removes the units that `plan` trims from an adapter that has trimmed none, keeping what it has learned."""
+    """Removes the units that `plan` trims from an adapter that has trimmed none, and keeps all other trained values.
+
+    Raises:
+        SensiError: An adapter is merged.
+    """
     root = root_of(model)
-    layers = _layers(root, adapter_name)
-    config.plan, config.schedule = plan.to_dict(), None
-    slices = slices_of(root, config, plan)
-    for name in set(layers) - set(slices):
-        layers[name].delete_adapter(adapter_name)  # it had nothing but a gate, which stayed open
+    with _rebuilding(root, config, adapter_name):
+        config.plan, config.schedule = plan.to_dict(), None
+        _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True)
+
+
+def _rebuild(
+    root: nn.Module, config: SensiConfig, adapter_name: str, slices: Slices, keep_values: bool = False
+) -> None:
+    """Replaces the slices of an adapter by others; with `keep_values`, values of units that stay are kept."""
+    layers = _layers_of(root, adapter_name)
+    for name in layers.keys() - slices.keys():
+        layers[name].discard_parts(adapter_name)
     for name, (slice_, group) in slices.items():
-        old, parts = None, {}
-        if name in layers:
-            old = layers[name].sensi_slices[adapter_name]
-            parts = {part: layers[name].part(part, adapter_name) for part in (*PARTS, "places")}
+        values = {}
+        if keep_values and name in layers:
+            values = kept_parts(layers[name].own_parts(adapter_name), layers[name].sensi_slices[adapter_name], slice_)
         layer = wrap_module(root, name, adapter_name, slice_, group, config)
-        if old is None:
-            continue
         with torch.no_grad():
-            for part, value in kept_parts(parts, old, slice_, torch.Size((layer.out_features, layer.in_features))):
-                if (parameter := layer.part(part, adapter_name)) is not None:  # something of the sublayer is left
-                    parameter.copy_(value)
-        if parts["weight"] is not None:
-            layer.set_requires_grad(adapter_name, parts["weight"].requires_grad)
+            for part, parameter in layer.own_parts(adapter_name).items():
+                if part in values:
+                    parameter.copy_(values[part])
+
+
+@contextmanager
+def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[None]:
+    """Inside, the layers of one adapter may be rebuilt.
+
+    Afterwards the same adapters are active, and the same tensors require gradients. Tensors that did not exist before
+    require gradients if the adapter's other tensors did. If the block raises, the adapter is as it was before.
+    """
+    layers = _layers(root)
+    if any(layer.merged for layer in layers.values()):
+        raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
+    fields = config.plan, config.schedule
+    own = _layers_of(root, adapter_name)
+    before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
+    flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
+    trained = any(flags.values()) or not flags
+    try:
+        yield
+        for name, layer in _layers(root).items():
+            for part, parameter in layer.own_parts(adapter_name).items():
+                parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
+    except BaseException:
+        config.plan, config.schedule = fields
+        for name, layer in _layers(root).items():
+            layer.discard_parts(adapter_name)
+            if name not in layers:
+                replace_module(root, name, layer.get_base_layer())
+            elif name in before:
+                layer.sensi_slices[adapter_name], parts = before[name]
+                for part, parameter in parts.items():
+                    getattr(layer, f"sensi_{part}")[adapter_name] = parameter
+            layer.update_parents()
+        raise
+
+
+def _layers(root: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in root.named_modules() if isinstance(module, SensiLayer)}
+
+
+def _layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
+    return {name: layer for name, layer in _layers(root).items() if adapter_name in layer.sensi_slices}
 
 
 def drop_originals(model: nn.Module, adapter_name: str) -> None:
-    """Frees the base's own copies of the modules that an adapter trains and saves whole."""
+    """Frees the base's own copies of the modules that an adapter saves whole."""
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
             for module in wrapper.original_module.modules():
@@ -149,7 +211,11 @@ def drop_originals(model: nn.Module, adapter_name: str) -> None:
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
-    """Starts the adapter's copy of the task head from what priming taught it; the base's own head stays as it is."""
+    """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head does not change.
+
+    Raises:
+        SensiError: A parameter does not exist in the model, or has another shape.
+    """
     with torch.no_grad():
         for name, value in head.items():
             top, _, rest = name.partition(".")
@@ -158,7 +224,10 @@ def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor])
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
                 if rest not in own or own[rest].shape != value.shape:
                     found = tuple(own[rest].shape) if rest in own else "no such parameter"
-                    raise SensiError(f"The scores' head has {name!r} {tuple(value.shape)}, this model {found}.")
+                    raise SensiError(
+                        f"The scores hold a task head with {name!r} of shape {tuple(value.shape)}; this model has "
+                        f"{found}. Score this model, or use the model that was scored."
+                    )
                 parameter = own[rest]
                 if not parameter.is_meta:
                     parameter.copy_(value)
