@@ -1,5 +1,11 @@
 """Sensitivity-ranked tuning and trimming of transformers, as a PEFT method. Importing it registers the method."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from peft import mapping as _mapping
+
 from . import recipes
 from .anatomy.build import build_anatomy
 from .anatomy.layouts import BlockLayout
@@ -10,13 +16,36 @@ from .merging.save import save_merged
 from .planning.allocate import make_plan
 from .planning.budget import Budget
 from .planning.plan import Plan
-from .register import register
+from .reporting.hub import hook_cards as _hook_cards
 from .scoring.compute import compute_scores
 from .scoring.scores import Scores
-from .tuner.config import SensiConfig
+from .tuner.config import SensiConfig, SensiPeftType
 from .tuner.model import SensiModel
 from .tuner.schedule import Schedule, SensiCallback
 from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
+
+
+def register() -> None:
+    """Registers the method with PEFT. Importing the package does this; another call changes nothing.
+
+    `peft.utils.register_peft_method` accepts only members of PEFT's own enum, and PEFT has no entry point for plugins.
+    So this function writes into PEFT's tables.
+
+    Raises:
+        SensiError: If another package has registered a method with the same name.
+    """
+    name = SensiPeftType.SENSI
+    entries: tuple[tuple[dict[Any, Any], Any], ...] = (
+        (_mapping.PEFT_TYPE_TO_CONFIG_MAPPING, SensiConfig),
+        (_mapping.PEFT_TYPE_TO_TUNER_MAPPING, SensiModel),
+        (_mapping.PEFT_TYPE_TO_PREFIX_MAPPING, SensiModel.prefix),
+    )
+    for table, value in entries:
+        if (taken := table.get(name, value)) is not value:
+            raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
+    for table, value in entries:
+        table[name] = value
+    _hook_cards()
 
 
 register()

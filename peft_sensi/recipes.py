@@ -1,7 +1,7 @@
-"""The five published systems as configurations of the one method: what distinguishes them can be read here.
+"""Five published systems as configurations of this method.
 
-Every function returns a [`SensiConfig`]; further keyword arguments go to it (`calibration=`, `task_type=`, ...). A
-recipe whose training has phases sets `schedule`: step it with [`Schedule`], or give [`SensiCallback`] to `Trainer`.
+Every function returns a [`SensiConfig`] and passes further keyword arguments on to it (`calibration=`, `task_type=`,
+...). A recipe whose training has phases sets `schedule`: give [`SensiCallback`] to `Trainer`, or step a [`Schedule`].
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ def sensi_bert(
 ) -> SensiConfig:
     """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters or FLOPs, fine-tune the rest.
 
-    The procedure of the abstract; scoring and allocation follow the closest published methods (EarlyBERT's learned
-    masks, Kwon et al.'s allocation). `granularity="tensor"` keeps or removes whole sublayers. Trimmed is when the
-    model is wrapped, after the first tenth of the training, or in four cuts until its middle. During training units
-    are scored by Fisher information, because masks would have to be learned beside the weights.
+    The paper's abstract gives the procedure. Scoring and allocation follow the closest published methods: EarlyBERT's
+    learned masks (arXiv 2101.00063) and the allocation of Kwon et al. (arXiv 2204.09656).
+
+    Args:
+        budget: A share in (0, 1] or a count of the prunable parameters or FLOPs.
+        limit: What `budget` limits: `"params"` or `"flops"`.
+        score: The score. Default: `"mask"` at the wrap, and `"fisher"` during training, where masks would have to be
+            learned beside the weights.
+        granularity: `"unit"`, or `"tensor"`, which keeps or removes whole sublayers.
+        trim: When the model is trimmed: `"at wrap"`, `"after warm-up"` (after the first tenth of the training), or
+            `"in cuts"` (four cuts until the middle of the training).
     """
     cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4)}
     if trim not in cuts:
@@ -47,10 +54,17 @@ def far(
     score: str = "movement",
     **kwargs: Any,
 ) -> SensiConfig:
-    """FAR, Freeze And Reconfigure (arXiv 2205.01541): the FFN neurons that priming moves most learn, others do not.
+    """FAR, Freeze And Reconfigure (arXiv 2205.01541): tune the FFN neurons that priming moves most, freeze the others.
 
-    Everything outside the FFNs is trained; `embeddings=False` leaves them out, which halves what a small model trains.
-    `training_steps` gives the `priming` share its length. `score="random"` is the control.
+    Everything outside the FFNs is trained too.
+
+    Args:
+        retention: Share of each FFN's neurons that are tuned.
+        priming: Share of the training that the priming takes. It needs `training_steps`; without, `priming_steps`
+            of [`SensiConfig`] applies.
+        training_steps: Number of optimizer steps of the whole training.
+        embeddings: Whether the embeddings are trained. In a small model they are half of the trained values.
+        score: The score of the neurons. `"random"` is the paper's control.
     """
     if training_steps is not None:
         kwargs["priming_steps"] = max(1, round(priming * training_steps))
@@ -59,15 +73,15 @@ def far(
 
 
 def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiConfig:
-    """Learners + priming (arXiv 2208.02070): two projections parallel to every Linear of the blocks, foldable.
+    """Learners + priming (arXiv 2208.02070): train a low-rank term beside every Linear of the blocks.
 
-    For `priming_epochs` the attention is trained too, and stays what it became; then only the learners, biases and
-    norms.
+    For the first `priming_epochs` epochs attention is trained too. It is then frozen at its trained values, and only
+    the low-rank terms of rank `rank`, all biases and the norms are trained on. Everything can be merged.
     """
     also_train = ["biases", "norms"]
     if not priming_epochs:
         return SensiConfig(update="low_rank", rank=rank, also_train=also_train, **kwargs)
-    # Retention 0 tunes no neuron, which leaves attention as the dense part.
+    # With retention 0 no neuron is tuned, so attention is the dense part.
     schedule = {"phase": "freeze_dense", "epochs": priming_epochs}
     return SensiConfig(
         update="dense+low_rank", rank=rank, retention=0.0, also_train=also_train, schedule=schedule, **kwargs
@@ -83,11 +97,16 @@ def dsee(
     draw_at: float = 0.5,
     **kwargs: Any,
 ) -> SensiConfig:
-    """DSEE (arXiv 2111.00160): `(W + U V + S2) * S1` with `U V + S2` on query and value.
+    """DSEE (arXiv 2111.00160): `(W + U V + S2) * S1`, with a low-rank `U V` and a sparse `S2` on query and value.
 
-    After the share `draw_at` of the training, `mask="unstructured"` removes the share `sparsity` of the weights of
-    every Linear of the blocks, and `mask="structured"` heads and neurons with that share of the FLOPs: heads by the
-    size of `U V + S2`, neurons by that of their weights.
+    Args:
+        rank: Rank of `U V`.
+        sparse: Number of trained values of `S2` in each matrix.
+        mask: `"unstructured"` removes single weights of every Linear of the blocks. `"structured"` removes heads (by
+            the size of `U V + S2`) and neurons (by the size of their weights). Default: nothing is removed.
+        sparsity: Share of the weights, or of the FLOPs for a structured mask, that is removed.
+        support: How the positions of `S2` are chosen, as in [`SensiConfig`].
+        draw_at: Share of the training after which the weights or units are removed.
     """
     if (mask is None) != (sparsity is None):
         raise SensiError("`mask` and `sparsity` belong together: give both or none.")
@@ -108,10 +127,15 @@ def dsee(
 def l0_close(
     share: float | None = None, layers: int | None = None, score: str = "movement", **kwargs: Any
 ) -> SensiConfig:
-    """L0-close fine-tuning (arXiv 2004.14129): only what matters most is tuned, by its movement while priming.
+    """L0-close fine-tuning (arXiv 2004.14129): tune only the Linears, or the layers, that priming moves most.
 
-    `share` bounds the parameters of the chosen tensors, as a share of the base's (a quarter by default); `layers`
-    chooses whole layers, so many of them. `model.base_model.explain()` tells which were chosen and why.
+    `model.base_model.explain()` shows which of them were chosen.
+
+    Args:
+        share: Limit on the parameters of the tuned Linears, as a share of the base's. Default: 0.25, if `layers` is
+            not given.
+        layers: Number of whole layers that are tuned.
+        score: The score of the Linears.
     """
     if layers is None:
         share = 0.25 if share is None else share
@@ -120,9 +144,10 @@ def l0_close(
 
 
 def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:
-    """Fine-tuning by a binary mask over frozen weights (arXiv 2004.14129); only the task head is trained beside it.
+    """Binary masks over frozen weights (arXiv 2004.14129): only the mask and the task head are trained.
 
-    `model.base_model.compress("bits")` turns the trained scores into one bit a weight.
+    The mask removes the share `sparsity` of each matrix's weights. `model.base_model.compress("bits")` stores it as
+    one bit for each weight.
     """
     return SensiConfig(granularity="weight", update="mask", sparsity=sparsity, **kwargs)
 

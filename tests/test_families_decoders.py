@@ -302,7 +302,7 @@ def test_everything_else_works_on_fused_projections_and_conv1d(name, update, tmp
             case.wrap(base, **config)
         return
     model = case.wrap(base, **config)
-    model.base_model.sensi_schedule_is_stepped = True
+    model.base_model.sensi_stepped = frozenset({"default"})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     before = run(model, batch)

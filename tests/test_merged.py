@@ -286,7 +286,7 @@ def test_uniform_plans_are_exact(seed, params, flops, multiple_of):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"widths": "equal"}, "must be 'free' or 'uniform'"),
+        ({"widths": "equal"}, "must be one of free, uniform"),
         ({"widths": "uniform", "budget": {"trainable": 0.1}}, "no effect"),
         ({"widths": "uniform", "update": "low_rank", "rank": 2}, "no effect"),
         ({"widths": "uniform", "granularity": "tensor", "budget": 0.5}, "whole sublayers"),

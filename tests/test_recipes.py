@@ -321,6 +321,8 @@ def test_compressed_mask_takes_one_bit_a_weight(tmp_path):
         {"retention": 1.5},
         {"sparsity": -0.1},
         {"schedule": {"phase": "nonsense"}},
+        {"schedule": {"phase": ["cut"]}},
+        {"schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2.0}, "budget": 0.5},
         {"schedule": {"phase": "draw_mask", "at": 0.5}},
         {"schedule": {"phase": "freeze_dense"}},
         {"schedule": "often"},

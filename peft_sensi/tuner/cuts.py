@@ -1,11 +1,13 @@
-"""Cuts during training: units are closed by masks at fixed shapes, and leave the model once at the end."""
+"""Cuts during training: masks close units at fixed shapes, and the closed units leave the model at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,20 +20,13 @@ from ..planning.budget import Budget, allowance
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn, preserved
 from ..scoring.compute import score_units
-from ..scoring.options import ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
 from .config import SensiConfig
+from .in_place import merged_in_place
 from .slicing import trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
-
-
-def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The gates (uint8, one a unit) of all output projections, by module."""
-    layers = ((name, m) for name, m in root.named_modules() if isinstance(m, SensiLayer))
-    gates = ((name, layer.part("gate", adapter_name)) for name, layer in layers)
-    return {name: gate for name, gate in gates if gate is not None}
 
 
 def close_units(
@@ -42,34 +37,20 @@ def close_units(
     progress: float,
     loss_fn: LossFn | None = None,
 ) -> None:
-    """Rescores the model as it is and closes units until the share `progress` of the way to the budget is gone.
+    """Scores the trained model and closes units, so that it is the share `progress` of the way to the budget.
 
-    Units that are closed stay closed, but for the last cut: it may open some again where no other one would fit, so
-    that the budget is used up.
+    Closed units stay closed. Only the last cut (`progress` 1) may open some again, if no open unit would fit, so that
+    the budget is used up.
     """
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
-    if config.score == "movement":
-        scores = Scores(trained_movement(root, anatomy, adapter_name), "movement")
-    else:
-        with preserved(root):
-            root.eval()
-            options = ScoringOptions(
-                score=config.score,
-                calibration_steps=config.calibration_steps,
-                priming_steps=0,
-                loss_fn=loss_fn,
-                seed=config.seed,
-                progress=False,
-            )
-            scores = score_units(root, anatomy, batches, options)
     gates = gates_of(root, adapter_name)
+    scores = _scores_in_training(root, config, adapter_name, anatomy, gates, batches, loss_fn)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
-    values = {name: value.numpy() * opened.get(name, 1) for name, value in scores.values.items()}
     length = plan_of(root, config).sequence_length
     plan = make_plan(
         anatomy,
-        values,
+        {name: _open_first(value.numpy(), opened.get(name)) for name, value in scores.values.items()},
         _on_the_way(config.limits, anatomy, length, progress),
         targets=targets,
         protected={name: mask.numpy() & opened.get(name, True) for name, mask in scores.protected.items()},
@@ -90,11 +71,61 @@ def close_units(
     distributed.check_equal("its cut", closed, "The processes must have the same model.")
 
 
-def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:
-    """L1 norm of what training has changed in the weights of each unit so far.
+def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The gates (uint8, one for each unit) of all output projections, by module name."""
+    layers = ((name, m) for name, m in root.named_modules() if isinstance(m, SensiLayer))
+    gates = ((name, layer.part("gate", adapter_name)) for name, layer in layers)
+    return {name: gate for name, gate in gates if gate is not None}
 
-    Where an update reaches one kind of unit only (DSEE, arXiv 2111.00160: queries and values), the others are ranked
-    among themselves by the L1 norm of their weights, at the same mean score per parameter.
+
+@contextmanager
+def _all_open(gates: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside the block all gates are open. They get their values back afterwards."""
+    before = {name: gate.clone() for name, gate in gates.items()}
+    with torch.no_grad():
+        try:
+            for gate in gates.values():
+                gate.fill_(1)
+            yield
+        finally:
+            for name, gate in gates.items():
+                gate.copy_(before[name])
+
+
+def _scores_in_training(
+    root: nn.Module,
+    config: SensiConfig,
+    adapter_name: str,
+    anatomy: Anatomy,
+    gates: Mapping[str, torch.Tensor],
+    batches: list[Mapping[str, Any]] | None,
+    loss_fn: LossFn | None,
+) -> Scores:
+    """Scores of the weights as training has left them. The model stays as it was."""
+    if config.score == "movement":
+        with _all_open(gates):  # a closed gate is no movement
+            return Scores(trained_movement(root, anatomy, adapter_name), "movement")
+    with preserved(root), merged_in_place(root, adapter_name):
+        root.eval()
+        options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
+        return score_units(root, anatomy, batches, options)
+
+
+def _open_first(values: np.ndarray, opened: np.ndarray | None) -> np.ndarray:
+    """Scores of a group in which every open unit ranks above every closed one, also where open ones score zero."""
+    if opened is None or opened.all():
+        return values
+    return np.where(opened, np.maximum(values, np.finfo(np.float32).tiny), 0.0)
+
+
+def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:
+    """L1 norm of the change that training made to the weights of each unit so far (FAR, arXiv 2205.01541).
+
+    An update may reach one kind of unit only (DSEE, arXiv 2111.00160, changes queries and values). The groups that it
+    does not reach are then ranked by the L1 norm of their weights, scaled to the same mean score for each parameter.
+
+    Returns:
+        For each group one number (float32) for each unit.
     """
     values, untouched = {}, {}
     for group in anatomy.groups:
@@ -108,9 +139,9 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
         if not moved.any():
             untouched[group.name] = size
     costs = {g.name: g.size * g.unit_params for g in anatomy.groups}
-    rest = values.keys() - untouched.keys()
-    if rest and untouched:
-        rate = sum(float(values[n].sum()) for n in rest) / sum(costs[n] for n in rest)
+    touched = values.keys() - untouched.keys()
+    if touched and untouched:
+        rate = sum(float(values[n].sum()) for n in touched) / sum(costs[n] for n in touched)
         other = sum(float(size.sum()) for size in untouched.values()) / sum(costs[n] for n in untouched)
         untouched = {name: size * (rate / max(other, 1e-30)) for name, size in untouched.items()}
     return values | untouched
@@ -118,7 +149,7 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
 
 @torch.no_grad()
 def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Linear's weight `[out, in]` in the base and with the adapter, float32."""
+    """A Linear's weight `[out, in]` (float32) in the base and with the adapter."""
     layer, before = root.get_submodule(name), matrix(linear_of(root, name)).float()
     if isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices:
         return before, layer.get_adapted_weight(adapter_name)[0].float()
@@ -128,7 +159,8 @@ def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[to
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
     """The plan that trims all closed units and tunes the others.
 
-    Where nothing is left of a sublayer, its output bias is, and it has been trained: `also_train` says so from now on.
+    If all units of a sublayer are closed, its output bias stays and has been trained. `config.also_train` then gets
+    "removed_biases".
     """
     before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
@@ -139,11 +171,11 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
             state[gates[group.output].cpu().numpy() == 0] = TRIMMED
         states.append(state.tobytes())
     after = replace(before, states=tuple(states))
-    saved_whole = before.always_trained - trained_beside_units(root, config, before)
+    saved_values = before.always_trained - trained_beside_units(root, config, before)
     also = config.also_train or []
     if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):
         config.also_train = list(dict.fromkeys([*also, "removed_biases"]))
-    return replace(after, always_trained=saved_whole + trained_beside_units(root, config, after))
+    return replace(after, always_trained=saved_values + trained_beside_units(root, config, after))
 
 
 def exceeds(plan: Plan, limits: Budget) -> bool:
@@ -155,7 +187,7 @@ def exceeds(plan: Plan, limits: Budget) -> bool:
 
 
 def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
-    """Limits as counts: the whole at progress 0, the budget at progress 1."""
+    """Limits as counts: the whole prunable part at progress 0, the budget at progress 1."""
     counts = {}
     for name, whole in _wholes(anatomy, sequence_length).items():
         if (limit := getattr(limits, name)) is not None:
@@ -165,5 +197,5 @@ def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress
 
 
 def _wholes(anatomy: Anatomy, sequence_length: int) -> dict[str, int]:
-    """What shares of each limit are shares of."""
+    """The counts to which shares of each limit refer."""
     return {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}

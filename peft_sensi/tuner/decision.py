@@ -1,4 +1,8 @@
-"""Data in, decisions out: calibration batches become scores, a plan and refitted values."""
+"""What a wrap does, decided before any module is replaced: targets, scores, plan, refitted values and slices.
+
+`prepare` is the whole pipeline. The config goes in with `None` where a default depends on the model, and comes out
+complete; the data (`RunInputs`) is used here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_trim
-from ..anatomy.linears import check_quantized, is_plain
+from ..anatomy.linears import bias_of, check_quantized, is_plain
 from ..anatomy.modules import base_of, linear_of, task_head
-from ..anatomy.units import Anatomy
+from ..anatomy.units import Anatomy, Group
+from ..layers.layer import SensiLayer, base_is_dropped
+from ..layers.slices import Slice
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
@@ -27,244 +33,276 @@ from ..scoring.calibration import image_tokens, materialize, preserved
 from ..scoring.compute import score_units
 from ..scoring.criteria import only_seen
 from ..scoring.head import head_at_prior
-from ..scoring.options import ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import check_fingerprint, fingerprint
-from .config import SensiConfig
-from .slicing import fit_rank, trained_beside_units
+from .config import RunInputs, SensiConfig
+from .slicing import fit_rank, slices_of, trained_beside_units
 from .targets import (
     also_saved,
     anatomy_of,
     bias_values,
     check_tokens,
+    default_also_train,
+    default_update,
     name_targets,
     refuse_tied,
     targets_of,
-    usual_update,
-    usually_also_trained,
     values_of,
 )
 from .wrapping import save_whole
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Decision:
-    """What a wrap is going to do. `head` is the task head as priming left it, by parameter name.
+    """What a wrap is going to do.
 
-    `scores` are those that the plan was made from, if it was made here.
+    `slices` holds for each module that gets an adapter layer its slice and its group. `refitted` holds the new weight
+    and bias of output projections, and `head` the start values of the task head by parameter name. `scores` are those
+    that the plan was made from, if it was made in this process.
     """
 
     plan: Plan
+    slices: dict[str, tuple[Slice, Group]]
     refitted: Refitted = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     scores: Scores | None = None
 
-    def on_cpu(self) -> Decision:
-        """A tensor that is sent to another process would arrive on the sender's device."""
-        refitted = {
-            name: (weight.cpu(), None if bias is None else bias.cpu())
-            for name, (weight, bias) in self.refitted.items()
-        }
-        return replace(self, refitted=refitted, head={name: value.cpu() for name, value in self.head.items()})
+
+def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> None:
+    """Raises `SensiError` if the model, as it is now, cannot take this adapter."""
+    layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
+    others = sorted({name for layer in layers for name in layer.sensi_slices} - {adapter_name})
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise SensiError(
+            f"An adapter cannot be called {adapter_name!r}: torch stores its parameters under this name, so the "
+            f"name must not be empty, contain a dot, or be the name of an attribute of modules."
+        )
+    if any(layer.sensi_base_dropped for layer in layers):
+        raise base_is_dropped("add another adapter")
+    if not config.keep_base and others:
+        raise SensiError(
+            f"`keep_base=False` would drop the base values that the adapters {others} need: delete these "
+            f"adapters, or keep the base."
+        )
+    if config.compressed is not None and not config.inference_mode:
+        raise SensiError(
+            f"The adapter's values are compressed to {config.compressed}, so it can be used but not trained: load "
+            f"it without `is_trainable`, or train from the checkpoint that was compressed."
+        )
+    if any(layer.merged for layer in layers):
+        raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
+    replicas.check_not_partitioned(model)
+
+
+def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decision | None:
+    """Decides everything about a wrap, and fills the defaults into `config`. The model stays as it was.
+
+    Returns `None` if the config targets no module; PEFT raises its own error for that.
+    """
+    blocks = build_anatomy(model, (), config.layouts())
+    save_whole(config, task_head(model))
+    if not _choose_targets(model, config, blocks):
+        return None
+    if config.also_train is None:
+        config.also_train = default_also_train(model, config, inputs, blocks)
+    saved = also_saved(model, blocks, config)
+    save_whole(config, saved)
+    saved_values = values_of(model, saved)
+    targets = name_targets(model, config)
+    refuse_tied(model, targets)
+    anatomy = anatomy_of(model, config, targets)
+    check_tokens(config, anatomy)
+    targeted = [linear_of(model, name) for name in targets]
+    if config.update is None:
+        config.update = default_update(config, inputs, anatomy, targeted, saved_values)
+    linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
+    check_quantized(linears, config.update, config.sparsity, config.keep_base)
+    always_trained = saved_values + bias_values(config, targeted)
+
+    if config.plan is not None:
+        if config.fingerprint is not None:
+            check_fingerprint(config.fingerprint, model, anatomy)
+        plan = Plan.from_dict(config.plan, anatomy, targets)
+        decision = Decision(plan, slices_of(model, config, plan))
+    else:
+        with others_disabled(model), preserved(model):
+            decision = decide_together(model, config, inputs, anatomy, targets, saved_values, always_trained)
+        config.plan = decision.plan.to_dict()
+        logger.info("%s", decision.plan.line())
+    if not decision.slices:
+        raise SensiError(
+            "The plan neither tunes nor trims anything in the targeted modules, so there is nothing to adapt: target "
+            "other modules, or change what is tuned (`budget`, `retention`, `also_train`)."
+        )
+    config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
+    return decision
+
+
+def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> bool:
+    """Fills in `target_modules`. Returns whether they match anything."""
+    if config.target_modules is None:
+        names = {module for group in blocks.groups for module in group.modules}
+        config.target_modules = names or "all-linear"  # type: ignore[assignment]
+    was_text = isinstance(config.target_modules, str)
+    _maybe_include_all_linear_layers(config, model)
+    if was_text and isinstance(config.target_modules, set):  # "all-linear" has become a set of names
+        special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
+        if special:
+            warnings.warn(
+                f"{len(special)} modules are not tuned, such as {min(special)!r}: they are subclasses of Linear whose "
+                f"forward pass computes something else.",
+                stacklevel=2,
+            )
+        config.target_modules -= special
+    if targets_of(model, config):
+        return True
+    bare = config.own_copy()
+    bare.modules_to_save = None
+    if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
+        # PEFT counts a task head that is saved whole as excluded; its message then does not name the targets.
+        raise NoMatchingPeftModuleError(
+            f"Target modules {config.target_modules} not found in the base model. Please check the target modules "
+            f"and try again."
+        )
+    return False
+
+
+def decide_together(
+    model: nn.Module,
+    config: SensiConfig,
+    inputs: RunInputs,
+    anatomy: Anatomy,
+    targets: frozenset[str],
+    saved_values: int,
+    always_trained: int,
+) -> Decision:
+    """`decide` with all processes of `distributed.synchronized`. All of them get the same decision."""
+    arguments = model, config, inputs, anatomy, targets, saved_values, always_trained
+    if distributed.world_size() == 1:
+        return decide(*arguments)
+    # Paths may differ between machines; plan and fingerprint are filled in later.
+    own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
+    given = {f.name: getattr(inputs, f.name) is not None for f in fields(inputs)}
+    distributed.check_equal("its configuration", {**given, **settings}, "Give all processes the same.")
+    decision = None
+    if not replicas.any_process_on_meta(model):
+        decision = decide(*arguments)
+    elif distributed.rank() == 0:
+        with distributed.alone():
+            decision = decide(*arguments)
+    # Process 0 decides: the sums are the same everywhere, but different hardware may round differently.
+    if decision is not None:
+        # On the CPU, because a tensor arrives on the device of its sender. Each process makes its own slices.
+        refitted = {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in decision.refitted.items()}
+        head = {name: value.cpu() for name, value in decision.head.items()}
+        decision = replace(decision, slices={}, refitted=refitted, head=head)
+    decision = distributed.broadcast_object(decision)
+    plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises if this process has another model
+    distributed.check_equal("its plan", plan.to_dict(), "The processes must have the same model.")
+    fit_rank(model, config, plan, saved_values)  # a process without weights has not decided, so it has no rank yet
+    return replace(decision, plan=plan, slices=slices_of(model, config, plan))
 
 
 def decide(
     model: nn.Module,
-    given: SensiConfig,
     config: SensiConfig,
+    inputs: RunInputs,
     anatomy: Anatomy,
     targets: frozenset[str],
-    saved: list[str],
+    saved_values: int,
+    always_trained: int,
 ) -> Decision:
-    """Scores the units, plans, refits; to be called inside `calibration.preserved`.
+    """Scores the units, makes the plan and refits, inside `calibration.preserved`. Fills in `config.rank`.
 
-    `given` is the user's config with the data, `config` the model's own copy with all defaults filled in, `saved` the
-    base modules that are trained whole.
+    `saved_values` counts the values of base modules that are trained whole; `always_trained` also the targeted biases.
     """
-    limits = _limits(model, given, anatomy)
-    limited = limits.trainable is not None
-    if not config.tunes_units:
-        limits = replace(limits, trainable=None)  # it limits the rank, not the units
-    if given.schedule is not None and given.schedule["phase"] == "cut":
-        limits = Budget()  # everything stays until the cuts come
+    limits = _limits_on_units(model, config, anatomy)
     batches = None
-    if given.calibration is not None:
-        batches = materialize(given.calibration, max(given.calibration_steps, given.priming_steps))
-        _warn_of_lost_inputs(given, batches)
-    scores = given.scores
-    if scores is None and (limits != Budget() or given.retention or given.tuned_layers):
-        options = ScoringOptions(
-            score=given.score,
-            calibration_steps=given.calibration_steps,
-            priming_steps=given.priming_steps,
-            priming_lr=given.priming_lr,
-            priming_optimizer=given.priming_optimizer,
-            loss_fn=given.loss_fn,
-            seed=given.seed,
-            progress=distributed.rank() == 0,
-        )
-        scores = score_units(model, anatomy, batches, options)
-    if scores is None:
+    if inputs.calibration is not None:
+        batches = materialize(inputs.calibration, max(config.calibration_steps, config.priming_steps))
+        _warn_of_lost_inputs(config, batches)
+    scores = inputs.scores
+    if scores is None and (limits != Budget() or config.retention or config.tuned_layers):
+        scores = score_units(model, anatomy, batches, config.scoring_options(inputs.loss_fn))
+    elif scores is None:  # nothing is ranked: all units are the same, but tokens must be seen to be tuned
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
         scores = Scores(only_seen(anatomy, unranked, batches), "none")
-    whole = values_of(model, saved)
     plan = make_plan(
         anatomy,
         {name: values.numpy() for name, values in scores.values.items()},
         limits if limits != Budget() else None,
         targets=targets,
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
-        sequence_length=given.sequence_length or scores.sequence_length or image_tokens(model) or 128,
-        multiple_of=given.multiple_of,
-        min_units=given.units_to_stay,
-        always_trained=whole + bias_values(model, config, targets),
+        sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
+        multiple_of=config.multiple_of,
+        min_units=config.units_to_stay,
+        always_trained=always_trained,
         tunes=config.tunes_units,
-        retention=given.retention,
+        retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),
         uniform=config.widths == "uniform",
-        tuned_layers=given.tuned_layers,
+        tuned_layers=config.tuned_layers,
     )
-    fit_rank(model, config, plan, whole)
-    # Now that the plan is known, what is trained beside its units can be counted exactly.
-    plan = replace(plan, always_trained=whole + trained_beside_units(model, config, plan))
-    # The fit is centered, so it moves the output biases where there are any: the adapter must hold them, too.
-    has_biases = any(linear_of(model, group.output).bias is not None for group in anatomy.trimmable)
-    fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
-    if given.refit and not fits:
-        raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")
-    wanted = given.refit if given.refit is not None else not limited and fits
+    fit_rank(model, config, plan, saved_values)
+    # The plan is known now, so what is trained beside its units can be counted exactly.
+    plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
     refitted: Refitted = {}
-    if wanted and batches is not None and plan.trims:
+    if _is_refitted(model, config, anatomy) and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[: given.calibration_steps], given.loss_fn, distributed.rank() == 0)
+        refitted = refit(model, plan, batches[: config.calibration_steps], inputs.loss_fn, distributed.rank() == 0)
     head = scores.head
-    if not head and batches is not None:  # nothing was primed: the head's first steps shall not go into the prior
+    if not head and batches is not None:  # without priming, the head's first steps would be spent on the prior
         head = head_at_prior(model, batches)
-    return Decision(plan, refitted, head, scores)
+    return Decision(plan, slices_of(model, config, plan), refitted, head, scores)
 
 
-def _warn_of_lost_inputs(given: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
-    """PEFT's model for question answering takes token types and never passes them on (seen in PEFT 0.21)."""
-    if str(given.task_type).rpartition(".")[2] != "QUESTION_ANS":
+def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> Budget:
+    """The limits under which units are chosen when the model is wrapped."""
+    limits = config.limits
+    if limits.trims and not anatomy.trimmable:
+        raise nothing_to_trim(model)
+    if config.chooses_nothing and anatomy.trimmable:
+        limits = Budget(params=0.5)
+    elif config.chooses_nothing:
+        message = "No budget was given and the model has nothing to trim: all targeted modules are tuned whole."
+        warnings.warn(message, stacklevel=2)
+    if config.phase == "cut":
+        return Budget()  # the cuts come during training
+    return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
+
+
+def _is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> bool:
+    """Whether trimmed blocks are refitted. The fit moves output biases, so the adapter must hold these."""
+    has_biases = any(bias_of(linear_of(model, group.output)) is not None for group in anatomy.trimmable)
+    fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
+    if config.refit and not fits:
+        raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")
+    return config.refit if config.refit is not None else config.limits.trainable is None and fits
+
+
+def _warn_of_lost_inputs(config: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
+    """Warns about token types for question answering: PEFT's model accepts and ignores them (PEFT 0.21)."""
+    if str(config.task_type).rpartition(".")[2] != "QUESTION_ANS":
         return
     types = [batch["token_type_ids"] for batch in batches if isinstance(batch.get("token_type_ids"), torch.Tensor)]
     if any(bool(ids.any()) for ids in types):
         message = (
-            "The calibration batches have `token_type_ids`, which PEFT's model for task_type='QUESTION_ANS' drops: "
-            "the adapter is trained without them, but scored with them, and the merged model would use them. Leave "
-            "them out everywhere, or set task_type=None."
+            "The calibration batches have `token_type_ids`, which PEFT's model for task_type='QUESTION_ANS' ignores. "
+            "The adapter would be scored and merged with token types, but trained without them. Leave them out of "
+            "all batches, or set task_type=None."
         )
         warnings.warn(message, stacklevel=2)
 
 
-def decide_together(
-    model: nn.Module,
-    given: SensiConfig,
-    config: SensiConfig,
-    anatomy: Anatomy,
-    targets: frozenset[str],
-    saved: list[str],
-) -> Decision:
-    """`decide` with all processes of `distributed.synchronized`, which get the same decision."""
-    if distributed.world_size() == 1:
-        return decide(model, given, config, anatomy, targets, saved)
-    # Paths may differ between machines; plan and fingerprint are filled in below.
-    own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
-    data = {name: getattr(given, name) is not None for name in ("calibration", "scores", "loss_fn")}
-    distributed.check_equal("its configuration", {**data, **settings}, "Give all processes the same.")
-    if replicas.any_process_on_meta(model):
-        decision = None
-        if distributed.rank() == 0:
-            with distributed.alone():
-                decision = decide(model, given, config, anatomy, targets, saved)
-    else:
-        decision = decide(model, given, config, anatomy, targets, saved)
-    # Sums are the same everywhere, but rounding on different hardware may not be.
-    decision = distributed.broadcast_object(None if decision is None else decision.on_cpu())
-    plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises where the model is another one
-    distributed.check_equal("its plan", plan.to_dict(), "The processes must have the same model.")
-    return replace(decision, plan=plan)
-
-
-def _limits(model: nn.Module, given: SensiConfig, anatomy: Anatomy) -> Budget:
-    limits = given.limits
-    if limits.trims and not anatomy.trimmable:
-        raise nothing_to_trim(model)
-    if given.chooses_nothing:
-        if anatomy.trimmable:
-            return Budget(params=0.5)
-        message = "No budget was given and the model has nothing to trim: all targeted modules are tuned whole."
-        warnings.warn(message, stacklevel=2)
-    return limits
-
-
-logger = logging.getLogger(__name__)
-
-
-def prepare(model: nn.Module, given: SensiConfig, config: SensiConfig) -> Decision | None:
-    """Everything that is decided before a module is replaced. Fills in `config`; leaves the model as it was.
-
-    `given` is the user's config with the data, `config` the model's own copy. `None` where nothing is targeted.
-    """
-    blocks = build_anatomy(model, (), config.layouts())
-    if config.target_modules is None:
-        names = {module for group in blocks.groups for module in group.modules}
-        config.target_modules = names or "all-linear"  # type: ignore[assignment]
-    save_whole(config, task_head(model))
-    everything = isinstance(config.target_modules, str)
-    _maybe_include_all_linear_layers(config, model)
-    if everything and isinstance(config.target_modules, set):
-        special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
-        if special:
-            warnings.warn(
-                f"{len(special)} modules are not tuned, such as {min(special)!r}: they are Linears that compute "
-                f"something else.",
-                stacklevel=2,
-            )
-        config.target_modules -= special
-    if not targets_of(model, config):
-        bare = config.own_copy()
-        bare.modules_to_save = None
-        if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
-            # PEFT's message does not name them where a task head is saved whole, which it counts as excluded.
-            raise NoMatchingPeftModuleError(
-                f"Target modules {config.target_modules} not found in the base model. Please check the target "
-                f"modules and try again."
-            )
-        return None  # PEFT raises its own error for that
-    if config.also_train is None:
-        config.also_train = usually_also_trained(model, given, blocks)
-    saved = also_saved(model, blocks, config)
-    save_whole(config, saved)
-    targets = name_targets(model, config)
-    refuse_tied(model, targets)
-    anatomy = anatomy_of(model, config, targets)
-    check_tokens(config, anatomy)
-    if config.update is None:
-        config.update = usual_update(model, given, anatomy, targets, values_of(model, saved))
-    linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
-    check_quantized(linears, config.update, config.sparsity, config.keep_base)
-    if config.plan is not None:
-        if config.fingerprint is not None:
-            check_fingerprint(config.fingerprint, model, anatomy)
-        decision = Decision(Plan.from_dict(config.plan, anatomy, targets))
-    else:
-        with others_disabled(model), preserved(model):
-            decision = decide_together(model, given, config, anatomy, targets, saved)
-        # Again, for a process that had no weights and has only been told the plan.
-        fit_rank(model, config, decision.plan, values_of(model, saved))
-        config.plan = decision.plan.to_dict()
-        logger.info("%s", decision.plan.line())
-    config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
-    return decision
-
-
 @contextmanager
 def others_disabled(model: nn.Module) -> Iterator[None]:
-    """A second adapter is scored on the base, not on what other adapters make of it."""
+    """Disables all other adapters inside the block, because a new adapter is scored on the base model."""
     wrapped = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     enabled = [m for m in wrapped if not m.disable_adapters]
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -275,6 +313,6 @@ def others_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for module in enabled:
             module.enable_adapters(True)
-        # Enabling makes the active adapters trainable, also those that were loaded for inference, and no others.
+        # `enable_adapters` makes all active adapters trainable, even those that were loaded for inference.
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)

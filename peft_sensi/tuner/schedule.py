@@ -1,18 +1,19 @@
-"""What changes during training: phases of a schedule, stepped by an own loop or by a Trainer callback.
+"""The phases of a training: `Schedule` for your own loop, and `SensiCallback` for `transformers.Trainer`.
 
 `SensiConfig.schedule` is one phase as a dict:
 
-- `{"phase": "freeze_dense", "epochs": 2}`: after so many epochs the dense part (attention, in Learners + priming,
-  arXiv 2208.02070) is frozen; what it learned stays part of the adapter.
-- `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: trims during training (Sensi-BERT, arXiv 2307.11764).
-  Between these shares of the steps units are rescored and closed, along a cubic schedule (Zhu & Gupta 2017, arXiv
-  1710.01878); closed units are masked, because parameters cannot change their shape under an optimizer, and leave the
-  model when training is finished. `start` = `end` with one cut is a cut after a warm-up.
-- `{"phase": "draw_mask", "at": 0.5}`: after this share of the steps the mask on the base is drawn once (DSEE, arXiv
-  2111.00160): by the size of the update where there is one, by the size of the weight elsewhere.
+- `{"phase": "freeze_dense", "epochs": 2}`: After this number of epochs the dense part of the update is frozen (in
+  Learners + priming, arXiv 2208.02070, that is attention). Its trained values stay part of the adapter.
+- `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: Units are trimmed during training (Sensi-BERT, arXiv
+  2307.11764). Between these shares of the training the units are scored again, and more and more of them are closed on
+  a cubic schedule (Zhu & Gupta 2017, arXiv 1710.01878). A closed unit is masked, because an optimizer needs parameters
+  of a fixed shape, and leaves the model when training is finished. `start` = `end` with one cut is a cut after a
+  warm-up.
+- `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn once
+  (DSEE, arXiv 2111.00160). Weights are ranked by the size of their update, or by their own size where nothing updates
+  them.
 
-Somebody must step the schedule. If nobody does, the first forward pass in training mode raises, instead of training
-silently without it.
+A schedule must be stepped. If nothing steps it, the first forward pass in training mode raises an error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
@@ -38,20 +40,23 @@ from .wrapping import root_of, shrink
 
 
 class Schedule:
-    """Steps the schedule of a model's active adapter: `step` before each optimizer step, `finish` after the last.
+    """Steps the schedule of a model's active adapter: `step` before each optimizer step, `finish` after the last one.
 
-    Deterministic in the step number and the calibration data, so a resumed run, and every process of a distributed
-    one, does the same.
+    What it does depends only on the step number and the calibration data. So a resumed run, and every process of a
+    distributed one, does the same.
 
     Args:
-        model: A `PeftModel` with a `SensiConfig` that has a `schedule`.
-        total_steps: Optimizer steps of the whole training.
-        steps_per_epoch: Needed for a phase that counts epochs.
-        calibration: Batches for rescoring, needed for cuts by a gradient score.
-        loss_fn: For rescoring, where it is not the model's own loss; that of the config is not kept with the model.
+        model: A `PeftModel` whose active adapter has a `schedule` in its `SensiConfig`; also under DDP or
+            `torch.compile`.
+        total_steps: Number of optimizer steps of the whole training.
+        steps_per_epoch: Number of optimizer steps of one epoch, for a phase that counts epochs.
+        calibration: Batches for scoring the units again, for cuts by a score that needs data.
+        loss_fn: A function of the model and a batch that returns the loss, for these scores. The config's own
+            `loss_fn` is not kept with the model. Default: the model's loss.
 
     Raises:
-        SensiError: There is no schedule, or something that it needs is missing; or, from `step`, the model is sharded.
+        SensiError: If no active adapter has a schedule, or more than one, or if an argument is missing that the phase
+            needs.
     """
 
     def __init__(
@@ -64,13 +69,22 @@ class Schedule:
     ) -> None:
         self.loss_fn = loss_fn
         self.model = unwrapped(model)
-        self.adapter_name, self.config = scheduled_adapter(self.model)
+        scheduled = scheduled_adapters(self.model)
+        if len(scheduled) != 1:
+            found = f"the active adapters {sorted(scheduled)} have one each" if scheduled else "none has one"
+            raise SensiError(
+                f"`Schedule` needs a model with one active adapter that has a schedule, but {found}. Set "
+                f"`SensiConfig.schedule`, or activate one adapter with `set_adapter`."
+            )
+        self.adapter_name, self.config = next(iter(scheduled.items()))
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches: list[Mapping[str, Any]] | None = None
         with distributed.synchronized("preparing the schedule"):
             self._prepare(total_steps, steps_per_epoch, calibration)
         self.done_steps = 0
-        tuner(self.model).sensi_schedule_is_stepped = True
+        if isinstance(self.model, PeftModel):  # no other kind of model has the guard
+            tuner: Any = self.model.base_model
+            tuner.sensi_stepped = tuner.sensi_stepped | {self.adapter_name}
 
     def _prepare(
         self, total_steps: int, steps_per_epoch: int | None, calibration: Iterable[Mapping[str, Any]] | None
@@ -82,7 +96,9 @@ class Schedule:
                 self.batches = materialize(calibration, self.config.calibration_steps)
             cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
-        elif "epochs" in self.phase:
+        elif self.phase["phase"] == "draw_mask":
+            shares = [self.phase["at"]]
+        else:
             if not steps_per_epoch:
                 raise SensiError("This schedule counts epochs: `Schedule` needs `steps_per_epoch`.")
             self.switches = [math.ceil(self.phase["epochs"] * steps_per_epoch)]
@@ -90,20 +106,26 @@ class Schedule:
                 message = f"The phase of {self.phase['epochs']} epochs is as long as the training: nothing is frozen."
                 warnings.warn(message, stacklevel=3)
             return
-        else:
-            shares = [self.phase["at"]]
-        # The last one comes before the last step, or it would never come.
+        # At the latest before the last step: there is no call of `step` after it.
         self.switches = [min(math.ceil(round(share * total_steps, 6)), total_steps - 1) for share in shares]
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
-        """To be called before each optimizer step, of which there were `done_steps`. Whether a phase changed.
+        """Changes what is trained or kept, if it is time for that. Call it before each optimizer step.
 
-        The optimizer is told to forget its moments of what is frozen.
+        Args:
+            optimizer: The optimizer, which then forgets its state of frozen parameters.
+            done_steps: Number of optimizer steps so far. Default: the number of calls so far.
+
+        Returns:
+            Whether something changed.
+
+        Raises:
+            SensiError: If the model is sharded by FSDP.
         """
         if replicas.is_sharded(self.model):
             raise SensiError(
-                f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which a model "
-                f"that is sharded by FSDP cannot. Train it under DDP, or without a schedule."
+                f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which is not "
+                f"possible in a model that is sharded by FSDP. Train it under DDP, or without a schedule."
             )
         done = self.done_steps if done_steps is None else done_steps
         self.done_steps = done + 1
@@ -114,15 +136,15 @@ class Schedule:
         if self.phase["phase"] == "draw_mask":
             self._draw()
         else:
-            cuts = self.phase["cuts"]
-            made = max(i + 1 for i, switch in enumerate(self.switches) if switch == done)
-            self._close(1 - (1 - made / cuts) ** 3)
+            made = sum(switch <= done for switch in self.switches)  # several cuts may fall on one step
+            self._close(1 - (1 - made / self.phase["cuts"]) ** 3)
         return True
 
     def finish(self) -> None:
-        """Removes closed units from the model. Makes up, with a warning, for what training ended too early for.
+        """Removes the closed units from the model. Call it after the last optimizer step.
 
-        That happens when it is stopped early, or when the best checkpoint is from before the last switch.
+        If training stopped before the last switch of the schedule, or if the best checkpoint is from before it,
+        performs that switch now and warns.
         """
         if self.phase["phase"] == "draw_mask" and not all(
             layer.is_masked(self.adapter_name) for layer in self._layers()
@@ -139,7 +161,8 @@ class Schedule:
 
     def _warn(self, what: str) -> None:
         message = (
-            f"Training ended in a state from before the schedule's last switch: {what} now, and not trained after."
+            f"Training ended in a state from before the schedule's last switch: {what} now, and the model is not "
+            f"trained afterwards."
         )
         warnings.warn(message, stacklevel=3)
 
@@ -157,10 +180,12 @@ class Schedule:
 
 
 class SensiCallback(TrainerCallback):
-    """Steps the schedule in a `transformers.Trainer`; harmless without one.
+    """Steps the schedule of the active adapter in a `transformers.Trainer`. Does nothing if there is no schedule.
 
-    `calibration` are the batches by which cuts during training rescore the units, `loss_fn` their loss where it is
-    not the model's own.
+    Args:
+        calibration: Batches for scoring the units again, for cuts by a score that needs data.
+        loss_fn: A function of the model and a batch that returns the loss, for these scores. Default: the model's
+            loss.
     """
 
     def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None, loss_fn: LossFn | None = None) -> None:
@@ -170,8 +195,8 @@ class SensiCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule = None
         model = kwargs["model"]
-        if scheduled_adapter(model, required=False)[1].schedule is not None:
-            # Not from the number of epochs, which may be a fraction, and which `max_steps` overrules.
+        if scheduled_adapters(unwrapped(model)):
+            # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
             loader: Any = kwargs.get("train_dataloader")
             sized = hasattr(loader, "__len__")
             steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else None
@@ -183,13 +208,13 @@ class SensiCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:
-            self.schedule.finish()  # Trainer has put the best model back by now, if it was asked to
+            self.schedule.finish()  # after `Trainer` has loaded the best model
 
 
 def freeze_dense(
     layers: Sequence[SensiLayer], adapter_name: str, freeze: bool, optimizer: torch.optim.Optimizer | None
 ) -> bool:
-    """Freezes (or, in a run that starts again, thaws) the dense part of an adapter. Whether that changed anything."""
+    """Freezes the dense part of an adapter, or unfreezes it in a second training. Returns whether that changed it."""
     changed = False
     for layer in layers:
         parameter = layer.part("weight", adapter_name)
@@ -200,7 +225,7 @@ def freeze_dense(
             and optimizer is not None
             and not any(parameter is p for group in optimizer.param_groups for p in group["params"])
         ):
-            continue  # made after an earlier training had frozen it, the optimizer could not move it
+            continue  # this optimizer was made while the parameter was frozen, so it cannot train it
         changed = True
         layer.sensi_frozen[adapter_name] = ("weight",) if freeze else ()
         parameter.requires_grad_(not freeze)
@@ -212,35 +237,30 @@ def freeze_dense(
 
 
 def mask_scores(layer: SensiLayer, adapter_name: str) -> torch.Tensor:
-    """What decides which weights a mask keeps, `[out, in]` in the base's order."""
+    """Scores `[out, in]` of a Linear's weights, in the base's order: a mask keeps the largest ones.
+
+    The absolute value of the update, or of the weight where the adapter has no low-rank and no sparse part.
+    """
     with torch.no_grad():
-        effective, _ = layer.get_adapted_weight(adapter_name)
+        adapted, _ = layer.get_adapted_weight(adapter_name)
         if layer.part("down", adapter_name) is None and layer.part("values", adapter_name) is None:
-            return effective.abs()
-        return (effective - layer.get_original_weight(adapter_name).to(effective.dtype)).abs()
+            return adapted.abs()
+        return (adapted - layer.get_original_weight(adapter_name).to(adapted.dtype)).abs()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without what DDP, and `torch.compile`, put around a model."""
-    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
+    """The model inside the wrappers of DDP, FSDP, DeepSpeed and `torch.compile`, in whatever order."""
+    # Accelerate's function removes a compiled wrapper outside of DDP but not one inside of it.
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner
     return model
 
 
-def tuner(model: nn.Module) -> Any:
-    return model.base_model if isinstance(model, PeftModel) else model
-
-
-def scheduled_adapter(model: nn.Module, required: bool = True) -> tuple[str, SensiConfig]:
-    """The active adapter and its config. Raises `SensiError` when it has no schedule but one is required."""
-    model = unwrapped(model)
-    config = getattr(model, "peft_config", {}).get(name := _active(model))
-    if not isinstance(config, SensiConfig) or (required and config.schedule is None):
-        raise SensiError("The model's active adapter has no schedule.")
-    return name, config
-
-
-def _active(model: nn.Module) -> str:
-    active = getattr(model, "active_adapter", "default")
-    active = active() if callable(active) else active
-    return active if isinstance(active, str) else active[0]
+def scheduled_adapters(model: nn.Module) -> dict[str, SensiConfig]:
+    """The active adapters that have a schedule, with their configs. Empty for a model of any other kind."""
+    # The layers know what is active, however the adapters were added (PEFT, Transformers, `inject_adapter_in_model`).
+    layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
+    active = {name for layer in layers for name in layer.active_adapters if name in layer.sensi_slices}
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    sensi = {name: configs[name] for name in sorted(active) if isinstance(configs.get(name), SensiConfig)}
+    return {name: config for name, config in sensi.items() if config.schedule is not None}

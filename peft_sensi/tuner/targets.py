@@ -1,7 +1,8 @@
-"""From a plan to what happens to each Linear, and what is trained beside the units."""
+"""Which modules an adapter tunes, which it saves whole, and the defaults of `also_train` and `update`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -15,21 +16,21 @@ from ..anatomy.modules import (
     input_embedding,
     is_base_parameter,
     is_shared,
-    linear_of,
     task_head,
 )
 from ..anatomy.units import Anatomy
 from ..planning.budget import allowance
 from ..planning.plan import Plan
 from ..utils.errors import SensiError
-from .config import SensiConfig
+from .config import RunInputs, SensiConfig
 
 
+# The largest `trainable` limit, as a share of the base's parameters, for which `update=None` means "low_rank".
 LOW_RANK_SHARE = 0.02
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
-    """Names of the modules that may be tuned: PEFT's own matching, adapter internals left out."""
+    """Names of the modules that may be tuned, by PEFT's own matching. Modules inside adapter layers do not count."""
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name)
     return frozenset(
         name
@@ -38,59 +39,14 @@ def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     )
 
 
-def usually_also_trained(model: nn.Module, given: SensiConfig, blocks: Anatomy) -> list[str]:
-    """What `also_train=None` means: something where nothing limits what is trained, and dense units are.
-
-    Tokens only where somebody says which ones matter.
-    """
-    dense = given.tunes_units and given.retention is None
-    if not dense or given.plan is not None or given.limits.trainable is not None or not blocks.groups:
-        return []
-    also = ["norms", "output_biases", "pooler"]
-    table = input_embedding(model)
-    ranks_tokens = given.update != "dense+low_rank" and given.granularity == "unit" and given.score != "movement"
-    if table is None or not ranks_tokens or _is_saved_whole(table, given):
-        return also
-    known = given.calibration is not None if given.scores is None else f"{table}.tokens" in given.scores.values
-    return [*also, "tokens"] if known else also
-
-
-def _is_saved_whole(name: str, config: SensiConfig) -> bool:
-    """Whether PEFT's `modules_to_save` names the module or one that it is in."""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(f".{path}".endswith(f".{saved}") for path in paths for saved in config.modules_to_save or ())
-
-
-def check_tokens(config: SensiConfig, anatomy: Anatomy) -> None:
-    """Raises `SensiError` where tokens cannot be trained in the way that the config asks for."""
-    if any(g.kind == "token" for g in anatomy.groups) and not config.tunes_units:
-        raise SensiError(
-            f"`target_modules` has an embedding, whose tokens are tuned or not: update={config.update!r} cannot reach "
-            f"them. Use update='dense', or leave it out."
-        )
-
-
-def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
-    """Raises `SensiError` when a target shares its weight with embeddings: tuning it would part the two."""
-    embeddings = [m for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)]
-    for name in sorted(targets):
-        target = base_of(model.get_submodule(name))
-        if isinstance(target, nn.Embedding):
-            tied = is_shared(model, target)
-        else:
-            tied = any(table.weight is getattr(target, "weight", None) for table in embeddings)
-        if tied:
-            raise SensiError(
-                f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
-                f"`target_modules`."
-            )
-
-
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
-    """`targets_of`; regular expressions in the config become the names that they matched, which is what is saved.
+    """`targets_of`, after the config's regular expressions are replaced by the names that they match.
 
-    So does the `tokens` of `also_train`. Raises `SensiError` where names cannot say the same, or there are no tokens.
+    Names are what an adapter saves. `also_train=["tokens"]` adds the name of the input embeddings.
+
+    Raises:
+        SensiError: If no lists of names match the same modules as the regular expressions, or if there are no input
+            embeddings whose tokens can be tuned.
     """
     targets = targets_of(model, config)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
@@ -98,12 +54,15 @@ def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
         # A name also matches every path that ends with it.
         config.exclude_modules = set(targets_of(model, config) - targets) or None  # type: ignore[assignment]
         if targets_of(model, config) != targets:
-            raise SensiError("The regular expression matches modules that lists of names cannot tell apart: give one.")
+            raise SensiError(
+                "The regular expression chooses between modules that PEFT cannot tell apart by name, so the adapter "
+                "could not be saved: give a list of names instead."
+            )
     if "tokens" in (config.also_train or ()) and config.plan is None:
         if (table := input_embedding(model)) is None:
             raise SensiError(
-                "'tokens' in `also_train` needs input embeddings that no other module shares, and that look up rows "
-                "and do nothing else: this model has none."
+                "'tokens' in `also_train` needs input embeddings that no other module shares and that only look up "
+                "rows, but this model has none: leave 'tokens' out."
             )
         config.target_modules = {*(config.target_modules or ()), table}  # type: ignore[assignment]
         targets = targets_of(model, config)
@@ -119,15 +78,40 @@ def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -
 
 
 def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
-    """The plan that a config holds in packed form. Raises `SensiLoadError` when it does not fit this model."""
+    """The plan that a config holds in packed form. Raises `SensiLoadError` if it does not fit this model."""
     targets = targets_of(model, config)
     return Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
 
 
-def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[str]:
-    """Modules of the base that are trained whole beside the blocks, to be saved through PEFT's `modules_to_save`.
+def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
+    """Raises `SensiError` if a target shares its weight with embeddings, because tuning would separate the two."""
+    embeddings = [m for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)]
+    for name in sorted(targets):
+        target = base_of(model.get_submodule(name))
+        if isinstance(target, nn.Embedding):
+            tied = is_shared(model, target)
+        else:
+            tied = any(table.weight is getattr(target, "weight", None) for table in embeddings)
+        if tied:
+            raise SensiError(
+                f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
+                f"`target_modules`."
+            )
 
-    Those inside a module that the user saves whole are saved with it: PEFT's wrappers must not be nested.
+
+def check_tokens(config: SensiConfig, anatomy: Anatomy) -> None:
+    """Raises `SensiError` if an embedding is targeted and the update has no dense part."""
+    if any(g.kind == "token" for g in anatomy.groups) and not config.tunes_units:
+        raise SensiError(
+            f"`target_modules` has an embedding. Its tokens are units of a dense update, so update={config.update!r} "
+            f"cannot reach them: use update='dense', or leave the embedding out."
+        )
+
+
+def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[str]:
+    """Names of the base modules outside the blocks that `also_train` trains, for PEFT's `modules_to_save`.
+
+    Modules inside one that the user saves whole are left out: PEFT's wrappers must not be nested.
     """
     also_train = config.also_train or []
     head = tuple(f"{name}." for name in task_head(model))
@@ -154,38 +138,63 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
     return [name for name in dict.fromkeys(found) if not _is_saved_whole(name.rpartition(".")[0], config)]
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+
+
+def _is_saved_whole(name: str, config: SensiConfig) -> bool:
+    """Whether PEFT's `modules_to_save` names this module or one that contains it."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(f".{path}".endswith(f".{saved}") for path in paths for saved in config.modules_to_save or ())
+
+
 def values_of(model: nn.Module, saved: list[str]) -> int:
     """Number of values of base modules that are trained whole."""
     return sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
 
 
-def bias_values(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -> int:
-    """Number of values in the biases of all targeted Linears, where `also_train` asks for them; 0 elsewhere."""
-    biases = [bias_of(linear_of(model, name)) for name in targets] if "biases" in (config.also_train or ()) else []
+def bias_values(config: SensiConfig, targeted: Iterable[nn.Module]) -> int:
+    """Number of values in the biases of the targeted Linears if `also_train` has "biases", otherwise 0."""
+    biases = [bias_of(linear) for linear in targeted] if "biases" in (config.also_train or ()) else []
     return sum(bias.numel() for bias in biases if bias is not None)
 
 
-def usual_update(
-    model: nn.Module, config: SensiConfig, anatomy: Anatomy, targets: frozenset[str], always_trained: int
+def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy) -> list[str]:
+    """The value of `also_train=None`.
+
+    Something is trained beside dense units without a limit on trained values. Tokens are trained only if the run's
+    inputs show which ones matter.
+    """
+    dense = config.tunes_units and config.retention is None
+    if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:
+        return []
+    also = ["norms", "output_biases", "pooler"]
+    table = input_embedding(model)
+    ranks_tokens = config.update != "dense+low_rank" and config.granularity == "unit" and config.score != "movement"
+    if table is None or not ranks_tokens or _is_saved_whole(table, config):
+        return also
+    known = inputs.calibration is not None if inputs.scores is None else f"{table}.tokens" in inputs.scores.values
+    return [*also, "tokens"] if known else also
+
+
+def default_update(
+    config: SensiConfig, inputs: RunInputs, anatomy: Anatomy, targeted: list[nn.Linear], saved_values: int
 ) -> str:
-    """What `update=None` means: `dense`; `low_rank` under a `trainable` limit of at most 2 % that has room for it.
+    """The value of `update=None`: `dense`, or `low_rank` under a `trainable` limit of at most 2 %.
 
     So few dense units reach few places of the model, while a low-rank term reaches all of them
-    (`examples/benchmarks/quality.py` has what that gains). Who asks for units (another score than the default,
-    `tuned_layers`) gets them.
+    (`examples/benchmarks/quality.py` measures the gain). Every field that asks for units gives `dense`: another score
+    than the default, `tuned_layers`, tokens and others; so does a limit without room for rank 1.
     """
     limit = config.limits.trainable
-    score = config.score if config.scores is None else config.scores.method
+    score = config.score if inputs.scores is None else inputs.scores.method
     asks = config.plan, config.tuned_layers, config.schedule, config.sparsity
     if any(group.kind == "token" for group in anatomy.groups):
         return "dense"
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
-    rank_1 = sum(sum(features(linear_of(model, name))) for name in targets)
-    has_room = always_trained + bias_values(model, config, targets) + rank_1 <= allowed
+    rank_1 = sum(sum(features(linear)) for linear in targeted)
+    has_room = saved_values + bias_values(config, targeted) + rank_1 <= allowed
     return "low_rank" if has_room and allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))

@@ -1,0 +1,50 @@
+"""An adapter merged into its base layers for a while, so that the trained model can be scored like a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..layers.layer import SensiLayer
+from ..utils.errors import SensiError
+
+
+@contextmanager
+def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Inside the block, the base layers of `root` hold the adapter's trained weights, and forward runs them.
+
+    So `linear_of(root, name).weight` is the weight that the adapted model computes with, in the dtype of the base: a
+    16-bit base rounds it. Its kept units are in the base's order, while an adapter computes its tuned units first.
+    Columns behind a closed gate are zero. Modules that PEFT saves whole stay as they are: forward uses the adapter's
+    copies of them in any case. After the block, also if it raises, every layer has its own tensors back: the same
+    objects. Layers that were merged before the block stay merged.
+
+    Args:
+        root: The model with the adapter's layers. Inside the block it needs memory for a second copy of the weights
+            of these layers.
+        adapter_name: The active adapter.
+
+    Raises:
+        SensiError: If the adapter is inactive or disabled, so that forward would run something else, if another
+            adapter is merged, or if the base is quantized.
+    """
+    layers = [m for m in root.modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices]
+    for layer in layers:
+        if layer.active_adapters != [adapter_name] or layer.disable_adapters:
+            raise SensiError(
+                f"The adapter {adapter_name!r} must be the only active one, and enabled, to be scored: call "
+                f"`set_adapter({adapter_name!r})` first."
+            )
+        if layer.merged and layer.merged_adapters != [adapter_name]:
+            raise SensiError(f"The adapters {layer.merged_adapters} are merged: call `unmerge_adapter()` first.")
+    unmerged = [layer for layer in layers if not layer.merged]
+    try:
+        for layer in unmerged:
+            layer.merge(adapter_names=[adapter_name])
+        yield
+    finally:
+        for layer in unmerged:
+            if layer.merged:  # not all of them are, if merging failed
+                layer.unmerge()
