@@ -12,7 +12,7 @@ import torch
 from ..anatomy.linears import bias_of, matrix
 from .compression import KINDS, PARTS, encode, sizes
 from .functional import Pair, Positions
-from .updates import low_rank_start, pack_mask, sparse_support, top_mask
+from .updates import low_rank_start, pack_mask, sparse_support, top_mask, unpack_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,24 +210,27 @@ def compress_parts(
 
 
 def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dict[str, torch.Tensor]:
-    """The values of an adapter's trained tensors after units have left a Linear.
+    """The values of an adapter's tensors, gates left out, after units have left a Linear.
 
     The units of `new` are some of those of `old`, and tuned or frozen as before. The number of single values follows
     from the config and must not change: values that leave with a unit are replaced by zeros at the first free places.
     """
-    kept = _positions_in(old.kept, new.kept)
-    tuned = _positions_in(old.tuned_positions, new.tuned_positions)
+    kept = positions_in(old.kept, new.kept)
+    tuned = positions_in(old.tuned_positions, new.tuned_positions)
     result: dict[str, torch.Tensor] = {}
     for name, spec in tensor_specs(new).items():
         if spec.trained and name in parts and name != "values":
             value, index = parts[name], tuned if spec.tuned_only else kept
             result[name] = value if spec.axis is None else value.index_select(spec.axis, index.to(value.device))
+    if "bits" in parts:
+        mask = unpack_mask(parts["bits"], old.kept_shape).index_select(old.dim, kept.to(parts["bits"].device))
+        result["bits"] = pack_mask(mask)
     if "values" in parts:
         result["places"], result["values"] = _kept_values(parts["places"], parts["values"], kept, old, new)
     return result
 
 
-def _positions_in(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def positions_in(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Where each entry of `new` is in `old`."""
     order = old.argsort()
     return order[torch.searchsorted(old[order], new)]

@@ -157,20 +157,24 @@ def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[to
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
-    """The plan that trims all closed units and tunes the others.
-
-    If all units of a sublayer are closed, its output bias stays and has been trained. `config.also_train` then gets
-    "removed_biases".
-    """
+    """The plan that trims all closed units; the others keep their states."""
     before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
-    states = []
-    for group in before.anatomy.groups:
-        state = before.of(group).copy()
-        if group.trimmable and group.output in gates:
-            state[gates[group.output].cpu().numpy() == 0] = TRIMMED
-        states.append(state.tobytes())
-    after = replace(before, states=tuple(states))
+    states = {group.name: before.of(group) for group in before.anatomy.groups}
+    for group in before.anatomy.trimmable:
+        if group.output in gates:
+            states[group.name] = np.where(gates[group.output].cpu().numpy() == 0, TRIMMED, states[group.name])
+    return plan_with(root, config, before, states)
+
+
+def plan_with(root: nn.Module, config: SensiConfig, before: Plan, states: Mapping[str, np.ndarray]) -> Plan:
+    """The plan that differs from `before` in the states of its units, with the trained values counted again.
+
+    If all units of a sublayer are trimmed, its output bias stays and has been trained. `config.also_train` then gets
+    "removed_biases".
+    """
+    packed = tuple(states[group.name].astype(np.uint8).tobytes() for group in before.anatomy.groups)
+    after = replace(before, states=packed)
     saved_values = before.always_trained - trained_beside_units(root, config, before)
     also = config.also_train or []
     if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):

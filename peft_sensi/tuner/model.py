@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,15 +17,18 @@ from ..anatomy.units import Anatomy
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
 from ..planning.plan import Plan
+from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
 from .combinations import compressed_kinds
-from .config import SensiConfig
+from .config import RunInputs, SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
+from .stale import check_wrapper
 from .targets import targets_of
+from .trim import trim_adapter
 from .wrapping import drop_originals, replace_module, replanned, set_head, wrap_module
 
 
@@ -271,6 +274,7 @@ class SensiModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise SensiError("`adapter_names` in forward is not supported: a batch goes through one adapter.")
         if self.model.training and torch.is_grad_enabled():
+            check_wrapper()
             for name in self.active_adapters:
                 if self.peft_config[name].schedule is not None and name not in self.sensi_stepped:
                     raise SensiError(
@@ -278,6 +282,56 @@ class SensiModel(BaseTuner):
                         f"it. Give `SensiCallback()` to `Trainer`, or call `Schedule.step` in your own loop."
                     )
         yield
+
+    def trim(
+        self,
+        budget: float | int | Mapping[str, float | int],
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        adapter_name: str = "default",
+        *,
+        loss_fn: LossFn | None = None,
+        score: str | None = None,
+        refit: bool | None = None,
+    ) -> Plan:
+        """Trims an adapter that has been trained, and keeps what it has learned.
+
+        Scores the units of the adapted model, plans under the budget, refits the output projections on the adapted
+        model's own activations, and removes the trimmed units. The kept units keep their trained values and their
+        states: tuned or frozen. So one training with `SensiConfig(budget=1.0)` and several trims give a family of
+        models, each of them an adapter of the same base. It can be trained on after each trim ("healing").
+
+        The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
+        before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
+        this, each with its own batches; they trim alike.
+
+        Args:
+            budget: Limits on `params` or `flops`, as in `SensiConfig`. Shares are of the base model's heads and
+                neurons, so `trim(0.5)` and then `trim(0.25)` keeps a quarter of the base.
+            calibration: Batches with labels, for the scores and the refit. Without them the score falls back to
+                magnitude with a warning, and nothing is refitted.
+            adapter_name: The adapter, which must be the only active one.
+            loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
+            score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
+                `"fisher"` if that one is learned while priming.
+            refit: Whether output projections are refitted. Default: as in `SensiConfig`.
+
+        Returns:
+            The new plan.
+
+        Raises:
+            BudgetError: If the budget is malformed or cannot be met.
+            AnatomyError: If the model has no heads or neurons to trim.
+            SensiError: If the adapter does not exist, is inactive, merged, compressed or sharded, or has a schedule of
+                cuts that is not finished. A trim that fails leaves the model as it was.
+        """
+        before = self.plan(adapter_name)
+        if any(layer.merged for layer in self._layers()):
+            raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
+        inputs = RunInputs(calibration, None, loss_fn)
+        config = self.peft_config[adapter_name]
+        trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit)
+        self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
+        return self.plan(adapter_name)
 
     def compress(self, kind: str, adapter_name: str = "default") -> None:
         """Replaces an adapter's trained values by a narrower form. It is used, saved and merged in this form.
