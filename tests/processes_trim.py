@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-import torch
 import torch.distributed as dist
 from processes import message_of, save_and_exit
 from tiny import tiny_batches, tiny_model, train, wrap
