@@ -24,7 +24,8 @@ def example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "example"}
     for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S):
-        exec(block, names)
+        if "AutoModel" not in block:  # the other example loads a model from the Hub
+            exec(block, names)
     return names
 
 

@@ -72,7 +72,7 @@ def test_fsdp1_with_original_parameters(sharded, update):
         ("integers", "stores positions or masks as integers, which FSDP1 cannot flatten"),
         ("flat", "FSDP1 can train an adapter only with `fsdp_use_orig_params: true`"),
         ("sharded before", "Wrap it with the adapter first, then shard it"),
-        ("schedule", "sharded by FSDP cannot"),
+        ("schedule", "sharded by FSDP"),
     ],
 )
 def test_what_cannot_work_under_fsdp_says_so(sharded, case, message):
