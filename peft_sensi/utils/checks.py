@@ -89,21 +89,16 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_types(values: Mapping[str, Any]) -> None:
-    """Checks the types of the fields of a config.
-
-    Raises:
-        SensiError: A field has a wrong type. The message names the field, the expected type and the value.
-    """
+    """Raises `SensiError` for a field of a config that has a wrong type."""
     for name, (is_good, expected) in _TYPES.items():
         if name in values and not is_good(values[name]):
             raise SensiError(f"`{name}` must be {expected}, got {shown(values[name])}.")
 
 
 def check_foreign(values: Mapping[str, Any]) -> None:
-    """Checks that a config from a file holds plain names only. Call `check_types` first.
+    """Raises `SensiLoadError` if a config from a file holds more than plain names. Call `check_types` first.
 
-    Raises:
-        SensiLoadError: A field holds a regular expression, a private attribute, or too many or too long names.
+    Regular expressions, private attributes, and too many or too long names are refused.
     """
     for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train"):
         value = values.get(name)
@@ -119,19 +114,15 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             # PEFT builds a regular expression from these.
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
-    for layout in values.get("blocks") or ():
-        for name, value in layout.items() if isinstance(layout, Mapping) else ():
-            if name != "head_size" or type(value) is not int:
-                _check_paths(name, value)
-
-
-def _check_paths(name: str, value: Any) -> None:
-    """Checks a field of a block layout: one dotted path or several, whose parts do not begin with an underscore."""
-    pattern = _LAYER_PATH if name == "layer" else _PATH
-    for path in value if isinstance(value, _COLLECTIONS) else [value]:
-        good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
-        if path != "" and not (good and pattern.fullmatch(path)):
-            raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
+    fields = [field for layout in values.get("blocks") or () if isinstance(layout, Mapping) for field in layout.items()]
+    for name, value in fields:  # one dotted path or several, whose parts do not begin with an underscore
+        if name == "head_size" and type(value) is int:
+            continue
+        pattern = _LAYER_PATH if name == "layer" else _PATH
+        for path in value if isinstance(value, _COLLECTIONS) else [value]:
+            good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
+            if path != "" and not (good and pattern.fullmatch(path)):
+                raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
 
 
 def shown(value: Any) -> str:
