@@ -53,7 +53,7 @@ def look_of(style: str) -> dict[str, Any]:
 
 
 def new_figure(height: float, look: Mapping[str, Any], headline: str = "") -> Any:
-    """A figure of `height` inches. It does not use pyplot, so it needs no window system and changes no global state."""
+    """A figure of `height` inches. Without pyplot, it needs no window system and changes no global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -60,7 +60,7 @@ def plot_plan(
     margins = {"left": canvas.LEFT, "right": canvas.RIGHT, "top": 1 - 0.82 / size, "bottom": below / size}
     space = between / np.mean(heights)
     grid = figure.add_gridspec(len(heights), height_ratios=heights, hspace=space, **margins)
-    texts = {kind: (_counts(panel), [r.name for r in panel], [r.block for r in panel]) for kind, panel in panels.items()}
+    texts = {kind: (_counts(p), [row.name for row in p], [row.block for row in p]) for kind, p in panels.items()}
     for axes, (kind, panel) in zip(canvas.add_panels(figure, grid[0], texts, look), panels.items(), strict=True):
         draw = _draw_squares if kind == "head" and max(row.size for row in panel) <= 64 else _draw_bars
         draw(axes, panel, look)
@@ -218,14 +218,8 @@ def plot_scores(
     size = canvas.panel_height(max(map(len, panels.values()))) + 1.4
     figure = canvas.new_figure(size, look, headline)
     grid = figure.add_gridspec(left=canvas.LEFT, right=canvas.RIGHT, top=1 - 0.6 / size, bottom=0.8 / size)
-    texts = {
-        kind: (
-            f"{KINDS.get(kind, 'units')}, each block's best on the left",
-            names,
-            [name.rpartition(".")[0] for name in names],
-        )
-        for kind, names in panels.items()
-    }
+    titles = {kind: f"{KINDS.get(kind, 'units')}, each block's best on the left" for kind in panels}
+    texts = {kind: (titles[kind], names, [n.rpartition(".")[0] for n in names]) for kind, names in panels.items()}
     for axes, names in zip(canvas.add_panels(figure, grid[0], texts, look), panels.values(), strict=True):
         marked = [line for line, name in enumerate(names) if name in outliers]
         _draw_heat(axes, [sorted_scores[name] for name in names], marked, look)
@@ -238,11 +232,8 @@ def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], lo
 
     widest = max(map(len, lines))
     columns = np.array_split(np.arange(widest), min(200, widest))
-    image = np.full((len(lines), len(columns)), np.nan)
-    for line, values in enumerate(lines):
-        for column, units in enumerate(columns):
-            if units[0] < len(values):
-                image[line, column] = values[units[0] : units[-1] + 1].mean()
+    parts = [[values[units[0] : units[-1] + 1] for units in columns] for values in lines]
+    image = np.array([[part.mean() if len(part) else np.nan for part in line] for line in parts])
     positive = image[image > 0]
     low, high = (np.quantile(positive, 0.003), positive.max()) if len(positive) else (0.5, 1.0)
     drawn = axes.imshow(

@@ -54,10 +54,6 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
-def _is_auto_mapping(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values()))
-
-
 _NAMES_OR_NONE = (lambda v: v is None or _is_names(v), "a list of names or None")
 _NAMES_OR_TEXT = (lambda v: v is None or isinstance(v, str) or _is_names(v), "a list of names, a string or None")
 _TEXT_OR_NONE = (_is(str, NoneType), "a string or None")
@@ -82,7 +78,10 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "inference_mode": _BOOL,
     "priming_lr": (is_number, "a finite number"),
     "fingerprint": (_is_fingerprint, "None, or a dict of `shapes` and a list of finite `marks`"),
-    "auto_mapping": (_is_auto_mapping, "a dict of strings or None"),
+    "auto_mapping": (
+        lambda v: v is None or (isinstance(v, Mapping) and all(isinstance(entry, str | None) for entry in v.values())),
+        "a dict of strings or None",
+    ),
     "revision": _TEXT_OR_NONE,
     "peft_version": _TEXT_OR_NONE,
 }
@@ -114,8 +113,10 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             # PEFT builds a regular expression from these.
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
-    fields = [field for layout in values.get("blocks") or () if isinstance(layout, Mapping) for field in layout.items()]
-    for name, value in fields:  # one dotted path or several, whose parts do not begin with an underscore
+    layouts = [layout for layout in values.get("blocks") or () if isinstance(layout, Mapping)]
+    for name, value in (
+        field for layout in layouts for field in layout.items()
+    ):  # one dotted path or several, whose parts do not begin with an underscore
         if name == "head_size" and type(value) is int:
             continue
         pattern = _LAYER_PATH if name == "layer" else _PATH

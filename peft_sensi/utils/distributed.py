@@ -33,9 +33,10 @@ _synchronized: ContextVar[bool] = ContextVar("synchronized", default=False)
 
 
 def start() -> int:
-    """Starts Accelerate's process group if a launcher prepared one and none is running. Returns the number of processes.
+    """Starts Accelerate's process group if a launcher prepared one and none is running.
 
-    Raises `SensiError` if `WORLD_SIZE` announces several processes, but no process group can be started.
+    Returns the number of processes. Raises `SensiError` if `WORLD_SIZE` announces several processes, but no process
+    group can be started.
     """
     if not dist.is_available():
         return 1
@@ -152,9 +153,6 @@ def _exchange(where: str, payload: Any = None, error: Exception | None = None) -
     return list(payloads)
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
-
-
 def all_sum(tensors: Sequence[torch.Tensor], where: str, operation: str = "SUM") -> None:
     """Replaces each tensor by its sum over all processes, in place. `operation` is a name of `dist.ReduceOp`."""
     if world_size() > 1:
@@ -229,9 +227,6 @@ def batch_positions(batches: int) -> list[int]:
     lengths = gather("counting batches", batches)
     joint = sorted((turn, process) for process, length in enumerate(lengths) for turn in range(length))
     return [position for position, (_, process) in enumerate(joint) if process == rank()]
-
-
-# -- decisions --------------------------------------------------------------------------------------------------------
 
 
 def check_equal(what: str, value: Mapping[str, Any], advice: str) -> None:

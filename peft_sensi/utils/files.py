@@ -30,9 +30,6 @@ _DTYPES = {
 }  # fmt: skip
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Creates or replaces a file only once the new content is complete and on the disk.
 
@@ -82,9 +79,6 @@ def flush(path: Path) -> None:
             os.close(handle)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     """Opens a safetensors file with `safe_open`. Tensors are read only when the caller asks for them.
@@ -131,7 +125,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file, as a dict. Raises the errors of `read_json`; with `optional`, returns `{}` instead."""
+    """The object in a JSON file. Raises the errors of `read_json`, or returns `{}` instead if it is `optional`."""
     try:
         values = read_json(path)
         if not isinstance(values, dict):
@@ -141,9 +135,6 @@ def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[st
             return {}
         raise
     return values
-
-
-# -- finding an adapter's weights -------------------------------------------------------------------------------------
 
 
 def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> str | None:
@@ -162,29 +153,26 @@ def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[s
     if os.path.isdir(folder):
         if os.path.exists(path := os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
             return path
-        if os.path.exists(path := os.path.join(folder, WEIGHTS_NAME)):
-            raise _only_safetensors(path)
-        return None
-    hub = {key: value for key, value in hub.items() if key not in ("subfolder", "user_agent", "use_auth_token")}
-    try:
-        return hf_hub_download(str(place), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-    except EntryNotFoundError:
-        pass
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
-    pickled = "/".join(filter(None, (subfolder, WEIGHTS_NAME)))
-    known = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
-    exists = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
-    if not exists and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
-        with suppress(Exception):  # no connection: the error's class depends on the Hub library's HTTP client
-            exists = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
+        path = os.path.join(folder, WEIGHTS_NAME)
+        exists = os.path.exists(path)
+    else:
+        hub = {key: value for key, value in hub.items() if key not in ("subfolder", "user_agent", "use_auth_token")}
+        try:
+            return hf_hub_download(str(place), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+        except EntryNotFoundError:
+            pass
+        except (OSError, ValueError, HfHubHTTPError):
+            return None
+        pickled = "/".join(filter(None, (subfolder, WEIGHTS_NAME)))
+        path = f"{place}/{pickled}"
+        known = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
+        exists = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
+        if not exists and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
+            with suppress(Exception):  # no connection: the error's class depends on the Hub library's HTTP client
+                exists = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
     if exists:
-        raise _only_safetensors(f"{place}/{pickled}")
+        raise SensiLoadError(
+            f"{path}: only safetensors files are read, because a pickle can run code, and there is no "
+            f"{SAFETENSORS_WEIGHTS_NAME}. Ask the adapter's author to save it again."
+        )
     return None
-
-
-def _only_safetensors(path: str) -> SensiLoadError:
-    return SensiLoadError(
-        f"{path}: only safetensors files are read, because a pickle can run code, and there is no "
-        f"{SAFETENSORS_WEIGHTS_NAME}. Ask the adapter's author to save it again."
-    )

@@ -33,26 +33,18 @@ def weights_from_rank_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
     stays without weights (see `any_process_on_meta`). Different models are an error.
     """
     with ExitStack() as undo:
-        _allocate_missing(model, undo)
+        # Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head on `meta` in all other processes.
+        # So the few weights that are on `meta` here, but not in process 0, are allocated.
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        on_meta = [name for name, p in model.named_parameters() if p.is_meta]
+        on_meta_in_first = distributed.gather("looking for missing weights", on_meta)[0]
+        missing = [name for name in on_meta if name not in on_meta_in_first]
+        if sum(sizes[name] for name in missing) <= MOST_MISSING * sum(sizes.values()):
+            _allocate(model, missing, undo)
         copy_weights_from_rank_0(model, undo)
         yield
         if keep:
             undo.pop_all()
-
-
-def _allocate_missing(model: nn.Module, undo: ExitStack) -> None:
-    """Allocates the few weights that are on `meta` here but not in process 0.
-
-    Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head on `meta` in all other processes.
-    """
-    if distributed.world_size() == 1:
-        return
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    on_meta = [name for name, p in model.named_parameters() if p.is_meta]
-    on_meta_in_first = distributed.gather("looking for missing weights", on_meta)[0]
-    missing = [name for name in on_meta if name not in on_meta_in_first]
-    if sum(sizes[name] for name in missing) <= MOST_MISSING * sum(sizes.values()):
-        _allocate(model, missing, undo)
 
 
 def allocate_adapter(model: nn.Module) -> None:
