@@ -247,18 +247,16 @@ def _columns(
 ) -> tuple[str, tuple[str, ...]]:
     """The names of the label column and of the text columns: those that were given, or the only possible ones."""
     names = list(rows[0])
+    known = ", ".join(map(str, names))
     for name in filter(None, (text, pair, label)):
         if name not in names:
-            raise DataError(f"{data} has no column {name!r}; it has {', '.join(map(str, names))}.")
+            raise DataError(f"{data} has no column {name!r}; it has {known}.")
     if label is not None and label in (text, pair):
         raise DataError(f"{label!r} cannot be both the text and the label.")
     if label is None:
         label = next((name for name in LABEL_COLUMNS if name in names), None)
         if label is None:
-            raise DataError(
-                f"{data}: name the column that holds the labels with --label-column; there are "
-                f"{', '.join(map(str, names))}."
-            )
+            raise DataError(f"{data}: name the column that holds the labels with --label-column; there are {known}.")
     if text is not None:
         return label, (text,) if pair is None else (text, pair)
     sample = rows[:100]
@@ -270,9 +268,7 @@ def _columns(
         and not all(_is_number(row[name]) for row in sample)
     ]
     if len(texts) not in ((1,) if pair else (1, 2)):
-        raise DataError(
-            f"{data}: name the column that holds the text with --text-column; there are {', '.join(map(str, names))}."
-        )
+        raise DataError(f"{data}: name the column that holds the text with --text-column; there are {known}.")
     return label, (*texts, pair) if pair else tuple(texts)
 
 

@@ -30,6 +30,7 @@ from .saved import TASKS, SavedAdapter, base_config, plan_without_weights, short
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PICTURE = "plan.png"
+BUDGET_LABELS = {"params": "prunable parameters kept", "flops": "prunable FLOPs kept", "trainable": "trained values"}
 BEGIN, END = "<!-- peft_sensi: generated", "<!-- peft_sensi: end -->"
 
 
@@ -120,6 +121,11 @@ def new_card(
                      *([f"base_model:adapter:{on_hub}"] if on_hub else [])}),
     )  # fmt: skip
     fingerprint = short_fingerprint(config)
+    facts, budget = None if plan is None else plan.facts(human), []
+    for name, label in BUDGET_LABELS.items():
+        limit = getattr(config.limits, name)
+        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
+        budget.append((label, "-" if limit is None else limit_words(limit), reached))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -134,7 +140,7 @@ def new_card(
         base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
         repo=repo,
         merged_words="a plain model with smaller matrices" if trims else "a plain model",
-        budget=_budget_rows(config, plan),
+        budget=budget,
         results=results,
         provenance=[
             ("base model", f"`{base or 'unknown'}`"),
@@ -226,19 +232,3 @@ def _sentence(config: SensiConfig, plan: Plan | None) -> str:
         f"it keeps {plan.params_share:.1%} of the parameters of the base's heads and neurons "
         f"({plan.model_params_share:.1%} of the whole model), with {plan.flops_share:.1%} of their FLOPs; {trained}"
     )
-
-
-def _budget_rows(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]]:
-    """Label, limit and result for each of the three limits of a budget."""
-    limits = config.limits if config.budget is not None else None
-    facts = None if plan is None else plan.facts(human)
-    rows = []
-    for name, label in (
-        ("params", "prunable parameters kept"),
-        ("flops", "prunable FLOPs kept"),
-        ("trainable", "trained values"),
-    ):
-        limit = getattr(limits, name, None)
-        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
-        rows.append((label, "-" if limit is None else limit_words(limit), reached))
-    return rows

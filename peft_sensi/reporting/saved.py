@@ -122,9 +122,9 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """`auto_class.from_pretrained`, without remote code and with errors of one line. Raises `SensiError`."""
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except SensiError:
+        raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, SensiError):
-            raise
         reason = str(error).strip().split("\n")[0]
         raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error
 
