@@ -17,7 +17,7 @@ from tiny import logits, tiny_batches, tiny_model, trained, wrap
 
 from peft_sensi import SensiError
 from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
-from peft_sensi.reporting.saved import open_adapter
+from peft_sensi.reporting.saved import open_adapter, short_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_save_pretrained_writes_the_card(adapter):
     assert card.data.library_name == "peft" and "peft_sensi" in card.data.tags and "pruning" in card.data.tags
     assert card.data.pipeline_tag == "text-classification"
     assert "import peft_sensi" in card.text and "More Information Needed" not in card.text
-    assert open_adapter(adapter).fingerprint in card.text and "| size |" not in card.text  # no file yet
+    assert short_fingerprint(open_adapter(adapter).config) in card.text and "| size |" not in card.text  # no file yet
     assert "- PEFT " in card.text  # what PEFT itself adds stays
     assert not (adapter / "plan.png").exists()  # saving a checkpoint draws nothing
 
@@ -55,7 +55,7 @@ def test_the_card_names_what_was_asked_and_reached(adapter):
     assert "| 0.5 |" in plan_line and "%" in plan_line
     assert "| accuracy | 0.8765 |" in card.text and "| train rows | 1,000 |" in card.text
     assert card.data.license == "apache-2.0" and "| license of the base | mit |" in card.text
-    assert saved.fingerprint in card.text
+    assert short_fingerprint(saved.config) in card.text
     assert (adapter / "plan.png").read_bytes()[:4] == b"\x89PNG" and "](plan.png)" in card.text
     compile(python_block(card.text), "card", "exec")
     assert card.data.base_model is None and not [tag for tag in card.data.tags if "base_model" in tag]

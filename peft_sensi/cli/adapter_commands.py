@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,20 +20,17 @@ from ..utils.errors import SensiError
 from ..utils.formatting import size_of
 from . import arguments as args
 from .arguments import argument, option
-from .terminal import ascii_only, err, out, print_json, step
+from .terminal import ascii_only, err, print_result, step
 
 
 def inspect(adapter: args.Adapter, base: args.Base = None, json: args.Json = False, debug: args.Debug = False) -> None:
     """Show what is in an adapter. No weights are loaded; shares need the base model's configuration."""
     saved = open_adapter(adapter)
     plan = plan_without_weights(saved, base)
-    if json:
-        print_json(adapter_figures(saved, plan))
-        return
-    out.print(facts_table(adapter_facts(saved, plan)))
     shown = saved.config.plan if plan is None else plan
-    out.print(plan_table(shown, ascii_only()), legend(shown, ascii_only()))
-    if plan is None:
+    tables = facts_table(adapter_facts(saved, plan)), plan_table(shown, ascii_only()), legend(shown, ascii_only())
+    print_result(json, adapter_figures(saved, plan), *tables)
+    if plan is None and not json:
         err.print(Text(f"The shares need the base model, which was not found: {base or saved.base}", "dim"))
 
 
@@ -44,22 +42,28 @@ def merge(
     debug: args.Debug = False,
 ) -> None:
     """Merge an adapter into its base: the result is a Transformers model with smaller matrices, for `load_merged`."""
+    from transformers import AutoTokenizer
+
     saved, model = load_saved(adapter, base, json)
     with step("merging", show=not json):
         small = model.merge_and_unload()
         plain = save_merged(small, folder)
-        copy_tokenizer(saved, base, folder)
+        for source in (str(saved.folder), base or saved.base):
+            # A missing tokenizer has many errors, and the merged model is already saved.
+            with contextlib.suppress(Exception):
+                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+                break
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    if json:
-        print_json({"folder": str(folder), "parameters": count, "bytes": size, "loads_without_peft_sensi": plain})
-        return
-    out.print(Text(f"{folder}: {count:,} parameters, {size_of(size)}"), soft_wrap=True)
-    if plain:
-        out.print("All layers have the same widths: AutoModel...from_pretrained loads it, without peft_sensi.")
-    else:
-        out.print("Layers have different widths: load it with peft_sensi.load_merged(folder),")
-        out.print("or, without peft_sensi, with trust_remote_code=True.")
+    print_result(
+        json,
+        {"folder": str(folder), "parameters": count, "bytes": size, "loads_without_peft_sensi": plain},
+        f"{folder}: {count:,} parameters, {size_of(size)}",
+        "All layers have the same widths: AutoModel...from_pretrained loads it, without peft_sensi."
+        if plain
+        else "Layers have different widths: load it with peft_sensi.load_merged(folder),\n"
+        "or, without peft_sensi, with trust_remote_code=True.",
+    )
 
 
 def export(
@@ -78,10 +82,7 @@ def export(
     with step("exporting", show=not json):
         file.parent.mkdir(parents=True, exist_ok=True)
         report = export_onnx(model, file, int8=int8, opset=opset)
-    if json:
-        print_json(asdict(report))
-        return
-    out.print(Text(str(report)), soft_wrap=True)
+    print_result(json, asdict(report), str(report))
 
 
 def card(
@@ -101,11 +102,8 @@ def card(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
-    if json:
-        print_json({"files": [str(path) for path in written]})
-        return
-    for path in written:
-        out.print(Text(str(path)), soft_wrap=True)
+    paths = [str(path) for path in written]
+    print_result(json, {"files": paths}, *paths)
 
 
 def push(
@@ -125,25 +123,10 @@ def push(
         commit = push_folder(
             saved, repo, private=private or None, commit_message=message, results=results, license=license, base=base
         )
-    if json:
-        print_json({"url": commit.commit_url, "repo": repo})
-        return
-    out.print(Text(commit.commit_url), soft_wrap=True)
+    print_result(json, {"url": commit.commit_url, "repo": repo}, commit.commit_url)
 
 
 def load_saved(adapter: str, base: str | None, json: bool) -> tuple[SavedAdapter, Any]:
     saved = open_adapter(adapter)
     with step("loading the model", show=not json):
         return saved, load_adapter(saved, base)
-
-
-def copy_tokenizer(saved: SavedAdapter, base: str | None, folder: Path) -> None:
-    """Copies the tokenizer of the adapter's folder, or else of the base, into a folder. Does nothing without one."""
-    from transformers import AutoTokenizer
-
-    for source in (str(saved.folder), base or saved.base):
-        try:
-            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-            return
-        except Exception:  # a missing tokenizer has many errors, and the merged model is already saved
-            continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,18 +14,15 @@ import typer
 from .. import recipes
 from ..merging.load import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget
+from ..plotting.canvas import STYLES
 from ..scoring.criteria import METHODS
 from ..utils.errors import SensiError
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
 Recipe = enum.StrEnum("Recipe", {name: name for name in recipes.RECIPES})  # type: ignore[misc]
-FISHER = Score("fisher")
-
-
-class Style(enum.StrEnum):
-    light = "light"
-    dark = "dark"
+Style = enum.StrEnum("Style", {name: name for name in STYLES})  # type: ignore[misc]
+FISHER, LIGHT = Score("fisher"), Style("light")
 
 
 def option(names: str, metavar: str | None, help: str, panel: str | None = None, **limits: Any) -> Any:
@@ -79,11 +77,7 @@ License = Annotated[str | None, option("--license", "NAME", "The adapter's licen
 
 
 def check_out(folder: Path) -> None:
-    """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder.
-
-    Raises:
-        SensiError: The path is a file, the folder holds a model, or it is not writable.
-    """
+    """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder."""
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
     if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
@@ -99,11 +93,7 @@ def check_out(folder: Path) -> None:
 
 
 def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:
-    """The budget that the options describe. `None`, without any option, stands for the library's default budget.
-
-    Raises:
-        SensiError: An option is not a share or a count.
-    """
+    """The budget that the options describe. `None`, without any option, stands for the library's default budget."""
     given = {"params": ("budget", params), "flops": ("flops", flops), "trainable": ("trainable", trainable)}
     limits = {name: number(option, text) for name, (option, text) in given.items() if text is not None}
     if limits:
@@ -112,11 +102,7 @@ def limits_of(params: str | None, flops: str | None, trainable: str | None) -> d
 
 
 def number(option: str, text: str) -> float | int:
-    """Reads a share (`0.5`, `50%`) or a count (`40000000`, `40_000_000`, `40,000,000`, `4e7`).
-
-    Raises:
-        SensiError: The text is not a number, or has a comma that does not separate thousands.
-    """
+    """Reads a share (`0.5`, `50%`) or a count (`40000000`, `40_000_000`, `40,000,000`, `4e7`)."""
     digits = text
     if "," in text:
         # 0,5 and 0,500 are decimal commas: no count starts with a zero.
@@ -126,10 +112,8 @@ def number(option: str, text: str) -> float | int:
                 f"in 1,000,000."
             )
         digits = text.replace(",", "")
-    try:
+    with suppress(ValueError):
         return int(digits)
-    except ValueError:
-        pass
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:

@@ -17,7 +17,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import human, size_of
 from . import arguments as args
 from .arguments import option
-from .terminal import ascii_only, err, out, print_json, step
+from .terminal import ascii_only, err, print_result, step
 
 
 # `train` and `textdata` are imported inside the functions: Trainer and scikit-learn take a second to import.
@@ -35,9 +35,7 @@ def plan(
         Path | None, option("--save-scores", "FILE", "Save the scores, for plans with other budgets.")
     ] = None,
     plot: Annotated[Path | None, option("--plot", "FILE", "Draw the plan: .png, .svg or .pdf.")] = None,
-    style: Annotated[
-        args.Style, option("--style", "NAME", "The style of the drawing: light or dark.")
-    ] = args.Style.light,
+    style: Annotated[args.Style, option("--style", "NAME", "The style of the drawing: light or dark.")] = args.LIGHT,
     text_column: args.TextColumn = None,
     pair_column: args.PairColumn = None,
     label_column: args.LabelColumn = None,
@@ -80,14 +78,13 @@ def plan(
         cost = "flops" if limits and "flops" in limits and "params" not in limits else "params"
         found.plot(plot, scores=ranking, style=style.value, cost=cost)
     files = {"scores": save_scores, "picture": plot}
-    if json:
-        figures = plan_figures(found)
-        print_json({"model": model, "budget": limits, "score": ranking.method, "files": files, "plan": figures})
-        return
-    out.print(*plan_renderables(found))
-    for what, path in files.items():
-        if path is not None:
-            out.print(Text(f"{what}: {path}"), soft_wrap=True)
+    lines = [f"{what}: {path}" for what, path in files.items() if path is not None]
+    print_result(
+        json,
+        {"model": model, "budget": limits, "score": ranking.method, "files": files, "plan": plan_figures(found)},
+        *plan_renderables(found),
+        *lines,
+    )
 
 
 def train(
@@ -147,23 +144,10 @@ def train(
         validation=validation, hold_out=0.0 if validation else 0.1,
     )  # fmt: skip
     result = train_for(
-        base,
-        task,
-        out_folder,
-        limits=limits,
-        recipe=recipe.value if recipe else None,
-        score=(score or args.FISHER).value,
-        scores=None if scores is None else Scores.load(scores),
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        bf16=bf16,
-        seed=seed,
-        show=lambda plan: err.print(*plan_renderables(plan)),
-    )
-    if json:
-        print_json(result)
-        return
+        base, task, out_folder, limits=limits, recipe=recipe.value if recipe else None,
+        score=(score or args.FISHER).value, scores=None if scores is None else Scores.load(scores), epochs=epochs,
+        lr=lr, batch_size=batch_size, bf16=bf16, seed=seed, show=lambda plan: err.print(*plan_renderables(plan)),
+    )  # fmt: skip
     facts = {name: "undefined" if v is None else f"{v:.4f}" for name, v in result["validation"].items()}
     facts |= {
         "validation rows": f"{result['rows']['validation']:,}",
@@ -171,29 +155,25 @@ def train(
         "adapter": size_of(result["weight_bytes"]),
         "training": f"{result['seconds']['training']:.0f} s",
     }
-    out.print(facts_table(facts))
-    out.print(Text(f"saved in {out_folder}"), soft_wrap=True)
+    print_result(json, result, facts_table(facts), f"saved in {out_folder}")
 
 
 def list_recipes(json: args.Json = False, debug: args.Debug = False) -> None:
     """List the published methods that are built in."""
     lines = {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in recipes.RECIPES.items()}
-    if json:
-        print_json([{"name": name, "what": what} for name, what in lines.items()])
-        return
-    out.print(records_table(["recipe", "what it does"], [[name, what] for name, what in lines.items()]))
-    out.print("In Python:  config = peft_sensi.recipes.NAME(...)")
-    out.print("In a shell: peft-sensi train ... --recipe NAME")
+    print_result(
+        json,
+        [{"name": name, "what": what} for name, what in lines.items()],
+        records_table(["recipe", "what it does"], list(lines.items())),
+        "In Python:  config = peft_sensi.recipes.NAME(...)",
+        "In a shell: peft-sensi train ... --recipe NAME",
+    )
 
 
 def load_base(model: str, data: Path | None, needs_data: bool = True, **options: Any) -> tuple[Any, Any]:
     """Loads the base model, and the task of the data file if there is one (else `None`).
 
-    Args:
-        model: A folder or the name of a model on the Hub.
-        data: A file of labeled texts. The model gets a fresh head for its labels.
-        needs_data: Whether a missing file is an error.
-        options: For `textdata.read_task`.
+    The model gets a fresh head for the labels of the file. `options` are those of `textdata.read_task`.
     """
     from .textdata import load_classifier, read_task
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import sys
 import time
 import traceback
@@ -86,17 +85,16 @@ def step(what: str, show: bool = True) -> Iterator[None]:
         err.print(Text(f"{what}: {time.perf_counter() - start:.1f} s", "dim"))
 
 
-def print_json(value: Mapping[str, Any] | list[Any]) -> None:
-    """Prints one JSON value on stdout. NaN and infinity become null, because JSON has no such numbers."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in (sorted(value) if isinstance(value, set) else value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def print_result(as_json: bool, value: Mapping[str, Any] | list[Any], *parts: Any) -> None:
+    """Prints one JSON value on stdout, or else lines and tables. JSON has no NaN and no infinity: they become null."""
+    if as_json:
+        text = json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
+        plain = json.loads(text, parse_constant=lambda _: None)
+        sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        return
+    for part in parts:
+        is_line = isinstance(part, str)  # lines are not wrapped, so that paths can be copied
+        out.print(Text(part) if is_line else part, soft_wrap=is_line)
 
 
 def ascii_only() -> bool:

@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
     Whole numbers ("1") are classes, and numbers with a fraction ("3.8") are numbers to predict, unless `regression`
     says otherwise. Raises `TypeError` or `ValueError` for values that are neither.
     """
-    whole = all(_is_integer(value) for value in values)
+    whole = all(str(value).strip().lstrip("+-").isdecimal() for value in values)
     if regression is None:
         regression = not whole and all(_is_number(value) for value in values)
     if regression:
@@ -111,13 +111,7 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
 class TextTask:
     """A data file as a text classification (or regression) task.
 
-    Attributes:
-        tokenizer: The base model's tokenizer.
-        labels: The classes.
-        columns: The names of the columns with texts, one or two.
-        label_column: The name of the column with labels.
-        train: Tokenized rows with `labels`.
-        validation: The same for the rows that are not trained on.
+    The one or two `columns` hold the texts. Rows are tokenized; those in `validation` are not trained on.
     """
 
     tokenizer: Any
@@ -125,7 +119,7 @@ class TextTask:
     columns: tuple[str, ...]
     label_column: str
     train: list[dict[str, Any]]
-    validation: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]]
 
     @property
     def collator(self) -> DataCollatorWithPadding:
@@ -159,21 +153,11 @@ def read_task(
     hold_out: float = 0.0,
     seed: int = 0,
 ) -> TextTask:
-    """Reads and tokenizes a data file.
+    """Reads a file of training rows, and another of validation rows if there is one, for a model's tokenizer.
 
-    Args:
-        model: The base model, for its tokenizer.
-        data: The file with the training rows.
-        validation: A file with validation rows.
-        text_column, pair_column, label_column: Names of columns. `None`: they are recognized, if there is no doubt.
-        max_length: The number of tokens after which texts are cut. The model's own limit holds, too.
-        max_rows: The number of training rows to choose at random.
-        regression: Whether labels are numbers to predict. `None`: see `find_labels`.
-        hold_out: The share of the training rows that is used for validation if there is no file for it.
-        seed: The seed of the order of rows.
-
-    Raises:
-        DataError: A file cannot be read, or its columns or labels are not those of a task.
+    Columns without a name are recognized, if there is no doubt. Texts are cut after `max_length` tokens, or at the
+    model's own limit. `max_rows` training rows are chosen at random, and `hold_out` is the share of them that is used
+    for validation if there is no file for it. For `regression`, see `find_labels`.
     """
     rows = read_rows(data)
     label, columns = _columns(data, rows, text_column, pair_column, label_column)
@@ -263,18 +247,16 @@ def _columns(
 ) -> tuple[str, tuple[str, ...]]:
     """The names of the label column and of the text columns: those that were given, or the only possible ones."""
     names = list(rows[0])
+    known = ", ".join(map(str, names))
     for name in filter(None, (text, pair, label)):
         if name not in names:
-            raise DataError(f"{data} has no column {name!r}; it has {', '.join(map(str, names))}.")
+            raise DataError(f"{data} has no column {name!r}; it has {known}.")
     if label is not None and label in (text, pair):
         raise DataError(f"{label!r} cannot be both the text and the label.")
     if label is None:
         label = next((name for name in LABEL_COLUMNS if name in names), None)
         if label is None:
-            raise DataError(
-                f"{data}: name the column that holds the labels with --label-column; there are "
-                f"{', '.join(map(str, names))}."
-            )
+            raise DataError(f"{data}: name the column that holds the labels with --label-column; there are {known}.")
     if text is not None:
         return label, (text,) if pair is None else (text, pair)
     sample = rows[:100]
@@ -286,9 +268,7 @@ def _columns(
         and not all(_is_number(row[name]) for row in sample)
     ]
     if len(texts) not in ((1,) if pair else (1, 2)):
-        raise DataError(
-            f"{data}: name the column that holds the text with --text-column; there are {', '.join(map(str, names))}."
-        )
+        raise DataError(f"{data}: name the column that holds the text with --text-column; there are {known}.")
     return label, (*texts, pair) if pair else tuple(texts)
 
 
@@ -301,28 +281,20 @@ def _encode(
     tokenizer: Any,
     max_length: int,
 ) -> list[dict[str, Any]]:
-    encoded: list[dict[str, Any]] = []
-    for start in range(0, len(rows), 1000):
-        part = rows[start : start + 1000]
-        for row in part:
-            if wrong := [c for c in columns if not isinstance(row.get(c), str)]:
-                raise DataError(f"{name}: a row has no text in {wrong[0]!r}: {row!r:.80}.")
-        texts = [[row[column] for row in part] for column in columns]
-        inputs: Mapping[str, list] = tokenizer(*texts, truncation=True, max_length=max_length)
-        for i, row in enumerate(part):
-            try:
-                value = labels.encode(row[label])
-            except (KeyError, ValueError, TypeError):
-                known = "a number" if labels.regression else f"one of {', '.join(labels.names[:8])}"
-                raise DataError(f"{name}: the label {row.get(label)!r} is not {known}, as in training.") from None
-            encoded.append({key: values[i] for key, values in inputs.items()} | {"labels": value})
-    return encoded
-
-
-def _is_integer(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip().lstrip("+-").isdecimal()
-    return isinstance(value, int) and not isinstance(value, bool)
+    if not rows:
+        return []
+    targets = []
+    for row in rows:
+        if wrong := [c for c in columns if not isinstance(row.get(c), str)]:
+            raise DataError(f"{name}: a row has no text in {wrong[0]!r}: {row!r:.80}.")
+        try:
+            targets.append(labels.encode(row[label]))
+        except (KeyError, ValueError, TypeError):
+            known = "a number" if labels.regression else f"one of {', '.join(labels.names[:8])}"
+            raise DataError(f"{name}: the label {row.get(label)!r} is not {known}, as in training.") from None
+    texts = ([row[column] for row in rows] for column in columns)
+    inputs: Mapping[str, list] = tokenizer(*texts, truncation=True, max_length=max_length)
+    return [{key: values[i] for key, values in inputs.items()} | {"labels": y} for i, y in enumerate(targets)]
 
 
 def _is_number(value: Any) -> bool:

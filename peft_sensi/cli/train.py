@@ -76,28 +76,21 @@ def train_for(
     seed: int,
     show: Callable[[Plan], None],
 ) -> dict[str, Any]:
-    """Wraps the model, trains the adapter, evaluates it and saves it.
+    """Wraps the base model, trains the adapter, evaluates it, and saves it in a folder with its tokenizer and card.
 
-    Args:
-        model: The base model.
-        task: The training and validation rows.
-        folder: For the adapter, the tokenizer, the names of the labels, the card and `metrics.json`.
-        limits: The budget; `None` for the default of the library or the recipe.
-        recipe: The name of a recipe, instead of `limits` and `score`.
-        score: The name of the score.
-        scores: Scores that were computed before.
-        epochs, lr, batch_size, bf16, seed: As in the command's options.
-        show: Is called with the plan before the training starts.
-
-    Returns:
-        What `metrics.json` contains. Empty in all processes but the first.
-
-    Raises:
-        SensiError: Training ended in values that are not finite.
+    The arguments are the command's options; `show` is called with the plan before the training starts. Returns what
+    `metrics.json` contains, and an empty dict in all processes but the first.
     """
     calibration = list(task.batches(batch_size, seed))[:64]
     scores = None if scores is None else for_head_of(model, scores)
-    config = config_for(recipe, limits, score, scores, calibration, seed)
+    common: dict[str, Any] = {"calibration": calibration, "scores": scores, "task_type": "SEQ_CLS", "seed": seed}
+    if recipe is None:
+        config = SensiConfig(budget=limits, score=score, **common)
+    elif recipe == "sensi_bert":
+        (limit, budget), *_ = limits.items()
+        config = recipes.sensi_bert(budget, limit, **common)
+    else:
+        config = recipes.RECIPES[recipe](**common)
     start = time.perf_counter()
     name = model.name_or_path
     set_seed(seed)
@@ -165,29 +158,12 @@ def train_for(
     return result
 
 
-def config_for(
-    recipe: str | None, limits: Any, score: str, scores: Scores | None, calibration: list[Any], seed: int
-) -> SensiConfig:
-    common: dict[str, Any] = {"calibration": calibration, "scores": scores, "task_type": "SEQ_CLS", "seed": seed}
-    if recipe is None:
-        return SensiConfig(budget=limits, score=score, **common)
-    if recipe == "sensi_bert":
-        (limit, budget), *_ = limits.items()
-        return recipes.sensi_bert(budget, limit, **common)
-    return recipes.RECIPES[recipe](**common)
-
-
 def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float | None]:
     """Accuracy and macro F1 of a classifier, Pearson's and Spearman's correlation of a regressor.
 
-    Args:
-        predictions: Logits of shape `[rows, classes]`, or predicted numbers of shape `[rows, 1]`; or a tuple of arrays
-            that begins with them.
-        labels: Numbers of the classes, or numbers to predict, of shape `[rows]`.
-        regression: Whether the labels are numbers to predict.
-
-    Returns:
-        A correlation is `None` if all labels or all predictions are equal, because it is undefined then.
+    `predictions` are logits `[rows, classes]` or numbers `[rows, 1]`, or a tuple of arrays that begins with them, and
+    `labels` has the shape `[rows]`. A correlation is `None` if all labels or all predictions are equal, because it is
+    undefined then.
     """
     predictions = predictions[0] if isinstance(predictions, tuple) else predictions
     if not regression:

@@ -50,7 +50,12 @@ def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
         SensiLoadError: Something in the folder is missing, damaged, malformed or of a newer format.
     """
     folder = Path(folder)
-    values = _read_config(folder)
+    try:
+        values = read_json_object(folder / CONFIG)
+    except FileNotFoundError:
+        raise SensiLoadError(
+            f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
+        ) from None
     record = values.pop(RECORD_KEY, None)
     weights = values.get("transformers_weights", WEIGHTS)
     if record is not None:
@@ -70,20 +75,7 @@ def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
     _check_widths(widths, empty)
     apply(empty, widths)
     _check_buffers(empty, tensors)
-    if set(tensors) <= set(empty.state_dict()):
-        state = _checked_state(empty, tensors, folder / weights)
-    else:
-        state = _published_state(empty, tensors, folder / weights)
-    return _build(cls, config, widths, state, folder)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(folder / CONFIG)
-    except FileNotFoundError:
-        raise SensiLoadError(
-            f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
-        ) from None
+    return _build(cls, config, widths, _state(empty, tensors, folder / weights), folder)
 
 
 def _check_record(record: Any) -> None:
@@ -188,11 +180,16 @@ def _check_widths(widths: Widths, empty: PreTrainedModel) -> None:
             raise SensiLoadError(f"The config sets {name!r}, which is not a number of a {type(empty).__name__}.")
 
 
-def _checked_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     """The state dict, with every name of a tied parameter. Raises `SensiLoadError` for tensors that do not fit."""
     expected = empty.state_dict(keep_vars=True)
     if extra := sorted(set(tensors) - set(expected)):
-        raise SensiLoadError(f"{file} holds {extra[0]!r}, which the model does not have ({len(extra)} extra).")
+        # These may be the names of the family's published checkpoints, which `from_pretrained` converts. The names are
+        # not known here, so only the total size is checked.
+        sizes = {id(tensor): tensor.numel() for tensor in expected.values()}
+        if sum(sizes.values()) != sum(tensor.numel() for tensor in tensors.values()):
+            raise SensiLoadError(f"{file} holds {extra[0]!r}, which the model does not have ({len(extra)} extra).")
+        return tensors
     by_tensor = {id(expected[name]): tensor for name, tensor in tensors.items()}
     state = {}
     for name, like in expected.items():
@@ -207,18 +204,6 @@ def _checked_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], fil
             raise SensiLoadError(f"{file}: {name!r} contains NaN or infinity.")
         state[name] = tensor
     return state
-
-
-def _published_state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """The tensors under the names of the family's published checkpoints, which `from_pretrained` converts.
-
-    The names are not known here, so only the total size is checked.
-    """
-    sizes = {id(tensor): tensor.numel() for tensor in empty.state_dict(keep_vars=True).values()}
-    if sum(sizes.values()) != sum(tensor.numel() for tensor in tensors.values()):
-        names = sorted(set(tensors) - set(empty.state_dict()))
-        raise SensiLoadError(f"{file} holds {names[0]!r}, which the model does not have ({len(names)} extra).")
-    return tensors
 
 
 def _build(

@@ -3,6 +3,7 @@ loads a merged model without this package."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -50,18 +51,16 @@ class Sensi{architecture}({architecture}):
 '''
 
 
-def modeling_file(cls: type[PreTrainedModel]) -> tuple[str, str]:
-    """Name and text of the file for a class of Transformers. The text contains no widths: the config does."""
+def write_modeling_file(cls: type[PreTrainedModel], folder: Path) -> dict[str, str]:
+    """Writes the file for a class of Transformers. It contains no widths: the config does.
+
+    Returns the config's `auto_map`: for each of Transformers' auto classes that knows `cls`, the class in the file.
+    """
     assert cls.config_class is not None  # Transformers' abstract classes have none
-    name = f"modeling_sensi_{cls.__name__.lower()}.py"
-    return name, _TEXT.format(architecture=cls.__name__, config=cls.config_class.__name__)
-
-
-def auto_map(cls: type[PreTrainedModel], file_name: str) -> dict[str, str]:
-    """The config's `auto_map`: for each of Transformers' auto classes that knows `cls`, the class in the file."""
-    assert cls.config_class is not None
-    module = file_name.removesuffix(".py")
-    entries = {"AutoConfig": f"{module}.Sensi{cls.config_class.__name__}"}
+    module, config = f"modeling_sensi_{cls.__name__.lower()}", cls.config_class.__name__
+    text = _TEXT.format(architecture=cls.__name__, config=config)
+    (folder / f"{module}.py").write_text(text, encoding="utf-8")
+    entries = {"AutoConfig": f"{module}.Sensi{config}"}
     for name in dir(transformers):
         if name.startswith("AutoModel"):
             mapping: Any = getattr(getattr(transformers, name), "_model_mapping", None)

@@ -104,7 +104,13 @@ def export_onnx(
         SensiError: The extra `onnx` is not installed, an argument is wrong, PyTorch cannot export the model, or
             onnxruntime computes other outputs.
     """
-    _packages()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise SensiError(
+            f"`export_onnx` needs onnx and onnxruntime ({error}): pip install 'peft-sensi[onnx]'."
+        ) from error
     path = Path(path)
     if path.suffix != ".onnx":
         raise SensiError(f"`path` must end in .onnx, got {str(path)!r}.")
@@ -144,16 +150,6 @@ def export_onnx(
             move_graph(small_draft, small_path)
         move_graph(folder / path.name, path)
     return ExportReport(names, tuple(expected[0]), opset, file, small)
-
-
-def _packages() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise SensiError(
-            f"`export_onnx` needs onnx and onnxruntime ({error}): pip install 'peft-sensi[onnx]'."
-        ) from error
 
 
 def _examples(model: nn.Module, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
@@ -221,22 +217,15 @@ class _Graph(nn.Module):
 
 
 def _trace(
-    model: Any,
-    example: Mapping[str, torch.Tensor],
-    expected: list[dict[str, np.ndarray]],
-    path: Path,
-    opset: int,
+    model: Any, example: Mapping[str, torch.Tensor], expected: list[dict[str, np.ndarray]], path: Path, opset: int
 ) -> None:
     # Fused kernels branch on their inputs, and a trace would record one of the branches only.
     model.set_attn_implementation("eager")
     axes = {name: {0: "batch", 1: "length"} for name in example}
-    for name, first in expected[0].items():
-        axes[name] = {}
-        for dim in range(first.ndim):
-            sizes = [outputs[name].shape[dim] for outputs in expected]
-            for axis, label in enumerate(("batch", "length")):
-                if sizes == [shape[axis] for shape in _SHAPES]:
-                    axes[name][dim] = label
+    labels = dict(zip(zip(*_SHAPES, strict=True), ("batch", "length"), strict=True))  # by the sizes in all shapes
+    for name in expected[0]:
+        sizes = enumerate(zip(*(outputs[name].shape for outputs in expected), strict=True))
+        axes[name] = {dim: labels[found] for dim, found in sizes if found in labels}
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # about constants in the trace, which `_measure` finds
@@ -276,27 +265,23 @@ def _measure(
         raise SensiError(f"onnxruntime cannot run the exported model: {error}") from error
     difference = max(
         float(np.abs(values - wanted).max(initial=0.0)) if values.shape == wanted.shape else float("inf")
-        for values_of, wanted_of in zip(found, expected, strict=True)
-        for values, wanted in zip(values_of, wanted_of.values(), strict=True)
+        for outputs, wanted_outputs in zip(found, expected, strict=True)
+        for values, wanted in zip(outputs, wanted_outputs.values(), strict=True)
     )
-    equal, right, count, labeled = 0, 0, 0, 0
+    agreed, right = list[np.ndarray](), list[np.ndarray]()
     for batch in batches if next(iter(expected[0].values())).shape[-1] > 1 else ():  # one output is a regression
         tensors = _inputs(batch, names)
         own = next(iter(_run(model, tensors).values())).argmax(-1)
         theirs = session.run(None, {name: value.numpy() for name, value in tensors.items()})[0].argmax(-1)
-        labels = np.asarray(torch.as_tensor(batch["labels"]).cpu()) if "labels" in batch else None
-        counts = np.ones(own.shape, dtype=bool)
-        if labels is not None and labels.shape == own.shape:
-            counts = labels >= 0  # -100 stands for "no label"
-            right, labeled = right + int((theirs == labels)[counts].sum()), labeled + int(counts.sum())
-        equal, count = equal + int((own == theirs)[counts].sum()), count + int(counts.sum())
-    return ExportedFile(
-        path,
-        sum(file.stat().st_size for file in parts(source)),
-        difference,
-        equal / count if count else None,
-        right / labeled if labeled else None,
-    )
+        labels = np.asarray(torch.as_tensor(batch.get("labels", ())).cpu())
+        counted = np.ones(own.shape, dtype=bool)
+        if labels.shape == own.shape:
+            counted = labels >= 0  # -100 stands for "no label"
+            right.append((theirs == labels)[counted])
+        agreed.append((own == theirs)[counted])
+    size = sum(file.stat().st_size for file in parts(source))
+    shares = [float(np.concatenate(hits).mean()) if any(map(len, hits)) else None for hits in (agreed, right)]
+    return ExportedFile(path, size, difference, *shares)
 
 
 def _inputs(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import move_files, read_json_object
 from .load import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS
-from .modeling_file import auto_map, modeling_file
+from .modeling_file import write_modeling_file
 
 
 _TEMPORARY = ".sensi-"
@@ -41,8 +41,7 @@ _MARK = {"saved_by": "peft_sensi"}  # in the config of a plain checkpoint, to te
 def merged_copy(model: nn.Module) -> PreTrainedModel:
     """A merged copy of a `PeftModel`. A model that is merged already is returned itself.
 
-    Raises:
-        SensiError: The adapter is of another method, or the model class is not one of Transformers.
+    Raises `SensiError` if the adapter is of another method, or the model class is not one of Transformers.
     """
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, SensiModel):
@@ -87,8 +86,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     widths = compare(model, on_meta(type(model), config))
     edits = expressed(model, widths)
     plain = edits is not None
-    for key, value in (edits or {}).items():
-        setattr(config, key, value)
+    config.update(edits or {})
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return plain  # only the first process writes
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +94,11 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         temporary = Path(name)
         # Transformers writes dtypes, tied weights and generation settings in the form that it reads.
         type(model).save_pretrained(model, temporary, max_shard_size=2**62, save_original_format=plain)
-        values = _json_of(config, temporary)
+        saved = read_json_object(temporary / CONFIG)  # `save_pretrained` sets fields in the model's own config
+        config.save_pretrained(temporary)
+        values = read_json_object(temporary / CONFIG)
+        values |= {key: saved[key] for key in ("architectures", "dtype") if key in saved}
+        values.pop("auto_map", None)
         weights = f"{'' if plain else 'sensi_'}model-{secrets.token_hex(8)}.safetensors"
         os.replace(temporary / WEIGHTS, temporary / weights)
         if plain:
@@ -104,9 +106,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         else:
             values[RECORD_KEY] = widths.to_record(type(model).__name__) | {"weights": weights}
             if modeling:
-                file_name, text = modeling_file(type(model))
-                (temporary / file_name).write_text(text, encoding="utf-8")
-                values["auto_map"] = auto_map(type(model), file_name)
+                values["auto_map"] = write_modeling_file(type(model), temporary)
         _write_json(temporary / CONFIG, values)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG)
         move_files(files, folder)
@@ -118,14 +118,20 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
             _write_json(temporary / CONFIG, values)
             move_files([temporary / WEIGHTS, temporary / CONFIG], folder)
             weights = WEIGHTS
-    _remove_old(folder, keep=weights)
+    # A stock loader could take some of the weights that no config names any more for the new model's.
+    for path in folder.iterdir():
+        if path.name.startswith(_TEMPORARY) and path.is_dir():  # of an interrupted save
+            shutil.rmtree(path, ignore_errors=True)
+        if path.name != weights and (path.name == WEIGHTS or OWN_WEIGHTS.fullmatch(path.name)):
+            path.unlink(missing_ok=True)
     return plain
 
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: give the path of a folder.")
-    if (folder / WEIGHTS).exists() and not _is_ours(folder / CONFIG):
+    values = read_json_object(folder / CONFIG, optional=True)
+    if (folder / WEIGHTS).exists() and not (RECORD_KEY in values or _MARK.items() <= values.items()):
         raise SensiError(
             f"{folder} holds a model that `save_merged` did not write, perhaps the adapter's base, and it would be "
             f"lost: give another folder."
@@ -138,33 +144,6 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _is_ours(config: Path) -> bool:
-    values = read_json_object(config, optional=True)
-    return RECORD_KEY in values or _MARK.items() <= values.items()
-
-
-def _json_of(config: Any, temporary: Path) -> dict[str, Any]:
-    """The config as Transformers writes it, with the fields that `save_pretrained` set in the model's own config."""
-    saved = read_json_object(temporary / CONFIG)
-    config.save_pretrained(temporary)
-    values = read_json_object(temporary / CONFIG)
-    values |= {key: saved[key] for key in ("architectures", "dtype") if key in saved}
-    values.pop("auto_map", None)
-    return values
-
-
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     # Not `sort_keys`: it would put label 10 before label 2, because the keys of JSON are strings.
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _remove_old(folder: Path, keep: str) -> None:
-    """Removes weights that no config names any more, and temporary folders of interrupted saves.
-
-    A stock loader could take some of these weights for the new model's.
-    """
-    for path in folder.iterdir():
-        if path.name.startswith(_TEMPORARY) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        if path.name != keep and (path.name == WEIGHTS or OWN_WEIGHTS.fullmatch(path.name)):
-            path.unlink(missing_ok=True)

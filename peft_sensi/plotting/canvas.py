@@ -7,7 +7,7 @@ Their hues come from the palette of Okabe and Ito, which color-blind readers can
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +52,15 @@ def look_of(style: str) -> dict[str, Any]:
     return STYLES[style]
 
 
-def new_figure(height: float, look: Mapping[str, Any]) -> Any:
-    """A figure of `height` inches. It does not use pyplot, so it needs no window system and changes no global state.
-
-    Raises:
-        SensiError: Matplotlib is not installed.
-    """
+def new_figure(height: float, look: Mapping[str, Any], headline: str = "") -> Any:
+    """A figure of `height` inches. Without pyplot, it needs no window system and changes no global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SensiError("Pictures need matplotlib: `pip install 'peft-sensi[plots]'`.") from None
-    return Figure(figsize=(WIDTH, height), facecolor=look["background"])
-
-
-def add_headline(figure: Any, text: str, look: Mapping[str, Any]) -> None:
-    y = 1 - 0.16 / figure.get_figheight()
-    figure.text(LEFT, y, text, color=look["ink"], weight="bold", va="top", size=9)
+    figure = Figure(figsize=(WIDTH, height), facecolor=look["background"])
+    figure.text(LEFT, 1 - 0.16 / height, headline, color=look["ink"], weight="bold", va="top", size=9)
+    return figure
 
 
 def panel_height(lines: int) -> float:
@@ -75,9 +68,28 @@ def panel_height(lines: int) -> float:
     return max(1.1, lines * float(np.clip(4.2 / lines, 0.085, 0.24)))
 
 
-def panel_widths(kinds: list[str]) -> list[float]:
-    """Relative widths of panels that lie side by side: heads need less room than neurons."""
-    return [1.0 if kind == "head" and len(kinds) > 1 else 1.7 for kind in kinds]
+def add_panels(
+    figure: Any, place: Any, panels: Mapping[str, tuple[str, Sequence[str], Sequence[str]]], look: Mapping[str, Any]
+) -> list[Any]:
+    """Adds axes that lie side by side, with one line for each group of units and the first group on top.
+
+    Args:
+        place: A cell of a grid, which the axes share.
+        panels: For each kind of units, the title, and the name and the block of each group.
+    """
+    labels = [block_labels(names, blocks) for _, names, blocks in panels.values()]
+    widths = [1.0 if kind == "head" and len(panels) > 1 else 1.7 for kind in panels]  # heads need less room
+    longest = max((len(label) for panel in labels[1:] for label in panel), default=0)
+    grid = place.subgridspec(1, len(panels), width_ratios=widths, wspace=max(0.16, 0.08 + 0.024 * longest))
+    all_axes = [figure.add_subplot(grid[i]) for i in range(len(panels))]
+    for axes, names, (title, *_) in zip(all_axes, labels, panels.values(), strict=True):
+        style_axes(axes, look, title)
+        step = max(1, -(-len(names) // 26))  # at most 26 labels are legible
+        axes.set_yticks(range(0, len(names), step), names[::step], size=6.5)
+        axes.set_ylim(len(names) - 0.45, -0.55)
+        axes.tick_params(axis="y", length=0)
+    all_axes[0].set_ylabel("block", color=look["soft"])
+    return all_axes
 
 
 def style_axes(axes: Any, look: Mapping[str, Any], title: str = "", pad: float = 4) -> None:
@@ -101,32 +113,14 @@ def count_ticks(axes: Any, most: int) -> None:
     axes.set_xlim(0, most)
 
 
-def block_labels(names: list[str], blocks: list[str]) -> list[str]:
+def block_labels(names: Sequence[str], blocks: Sequence[str]) -> list[str]:
     """A short label for each group: of its block, or of the group itself where a block has several groups."""
     short = short_names(blocks if len(set(blocks)) == len(blocks) else names)
     return [shortened(short[b if b in short else n], 24) for n, b in zip(names, blocks, strict=True)]
 
 
-def room_between(labels: list[list[str]]) -> float:
-    """The space between panels, in panel widths, that the labels of all panels but the first need."""
-    longest = max((len(label) for panel in labels[1:] for label in panel), default=0)
-    return max(0.16, 0.08 + 0.024 * longest)
-
-
-def block_ticks(axes: Any, labels: list[str]) -> None:
-    """Labels the lines of a panel, the first block on top. Leaves out labels where there are more than 26."""
-    step = max(1, -(-len(labels) // 26))
-    axes.set_yticks(range(0, len(labels), step), labels[::step], size=6.5)
-    axes.set_ylim(len(labels) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-
-
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Writes the picture. The file's ending says the format.
-
-    Raises:
-        SensiError: Matplotlib does not know the format, or the file cannot be written.
-    """
+    """Writes the picture. The file's ending says the format; one that matplotlib does not know is a `SensiError`."""
     from matplotlib.transforms import Bbox
 
     path = Path(path)

@@ -11,21 +11,7 @@ import numpy as np
 
 from ..utils.errors import SensiError
 from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
-from .canvas import (
-    LEFT,
-    RIGHT,
-    add_headline,
-    block_labels,
-    block_ticks,
-    count_ticks,
-    look_of,
-    new_figure,
-    panel_height,
-    panel_widths,
-    room_between,
-    save_figure,
-    style_axes,
-)
+from . import canvas
 
 
 @dataclass(frozen=True)
@@ -56,56 +42,33 @@ def plot_plan(
 ) -> None:
     """Draws a map of the model, with one line a block: a square for each head, a bar for the neurons.
 
-    Below the map comes the ranking of all units with the cut lines, if there is a `ranking`.
-
-    Args:
-        rows: The groups of units and their states.
-        path: A file that ends in `.png`, `.svg` or `.pdf`.
-        headline: The bold text at the top.
-        style: `light` or `dark`.
-
-    Raises:
-        SensiError: Matplotlib is missing, the style or the format is unknown, or the file cannot be written.
+    `rows` are the groups of units. Below the map comes the `ranking` of all units with the cut lines, if there is one.
+    `Plan.plot` has the other arguments and the errors.
     """
-    look = look_of(style)
-    panels = [[row for row in rows if row.kind == kind] for kind in ("head", "neuron")]
-    panels.append([row for row in rows if row.kind not in ("head", "neuron")])
-    panels = [panel for panel in panels if panel]
-    heights = [panel_height(max(len(panel) for panel in panels))]
+    look = canvas.look_of(style)
+    panels: dict[str, list[Row]] = {"head": [], "neuron": [], "other": []}
+    for row in rows:
+        panels[row.kind if row.kind in panels else "other"].append(row)
+    panels = {kind: panel for kind, panel in panels.items() if panel}
+    heights = [canvas.panel_height(max(map(len, panels.values())))]
+    around, below, between = 1.2, 0.36, 0.0  # inches
     if ranking is not None:
         heights.append(1.5)
-    figure = new_figure(sum(heights) + (1.2 if ranking is None else 1.95), look)
-    size = figure.get_figheight()
-    grid = figure.add_gridspec(
-        len(heights),
-        1,
-        height_ratios=heights,
-        left=LEFT,
-        right=RIGHT,
-        top=1 - 0.82 / size,
-        bottom=(0.36 if ranking is None else 0.58) / size,
-        hspace=0 if ranking is None else 0.75 / np.mean(heights),
-    )
-    labels = [block_labels([row.name for row in panel], [row.block for row in panel]) for panel in panels]
-    widths = panel_widths([panel[0].kind for panel in panels])
-    upper = grid[0].subgridspec(1, len(panels), width_ratios=widths, wspace=room_between(labels))
-    for i, panel in enumerate(panels):
-        axes = figure.add_subplot(upper[i])
-        style_axes(axes, look, _counts(panel))
-        if panel[0].kind == "head" and max(row.size for row in panel) <= 64:
-            _draw_squares(axes, panel, look)
-        else:
-            _draw_bars(axes, panel, look)
-        block_ticks(axes, labels[i])
-        for side in ("left", "bottom"):
-            axes.spines[side].set_visible(False)
-        if i == 0:
-            axes.set_ylabel("block", color=look["soft"])
+        around, below, between = 1.95, 0.58, 0.75
+    size = sum(heights) + around
+    figure = canvas.new_figure(size, look, headline)
+    margins = {"left": canvas.LEFT, "right": canvas.RIGHT, "top": 1 - 0.82 / size, "bottom": below / size}
+    space = between / np.mean(heights)
+    grid = figure.add_gridspec(len(heights), height_ratios=heights, hspace=space, **margins)
+    texts = {kind: (_counts(p), [row.name for row in p], [row.block for row in p]) for kind, p in panels.items()}
+    for axes, (kind, panel) in zip(canvas.add_panels(figure, grid[0], texts, look), panels.items(), strict=True):
+        draw = _draw_squares if kind == "head" and max(row.size for row in panel) <= 64 else _draw_bars
+        draw(axes, panel, look)
+        axes.spines[["left", "bottom"]].set_visible(False)
     if ranking is not None:
         _draw_ranking(figure.add_subplot(grid[1]), ranking, look)
-    add_headline(figure, headline, look)
     _add_legend(figure, rows, look)
-    save_figure(figure, path)
+    canvas.save_figure(figure, path)
 
 
 def _counts(rows: Sequence[Row]) -> str:
@@ -139,7 +102,7 @@ def _draw_bars(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
         edge = look["line"] if state == TRIMMED else color
         axes.barh(range(len(rows)), widths, left=start, height=0.82, color=color, edgecolor=edge, linewidth=0.5)
         start += widths
-    count_ticks(axes, max(row.size for row in rows))
+    canvas.count_ticks(axes, max(row.size for row in rows))
 
 
 def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
@@ -148,7 +111,7 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
     scores, states = ranking.scores[order], ranking.states[order]
     shares = ranking.costs[order] / ranking.costs.sum()
     edges = np.append(0.0, np.cumsum(shares))
-    style_axes(axes, look, "The ranking and its cuts", pad=13)
+    canvas.style_axes(axes, look, "The ranking and its cuts", pad=13)
     positive = scores[scores > 0]
     if len(positive):
         lowest = positive.min()
@@ -167,11 +130,8 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
     cuts = {"tuned": shares[states == TUNED].sum(), "kept": shares[states != TRIMMED].sum()}
     if not (states == FROZEN).any() or not (states == TUNED).any():
         del cuts["tuned"]  # there is one cut only: either all kept units are tuned or none is
-    _draw_cuts(axes, {name: x for name, x in cuts.items() if x < 0.9995}, look)
-
-
-def _draw_cuts(axes: Any, cuts: Mapping[str, float], look: Mapping[str, Any]) -> None:
-    """Dashed vertical lines with their names. Labels of lines that are close get out of each other's way."""
+    # Dashed vertical lines with their names. Labels of lines that are close get out of each other's way.
+    cuts = {name: x for name, x in cuts.items() if x < 0.9995}
     first = next(iter(cuts.values()), 0.0)
     crowded = len(cuts) == 2 and cuts["kept"] - cuts["tuned"] < 0.14
     for i, (name, x) in enumerate(cuts.items()):
@@ -206,9 +166,7 @@ def _draw_strip(axes: Any, edges: np.ndarray, states: np.ndarray, look: Mapping[
         strip.bar(bins[:-1], filled, width=1 / 180, align="edge", bottom=below, color=color, linewidth=0)
         below += filled
     strip.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[])
-    for spine in strip.spines.values():
-        spine.set_color(look["line"])
-        spine.set_linewidth(0.5)
+    strip.spines[:].set(color=look["line"], linewidth=0.5)
     axes.tick_params(axis="x", pad=15, length=0)
 
 
@@ -222,7 +180,7 @@ def _add_legend(figure: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> No
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(LEFT, 1 - 0.34 / figure.get_figheight()),
+        bbox_to_anchor=(canvas.LEFT, 1 - 0.34 / figure.get_figheight()),
         ncols=3,
         frameon=False,
         fontsize=7.5,
@@ -244,20 +202,11 @@ def plot_scores(
 ) -> None:
     """Draws a heat map of the scores on a logarithmic scale: one line a block, with the block's best unit on the left.
 
-    Groups outside of blocks (rows of single Linears) are left out if there are blocks.
-
-    Args:
-        scores: One number a unit, for each group.
-        path: A file that ends in `.png`, `.svg` or `.pdf`.
-        headline: The bold text at the top.
-        outliers: Names of groups with an outlier unit. They get a mark.
-        style: `light` or `dark`.
-
-    Raises:
-        SensiError: There are no scores, matplotlib is missing, the style or the format is unknown, or the file cannot
-            be written.
+    `scores` has one number a unit, for each group. Groups outside of blocks (rows of single Linears) are left out if
+    there are blocks. The groups in `outliers` have an outlier unit and get a mark. `Scores.plot` has the other
+    arguments and the errors.
     """
-    look = look_of(style)
+    look = canvas.look_of(style)
     sorted_scores = {name: np.sort(values)[::-1] for name, values in scores.items() if len(values)}
     if not sorted_scores:
         raise SensiError("There are no scores to draw.")
@@ -266,29 +215,15 @@ def plot_scores(
         for kind in ("head", "neuron")
     }
     panels = {kind: names for kind, names in panels.items() if names} or {"": list(sorted_scores)}
-    labels = [block_labels(names, [name.rpartition(".")[0] for name in names]) for names in panels.values()]
-    figure = new_figure(panel_height(max(map(len, panels.values()))) + 1.4, look)
-    size = figure.get_figheight()
-    grid = figure.add_gridspec(
-        1,
-        len(panels),
-        left=LEFT,
-        right=RIGHT,
-        top=1 - 0.6 / size,
-        bottom=0.8 / size,
-        wspace=room_between(labels),
-        width_ratios=panel_widths(list(panels)),
-    )
-    for i, (kind, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(grid[i])
-        style_axes(axes, look, f"{KINDS.get(kind, 'units')}, each block's best on the left")
+    size = canvas.panel_height(max(map(len, panels.values()))) + 1.4
+    figure = canvas.new_figure(size, look, headline)
+    grid = figure.add_gridspec(left=canvas.LEFT, right=canvas.RIGHT, top=1 - 0.6 / size, bottom=0.8 / size)
+    titles = {kind: f"{KINDS.get(kind, 'units')}, each block's best on the left" for kind in panels}
+    texts = {kind: (titles[kind], names, [n.rpartition(".")[0] for n in names]) for kind, names in panels.items()}
+    for axes, names in zip(canvas.add_panels(figure, grid[0], texts, look), panels.values(), strict=True):
         marked = [line for line, name in enumerate(names) if name in outliers]
         _draw_heat(axes, [sorted_scores[name] for name in names], marked, look)
-        block_ticks(axes, labels[i])
-        if i == 0:
-            axes.set_ylabel("block", color=look["soft"])
-    add_headline(figure, headline, look)
-    save_figure(figure, path)
+    canvas.save_figure(figure, path)
 
 
 def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], look: Mapping[str, Any]) -> None:
@@ -297,11 +232,8 @@ def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], lo
 
     widest = max(map(len, lines))
     columns = np.array_split(np.arange(widest), min(200, widest))
-    image = np.full((len(lines), len(columns)), np.nan)
-    for line, values in enumerate(lines):
-        for column, units in enumerate(columns):
-            if units[0] < len(values):
-                image[line, column] = values[units[0] : units[-1] + 1].mean()
+    parts = [[values[units[0] : units[-1] + 1] for units in columns] for values in lines]
+    image = np.array([[part.mean() if len(part) else np.nan for part in line] for line in parts])
     positive = image[image > 0]
     low, high = (np.quantile(positive, 0.003), positive.max()) if len(positive) else (0.5, 1.0)
     drawn = axes.imshow(
@@ -326,7 +258,7 @@ def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], lo
         )
     if marked:
         axes.tick_params(axis="y", pad=7)
-    count_ticks(axes, widest)
+    canvas.count_ticks(axes, widest)
     inch = 1 / (axes.get_position().height * axes.figure.get_figheight())
     below = axes.inset_axes((0, -0.42 * inch, 1, 0.09 * inch))
     bar = axes.figure.colorbar(drawn, cax=below, orientation="horizontal")

@@ -6,7 +6,9 @@ between our two comments is replaced; what others wrote around it stays.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,13 @@ from ..utils.files import read_json
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
-from .saved import AUTO_CLASSES, SavedAdapter, number_of_labels, plan_without_weights, short_fingerprint, task_of
+from .saved import TASKS, SavedAdapter, base_config, plan_without_weights, short_fingerprint, task_of
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 PICTURE = "plan.png"
+BUDGET_LABELS = {"params": "prunable parameters kept", "flops": "prunable FLOPs kept", "trainable": "trained values"}
 BEGIN, END = "<!-- peft_sensi: generated", "<!-- peft_sensi: end -->"
-PIPELINES = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "CAUSAL_LM": "text-generation",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 
 
 def write_card(
@@ -68,15 +64,18 @@ def write_card(
     folder = folder or saved.folder
     plan = plan or plan_without_weights(saved, base)
     written = [folder / "README.md"]
-    try:
+    with suppress(SensiError):  # no matplotlib
         if plan is not None:
             plan.plot(folder / PICTURE, scores=scores)
         else:
             plot_plan(drawn_rows(saved.config.plan), folder / PICTURE)
         written.append(folder / PICTURE)
-    except SensiError:  # no matplotlib
-        pass
-    name = base or saved.base
+    name, base_license, num_labels = base or saved.base, None, None
+    with suppress(SensiError, OSError, ValueError):  # the base model's config cannot be loaded
+        num_labels = base_config(saved, base).num_labels
+    with suppress(Exception):  # no card, no license in it, no network: the adapter's card is written all the same
+        source = Path(str(name)) / "README.md" if Path(str(name)).is_dir() else str(name)
+        base_license = ModelCard.load(source).data.get("license") if name else None
     card = new_card(
         saved.config,
         plan,
@@ -86,8 +85,8 @@ def write_card(
         picture=PICTURE if len(written) > 1 else None,
         results=results_table(results),
         license=license,
-        base_license=license_of(name),
-        num_labels=number_of_labels(saved, base),
+        base_license=base_license,
+        num_labels=num_labels,
     )
     save_card(card, folder / "README.md")
     return written
@@ -108,6 +107,7 @@ def new_card(
 ) -> ModelCard:
     """Fills in the template. Without a plan, the card contains numbers of units instead of shares."""
     task = task_of(config) or ""
+    auto_class, pipeline = TASKS.get(task, (None, None))
     on_hub = base if base and is_repo(base) else None
     # Only the last part of a path is shown: the rest helps nobody and may be private.
     base = on_hub or (f"path/to/{Path(base).name}" if base else None)
@@ -116,11 +116,16 @@ def new_card(
         library_name="peft",
         base_model=on_hub,
         license=license,
-        pipeline_tag=PIPELINES.get(task),
+        pipeline_tag=pipeline,
         tags=sorted({"peft_sensi", "fine-tuning", *(["pruning"] if trims else []),
                      *([f"base_model:adapter:{on_hub}"] if on_hub else [])}),
     )  # fmt: skip
     fingerprint = short_fingerprint(config)
+    facts, budget = None if plan is None else plan.facts(human), []
+    for name, label in BUDGET_LABELS.items():
+        limit = getattr(config.limits, name)
+        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
+        budget.append((label, "-" if limit is None else limit_words(limit), reached))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -130,12 +135,12 @@ def new_card(
         else f"`{base or 'an unnamed base model'}`",
         sentence=_sentence(config, plan),
         picture=picture,
-        model_class=AUTO_CLASSES.get(task) or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel"),
+        model_class=auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel"),
         base_name=base or "path/to/the/base",
         base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
         repo=repo,
         merged_words="a plain model with smaller matrices" if trims else "a plain model",
-        budget=_budget_rows(config, plan),
+        budget=budget,
         results=results,
         provenance=[
             ("base model", f"`{base or 'unknown'}`"),
@@ -159,9 +164,10 @@ def save_card(card: ModelCard, path: Path) -> None:
     except (ValueError, OSError):  # the file is not a card, and is replaced
         old = None
     if old is not None:
-        before, after = _around_section(old.text)
-        ours = card.text[card.text.index(BEGIN) : card.text.index(END) + len(END)]
-        card.text = f"{before}{ours}{after}"
+        section = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+        ours = section.search(card.text)[0]  # type: ignore[index]
+        replaced, count = section.subn(lambda _: ours, old.text, count=1)
+        card.text = replaced if count else f"{old.text.rstrip()}\n\n{ours}\n"  # a new section belongs at the end
         merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
         tags = {*(old.data.get("tags") or []), *(card.data.get("tags") or [])}
         # PEFT writes the base's name even if it is a path on this machine, and the Hub refuses such metadata.
@@ -173,19 +179,8 @@ def save_card(card: ModelCard, path: Path) -> None:
     card.save(path)
 
 
-def _around_section(text: str) -> tuple[str, str]:
-    """The text before and after our section. If there is no section, it belongs at the end."""
-    if BEGIN in text and END in text[text.index(BEGIN) :]:
-        return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    return text.rstrip() + "\n\n", "\n"
-
-
 def results_table(results: Any) -> str:
-    """Measured numbers as a Markdown table; see `write_card` for their forms. Empty for `None`.
-
-    Raises:
-        SensiError: There are no numbers in `results`, or a file cannot be read.
-    """
+    """Measured numbers as a Markdown table; see `write_card` for their forms and the errors. Empty for `None`."""
     if results is None:
         return ""
     source = results
@@ -218,17 +213,6 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if _is_number(value) else str(value)
 
 
-def license_of(base: str | None) -> str | None:
-    """The license in the card of the base model (a folder, or a name on the Hub); `None` if it cannot be found."""
-    if not base:
-        return None
-    try:
-        card = Path(base) / "README.md" if Path(base).is_dir() else base
-        return ModelCard.load(card).data.get("license")
-    except Exception:  # no card, no license in it, no network: the adapter's card is written all the same
-        return None
-
-
 def is_repo(name: str) -> bool:
     """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
     try:
@@ -248,19 +232,3 @@ def _sentence(config: SensiConfig, plan: Plan | None) -> str:
         f"it keeps {plan.params_share:.1%} of the parameters of the base's heads and neurons "
         f"({plan.model_params_share:.1%} of the whole model), with {plan.flops_share:.1%} of their FLOPs; {trained}"
     )
-
-
-def _budget_rows(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]]:
-    """Label, limit and result for each of the three limits of a budget."""
-    limits = config.limits if config.budget is not None else None
-    facts = None if plan is None else plan.facts(human)
-    rows = []
-    for name, label in (
-        ("params", "prunable parameters kept"),
-        ("flops", "prunable FLOPs kept"),
-        ("trainable", "trained values"),
-    ):
-        limit = getattr(limits, name, None)
-        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
-        rows.append((label, "-" if limit is None else limit_words(limit), reached))
-    return rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from ..planning.plan import Plan, rows_of, units_by_kind
 from ..utils.formatting import human, size_of
 from ..utils.states import KINDS, STATES
-from .saved import SavedAdapter
+from .saved import SavedAdapter, short_fingerprint, task_of
 
 
 def plan_figures(plan: Plan) -> dict[str, Any]:
@@ -32,13 +33,13 @@ def adapter_figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
     `plan` adds the figures that need the base model. Without it, only the units of each group are counted.
     """
     config = adapter.config
-    by_type: dict[str, int] = {}
+    by_type: Counter[str] = Counter()
     for dtype, shape in adapter.tensors.values():
-        by_type[dtype] = by_type.get(dtype, 0) + math.prod(shape)
+        by_type[dtype] += math.prod(shape)
     return {
         "folder": str(adapter.folder),
         "base_model": adapter.base,
-        "task_type": adapter.task,
+        "task_type": task_of(config),
         "budget": config.budget,
         "score": config.score,
         "granularity": config.granularity,
@@ -48,7 +49,7 @@ def adapter_figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
         "also_trained": config.also_train,
         "saved_whole": config.modules_to_save,
         "format_version": config.format_version,
-        "fingerprint": adapter.fingerprint,
+        "fingerprint": short_fingerprint(config),
         "file_bytes": adapter.file_bytes,
         "tensors": len(adapter.tensors),
         "values": by_type,
@@ -60,30 +61,27 @@ def adapter_facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
     """The most important figures of an adapter as texts, by label."""
     config, by_type = adapter.config, adapter_figures(adapter, plan)["values"]
     values = ", ".join(f"{human(count)} {dtype}" for dtype, count in sorted(by_type.items()))
+    # Modules that the file contains whole. Names that differ in a layer's number only count as one name.
+    keys = [f".{key}" for key in adapter.tensors]
+    whole = [name for name in config.modules_to_save or [] if any(f".{name}." in key for key in keys)]
+    alike = Counter(re.sub(r"\b\d+\b", "*", name) for name in whole)
+    limits: Any = config.budget if isinstance(config.budget, Mapping) else {"params": config.budget}
     facts = {
         "base model": adapter.base or "unknown",
-        "task": adapter.task or "not stated",
-        "budget asked": budget_words(config.budget),
+        "task": task_of(config) or "not stated",
+        "budget asked": "none"
+        if config.budget is None
+        else ", ".join(f"{name} {limit_words(value)}" for name, value in limits.items()),
         "ranked by": f"{config.score}, {config.granularity}s",
         "update": (config.update or "dense")
         + (f" of rank {config.rank}" if config.rank else "")
         + (f", stored as {config.compressed}" if config.compressed else ""),
-        "saved whole": _saved_whole(adapter) or "nothing",
+        "saved whole": ", ".join(name if count == 1 else f"{name} ({count})" for name, count in alike.items())
+        or "nothing",
         "file": f"{size_of(adapter.file_bytes)}, {len(adapter.tensors)} tensors ({values} values)",
-        "fingerprint": adapter.fingerprint or "none: any base of the same shapes is accepted",
+        "fingerprint": short_fingerprint(config) or "none: any base of the same shapes is accepted",
     }
     return facts | (plan.facts(human) if plan is not None else unit_facts(config.plan))
-
-
-def _saved_whole(adapter: SavedAdapter) -> str:
-    """Names of the modules that the file contains whole. Those that differ in a layer's number only are one name."""
-    keys = [f".{key}" for key in adapter.tensors]
-    names = [n for n in adapter.config.modules_to_save or [] if any(f".{n}." in key for key in keys)]
-    alike: dict[str, int] = {}
-    for name in names:
-        pattern = re.sub(r"\b\d+\b", "*", name)
-        alike[pattern] = alike.get(pattern, 0) + 1
-    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in alike.items())
 
 
 def unit_facts(plan: Plan | Mapping[str, Any]) -> dict[str, str]:
@@ -92,14 +90,6 @@ def unit_facts(plan: Plan | Mapping[str, Any]) -> dict[str, str]:
         KINDS[kind]: f"{counts['kept']:,} of {counts['size']:,} kept, {counts['tuned']:,} tuned"
         for kind, counts in units_by_kind(plan).items()
     }
-
-
-def budget_words(budget: Any) -> str:
-    """`{"params": 0.5, "trainable": 100000}` as `params 0.5, trainable 100 k`."""
-    if budget is None:
-        return "none"
-    limits = budget if isinstance(budget, Mapping) else {"params": budget}
-    return ", ".join(f"{name} {limit_words(value)}" for name, value in limits.items())
 
 
 def limit_words(limit: float | int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +90,13 @@ def hook_cards() -> None:
     PEFT does not ask the tuner when it writes README.md, and `push_to_hub` replaces that file by an empty card
     (Transformers 5.23). So both methods of `PeftModel` are wrapped, once. Adapters of other methods are not affected.
     """
-    if not hasattr(PeftModel.push_to_hub, "sensi_wraps"):
-        PeftModel.create_or_update_model_card = _with_our_section(PeftModel.create_or_update_model_card)  # type: ignore[method-assign]
-        PeftModel.push_to_hub = _with_our_card(PeftModel.push_to_hub)  # type: ignore[method-assign]
+    update_original, push_original = PeftModel.create_or_update_model_card, PeftModel.push_to_hub
+    if hasattr(push_original, "sensi_wraps"):
+        return
 
-
-def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
         if not isinstance(self.base_model, SensiModel):
-            return original(self, output_dir)
+            return update_original(self, output_dir)
         path, tags = Path(output_dir) / "README.md", list[str]()
         with contextlib.suppress(SensiError, IndexError):  # a card that fails must not make the save fail
             name = self.active_adapters[0]
@@ -109,20 +106,16 @@ def _with_our_section(original: Callable[..., None]) -> Callable[..., None]:
             card: Any = new_card(config, plan, base=base, repo=path.parent.name, num_labels=labels)
             save_card(card, path)
             tags = card.data.tags or []
-        original(self, output_dir)
+        update_original(self, output_dir)
         _add_tags(path, tags)  # PEFT has replaced them
 
-    return create_or_update_model_card
-
-
-def _with_our_card(original: Callable[..., Any]) -> Callable[..., Any]:
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the adapter with its model card. The arguments are those of Transformers' `push_to_hub`.
 
         Adapters of this package also take `results` and `license` for the card (see `write_card`).
         """
         if not isinstance(self.base_model, SensiModel):
-            return original(self, repo_id, **kwargs)
+            return push_original(self, repo_id, **kwargs)
         kwargs.pop("max_shard_size", None)  # an adapter has one weights file
         with tempfile.TemporaryDirectory() as temporary:
             name = self.active_adapters[0]
@@ -132,5 +125,6 @@ def _with_our_card(original: Callable[..., Any]) -> Callable[..., Any]:
             plan, scores = self.base_model.plan(name), self.base_model._sensi_scores.get(name)
             return push_folder(saved, repo_id, plan=plan, scores=scores, **kwargs)
 
-    push_to_hub.sensi_wraps = original  # type: ignore[attr-defined]
-    return push_to_hub
+    push_to_hub.sensi_wraps = push_original  # type: ignore[attr-defined]
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+    PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign]

@@ -25,13 +25,14 @@ from ..utils.files import open_safetensors, read_json_object
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
+# For each of PEFT's task types: the auto class, and the Hub's name of the task.
+TASKS = {
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -52,14 +53,6 @@ class SavedAdapter:
     def base(self) -> str | None:
         return self.config.base_model_name_or_path
 
-    @property
-    def task(self) -> str | None:
-        return task_of(self.config)
-
-    @property
-    def fingerprint(self) -> str | None:
-        return short_fingerprint(self.config)
-
 
 def task_of(config: SensiConfig) -> str | None:
     """PEFT's task type as a string."""
@@ -77,12 +70,18 @@ def short_fingerprint(config: SensiConfig) -> str | None:
 def open_adapter(name: str | Path) -> SavedAdapter:
     """Reads the config and the tensors' names and shapes of an adapter in a folder or on the Hub.
 
-    Raises:
-        SensiLoadError: There is no such folder or repository, or it does not contain an adapter of this package.
+    Raises `SensiLoadError` if there is no such folder or repository, or no complete adapter of this package in it.
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _download(str(name))
+        files = ["*.json", WEIGHTS, "*.txt", "README.md", "*.png"]
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=files))
+        except HFValidationError:
+            raise SensiLoadError(f"{name} is neither a folder nor the name of a repository.") from None
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise SensiLoadError(f"{name} is not a folder, and not found on the Hub: {reason}") from None
     if not (folder / CONFIG).is_file():
         raise SensiLoadError(f"{name} holds no {CONFIG}: it is not an adapter.")
     if (kind := read_json_object(folder / CONFIG).get("peft_type")) != "SENSI":
@@ -96,51 +95,26 @@ def open_adapter(name: str | Path) -> SavedAdapter:
     return SavedAdapter(folder, config, tensors, (folder / WEIGHTS).stat().st_size)
 
 
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS, "*.txt", "README.md", "*.png"]))
-    except HFValidationError:
-        raise SensiLoadError(f"{name} is neither a folder nor the name of a repository.") from None
-    except OSError as error:
-        raise SensiLoadError(
-            f"{name} is not a folder, and not found on the Hub: {str(error).splitlines()[0]}"
-        ) from None
-
-
 def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan | None:
     """The adapter's plan, with the costs that only the base model's shapes tell. Loads the base's config, no weights.
 
     Returns `None` if that config cannot be loaded or does not fit the plan. `base` replaces the adapter's base model.
     """
     try:
-        model = _without_weights(_class_of(adapter), _base_config(adapter, base))
-        return plan_of(model, adapter.config)
+        return plan_of(_without_weights(adapter, base_config(adapter, base)), adapter.config)
     except (SensiError, OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def number_of_labels(adapter: SavedAdapter, base: str | None = None) -> int | None:
-    """The number of labels of the adapter's task head; `None` if the base model's config cannot be loaded."""
-    try:
-        return _base_config(adapter, base).num_labels
-    except (SensiError, OSError, ValueError):
-        return None
-
-
 def load_adapter(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
-    """Loads the base model and puts the adapter on it. The model is in evaluation mode.
+    """Loads the base model (`base`, or the one that the adapter names) with the adapter, in evaluation mode.
 
-    Args:
-        adapter: What `open_adapter` returned.
-        base: Name or folder of the base model, if not the one that the adapter names.
-
-    Raises:
-        SensiError: The base model cannot be loaded.
-        SensiLoadError: The adapter was made for another base model.
+    Raises `SensiError` if the base model cannot be loaded, or is not the one that the adapter was made for.
     """
-    name = _base_name(adapter, base)
+    config = base_config(adapter, base)
     # The base may have a head for other labels. The adapter contains its own head.
-    model = load_pretrained(_class_of(adapter), name, config=_base_config(adapter, base), ignore_mismatched_sizes=True)
+    name = base or str(adapter.base)
+    model = load_pretrained(_class_of(adapter), name, config=config, ignore_mismatched_sizes=True)
     return PeftModel.from_pretrained(model, str(adapter.folder)).eval()
 
 
@@ -148,17 +122,11 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """`auto_class.from_pretrained`, without remote code and with errors of one line. Raises `SensiError`."""
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except SensiError:
+        raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, SensiError):
-            raise
         reason = str(error).strip().split("\n")[0]
         raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error
-
-
-def _base_name(adapter: SavedAdapter, base: str | None) -> str:
-    if not (name := base or adapter.base):
-        raise SensiError("The adapter does not name its base model: give it as `base` (`--base`).")
-    return name
 
 
 def _class_of(adapter: SavedAdapter) -> Any:
@@ -166,29 +134,31 @@ def _class_of(adapter: SavedAdapter) -> Any:
 
     A file cannot choose what is imported: only classes that Transformers itself exports are accepted.
     """
-    auto = AUTO_CLASSES.get(adapter.task or "")
+    task = task_of(adapter.config)
+    auto, _ = TASKS.get(task or "", (None, None))
     name = auto or str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
     known = getattr(transformers, name, None)
     if auto is None and not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
-        raise SensiError(
-            f"The adapter's task {adapter.task!r} and class {name!r} do not tell which model class to load."
-        )
+        raise SensiError(f"The adapter's task {task!r} and class {name!r} do not tell which model class to load.")
     return known
 
 
-def _without_weights(model_class: Any, config: PretrainedConfig) -> Any:
-    """The model on the meta device."""
+def _without_weights(adapter: SavedAdapter, config: PretrainedConfig) -> Any:
+    """The adapter's base model on the meta device."""
+    cls = _class_of(adapter)
     with torch.device("meta"):
-        return model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
-def _base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
+def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     """The base model's config, with the number of labels of the adapter's head.
 
     The labels have the names in `config.json` in the adapter's folder, which `peft-sensi train` writes there. Without
     it, they keep the base's names if the base has as many labels.
     """
-    config = load_pretrained(AutoConfig, _base_name(adapter, base))
+    if not (name := base or adapter.base):
+        raise SensiError("The adapter does not name its base model: give it as `base` (`--base`).")
+    config = load_pretrained(AutoConfig, name)
     # Only these fields of the file are used, and as plain values: a file cannot choose what is built.
     saved = read_json_object(adapter.folder / "config.json", optional=True)
     if count := _labels_of_head(adapter, config):
@@ -217,11 +187,10 @@ def _labels_of_head(adapter: SavedAdapter, config: PretrainedConfig) -> int | No
     unlikely = 7919
     probe = copy.deepcopy(config)  # setting `num_labels` replaces the names of the labels
     probe.num_labels = unlikely
-    model = _without_weights(_class_of(adapter), probe)
+    model = _without_weights(adapter, probe)
     heads = tuple(f"{name}." for name in task_head(model))
-    for name, parameter in model.named_parameters():
-        if name.startswith(heads) and parameter.shape[0] == unlikely:
-            for key, (_, shape) in adapter.tensors.items():
-                if key == name or key.endswith(f".{name}"):
-                    return shape[0]
-    return None
+    names = [n for n, parameter in model.named_parameters() if n.startswith(heads) and parameter.shape[0] == unlikely]
+    rows = (
+        shape[0] for name in names for key, (_, shape) in adapter.tensors.items() if f".{key}".endswith(f".{name}")
+    )
+    return next(rows, None)

@@ -6,6 +6,7 @@ Each of the three states has its own character, so nothing is lost without color
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -23,11 +24,12 @@ from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
 GLYPHS = {TUNED: ("█", "#", "blue"), FROZEN: ("▒", "=", "yellow"), TRIMMED: ("·", ".", "bright_black")}
 
 
+@dataclass
 class Bar:
     """The shares of a group's three states, as a bar of 4 to 16 characters. rich chooses the width."""
 
-    def __init__(self, row: Row, ascii_only: bool = False) -> None:
-        self.row, self.ascii_only = row, ascii_only
+    row: Row
+    ascii_only: bool = False
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(4, 16)

@@ -54,10 +54,6 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
-def _is_auto_mapping(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(isinstance(v, str | None) for v in value.values()))
-
-
 _NAMES_OR_NONE = (lambda v: v is None or _is_names(v), "a list of names or None")
 _NAMES_OR_TEXT = (lambda v: v is None or isinstance(v, str) or _is_names(v), "a list of names, a string or None")
 _TEXT_OR_NONE = (_is(str, NoneType), "a string or None")
@@ -82,28 +78,26 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "inference_mode": _BOOL,
     "priming_lr": (is_number, "a finite number"),
     "fingerprint": (_is_fingerprint, "None, or a dict of `shapes` and a list of finite `marks`"),
-    "auto_mapping": (_is_auto_mapping, "a dict of strings or None"),
+    "auto_mapping": (
+        lambda v: v is None or (isinstance(v, Mapping) and all(isinstance(entry, str | None) for entry in v.values())),
+        "a dict of strings or None",
+    ),
     "revision": _TEXT_OR_NONE,
     "peft_version": _TEXT_OR_NONE,
 }
 
 
 def check_types(values: Mapping[str, Any]) -> None:
-    """Checks the types of the fields of a config.
-
-    Raises:
-        SensiError: A field has a wrong type. The message names the field, the expected type and the value.
-    """
+    """Raises `SensiError` for a field of a config that has a wrong type."""
     for name, (is_good, expected) in _TYPES.items():
         if name in values and not is_good(values[name]):
             raise SensiError(f"`{name}` must be {expected}, got {shown(values[name])}.")
 
 
 def check_foreign(values: Mapping[str, Any]) -> None:
-    """Checks that a config from a file holds plain names only. Call `check_types` first.
+    """Raises `SensiLoadError` if a config from a file holds more than plain names. Call `check_types` first.
 
-    Raises:
-        SensiLoadError: A field holds a regular expression, a private attribute, or too many or too long names.
+    Regular expressions, private attributes, and too many or too long names are refused.
     """
     for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train"):
         value = values.get(name)
@@ -119,19 +113,17 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             # PEFT builds a regular expression from these.
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
-    for layout in values.get("blocks") or ():
-        for name, value in layout.items() if isinstance(layout, Mapping) else ():
-            if name != "head_size" or type(value) is not int:
-                _check_paths(name, value)
-
-
-def _check_paths(name: str, value: Any) -> None:
-    """Checks a field of a block layout: one dotted path or several, whose parts do not begin with an underscore."""
-    pattern = _LAYER_PATH if name == "layer" else _PATH
-    for path in value if isinstance(value, _COLLECTIONS) else [value]:
-        good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
-        if path != "" and not (good and pattern.fullmatch(path)):
-            raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
+    layouts = [layout for layout in values.get("blocks") or () if isinstance(layout, Mapping)]
+    for name, value in (
+        field for layout in layouts for field in layout.items()
+    ):  # one dotted path or several, whose parts do not begin with an underscore
+        if name == "head_size" and type(value) is int:
+            continue
+        pattern = _LAYER_PATH if name == "layer" else _PATH
+        for path in value if isinstance(value, _COLLECTIONS) else [value]:
+            good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
+            if path != "" and not (good and pattern.fullmatch(path)):
+                raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
 
 
 def shown(value: Any) -> str:

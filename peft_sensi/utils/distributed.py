@@ -35,11 +35,8 @@ _synchronized: ContextVar[bool] = ContextVar("synchronized", default=False)
 def start() -> int:
     """Starts Accelerate's process group if a launcher prepared one and none is running.
 
-    Returns:
-        The number of processes.
-
-    Raises:
-        SensiError: `WORLD_SIZE` announces several processes, but no process group can be started.
+    Returns the number of processes. Raises `SensiError` if `WORLD_SIZE` announces several processes, but no process
+    group can be started.
     """
     if not dist.is_available():
         return 1
@@ -156,24 +153,17 @@ def _exchange(where: str, payload: Any = None, error: Exception | None = None) -
     return list(payloads)
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
-
-
-def all_sum(tensors: Sequence[torch.Tensor], where: str) -> None:
-    """Replaces each tensor by its sum over all processes, in place."""
-    _reduce(tensors, where, "SUM")
-
-
-def all_max(tensors: Sequence[torch.Tensor], where: str) -> None:
-    """Replaces each tensor by its elementwise maximum over all processes, in place."""
-    _reduce(tensors, where, "MAX")
-
-
-def _reduce(tensors: Sequence[torch.Tensor], where: str, operation: str) -> None:
+def all_sum(tensors: Sequence[torch.Tensor], where: str, operation: str = "SUM") -> None:
+    """Replaces each tensor by its sum over all processes, in place. `operation` is a name of `dist.ReduceOp`."""
     if world_size() > 1:
         gather(f"{where}, {[tuple(tensor.shape) for tensor in tensors]}" if len(tensors) < 10 else where)
         for tensor in tensors:
             _in_place(tensor, lambda t: dist.all_reduce(t, getattr(dist.ReduceOp, operation)))
+
+
+def all_max(tensors: Sequence[torch.Tensor], where: str) -> None:
+    """Replaces each tensor by its elementwise maximum over all processes, in place."""
+    all_sum(tensors, where, "MAX")
 
 
 def broadcast(tensor: torch.Tensor) -> None:
@@ -199,10 +189,8 @@ def average_gradients(
     """Replaces gradients by their mean over all processes, in place. The result is the gradient of the joint batch.
 
     `weight` is the weight of this process in the mean: its number of examples or labeled tokens (see `weight_of`). A
-    parameter that has a gradient in one process has one in all processes afterwards.
-
-    Raises:
-        CalibrationError: A gradient is not finite. It is raised in all processes, and names the batch.
+    parameter that has a gradient in one process has one in all processes afterwards. A gradient that is not finite is
+    a `CalibrationError` in all processes, which names the batch.
     """
     if world_size() == 1:
         return
@@ -241,25 +229,18 @@ def batch_positions(batches: int) -> list[int]:
     return [position for position, (_, process) in enumerate(joint) if process == rank()]
 
 
-# -- decisions --------------------------------------------------------------------------------------------------------
-
-
 def check_equal(what: str, value: Mapping[str, Any], advice: str) -> None:
-    """Checks that all processes have the same `value`.
+    """Raises `SensiError` in all processes if some have another `value`. It names the first key that differs."""
 
-    Raises:
-        SensiError: Some process has another value. It is raised in all processes and names the first key that differs.
-    """
-    texts = {key: json.dumps(part, sort_keys=True, default=_to_json) for key, part in value.items()}
+    def to_json(part: Any) -> Any:
+        return sorted(map(str, part)) if isinstance(part, Iterable) else repr(part)
+
+    texts = {key: json.dumps(part, sort_keys=True, default=to_json) for key, part in value.items()}
     hashes = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
     first, *others = gather(f"comparing {what}", hashes)
     for number, other in enumerate(others, start=1):
         if different := [key for key in {**first, **other} if other.get(key) != first.get(key)]:
             raise SensiError(f"Process {number} has another `{different[0]}` in {what} than process 0. {advice}")
-
-
-def _to_json(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, Iterable) else repr(value)
 
 
 def broadcast_object(value: Any) -> Any:

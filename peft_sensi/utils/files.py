@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,16 @@ from .errors import SensiError, SensiLoadError
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Replaces a file only once the new content is complete and on the disk.
+    """Creates or replaces a file only once the new content is complete and on the disk.
 
-    Args:
-        path: The file to create or replace.
-        write: Is called with the name of a temporary file in the same folder and writes the content there.
-
-    Raises:
-        SensiError: Writing failed, for example because the disk is full. The old file is unchanged.
+    `write` is called with the name of a temporary file in the same folder and writes the content there. If that fails,
+    for example because the disk is full, the old file is unchanged, and a `SensiError` is raised.
     """
     path = Path(path)
     # Not `mkstemp`: only the owner may read the files that it creates.
@@ -83,31 +68,23 @@ def move_files(files: Sequence[Path], folder: Path) -> None:
 
 def flush(path: Path) -> None:
     """Waits until the content of a file, or the list of names in a folder, is on the disk."""
-    if path.is_dir():
-        with suppress(OSError):  # not every operating system and file system can flush a folder
-            _fsync(path, os.O_RDONLY)
-    else:
-        _fsync(path, os.O_RDWR)  # Windows flushes only files that are open for writing
-
-
-def _fsync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
+    is_folder = path.is_dir()
+    # Not every operating system and file system can flush a folder.
+    with suppress(OSError) if is_folder else nullcontext():
+        # Windows flushes only files that are open for writing.
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
 def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     """Opens a safetensors file with `safe_open`. Tensors are read only when the caller asks for them.
 
-    Raises:
-        FileNotFoundError: The file does not exist.
-        SensiLoadError: The file is damaged, or a tensor in it cannot be read. Errors of the caller's block count, too.
+    Raises `FileNotFoundError`, or `SensiLoadError` if the file is damaged or an error in the caller's block shows that
+    a tensor cannot be read.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -124,8 +101,7 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
 def read_specs(path: str | os.PathLike, file: Any) -> dict[str, Spec]:
     """Shape and dtype of each tensor of an open safetensors file. Reads the header only.
 
-    Raises:
-        SensiLoadError: A tensor has a dtype that no adapter uses.
+    Raises `SensiLoadError` if a tensor has a dtype that no adapter uses.
     """
     specs = {}
     for key in file.keys():
@@ -137,12 +113,7 @@ def read_specs(path: str | os.PathLike, file: Any) -> dict[str, Spec]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        SensiLoadError: The file cannot be read, or does not hold JSON.
-    """
+    """The value in a JSON file. Raises `FileNotFoundError`, or `SensiLoadError` if there is no JSON in the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -154,12 +125,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file, as a dict. With `optional`, an empty dict if there is no such file or object.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        SensiLoadError: The file cannot be read, or does not hold a JSON object.
-    """
+    """The object in a JSON file. Raises the errors of `read_json`, or returns `{}` instead if it is `optional`."""
     try:
         values = read_json(path)
         if not isinstance(values, dict):
@@ -171,9 +137,6 @@ def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[st
     return values
 
 
-# -- finding an adapter's weights -------------------------------------------------------------------------------------
-
-
 def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> str | None:
     """Path of an adapter's safetensors file. A file on the Hub is downloaded.
 
@@ -183,38 +146,33 @@ def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[s
         hub: Options for `hf_hub_download`.
 
     Returns:
-        `None` if there are no weights, or if the repository cannot be reached (PEFT then raises its own error).
-
-    Raises:
-        SensiLoadError: There are weights in a pickle only, which PEFT would load instead.
+        `None` if there are no weights, or if the repository cannot be reached (PEFT then raises its own error). If
+        there is only a pickle, which PEFT would load instead, a `SensiLoadError` is raised.
     """
     folder = os.path.join(place, subfolder or "")
     if os.path.isdir(folder):
         if os.path.exists(path := os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
             return path
-        if os.path.exists(path := os.path.join(folder, WEIGHTS_NAME)):
-            raise _only_safetensors(path)
-        return None
-    hub = {key: value for key, value in hub.items() if key not in ("subfolder", "user_agent", "use_auth_token")}
-    try:
-        return hf_hub_download(str(place), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-    except EntryNotFoundError:
-        pass
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
-    pickled = "/".join(filter(None, (subfolder, WEIGHTS_NAME)))
-    known = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
-    exists = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
-    if not exists and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
-        with suppress(Exception):  # no connection: the error's class depends on the Hub library's HTTP client
-            exists = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
+        path = os.path.join(folder, WEIGHTS_NAME)
+        exists = os.path.exists(path)
+    else:
+        hub = {key: value for key, value in hub.items() if key not in ("subfolder", "user_agent", "use_auth_token")}
+        try:
+            return hf_hub_download(str(place), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+        except EntryNotFoundError:
+            pass
+        except (OSError, ValueError, HfHubHTTPError):
+            return None
+        pickled = "/".join(filter(None, (subfolder, WEIGHTS_NAME)))
+        path = f"{place}/{pickled}"
+        known = {key: hub[key] for key in ("cache_dir", "revision") if hub.get(key) is not None}
+        exists = isinstance(try_to_load_from_cache(str(place), pickled, **known), str)
+        if not exists and not constants.HF_HUB_OFFLINE and not hub.get("local_files_only"):
+            with suppress(Exception):  # no connection: the error's class depends on the Hub library's HTTP client
+                exists = file_exists(str(place), pickled, revision=hub.get("revision"), token=hub.get("token"))
     if exists:
-        raise _only_safetensors(f"{place}/{pickled}")
+        raise SensiLoadError(
+            f"{path}: only safetensors files are read, because a pickle can run code, and there is no "
+            f"{SAFETENSORS_WEIGHTS_NAME}. Ask the adapter's author to save it again."
+        )
     return None
-
-
-def _only_safetensors(path: str) -> SensiLoadError:
-    return SensiLoadError(
-        f"{path}: only safetensors files are read, because a pickle can run code, and there is no "
-        f"{SAFETENSORS_WEIGHTS_NAME}. Ask the adapter's author to save it again."
-    )

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from . import distributed
@@ -29,32 +30,21 @@ def weights_from_rank_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
     """Inside, all processes have the weights of process 0. Afterwards, they have their own weights again.
 
     With `keep`, the weights of process 0 stay unless the block raises an error. A process whose base is on `meta`
-    stays without weights (see `any_process_on_meta`).
-
-    Raises:
-        SensiError: The processes have different models.
+    stays without weights (see `any_process_on_meta`). Different models are an error.
     """
     with ExitStack() as undo:
-        _allocate_missing(model, undo)
+        # Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head on `meta` in all other processes.
+        # So the few weights that are on `meta` here, but not in process 0, are allocated.
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        on_meta = [name for name, p in model.named_parameters() if p.is_meta]
+        on_meta_in_first = distributed.gather("looking for missing weights", on_meta)[0]
+        missing = [name for name in on_meta if name not in on_meta_in_first]
+        if sum(sizes[name] for name in missing) <= MOST_MISSING * sum(sizes.values()):
+            _allocate(model, missing, undo)
         copy_weights_from_rank_0(model, undo)
         yield
         if keep:
             undo.pop_all()
-
-
-def _allocate_missing(model: nn.Module, undo: ExitStack) -> None:
-    """Allocates the few weights that are on `meta` here but not in process 0.
-
-    Under FSDP's `cpu_ram_efficient_loading`, Transformers leaves a fresh head on `meta` in all other processes.
-    """
-    if distributed.world_size() == 1:
-        return
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    on_meta = [name for name, p in model.named_parameters() if p.is_meta]
-    on_meta_in_first = distributed.gather("looking for missing weights", on_meta)[0]
-    missing = [name for name in on_meta if name not in on_meta_in_first]
-    if sum(sizes[name] for name in missing) <= MOST_MISSING * sum(sizes.values()):
-        _allocate(model, missing, undo)
 
 
 def allocate_adapter(model: nn.Module) -> None:
@@ -85,8 +75,7 @@ def _allocate(model: nn.Module, names: list[str], undo: ExitStack) -> None:
 def copy_weights_from_rank_0(model: nn.Module, undo: ExitStack | None = None) -> None:
     """Copies the weights and buffers that differ from those of process 0. `undo` puts the old values back.
 
-    Raises:
-        SensiError: The processes have different models. The message names a weight that differs in shape or dtype.
+    Raises `SensiError` if the processes have different models: some weight differs in its name, shape or dtype.
     """
     if distributed.world_size() == 1:
         return
@@ -101,13 +90,8 @@ def copy_weights_from_rank_0(model: nn.Module, undo: ExitStack | None = None) ->
     for (_, tensor), samples in zip(named, zip(*(own for _, own in reports), strict=True), strict=True):
         if None not in samples and len(set(samples)) > 1:
             if undo is not None:
-                undo.callback(_restore, tensor, tensor.detach().to("cpu", copy=True))
+                undo.callback(torch.no_grad()(tensor.copy_), tensor.detach().to("cpu", copy=True))
             distributed.broadcast(tensor)
-
-
-@torch.no_grad()
-def _restore(tensor: torch.Tensor, before: torch.Tensor) -> None:
-    tensor.copy_(before)
 
 
 def _sample(tensor: torch.Tensor) -> bytes | None:
@@ -133,10 +117,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def check_not_partitioned(model: nn.Module) -> None:
-    """Checks that this process has whole weights, without which units cannot be ranked.
+    """Raises `SensiError` if FSDP or DeepSpeed ZeRO-3 has spread the weights over processes.
 
-    Raises:
-        SensiError: FSDP or DeepSpeed ZeRO-3 has spread the weights over processes.
+    Units can be ranked only in a process that has whole weights.
     """
     if is_sharded(model):
         raise SensiError("The model is sharded already (FSDP). Wrap it with the adapter first, then shard it.")
@@ -148,16 +131,12 @@ def check_not_partitioned(model: nn.Module) -> None:
 
 
 def check_launcher(has_integers: bool) -> None:
-    """Checks that the launcher's environment does not ask for an FSDP1 that cannot train this adapter.
+    """Raises `SensiError` if the launcher's environment asks for an FSDP1 that cannot train this adapter.
 
     FSDP1 flattens the parameters of a block into one, which has a single dtype. So it cannot hold integer parameters
     (`has_integers`). Without `use_orig_params`, it also hides the parameters of the adapter.
-
-    Raises:
-        SensiError: FSDP1 was chosen and cannot work.
     """
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if not fsdp or os.environ.get("FSDP_VERSION", "1") != "1":
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or os.environ.get("FSDP_VERSION", "1") != "1":
         return
     advice = "Set `fsdp_version: 2` in Accelerate's config (see docs/multi_gpu.md)."
     if has_integers:
@@ -165,5 +144,5 @@ def check_launcher(has_integers: bool) -> None:
             f"This adapter stores positions or masks as integers, which FSDP1 cannot flatten together with weights. "
             f"{advice}"
         )
-    if os.environ.get("FSDP_USE_ORIG_PARAMS", "false").lower() not in ("1", "true"):
+    if not parse_flag_from_env("FSDP_USE_ORIG_PARAMS"):
         raise SensiError(f"FSDP1 can train an adapter only with `fsdp_use_orig_params: true`. {advice}")
