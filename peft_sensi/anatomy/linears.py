@@ -10,7 +10,7 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.errors import AnatomyError, SensiError
+from ..utils.errors import SensiError
 
 
 # The classes that can be targeted. `Conv1D` is GPT-2's Linear; it stores its weight as `[in, out]`.
@@ -119,24 +119,11 @@ def unpack(linear: Any) -> None:
 
 def check_quantized(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
     """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
-    if not any(is_quantized(linear) for linear in linears):
-        return
+    problem = "" if keep_base else "`keep_base=False` would have to cut its quantized weights"
     if update == "mask" or sparsity is not None:
         problem = "its weights cannot be masked"
-    elif not keep_base:
-        problem = "`keep_base=False` would have to cut its quantized weights"
-    else:
-        return
-    raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
-
-
-def not_trimmable(model: nn.Module) -> AnatomyError:
-    """The error for a trimming limit on a quantized model."""
-    return AnatomyError(
-        f"{type(model).__name__} is quantized: its weights are stored in blocks with common scales, so heads and "
-        f"neurons cannot be cut out of them. Load the base model without quantization to trim it (and quantize the "
-        f"merged model), or set only a `trainable` limit, which trims nothing."
-    )
+    if problem and any(is_quantized(linear) for linear in linears):
+        raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
 
 
 def not_mergeable() -> SensiError:

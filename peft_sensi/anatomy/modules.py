@@ -65,12 +65,10 @@ def task_head(model: nn.Module) -> list[str]:
     The list is empty for a transformer without a head, and for language models, whose head is pretrained.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     if embedding_of(model, "output") is not None:
         return []
-    if not prefix or prefix not in children:
-        return [name for name in children if name in _HEAD_NAMES]
-    return [name for name in children if name != prefix]
+    return [name for name in children if (name != prefix if prefix in children else name in _HEAD_NAMES)]
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:

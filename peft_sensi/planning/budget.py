@@ -53,13 +53,12 @@ class Budget:
         """
         if isinstance(budget, Budget):
             return budget
-        if not isinstance(budget, Mapping):
-            return cls(params=_check_limit("params", budget))
-        if not budget:
+        limits = budget if isinstance(budget, Mapping) else {"params": budget}
+        if not limits:
             raise BudgetError(f"The budget is empty: name at least one limit of {', '.join(LIMITS)}.")
-        if unknown := [name for name in budget if name not in LIMITS]:
+        if unknown := [name for name in limits if name not in LIMITS]:
             raise BudgetError(f"Unknown limit {shown(unknown[0])} in the budget: the limits are {', '.join(LIMITS)}.")
-        return cls(**{name: _check_limit(name, value) for name, value in budget.items()})
+        return cls(**{name: _check_limit(name, value) for name, value in limits.items()})
 
 
 def _check_limit(name: str, value: Any) -> float | int:

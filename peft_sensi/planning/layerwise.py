@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Cache
 
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn
+from ..scoring.calibration import LossFn, first_of, observing
 
 
 # Is called with the input and the output of a group's output projection, and with the residual sum that the next
@@ -80,22 +80,17 @@ def _record(
         nonlocal last, same_shape
         hidden = _hidden_states(module, args, kwargs)
         same_shape &= isinstance(output, torch.Tensor) and output.shape == hidden.shape
-        last = (name, _first(output))
+        last = (name, first_of(output))
 
-    handles = []
-    for name in layers:
-        layer = model.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-        handles.append(layer.register_forward_hook(partial(after, name), with_kwargs=True))
-    try:
-        with _returning_their_input(model, idle):
-            if loss_fn:
-                loss_fn(model, batch)
-            else:
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _returning_their_input(model, idle):
+        for name in layers:
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(partial(after, name), with_kwargs=True))
+        if loss_fn:
+            loss_fn(model, batch)
+        else:
+            model(**batch)
     if len(ran) != len(set(ran)):
         return None, False
     return calls, same_shape and set(calls.entries) == set(ran[:1])
@@ -107,10 +102,6 @@ def _hidden_states(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
         return args[0]
     names = list(inspect.signature(type(layer).forward).parameters)  # of the class, because hooks replace `forward`
     return kwargs["hidden_states" if "hidden_states" in kwargs else names[1]]
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -153,38 +144,15 @@ def run_layer(
         observers: Groups of this layer, each with a function that is called when the group's sublayer has run.
         stop: Ends the layer after the first call of an observer; the result is then `None`.
     """
-    seen: dict[Group, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def at_output(group: Group, module: nn.Module, args: tuple, y: torch.Tensor) -> None:
-        seen[group] = (args[0], y)
+    def observe(group: Group, *tensors: torch.Tensor) -> None:
+        observers[group](*tensors)
+        if stop:
+            raise _Stop
 
-    def at_norm(group: Group, total: torch.Tensor) -> None:
-        if group in seen:
-            # OPT flattens batch and tokens into one dimension for its FFN.
-            z, y = (part.reshape(*total.shape[:-1], part.shape[-1]) for part in seen.pop(group))
-            observers[group](z, y, total)
-            if stop:
-                raise _Stop
-
-    def before_norm(group: Group, module: nn.Module, args: tuple) -> None:
-        at_norm(group, args[0])
-
-    handles = []
-    try:
-        for group in observers:
-            output_projection = model.get_submodule(group.output)
-            handles.append(output_projection.register_forward_hook(partial(at_output, group)))
-            if group.norm:
-                norm = model.get_submodule(group.norm)
-                handles.append(norm.register_forward_pre_hook(partial(before_norm, group)))
-        args, kwargs = arguments
-        output = _first(model.get_submodule(name)(hidden, *args, **kwargs))
-        for group in observers:
-            if not group.norm:
-                at_norm(group, output)
-        return output
-    except _Stop:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+    args, kwargs = arguments
+    with observing(model, observers, observe):
+        try:
+            return first_of(model.get_submodule(name)(hidden, *args, **kwargs))
+        except _Stop:
+            return None

@@ -22,14 +22,15 @@ def pack_mask(mask: np.ndarray) -> str:
     return base64.b64encode(np.packbits(mask).tobytes()).decode() if mask.any() else "none"
 
 
-def unpack_group(name: str, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The boolean masks of kept and of tuned units, shape `[size]`, from a group's entry in a checked plan dict.
+def unpack_group(name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    """The states of a group's units (uint8, shape `[size]`) from its entry in a checked plan dict.
 
-    Raises:
-        SensiLoadError: If a mask's text is not that of a mask of `entry["size"]` units.
+    Raises `SensiLoadError` for masks that do not fit the size or each other.
     """
-    size = entry["size"]
-    return _unpack_mask(entry["kept"], size, f"{name}.kept"), _unpack_mask(entry["tuned"], size, f"{name}.tuned")
+    kept, tuned = (_unpack_mask(entry[key], entry["size"], f"{name}.{key}") for key in ("kept", "tuned"))
+    if (tuned & ~kept).any():
+        raise SensiLoadError(f"The plan tunes units of {name!r} that it also trims.")
+    return kept.astype(np.uint8) + tuned.astype(np.uint8)
 
 
 def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -43,8 +44,7 @@ def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, entry in values["groups"].items():
         if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
             raise SensiLoadError(f"The plan's group {name!r} claims {entry['size']:,} units, more than any model has.")
-        kept, tuned = unpack_group(name, entry)
-        states[name] = kept.astype(np.uint8) + (kept & tuned).astype(np.uint8)
+        states[name] = unpack_group(name, entry)
     return states
 
 

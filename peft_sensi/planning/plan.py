@@ -200,7 +200,8 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
-            kept, tuned = unpack_group(group.name, entry)
+            state = unpack_group(group.name, entry)
+            kept = state != TRIMMED
             if group.fixed and not kept.all():
                 raise SensiLoadError(
                     f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantized?): load "
@@ -210,14 +211,12 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan trims units of {group.name!r}, but only heads and neurons can be trimmed."
                 )
-            if (tuned & ~kept).any():
-                raise SensiLoadError(f"The plan tunes units of {group.name!r} that it also trims.")
             if kept.sum() < group.least:
                 raise SensiLoadError(
                     f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
                     f"{group.least}."
                 )
-            states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
+            states.append(state.tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
     def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..anatomy.units import Group
 from ..utils import distributed
 from ..utils.errors import CalibrationError
 
@@ -126,6 +128,48 @@ def image_tokens(model: nn.Module) -> int | None:
         return None
     positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
     return next((p.shape[1] for p in positions if p.dim() == 3), None)
+
+
+@contextmanager
+def observing(
+    model: nn.Module,
+    groups: Iterable[Group],
+    observe: Callable[[Group, torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> Iterator[None]:
+    """Inside the block, `observe(group, z, y, total)` is called when the sublayer of one of these groups has run.
+
+    `z` and `y` are the input and the output of the group's output projection. `total` is the residual sum that the
+    next LayerNorm gets. Each is `[..., features]`.
+    """
+    seen: dict[Group, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def at_output(group: Group, module: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        seen[group] = (args[0], y)
+
+    def at_sum(group: Group, total: torch.Tensor) -> None:
+        parts = seen.pop(group, None)
+        if parts is not None and parts[1].shape[:-1].numel() == total.shape[:-1].numel():
+            # OPT flattens batch and tokens into one dimension for its FFN.
+            z, y = (part.reshape(*total.shape[:-1], part.shape[-1]) for part in parts)
+            observe(group, z, y, total)
+
+    with ExitStack() as hooks:
+        for group in groups:
+            output = model.get_submodule(group.output)
+            hooks.enter_context(output.register_forward_hook(partial(at_output, group)))
+            if group.norm:
+                norm = model.get_submodule(group.norm)
+                hook = norm.register_forward_pre_hook(lambda m, args, group=group: at_sum(group, args[0]))
+            else:  # without such a norm, the layer returns the sum itself
+                layer = model.get_submodule(group.layer)
+                hook = layer.register_forward_hook(lambda m, args, y, group=group: at_sum(group, first_of(y)))
+            hooks.enter_context(hook)
+        yield
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """The hidden states that a layer returns, alone or as the first value of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

@@ -100,6 +100,8 @@ def score_units(
             stacklevel=2,
         )
         method = "magnitude"
+    if CRITERIA[method].needs_priming and not options.priming_steps:
+        raise SensiError(f"score={method!r} is learned during priming: `priming_steps` must not be 0.")
     length = mean_length(batches) if batches else None
     # Dropout during priming is random: with the same data and seed, the plan is the same.
     torch.manual_seed(options.seed + distributed.rank())

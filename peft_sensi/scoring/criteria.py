@@ -22,7 +22,7 @@ from ..anatomy.linears import oriented
 from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
-from ..utils.errors import CalibrationError, SensiError
+from ..utils.errors import CalibrationError
 from .calibration import device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
@@ -59,7 +59,7 @@ def magnitude(model: nn.Module, anatomy: Anatomy, batches: Batches | None, optio
     return Found(only_seen(anatomy, values, batches), _primed_head(model, batches, options))
 
 
-def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`mean_i |g_i|`: the first-order change of the loss when the unit is removed.
 
     Sources: Molchanov et al. 2017 (arXiv 1611.06440), Michel et al. 2019 (arXiv 1905.10650).
@@ -67,18 +67,16 @@ def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options:
     return _mean_over_examples(torch.abs, model, anatomy, batches, options)
 
 
-def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`mean_i g_i^2`: the diagonal of the empirical Fisher information (Kwon et al. 2022, arXiv 2204.09656)."""
     return _mean_over_examples(torch.square, model, anatomy, batches, options)
 
 
-def mask(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+def mask(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`|gate|` times the unit's parameters, for gates that are trained with an L1 penalty during priming.
 
-    Source: EarlyBERT (arXiv 2101.00063). Raises `SensiError` without priming.
+    Source: EarlyBERT (arXiv 2101.00063).
     """
-    _check_primes(options)
-    assert batches is not None
     device = device_of(model)
     gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
     with (
@@ -90,22 +88,18 @@ def mask(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: S
     return Found(only_seen(anatomy, values, batches), head)
 
 
-def movement(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
-    """`sum |w_primed - w_initial|` over the weights of the unit (FAR, arXiv 2205.01541).
-
-    Raises `SensiError` without priming.
-    """
-    _check_primes(options)
-    assert batches is not None
+def movement(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
+    """`sum |w_primed - w_initial|` over the weights of the unit (FAR, arXiv 2205.01541)."""
     with primed(model, batches, options) as originals:
         return Found({g.name: _moved(model, g, originals) for g in anatomy.groups}, head_state(model))
 
 
 class Criterion(NamedTuple):
-    """One row of `CRITERIA`. `needs_data` tells whether the function needs batches."""
+    """One row of `CRITERIA`: a function of model, anatomy, batches and options, and what it cannot do without."""
 
-    function: Callable[[nn.Module, Anatomy, Batches | None, ScoringOptions], Found]
+    function: Callable[[nn.Module, Anatomy, Any, ScoringOptions], Found]
     needs_data: bool = True
+    needs_priming: bool = False
 
 
 CRITERIA = {
@@ -113,8 +107,8 @@ CRITERIA = {
     "magnitude": Criterion(magnitude, needs_data=False),
     "taylor": Criterion(taylor),
     "fisher": Criterion(fisher),
-    "mask": Criterion(mask),
-    "movement": Criterion(movement),
+    "mask": Criterion(mask, needs_priming=True),
+    "movement": Criterion(movement, needs_priming=True),
 }
 METHODS = tuple(CRITERIA)
 DATA_METHODS = tuple(name for name, criterion in CRITERIA.items() if criterion.needs_data)
@@ -124,11 +118,10 @@ def _mean_over_examples(
     function: Callable[[torch.Tensor], torch.Tensor],
     model: nn.Module,
     anatomy: Anatomy,
-    batches: Batches | None,
+    batches: Batches,
     options: ScoringOptions,
 ) -> Found:
     """The mean of `function(g_i)` over the examples of all processes, taken on the primed model."""
-    assert batches is not None
     outliers = OutlierFinder(model, anatomy)
     with primed(model, batches, options):
         head = head_state(model) if options.priming_steps else {}
@@ -155,11 +148,6 @@ def _mean_over_examples(
     examples = sum(distributed.gather("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
     return Found(values, head, outliers.found())
-
-
-def _check_primes(options: ScoringOptions) -> None:
-    if not options.priming_steps:
-        raise SensiError(f"score={options.score!r} is learned during priming: `priming_steps` must not be 0.")
 
 
 def _primed_head(model: nn.Module, batches: Batches | None, options: ScoringOptions) -> dict[str, torch.Tensor]:

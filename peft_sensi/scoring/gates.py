@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -170,47 +170,19 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = N
     return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
 
-def gate_gradients_reference(
-    model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
-) -> dict[str, torch.Tensor]:
-    """The slow definition of `gate_gradients`: one pass per example, one gate vector per group, plain autograd."""
-    size = examples_in(batch)
-    rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
-    for i in range(size):
-        gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}
-
-        def gated(
-            group: Group, x: torch.Tensor, ids: torch.Tensor | None, gates: dict[str, torch.Tensor] = gates
-        ) -> torch.Tensor:
-            if ids is not None:
-                return x * gates[group.name].to(x)[ids].unsqueeze(-1)
-            return x * gates[group.name].to(x).repeat_interleave(x.shape[-1] // group.size)
-
-        example = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with hooked(model, anatomy, gated), torch.enable_grad():
-            calibration_loss(model, example, loss_fn).backward()
-        for name, gate in gates.items():
-            rows[name].append(gate.grad if gate.grad is not None else torch.zeros_like(gate))
-    return {name: torch.stack(values).float() for name, values in rows.items()}
-
-
 @contextmanager
 def hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
     """Inside the block, `gated(group, x, ids)` replaces each tensor `x` that gates act on. Only tokens have `ids`."""
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for group in anatomy.groups:
             module = model.get_submodule(group.output)
             if group.in_block:
-                handle = module.register_forward_pre_hook(
+                hook = module.register_forward_pre_hook(
                     lambda m, args, group=group: (gated(group, args[0], None), *args[1:])
                 )
             else:
-                handle = module.register_forward_hook(
+                hook = module.register_forward_hook(
                     lambda m, args, y, group=group: gated(group, y, args[0] if group.kind == "token" else None)
                 )
-            handles.append(handle)
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

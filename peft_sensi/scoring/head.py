@@ -22,19 +22,19 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
     the labels; both over the batches of all processes. A head with a nonzero bias has been trained and stays as it is,
     and so does a head whose labels are no classes.
     """
-    linear = _last_linear(model)
-    if linear is None or linear.bias is None or bool(linear.bias.detach().any()):
-        return
-    outputs = linear.out_features
-    labels = torch.cat(distributed.gather("counting labels", _labels(batches, outputs)))
-    if not len(labels):
-        return
-    with torch.no_grad():
-        if labels.is_floating_point() and outputs == 1:
-            linear.bias.fill_(float(labels.double().mean()))
-        elif not labels.is_floating_point() and outputs > 1 and int(labels.max()) < outputs:
-            counts = torch.bincount(labels, minlength=outputs).float() + 1.0
-            linear.bias.copy_((counts / counts.sum()).log())
+    for bias in head_bias(model):
+        if bool(bias.detach().any()):
+            return
+        outputs = len(bias)
+        labels = torch.cat(distributed.gather("counting labels", _labels(batches, outputs)))
+        if not len(labels):
+            return
+        with torch.no_grad():
+            if labels.is_floating_point() and outputs == 1:
+                bias.fill_(float(labels.double().mean()))
+            elif not labels.is_floating_point() and outputs > 1 and int(labels.max()) < outputs:
+                counts = torch.bincount(labels, minlength=outputs).float() + 1.0
+                bias.copy_((counts / counts.sum()).log())
 
 
 def _labels(batches: list[Mapping[str, Any]], outputs: int) -> torch.Tensor:
@@ -76,17 +76,12 @@ def head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> dict[st
     return head
 
 
-def _last_linear(model: nn.Module) -> nn.Linear | None:
+def head_bias(model: nn.Module) -> list[nn.Parameter]:
+    """The parameter that `start_head_at_prior` may change, the bias of the head's last Linear, if there is one."""
     linears = [
         module
         for head in task_head(model)
         for name, module in model.get_submodule(head).named_modules()
         if isinstance(module, nn.Linear) and "modules_to_save" not in name.split(".")
     ]
-    return linears[-1] if linears else None
-
-
-def head_bias(model: nn.Module) -> list[nn.Parameter]:
-    """The parameter that `start_head_at_prior` may change, if the model has one."""
-    linear = _last_linear(model)
-    return [] if linear is None or linear.bias is None else [linear.bias]
+    return [linear.bias for linear in linears[-1:] if linear.bias is not None]
