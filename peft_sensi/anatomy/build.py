@@ -1,7 +1,4 @@
-"""Finds the units of a model: the model goes in, an `Anatomy` comes out (see `units`).
-
-Only shapes are read, so models on the `meta` device work too.
-"""
+"""Finds the units of a model, also on the `meta` device: the model goes in, an `Anatomy` comes out (see `units`)."""
 
 from __future__ import annotations
 
@@ -32,13 +29,10 @@ def build_anatomy(
     blocks: Iterable[BlockLayout] | None = None,
     whole: Literal["", "sublayers", "tensors"] = "",
 ) -> Anatomy:
-    """Finds the groups of units of `model`.
-
-    These are the heads and neurons of its blocks, and a group of rows (or tokens) for each Linear (or embedding) in
-    `targets` that is in no block.
+    """Finds the groups of units of `model`: the heads and neurons of its blocks, and the rows or tokens of `targets`.
 
     Args:
-        targets: Names of modules.
+        targets: Names of Linears and embeddings. Each one that is in no block has a group of its own.
         blocks: Layouts of the model's blocks, instead of those of its family.
         whole: With `sublayers`, the whole attention or FFN of a layer is one unit. With `tensors`, each target is one
             unit, which can be tuned or frozen, and blocks have no other units.
@@ -137,18 +131,17 @@ _UNKNOWN_BLOCKS = (
 def _groups_of_layout(
     modules: Modules, layout: BlockLayout, cached: frozenset[int], built_in: bool
 ) -> Iterator[Group]:
-    """The groups of all layers that a layout matches.
-
-    A built-in layout may describe sublayers that only some models of the family have; the others are skipped.
-    """
+    """The groups of all layers that a layout matches. Only some models may have all sublayers of a built-in layout."""
     path = r"(\d+)".join(re.escape(part) for part in layout.layer.split("*"))
-    pattern = re.compile(rf"(?:^|.*\.){path}$")
     for name, layer in modules.items():
-        match = pattern.match(name)
+        match = re.match(rf"(?:^|.*\.){path}$", name)
         # An adapter wraps modules inside a layer, never the layer itself.
         if match and is_base_parameter(name):
             index = int(match[1]) if match.lastindex else 0
-            repeats = _repeats(layer, index, layout)
+            repeats = layout.repeats
+            if not isinstance(repeats, int):  # the runs are shared by several layers (ALBERT)
+                runs, layers = (attrgetter(attribute)(layer) for attribute in repeats)
+                repeats = sum(int(run / (runs / layers)) == index for run in range(runs))
             if layout.o and _is_there(modules, name, (layout.q, layout.k, layout.v, layout.o), built_in):
                 measures_cache = layout.cached and index in cached
                 yield replace(_heads(modules, name, layout, measures_cache), repeats=repeats)
@@ -166,14 +159,6 @@ def _is_there(modules: Modules, layer: str, names: Iterable[str], built_in: bool
         return False
     output = base_of(modules[paths[-1]]) if paths[-1] in modules else None
     return not isinstance(output, LINEARS) or features(output)[1] > 0
-
-
-def _repeats(layer: nn.Module, index: int, layout: BlockLayout) -> int:
-    """How often a layer runs in one pass. `index` is its place among the layers that share all runs (ALBERT)."""
-    if isinstance(layout.repeats, int):
-        return layout.repeats
-    runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
-    return sum(int(run / (runs / layers)) == index for run in range(runs))
 
 
 def _linear(modules: Modules, layer: str, name: str) -> tuple[str, nn.Linear]:
@@ -210,8 +195,9 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
     sides, relative_rows = _with_relative_positions(modules, name, layout.relative, sides, head_size)
     sides.append(Side(o_name, 1, width, o_out))
     per_unit = ((layout.head_counts, queries), (layout.kv_head_counts, 1), (layout.head_widths, width))
-    # Without heads, the code for relative positions cannot infer its shapes.
-    least = max(layout.min_heads, measures_cache, bool(layout.relative), _least_inputs(o))
+    # Without heads, the code for relative positions cannot infer its shapes. `Conv1D` reshapes its input with -1,
+    # which is ambiguous if the input has no columns.
+    least = max(layout.min_heads, measures_cache, bool(layout.relative), isinstance(o, Conv1D))
     return Group(
         name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
         kind="head",
@@ -222,7 +208,7 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
         norm=_norm(modules, name, layout.attention_norm),
         attributes=tuple((f"{name}.{path}", amount) for paths, amount in per_unit for path in paths),
         attention_width=width,
-        least=min(least, units),
+        least=min(int(least), units),
         fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, sides, head_size),
         relative_rows=relative_rows,
     )
@@ -242,13 +228,8 @@ def _neurons(modules: Modules, name: str, layout: BlockLayout) -> Group:
         output=down_name,
         layer=name,
         norm=_norm(modules, name, layout.ffn_norm),
-        least=min(size, _least_inputs(down)),
+        least=min(int(isinstance(down, Conv1D)), size),
     )
-
-
-def _least_inputs(linear: nn.Module) -> int:
-    """`Conv1D` reshapes its input with -1, which is ambiguous if the input has no columns."""
-    return int(isinstance(linear, Conv1D))
 
 
 def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: int) -> list[Side]:
@@ -275,11 +256,11 @@ def _norm(modules: Modules, layer: str, name: str) -> str:
 
 def _depends_on_all_heads(modules: Modules, name: str, layout: BlockLayout, sides: list[Side], head_size: int) -> bool:
     """Whether the attention has parameters that the layout does not describe and that may differ between heads."""
-    parent = layout.v.rpartition(".")[0]
-    if not parent:
+    parent = f"{name}.{layout.v}".rpartition(".")[0]
+    if parent == name:
         return False
     known = tuple(f"{path}." for path in (*(side.module for side in sides), f"{name}.{layout.attention_norm}"))
-    for path, parameter in modules[f"{name}.{parent}"].named_parameters(f"{name}.{parent}"):
+    for path, parameter in modules[parent].named_parameters(parent):
         if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
             warnings.warn(
                 f"{path} of shape {tuple(parameter.shape)} is part of an attention, but its block layout does not "
@@ -295,10 +276,9 @@ def _with_relative_positions(
 ) -> tuple[list[Side], int]:
     """The sides of an attention, and how many relative positions it multiplies with each token.
 
-    `path` leads to a `DisentangledSelfAttention` of Transformers (DeBERTa, He et al. 2021, arXiv 2006.03654) or is
-    empty. Keys and queries are then also computed from position vectors, by Linears of their own or, with
-    `share_att_key`, by the Linears of the tokens. Each token is multiplied with all of these vectors in each of two
-    products: content with position (c2p) and position with content (p2c).
+    If `path` leads to the attention of DeBERTa (He et al. 2021, arXiv 2006.03654), keys and queries are also computed
+    from position vectors, by Linears of their own or by those of the tokens. Each token is multiplied with all of
+    these vectors in each of two products: content with position (c2p) and position with content (p2c).
     """
     attention: Any = modules[f"{layer}.{path}"] if path else None
     if attention is None or not attention.relative_attention:

@@ -143,10 +143,6 @@ _NORMED_TWICE = replace(_LLAMA, ffn_norm="post_feedforward_layernorm")
 # Queries and keys are normalized over all heads together, so trimming one head would change the others.
 _NORMED_ACROSS_HEADS = replace(_NORMED_TWICE, fixed_heads=True)
 _FUSED_GATE = replace(_LLAMA, **_ffn("mlp.{gate_up,gate_up,down}_proj"))
-# The code splits the fused projection at sizes that all layers read from the same config.
-_PHI3 = replace(_FUSED_GATE, **_attention("self_attn.{qkv,o}_proj"), fixed_heads=True)
-_PHI = replace(_LLAMA, o="self_attn.dense", **_ffn("mlp.{fc1,fc2}"), attention_norm="")
-_STARCODER2 = replace(_LLAMA, **_ffn("mlp.{c_fc,c_proj}"))
 _GPT2 = BlockLayout(
     "h.*",
     **_attention("attn.{c_attn,c_proj}", size="head_dim", count="num_heads", width="split_size"),
@@ -177,10 +173,7 @@ _GPT_NEOX = BlockLayout(
     cached=True,
 )
 _MODERNBERT = BlockLayout(
-    "layers.*",
-    **_attention("attn.{Wqkv,Wo}", size="head_dim"),
-    **_ffn("mlp.{Wi,Wi,Wo}"),
-    attention_norm="mlp_norm",
+    "layers.*", **_attention("attn.{Wqkv,Wo}", size="head_dim"), **_ffn("mlp.{Wi,Wi,Wo}"), attention_norm="mlp_norm"
 )
 _OPT = BlockLayout(
     "layers.*",
@@ -199,15 +192,6 @@ _STABLELM = replace(
 def _norm_after_attention(config: Any) -> str:
     """With parallel residuals, attention and FFN are added together, and the layer returns the sum."""
     return "" if config.use_parallel_residual else "post_attention_layernorm"
-
-
-# A norm of queries and keys that has weights for each head does not allow heads to be trimmed.
-def _stablelm(config: Any) -> Layouts:
-    return (replace(_STABLELM, attention_norm=_norm_after_attention(config), fixed_heads=config.qk_layernorm),)
-
-
-def _cohere(config: Any) -> Layouts:
-    return (replace(_LLAMA, attention_norm="", fixed_heads=config.use_qk_norm),)
 
 
 _LIKE_BERT = (
@@ -242,7 +226,8 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     **dict.fromkeys(("arcee", "jais2", "nemotron"), (replace(_LLAMA, gate=""),)),
     "apertus": (replace(_LLAMA, gate="", attention_norm="feedforward_layernorm"),),
     "biogpt": (_OPT,),
-    "cohere": _cohere,
+    # A norm of queries and keys that has weights for each head does not allow heads to be trimmed.
+    "cohere": lambda config: (replace(_LLAMA, attention_norm="", fixed_heads=config.use_qk_norm),),
     "cohere2": (replace(_LLAMA, attention_norm=""),),
     "glm": (_FUSED_GATE,),
     "glm4": (replace(_FUSED_GATE, attention_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),),
@@ -253,10 +238,13 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     "modernbert": (_MODERNBERT,),
     "modernbert-decoder": (replace(_MODERNBERT, **_attention("attn.{q_proj,k_proj,v_proj,Wo}"), cached=True),),
     "opt": lambda config: (_OPT if config.do_layer_norm_before else _OPT_NORM_LAST,),
-    "phi": (_PHI,),
-    "phi3": (_PHI3,),
-    "stablelm": _stablelm,
-    "starcoder2": (_STARCODER2,),
+    "phi": (replace(_LLAMA, o="self_attn.dense", **_ffn("mlp.{fc1,fc2}"), attention_norm=""),),
+    # The code splits the fused projection at sizes that all layers read from the same config.
+    "phi3": (replace(_FUSED_GATE, **_attention("self_attn.{qkv,o}_proj"), fixed_heads=True),),
+    "stablelm": lambda config: (
+        replace(_STABLELM, attention_norm=_norm_after_attention(config), fixed_heads=config.qk_layernorm),
+    ),
+    "starcoder2": (replace(_LLAMA, **_ffn("mlp.{c_fc,c_proj}")),),
     "vaultgemma": (replace(_LLAMA, attention_norm="pre_feedforward_layernorm"),),
 }
 

@@ -18,8 +18,6 @@ LINEARS = (nn.Linear, Conv1D)
 # Subclasses of Linear, by name, that have a `forward` of their own but compute the same.
 _ALSO_PLAIN = ("FalconLinear",)
 
-# -- kinds of modules -------------------------------------------------------------------------------------------------
-
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module computes `x @ weight.T + bias` and nothing else. Subclasses of Linear may compute more."""
@@ -48,9 +46,6 @@ def has_codes(weight: torch.Tensor) -> bool:
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
-# -- weights and shapes -----------------------------------------------------------------------------------------------
-
-
 def matrix(linear: Any) -> torch.Tensor:
     """The weight as `[out, in]`. It shares storage with the module unless the module is quantized."""
     return dequantized(linear) if is_quantized(linear) else oriented(linear, linear.weight)
@@ -75,13 +70,10 @@ def features(linear: Any) -> tuple[int, int]:
 
 def update_features(linear: Any) -> None:
     """Sets the module's numbers of outputs and inputs to the shape of its weight. Embeddings are never trimmed."""
-    if isinstance(linear, nn.Embedding):
-        return
-    out, into = matrix(linear).shape
     if isinstance(linear, Conv1D):
-        linear.nf, linear.nx = out, into
-    else:
-        linear.out_features, linear.in_features = out, into
+        linear.nx, linear.nf = linear.weight.shape
+    elif isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = matrix(linear).shape
 
 
 def count(parameter: torch.Tensor) -> int:
@@ -90,9 +82,6 @@ def count(parameter: torch.Tensor) -> int:
         return parameter.numel()
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else 2 * parameter.numel() * parameter.element_size()
-
-
-# -- quantized Linears ------------------------------------------------------------------------------------------------
 
 
 def dequantized(linear: Any) -> torch.Tensor:
@@ -108,11 +97,8 @@ def dequantized(linear: Any) -> torch.Tensor:
 
 
 def unpack(linear: Any) -> None:
-    """Undoes the layout that bitsandbytes gives 4-bit weights when a model is evaluated on the CPU.
-
-    That layout supports no gradients, and `dequantize_4bit` cannot read it. The only public way to undo it is
-    `state_dict()`.
-    """
+    """Undoes the layout of 4-bit weights with which bitsandbytes evaluates models on the CPU."""
+    # It supports no gradients, and `dequantize_4bit` cannot read it. The only public way back is `state_dict()`.
     if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
         linear.state_dict()
 

@@ -1,8 +1,4 @@
-"""Finds modules of a model by name or role, behind the wrappers that PEFT puts around them.
-
-Everything that reads the weights of units does so through `linear_of` or `unit_weights`, so it sees the weights that
-the base layers have at that moment. No copies are kept.
-"""
+"""Finds modules of a model, and the weights that they have now, behind the wrappers that PEFT puts around them."""
 
 from __future__ import annotations
 
@@ -86,5 +82,5 @@ def input_embedding(model: nn.Module) -> str | None:
 
 def is_shared(model: nn.Module, table: nn.Module) -> bool:
     """Whether another module, such as the output layer of a language model, uses the weight of this embedding too."""
-    others = {id(m): m for m in map(base_of, model.modules()) if m is not table}
-    return any(getattr(other, "weight", None) is table.weight for other in others.values())
+    others = (module for module in map(base_of, model.modules()) if module is not table)
+    return any(getattr(other, "weight", None) is table.weight for other in others)
