@@ -27,7 +27,7 @@ from peft_sensi import (
     compute_scores,
     make_plan,
 )
-from peft_sensi.scoring.calibration import preserved
+from peft_sensi.scoring.calibration import ScoringOptions, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.criteria import METHODS
 from peft_sensi.scoring.gates import (
@@ -38,7 +38,6 @@ from peft_sensi.scoring.gates import (
     mean_over_next_labels,
 )
 from peft_sensi.scoring.head import start_head_at_prior
-from peft_sensi.scoring.options import ScoringOptions
 from peft_sensi.scoring.priming import primed
 
 

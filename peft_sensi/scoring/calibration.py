@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,22 @@ from ..utils.errors import CalibrationError
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
-def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
-    """Returns the first `steps` batches as a list, because a generator can be read only once.
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How units are scored. `compute_scores` describes the fields; `SensiConfig` has fields of the same names."""
 
-    Raises `CalibrationError` if there is no batch, or if something is not a batch.
-    """
+    score: str = "fisher"
+    calibration_steps: int = 24
+    priming_steps: int = 40
+    priming_lr: float = 1e-4
+    priming_optimizer: str = "adamw"
+    loss_fn: LossFn | None = None
+    seed: int = 0
+    progress: bool = True
+
+
+def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
+    """The first `steps` batches. Raises `CalibrationError` if there is no batch, or if something is not a batch."""
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"`calibration` must be an iterable of batches (a DataLoader, a list of dicts, a generator), got "
@@ -61,21 +73,18 @@ def device_of(model: nn.Module) -> torch.device:
 def calibration_loss(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None = None, where: str = "a calibration batch"
 ) -> torch.Tensor:
-    """The loss of one batch as a float32 scalar. Raises `CalibrationError` if there is no loss or it is not finite.
-
-    `where` names the batch in messages.
-    """
+    """The loss of one batch as a float32 scalar. Raises `CalibrationError` if there is no loss or it is not finite."""
     batch = to_device(batch, device_of(model))
     loss: torch.Tensor | None
     if loss_fn is not None:
         loss = loss_fn(model, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     else:
         output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not output[0].dim():
             loss = output[0]  # with `config.return_dict=False`, the loss comes first if there are labels
-    if loss_fn is not None and not isinstance(loss, torch.Tensor):
-        raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     if not isinstance(loss, torch.Tensor):
         raise CalibrationError(
             f"The model returned no loss for {where}, whose keys are {sorted(batch)}: calibration batches need labels "

@@ -2,8 +2,7 @@
 
 In the formulas, a gate is a factor on the activation of a unit, fixed at 1 (see `gates`), `L_i` is the loss of example
 `i`, and `g_i = dL_i / dgate`. A plan divides scores by the units' costs. Scores that do not grow with the size of a
-unit (mask, random) are therefore multiplied by the unit's number of parameters. After the division, heads and neurons
-are then compared by the unscaled numbers.
+unit (mask, random) are therefore multiplied by the unit's number of parameters.
 
 To add a criterion, write one function and add one line to `CRITERIA`.
 """
@@ -23,10 +22,9 @@ from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import device_of
+from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
-from .options import ScoringOptions
 from .outliers import OutlierFinder
 from .priming import primed
 
@@ -73,10 +71,7 @@ def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches, options: Scorin
 
 
 def mask(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
-    """`|gate|` times the unit's parameters, for gates that are trained with an L1 penalty during priming.
-
-    Source: EarlyBERT (arXiv 2101.00063).
-    """
+    """`|gate|` times the unit's parameters, after priming with an L1 penalty on it (EarlyBERT, arXiv 2101.00063)."""
     device = device_of(model)
     gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
     with (
@@ -95,7 +90,7 @@ def movement(model: nn.Module, anatomy: Anatomy, batches: Batches, options: Scor
 
 
 class Criterion(NamedTuple):
-    """One row of `CRITERIA`: a function of model, anatomy, batches and options, and what it cannot do without."""
+    """One row of `CRITERIA`: a function of model, anatomy, batches and options, and what this function needs."""
 
     function: Callable[[nn.Module, Anatomy, Any, ScoringOptions], Found]
     needs_data: bool = True
@@ -151,10 +146,7 @@ def _mean_over_examples(
 
 
 def _primed_head(model: nn.Module, batches: Batches | None, options: ScoringOptions) -> dict[str, torch.Tensor]:
-    """The task head after priming, for scores that need no priming themselves.
-
-    So the head starts the same under every score, and controls differ in the ranking only.
-    """
+    """The task head after priming, for scores that need no priming: all scores then start with the same head."""
     if batches is None or not options.priming_steps or not task_head(model):
         return {}
     with primed(model, batches, options):
@@ -185,16 +177,15 @@ def only_seen(
     groups = [group for group in anatomy.groups if group.kind == "token"]
     if not groups or batches is None:
         return dict(values)
-    seen = [group.zeros() for group in groups]
+    seen = {group.name: group.zeros() for group in groups}
     for batch in batches:
         for name, ids in batch.items():
             if name.endswith("input_ids") and isinstance(ids, torch.Tensor):
                 attention = batch.get(name.replace("input_ids", "attention_mask"))
                 if isinstance(attention, torch.Tensor) and attention.shape == ids.shape:
                     ids = ids[attention.bool()]
-                for group, counts in zip(groups, seen, strict=True):
+                for group in groups:
                     known = ids[(ids >= 0) & (ids < group.size)]
-                    counts[known.reshape(-1).cpu().unique().long()] = 1.0
-    distributed.all_max(seen, "looking for tokens")
-    masks = {g.name: mask for g, mask in zip(groups, seen, strict=True)}
-    return {name: value * masks[name] if name in masks else value for name, value in values.items()}
+                    seen[group.name][known.reshape(-1).cpu().unique().long()] = 1.0
+    distributed.all_max(list(seen.values()), "looking for tokens")
+    return {name: value * seen[name] if name in seen else value for name, value in values.items()}

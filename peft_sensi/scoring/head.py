@@ -1,7 +1,4 @@
-"""Where a fresh task head starts: at the prior of the calibration labels, or as priming left it.
-
-Model and batches go in; parameters of the task head come out, by the names that they have in the base model.
-"""
+"""Where a fresh task head starts: at the prior of the calibration labels, or as priming left it."""
 
 from __future__ import annotations
 
@@ -39,19 +36,14 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
 
 def _labels(batches: list[Mapping[str, Any]], outputs: int) -> torch.Tensor:
     """All labels of the batches as one vector; empty if there are none, or if they are neither classes nor numbers."""
-    labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
-    if not labels or any(_is_multi_hot(batch, outputs) for batch in batches):
+    batches = [batch for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
+    labels = [batch["labels"] for batch in batches]
+    # A number for each of the `outputs`, and not for each token, says which of the classes an example belongs to.
+    per_output = [batch for batch in batches if batch["labels"].dim() > 1 and batch["labels"].shape[-1] == outputs]
+    if not labels or any(getattr(b.get("input_ids"), "shape", None) != b["labels"].shape for b in per_output):
         return torch.empty(0, dtype=torch.long, device="cpu")
     values = torch.cat([label.detach().reshape(-1) for label in labels]).cpu()
     return values if values.is_floating_point() else values[values >= 0].long()  # -100 marks tokens without a label
-
-
-def _is_multi_hot(batch: Mapping[str, Any], outputs: int) -> bool:
-    """Whether the labels of an example are a zero or one for each class, and not a class for each token."""
-    labels, ids = batch.get("labels"), batch.get("input_ids")
-    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.shape[-1] != outputs:
-        return False
-    return not isinstance(ids, torch.Tensor) or labels.shape != ids.shape
 
 
 def head_state(model: nn.Module) -> dict[str, torch.Tensor]:

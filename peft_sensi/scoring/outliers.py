@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,8 +31,7 @@ class OutlierFinder:
         self.groups = [g for g in anatomy.trimmable if g.layer]
         self.share = {g.name: g.zeros() for g in self.groups}
 
-    @contextmanager
-    def watching(self, batch: Mapping[str, Any]) -> Iterator[None]:
+    def watching(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Inside the block, the model must run forward on `batch` once. Padding is left out."""
         batch = to_device(batch, device_of(self.model))
 
@@ -50,8 +49,7 @@ class OutlierFinder:
             share = (share[mask] if mask is not None else share.flatten(0, -2)).amax(0).cpu()
             self.share[group.name] = torch.maximum(self.share[group.name], share)
 
-        with observing(self.model, self.groups, observe):
-            yield
+        return observing(self.model, self.groups, observe)
 
     def found(self) -> dict[str, torch.Tensor]:
         """A boolean for each unit, by group: whether it is an outlier for any token that any process has seen."""
