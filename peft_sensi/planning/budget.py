@@ -65,11 +65,9 @@ def _check_limit(name: str, value: Any) -> float | int:
     expected = f"`{name}` must be a share in (0, 1] or a whole count above 1"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BudgetError(f"{expected}, got {shown(value)} of type {type(value).__name__}.")
-    if (isinstance(value, float) and not math.isfinite(value)) or value <= 0:
-        raise BudgetError(f"{expected}, got {shown(value)}.")
-    if isinstance(value, float) and value > 1:
-        hint = f" (write {int(value)} for a count)" if value.is_integer() else ""
-        raise BudgetError(f"{expected}, got {value!r}{hint}.")
+    if not 0 < value < math.inf or (isinstance(value, float) and value > 1):
+        hint = f" (write {int(value)} for a count)" if value > 1 and float(value).is_integer() else ""
+        raise BudgetError(f"{expected}, got {shown(value)}{hint}.")
     return value
 
 

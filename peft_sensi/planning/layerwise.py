@@ -1,7 +1,6 @@
 """Running a model layer by layer: `record_calls` records how it calls its layers, and `run_layer` runs one of them.
 
-A layer's *hidden states* are its first argument. Everything else that it is called with (masks, positions, the
-encoder's output) are its *arguments*.
+A layer's *hidden states* are its first argument. Masks, positions and all others are called its *arguments*.
 """
 
 from __future__ import annotations
@@ -31,41 +30,40 @@ class Calls:
     """How a model calls its layers for one batch.
 
     Attributes:
-        arguments: For each layer, in the order in which they run, its positional and its keyword arguments without
-            the hidden states.
+        arguments: For each layer, in the order in which they run, its positional and its keyword arguments.
         entries: The hidden states of each layer that does not simply get the output of the layer before it: the first
             layer of each stack.
+        chain: Whether the layers are a chain in which only hidden states are handed on.
     """
 
     arguments: dict[str, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
     entries: dict[str, torch.Tensor] = field(default_factory=dict)
+    chain: bool = True
 
 
 def record_calls(
     model: nn.Module, layers: list[str], batches: list[Mapping[str, Any]], loss_fn: LossFn | None
 ) -> list[Calls] | None:
     """Runs the model on each batch and records how it calls these layers; `None` if a layer runs more than once."""
-    recorded = []
-    idle: list[str] = []  # layers that return their input
+    recorded: list[Calls] = []
     for batch in batches:
-        calls, chain = _record(model, layers, idle, batch, loss_fn)
+        # In a plain chain of layers, the first layer's input and all arguments are independent of what the layers
+        # compute, so the layers need not compute anything for the other batches.
+        idle = layers if recorded and recorded[-1].chain else []
+        calls = _record(model, layers, idle, batch, loss_fn)
         if calls is None:
             return None
         recorded.append(calls)
-        # In a plain chain of layers, the first layer's input and all arguments are independent of what the layers
-        # compute, so the layers need not compute anything for the other batches.
-        idle = layers if chain else []
     return recorded
 
 
 def _record(
     model: nn.Module, layers: list[str], idle: list[str], batch: Mapping[str, Any], loss_fn: LossFn | None
-) -> tuple[Calls | None, bool]:
-    """The calls of one batch, and whether the layers are a chain in which only hidden states are handed on."""
+) -> Calls | None:
+    """The calls of one batch, in which the layers `idle` return their input."""
     calls = Calls()
     ran: list[str] = []
     last: tuple[str, Any] = ("", None)  # the layer that finished last, and its output
-    same_shape = True
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = _hidden_states(module, args, kwargs)
@@ -77,9 +75,9 @@ def _record(
         ran.append(name)
 
     def after(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal last, same_shape
+        nonlocal last
         hidden = _hidden_states(module, args, kwargs)
-        same_shape &= isinstance(output, torch.Tensor) and output.shape == hidden.shape
+        calls.chain &= isinstance(output, torch.Tensor) and output.shape == hidden.shape
         last = (name, first_of(output))
 
     with ExitStack() as hooks, _returning_their_input(model, idle):
@@ -91,9 +89,8 @@ def _record(
             loss_fn(model, batch)
         else:
             model(**batch)
-    if len(ran) != len(set(ran)):
-        return None, False
-    return calls, same_shape and set(calls.entries) == set(ran[:1])
+    calls.chain &= set(calls.entries) == set(ran[:1])
+    return calls if len(ran) == len(set(ran)) else None
 
 
 def _hidden_states(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -107,21 +104,18 @@ def _hidden_states(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
 @contextmanager
 def _returning_their_input(model: nn.Module, layers: list[str]) -> Iterator[None]:
     """Inside the block these layers return their hidden states unchanged."""
-    modules = [model.get_submodule(name) for name in layers]
 
     def forward(*args: Any, module: nn.Module, **kwargs: Any) -> torch.Tensor:
         return _hidden_states(module, args, kwargs)
 
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module in modules:
+    with ExitStack() as restore:
+        for module in map(model.get_submodule, layers):
+            if "forward" in vars(module):  # set by Accelerate
+                restore.callback(setattr, module, "forward", module.forward)
+            else:
+                restore.callback(delattr, module, "forward")
             module.forward = partial(forward, module=module)
         yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.__dict__["forward"]
-            if own is not None:  # Accelerate sets a `forward` on the instance
-                module.forward = own
 
 
 class _Stop(Exception):
@@ -136,13 +130,10 @@ def run_layer(
     observers: Mapping[Group, Observer],
     stop: bool = False,
 ) -> torch.Tensor | None:
-    """Runs one layer as it is now, and returns its hidden states.
+    """Runs one layer as it is now on the hidden states `[batch, tokens, features]`, and returns its hidden states.
 
-    Args:
-        arguments: The layer's other arguments, from `Calls`.
-        hidden: Its hidden states, `[batch, tokens, features]`.
-        observers: Groups of this layer, each with a function that is called when the group's sublayer has run.
-        stop: Ends the layer after the first call of an observer; the result is then `None`.
+    `arguments` are from `Calls`. Each observer is called when its group's sublayer has run. With `stop`, the first
+    such call ends the layer, and the result is `None`.
     """
 
     def observe(group: Group, *tensors: torch.Tensor) -> None:

@@ -47,27 +47,15 @@ def refit(
     loss_fn: LossFn | None = None,
     progress: bool = True,
 ) -> Refitted:
-    """New weights and biases for the output projections of all groups whose kept units are all tuned.
+    """New values for the output projections of all groups whose kept units are all tuned.
 
-    `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if the model runs a
-    layer more than once.
+    `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if nothing is
+    trimmed, or if the model runs a layer more than once.
 
     Every fourth batch is held out, and two guards use these batches. First, each output projection goes no step, half
     a step or a whole step from its old values to the solution, whichever gives the smallest error after the LayerNorm.
     Second, if all new values together make the loss of the trimmed model worse by more than 2 percent of its absolute
-    value, they are all dropped.
-
-    Args:
-        batches: Calibration batches, as in `SensiConfig`.
-        loss_fn: Computes the loss of a batch, if the model itself does not.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        For each refitted module its weight `[out, kept columns]`, the columns in ascending order, and its bias `[out]`
-        or `None`; both float32. Empty if nothing was trimmed or if the second guard dropped the new values.
-
-    Raises:
-        CalibrationError: If a held-out batch has no finite loss.
+    value, they are all dropped. Raises `CalibrationError` if a held-out batch has no finite loss.
     """
     states = {g: plan.of(g) for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and g.output in plan.targets}
     groups = [g for g, s in states.items() if (s == TUNED).any() and not (s == FROZEN).any()]
@@ -98,8 +86,7 @@ def refit(
         if not refitted:
             return {}
         test = {i: batches[i] for i in sorted(held_out)}
-        after = _trimmed_loss(model, plan, refitted, test, loss_fn)
-        before = _trimmed_loss(model, plan, {}, test, loss_fn)
+        after, before = (_trimmed_loss(model, plan, values, test, loss_fn) for values in (refitted, {}))
     # A fresh task head has not learned anything yet, so a good refit may raise its loss a little: by up to 0.5 percent
     # for MiniLM on TREC-6 and SST-2. Losses can be negative, so the margin is a share of the absolute value.
     return refitted if after <= before + MARGIN * abs(before) else {}
@@ -119,18 +106,9 @@ class _Stream:
 
 
 def _follow_trimmed_model(
-    model: nn.Module,
-    plan: Plan,
-    done: list[str],
-    refitted: Refitted,
-    streams: list[_Stream],
-    loss_fn: LossFn | None,
+    model: nn.Module, plan: Plan, done: list[str], refitted: Refitted, streams: list[_Stream], loss_fn: LossFn | None
 ) -> None:
-    """Records how the trimmed and refitted layers `done` make the model call the layers after them.
-
-    To be called where a new stack of layers starts. A decoder, for example, gets the encoder's output: in the trimmed
-    model, that is the output of the trimmed encoder.
-    """
+    """Records how the model calls a new stack of layers after the trimmed and refitted layers `done`."""
     layers = list(streams[0].untrimmed_calls.arguments)
     with trimmed(model, plan, [group for group in plan.anatomy.trimmable if group.layer in done]):
         for name, values in refitted.items():
@@ -198,11 +176,7 @@ def _refit_layer(
 
 
 def _trimmed_loss(
-    model: nn.Module,
-    plan: Plan,
-    refitted: Refitted,
-    batches: Mapping[int, Mapping[str, Any]],
-    loss_fn: LossFn | None,
+    model: nn.Module, plan: Plan, refitted: Refitted, batches: Mapping[int, Mapping[str, Any]], loss_fn: LossFn | None
 ) -> float:
     """Sum of the trimmed model's losses over these batches (by number) of all processes."""
     with trimmed(model, plan, plan.anatomy.trimmable):
