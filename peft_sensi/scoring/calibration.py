@@ -193,8 +193,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    for parameter in model.parameters():
-        parameter.grad = None  # a backward pass would add to the user's gradients in place
+    model.zero_grad()  # a backward pass would add to the user's gradients in place
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -120,8 +120,7 @@ def _mean_over_examples(
     outliers = OutlierFinder(model, anatomy)
     with primed(model, batches, options):
         head = head_state(model) if options.priming_steps else {}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         totals = {g.name: g.zeros() for g in anatomy.groups}
         examples = 0
         batches = batches[: max(1, options.calibration_steps)]

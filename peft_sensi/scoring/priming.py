@@ -45,8 +45,7 @@ def primed(
     moving = _primed_parameters(model) if options.priming_steps else head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
     try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in moving:
             parameter.requires_grad_(True)
         start_head_at_prior(model, batches)
