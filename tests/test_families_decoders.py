@@ -23,6 +23,7 @@ from family_checks import (
     token_batch,
     train,
 )
+from gate_reference import gate_gradients_reference
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -45,7 +46,7 @@ from peft_sensi import (
     make_plan,
     save_merged,
 )
-from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
+from peft_sensi.scoring.gates import gate_gradients
 
 
 # 6 query heads and 3 key/value heads. The FFN's width is odd.

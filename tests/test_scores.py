@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from gate_reference import gate_gradients_reference
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,19 +27,17 @@ from peft_sensi import (
     compute_scores,
     make_plan,
 )
-from peft_sensi.scoring.calibration import preserved
+from peft_sensi.scoring.calibration import ScoringOptions, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.criteria import METHODS
 from peft_sensi.scoring.gates import (
     find_weighting,
     gate_gradients,
-    gate_gradients_reference,
     mean_over_examples,
     mean_over_labels,
     mean_over_next_labels,
 )
 from peft_sensi.scoring.head import start_head_at_prior
-from peft_sensi.scoring.options import ScoringOptions
 from peft_sensi.scoring.priming import primed
 
 
