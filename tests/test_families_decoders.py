@@ -23,7 +23,6 @@ from family_checks import (
     token_batch,
     train,
 )
-from gate_reference import gate_gradients_reference
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -47,6 +46,7 @@ from peft_sensi import (
     save_merged,
 )
 from peft_sensi.scoring.gates import gate_gradients
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 
 
 # 6 query heads and 3 key/value heads. The FFN's width is odd.

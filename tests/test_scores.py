@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from gate_reference import gate_gradients_reference
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,6 +36,7 @@ from peft_sensi.scoring.gates import (
     mean_over_labels,
     mean_over_next_labels,
 )
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.scoring.head import start_head_at_prior
 from peft_sensi.scoring.priming import primed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_reference import gate_gradients_reference
 from peft import PeftModel, get_peft_model
 from tiny import VOCABULARY, assert_same_tensors, snapshot, tiny_batches, tiny_model, train
 from torch import nn
@@ -13,6 +12,7 @@ from peft_sensi import SensiConfig, SensiError, build_anatomy, compute_scores
 from peft_sensi.anatomy.modules import input_embedding
 from peft_sensi.layers.embedding import SensiEmbedding
 from peft_sensi.scoring.gates import gate_gradients
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.utils.states import TUNED
 
 

@@ -1,4 +1,4 @@
-"""The slow definition of `scoring.gates.gate_gradients`, with which the tests compare it."""
+"""The readable reference of `gates.gate_gradients`: slow, and compared with it by the tests."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_sensi.anatomy.units import Anatomy, Group
-from peft_sensi.scoring.calibration import LossFn, calibration_loss, examples_in
-from peft_sensi.scoring.gates import hooked
+from ..anatomy.units import Anatomy, Group
+from .calibration import LossFn, calibration_loss, examples_in
+from .gates import hooked
 
 
 def gate_gradients_reference(
