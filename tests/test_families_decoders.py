@@ -46,7 +46,8 @@ from peft_sensi import (
     make_plan,
     save_merged,
 )
-from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
+from peft_sensi.scoring.gates import gate_gradients
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 
 
 # 6 query heads and 3 key/value heads. The FFN's width is odd.

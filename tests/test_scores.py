@@ -26,19 +26,18 @@ from peft_sensi import (
     compute_scores,
     make_plan,
 )
-from peft_sensi.scoring.calibration import preserved
+from peft_sensi.scoring.calibration import ScoringOptions, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.criteria import METHODS
 from peft_sensi.scoring.gates import (
     find_weighting,
     gate_gradients,
-    gate_gradients_reference,
     mean_over_examples,
     mean_over_labels,
     mean_over_next_labels,
 )
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.scoring.head import start_head_at_prior
-from peft_sensi.scoring.options import ScoringOptions
 from peft_sensi.scoring.priming import primed
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from peft_sensi import SensiConfig, SensiError, build_anatomy, compute_scores
 from peft_sensi.anatomy.modules import input_embedding
 from peft_sensi.layers.embedding import SensiEmbedding
-from peft_sensi.scoring.gates import gate_gradients, gate_gradients_reference
+from peft_sensi.scoring.gates import gate_gradients
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.utils.states import TUNED
 
 

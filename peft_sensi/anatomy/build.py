@@ -1,7 +1,4 @@
-"""Finds the units of a model: the model goes in, an `Anatomy` comes out (see `units`).
-
-Only shapes are read, so models on the `meta` device work too.
-"""
+"""Finds the units of a model, also on the `meta` device: the model goes in, an `Anatomy` comes out (see `units`)."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..utils.errors import AnatomyError
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
-from .linears import LINEARS, count, features, is_plain_embedding, is_quantized, not_trimmable
+from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
 from .modules import base_of, is_base_parameter, not_linear, task_head
 from .units import Anatomy, Group, Side
 
@@ -32,13 +29,10 @@ def build_anatomy(
     blocks: Iterable[BlockLayout] | None = None,
     whole: Literal["", "sublayers", "tensors"] = "",
 ) -> Anatomy:
-    """Finds the groups of units of `model`.
-
-    These are the heads and neurons of its blocks, and a group of rows (or tokens) for each Linear (or embedding) in
-    `targets` that is in no block.
+    """Finds the groups of units of `model`: the heads and neurons of its blocks, and the rows or tokens of `targets`.
 
     Args:
-        targets: Names of modules.
+        targets: Names of Linears and embeddings. Each one that is in no block has a group of its own.
         blocks: Layouts of the model's blocks, instead of those of its family.
         whole: With `sublayers`, the whole attention or FFN of a layer is one unit. With `tensors`, each target is one
             unit, which can be tuned or frozen, and blocks have no other units.
@@ -47,8 +41,8 @@ def build_anatomy(
         AnatomyError: `blocks` match no layer, a layout does not fit its layer, or a target is not in the model.
         TypeError: A target is neither a Linear nor an embedding.
     """
-    modules = dict(model.named_modules())
-    groups = _groups_in_blocks(model, modules, blocks)
+    modules, config = dict(model.named_modules()), getattr(model, "config", None)
+    groups = _groups_in_blocks(model, modules, config, blocks)
     layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
@@ -56,14 +50,20 @@ def build_anatomy(
         groups = []
     in_blocks = {module for group in groups for module in group.modules}
     groups += [_group_of_target(modules, name, layers, whole) for name in sorted(set(targets) - in_blocks)]
-    model_type = getattr(getattr(model, "config", None), "model_type", "") or ""
-    return Anatomy(tuple(groups), _params_without_head(model), model_type)
+    head = tuple(f"{name}." for name in task_head(model))
+    parameters = {n: p for n, p in model.named_parameters() if is_base_parameter(n) and not n.startswith(head)}
+    total = sum(count(parameter) for parameter in parameters.values())
+    return Anatomy(tuple(groups), total, getattr(config, "model_type", "") or "")
 
 
-def _groups_in_blocks(model: nn.Module, modules: Modules, blocks: Iterable[BlockLayout] | None) -> list[Group]:
-    config = getattr(model, "config", None)
+def _groups_in_blocks(
+    model: nn.Module, modules: Modules, config: Any, blocks: Iterable[BlockLayout] | None
+) -> list[Group]:
     layouts = layouts_of(config) if blocks is None else tuple(blocks)
-    cached = _layers_that_measure_caches(config)
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    kinds = getattr(text_config, "layer_types", None) or ()
+    # The keys of these layers tell Transformers' caches how many tokens they hold.
+    cached = frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
     groups = [group for layout in layouts for group in _groups_of_layout(modules, layout, cached, blocks is None)]
     if blocks is not None and not groups:
         raise AnatomyError(
@@ -91,25 +91,12 @@ def _group_of_target(modules: Modules, name: str, layers: list[str], whole: str)
     if not isinstance(linear, LINEARS):
         raise not_linear(linear)
     out, into = features(linear)
-    side = Side(name, 0, 1, into, cast(nn.Linear, linear).bias is not None)
-    layer = next((layer for layer in layers if name.startswith(f"{layer}.")), _indexed_parent(name))
+    side = Side(name, 0, 1, into, bias_of(linear) is not None)
+    # In a model with unknown blocks, the layer of `model.layers.3.mlp.up` is `model.layers.3`.
+    indexed = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    layer = next((layer for layer in layers if name.startswith(f"{layer}.")), indexed.group() if indexed else "")
     group = Group(name, "row", out, (side,), output=name, layer=layer)
     return replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group
-
-
-def _indexed_parent(name: str) -> str:
-    """The layer of a module in a model with unknown blocks: `model.layers.3` for `model.layers.3.mlp.up`."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-    return found.group() if found else ""
-
-
-def _params_without_head(model: nn.Module) -> int:
-    head = tuple(f"{name}." for name in task_head(model))
-    return sum(
-        count(parameter)
-        for name, parameter in model.named_parameters()
-        if is_base_parameter(name) and not name.startswith(head)
-    )
 
 
 def nothing_to_score(model: nn.Module) -> AnatomyError:
@@ -124,7 +111,11 @@ def nothing_to_score(model: nn.Module) -> AnatomyError:
 def nothing_to_trim(model: nn.Module) -> AnatomyError:
     """The error for a trimming limit on a model without heads or neurons that can be trimmed."""
     if any(is_quantized(module) for module in model.modules()):
-        return not_trimmable(model)
+        return AnatomyError(
+            f"{type(model).__name__} is quantized: its weights are stored in blocks with common scales, so heads and "
+            f"neurons cannot be cut out of them. Load the base model without quantization to trim it (and quantize "
+            f"the merged model), or set only a `trainable` limit, which trims nothing."
+        )
     return AnatomyError(
         f"{type(model).__name__} has no heads or neurons that can be trimmed: {_UNKNOWN_BLOCKS} "
         f"`SensiConfig(blocks=[BlockLayout(layer='encoder.layer.*', q=..., k=..., v=..., o=..., up=..., down=..., "
@@ -137,29 +128,20 @@ _UNKNOWN_BLOCKS = (
 )
 
 
-def _layers_that_measure_caches(config: Any) -> frozenset[int]:
-    """Indices of the layers whose keys tell Transformers' caches how many tokens they hold."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ()
-    return frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
-
-
 def _groups_of_layout(
     modules: Modules, layout: BlockLayout, cached: frozenset[int], built_in: bool
 ) -> Iterator[Group]:
-    """The groups of all layers that a layout matches.
-
-    A built-in layout may describe sublayers that only some models of the family have; the others are skipped.
-    """
+    """The groups of all layers that a layout matches. Only some models may have all sublayers of a built-in layout."""
     path = r"(\d+)".join(re.escape(part) for part in layout.layer.split("*"))
-    pattern = re.compile(rf"(?:^|.*\.){path}$")
     for name, layer in modules.items():
-        match = pattern.match(name)
+        match = re.match(rf"(?:^|.*\.){path}$", name)
         # An adapter wraps modules inside a layer, never the layer itself.
         if match and is_base_parameter(name):
             index = int(match[1]) if match.lastindex else 0
-            repeats = _repeats(layer, index, layout)
+            repeats = layout.repeats
+            if not isinstance(repeats, int):  # the runs are shared by several layers (ALBERT)
+                runs, layers = (attrgetter(attribute)(layer) for attribute in repeats)
+                repeats = sum(int(run / (runs / layers)) == index for run in range(runs))
             if layout.o and _is_there(modules, name, (layout.q, layout.k, layout.v, layout.o), built_in):
                 measures_cache = layout.cached and index in cached
                 yield replace(_heads(modules, name, layout, measures_cache), repeats=repeats)
@@ -176,15 +158,7 @@ def _is_there(modules: Modules, layer: str, names: Iterable[str], built_in: bool
     if built_in and any(path not in modules for path in paths):
         return False
     output = base_of(modules[paths[-1]]) if paths[-1] in modules else None
-    return not isinstance(output, LINEARS) or features(cast(nn.Linear, output))[1] > 0
-
-
-def _repeats(layer: nn.Module, index: int, layout: BlockLayout) -> int:
-    """How often a layer runs in one pass. `index` is its place among the layers that share all runs (ALBERT)."""
-    if isinstance(layout.repeats, int):
-        return layout.repeats
-    runs, layers = (attrgetter(path)(layer) for path in layout.repeats)
-    return sum(int(run / (runs / layers)) == index for run in range(runs))
+    return not isinstance(output, LINEARS) or features(output)[1] > 0
 
 
 def _linear(modules: Modules, layer: str, name: str) -> tuple[str, nn.Linear]:
@@ -213,23 +187,17 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
         raise uneven
     units = keys // head_size
     queries = o_in // keys  # query heads per key/value head
-    widths: tuple[int, ...] = (queries * head_size, head_size, head_size)
+    width = queries * head_size
+    widths: tuple[int, ...] = (width, head_size, head_size)
     if layout.interleaved:
         widths, inputs = (sum(widths),), inputs[:1]
     sides = _rows(inputs, widths, units)
-    relative = relative_positions(modules[f"{name}.{layout.relative}"]) if layout.relative else RelativePositions()
-    if relative.shared:
-        sides = [*(replace(side, rows=relative.rows) for side in sides[:2]), *sides[2:]]
-    for projection in relative.projections:
-        path, linear = _linear(modules, name, f"{layout.relative}.{projection}")
-        bias = linear.bias is not None
-        sides.append(Side(path, 0, head_size, linear.in_features, bias, tokens=False, rows=relative.rows))
-    sides.append(Side(o_name, 1, queries * head_size, o_out))
-    attributes = [(f"{name}.{attribute}", queries) for attribute in layout.head_counts]
-    attributes += [(f"{name}.{attribute}", 1) for attribute in layout.kv_head_counts]
-    attributes += [(f"{name}.{attribute}", queries * head_size) for attribute in layout.head_widths]
-    # Without heads, the code for relative positions cannot infer its shapes.
-    least = max(layout.min_heads, measures_cache, bool(layout.relative), _LEAST.get(type(o), 0))
+    sides, relative_rows = _with_relative_positions(modules, name, layout.relative, sides, head_size)
+    sides.append(Side(o_name, 1, width, o_out))
+    per_unit = ((layout.head_counts, queries), (layout.kv_head_counts, 1), (layout.head_widths, width))
+    # Without heads, the code for relative positions cannot infer its shapes. `Conv1D` reshapes its input with -1,
+    # which is ambiguous if the input has no columns.
+    least = max(layout.min_heads, measures_cache, bool(layout.relative), isinstance(o, Conv1D))
     return Group(
         name=f"{name}.{'cross_heads' if layout.cross else 'heads'}",
         kind="head",
@@ -238,11 +206,11 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
         output=o_name,
         layer=name,
         norm=_norm(modules, name, layout.attention_norm),
-        attributes=tuple(attributes),
-        attention_width=queries * head_size,
-        least=min(least, units),
+        attributes=tuple((f"{name}.{path}", amount) for paths, amount in per_unit for path in paths),
+        attention_width=width,
+        least=min(int(least), units),
         fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, sides, head_size),
-        relative_rows=relative.rows * relative.products,
+        relative_rows=relative_rows,
     )
 
 
@@ -260,12 +228,8 @@ def _neurons(modules: Modules, name: str, layout: BlockLayout) -> Group:
         output=down_name,
         layer=name,
         norm=_norm(modules, name, layout.ffn_norm),
-        least=min(size, _LEAST.get(type(down), 0)),
+        least=min(int(isinstance(down, Conv1D)), size),
     )
-
-
-# `Conv1D` reshapes its input with -1, which is ambiguous if the input has no columns.
-_LEAST: dict[type, int] = {Conv1D: 1}
 
 
 def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: int) -> list[Side]:
@@ -292,11 +256,11 @@ def _norm(modules: Modules, layer: str, name: str) -> str:
 
 def _depends_on_all_heads(modules: Modules, name: str, layout: BlockLayout, sides: list[Side], head_size: int) -> bool:
     """Whether the attention has parameters that the layout does not describe and that may differ between heads."""
-    parent = layout.v.rpartition(".")[0]
-    if not parent:
+    parent = f"{name}.{layout.v}".rpartition(".")[0]
+    if parent == name:
         return False
     known = tuple(f"{path}." for path in (*(side.module for side in sides), f"{name}.{layout.attention_norm}"))
-    for path, parameter in modules[f"{name}.{parent}"].named_parameters(f"{name}.{parent}"):
+    for path, parameter in modules[parent].named_parameters(parent):
         if not path.startswith(known) and parameter.numel() > 1 and tuple(parameter.shape) != (head_size,):
             warnings.warn(
                 f"{path} of shape {tuple(parameter.shape)} is part of an attention, but its block layout does not "
@@ -307,26 +271,25 @@ def _depends_on_all_heads(modules: Modules, name: str, layout: BlockLayout, side
     return False
 
 
-class RelativePositions(NamedTuple):
-    """How an attention uses relative positions.
+def _with_relative_positions(
+    modules: Modules, layer: str, path: str, sides: list[Side], head_size: int
+) -> tuple[list[Side], int]:
+    """The sides of an attention, and how many relative positions it multiplies with each token.
 
-    `rows` is the number of position vectors. The Linears in `projections` compute keys and queries from these vectors
-    only. If there are none, `shared` is true and the Linears of the tokens do it. Each token is multiplied with all
-    rows in each of the `products`: content with position (c2p) and position with content (p2c).
+    If `path` leads to the attention of DeBERTa (He et al. 2021, arXiv 2006.03654), keys and queries are also computed
+    from position vectors, by Linears of their own or by those of the tokens. Each token is multiplied with all of
+    these vectors in each of two products: content with position (c2p) and position with content (p2c).
     """
-
-    rows: int = 0
-    products: int = 0
-    projections: tuple[str, ...] = ()
-    shared: bool = False
-
-
-def relative_positions(attention: Any) -> RelativePositions:
-    """Reads a `DisentangledSelfAttention` of Transformers (DeBERTa, He et al. 2021, arXiv 2006.03654)."""
-    if not attention.relative_attention:
-        return RelativePositions()
-    names = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}
-    kinds = [kind for kind in names if kind in attention.pos_att_type]
-    shared = bool(attention.share_att_key)
-    projections = () if shared else tuple(names[kind] for kind in kinds)
-    return RelativePositions(2 * int(attention.pos_ebd_size), len(kinds), projections, shared)
+    attention: Any = modules[f"{layer}.{path}"] if path else None
+    if attention is None or not attention.relative_attention:
+        return sides, 0
+    rows = 2 * int(attention.pos_ebd_size)
+    projections = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}
+    products = [kind for kind in projections if kind in attention.pos_att_type]
+    if attention.share_att_key:
+        return [*(replace(side, rows=rows) for side in sides[:2]), *sides[2:]], rows * len(products)
+    for kind in products:
+        name, linear = _linear(modules, layer, f"{path}.{projections[kind]}")
+        has_bias = linear.bias is not None
+        sides.append(Side(name, 0, head_size, linear.in_features, has_bias, tokens=False, rows=rows))
+    return sides, rows * len(products)

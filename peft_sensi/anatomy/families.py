@@ -1,159 +1,209 @@
-"""The table of model families: which layouts a model has, by the `model_type` of its config.
-
-A family with variants has a function from the config to the layouts.
-"""
+"""The table of model families: which layouts a model has, by the `model_type` of its config."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .decoders import DECODERS, Layouts
 from .layouts import BlockLayout
 
 
+Layouts = tuple[BlockLayout, ...]
+
+
+def _expand(paths: str) -> list[str]:
+    """The paths of a text with braces: `mlp.{up,down}_proj` is `mlp.up_proj` and `mlp.down_proj`."""
+    start, names, end = re.split("[{}]", paths)
+    return [f"{start}{name}{end}" for name in names.split(",")]
+
+
+def _attention(linears: str, size: str = "", count: str = "", width: str = "") -> dict[str, Any]:
+    """The attention's fields of a `BlockLayout`.
+
+    `linears` are `q`, `k`, `v` and `o` as in `_expand`, or one fused Linear and `o`. The attributes that hold the head
+    size, the number of heads and the width of all heads belong to the module whose path ends at the brace.
+    """
+    *inputs, o = _expand(linears)
+    module = linears.partition("{")[0]
+    attributes = {
+        "head_size": size and module + size,
+        "head_counts": count and (module + count,),
+        "head_widths": width and (module + width,),
+    }
+    projections = dict(zip("qkvo", [*(inputs * 3)[:3], o], strict=True))
+    return projections | {name: value for name, value in attributes.items() if value}
+
+
+def _ffn(linears: str) -> dict[str, Any]:
+    """The FFN's fields: `up` and `down`, or `up`, `gate` and `down`, as in `_expand`."""
+    up, *gate, down = _expand(linears)
+    return {"up": up, "gate": "".join(gate), "down": down}
+
+
+# -- encoders, encoder-decoders and image models ----------------------------------------------------------------------
+
 _BERT = BlockLayout(
-    layer="encoder.layer.*",
-    q="attention.self.query",
-    k="attention.self.key",
-    v="attention.self.value",
-    o="attention.output.dense",
-    up="intermediate.dense",
-    down="output.dense",
-    head_size="attention.self.attention_head_size",
-    head_counts=("attention.self.num_attention_heads",),
-    head_widths=("attention.self.all_head_size",),
+    "encoder.layer.*",
+    **_attention(
+        "attention.{self.query,self.key,self.value,output.dense}",
+        size="self.attention_head_size",
+        count="self.num_attention_heads",
+        width="self.all_head_size",
+    ),
+    **_ffn("{intermediate,output}.dense"),
     attention_norm="attention.output.LayerNorm",
     ffn_norm="output.LayerNorm",
 )
+# BERT with the LayerNorms before the sublayers. Each such family names the norm before its FFN.
+_BERT_PRE_NORM = replace(_BERT, attention_norm="", ffn_norm="")
 _DISTILBERT = BlockLayout(
-    layer="transformer.layer.*",
-    q="attention.q_lin",
-    k="attention.k_lin",
-    v="attention.v_lin",
-    o="attention.out_lin",
-    up="ffn.lin1",
-    down="ffn.lin2",
-    head_size="attention.attention_head_size",
-    head_counts=("attention.n_heads",),
+    "transformer.layer.*",
+    **_attention("attention.{q,k,v,out}_lin", size="attention_head_size", count="n_heads"),
+    **_ffn("ffn.{lin1,lin2}"),
     attention_norm="sa_layer_norm",
     ffn_norm="output_layer_norm",
 )
-
-# BERT with the LayerNorms before the sublayers. Each such family names the norm before its FFN.
-_BERT_PRE_NORM = replace(_BERT, attention_norm="", ffn_norm="")
 _ALBERT = BlockLayout(
-    layer="encoder.albert_layer_groups.*.albert_layers.*",
-    q="attention.query",
-    k="attention.key",
-    v="attention.value",
-    o="attention.dense",
-    up="ffn",
-    down="ffn_output",
-    head_size="attention.attention_head_size",
-    head_counts=("attention.num_attention_heads",),
-    head_widths=("attention.all_head_size",),
+    "encoder.albert_layer_groups.*.albert_layers.*",
+    **_attention(
+        "attention.{query,key,value,dense}", "attention_head_size", count="num_attention_heads", width="all_head_size"
+    ),
+    **_ffn("{ffn,ffn_output}"),
     attention_norm="attention.LayerNorm",
     ffn_norm="full_layer_layer_norm",
     repeats=("config.num_hidden_layers", "config.num_hidden_groups"),
 )
 _DEBERTA_V2 = replace(
     _BERT,
-    q="attention.self.query_proj",
-    k="attention.self.key_proj",
-    v="attention.self.value_proj",
+    **_attention("attention.{self.query_proj,self.key_proj,self.value_proj,output.dense}"),
     relative="attention.self",
     min_heads=1,  # without heads, its code cannot infer its shapes
 )
 _MPNET = replace(
     _BERT,
-    q="attention.attn.q",
-    k="attention.attn.k",
-    v="attention.attn.v",
-    o="attention.attn.o",
-    head_size="attention.attn.attention_head_size",
+    **_attention("attention.attn.{q,k,v,o}", size="attention_head_size"),
     head_counts=(),
     head_widths=(),
     attention_norm="attention.LayerNorm",
     fixed_heads=True,
 )
-_MOBILEBERT = (
-    replace(_BERT, ffn_norm="output.LayerNorm"),
-    BlockLayout(
-        layer="encoder.layer.*.ffn.*", up="intermediate.dense", down="output.dense", ffn_norm="output.LayerNorm"
-    ),
+_MOBILEBERT_FFN = BlockLayout(
+    "encoder.layer.*.ffn.*", **_ffn("{intermediate,output}.dense"), ffn_norm="output.LayerNorm"
+)
+_VIT = BlockLayout(
+    "layers.*",
+    **_attention("attention.{q,k,v,o}_proj", size="head_dim", count="num_attention_heads"),
+    **_ffn("mlp.{fc1,fc2}"),
+    attention_norm="layernorm_after",
 )
 
 
 def _t5(config: Any) -> Layouts:
     """All layers of a stack share a position bias with one column per head, so heads are fixed. FFNs may be gated."""
-    layouts = []
-    for stack, ffn in (("encoder", 1), ("decoder", 2)):
-        own, other, dense = "layer.0.SelfAttention", "layer.1.EncDecAttention", f"layer.{ffn}.DenseReluDense"
-        layer = BlockLayout(
-            layer=f"{stack}.block.*",
-            q=f"{own}.q",
-            k=f"{own}.k",
-            v=f"{own}.v",
-            o=f"{own}.o",
-            up=f"{dense}.{'wi_1' if config.is_gated_act else 'wi'}",
-            gate=f"{dense}.wi_0" if config.is_gated_act else "",
-            down=f"{dense}.wo",
-            head_size=f"{own}.key_value_proj_dim",
-            fixed_heads=True,
-        )
-        layouts.append(layer)
-        if stack == "decoder":
-            projections: dict[str, Any] = {part: f"{other}.{part}" for part in "qkvo"}
-            layouts.append(replace(layer, **projections, up="", gate="", down="", cross=True))
-    return tuple(layouts)
+    dense = "DenseReluDense." + ("{wi_1,wi_0,wo}" if config.is_gated_act else "{wi,wo}")
+    own = _attention("layer.0.SelfAttention.{q,k,v,o}", size="key_value_proj_dim")
+    encoder = BlockLayout("encoder.block.*", **own, **_ffn(f"layer.1.{dense}"), fixed_heads=True)
+    decoder = BlockLayout("decoder.block.*", **own, **_ffn(f"layer.2.{dense}"), fixed_heads=True)
+    across = _attention("layer.1.EncDecAttention.{q,k,v,o}")
+    return encoder, decoder, replace(decoder, **across, up="", gate="", down="", cross=True)
 
 
 def _bart(norm_first: bool = False) -> Layouts:
     """Self-attention, cross-attention and FFN of encoder and decoder. `norm_first`: norms come before sublayers."""
 
-    def heads(stack: str, name: str, norm: str, **more: Any) -> BlockLayout:
-        projections: dict[str, Any] = {part: f"{name}.{part}_proj" for part in "qkv"}
-        return BlockLayout(
-            layer=f"{stack}.layers.*",
-            **projections,
-            o=f"{name}.out_proj",
-            head_size=f"{name}.head_dim",
-            head_counts=(f"{name}.num_heads",),
-            attention_norm=norm,
-            **more,
-        )
+    def heads(stack: str, module: str, norm: str, **more: Any) -> BlockLayout:
+        attention = _attention(f"{module}." + "{q,k,v,out}_proj", size="head_dim", count="num_heads")
+        return BlockLayout(f"{stack}.layers.*", **attention, attention_norm=norm, **more)
 
     # The residual sum after a sublayer enters the sublayer's own norm or, with `norm_first`, the next sublayer's norm.
     own, cross, last = "self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"
-    encoder = replace(heads("encoder", "self_attn", last if norm_first else own), up="fc1", down="fc2")
-    decoder = heads("decoder", "self_attn", cross if norm_first else own, cached=True)
-    across = heads("decoder", "encoder_attn", last if norm_first else cross, cross=True)
-    across = replace(across, up="fc1", down="fc2")
-    ffn_norm = "" if norm_first else last
-    return replace(encoder, ffn_norm=ffn_norm), decoder, replace(across, ffn_norm=ffn_norm)
+    ffn = _ffn("{fc1,fc2}") | {"ffn_norm": "" if norm_first else last}
+    return (
+        heads("encoder", "self_attn", last if norm_first else own, **ffn),
+        heads("decoder", "self_attn", cross if norm_first else own, cached=True),
+        heads("decoder", "encoder_attn", last if norm_first else cross, cross=True, **ffn),
+    )
 
 
-_VIT = BlockLayout(
-    layer="layers.*",
-    q="attention.q_proj",
-    k="attention.k_proj",
-    v="attention.v_proj",
-    o="attention.o_proj",
-    up="mlp.fc1",
-    down="mlp.fc2",
-    head_size="attention.head_dim",
-    head_counts=("attention.num_attention_heads",),
-    attention_norm="layernorm_after",
+# -- decoders, and ModernBERT, whose layers are similar ---------------------------------------------------------------
+
+# Most newer decoders use Llama's names. Their code infers the number of heads from shapes, so no attribute holds it.
+_LLAMA = BlockLayout(
+    "layers.*",
+    **_attention("self_attn.{q,k,v,o}_proj", size="head_dim"),
+    **_ffn("mlp.{up,gate,down}_proj"),
+    attention_norm="post_attention_layernorm",
+    cached=True,
 )
+_ATTENTION_ONLY = replace(_LLAMA, up="", gate="", down="")  # the experts of a mixture have no units
+# A norm is applied to the sublayer's output before it is added. The refit fits the input of that norm.
+_NORMED_TWICE = replace(_LLAMA, ffn_norm="post_feedforward_layernorm")
+# Queries and keys are normalized over all heads together, so trimming one head would change the others.
+_NORMED_ACROSS_HEADS = replace(_NORMED_TWICE, fixed_heads=True)
+_FUSED_GATE = replace(_LLAMA, **_ffn("mlp.{gate_up,gate_up,down}_proj"))
+_GPT2 = BlockLayout(
+    "h.*",
+    **_attention("attn.{c_attn,c_proj}", size="head_dim", count="num_heads", width="split_size"),
+    **_ffn("mlp.{c_fc,c_proj}"),
+    attention_norm="ln_2",
+    cached=True,
+)
+_GPTJ = BlockLayout(
+    "h.*",
+    **_attention("attn.{q,k,v,out}_proj", size="head_dim", count="num_attention_heads"),
+    **_ffn("mlp.{fc_in,fc_out}"),
+    min_heads=1,
+    cached=True,
+)
+_GPT_NEO = BlockLayout(
+    "h.*",
+    **_attention("attn.attention.{q,k,v,out}_proj", size="head_dim", count="num_heads"),
+    **_ffn("mlp.{c_fc,c_proj}"),
+    attention_norm="ln_2",
+    min_heads=1,
+    cached=True,
+)
+_GPT_NEOX = BlockLayout(
+    "layers.*",
+    **_attention("attention.{query_key_value,dense}", size="head_size"),
+    **_ffn("mlp.{dense_h_to_4h,dense_4h_to_h}"),
+    interleaved=True,
+    cached=True,
+)
+_MODERNBERT = BlockLayout(
+    "layers.*", **_attention("attn.{Wqkv,Wo}", size="head_dim"), **_ffn("mlp.{Wi,Wi,Wo}"), attention_norm="mlp_norm"
+)
+_OPT = BlockLayout(
+    "layers.*",
+    **_attention("self_attn.{q,k,v,out}_proj", size="head_dim", count="num_heads"),
+    **_ffn("{fc1,fc2}"),
+    attention_norm="final_layer_norm",
+    min_heads=1,
+    cached=True,
+)
+_OPT_NORM_LAST = replace(_OPT, attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm")
+_STABLELM = replace(
+    _LLAMA, head_counts=("self_attn.num_heads",), kv_head_counts=("self_attn.num_key_value_heads",), min_heads=1
+)
+
+
+def _norm_after_attention(config: Any) -> str:
+    """With parallel residuals, attention and FFN are added together, and the layer returns the sum."""
+    return "" if config.use_parallel_residual else "post_attention_layernorm"
+
 
 _LIKE_BERT = (
     "bert bert-generation camembert data2vec-text electra ernie layoutlm rembert roberta roformer "
     "splinter xlm-roberta xmod"
 ).split()
+_LIKE_LLAMA = (
+    "cwm ernie4_5 gemma granite helium hunyuan_v1_dense hyperclovax llama ministral ministral3 "
+    "mistral olmo qwen2 qwen3 seed_oss smollm3"
+).split()
+# A family with variants has a function from the config to the layouts.
 FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
-    **DECODERS,
     **dict.fromkeys(_LIKE_BERT, (_BERT,)),
     **dict.fromkeys(("bart", "blenderbot-small", "marian", "plbart"), _bart()),
     **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
@@ -164,10 +214,38 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     "distilbert": (_DISTILBERT,),
     "esm": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
     "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
-    "mobilebert": _MOBILEBERT,
+    "mobilebert": (_BERT, _MOBILEBERT_FFN),
     "mpnet": (_MPNET,),
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
+    # decoders and ModernBERT
+    **dict.fromkeys(_LIKE_LLAMA, (_LLAMA,)),
+    **dict.fromkeys(("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe"), (_ATTENTION_ONLY,)),
+    **dict.fromkeys(("exaone4", "gemma2", "gemma3_text"), (_NORMED_TWICE,)),
+    **dict.fromkeys(("olmo2", "olmo3"), (_NORMED_ACROSS_HEADS,)),
+    **dict.fromkeys(("arcee", "jais2", "nemotron"), (replace(_LLAMA, gate=""),)),
+    "apertus": (replace(_LLAMA, gate="", attention_norm="feedforward_layernorm"),),
+    "biogpt": (_OPT,),
+    # A norm of queries and keys that has weights for each head does not allow heads to be trimmed.
+    "cohere": lambda config: (replace(_LLAMA, attention_norm="", fixed_heads=config.use_qk_norm),),
+    "cohere2": (replace(_LLAMA, attention_norm=""),),
+    "glm": (_FUSED_GATE,),
+    "glm4": (replace(_FUSED_GATE, attention_norm="post_self_attn_layernorm", ffn_norm="post_mlp_layernorm"),),
+    "gpt2": (_GPT2,),
+    "gpt_neo": (_GPT_NEO,),
+    "gpt_neox": lambda config: (replace(_GPT_NEOX, attention_norm=_norm_after_attention(config)),),
+    "gptj": (_GPTJ,),
+    "modernbert": (_MODERNBERT,),
+    "modernbert-decoder": (replace(_MODERNBERT, **_attention("attn.{q_proj,k_proj,v_proj,Wo}"), cached=True),),
+    "opt": lambda config: (_OPT if config.do_layer_norm_before else _OPT_NORM_LAST,),
+    "phi": (replace(_LLAMA, o="self_attn.dense", **_ffn("mlp.{fc1,fc2}"), attention_norm=""),),
+    # The code splits the fused projection at sizes that all layers read from the same config.
+    "phi3": (replace(_FUSED_GATE, **_attention("self_attn.{qkv,o}_proj"), fixed_heads=True),),
+    "stablelm": lambda config: (
+        replace(_STABLELM, attention_norm=_norm_after_attention(config), fixed_heads=config.qk_layernorm),
+    ),
+    "starcoder2": (replace(_LLAMA, **_ffn("mlp.{c_fc,c_proj}")),),
+    "vaultgemma": (replace(_LLAMA, attention_norm="pre_feedforward_layernorm"),),
 }
 
 

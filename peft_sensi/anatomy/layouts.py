@@ -13,9 +13,9 @@ from ..utils.errors import AnatomyError
 class BlockLayout:
     """Where a transformer layer keeps its heads and neurons: one row of the table in `families`.
 
-    Names are paths of submodules below the layer. A layer without attention leaves the attention fields empty, and a
-    layer without an FFN leaves the FFN fields empty. One fused Linear is named several times. If it is `q`, `k` and
-    `v` (or `k` and `v`, or `up` and `gate`), it holds their rows one after another in this order.
+    Names are paths of submodules below the layer. A layer without attention or FFN leaves these fields empty. One
+    fused Linear is named several times: if it is `q`, `k` and `v` (or `k` and `v`, or `up` and `gate`), it holds their
+    rows one after another in this order.
 
     Attributes:
         layer: The end of the layers' own paths, with `*` for each index, such as `encoder.layer.*`.
@@ -30,7 +30,7 @@ class BlockLayout:
         fixed_heads: The heads can be tuned but not trimmed.
         interleaved: A fused Linear holds the queries, keys and values of each head together.
         min_heads: How many heads must stay, so that the layer's code can run.
-        cached: A generation cache measures its length by the keys of a layer: the first of each kind in
+        cached: A generation cache measures its length by the keys of the first layer of each kind in
             `config.layer_types`. One head stays in these layers.
         cross: The attention is to another sequence. Its heads have a group of their own.
         relative: Path of an attention that projects relative positions, too (DeBERTa, see `build`).

@@ -10,15 +10,13 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.errors import AnatomyError, SensiError
+from ..utils.errors import SensiError
 
 
 # The classes that can be targeted. `Conv1D` is GPT-2's Linear; it stores its weight as `[in, out]`.
 LINEARS = (nn.Linear, Conv1D)
 # Subclasses of Linear, by name, that have a `forward` of their own but compute the same.
 _ALSO_PLAIN = ("FalconLinear",)
-
-# -- kinds of modules -------------------------------------------------------------------------------------------------
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -48,9 +46,6 @@ def has_codes(weight: torch.Tensor) -> bool:
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
-# -- weights and shapes -----------------------------------------------------------------------------------------------
-
-
 def matrix(linear: Any) -> torch.Tensor:
     """The weight as `[out, in]`. It shares storage with the module unless the module is quantized."""
     return dequantized(linear) if is_quantized(linear) else oriented(linear, linear.weight)
@@ -75,13 +70,10 @@ def features(linear: Any) -> tuple[int, int]:
 
 def update_features(linear: Any) -> None:
     """Sets the module's numbers of outputs and inputs to the shape of its weight. Embeddings are never trimmed."""
-    if isinstance(linear, nn.Embedding):
-        return
-    out, into = matrix(linear).shape
     if isinstance(linear, Conv1D):
-        linear.nf, linear.nx = out, into
-    else:
-        linear.out_features, linear.in_features = out, into
+        linear.nx, linear.nf = linear.weight.shape
+    elif isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = matrix(linear).shape
 
 
 def count(parameter: torch.Tensor) -> int:
@@ -90,9 +82,6 @@ def count(parameter: torch.Tensor) -> int:
         return parameter.numel()
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else 2 * parameter.numel() * parameter.element_size()
-
-
-# -- quantized Linears ------------------------------------------------------------------------------------------------
 
 
 def dequantized(linear: Any) -> torch.Tensor:
@@ -108,35 +97,19 @@ def dequantized(linear: Any) -> torch.Tensor:
 
 
 def unpack(linear: Any) -> None:
-    """Undoes the layout that bitsandbytes gives 4-bit weights when a model is evaluated on the CPU.
-
-    That layout supports no gradients, and `dequantize_4bit` cannot read it. The only public way to undo it is
-    `state_dict()`.
-    """
+    """Undoes the layout of 4-bit weights with which bitsandbytes evaluates models on the CPU."""
+    # It supports no gradients, and `dequantize_4bit` cannot read it. The only public way back is `state_dict()`.
     if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
         linear.state_dict()
 
 
 def check_quantized(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
     """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
-    if not any(is_quantized(linear) for linear in linears):
-        return
+    problem = "" if keep_base else "`keep_base=False` would have to cut its quantized weights"
     if update == "mask" or sparsity is not None:
         problem = "its weights cannot be masked"
-    elif not keep_base:
-        problem = "`keep_base=False` would have to cut its quantized weights"
-    else:
-        return
-    raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
-
-
-def not_trimmable(model: nn.Module) -> AnatomyError:
-    """The error for a trimming limit on a quantized model."""
-    return AnatomyError(
-        f"{type(model).__name__} is quantized: its weights are stored in blocks with common scales, so heads and "
-        f"neurons cannot be cut out of them. Load the base model without quantization to trim it (and quantize the "
-        f"merged model), or set only a `trainable` limit, which trims nothing."
-    )
+    if problem and any(is_quantized(linear) for linear in linears):
+        raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
 
 
 def not_mergeable() -> SensiError:

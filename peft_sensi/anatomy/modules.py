@@ -1,8 +1,4 @@
-"""Finds modules of a model by name or role, behind the wrappers that PEFT puts around them.
-
-Everything that reads the weights of units does so through `linear_of` or `unit_weights`, so it sees the weights that
-the base layers have at that moment. No copies are kept.
-"""
+"""Finds modules of a model, and the weights that they have now, behind the wrappers that PEFT puts around them."""
 
 from __future__ import annotations
 
@@ -65,12 +61,10 @@ def task_head(model: nn.Module) -> list[str]:
     The list is empty for a transformer without a head, and for language models, whose head is pretrained.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     if embedding_of(model, "output") is not None:
         return []
-    if not prefix or prefix not in children:
-        return [name for name in children if name in _HEAD_NAMES]
-    return [name for name in children if name != prefix]
+    return [name for name in children if (name != prefix if prefix in children else name in _HEAD_NAMES)]
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
@@ -88,5 +82,5 @@ def input_embedding(model: nn.Module) -> str | None:
 
 def is_shared(model: nn.Module, table: nn.Module) -> bool:
     """Whether another module, such as the output layer of a language model, uses the weight of this embedding too."""
-    others = {id(m): m for m in map(base_of, model.modules()) if m is not table}
-    return any(getattr(other, "weight", None) is table.weight for other in others.values())
+    others = (module for module in map(base_of, model.modules()) if module is not table)
+    return any(getattr(other, "weight", None) is table.weight for other in others)

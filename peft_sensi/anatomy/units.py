@@ -2,13 +2,14 @@
 
 A *unit* is an attention head (with grouped-query attention: a key/value head with its query heads), an FFN neuron, an
 output row of a Linear that belongs to no known block, or a token's row of an embedding. A *group* holds the units of
-one sublayer. A head or neuron owns slices of several weights (its *sides*). To remove it is to remove these slices.
-The model then computes the same as if the unit's activation were zero at the input of the group's output projection.
+one sublayer. A head or neuron owns slices of several weights (its *sides*). Without these slices, the model computes
+the same as if the unit's activation were zero at the input of the group's output projection.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -145,10 +146,10 @@ class Anatomy:
     groups: tuple[Group, ...]
     total_params: int
     model_type: str = ""
-    by_name: dict[str, Group] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "by_name", {group.name: group for group in self.groups})
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
 
     @property
     def trimmable(self) -> tuple[Group, ...]:

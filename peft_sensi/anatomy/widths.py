@@ -1,8 +1,7 @@
 """The widths of a trimmed Transformers model, and whether its config can express them.
 
-A merged model is an ordinary model of its family whose parameters have other shapes. To find out what is needed to
-rebuild it, the model is compared with a fresh model of the same class on the `meta` device. No plan is needed, so this
-also works for models that were trimmed twice or loaded from a merged folder.
+The model is compared with a fresh model of the same class on the `meta` device. No plan is needed, so this also works
+for models that were trimmed twice or loaded from a merged folder.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..utils.errors import SensiError
+from .linears import LINEARS, update_features
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,10 @@ def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[st
 
     Numbers are compared only for modules that are in `within` or contain a parameter of another shape.
     """
-    own, theirs = _tensors(model), _tensors(stock)
+    own, theirs = (
+        dict(m.named_parameters(remove_duplicate=False)) | dict(m.named_buffers(remove_duplicate=False))
+        for m in (model, stock)
+    )
     if different := sorted(set(own) ^ set(theirs)):
         raise SensiError(
             f"This {type(model).__name__} and a fresh one do not have the same tensors: {different[0]!r} is only in "
@@ -85,7 +88,15 @@ def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[st
     shapes = {n: tuple(own[n].shape) for n in theirs if own[n].shape != theirs[n].shape}
     if moved := [n for n in shapes if n not in dict(model.named_parameters(remove_duplicate=False))]:
         raise SensiError(f"The buffer {moved[0]!r} has another shape than in a fresh {type(model).__name__}.")
-    return Widths(shapes, dict(_numbers(model, stock, within | changed_modules(shapes))))
+    modules, within = dict(model.named_modules()), within | changed_modules(shapes)
+    numbers: dict[str, Any] = {}
+    for path, module in stock.named_modules():
+        if path in within and not type(module).__module__.startswith("torch."):
+            for name, value in vars(module).items():
+                number = vars(modules[path]).get(name)
+                if not name.startswith("_") and {type(value), type(number)} <= {int, float} and number != value:
+                    numbers[f"{path}.{name}" if path else name] = number
+    return Widths(shapes, numbers)
 
 
 def changed_modules(shapes: Mapping[str, Any]) -> frozenset[str]:
@@ -98,12 +109,10 @@ def apply(model: nn.Module, widths: Widths) -> None:
     """Gives a fresh model these widths. The changed parameters are not initialized."""
     for name, shape in widths.shapes.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        old = module._parameters[leaf]
-        assert old is not None
+        module, old = model.get_submodule(path), model.get_parameter(name)
         module._parameters[leaf] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
+        if isinstance(module, LINEARS):
+            update_features(module)
     for name, value in widths.attributes.items():
         path, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(path), attribute, value)
@@ -112,17 +121,20 @@ def apply(model: nn.Module, widths: Widths) -> None:
 def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
     """Fields of the config with which the stock class builds exactly this model, or `None` if there are none.
 
-    Candidates are tried out: the stock class builds a model, which is compared with this one. So no table of families
-    is needed, and a field is never taken if it changes something else too (BERT's head count changes the head size).
+    Candidates are tried out, so no table of families is needed, and a field is never taken if it changes more than
+    this (BERT's head count also changes the head size).
     """
     if not widths:
         return {}
-    if not _uniform(widths.shapes):
-        return None
-    cls, within = type(model), changed_modules(widths.shapes)
-    config, stock, edits = copy.deepcopy(model.config), on_meta(type(model), model.config), dict[str, Any]()
-    left = widths
-    for edit in _edits(config, _changes(model, stock, widths)):
+    seen: dict[str, tuple[int, ...]] = {}
+    if any(seen.setdefault(re.sub(r"\.\d+\.", ".*.", name), shape) != shape for name, shape in widths.shapes.items()):
+        return None  # the same parameter has other shapes in other layers
+    cls, within, config = type(model), changed_modules(widths.shapes), copy.deepcopy(model.config)
+    before = dict(on_meta(cls, config).named_parameters(remove_duplicate=False))
+    shapes = [(before[name].shape, shape) for name, shape in widths.shapes.items() if before[name].dim() == len(shape)]
+    pairs = dict.fromkeys(pair for old, new in shapes for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+    left, edits = widths, dict[str, Any]()
+    for edit in _edits(config, list(pairs)):
         trial = copy.deepcopy(config)
         try:
             for key, value in edit.items():
@@ -143,8 +155,8 @@ def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
 def note_widths(model: nn.Module) -> None:
     """Writes the widths of a merged model into its config, so that `save_pretrained` saves a complete description.
 
-    If the config's own fields cannot express them, they are written under the key `RECORD_KEY`, which `load_merged`
-    reads. Models that are not Transformers' own are left unchanged.
+    What the config's own fields cannot express is written under `RECORD_KEY`, which `load_merged` reads. Models that
+    are not Transformers' own are left unchanged.
     """
     try:
         cls = stock_class(model)
@@ -163,44 +175,8 @@ def note_widths(model: nn.Module) -> None:
             setattr(model.config, key, value)
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return tensors | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _numbers(model: nn.Module, stock: nn.Module, within: frozenset[str]) -> Iterator[tuple[str, int | float]]:
-    modules = dict(model.named_modules())
-    for path, module in stock.named_modules():
-        if path not in within or type(module).__module__.startswith("torch."):
-            continue
-        for name, value in vars(module).items():
-            own = vars(modules[path]).get(name)
-            if name.startswith("_") or type(value) not in (int, float) or own == value:
-                continue
-            if type(own) is int or type(own) is float:
-                yield f"{path}.{name}" if path else name, own
-
-
-def _uniform(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether parameters with the same name in different layers have the same shape."""
-    seen: dict[str, tuple[int, ...]] = {}
-    return all(seen.setdefault(re.sub(r"\.\d+\.", ".*.", name), shape) == shape for name, shape in shapes.items())
-
-
-def _changes(model: nn.Module, stock: nn.Module, widths: Widths) -> list[tuple[int, int]]:
-    """Pairs `(length in the stock model, length in this model)` of the dimensions that differ."""
-    before = dict(stock.named_parameters(remove_duplicate=False))
-    pairs = (
-        pair
-        for name, shape in widths.shapes.items()
-        if before[name].dim() == len(shape)
-        for pair in zip(before[name].shape, shape, strict=True)
-    )
-    return list(dict.fromkeys((old, new) for old, new in pairs if old != new))
-
-
 def _edits(config: Any, pairs: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """Candidates: changes of config fields that could explain these pairs of lengths."""
+    """Changes of config fields that could explain these pairs of lengths: in the stock model, and in this one."""
     counts: dict[str, Any] = {key: getattr(config, key, None) for key in (*_HEAD_KEYS, "num_key_value_heads")}
     # Many classes read a `head_dim` that their config does not declare.
     size_key = next((key for key in _HEAD_SIZE_KEYS if isinstance(getattr(config, key, None), int)), "head_dim")

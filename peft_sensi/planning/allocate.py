@@ -1,14 +1,14 @@
 """Choosing the state of every unit under a budget: scores and limits go in, a `Plan` comes out.
 
-Units are ranked by score per cost. The first cut keeps as many of the best units as the limits on parameters and FLOPs
-allow, and trims the rest. The second cut tunes as many of the kept units as the limit on trained values allows. No
-limit is exceeded, and no further step of any group would fit.
+Units are ranked by score per cost. The first cut keeps the best units that the limits on parameters and FLOPs allow,
+and trims the rest. The second cut tunes the best kept units that the limit on trained values allows. No limit is
+exceeded, and no further step of any group would fit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -42,23 +42,20 @@ def make_plan(
     """Chooses the states of all units under the budget.
 
     Args:
-        scores: The result of `compute_scores`, or a mapping from each group's name to the scores of its units, an
-            array or tensor of shape `[units]`. Units with larger scores are kept first. The scores are those of whole
-            units: this function divides them by the units' costs.
+        scores: The result of `compute_scores`, or for each group's name an array or tensor of shape `[units]`. Units
+            with larger scores are kept first. This function divides the scores by the units' costs.
         targets: Names of the modules that may be trained. Default: all modules of all groups.
         protected: For each group a boolean mask `[units]`. These units are kept whatever their scores, unless the
-            budget is too small for that. Default: the protected units of `scores`, if that is a `Scores`.
+            budget is too small for that. Default: the protected units of `scores`.
         available: For each group a boolean mask `[units]` of the units that can be kept. Default: all.
-        sequence_length: Number of tokens for which FLOPs are counted. Default: that of `scores`, if that is a
-            `Scores` and has one, else 128.
+        sequence_length: Number of tokens for which FLOPs are counted. Default: that of `scores`, else 128.
         multiple_of: Neurons are kept in multiples of this number. Heads are kept one by one.
         min_units: Smallest number of units that stay in each block. With 0, whole sublayers may be trimmed.
         always_trained: Number of values that are trained in any case. They count toward the `trainable` limit.
         tunes: Whether units are tuned at all. If not, all kept units are frozen.
         retention: Share of the kept neurons of each FFN that is tuned, rounded down (FAR). All kept heads are tuned.
         biases_apart: Whether the biases are counted in `always_trained` and not as part of the units.
-        uniform: Whether all blocks of the same size keep the same number of units, each block its own best ones. One
-            step then adds a head, or `multiple_of` neurons, to all of these blocks.
+        uniform: Whether all blocks of the same size keep the same number of units, each block its own best ones.
         tuned_layers: Units are tuned only in this number of layers: those with the largest scores for their cost.
 
     Raises:
@@ -148,15 +145,15 @@ def _outside_best_layers(
     anatomy: Anatomy, values: Mapping[str, np.ndarray], kept: Masks, costs: Mapping[str, int], count: int
 ) -> list[str]:
     """Names of the groups outside the `count` layers with the largest scores for their trained values."""
-    gains: dict[str, float] = {}
-    prices: dict[str, int] = {}
+    totals: dict[str, tuple[float, int]] = {}  # score and trained values of each layer
     for group in anatomy.groups:
         if costs[group.name] and group.layer:
-            gains[group.layer] = gains.get(group.layer, 0.0) + float(values[group.name][kept[group.name]].sum())
-            prices[group.layer] = prices.get(group.layer, 0) + costs[group.name] * int(kept[group.name].sum())
-    if count > len(gains):
-        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(gains)} layers with targeted modules.")
-    best = sorted(gains, key=lambda layer: -gains[layer] / max(1, prices[layer]))[:count]
+            (score, price), mask = totals.get(group.layer, (0.0, 0)), kept[group.name]
+            score, price = score + float(values[group.name][mask].sum()), price + costs[group.name] * int(mask.sum())
+            totals[group.layer] = score, price
+    if count > len(totals):
+        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(totals)} layers with targeted modules.")
+    best = sorted(totals, key=lambda layer: -totals[layer][0] / max(1, totals[layer][1]))[:count]
     return [group.name for group in anatomy.groups if group.layer not in best]
 
 
@@ -173,10 +170,7 @@ def _choose_kept(
 ) -> Masks:
     """The units that stay under the limits on parameters and FLOPs."""
     names = [name for name in ("params", "flops") if getattr(limits, name) is not None]
-    cost: dict[str, Callable[[Group], int]] = {
-        "params": lambda group: group.unit_params,
-        "flops": lambda group: 2 * group.unit_macs(sequence_length),
-    }
+    cost = {g.name: {"params": g.unit_params, "flops": 2 * g.unit_macs(sequence_length)} for g in anatomy.trimmable}
     whole = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
     allowed = np.array([allowance(getattr(limits, name), whole[name]) for name in names], dtype=np.int64)
 
@@ -191,7 +185,7 @@ def _choose_kept(
             g.name: ladder_of(
                 g,
                 values[g.name],
-                np.array([cost[name](g) for name in names], dtype=np.int64),
+                np.array([cost[g.name][name] for name in names], dtype=np.int64),
                 available[g.name],
                 protected[g.name] & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,

@@ -53,24 +53,21 @@ class Budget:
         """
         if isinstance(budget, Budget):
             return budget
-        if not isinstance(budget, Mapping):
-            return cls(params=_check_limit("params", budget))
-        if not budget:
+        limits = budget if isinstance(budget, Mapping) else {"params": budget}
+        if not limits:
             raise BudgetError(f"The budget is empty: name at least one limit of {', '.join(LIMITS)}.")
-        if unknown := [name for name in budget if name not in LIMITS]:
+        if unknown := [name for name in limits if name not in LIMITS]:
             raise BudgetError(f"Unknown limit {shown(unknown[0])} in the budget: the limits are {', '.join(LIMITS)}.")
-        return cls(**{name: _check_limit(name, value) for name, value in budget.items()})
+        return cls(**{name: _check_limit(name, value) for name, value in limits.items()})
 
 
 def _check_limit(name: str, value: Any) -> float | int:
     expected = f"`{name}` must be a share in (0, 1] or a whole count above 1"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BudgetError(f"{expected}, got {shown(value)} of type {type(value).__name__}.")
-    if (isinstance(value, float) and not math.isfinite(value)) or value <= 0:
-        raise BudgetError(f"{expected}, got {shown(value)}.")
-    if isinstance(value, float) and value > 1:
-        hint = f" (write {int(value)} for a count)" if value.is_integer() else ""
-        raise BudgetError(f"{expected}, got {value!r}{hint}.")
+    if not 0 < value < math.inf or (isinstance(value, float) and value > 1):
+        hint = f" (write {int(value)} for a count)" if value > 1 and float(value).is_integer() else ""
+        raise BudgetError(f"{expected}, got {shown(value)}{hint}.")
     return value
 
 

@@ -24,8 +24,7 @@ class Ladder:
     total costs `costs[:, i]`, one for each limit. `counts[0]` units are mandatory.
     """
 
-    groups: list[Group]
-    orders: list[np.ndarray]  # for each group the indices of its units, best first
+    orders: list[tuple[Group, np.ndarray]]  # for each group the indices of its units, best first
     counts: np.ndarray  # [steps + 1]
     scores: np.ndarray  # [steps + 1]
     costs: np.ndarray  # [limits, steps + 1]
@@ -64,7 +63,7 @@ def ladder_of(
     mandatory = max(min_units, int((candidates & forced).sum()))
     counts = counts[np.searchsorted(counts, min(size, mandatory)) :]
     scores = np.concatenate(([0.0], np.cumsum(values[order])))[counts]
-    return Ladder([group], [order], counts, scores, unit_costs[:, None] * counts)
+    return Ladder([(group, order)], counts, scores, unit_costs[:, None] * counts)
 
 
 def joint(ladders: list[Ladder]) -> Ladder:
@@ -74,13 +73,12 @@ def joint(ladders: list[Ladder]) -> Ladder:
     counts = reduce(np.intersect1d, [ladder.counts for ladder in ladders])
     if not counts.size:
         raise BudgetError("Uniform widths are not possible: there is no number of units that all blocks could keep.")
-    rungs = [np.searchsorted(ladder.counts, counts) for ladder in ladders]
+    rungs = [(ladder, np.searchsorted(ladder.counts, counts)) for ladder in ladders]
     return Ladder(
-        groups=[ladder.groups[0] for ladder in ladders],
         orders=[ladder.orders[0] for ladder in ladders],
         counts=counts,
-        scores=np.sum([ladder.scores[rung] for ladder, rung in zip(ladders, rungs, strict=True)], axis=0),
-        costs=np.sum([ladder.costs[:, rung] for ladder, rung in zip(ladders, rungs, strict=True)], axis=0),
+        scores=np.sum([ladder.scores[rung] for ladder, rung in rungs], axis=0),
+        costs=np.sum([ladder.costs[:, rung] for ladder, rung in rungs], axis=0),
     )
 
 
@@ -90,48 +88,42 @@ def take_steps(ladders: list[Ladder], left: np.ndarray) -> Masks:
     `left` (int64, `[limits]`) is what the limits allow beside the mandatory units. Returns the chosen units.
     """
     weights = _price_weights(ladders, left) / np.maximum(left, 1)
-    heap: list[tuple[float, int]] = []
+    heap: list[tuple[float, int, np.ndarray]] = []  # the next step of each ladder, with its cost
 
     def push_next_step(index: int) -> None:
         ladder, i = ladders[index], ladders[index].taken
         if i + 1 < len(ladder.counts):
-            price = float(weights @ (ladder.costs[:, i + 1] - ladder.costs[:, i]))
-            gain = ladder.scores[i + 1] - ladder.scores[i]
-            heapq.heappush(heap, (-gain / max(price, np.finfo(float).tiny), index))
+            cost, gain = ladder.costs[:, i + 1] - ladder.costs[:, i], ladder.scores[i + 1] - ladder.scores[i]
+            heapq.heappush(heap, (-gain / max(float(weights @ cost), np.finfo(float).tiny), index, cost))
 
     for index in range(len(ladders)):
         push_next_step(index)
     while heap:
-        _, index = heapq.heappop(heap)
-        ladder = ladders[index]
-        cost = ladder.costs[:, ladder.taken + 1] - ladder.costs[:, ladder.taken]
+        _, index, cost = heapq.heappop(heap)
         if (cost > left).any():
             continue  # it will not fit later either, because `left` only shrinks
         left = left - cost
-        ladder.taken += 1
+        ladders[index].taken += 1
         push_next_step(index)
     return {
         group.name: first_units(order, ladder.counts[ladder.taken], group)
         for ladder in ladders
-        for group, order in zip(ladder.groups, ladder.orders, strict=True)
+        for group, order in ladder.orders
     }
 
 
 def _price_weights(ladders: list[Ladder], left: np.ndarray) -> np.ndarray:
     """Weights of the limits (their sum is 1) in the price of a step, `sum_i weight_i * cost_i / left_i`.
 
-    Under two limits, a single limit on their weighted sum is a relaxation. Taking the steps by score per price solves
-    it. The weights for which its value is least are those of the linear program's dual (surrogate duality, Glover
+    Under two limits, a single limit on their weighted sum is a relaxation, which taking the steps by score per price
+    solves. The weights for which its value is least are those of the linear program's dual (surrogate duality, Glover
     1975). Taking the steps by that price is optimal, except for the last few steps, which do not fit exactly.
     """
-    if len(left) == 1:
-        return np.ones(1)
     gains = np.concatenate([np.diff(ladder.scores) for ladder in ladders])
-    costs = (
-        np.concatenate([np.diff(ladder.costs, axis=1) for ladder in ladders], axis=1) / np.maximum(left, 1)[:, None]
-    )
-    if gains.size == 0:
-        return np.full(2, 0.5)
+    if len(left) == 1 or gains.size == 0:
+        return np.full(len(left), 1 / len(left))
+    costs = np.concatenate([np.diff(ladder.costs, axis=1) for ladder in ladders], axis=1)
+    costs = costs / np.maximum(left, 1)[:, None]
 
     def relaxed_value(weight: float) -> float:
         price = np.array([weight, 1 - weight]) @ costs

@@ -1,14 +1,13 @@
 """Running a model layer by layer: `record_calls` records how it calls its layers, and `run_layer` runs one of them.
 
-A layer's *hidden states* are its first argument. Everything else that it is called with (masks, positions, the
-encoder's output) are its *arguments*.
+A layer's *hidden states* are its first argument. Masks, positions and all others are called its *arguments*.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn
+from ..scoring.calibration import LossFn, first_of, observing
 
 
 # Is called with the input and the output of a group's output projection, and with the residual sum that the next
@@ -31,41 +30,40 @@ class Calls:
     """How a model calls its layers for one batch.
 
     Attributes:
-        arguments: For each layer, in the order in which they run, its positional and its keyword arguments without
-            the hidden states.
+        arguments: For each layer, in the order in which they run, its positional and its keyword arguments.
         entries: The hidden states of each layer that does not simply get the output of the layer before it: the first
             layer of each stack.
+        chain: Whether the layers are a chain in which only hidden states are handed on.
     """
 
     arguments: dict[str, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
     entries: dict[str, torch.Tensor] = field(default_factory=dict)
+    chain: bool = True
 
 
 def record_calls(
     model: nn.Module, layers: list[str], batches: list[Mapping[str, Any]], loss_fn: LossFn | None
 ) -> list[Calls] | None:
     """Runs the model on each batch and records how it calls these layers; `None` if a layer runs more than once."""
-    recorded = []
-    idle: list[str] = []  # layers that return their input
+    recorded: list[Calls] = []
     for batch in batches:
-        calls, chain = _record(model, layers, idle, batch, loss_fn)
+        # In a plain chain of layers, the first layer's input and all arguments are independent of what the layers
+        # compute, so the layers need not compute anything for the other batches.
+        idle = layers if recorded and recorded[-1].chain else []
+        calls = _record(model, layers, idle, batch, loss_fn)
         if calls is None:
             return None
         recorded.append(calls)
-        # In a plain chain of layers, the first layer's input and all arguments are independent of what the layers
-        # compute, so the layers need not compute anything for the other batches.
-        idle = layers if chain else []
     return recorded
 
 
 def _record(
     model: nn.Module, layers: list[str], idle: list[str], batch: Mapping[str, Any], loss_fn: LossFn | None
-) -> tuple[Calls | None, bool]:
-    """The calls of one batch, and whether the layers are a chain in which only hidden states are handed on."""
+) -> Calls | None:
+    """The calls of one batch, in which the layers `idle` return their input."""
     calls = Calls()
     ran: list[str] = []
     last: tuple[str, Any] = ("", None)  # the layer that finished last, and its output
-    same_shape = True
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = _hidden_states(module, args, kwargs)
@@ -77,28 +75,22 @@ def _record(
         ran.append(name)
 
     def after(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal last, same_shape
+        nonlocal last
         hidden = _hidden_states(module, args, kwargs)
-        same_shape &= isinstance(output, torch.Tensor) and output.shape == hidden.shape
-        last = (name, _first(output))
+        calls.chain &= isinstance(output, torch.Tensor) and output.shape == hidden.shape
+        last = (name, first_of(output))
 
-    handles = []
-    for name in layers:
-        layer = model.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-        handles.append(layer.register_forward_hook(partial(after, name), with_kwargs=True))
-    try:
-        with _returning_their_input(model, idle):
-            if loss_fn:
-                loss_fn(model, batch)
-            else:
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(ran) != len(set(ran)):
-        return None, False
-    return calls, same_shape and set(calls.entries) == set(ran[:1])
+    with ExitStack() as hooks, _returning_their_input(model, idle):
+        for name in layers:
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(partial(after, name), with_kwargs=True))
+        if loss_fn:
+            loss_fn(model, batch)
+        else:
+            model(**batch)
+    calls.chain &= set(calls.entries) == set(ran[:1])
+    return calls if len(ran) == len(set(ran)) else None
 
 
 def _hidden_states(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -109,28 +101,21 @@ def _hidden_states(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     return kwargs["hidden_states" if "hidden_states" in kwargs else names[1]]
 
 
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 @contextmanager
 def _returning_their_input(model: nn.Module, layers: list[str]) -> Iterator[None]:
     """Inside the block these layers return their hidden states unchanged."""
-    modules = [model.get_submodule(name) for name in layers]
 
     def forward(*args: Any, module: nn.Module, **kwargs: Any) -> torch.Tensor:
         return _hidden_states(module, args, kwargs)
 
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module in modules:
+    with ExitStack() as restore:
+        for module in map(model.get_submodule, layers):
+            if "forward" in vars(module):  # set by Accelerate
+                restore.callback(setattr, module, "forward", module.forward)
+            else:
+                restore.callback(delattr, module, "forward")
             module.forward = partial(forward, module=module)
         yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.__dict__["forward"]
-            if own is not None:  # Accelerate sets a `forward` on the instance
-                module.forward = own
 
 
 class _Stop(Exception):
@@ -145,46 +130,20 @@ def run_layer(
     observers: Mapping[Group, Observer],
     stop: bool = False,
 ) -> torch.Tensor | None:
-    """Runs one layer as it is now, and returns its hidden states.
+    """Runs one layer as it is now on the hidden states `[batch, tokens, features]`, and returns its hidden states.
 
-    Args:
-        arguments: The layer's other arguments, from `Calls`.
-        hidden: Its hidden states, `[batch, tokens, features]`.
-        observers: Groups of this layer, each with a function that is called when the group's sublayer has run.
-        stop: Ends the layer after the first call of an observer; the result is then `None`.
+    `arguments` are from `Calls`. Each observer is called when its group's sublayer has run. With `stop`, the first
+    such call ends the layer, and the result is `None`.
     """
-    seen: dict[Group, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def at_output(group: Group, module: nn.Module, args: tuple, y: torch.Tensor) -> None:
-        seen[group] = (args[0], y)
+    def observe(group: Group, *tensors: torch.Tensor) -> None:
+        observers[group](*tensors)
+        if stop:
+            raise _Stop
 
-    def at_norm(group: Group, total: torch.Tensor) -> None:
-        if group in seen:
-            # OPT flattens batch and tokens into one dimension for its FFN.
-            z, y = (part.reshape(*total.shape[:-1], part.shape[-1]) for part in seen.pop(group))
-            observers[group](z, y, total)
-            if stop:
-                raise _Stop
-
-    def before_norm(group: Group, module: nn.Module, args: tuple) -> None:
-        at_norm(group, args[0])
-
-    handles = []
-    try:
-        for group in observers:
-            output_projection = model.get_submodule(group.output)
-            handles.append(output_projection.register_forward_hook(partial(at_output, group)))
-            if group.norm:
-                norm = model.get_submodule(group.norm)
-                handles.append(norm.register_forward_pre_hook(partial(before_norm, group)))
-        args, kwargs = arguments
-        output = _first(model.get_submodule(name)(hidden, *args, **kwargs))
-        for group in observers:
-            if not group.norm:
-                at_norm(group, output)
-        return output
-    except _Stop:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+    args, kwargs = arguments
+    with observing(model, observers, observe):
+        try:
+            return first_of(model.get_submodule(name)(hidden, *args, **kwargs))
+        except _Stop:
+            return None

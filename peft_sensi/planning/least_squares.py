@@ -45,10 +45,7 @@ class LeastSquares:
         self.total += w.sum()
 
     def solve(self) -> Values | None:
-        """The new weight and bias, from the tokens of all processes; `None` if the equations cannot be solved.
-
-        To be called once, by all processes: it overwrites the sums.
-        """
+        """The new values from the tokens of all processes, or `None`. To be called once: it overwrites the sums."""
         distributed.all_sum([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None
@@ -83,16 +80,13 @@ class GuardErrors:
         start, end = residual + F.linear(z, *self.old), residual + F.linear(z, *self.new)
         normed = F.layer_norm(target, target.shape[-1:])
         for i, step in enumerate(STEPS):
-            self.errors[i] += float(
-                (F.layer_norm(torch.lerp(start, end, step), normed.shape[-1:]) - normed).square().sum()
-            )
+            values = F.layer_norm(torch.lerp(start, end, step), normed.shape[-1:])
+            self.errors[i] += float((values - normed).square().sum())
 
     def best(self) -> Values | None:
         """The values after the step with the smallest error in all processes; `None` if that is no step at all."""
-        self.errors = [
-            sum(values) for values in zip(*distributed.gather("checking a refit", self.errors), strict=True)
-        ]
-        step = STEPS[int(np.argmin(self.errors))]
+        errors = np.sum(distributed.gather("checking a refit", self.errors), axis=0)
+        step = STEPS[int(np.argmin(errors))]
         if step == 0.0:
             return None
         (old_weight, old_bias), (new_weight, new_bias) = self.old, self.new

@@ -1,7 +1,4 @@
-"""The compact text form of a plan: masks of units become base64 text, and text from a file is checked and unpacked.
-
-`Plan.to_dict` and `Plan.from_dict` use it. It needs no model, so an adapter's config can be checked on its own.
-"""
+"""The compact text form of a plan: masks of units as base64 text, which is checked and unpacked without a model."""
 
 from __future__ import annotations
 
@@ -22,29 +19,22 @@ def pack_mask(mask: np.ndarray) -> str:
     return base64.b64encode(np.packbits(mask).tobytes()).decode() if mask.any() else "none"
 
 
-def unpack_group(name: str, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The boolean masks of kept and of tuned units, shape `[size]`, from a group's entry in a checked plan dict.
-
-    Raises:
-        SensiLoadError: If a mask's text is not that of a mask of `entry["size"]` units.
-    """
-    size = entry["size"]
-    return _unpack_mask(entry["kept"], size, f"{name}.kept"), _unpack_mask(entry["tuned"], size, f"{name}.tuned")
+def unpack_group(name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    """The states of a group's units (uint8, `[size]`) from its entry in a checked dict. Raises `SensiLoadError`."""
+    kept, tuned = (_unpack_mask(entry[key], entry["size"], f"{name}.{key}") for key in ("kept", "tuned"))
+    if (tuned & ~kept).any():
+        raise SensiLoadError(f"The plan tunes units of {name!r} that it also trims.")
+    return kept.astype(np.uint8) + tuned.astype(np.uint8)
 
 
 def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The states of the units of each group (uint8, shape `[size]`) from a plan dict, without the model.
-
-    Raises:
-        SensiLoadError: If the dict is malformed, or if a group has more than 2**24 units.
-    """
+    """The states of each group's units from a plan dict, without the model. Raises `SensiLoadError`."""
     check_plan_dict(values)
     states = {}
     for name, entry in values["groups"].items():
         if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
             raise SensiLoadError(f"The plan's group {name!r} claims {entry['size']:,} units, more than any model has.")
-        kept, tuned = unpack_group(name, entry)
-        states[name] = kept.astype(np.uint8) + (kept & tuned).astype(np.uint8)
+        states[name] = unpack_group(name, entry)
     return states
 
 
@@ -64,11 +54,7 @@ def _unpack_mask(text: str, size: int, where: str) -> np.ndarray:
 
 
 def check_plan_dict(values: Any) -> None:
-    """Checks the keys and types of a plan dict that came from a file; the masks' texts are not unpacked.
-
-    Raises:
-        SensiLoadError: If a key is missing or unknown, or if a value has the wrong type.
-    """
+    """Checks the keys and types of a plan dict that came from a file. Raises `SensiLoadError`."""
 
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**48

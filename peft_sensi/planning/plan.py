@@ -1,7 +1,4 @@
-"""A plan: which units are tuned, which stay frozen and which are trimmed, and what that costs.
-
-`allocate.make_plan` builds plans from scores and a budget, `Plan.from_dict` from the dict in an adapter's config.
-"""
+"""A plan (from `allocate.make_plan`, or from an adapter's config): the states of all units, and what they cost."""
 
 from __future__ import annotations
 
@@ -98,11 +95,8 @@ class Plan:
     def figures(self) -> dict[str, int | float]:
         """All figures of the plan, as a JSON value. Every text, table and report about a plan reads them here.
 
-        Returns:
-            Counts and shares of what is kept of the prunable part (`params_kept`, `params_prunable`, `params_share`,
-            `flops_kept`, `flops_prunable`, `flops_share`), the `sequence_length` of these FLOPs, the parameters of the
-            base without its task head and the share of them that is kept (`base_params`, `base_params_share`), and
-            the number of trained values and its ratio to `base_params` (`trainable_params`, `trainable_share`).
+        `params_*` and `flops_*` are about the prunable part. `base_params` are the parameters of the base without its
+        task head, and `base_params_share` is the share of them that is kept.
         """
         return {
             "params_kept": self.kept_params,
@@ -151,12 +145,10 @@ class Plan:
             lines.append(f"{_columns(group, kept, tuned)} {share:>12} {params / total:>9.2%}")
         return "\n".join([*lines, *(f"{name}: {value}" for name, value in self.facts().items())])
 
-    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
-        """A table of the groups with their mean score per 1000 parameters, the largest first.
+    __str__ = summary
 
-        The plan keeps and tunes the units with the largest scores for their cost, so most of them are in the first
-        groups. `scores` maps each group's name to the scores of its units, shape `[group.size]`.
-        """
+    def explain(self, scores: Mapping[str, np.ndarray]) -> str:
+        """A table of the groups with their mean score per 1000 parameters, the largest first."""
         density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
         lines = [f"{'score / 1000 params':>19}  {COLUMNS}"]
         for group, kept, tuned in sorted(self._counts(), key=lambda counts: -density[counts[0].name]):
@@ -200,24 +192,19 @@ class Plan:
                 raise SensiLoadError(
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
-            kept, tuned = unpack_group(group.name, entry)
-            if group.fixed and not kept.all():
-                raise SensiLoadError(
-                    f"The plan trims {group.name!r}, which cannot be trimmed in this model (is it quantized?): load "
-                    f"the adapter on the base model that it was made for."
-                )
+            state = unpack_group(group.name, entry)
+            kept = state != TRIMMED
             if not group.trimmable and not kept.all():
-                raise SensiLoadError(
-                    f"The plan trims units of {group.name!r}, but only heads and neurons can be trimmed."
-                )
-            if (tuned & ~kept).any():
-                raise SensiLoadError(f"The plan tunes units of {group.name!r} that it also trims.")
+                reason = "only heads and neurons can be trimmed"
+                if group.fixed:
+                    reason = "they are fixed in this model (is it quantized?): load the adapter's own base model"
+                raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}.")
             if kept.sum() < group.least:
                 raise SensiLoadError(
                     f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
                     f"{group.least}."
                 )
-            states.append((kept.astype(np.uint8) + tuned.astype(np.uint8)).tobytes())
+            states.append(state.tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
     def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:
@@ -260,9 +247,6 @@ class Plan:
             part="prunable" if groups[0].trimmable else "targeted",
         )
 
-    def __str__(self) -> str:
-        return self.summary()
-
 
 COLUMNS = f"{'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"
 
@@ -273,17 +257,16 @@ def _columns(group: Group, kept: int, tuned: int) -> str:
 
 
 def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
-    """One `Row` for each group of a plan, or of the dict in an adapter's config. Raises `SensiLoadError`.
-
-    Such a dict does not contain the kinds of the groups, so their names tell the kind.
-    """
+    """One `Row` for each group of a plan, or of the dict in an adapter's config. Raises `SensiLoadError`."""
     if isinstance(plan, Plan):
-        return [Row(g.name, block_of(g), g.kind, plan.of(g)) for g in plan.anatomy.groups]
+        states = plan._states()
+        return [Row(g.name, (g.layer if g.trimmable else "") or g.name, g.kind, s) for g, s in states]
     rows = []
-    for name, states in unpack_states(plan).items():
+    for name, values in unpack_states(plan).items():
         block, _, last = name.rpartition(".")
+        # The dict does not contain the kinds of the groups.
         kind = next((kind for kind in ("head", "neuron", "token") if last.endswith(KINDS[kind])), "")
-        rows.append(Row(name, block if kind else name, kind or ("tensor" if len(states) == 1 else "row"), states))
+        rows.append(Row(name, block if kind else name, kind or ("tensor" if len(values) == 1 else "row"), values))
     return rows
 
 
@@ -294,10 +277,7 @@ def drawn_rows(plan: Plan | Mapping[str, Any]) -> list[Row]:
 
 
 def units_by_kind(plan: Plan | Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """For each kind of unit the numbers of all units (`size`), of `kept` ones and of `tuned` ones.
-
-    `plan` is a `Plan`, or the dict in an adapter's config. Raises `SensiLoadError` for a broken dict.
-    """
+    """For each kind of unit the numbers of all units (`size`), of `kept` ones and of `tuned` ones."""
     units: dict[str, dict[str, int]] = {}
     for row in rows_of(plan):
         counts = units.setdefault(row.kind, {"size": 0, "kept": 0, "tuned": 0})
@@ -305,8 +285,3 @@ def units_by_kind(plan: Plan | Mapping[str, Any]) -> dict[str, dict[str, int]]:
         counts["kept"] += row.count(FROZEN, TUNED)
         counts["tuned"] += row.count(TUNED)
     return units
-
-
-def block_of(group: Group) -> str:
-    """The layer of a head or neuron group; the name of any other group."""
-    return (group.layer if group.trimmable else "") or group.name

@@ -13,8 +13,9 @@ only the activations of one layer are needed at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..anatomy.linears import matrix
+from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from ..utils import distributed
-from ..utils.states import FROZEN, TRIMMED
+from ..utils.states import FROZEN, TRIMMED, TUNED
 from .layerwise import Calls, Observer, record_calls, run_layer
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import Plan
@@ -46,30 +47,19 @@ def refit(
     loss_fn: LossFn | None = None,
     progress: bool = True,
 ) -> Refitted:
-    """New weights and biases for the output projections of all groups whose kept units are all tuned.
+    """New values for the output projections of all groups whose kept units are all tuned.
 
-    `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if the model runs a
-    layer more than once.
+    `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if nothing is
+    trimmed, or if the model runs a layer more than once.
 
     Every fourth batch is held out, and two guards use these batches. First, each output projection goes no step, half
     a step or a whole step from its old values to the solution, whichever gives the smallest error after the LayerNorm.
     Second, if all new values together make the loss of the trimmed model worse by more than 2 percent of its absolute
-    value, they are all dropped.
-
-    Args:
-        batches: Calibration batches, as in `SensiConfig`.
-        loss_fn: Computes the loss of a batch, if the model itself does not.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        For each refitted module its weight `[out, kept columns]`, the columns in ascending order, and its bias `[out]`
-        or `None`; both float32. Empty if nothing was trimmed or if the second guard dropped the new values.
-
-    Raises:
-        CalibrationError: If a held-out batch has no finite loss.
+    value, they are all dropped. Raises `CalibrationError` if a held-out batch has no finite loss.
     """
-    groups = [g for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and _is_refittable(plan, g)]
-    if not any((plan.of(g) == TRIMMED).any() for g in groups):
+    states = {g: plan.of(g) for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and g.output in plan.targets}
+    groups = [g for g, s in states.items() if (s == TUNED).any() and not (s == FROZEN).any()]
+    if not any((states[g] == TRIMMED).any() for g in groups):
         return {}
     device = device_of(model)
     batches = [to_device(batch, device) for batch in batches]
@@ -87,47 +77,19 @@ def refit(
             _Stream(batch, calls, calls, holds_out=i in held_out, fits=i not in held_out or total == 1)
             for i, (batch, calls) in enumerate(zip(batches, recorded, strict=True))
         ]
-        projections = {g.name: _Projection(model, plan, g) for g in plan.anatomy.trimmable}
+        refitted: Refitted = {}
         order = list(recorded[-1].arguments)
         for i, layer in enumerate(tqdm(order, desc="refit", disable=not progress, leave=False)):
             if i and any(layer in calls.entries for calls in recorded):
-                _follow_trimmed_model(model, plan, order[:i], projections, streams, loss_fn)
-            _refit_layer(model, plan, layer, [g for g in groups if g.layer == layer], projections, streams)
-        refitted = {g.output: fitted for g in groups if (fitted := projections[g.name].fitted) is not None}
+                _follow_trimmed_model(model, plan, order[:i], refitted, streams, loss_fn)
+            _refit_layer(model, plan, layer, [g for g in groups if g.layer == layer], refitted, streams)
         if not refitted:
             return {}
         test = {i: batches[i] for i in sorted(held_out)}
-        after = _trimmed_loss(model, plan, projections, test, loss_fn)
-        before = _trimmed_loss(model, plan, {}, test, loss_fn)
+        after, before = (_trimmed_loss(model, plan, values, test, loss_fn) for values in (refitted, {}))
     # A fresh task head has not learned anything yet, so a good refit may raise its loss a little: by up to 0.5 percent
     # for MiniLM on TREC-6 and SST-2. Losses can be negative, so the margin is a share of the absolute value.
     return refitted if after <= before + MARGIN * abs(before) else {}
-
-
-def _is_refittable(plan: Plan, group: Group) -> bool:
-    states = plan.of(group)
-    return group.output in plan.targets and bool((states != TRIMMED).any()) and not bool((states == FROZEN).any())
-
-
-class _Projection:
-    """The output projection of one group in the trimmed model."""
-
-    def __init__(self, model: nn.Module, plan: Plan, group: Group) -> None:
-        self.linear = linear_of(model, group.output)
-        kept = np.flatnonzero(plan.of(group) != TRIMMED)
-        self.columns = torch.from_numpy(group.sides[-1].positions(kept)).to(self.linear.weight.device)
-        self.layer = group.layer
-        self.fitted: Values | None = None
-
-    def original(self) -> Values:
-        """The kept columns of the base model's weight, and its bias. Not to be called inside `trimmed`."""
-        bias = None if self.linear.bias is None else self.linear.bias.detach().float()
-        return matrix(self.linear).detach()[:, self.columns].float(), bias
-
-    def assign_fitted(self) -> None:
-        """Replaces the weights by the fitted ones, if there are any. Only to be called inside `trimmed`."""
-        if self.fitted is not None:
-            assign(self.linear, *self.fitted)
 
 
 @dataclass
@@ -144,22 +106,13 @@ class _Stream:
 
 
 def _follow_trimmed_model(
-    model: nn.Module,
-    plan: Plan,
-    done: list[str],
-    projections: Mapping[str, _Projection],
-    streams: list[_Stream],
-    loss_fn: LossFn | None,
+    model: nn.Module, plan: Plan, done: list[str], refitted: Refitted, streams: list[_Stream], loss_fn: LossFn | None
 ) -> None:
-    """Records how the trimmed and refitted layers `done` make the model call the layers after them.
-
-    To be called where a new stack of layers starts. A decoder, for example, gets the encoder's output: in the trimmed
-    model, that is the output of the trimmed encoder.
-    """
+    """Records how the model calls a new stack of layers after the trimmed and refitted layers `done`."""
     layers = list(streams[0].untrimmed_calls.arguments)
     with trimmed(model, plan, [group for group in plan.anatomy.trimmable if group.layer in done]):
-        for projection in projections.values():
-            projection.assign_fitted()
+        for name, values in refitted.items():
+            assign(linear_of(model, name), *values)
         recorded = record_calls(model, layers, [stream.batch for stream in streams], loss_fn)
     assert recorded is not None
     for stream, calls in zip(streams, recorded, strict=True):
@@ -167,30 +120,38 @@ def _follow_trimmed_model(
 
 
 def _refit_layer(
-    model: nn.Module,
-    plan: Plan,
-    layer: str,
-    groups: list[Group],
-    projections: Mapping[str, _Projection],
-    streams: list[_Stream],
+    model: nn.Module, plan: Plan, layer: str, groups: list[Group], refitted: Refitted, streams: list[_Stream]
 ) -> None:
-    """Fits the output projections of these groups of one layer, and moves all streams on to the next layer."""
+    """Adds the fitted values of these groups of one layer to `refitted`, and moves all streams to the next layer."""
     targets: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
 
-    def keep_sum(group: Group) -> Observer:
-        return lambda z, y, total: targets[group].append(total.detach().float())
+    def keep_sum(group: Group, z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
+        targets[group].append(total.detach().float())
 
     for stream in streams:
         if layer in stream.untrimmed_calls.entries:
             stream.untrimmed = stream.untrimmed_calls.entries[layer]
             stream.trimmed = stream.trimmed_calls.entries[layer]
-        arguments = stream.untrimmed_calls.arguments[layer]
-        stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, {g: keep_sum(g) for g in groups})
-    originals = {group: projections[group.name].original() for group in groups}
+        arguments, observers = stream.untrimmed_calls.arguments[layer], {g: partial(keep_sum, g) for g in groups}
+        stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
+    originals: dict[Group, Values] = {}  # the kept columns of the base model's weights, and its biases
+    for group in groups:
+        weight, bias = matrix(linear_of(model, group.output)).detach(), bias_of(linear_of(model, group.output))
+        columns = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) != TRIMMED)))
+        originals[group] = (
+            weight[:, columns.to(weight.device)].float(),
+            None if bias is None else bias.detach().float(),
+        )
 
-    def run_up_to(group: Group, stream: _Stream, target: torch.Tensor, receive: Receiver) -> None:
-        observers = {group: _tokens_to(receive, stream.batch, target)}
-        run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, observers, stop=True)
+    def run_up_to(group: Group, stream: _Stream, target: torch.Tensor, receive: Observer) -> None:
+        """Gives the kept activations, the residual and the target of the batch's tokens to `receive`."""
+
+        def observe(z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
+            mask = token_mask(stream.batch, total.shape[:-1])
+            parts = (z.float(), total.float() - y.float(), target)
+            receive(*(part[mask] if mask is not None else part.flatten(0, -2) for part in parts))
+
+        run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {group: observe}, stop=True)
 
     with trimmed(model, plan, [group for group in plan.anatomy.trimmable if group.layer == layer]):
         for group in groups:
@@ -207,37 +168,19 @@ def _refit_layer(
             for stream, target in zip(streams, targets[group], strict=True):
                 if stream.holds_out:
                     run_up_to(group, stream, target, errors.add)
-            projections[group.name].fitted = errors.best()
-            projections[group.name].assign_fitted()
+            if (best := errors.best()) is not None:
+                refitted[group.output] = best
+                assign(linear_of(model, group.output), *best)
         for stream in streams:
             stream.trimmed = run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {})
 
 
-# Gets the kept activations, the residual and the target of the tokens of one batch, each `[tokens, features]`.
-Receiver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-def _tokens_to(receive: Receiver, batch: Mapping[str, Any], target: torch.Tensor) -> Observer:
-    """An observer that gives the tokens of a batch, without padding, to `receive`."""
-
-    def observe(z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
-        mask = token_mask(batch, total.shape[:-1])
-        parts = (z.float(), total.float() - y.float(), target)
-        receive(*(part[mask] if mask is not None else part.flatten(0, -2) for part in parts))
-
-    return observe
-
-
 def _trimmed_loss(
-    model: nn.Module,
-    plan: Plan,
-    projections: Mapping[str, _Projection],
-    batches: Mapping[int, Mapping[str, Any]],
-    loss_fn: LossFn | None,
+    model: nn.Module, plan: Plan, refitted: Refitted, batches: Mapping[int, Mapping[str, Any]], loss_fn: LossFn | None
 ) -> float:
     """Sum of the trimmed model's losses over these batches (by number) of all processes."""
     with trimmed(model, plan, plan.anatomy.trimmable):
-        for projection in projections.values():
-            projection.assign_fitted()
+        for name, values in refitted.items():
+            assign(linear_of(model, name), *values)
         losses = [calibration_loss(model, b, loss_fn, f"calibration batch {i} (refit)") for i, b in batches.items()]
     return sum(distributed.gather("comparing losses", sum(float(loss) for loss in losses)))

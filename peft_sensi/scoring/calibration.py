@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..anatomy.units import Group
 from ..utils import distributed
 from ..utils.errors import CalibrationError
 
@@ -19,11 +22,22 @@ from ..utils.errors import CalibrationError
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
-def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
-    """Returns the first `steps` batches as a list, because a generator can be read only once.
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How units are scored. `compute_scores` describes the fields; `SensiConfig` has fields of the same names."""
 
-    Raises `CalibrationError` if there is no batch, or if something is not a batch.
-    """
+    score: str = "fisher"
+    calibration_steps: int = 24
+    priming_steps: int = 40
+    priming_lr: float = 1e-4
+    priming_optimizer: str = "adamw"
+    loss_fn: LossFn | None = None
+    seed: int = 0
+    progress: bool = True
+
+
+def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
+    """The first `steps` batches. Raises `CalibrationError` if there is no batch, or if something is not a batch."""
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"`calibration` must be an iterable of batches (a DataLoader, a list of dicts, a generator), got "
@@ -59,21 +73,18 @@ def device_of(model: nn.Module) -> torch.device:
 def calibration_loss(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None = None, where: str = "a calibration batch"
 ) -> torch.Tensor:
-    """The loss of one batch as a float32 scalar. Raises `CalibrationError` if there is no loss or it is not finite.
-
-    `where` names the batch in messages.
-    """
+    """The loss of one batch as a float32 scalar. Raises `CalibrationError` if there is no loss or it is not finite."""
     batch = to_device(batch, device_of(model))
     loss: torch.Tensor | None
     if loss_fn is not None:
         loss = loss_fn(model, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     else:
         output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not output[0].dim():
             loss = output[0]  # with `config.return_dict=False`, the loss comes first if there are labels
-    if loss_fn is not None and not isinstance(loss, torch.Tensor):
-        raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     if not isinstance(loss, torch.Tensor):
         raise CalibrationError(
             f"The model returned no loss for {where}, whose keys are {sorted(batch)}: calibration batches need labels "
@@ -129,6 +140,48 @@ def image_tokens(model: nn.Module) -> int | None:
 
 
 @contextmanager
+def observing(
+    model: nn.Module,
+    groups: Iterable[Group],
+    observe: Callable[[Group, torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> Iterator[None]:
+    """Inside the block, `observe(group, z, y, total)` is called when the sublayer of one of these groups has run.
+
+    `z` and `y` are the input and the output of the group's output projection. `total` is the residual sum that the
+    next LayerNorm gets. Each is `[..., features]`.
+    """
+    seen: dict[Group, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def at_output(group: Group, module: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        seen[group] = (args[0], y)
+
+    def at_sum(group: Group, total: torch.Tensor) -> None:
+        parts = seen.pop(group, None)
+        if parts is not None and parts[1].shape[:-1].numel() == total.shape[:-1].numel():
+            # OPT flattens batch and tokens into one dimension for its FFN.
+            z, y = (part.reshape(*total.shape[:-1], part.shape[-1]) for part in parts)
+            observe(group, z, y, total)
+
+    with ExitStack() as hooks:
+        for group in groups:
+            output = model.get_submodule(group.output)
+            hooks.enter_context(output.register_forward_hook(partial(at_output, group)))
+            if group.norm:
+                norm = model.get_submodule(group.norm)
+                hook = norm.register_forward_pre_hook(lambda m, args, group=group: at_sum(group, args[0]))
+            else:  # without such a norm, the layer returns the sum itself
+                layer = model.get_submodule(group.layer)
+                hook = layer.register_forward_hook(lambda m, args, y, group=group: at_sum(group, first_of(y)))
+            hooks.enter_context(hook)
+        yield
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """The hidden states that a layer returns, alone or as the first value of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restores what forward and backward passes may change, even if an error occurs inside the block.
 
@@ -140,8 +193,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    for parameter in model.parameters():
-        parameter.grad = None  # a backward pass would add to the user's gradients in place
+    model.zero_grad()  # a backward pass would add to the user's gradients in place
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -15,9 +15,8 @@ from ..anatomy.modules import input_embedding
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .calibration import LossFn, materialize, mean_length, preserved
+from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
 from .criteria import CRITERIA, METHODS
-from .options import ScoringOptions
 from .scores import Scores
 
 
@@ -39,8 +38,8 @@ def compute_scores(
     """Scores every unit of `model`, including its input tokens if there is calibration data.
 
     The model and all random states are left exactly as they were. With several processes, all of them must call this
-    function, each with its own batches; all get the same scores. In gradient scores every example counts the same,
-    also if the loss is a mean over labeled tokens. The formulas are in `scoring.criteria`.
+    function, each with its own batches; all get the same scores. In gradient scores every example counts the same.
+    The formulas are in `scoring.criteria`.
 
     Args:
         calibration: Batches with labels that `model(**batch)` accepts. Without them, a score that needs data falls
@@ -51,11 +50,9 @@ def compute_scores(
             the task head that the adapter starts with, whatever the score is.
         priming_lr: Learning rate of that fine-tuning.
         priming_optimizer: `adamw`, or `sign`, which needs no memory besides the weights.
-        loss_fn: Computes the loss from the model and a batch, for models whose output has no `loss`. The batch may
-            have any number of examples.
+        loss_fn: Computes the loss from the model and a batch of any size, for models whose output has no `loss`.
         seed: Seed of dropout during priming and of random scores.
-        targets: Names of Linears outside the known blocks whose output rows are scored too, and of embeddings whose
-            tokens are.
+        targets: Names of Linears outside the known blocks, and of embeddings: their rows or tokens are scored too.
         blocks: Layouts of the model's blocks, instead of those of its family.
         progress: Whether to show progress bars.
 
@@ -86,10 +83,7 @@ def compute_scores(
 def score_units(
     model: nn.Module, anatomy: Anatomy, batches: list[Mapping[str, Any]] | None, options: ScoringOptions
 ) -> Scores:
-    """`compute_scores` for a given anatomy and given batches. The caller must be inside `calibration.preserved`.
-
-    Raises `AnatomyError` if the anatomy has no groups.
-    """
+    """`compute_scores` for a given anatomy and given batches. The caller must be inside `calibration.preserved`."""
     if not anatomy.groups:
         raise nothing_to_score(model)
     method = options.score
@@ -100,6 +94,8 @@ def score_units(
             stacklevel=2,
         )
         method = "magnitude"
+    if CRITERIA[method].needs_priming and not options.priming_steps:
+        raise SensiError(f"score={method!r} is learned during priming: `priming_steps` must not be 0.")
     length = mean_length(batches) if batches else None
     # Dropout during priming is random: with the same data and seed, the plan is the same.
     torch.manual_seed(options.seed + distributed.rank())

@@ -2,8 +2,7 @@
 
 In the formulas, a gate is a factor on the activation of a unit, fixed at 1 (see `gates`), `L_i` is the loss of example
 `i`, and `g_i = dL_i / dgate`. A plan divides scores by the units' costs. Scores that do not grow with the size of a
-unit (mask, random) are therefore multiplied by the unit's number of parameters. After the division, heads and neurons
-are then compared by the unscaled numbers.
+unit (mask, random) are therefore multiplied by the unit's number of parameters.
 
 To add a criterion, write one function and add one line to `CRITERIA`.
 """
@@ -22,11 +21,10 @@ from ..anatomy.linears import oriented
 from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
-from ..utils.errors import CalibrationError, SensiError
-from .calibration import device_of
+from ..utils.errors import CalibrationError
+from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
-from .options import ScoringOptions
 from .outliers import OutlierFinder
 from .priming import primed
 
@@ -59,7 +57,7 @@ def magnitude(model: nn.Module, anatomy: Anatomy, batches: Batches | None, optio
     return Found(only_seen(anatomy, values, batches), _primed_head(model, batches, options))
 
 
-def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`mean_i |g_i|`: the first-order change of the loss when the unit is removed.
 
     Sources: Molchanov et al. 2017 (arXiv 1611.06440), Michel et al. 2019 (arXiv 1905.10650).
@@ -67,18 +65,13 @@ def taylor(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options:
     return _mean_over_examples(torch.abs, model, anatomy, batches, options)
 
 
-def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
+def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`mean_i g_i^2`: the diagonal of the empirical Fisher information (Kwon et al. 2022, arXiv 2204.09656)."""
     return _mean_over_examples(torch.square, model, anatomy, batches, options)
 
 
-def mask(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
-    """`|gate|` times the unit's parameters, for gates that are trained with an L1 penalty during priming.
-
-    Source: EarlyBERT (arXiv 2101.00063). Raises `SensiError` without priming.
-    """
-    _check_primes(options)
-    assert batches is not None
+def mask(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
+    """`|gate|` times the unit's parameters, after priming with an L1 penalty on it (EarlyBERT, arXiv 2101.00063)."""
     device = device_of(model)
     gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
     with (
@@ -90,22 +83,18 @@ def mask(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: S
     return Found(only_seen(anatomy, values, batches), head)
 
 
-def movement(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
-    """`sum |w_primed - w_initial|` over the weights of the unit (FAR, arXiv 2205.01541).
-
-    Raises `SensiError` without priming.
-    """
-    _check_primes(options)
-    assert batches is not None
+def movement(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
+    """`sum |w_primed - w_initial|` over the weights of the unit (FAR, arXiv 2205.01541)."""
     with primed(model, batches, options) as originals:
         return Found({g.name: _moved(model, g, originals) for g in anatomy.groups}, head_state(model))
 
 
 class Criterion(NamedTuple):
-    """One row of `CRITERIA`. `needs_data` tells whether the function needs batches."""
+    """One row of `CRITERIA`: a function of model, anatomy, batches and options, and what this function needs."""
 
-    function: Callable[[nn.Module, Anatomy, Batches | None, ScoringOptions], Found]
+    function: Callable[[nn.Module, Anatomy, Any, ScoringOptions], Found]
     needs_data: bool = True
+    needs_priming: bool = False
 
 
 CRITERIA = {
@@ -113,8 +102,8 @@ CRITERIA = {
     "magnitude": Criterion(magnitude, needs_data=False),
     "taylor": Criterion(taylor),
     "fisher": Criterion(fisher),
-    "mask": Criterion(mask),
-    "movement": Criterion(movement),
+    "mask": Criterion(mask, needs_priming=True),
+    "movement": Criterion(movement, needs_priming=True),
 }
 METHODS = tuple(CRITERIA)
 DATA_METHODS = tuple(name for name, criterion in CRITERIA.items() if criterion.needs_data)
@@ -124,16 +113,14 @@ def _mean_over_examples(
     function: Callable[[torch.Tensor], torch.Tensor],
     model: nn.Module,
     anatomy: Anatomy,
-    batches: Batches | None,
+    batches: Batches,
     options: ScoringOptions,
 ) -> Found:
     """The mean of `function(g_i)` over the examples of all processes, taken on the primed model."""
-    assert batches is not None
     outliers = OutlierFinder(model, anatomy)
     with primed(model, batches, options):
         head = head_state(model) if options.priming_steps else {}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         totals = {g.name: g.zeros() for g in anatomy.groups}
         examples = 0
         batches = batches[: max(1, options.calibration_steps)]
@@ -157,16 +144,8 @@ def _mean_over_examples(
     return Found(values, head, outliers.found())
 
 
-def _check_primes(options: ScoringOptions) -> None:
-    if not options.priming_steps:
-        raise SensiError(f"score={options.score!r} is learned during priming: `priming_steps` must not be 0.")
-
-
 def _primed_head(model: nn.Module, batches: Batches | None, options: ScoringOptions) -> dict[str, torch.Tensor]:
-    """The task head after priming, for scores that need no priming themselves.
-
-    So the head starts the same under every score, and controls differ in the ranking only.
-    """
+    """The task head after priming, for scores that need no priming: all scores then start with the same head."""
     if batches is None or not options.priming_steps or not task_head(model):
         return {}
     with primed(model, batches, options):
@@ -197,16 +176,15 @@ def only_seen(
     groups = [group for group in anatomy.groups if group.kind == "token"]
     if not groups or batches is None:
         return dict(values)
-    seen = [group.zeros() for group in groups]
+    seen = {group.name: group.zeros() for group in groups}
     for batch in batches:
         for name, ids in batch.items():
             if name.endswith("input_ids") and isinstance(ids, torch.Tensor):
                 attention = batch.get(name.replace("input_ids", "attention_mask"))
                 if isinstance(attention, torch.Tensor) and attention.shape == ids.shape:
                     ids = ids[attention.bool()]
-                for group, counts in zip(groups, seen, strict=True):
+                for group in groups:
                     known = ids[(ids >= 0) & (ids < group.size)]
-                    counts[known.reshape(-1).cpu().unique().long()] = 1.0
-    distributed.all_max(seen, "looking for tokens")
-    masks = {g.name: mask for g, mask in zip(groups, seen, strict=True)}
-    return {name: value * masks[name] if name in masks else value for name, value in values.items()}
+                    seen[group.name][known.reshape(-1).cpu().unique().long()] = 1.0
+    distributed.all_max(list(seen.values()), "looking for tokens")
+    return {name: value * seen[name] if name in seen else value for name, value in values.items()}

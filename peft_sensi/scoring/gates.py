@@ -1,15 +1,15 @@
 """Gates on units, and each example's gradients with respect to them.
 
 A gate is one factor per unit, fixed at 1. It acts on the input of the group's output projection; for the rows of a
-single Linear and for tokens, it acts on the output of the Linear or embedding. The gate of a token acts on the token's
-vector wherever the token occurs.
+single Linear and for tokens, it acts on the output of the Linear or embedding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,9 +37,8 @@ def gate_gradients(
     One forward and one backward pass: every example has its own row of gates. If `n_i` of the `N` terms of the batch's
     loss come from example `i`, the example's own gradient is `N / n_i` times its row of the batch's gradient.
     `weighting` gives the `n_i`; it defaults to `find_weighting` on this batch. An example without terms gets zeros.
-    Weights get no gradient.
 
-    Raises `CalibrationError` if the loss or a gradient is not finite; `where` names the batch in the message.
+    Raises `CalibrationError` if the loss or a gradient is not finite.
     """
     if weighting is None:
         weighting = find_weighting(model, anatomy, [batch], loss_fn)
@@ -90,9 +89,9 @@ def mean_over_examples(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def mean_over_labels(batch: Mapping[str, Any], first: int = 0) -> torch.Tensor:
-    """The `Weighting` of a loss that is a mean over labeled tokens, as in token classification.
+    """The `Weighting` of a loss that is a mean over labeled tokens from position `first` on; -100 is no label.
 
-    Counts the labels from position `first` on; -100 is no label. Without token labels, each example counts as one.
+    Without token labels, each example counts as one.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
@@ -100,12 +99,9 @@ def mean_over_labels(batch: Mapping[str, Any], first: int = 0) -> torch.Tensor:
     return (labels[:, first:] >= 0).flatten(1).sum(1).float().cpu()
 
 
-def mean_over_next_labels(batch: Mapping[str, Any]) -> torch.Tensor:
-    """`mean_over_labels` for causal language models: the labels are shifted by one, so the first has no prediction."""
-    return mean_over_labels(batch, first=1)
-
-
-_WEIGHTINGS = (mean_over_examples, mean_over_labels, mean_over_next_labels)
+# For causal language models: the labels are shifted by one, so the first has no prediction.
+mean_over_next_labels = partial(mean_over_labels, first=1)
+_WEIGHTINGS: tuple[Weighting, ...] = (mean_over_examples, mean_over_labels, mean_over_next_labels)
 
 
 def find_weighting(
@@ -113,12 +109,12 @@ def find_weighting(
 ) -> Weighting:
     """Measures what the loss of a batch is a mean of: examples or labels. This works for any `loss_fn`.
 
-    If there are no `labels` of several tokens, or the examples of each batch have equally many, nothing is run and the
-    answer is `mean_over_examples`. Otherwise two small batches are run: the two examples `a` and `b` that differ most
-    in their number of labels, and `a` twice. The gradient of `a` in the first batch is its own gradient times `share`;
-    in the second batch it is half of its own gradient. The ratio of the two gives `share`, which is compared with
-    `n_a / (n_a + n_b)` of each weighting. If none of them is within 5 %, as with a contrastive loss, or if the
-    gradients are zero or not finite, the answer is `mean_over_examples`. If that is wrong, because `loss_fn` takes a
+    Two small batches are run: the two examples `a` and `b` that differ most in their number of labels, and `a` twice.
+    The gradient of `a` in the first batch is its own gradient times `share`; in the second batch it is half of its own
+    gradient. The ratio of the two gives `share`, which is compared with `n_a / (n_a + n_b)` of each weighting.
+
+    If all examples have equally many labels, nothing is run. The answer is then `mean_over_examples`, and also if no
+    weighting is within 5 % (as with a contrastive loss), or if gradients are zero or not finite. If `loss_fn` takes a
     mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
     """
     contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
@@ -170,47 +166,19 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = N
     return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
 
 
-def gate_gradients_reference(
-    model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None = None
-) -> dict[str, torch.Tensor]:
-    """The slow definition of `gate_gradients`: one pass per example, one gate vector per group, plain autograd."""
-    size = examples_in(batch)
-    rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
-    for i in range(size):
-        gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}
-
-        def gated(
-            group: Group, x: torch.Tensor, ids: torch.Tensor | None, gates: dict[str, torch.Tensor] = gates
-        ) -> torch.Tensor:
-            if ids is not None:
-                return x * gates[group.name].to(x)[ids].unsqueeze(-1)
-            return x * gates[group.name].to(x).repeat_interleave(x.shape[-1] // group.size)
-
-        example = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with hooked(model, anatomy, gated), torch.enable_grad():
-            calibration_loss(model, example, loss_fn).backward()
-        for name, gate in gates.items():
-            rows[name].append(gate.grad if gate.grad is not None else torch.zeros_like(gate))
-    return {name: torch.stack(values).float() for name, values in rows.items()}
-
-
 @contextmanager
 def hooked(model: nn.Module, anatomy: Anatomy, gated: Any) -> Iterator[None]:
     """Inside the block, `gated(group, x, ids)` replaces each tensor `x` that gates act on. Only tokens have `ids`."""
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for group in anatomy.groups:
             module = model.get_submodule(group.output)
             if group.in_block:
-                handle = module.register_forward_pre_hook(
+                hook = module.register_forward_pre_hook(
                     lambda m, args, group=group: (gated(group, args[0], None), *args[1:])
                 )
             else:
-                handle = module.register_forward_hook(
+                hook = module.register_forward_hook(
                     lambda m, args, y, group=group: gated(group, y, args[0] if group.kind == "token" else None)
                 )
-            handles.append(handle)
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

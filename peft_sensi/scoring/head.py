@@ -1,7 +1,4 @@
-"""Where a fresh task head starts: at the prior of the calibration labels, or as priming left it.
-
-Model and batches go in; parameters of the task head come out, by the names that they have in the base model.
-"""
+"""Where a fresh task head starts: at the prior of the calibration labels, or as priming left it."""
 
 from __future__ import annotations
 
@@ -22,36 +19,31 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
     the labels; both over the batches of all processes. A head with a nonzero bias has been trained and stays as it is,
     and so does a head whose labels are no classes.
     """
-    linear = _last_linear(model)
-    if linear is None or linear.bias is None or bool(linear.bias.detach().any()):
-        return
-    outputs = linear.out_features
-    labels = torch.cat(distributed.gather("counting labels", _labels(batches, outputs)))
-    if not len(labels):
-        return
-    with torch.no_grad():
-        if labels.is_floating_point() and outputs == 1:
-            linear.bias.fill_(float(labels.double().mean()))
-        elif not labels.is_floating_point() and outputs > 1 and int(labels.max()) < outputs:
-            counts = torch.bincount(labels, minlength=outputs).float() + 1.0
-            linear.bias.copy_((counts / counts.sum()).log())
+    for bias in head_bias(model):
+        if bool(bias.detach().any()):
+            return
+        outputs = len(bias)
+        labels = torch.cat(distributed.gather("counting labels", _labels(batches, outputs)))
+        if not len(labels):
+            return
+        with torch.no_grad():
+            if labels.is_floating_point() and outputs == 1:
+                bias.fill_(float(labels.double().mean()))
+            elif not labels.is_floating_point() and outputs > 1 and int(labels.max()) < outputs:
+                counts = torch.bincount(labels, minlength=outputs).float() + 1.0
+                bias.copy_((counts / counts.sum()).log())
 
 
 def _labels(batches: list[Mapping[str, Any]], outputs: int) -> torch.Tensor:
     """All labels of the batches as one vector; empty if there are none, or if they are neither classes nor numbers."""
-    labels = [batch["labels"] for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
-    if not labels or any(_is_multi_hot(batch, outputs) for batch in batches):
+    batches = [batch for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
+    labels = [batch["labels"] for batch in batches]
+    # A number for each of the `outputs`, and not for each token, says which of the classes an example belongs to.
+    per_output = [batch for batch in batches if batch["labels"].dim() > 1 and batch["labels"].shape[-1] == outputs]
+    if not labels or any(getattr(b.get("input_ids"), "shape", None) != b["labels"].shape for b in per_output):
         return torch.empty(0, dtype=torch.long, device="cpu")
     values = torch.cat([label.detach().reshape(-1) for label in labels]).cpu()
     return values if values.is_floating_point() else values[values >= 0].long()  # -100 marks tokens without a label
-
-
-def _is_multi_hot(batch: Mapping[str, Any], outputs: int) -> bool:
-    """Whether the labels of an example are a zero or one for each class, and not a class for each token."""
-    labels, ids = batch.get("labels"), batch.get("input_ids")
-    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.shape[-1] != outputs:
-        return False
-    return not isinstance(ids, torch.Tensor) or labels.shape != ids.shape
 
 
 def head_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,17 +68,12 @@ def head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> dict[st
     return head
 
 
-def _last_linear(model: nn.Module) -> nn.Linear | None:
+def head_bias(model: nn.Module) -> list[nn.Parameter]:
+    """The parameter that `start_head_at_prior` may change, the bias of the head's last Linear, if there is one."""
     linears = [
         module
         for head in task_head(model)
         for name, module in model.get_submodule(head).named_modules()
         if isinstance(module, nn.Linear) and "modules_to_save" not in name.split(".")
     ]
-    return linears[-1] if linears else None
-
-
-def head_bias(model: nn.Module) -> list[nn.Parameter]:
-    """The parameter that `start_head_at_prior` may change, if the model has one."""
-    linear = _last_linear(model)
-    return [] if linear is None or linear.bias is None else [linear.bias]
+    return [linear.bias for linear in linears[-1:] if linear.bias is not None]

@@ -1,14 +1,13 @@
 """Priming: a short fine-tuning before gradients are taken, undone afterwards.
 
 With a fresh task head, the gradients of a pretrained model are noise. FAR (arXiv 2205.01541) primes for about one
-percent of the iterations. The weights are changed in place and restored, and their original values are kept on the
-CPU. So the device never holds a second model besides the optimizer's state.
+percent of the iterations. The original weights are kept on the CPU, so the device never holds a second model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import calibration_loss
+from .calibration import ScoringOptions, calibration_loss
 from .head import head_bias, start_head_at_prior
-from .options import ScoringOptions
 
 
 GATE_LR = 1e-2
@@ -30,29 +28,24 @@ GATE_PENALTY = 1e-4
 
 @contextmanager
 def primed(
-    model: nn.Module,
-    batches: list[Mapping[str, Any]],
-    options: ScoringOptions,
-    gates: Sequence[torch.Tensor] = (),
+    model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions, gates: Sequence[torch.Tensor] = ()
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Inside the block, the model is primed and in evaluation mode. Afterwards every weight is restored, bit by bit.
 
     Yields the original values of the weights that priming changes, on the CPU, by `id` of the parameter. `gates` are
     trained together with the weights, at their own learning rate and with an L1 penalty (EarlyBERT, arXiv 2101.00063).
 
-    The learning rate rises linearly over the first tenth of the steps. `options.priming_optimizer` is one of
-    `OPTIMIZERS`: `adamw`, or `sign` (Bernstein et al. 2018, arXiv 1802.04434). The steps of `sign` are as large as
-    Adam's first steps, but it needs no memory besides the weights: each gradient is used and freed at once. Embeddings
-    are not primed: they would change little, and their optimizer state would be the largest. A fresh head starts at
-    the prior of the labels (see `start_head_at_prior`). Several processes take each step together, on the joint batch.
+    The learning rate rises linearly over the first tenth of the steps. The steps of the optimizer `sign` (Bernstein et
+    al. 2018, arXiv 1802.04434) are as large as Adam's first steps, but it needs no memory besides the weights: each
+    gradient is used and freed at once. A fresh head starts at the prior of the labels (see `start_head_at_prior`).
+    Several processes take each step together, on the joint batch.
 
     Raises `CalibrationError` if a loss or gradient is not finite.
     """
     moving = _primed_parameters(model) if options.priming_steps else head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
     try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in moving:
             parameter.requires_grad_(True)
         start_head_at_prior(model, batches)
@@ -77,19 +70,18 @@ def _prime(
     options: ScoringOptions,
     gates: Sequence[torch.Tensor],
 ) -> None:
-    steps, loss_fn = options.priming_steps, options.loss_fn
     gate_optimizer = torch.optim.AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
     with stepper, torch.enable_grad():
-        for step in tqdm(range(steps), desc="priming", disable=not options.progress, leave=False):
-            warm_up = min(1.0, (step + 1) / max(1, steps // 10))
+        for step in tqdm(range(options.priming_steps), desc="priming", disable=not options.progress, leave=False):
+            warm_up = min(1.0, (step + 1) / max(1, options.priming_steps // 10))
             index = step % len(batches)
             name = f"calibration batch {index} (priming step {step})"
-            loss = calibration_loss(model, batches[index], loss_fn, name)
+            loss = calibration_loss(model, batches[index], options.loss_fn, name)
             if gates:
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
             loss.backward()
-            share = distributed.weight_of(batches[index], loss_fn is not None)
+            share = distributed.weight_of(batches[index], options.loss_fn is not None)
             distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
                 raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
@@ -102,22 +94,18 @@ def _prime(
             torch.clear_autocast_cache()
 
 
-class AdamSteps:
+class AdamSteps(ExitStack):
     """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights."""
 
     factor = 1.0
 
     def __init__(self, moving: Sequence[nn.Parameter], lr: float) -> None:
+        super().__init__()
         full = (torch.float32, torch.float64)
         self.moving, self.lr = moving, lr
         self.masters = [p if p.dtype in full else p.detach().float().requires_grad_() for p in moving]
         self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
-
-    def __enter__(self) -> AdamSteps:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.optimizer.zero_grad()
+        self.callback(self.optimizer.zero_grad)
 
     def step(self) -> bool:
         """Updates the weights. If a gradient is not finite, changes nothing and returns `False`."""
@@ -137,7 +125,7 @@ class AdamSteps:
         return True
 
 
-class SignSteps:
+class SignSteps(ExitStack):
     """Moves each weight by the learning rate, against the sign of its gradient.
 
     A single process updates each weight as soon as its gradient is there, during the backward pass. Several processes
@@ -147,17 +135,11 @@ class SignSteps:
     factor = 1.0
 
     def __init__(self, moving: Sequence[nn.Parameter], lr: float) -> None:
+        super().__init__()
         self.moving, self.lr = moving, lr
         self.finite = True
-
-    def __enter__(self) -> SignSteps:
-        alone = self.moving if distributed.world_size() == 1 else ()
-        self.handles = [p.register_post_accumulate_grad_hook(self._move) for p in alone]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
+        for parameter in moving if distributed.world_size() == 1 else ():
+            self.enter_context(parameter.register_post_accumulate_grad_hook(self._move))
 
     @torch.no_grad()
     def _move(self, parameter: torch.Tensor) -> None:
@@ -191,7 +173,7 @@ def _round_at_random(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _primed_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The float parameters of the base model, without embeddings and quantized weights."""
+    """Float parameters of the base without embeddings, which would change little and need the most optimizer state."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return [
         p

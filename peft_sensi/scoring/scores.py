@@ -68,9 +68,7 @@ class Scores:
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
-        """Draws a heat map of the scores of all units, block by block.
-
-        Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+        """Draws a heat map of the scores of all units. Needs matplotlib (`pip install 'peft-sensi[plots]'`).
 
         Args:
             path: A file that ends in `.png`, `.svg` or `.pdf`.
@@ -89,7 +87,7 @@ _KINDS = ("values", "protected", "head")
 
 
 def _check_tensors(path: str | os.PathLike, parts: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Checks dtypes, shapes and values of the tensors of a file. Raises `SensiLoadError`."""
+    """Checks dtypes, shapes and values."""
     for kind, tensors in parts.items():
         for name, tensor in tensors.items():
             where = f"{path}: {kind}:{name}"

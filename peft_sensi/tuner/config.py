@@ -18,8 +18,7 @@ from ..anatomy.layouts import BlockLayout
 from ..planning.budget import Budget
 from ..planning.packing import check_plan_dict
 from ..planning.plan import Plan
-from ..scoring.calibration import LossFn
-from ..scoring.options import ScoringOptions
+from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.checks import check_foreign, check_types
