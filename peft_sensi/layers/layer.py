@@ -13,9 +13,9 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, features, is_quantized, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
-from .compression import PARTS
+from .compression import PARTS, encode
 from .functional import Pair
-from .slices import Slice, compress_parts, first_parts, master_dtype, tensor_specs
+from .slices import Slice, first_parts, master_dtype, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
@@ -47,8 +47,11 @@ class SensiLayer(ComposedWeights):
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
     other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_frozen")
 
+    # `__init__` makes a dict for each name.
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
+    sensi_codes: nn.ParameterDict
+    sensi_scales: nn.ParameterDict
     sensi_weight: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -132,18 +135,13 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused.clear()
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
-        """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity.
-
-        Raises:
-            SensiError: The adapter has no mask.
-        """
-        slice_, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
-        if bits is None or slice_.sparsity is None:
-            raise SensiError(f"The adapter {adapter_name!r} has no mask that could be drawn.")
+        """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity."""
+        slice_ = self.sensi_slices[adapter_name]
+        assert slice_.sparsity is not None
         rank = slice_.kept.argsort().argsort().to(scores.device)  # place of each kept unit in ascending order
         mask = top_mask(scores.index_select(slice_.dim, rank), slice_.sparsity)
         with torch.no_grad():
-            bits.copy_(pack_mask(mask))
+            self.sensi_bits[adapter_name].copy_(pack_mask(mask))
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
@@ -161,23 +159,21 @@ class SensiLayer(ComposedWeights):
             self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
 
     def compress(self, adapter_name: str, kind: str) -> None:
-        """Replaces the trained values by codes (see `compression`).
-
-        Raises:
-            SensiError: The base was dropped.
-        """
+        """Replaces the trained values by codes (see `compression`)."""
         if adapter_name not in self.sensi_slices:
             return
-        if self.sensi_base_dropped:
-            raise base_is_dropped("compress the adapter, which needs the differences from the base's values")
-        slice_ = replace(self.sensi_slices[adapter_name], compressed=kind)
+        slice_ = self.sensi_slices[adapter_name]
         trained = {name: p for name in PARTS if (p := self.part(name, adapter_name)) is not None}
-        codes = compress_parts(trained, self._base_values(slice_, trained), slice_)
+        base_values = self._base_values(slice_, trained)
+        differences = {name: p.detach().float() - base_values.get(name, 0.0) for name, p in trained.items()}
+        codes, scales = encode(differences, slice_.dim, kind)
         for name in trained:
             del getattr(self, f"sensi_{name}")[adapter_name]
-        for name, tensor in codes.items():
-            getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor, requires_grad=False)
-        self.sensi_slices[adapter_name] = slice_
+        if trained:
+            self.sensi_codes[adapter_name] = nn.Parameter(codes, requires_grad=False)
+        if len(scales):
+            self.sensi_scales[adapter_name] = nn.Parameter(scales, requires_grad=False)
+        self.sensi_slices[adapter_name] = replace(slice_, compressed=kind)
         self._sensi_fused.clear()
 
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
@@ -209,9 +205,8 @@ class SensiLayer(ComposedWeights):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replaces the weight and bias of the base layer by the adapter's. Trimmed units make the matrices smaller.
 
-        Raises:
-            SensiError: Several adapters would be merged and one of them trims or masks, or the base is quantized.
-            ValueError: `safe_merge` is set and the result has NaN or infinite values.
+        Raises `SensiError` if the base is quantized or the adapters do not add up, and `ValueError` if `safe_merge` is
+        set and the result has NaN or infinite values.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.sensi_slices]
         together = names + [n for n in self.merged_adapters if n not in names]
@@ -282,17 +277,10 @@ class SensiLayer(ComposedWeights):
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
-    def _working_adapter(self) -> str | None:
-        """The adapter whose number of units the layer has now, if there is one."""
-        if self.merged_adapters:
-            return self.merged_adapters[-1]
-        applied = self._applied()
-        return applied[0] if applied else None
-
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
-        name = self._working_adapter()
-        units = self.sensi_units if name is None else self.sensi_slices[name].units
+        names = self.merged_adapters[-1:] or self._applied()[:1]
+        units = self.sensi_slices[names[0]].units if names else self.sensi_units
         for module, attribute, per_unit in self.sensi_attributes:
             setattr(module, attribute, units * per_unit)
 
@@ -317,11 +305,16 @@ def base_is_dropped(action: str) -> SensiError:
     )
 
 
+def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """The adapter layers of a model by name: all of them, or those that have a slice of one adapter."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SensiLayer)}
+    return {n: layer for n, layer in layers.items() if adapter_name is None or adapter_name in layer.sensi_slices}
+
+
 def new_parameters_are_empty() -> bool:
     """Whether new parameters are created on `meta`.
 
     Under `low_cpu_mem_usage` PEFT builds the tuner inside Accelerate's `init_empty_weights`. No flag says so, but a
     new parameter shows it.
     """
-    probe = nn.ParameterList([torch.empty(1)])  # draws no random number
-    return probe[0].is_meta
+    return nn.ParameterList([torch.empty(1)])[0].is_meta
