@@ -29,7 +29,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from ..layers.layer import SensiLayer
+from ..layers.layer import SensiLayer, layers_of
 from ..scoring.calibration import LossFn, materialize
 from ..scoring.criteria import DATA_METHODS
 from ..utils import distributed, replicas
@@ -146,9 +146,8 @@ class Schedule:
         If training stopped before the last switch of the schedule, or if the best checkpoint is from before it,
         performs that switch now and warns.
         """
-        if self.phase["phase"] == "draw_mask" and not all(
-            layer.is_masked(self.adapter_name) for layer in self._layers()
-        ):
+        all_masked = all(layer.is_masked(self.adapter_name) for layer in self._layers())
+        if self.phase["phase"] == "draw_mask" and not all_masked:
             self._warn("the mask is drawn")
             self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
@@ -160,23 +159,29 @@ class Schedule:
             shrink(self.model, self.config, self.adapter_name, plan)
 
     def _warn(self, what: str) -> None:
-        message = (
+        warnings.warn(
             f"Training ended in a state from before the schedule's last switch: {what} now, and the model is not "
-            f"trained afterwards."
+            f"trained afterwards.",
+            stacklevel=3,
         )
-        warnings.warn(message, stacklevel=3)
 
+    @torch.no_grad()
     def _draw(self) -> None:
+        """Keeps the weights with the largest update, or the largest weights where nothing updates them."""
+        name = self.adapter_name
         for layer in self._layers():
-            if layer.part("bits", self.adapter_name) is not None:
-                layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
+            if layer.part("bits", name) is not None:
+                scores, _ = layer.get_adapted_weight(name)
+                if layer.part("down", name) is not None or layer.part("values", name) is not None:
+                    scores = scores - layer.get_original_weight(name).to(scores.dtype)
+                layer.draw_mask(name, scores.abs())
 
     def _close(self, progress: float) -> None:
         with distributed.synchronized("cutting units"):
             close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
 
     def _layers(self) -> list[SensiLayer]:
-        return [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]
+        return list(layers_of(self.model, self.adapter_name).values())
 
 
 class SensiCallback(TrainerCallback):
@@ -220,11 +225,8 @@ def freeze_dense(
         parameter = layer.part("weight", adapter_name)
         if parameter is None or freeze == ("weight" in layer.sensi_frozen.get(adapter_name, ())):
             continue
-        if (
-            not freeze
-            and optimizer is not None
-            and not any(parameter is p for group in optimizer.param_groups for p in group["params"])
-        ):
+        groups = [] if optimizer is None else optimizer.param_groups
+        if not freeze and groups and not any(parameter is p for group in groups for p in group["params"]):
             continue  # this optimizer was made while the parameter was frozen, so it cannot train it
         changed = True
         layer.sensi_frozen[adapter_name] = ("weight",) if freeze else ()
@@ -234,18 +236,6 @@ def freeze_dense(
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
     return changed
-
-
-def mask_scores(layer: SensiLayer, adapter_name: str) -> torch.Tensor:
-    """Scores `[out, in]` of a Linear's weights, in the base's order: a mask keeps the largest ones.
-
-    The absolute value of the update, or of the weight where the adapter has no low-rank and no sparse part.
-    """
-    with torch.no_grad():
-        adapted, _ = layer.get_adapted_weight(adapter_name)
-        if layer.part("down", adapter_name) is None and layer.part("values", adapter_name) is None:
-            return adapted.abs()
-        return (adapted - layer.get_original_weight(adapter_name).to(adapted.dtype)).abs()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -259,8 +249,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def scheduled_adapters(model: nn.Module) -> dict[str, SensiConfig]:
     """The active adapters that have a schedule, with their configs. Empty for a model of any other kind."""
     # The layers know what is active, however the adapters were added (PEFT, Transformers, `inject_adapter_in_model`).
-    layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
+    layers = layers_of(model).values()
     active = {name for layer in layers for name in layer.active_adapters if name in layer.sensi_slices}
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    sensi = {name: configs[name] for name in sorted(active) if isinstance(configs.get(name), SensiConfig)}
+    configs = (getattr(model, "peft_config", None) or {}).items()
+    sensi = {n: config for n, config in configs if n in active and isinstance(config, SensiConfig)}
     return {name: config for name, config in sensi.items() if config.schedule is not None}
