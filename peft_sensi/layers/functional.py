@@ -55,14 +55,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def fused_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: Parts) -> torch.Tensor:
     """`x @ weight.T + bias`, differentiable in `x` and in the trained tensors; `parts.mask` must be `None`.
 
-    `weight` and `bias` must already contain the trained tensors, and get no gradients of their own. A cache of them
-    may be rewritten after the forward pass, but only with the same values. `x` is `[..., in]`, of the dtype of
-    `weight`. The gradients of `down` and `up`, `(grad @ up)^T x` and `grad^T (x @ down^T)`, are computed without a
-    matrix of the size of `weight`.
-
-    Raises:
-        RuntimeError: From the backward pass, if a trained tensor has changed since the forward pass, or if second
-            derivatives are requested.
+    `x` is `[..., in]`, of the dtype of `weight`. `weight` and `bias` must already contain the trained tensors, and get
+    no gradients of their own. A cache of them may be rewritten after the forward pass, but only with the same values.
+    The gradients of `down` and `up`, `(grad @ up)^T x` and `grad^T (x @ down^T)`, are computed without a matrix of the
+    size of `weight`. The backward pass raises `RuntimeError` if a trained tensor has changed since the forward pass,
+    or if second derivatives are requested.
     """
     return _FusedLinear.apply(x, weight, bias, *parts[:-1])
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.linears import bias_of, features, is_quantized, matrix, not_mergeable, oriented, update_features
+from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
 from .compression import PARTS, encode
 from .functional import Pair
@@ -47,36 +46,11 @@ class SensiLayer(ComposedWeights):
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
     other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_frozen")
 
-    # `__init__` makes a dict for each name.
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
     sensi_codes: nn.ParameterDict
     sensi_scales: nn.ParameterDict
     sensi_weight: nn.ParameterDict
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        self.base_layer = base_layer
-        for name in self.tensor_names:
-            setattr(self, name, nn.ParameterDict({}))
-        self.sensi_slices = {}
-        # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
-        # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
-        self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
-        # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
-        self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
-        self.sensi_units = 0
-        self.sensi_in_block = True
-        self.sensi_base_dropped = False
-        # Adapters whose loaded values have not been checked yet (see `check_loaded`).
-        self.sensi_unchecked: set[str] = set()
-        # Trained tensors that a schedule has frozen, by adapter.
-        self.sensi_frozen: dict[str, tuple[str, ...]] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._sensi_fused = {}
-        self._sensi_unmerged = []
-        self.out_features, self.in_features = features(base_layer)
-        self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
 
     def update_layer(
         self,
@@ -88,8 +62,8 @@ class SensiLayer(ComposedWeights):
     ) -> None:
         """Sets up `adapter_name`, and leaves the other adapters and the choice of the active ones as they are.
 
-        `values` are refitted values in the order of `slice_.kept` (see `slices.first_parts`). Gradients are required
-        if the adapter is active and not in `inference_mode`.
+        `values` are refitted values (see `slices.first_parts`). Gradients are required if the adapter is active and
+        not in `inference_mode`.
         """
         self.discard_parts(adapter_name)
         self.sensi_slices[adapter_name] = slice_
@@ -149,20 +123,19 @@ class SensiLayer(ComposedWeights):
         bits = self.part("bits", adapter_name)
         return bits is None or not bool(unpack_mask(bits, self.sensi_slices[adapter_name].kept_shape).all())
 
-    def settle_mask(self, adapter_name: str) -> None:
-        """Replaces the scores of a learned mask by the mask itself."""
-        scores, slice_ = self.part("scores", adapter_name), self.sensi_slices.get(adapter_name)
-        if scores is not None and slice_ is not None and slice_.sparsity is not None:
-            bits = pack_mask(top_mask(scores, slice_.sparsity))
-            del self.sensi_scores[adapter_name]
-            self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
-            self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
-
     def compress(self, adapter_name: str, kind: str) -> None:
-        """Replaces the trained values by codes (see `compression`)."""
-        if adapter_name not in self.sensi_slices:
+        """Replaces the trained values by codes (see `compression`), or the scores of a mask by its bits."""
+        slice_ = self.sensi_slices.get(adapter_name)
+        if slice_ is None:
             return
-        slice_ = self.sensi_slices[adapter_name]
+        self._sensi_fused.clear()
+        if kind == "bits":
+            if (scores := self.part("scores", adapter_name)) is not None and slice_.sparsity is not None:
+                bits = pack_mask(top_mask(scores, slice_.sparsity))
+                del self.sensi_scores[adapter_name]
+                self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
+                self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
+            return
         trained = {name: p for name in PARTS if (p := self.part(name, adapter_name)) is not None}
         base_values = self._base_values(slice_, trained)
         differences = {name: p.detach().float() - base_values.get(name, 0.0) for name, p in trained.items()}
@@ -174,7 +147,6 @@ class SensiLayer(ComposedWeights):
         if len(scales):
             self.sensi_scales[adapter_name] = nn.Parameter(scales, requires_grad=False)
         self.sensi_slices[adapter_name] = replace(slice_, compressed=kind)
-        self._sensi_fused.clear()
 
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
 
@@ -258,18 +230,16 @@ class SensiLayer(ComposedWeights):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round float32 values on a bfloat16 base.
         device = device or self.get_base_layer().weight.device
-        for name in self.tensor_names:
-            parameters = getattr(self, name)
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+        for parameter in self.own_parts(adapter_name).values():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
     def _freeze_parts(self) -> None:
-        for adapter_name, parts in self.sensi_frozen.items():
-            for name in parts:
-                if (parameter := self.part(name, adapter_name)) is not None:
-                    parameter.requires_grad_(False)
+        for adapter_name, frozen in self.sensi_frozen.items():
+            if frozen and adapter_name in self.sensi_weight:
+                self.sensi_weight[adapter_name].requires_grad_(False)
 
     def _applied(self) -> list[str]:
         """The active adapters that the forward pass applies: none while adapters are disabled or merged."""
@@ -287,8 +257,8 @@ class SensiLayer(ComposedWeights):
     def _update_saved_modules(self) -> None:
         """Enables and activates the modules that are saved whole together with the layers of the same adapter.
 
-        Transformers' `enable_adapters` does not reach them. PEFT's `delete_adapter` activates another adapter, but not
-        those of its modules that the deleted adapter did not have.
+        Transformers' `enable_adapters` does not reach them, and PEFT's `delete_adapter` does not activate those that
+        the deleted adapter did not have.
         """
         for wrapper in self.sensi_saved_modules:
             if wrapper.disable_adapters != self.disable_adapters:
@@ -296,6 +266,9 @@ class SensiLayer(ComposedWeights):
             names = [n for n in self.active_adapters if n in wrapper._get_available_adapters()]
             if len(names) == 1 and wrapper.active_adapters != names:
                 wrapper.set_adapter(names)
+
+    def __repr__(self) -> str:
+        return "sensi." + super().__repr__()
 
 
 def base_is_dropped(action: str) -> SensiError:

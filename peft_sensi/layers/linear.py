@@ -13,13 +13,8 @@ from .functional import Pair, cast, compose, fused_linear
 from .layer import SensiLayer
 
 
-class SensiLinear(nn.Module, SensiLayer):
+class SensiLinear(SensiLayer):
     """`SensiLayer` on a `torch.nn.Linear`."""
-
-    def __init__(self, base_layer: nn.Linear, adapter_name: str) -> None:
-        super().__init__()
-        SensiLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -37,8 +32,7 @@ class SensiLinear(nn.Module, SensiLayer):
         name, slice_ = active[0], self.sensi_slices[active[0]]
         if self.sensi_coded and not slice_.whole:
             return self._forward_beside(x, name)
-        if self.sensi_unchecked:
-            self.check_loaded(name)
+        self.check_loaded(name)
         if slice_.whole:
             bias = self.part("bias", name)
             bias = self.base_layer.bias if bias is None else bias
@@ -113,6 +107,3 @@ class SensiLinear(nn.Module, SensiLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sensi_fused": {}}
-
-    def __repr__(self) -> str:
-        return "sensi." + super().__repr__()

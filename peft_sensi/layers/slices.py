@@ -17,45 +17,27 @@ from .updates import pack_mask, sparse_support, top_mask
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one adapter does with one Linear, or with the rows of an embedding.
+    """What one adapter does with one Linear, or with the rows of an embedding."""
 
-    Args:
-        base_shape: Shape `(out, in)` of the base weight. For an embedding: the number of tokens and the width.
-        has_bias: Whether the base has a bias.
-        dim: 0 if the units are rows of the weight, 1 if they are columns.
-        kept: Positions (int64, CPU) of the kept rows or columns in the base, in the adapter's own order: first the
-            tuned units, then the frozen ones. Both sides of a group have the same order, so the tuned part is
-            contiguous and no output has to be permuted. A Linear outside a block keeps the base's order.
-        tuned: The tuned rows or columns, as positions in `kept`: a number if they come first, otherwise an index.
-        units: Number of kept units.
-        train_bias: Whether the whole bias is trained. If not, only the entries of tuned rows are.
-        rank: Rank of the low-rank term; 0 for none.
-        sparse: Number of trained single values; 0 for none.
-        support: How the positions of the single values are chosen (see `updates.sparse_support`).
-        seed: Seed of a random support.
-        sparsity: Share of the kept weights that a mask removes; `None` without a mask.
-        learns_mask: Whether the mask is learned. If not, it is stored as one bit per weight.
-        drawn_later: Whether a schedule draws the mask during training. Until then the mask removes nothing.
-        gated: Whether the columns are multiplied by a gate with one entry per unit. Cuts during training close it.
-        compressed: Type in which the trained values are stored once training is over (see `compression`).
-    """
-
-    base_shape: tuple[int, int]
-    has_bias: bool
-    dim: int
+    base_shape: tuple[int, int]  # `(out, in)` of the base weight; for an embedding: number of tokens and width
+    has_bias: bool  # whether the base has a bias
+    dim: int  # 0 if the units are rows of the weight, 1 if they are columns
+    # Positions (int64, CPU) of the kept rows or columns in the base, in the adapter's own order: first the tuned
+    # units, then the frozen ones. Both sides of a group have the same order, so the tuned part is contiguous and no
+    # output has to be permuted. A Linear outside a block keeps the base's order.
     kept: torch.Tensor
-    tuned: Positions
-    units: int
-    train_bias: bool = False
-    rank: int = 0
-    sparse: int = 0
-    support: str = "magnitude"
-    sparsity: float | None = None
-    learns_mask: bool = False
-    drawn_later: bool = False
-    gated: bool = False
-    compressed: str | None = None
-    seed: int = 0
+    tuned: Positions  # the tuned rows or columns, as positions in `kept`
+    units: int  # number of kept units
+    train_bias: bool = False  # whether the whole bias is trained; if not, only the entries of tuned rows are
+    rank: int = 0  # of the low-rank term; 0 for none
+    sparse: int = 0  # number of trained single values
+    support: str = "magnitude"  # how the positions of the single values are chosen (see `updates.sparse_support`)
+    sparsity: float | None = None  # share of the kept weights that a mask removes; `None` without a mask
+    learns_mask: bool = False  # whether the mask is learned; if not, it is stored as one bit per weight
+    drawn_later: bool = False  # whether a schedule draws the mask; until then the mask removes nothing
+    gated: bool = False  # whether the columns are multiplied by a gate with one entry per unit, for cuts in training
+    compressed: str | None = None  # type in which the trained values are stored (see `compression`)
+    seed: int = 0  # of a random support
 
     @property
     def trims(self) -> bool:

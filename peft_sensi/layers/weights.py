@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix, oriented
+from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
 from .compression import PARTS, decode
 from .functional import Pair, Parts, Positions, cast, compose, take
 from .slices import Slice, tensor_specs
@@ -17,21 +18,38 @@ from .updates import learned_mask, unpack_mask
 from .values import check_content
 
 
-class ComposedWeights(BaseTunerLayer):
-    """The part of `SensiLayer` that computes weights. `SensiLayer` sets up the attributes and changes them."""
+class ComposedWeights(nn.Module, BaseTunerLayer):
+    """The part of `SensiLayer` that holds the state of the adapters and computes weights."""
 
-    base_layer: Any  # an embedding, or a Linear of any kind (see `anatomy.linears`)
-    tensor_names: tuple[str, ...] = ()
-    sensi_unchecked: set[str]
-    out_features: int
-    in_features: int
-    sensi_slices: dict[str, Slice]
-    sensi_coded: bool
-    sensi_base_dropped: bool
-    # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which FSDP
-    # shards.
-    _sensi_fused: dict[str, tuple[Any, Any, Any]]
-    _sensi_unmerged: list[Pair]
+    tensor_names: tuple[str, ...]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer  # an embedding, or a Linear of any kind (see `anatomy.linears`)
+        for name in self.tensor_names:
+            setattr(self, name, nn.ParameterDict({}))
+        self.sensi_slices: dict[str, Slice] = {}
+        # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
+        # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
+        self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
+        # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
+        self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
+        self.sensi_units = 0
+        self.sensi_in_block = True
+        self.sensi_base_dropped = False
+        # Adapters whose loaded values have not been checked yet (see `check_loaded`).
+        self.sensi_unchecked: set[str] = set()
+        # Whether a schedule has frozen `sensi_weight`, by adapter.
+        self.sensi_frozen: dict[str, bool] = {}
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which
+        # FSDP shards.
+        self._sensi_fused: dict[str, tuple[Any, Any, Any]] = {}
+        self._sensi_unmerged: list[Pair] = []
+        self.out_features, self.in_features = features(base_layer)
+        self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
 
     def get_base_layer(self) -> Any:
         return super().get_base_layer()
@@ -54,15 +72,15 @@ class ComposedWeights(BaseTunerLayer):
                 check_content(f"sensi_{name}.{adapter_name}", tensor.detach(), numel)
             self.sensi_unchecked.discard(adapter_name)
 
-    def get_adapted_weight(self, adapter_name: str) -> Pair:
+    def get_adapted_weight(self, adapter_name: str, masked: bool = True) -> Pair:
         """Weight `[out, in]` and bias `[out]` with which a plain Linear computes the same as this adapter.
 
         Only kept units are there, in the base's order. The result is differentiable in the trained tensors and has
-        their dtype.
+        their dtype. Without `masked`, masks and gates have no influence.
         """
         self.check_loaded(adapter_name)
         slice_ = self.sensi_slices[adapter_name]
-        weight, bias = self._composed(adapter_name)
+        weight, bias = self._composed(adapter_name, masked)
         order = slice_.kept.argsort().to(weight.device)
         weight = weight.index_select(slice_.dim, order)
         if bias is not None and slice_.dim == 0:
@@ -139,11 +157,13 @@ class ComposedWeights(BaseTunerLayer):
         base_values = self._base_values(slice_, differences)
         return {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
 
-    def _composed(self, name: str) -> Pair:
+    def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""
         slice_ = self.sensi_slices[name]
         frozen = self._kept_base(slice_)
-        return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), self._parts(name, slice_))
+        parts = self._parts(name, slice_)
+        parts = parts if masked else parts._replace(mask=None)
+        return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), parts)
 
     def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """What `make` has returned for this adapter and key; it is called again when the key changes."""

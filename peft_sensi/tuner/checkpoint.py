@@ -2,11 +2,10 @@
 
 An adapter has PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`; `FORMAT.md` describes both. The
 config holds the plan, so that every loader can build the right shapes before it reads a weight. The weights file holds
-the plan too, as the tensor `sensi_plan`: JSON in bytes, with a hash (the *mark*) of the config's fields that say what
-the values mean. This serves two purposes:
+the plan too, as the tensor `sensi_plan`, with a hash (the *mark*) of the config's fields that give values a meaning:
 
-- `Trainer` resumes by loading weights into a wrapped model, whose plan may differ. It never reads the checkpoint's
-  config, so the plan comes from the tensor.
+- `Trainer` resumes by loading weights into a wrapped model, whose plan may differ, and never reads the checkpoint's
+  config.
 - PEFT writes the weights before the config. An interrupted save is detected because the marks of the two files differ.
 """
 
@@ -89,17 +88,12 @@ def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> tuple[dict[s
         )
     try:
         plan = json.loads(tensor.cpu().numpy().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold JSON: {error}.") from None
-    if not isinstance(plan, dict):
-        raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold a plan.")
-    mark = plan.pop("config", None)
-    if mark is not None and not isinstance(mark, str):
-        raise SensiLoadError(f"{where}: {PLAN_KEY!r} has a `config` that is not a hash.")
-    try:
+        mark = plan.pop("config", None) if isinstance(plan, dict) else None
+        if not isinstance(mark, str | None):
+            raise ValueError("its `config` is not a hash")
         check_plan_dict(plan)
-    except SensiLoadError as error:
-        raise SensiLoadError(f"{where}: {PLAN_KEY!r}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold a plan: {error}") from None
     return plan, mark
 
 

@@ -44,7 +44,13 @@ def close_units(
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
     gates = gates_of(root, adapter_name)
-    scores = _scores_in_training(root, config, adapter_name, anatomy, gates, batches, loss_fn)
+    if config.score == "movement":
+        scores = Scores(trained_movement(root, anatomy, adapter_name), "movement")
+    else:
+        with preserved(root), merged_in_place(root, adapter_name):
+            root.eval()
+            options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
+            scores = score_units(root, anatomy, batches, options)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
     length = plan_of(root, config).sequence_length
     plan = make_plan(
@@ -76,32 +82,6 @@ def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     return {name: gate for name, gate in gates.items() if gate is not None}
 
 
-def _scores_in_training(
-    root: nn.Module,
-    config: SensiConfig,
-    adapter_name: str,
-    anatomy: Anatomy,
-    gates: Mapping[str, torch.Tensor],
-    batches: list[Mapping[str, Any]] | None,
-    loss_fn: LossFn | None,
-) -> Scores:
-    """Scores of the weights as training has left them. The model stays as it was."""
-    if config.score == "movement":
-        before = {name: gate.clone() for name, gate in gates.items()}
-        with torch.no_grad():
-            try:
-                for gate in gates.values():
-                    gate.fill_(1)  # a closed gate is no movement
-                return Scores(trained_movement(root, anatomy, adapter_name), "movement")
-            finally:
-                for name, gate in gates.items():
-                    gate.copy_(before[name])
-    with preserved(root), merged_in_place(root, adapter_name):
-        root.eval()
-        options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
-        return score_units(root, anatomy, batches, options)
-
-
 def _open_first(values: np.ndarray, opened: np.ndarray | None) -> np.ndarray:
     """Scores of a group in which every open unit ranks above every closed one, also where open ones score zero."""
     if opened is None or opened.all():
@@ -123,14 +103,12 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
     for group in anatomy.groups:
         moved, size = group.zeros(), group.zeros()
         before = {name: matrix(linear_of(root, name)).float() for name in group.modules}
-        changes = {
-            name: layers[name].get_adapted_weight(adapter_name)[0].float() - before[name]
-            for name in group.modules
-            if name in layers
-        }
+        # A closed gate is no movement.
+        after = {n: layers[n].get_adapted_weight(adapter_name, masked=False)[0].float() for n in before if n in layers}
         for side in group.sides:
-            if side.module in changes:
-                moved += side.per_unit(changes[side.module], group.size).abs().sum(1).cpu()
+            if side.module in after:
+                change = after[side.module] - before[side.module]
+                moved += side.per_unit(change, group.size).abs().sum(1).cpu()
             size += side.per_unit(before[side.module], group.size).abs().sum(1).cpu()
         values[group.name] = moved
         if not moved.any():
@@ -152,13 +130,11 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
     """
     before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
-    states = []
-    for group in before.anatomy.groups:
-        state = before.of(group).copy()
-        if group.trimmable and group.output in gates:
-            state[gates[group.output].cpu().numpy() == 0] = TRIMMED
-        states.append(state.tobytes())
-    after = replace(before, states=tuple(states))
+    states = {group.name: before.of(group).copy() for group in before.anatomy.groups}
+    for group in before.anatomy.trimmable:
+        if group.output in gates:
+            states[group.name][gates[group.output].cpu().numpy() == 0] = TRIMMED
+    after = replace(before, states=tuple(state.tobytes() for state in states.values()))
     saved_values = before.always_trained - trained_beside_units(root, config, before)
     also = config.also_train or []
     if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):

@@ -173,14 +173,12 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
     return False
 
 
-def _decide_together(
-    make: Callable[[], Decision], model: nn.Module, config: SensiConfig, inputs: RunInputs
-) -> Decision:
+def _decide_together(make: Callable[[], Decision], model: nn.Module, config: SensiConfig, data: RunInputs) -> Decision:
     """The decision of process 0, for all processes of `distributed.synchronized`. It has no slices yet."""
     # Paths may differ between machines; plan and fingerprint are filled in later.
     own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
-    given = {f.name: getattr(inputs, f.name) is not None for f in fields(inputs)}
+    given = {f.name: getattr(data, f.name) is not None for f in fields(data)}
     distributed.check_equal("its configuration", {**given, **settings}, "Give all processes the same.")
     decision = None
     if not replicas.any_process_on_meta(model):

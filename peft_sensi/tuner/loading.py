@@ -2,10 +2,10 @@
 
 There are three checks, because loaders differ:
 
-- `PeftModel.from_pretrained` reads the config first, so the file is known before a layer is built. Names, shapes and
-  values are checked then, and nothing is allocated for a file that does not fit (`check_slices`).
+- `PeftModel.from_pretrained` reads the config first. So the file is checked before a layer is built, and nothing is
+  allocated for a file that does not fit (`check_slices`).
 - Every PEFT loader calls a hook of `SensiModel` with the tensors (`check_state`).
-- Transformers' own `load_adapter` does neither. There, a layer checks its tensors when it is first used
+- Transformers' `load_adapter` does neither: a layer checks its tensors when it is first used
   (`SensiLayer.check_loaded`).
 """
 
@@ -34,10 +34,7 @@ _PREFIX = "base_model.model."
 
 
 def file_to_check(config: SensiConfig) -> str | None:
-    """Path of the weights file that will be loaded under this config.
-
-    `None` if there is no file, or if the user has changed fields that say what its values mean.
-    """
+    """Path of the config's weights file, unless the user has changed fields that say what the file's values mean."""
     path, original = config.weights_file, config.file_meaning
     if path is None or original is None or not os.path.exists(path):
         return None

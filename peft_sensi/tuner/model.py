@@ -68,10 +68,7 @@ class SensiModel(BaseTuner):
         return {**self.__dict__, "sensi_stepped": frozenset()}
 
     def plan(self, adapter_name: str = "default") -> Plan:
-        """The plan of an adapter: which units it tunes, keeps and trims, and their costs.
-
-        Raises `SensiError` if there is no such adapter.
-        """
+        """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
         self._check_name(adapter_name)
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
@@ -301,10 +298,7 @@ class SensiModel(BaseTuner):
         if kind != "bits":
             self._check_base("compress the adapter, which needs the differences from the base's values")
         for layer in layers:
-            if kind == "bits":
-                layer.settle_mask(adapter_name)
-            else:
-                layer.compress(adapter_name, kind)
+            layer.compress(adapter_name, kind)
         config.compressed = kind
 
     def _check_name(self, adapter_name: str) -> None:

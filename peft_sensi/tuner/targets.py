@@ -10,15 +10,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.linears import bias_of, features
-from ..anatomy.modules import (
-    base_of,
-    embedding_of,
-    input_embedding,
-    is_base_parameter,
-    is_shared,
-    linear_of,
-    task_head,
-)
+from ..anatomy.modules import base_of, embedding_of, input_embedding, is_base_parameter, linear_of, task_head
 from ..anatomy.units import Anatomy
 from ..planning.budget import allowance
 from ..planning.plan import Plan
@@ -79,14 +71,13 @@ def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
 
 def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str], anatomy: Anatomy) -> None:
     """Raises `SensiError` if a target shares its weight with embeddings, or is one that the update cannot reach."""
-    embeddings = [m for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)]
+    modules = {id(m): m for m in map(base_of, model.modules())}.values()
     for name in sorted(targets):
         target = base_of(model.get_submodule(name))
-        if isinstance(target, nn.Embedding):
-            tied = is_shared(model, target)
-        else:
-            tied = any(table.weight is getattr(target, "weight", None) for table in embeddings)
-        if tied:
+        in_table = isinstance(target, nn.Embedding)
+        others = [m for m in modules if m is not target and (in_table or isinstance(m, nn.Embedding))]
+        weight = getattr(target, "weight", None)
+        if weight is not None and any(getattr(other, "weight", None) is weight for other in others):
             raise SensiError(
                 f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
                 f"`target_modules`."
@@ -120,10 +111,11 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
     if "embeddings" in also_train:
         output = embedding_of(model, "output")
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
-        if output is not None and any(modules[name].weight is output.weight for name in embeddings):
-            raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
-        if len({id(modules[name].weight) for name in embeddings}) < len(embeddings):
-            raise SensiError("The embeddings of both stacks are tied to each other and cannot be trained separately.")
+        weights = {id(modules[name].weight) for name in embeddings}
+        if len(weights) < len(embeddings) or (output is not None and id(output.weight) in weights):
+            raise SensiError(
+                "The embeddings are tied to the output layer or to each other and cannot be trained separately."
+            )
         found += embeddings
     return [name for name in dict.fromkeys(found) if not _is_saved_whole(name.rpartition(".")[0], config)]
 
@@ -145,10 +137,9 @@ def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -
 
 
 def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy) -> list[str]:
-    """The value of `also_train=None`.
+    """The value of `also_train=None`: something only beside dense units without a limit on trained values.
 
-    Something is trained beside dense units without a limit on trained values. Tokens are trained only if the run's
-    inputs show which ones matter.
+    Tokens are trained only if the run's inputs show which ones matter.
     """
     dense = config.tunes_units and config.retention is None
     if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:

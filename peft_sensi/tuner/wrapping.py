@@ -55,26 +55,17 @@ def wrap_module(
         layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
-            layer.sensi_attributes = [(*_number(model, path), per_unit) for path, per_unit in group.attributes]
+            for path, per_unit in group.attributes:
+                parent, _, attribute = path.rpartition(".")
+                owner = model.get_submodule(parent)
+                if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
+                    raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
+                layer.sensi_attributes.append((owner, attribute, per_unit))
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode)
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
-
-
-def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module and the name of an attribute that depends on the number of units.
-
-    It must be an integer, because a layout from a file could name any attribute.
-    """
-    parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    if type(getattr(module, name, 0)) is not int:
-        raise SensiLoadError(
-            f"`blocks` names {path!r} as a number that depends on the units, but in this model it is no integer."
-        )
-    return module, name
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -193,11 +184,11 @@ def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor])
             wrapper = model.get_submodule(top)
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
-                if rest not in own or own[rest].shape != value.shape:
-                    found = tuple(own[rest].shape) if rest in own else "no such parameter"
+                if (parameter := own.get(rest)) is None or parameter.shape != value.shape:
+                    found = "no such parameter" if parameter is None else tuple(parameter.shape)
                     raise SensiError(
                         f"The scores hold a task head with {name!r} of shape {tuple(value.shape)}; this model has "
                         f"{found}. Score this model, or use the model that was scored."
                     )
-                if not own[rest].is_meta:
-                    own[rest].copy_(value)
+                if not parameter.is_meta:
+                    parameter.copy_(value)
