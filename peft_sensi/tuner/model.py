@@ -15,18 +15,18 @@ from torch import nn
 from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.units import Anatomy
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
+from ..layers.layer import SensiLayer, base_is_dropped, layers_of, new_parameters_are_empty
 from ..planning.plan import Plan
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
+from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .combinations import compressed_kinds
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .targets import targets_of
-from .wrapping import drop_originals, replace_module, replanned, set_head, wrap_module
+from .wrapping import drop_base, replace_module, replanned, set_head, wrap_module
 
 
 class SensiModel(BaseTuner):
@@ -68,10 +68,7 @@ class SensiModel(BaseTuner):
         return {**self.__dict__, "sensi_stepped": frozenset()}
 
     def plan(self, adapter_name: str = "default") -> Plan:
-        """The plan of an adapter: which units it tunes, keeps and trims, and their costs.
-
-        Raises `SensiError` if there is no such adapter.
-        """
+        """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
         self._check_name(adapter_name)
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
@@ -116,7 +113,10 @@ class SensiModel(BaseTuner):
                 if file is not None:
                     check_saved_modules(file, model, adapter_name)
                 if decision is not None:
-                    self._remember(adapter_name, decision)
+                    self.sensi_stepped = self.sensi_stepped - {adapter_name}
+                    self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
+                    scores = {**self._sensi_scores, adapter_name: decision.scores}
+                    self._sensi_scores = {name: s for name, s in scores.items() if s is not None}
                     set_head(model, adapter_name, decision.head)
                     replicas.check_launcher(any(slice_.has_integers for slice_, _ in decision.slices.values()))
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
@@ -128,22 +128,10 @@ class SensiModel(BaseTuner):
         finally:
             self._sensi_decision = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
-        for layer in layers:
+        for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
-        own = [layer for layer in layers if adapter_name in layer.sensi_slices]
-        if own and not config.keep_base:
-            for layer in own:
-                layer.drop_base(adapter_name)
-            drop_originals(model, adapter_name)
-
-    def _remember(self, adapter_name: str, decision: Decision) -> None:
-        self.sensi_stepped = self.sensi_stepped - {adapter_name}
-        self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
-        known = {name: scores for name, scores in self._sensi_scores.items() if name != adapter_name}
-        if decision.scores is not None and decision.scores.method != "none":
-            known[adapter_name] = decision.scores
-        self._sensi_scores = known
+        if decision is not None and not config.keep_base:
+            drop_base(model, adapter_name)
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in reversed(list(model.named_modules())):  # inner modules first: wrappers can be nested
@@ -251,7 +239,7 @@ class SensiModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _layers(self) -> list[SensiLayer]:
-        return [m for m in self.model.modules() if isinstance(m, SensiLayer)]
+        return list(layers_of(self.model).values())
 
     def _check_combination(self, adapter_names: list[str]) -> None:
         if len(adapter_names) > 1:
@@ -310,10 +298,7 @@ class SensiModel(BaseTuner):
         if kind != "bits":
             self._check_base("compress the adapter, which needs the differences from the base's values")
         for layer in layers:
-            if kind == "bits":
-                layer.settle_mask(adapter_name)
-            else:
-                layer.compress(adapter_name, kind)
+            layer.compress(adapter_name, kind)
         config.compressed = kind
 
     def _check_name(self, adapter_name: str) -> None:
@@ -336,7 +321,7 @@ class SensiModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = dict(state_dict)
-        stored = pop_plan(state_dict)
+        stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:
             check_pair(stored, config)
         plan, _ = plan_from_tensor(stored)
