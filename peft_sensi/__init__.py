@@ -28,11 +28,8 @@ from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiErro
 def register() -> None:
     """Registers the method with PEFT. Importing the package does this; another call changes nothing.
 
-    `peft.utils.register_peft_method` accepts only members of PEFT's own enum, and PEFT has no entry point for plugins.
-    So this function writes into PEFT's tables.
-
-    Raises:
-        SensiError: If another package has registered a method with the same name.
+    This writes into PEFT's tables: `peft.utils.register_peft_method` accepts only members of PEFT's own enum, and PEFT
+    has no entry point for plugins. Raises `SensiError` if another package uses the same name.
     """
     name = SensiPeftType.SENSI
     entries: tuple[tuple[dict[Any, Any], Any], ...] = (
@@ -41,10 +38,8 @@ def register() -> None:
         (_mapping.PEFT_TYPE_TO_PREFIX_MAPPING, SensiModel.prefix),
     )
     for table, value in entries:
-        if (taken := table.get(name, value)) is not value:
+        if (taken := table.setdefault(name, value)) is not value:
             raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
-    for table, value in entries:
-        table[name] = value
     _hook_cards()
 
 

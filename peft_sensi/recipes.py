@@ -30,12 +30,15 @@ def sensi_bert(
 
     Args:
         budget: A share in (0, 1] or a count of the prunable parameters or FLOPs.
-        limit: What `budget` limits: `"params"` or `"flops"`.
-        score: The score. Default: `"mask"` at the wrap, and `"fisher"` during training, where masks would have to be
-            learned beside the weights.
-        granularity: `"unit"`, or `"tensor"`, which keeps or removes whole sublayers.
-        trim: When the model is trimmed: `"at wrap"`, `"after warm-up"` (after the first tenth of the training), or
-            `"in cuts"` (four cuts until the middle of the training).
+        limit: What `budget` limits.
+        score: Default: `"mask"` at the wrap, and `"fisher"` during training, where masks would have to be learned
+            beside the weights.
+        granularity: `"tensor"` keeps or removes whole sublayers.
+        trim: When the model is trimmed: `"after warm-up"` is after the first tenth of the training, and `"in cuts"` is
+            in four cuts until the middle of the training.
+
+    Raises:
+        SensiError: If `trim` is none of these.
     """
     cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4)}
     if trim not in cuts:
@@ -60,8 +63,7 @@ def far(
 
     Args:
         retention: Share of each FFN's neurons that are tuned.
-        priming: Share of the training that the priming takes. It needs `training_steps`; without, `priming_steps`
-            of [`SensiConfig`] applies.
+        priming: Share of the training that the priming takes, if `training_steps` is given.
         training_steps: Number of optimizer steps of the whole training.
         embeddings: Whether the embeddings are trained. In a small model they are half of the trained values.
         score: The score of the neurons. `"random"` is the paper's control.
@@ -137,8 +139,8 @@ def l0_close(
         layers: Number of whole layers that are tuned.
         score: The score of the Linears.
     """
-    if layers is None:
-        share = 0.25 if share is None else share
+    if layers is None and share is None:
+        share = 0.25
     budget = None if share is None else {"trainable": share}
     return SensiConfig(granularity="tensor", budget=budget, tuned_layers=layers, score=score, **kwargs)
 

@@ -168,7 +168,7 @@ def test_sizes_are_checked_before_anything_is_allocated(sparse, changes, monkeyp
     edit_config(sparse, **changes)
     refused(sparse, "different settings")
     without_mark(sparse)
-    monkeypatch.setattr("peft_sensi.layers.slices.low_rank_start", None)  # would be called for what is allocated
+    monkeypatch.setattr("peft_sensi.layers.layer.first_parts", None)  # would be called for what is allocated
     refused(sparse, "rank|shape|holds")
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_sensi.layers.functional import fused_linear, fused_linear_reference, take
+from peft_sensi.layers import functional
+from peft_sensi.layers.functional import Parts, compose, take
 
 
 OUT, IN, RANK = 7, 5, 2
@@ -21,6 +22,14 @@ OTHERS = [
     (1, kind, "trained", more) for kind, more in itertools.product(("none", "prefix"), ("low", "sparse", "low sparse"))
 ]
 TRAINED = ("tuned_weight", "tuned_bias", "down", "up", "values")
+
+
+def fused_linear(x, weight, bias, **parts):
+    return functional.fused_linear(x, weight, bias, Parts(**parts))
+
+
+def fused_linear_reference(x, weight, bias, **parts):
+    return F.linear(x, *compose(weight, bias, Parts(**parts)))
 
 
 def case(dim: int, kind: str, bias: str, more: str = "", dtype=torch.float64, tokens=(2, 6)) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Compressed adapters: float32 tensors go in, bfloat16 or int8 codes (and float32 scales) come out, and back.
 
-All trained tensors of one adapter on one Linear become one vector of codes. They follow each other in the order of
-`PARTS`, each row by row. `weight` and `bias` are encoded as differences from the base's values, because differences
-are small and need fewer digits. The other tensors are encoded as they are.
+All trained tensors of one adapter on one Linear become one vector of codes, in the order of `PARTS`, each row by row.
+`weight` and `bias` are encoded as differences from the base's values, which are small and need fewer digits.
 
 - `bfloat16`: the codes are the rounded values.
 - `int8`: `value = code * scale`. Codes are from -127 to 127. There is a float32 scale for each tuned row or column,
@@ -29,36 +28,33 @@ Shapes = Mapping[str, tuple[int, ...]]  # by name, for those of `PARTS` that an 
 def sizes(shapes: Shapes, dim: int, kind: str) -> tuple[int, int]:
     """Numbers of codes and of scales. `dim` is 0 if rows of `weight` are tuned, 1 if columns are."""
     codes = sum(torch.Size(shape).numel() for shape in shapes.values())
-    if kind != "int8":
-        return codes, 0
-    return codes, sum(_scales(name, shape, dim) for name, shape in shapes.items())
+    return codes, sum(_scales(name, shape, dim) for name, shape in shapes.items()) if kind == "int8" else 0
 
 
 def encode(parts: Mapping[str, torch.Tensor], dim: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (of the dtype `KINDS[kind]`) and scales (float32, empty for bfloat16), both one-dimensional.
 
-    `parts` are tensors by name, already as differences where the module's docstring says so. `dim` as in `sizes`.
+    `weight` and `bias` in `parts` must be differences already. `dim` is as in `sizes`.
     """
     ordered = [(name, parts[name].detach().float()) for name in PARTS if name in parts]
     device = ordered[0][1].device if ordered else None
     if kind == "bfloat16":
         codes = [part.flatten().to(torch.bfloat16) for _, part in ordered]
-        return _joined(codes, torch.bfloat16, device), torch.empty(0, device=device)
-    codes, scales = [], []
+        return torch.cat([*codes, torch.empty(0, dtype=torch.bfloat16, device=device)]), torch.empty(0, device=device)
+    codes = [torch.empty(0, dtype=torch.int8, device=device)]
+    scales = [torch.empty(0, dtype=torch.float32, device=device)]
     for name, part in ordered:
         scale = _largest(name, part, dim) / _LARGEST
         rounded = (part / _spread(name, scale, part.shape, dim).clamp_min(torch.finfo(torch.float32).tiny)).round()
         codes.append(rounded.clamp(-_LARGEST, _LARGEST).to(torch.int8).flatten())
         scales.append(scale)
-    return _joined(codes, torch.int8, device), _joined(scales, torch.float32, device)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor | None, shapes: Shapes, dim: int) -> dict[str, torch.Tensor]:
     """The inverse of `encode` up to rounding: float32 tensors by name."""
     parts, at, scale_at = {}, 0, 0
-    for name in PARTS:
-        if name not in shapes:
-            continue
+    for name in (part for part in PARTS if part in shapes):
         shape = torch.Size(shapes[name])
         part = codes[at : at + shape.numel()].view(shape).float()
         at += shape.numel()
@@ -93,7 +89,3 @@ def _spread(name: str, scales: torch.Tensor, shape: torch.Size, dim: int) -> tor
     if len(shape) == 1:
         return scales.repeat_interleave(BLOCK)[: shape[0]]
     return scales.unsqueeze(1 - _axis(name, dim))
-
-
-def _joined(tensors: list[torch.Tensor], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
-    return torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype, device=device)

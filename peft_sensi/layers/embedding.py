@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from .layer import SensiLayer
 
 
-class SensiEmbedding(nn.Module, SensiLayer):
+class SensiEmbedding(SensiLayer):
     """`SensiLayer` on a `torch.nn.Embedding`: the adapter's rows replace the base's rows of the tuned tokens.
 
     Every token is looked up in both tables. So the backward pass needs no gradient of the size of the base's table.
     """
-
-    base_layer: nn.Embedding
-
-    def __init__(self, base_layer: nn.Embedding, adapter_name: str) -> None:
-        super().__init__()
-        SensiLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -31,8 +23,7 @@ class SensiEmbedding(nn.Module, SensiLayer):
         if len(active) > 1:
             self.check_combination(active)
             return F.embedding(ids, self._combined(active)[0].to(self.base_layer.weight.dtype))
-        if self.sensi_unchecked:
-            self.check_loaded(active[0])
+        self.check_loaded(active[0])
         slice_ = self.sensi_slices[active[0]]
         rows, base = self._trained(active[0], slice_).get("weight"), self.base_layer.weight
         if rows is None:
@@ -48,6 +39,3 @@ class SensiEmbedding(nn.Module, SensiLayer):
     def weight(self) -> torch.Tensor:
         """The base's table. Libraries read the size, dtype and device of `get_input_embeddings().weight`."""
         return self.base_layer.weight
-
-    def __repr__(self) -> str:
-        return "sensi." + super().__repr__()

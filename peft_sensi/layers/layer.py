@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.linears import bias_of, features, is_quantized, matrix, not_mergeable, oriented, update_features
+from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
-from .compression import PARTS
+from .compression import PARTS, encode
 from .functional import Pair
-from .slices import Slice, compress_parts, first_parts, master_dtype, positions_in, tensor_specs
+from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
@@ -50,31 +49,9 @@ class SensiLayer(ComposedWeights):
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
+    sensi_codes: nn.ParameterDict
+    sensi_scales: nn.ParameterDict
     sensi_weight: nn.ParameterDict
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        self.base_layer = base_layer
-        for name in self.tensor_names:
-            setattr(self, name, nn.ParameterDict({}))
-        self.sensi_slices = {}
-        # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
-        # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
-        self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
-        # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
-        self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
-        self.sensi_units = 0
-        self.sensi_in_block = True
-        self.sensi_base_dropped = False
-        # Adapters whose loaded values have not been checked yet (see `check_loaded`).
-        self.sensi_unchecked: set[str] = set()
-        # Trained tensors that a schedule has frozen, by adapter.
-        self.sensi_frozen: dict[str, tuple[str, ...]] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._sensi_fused = {}
-        self._sensi_unmerged = []
-        self.out_features, self.in_features = features(base_layer)
-        self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
 
     def update_layer(
         self,
@@ -150,18 +127,13 @@ class SensiLayer(ComposedWeights):
         update_features(base)
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
-        """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity.
-
-        Raises:
-            SensiError: The adapter has no mask.
-        """
-        slice_, bits = self.sensi_slices[adapter_name], self.part("bits", adapter_name)
-        if bits is None or slice_.sparsity is None:
-            raise SensiError(f"The adapter {adapter_name!r} has no mask that could be drawn.")
+        """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity."""
+        slice_ = self.sensi_slices[adapter_name]
+        assert slice_.sparsity is not None
         rank = slice_.kept.argsort().argsort().to(scores.device)  # place of each kept unit in ascending order
         mask = top_mask(scores.index_select(slice_.dim, rank), slice_.sparsity)
         with torch.no_grad():
-            bits.copy_(pack_mask(mask))
+            self.sensi_bits[adapter_name].copy_(pack_mask(mask))
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
@@ -169,34 +141,30 @@ class SensiLayer(ComposedWeights):
         bits = self.part("bits", adapter_name)
         return bits is None or not bool(unpack_mask(bits, self.sensi_slices[adapter_name].kept_shape).all())
 
-    def settle_mask(self, adapter_name: str) -> None:
-        """Replaces the scores of a learned mask by the mask itself."""
-        scores, slice_ = self.part("scores", adapter_name), self.sensi_slices.get(adapter_name)
-        if scores is not None and slice_ is not None and slice_.sparsity is not None:
-            bits = pack_mask(top_mask(scores, slice_.sparsity))
-            del self.sensi_scores[adapter_name]
-            self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
-            self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
-
     def compress(self, adapter_name: str, kind: str) -> None:
-        """Replaces the trained values by codes (see `compression`).
-
-        Raises:
-            SensiError: The base was dropped.
-        """
-        if adapter_name not in self.sensi_slices:
+        """Replaces the trained values by codes (see `compression`), or the scores of a mask by its bits."""
+        slice_ = self.sensi_slices.get(adapter_name)
+        if slice_ is None:
             return
-        if self.sensi_base_dropped:
-            raise base_is_dropped("compress the adapter, which needs the differences from the base's values")
-        slice_ = replace(self.sensi_slices[adapter_name], compressed=kind)
+        self._sensi_fused.clear()
+        if kind == "bits":
+            if (scores := self.part("scores", adapter_name)) is not None and slice_.sparsity is not None:
+                bits = pack_mask(top_mask(scores, slice_.sparsity))
+                del self.sensi_scores[adapter_name]
+                self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
+                self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
+            return
         trained = {name: p for name in PARTS if (p := self.part(name, adapter_name)) is not None}
-        codes = compress_parts(trained, self._base_values(slice_, trained), slice_)
+        base_values = self._base_values(slice_, trained)
+        differences = {name: p.detach().float() - base_values.get(name, 0.0) for name, p in trained.items()}
+        codes, scales = encode(differences, slice_.dim, kind)
         for name in trained:
             del getattr(self, f"sensi_{name}")[adapter_name]
-        for name, tensor in codes.items():
-            getattr(self, f"sensi_{name}")[adapter_name] = nn.Parameter(tensor, requires_grad=False)
-        self.sensi_slices[adapter_name] = slice_
-        self._sensi_fused.clear()
+        if trained:
+            self.sensi_codes[adapter_name] = nn.Parameter(codes, requires_grad=False)
+        if len(scales):
+            self.sensi_scales[adapter_name] = nn.Parameter(scales, requires_grad=False)
+        self.sensi_slices[adapter_name] = replace(slice_, compressed=kind)
 
     # -- PEFT's contract ----------------------------------------------------------------------------------------------
 
@@ -227,9 +195,8 @@ class SensiLayer(ComposedWeights):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replaces the weight and bias of the base layer by the adapter's. Trimmed units make the matrices smaller.
 
-        Raises:
-            SensiError: Several adapters would be merged and one of them trims or masks, or the base is quantized.
-            ValueError: `safe_merge` is set and the result has NaN or infinite values.
+        Raises `SensiError` if the base is quantized or the adapters do not add up, and `ValueError` if `safe_merge` is
+        set and the result has NaN or infinite values.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.sensi_slices]
         together = names + [n for n in self.merged_adapters if n not in names]
@@ -281,18 +248,16 @@ class SensiLayer(ComposedWeights):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round float32 values on a bfloat16 base.
         device = device or self.get_base_layer().weight.device
-        for name in self.tensor_names:
-            parameters = getattr(self, name)
-            if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+        for parameter in self.own_parts(adapter_name).values():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
     def _freeze_parts(self) -> None:
-        for adapter_name, parts in self.sensi_frozen.items():
-            for name in parts:
-                if (parameter := self.part(name, adapter_name)) is not None:
-                    parameter.requires_grad_(False)
+        for adapter_name, frozen in self.sensi_frozen.items():
+            if frozen and adapter_name in self.sensi_weight:
+                self.sensi_weight[adapter_name].requires_grad_(False)
 
     def _applied(self) -> list[str]:
         """The active adapters that the forward pass applies: none while adapters are disabled or merged."""
@@ -300,25 +265,18 @@ class SensiLayer(ComposedWeights):
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
-    def _working_adapter(self) -> str | None:
-        """The adapter whose number of units the layer has now, if there is one."""
-        if self.merged_adapters:
-            return self.merged_adapters[-1]
-        applied = self._applied()
-        return applied[0] if applied else None
-
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
-        name = self._working_adapter()
-        units = self.sensi_units if name is None else self.sensi_slices[name].units
+        names = self.merged_adapters[-1:] or self._applied()[:1]
+        units = self.sensi_slices[names[0]].units if names else self.sensi_units
         for module, attribute, per_unit in self.sensi_attributes:
             setattr(module, attribute, units * per_unit)
 
     def _update_saved_modules(self) -> None:
         """Enables and activates the modules that are saved whole together with the layers of the same adapter.
 
-        Transformers' `enable_adapters` does not reach them. PEFT's `delete_adapter` activates another adapter, but not
-        those of its modules that the deleted adapter did not have.
+        Transformers' `enable_adapters` does not reach them, and PEFT's `delete_adapter` does not activate those that
+        the deleted adapter did not have.
         """
         for wrapper in self.sensi_saved_modules:
             if wrapper.disable_adapters != self.disable_adapters:
@@ -326,6 +284,9 @@ class SensiLayer(ComposedWeights):
             names = [n for n in self.active_adapters if n in wrapper._get_available_adapters()]
             if len(names) == 1 and wrapper.active_adapters != names:
                 wrapper.set_adapter(names)
+
+    def __repr__(self) -> str:
+        return "sensi." + super().__repr__()
 
 
 def base_is_dropped(action: str) -> SensiError:
@@ -335,11 +296,16 @@ def base_is_dropped(action: str) -> SensiError:
     )
 
 
+def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """The adapter layers of a model by name: all of them, or those that have a slice of one adapter."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SensiLayer)}
+    return {n: layer for n, layer in layers.items() if adapter_name is None or adapter_name in layer.sensi_slices}
+
+
 def new_parameters_are_empty() -> bool:
     """Whether new parameters are created on `meta`.
 
     Under `low_cpu_mem_usage` PEFT builds the tuner inside Accelerate's `init_empty_weights`. No flag says so, but a
     new parameter shows it.
     """
-    probe = nn.ParameterList([torch.empty(1)])  # draws no random number
-    return probe[0].is_meta
+    return nn.ParameterList([torch.empty(1)])[0].is_meta

@@ -9,17 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..anatomy.linears import oriented, unpack
-from .functional import Pair, cast, fused_linear, fused_linear_reference
+from .functional import Pair, cast, compose, fused_linear
 from .layer import SensiLayer
 
 
-class SensiLinear(nn.Module, SensiLayer):
+class SensiLinear(SensiLayer):
     """`SensiLayer` on a `torch.nn.Linear`."""
-
-    def __init__(self, base_layer: nn.Linear, adapter_name: str) -> None:
-        super().__init__()
-        SensiLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -27,22 +22,17 @@ class SensiLinear(nn.Module, SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        coded = self.sensi_coded
-        dtype = x.dtype if coded else self.base_layer.weight.dtype
+        dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         if len(active) > 1:
             self.check_combination(active)
             return F.linear(x, *cast(self._combined(active), dtype))
-        if coded and not self.sensi_slices[active[0]].whole:
-            return self._forward_beside(x, active[0])
-        return self._forward_one(x, active[0], dtype)
-
-    def _forward_one(self, x: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-        if self.sensi_unchecked:
-            self.check_loaded(name)
-        slice_ = self.sensi_slices[name]
+        name, slice_ = active[0], self.sensi_slices[active[0]]
+        if self.sensi_coded and not slice_.whole:
+            return self._forward_beside(x, name)
+        self.check_loaded(name)
         if slice_.whole:
             bias = self.part("bias", name)
             bias = self.base_layer.bias if bias is None else bias
@@ -51,13 +41,13 @@ class SensiLinear(nn.Module, SensiLayer):
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
         )
-        if slice_.compressed is not None and not sharded and not torch.compiler.is_compiling():
+        no_cache = sharded or torch.compiler.is_compiling()
+        if slice_.compressed is not None and not no_cache:
             return F.linear(x, *self._decoded(name, dtype))
         parts = self._parts(name, slice_)
-        if parts["mask"] is not None or sharded or torch.compiler.is_compiling():
-            return fused_linear_reference(x, *cast(self._kept_base(slice_), dtype), **parts)
-        del parts["mask"]
-        return fused_linear(x, *self._fused(name, dtype, parts), **parts)
+        if no_cache or parts.mask is not None:  # the gradient of a mask needs the gradient of the whole weight
+            return F.linear(x, *compose(*cast(self._kept_base(slice_), dtype), parts))
+        return fused_linear(x, *self._fused(name, dtype, parts), parts)
 
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The forward pass on a quantized base: the output of the base's own kernel plus the adapter's changes."""
@@ -65,26 +55,27 @@ class SensiLinear(nn.Module, SensiLayer):
         if self.training or x.requires_grad:
             unpack(base)
         y, parts = base(x), self._parts(name, slice_)
-        replaced = [part for part in ("weight", "bias") if parts[f"tuned_{part}"] is not None]
+        trained = {"weight": parts.tuned_weight, "bias": parts.tuned_bias}
+        replaced = [part for part, value in trained.items() if value is not None]
         key = (id(base.weight), base.weight.device)
         base_values, _ = self._cached(name, key, lambda: (self._base_values(slice_, replaced), None))
         index = slice_.tuned_index.to(x.device)
-        if (weight := parts["tuned_weight"]) is not None:
-            change = (weight - base_values["weight"]).to(x.dtype)
+        if parts.tuned_weight is not None:
+            change = (parts.tuned_weight - base_values["weight"]).to(x.dtype)
             if slice_.dim == 1:
                 y = y + F.linear(x.index_select(-1, index), change)
             else:
                 y = y.index_add(-1, index, F.linear(x, change).to(y.dtype))
-        if (bias := parts["tuned_bias"]) is not None:
-            change = (bias - base_values["bias"]).to(y.dtype)
+        if parts.tuned_bias is not None:
+            change = (parts.tuned_bias - base_values["bias"]).to(y.dtype)
             if len(change) < y.shape[-1]:
                 change = change.new_zeros(y.shape[-1]).index_add(0, index, change)
             y = y + change
-        if parts["down"] is not None:
-            y = y + F.linear(F.linear(x, parts["down"].to(x.dtype)), parts["up"].to(x.dtype))
-        if parts["values"] is not None:
-            single = parts["values"].new_zeros(self.out_features * self.in_features)
-            single = single.index_add(0, parts["places"], parts["values"]).view(self.out_features, self.in_features)
+        if parts.down is not None and parts.up is not None:
+            y = y + F.linear(F.linear(x, parts.down.to(x.dtype)), parts.up.to(x.dtype))
+        if parts.values is not None and parts.places is not None:
+            single = parts.values.new_zeros(self.out_features * self.in_features)
+            single = single.index_add(0, parts.places, parts.values).view(self.out_features, self.in_features)
             y = y + F.linear(x, single.to(x.dtype))
         return y
 
@@ -116,6 +107,3 @@ class SensiLinear(nn.Module, SensiLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sensi_fused": {}}
-
-    def __repr__(self) -> str:
-        return "sensi." + super().__repr__()

@@ -10,52 +10,34 @@ from typing import Any, NamedTuple
 import torch
 
 from ..anatomy.linears import bias_of, matrix
-from .compression import KINDS, PARTS, encode, sizes
+from .compression import KINDS, PARTS, sizes
 from .functional import Pair, Positions
-from .updates import low_rank_start, pack_mask, sparse_support, top_mask, unpack_mask
+from .updates import pack_mask, sparse_support, top_mask, unpack_mask
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one adapter does with one Linear, or with the rows of an embedding.
+    """What one adapter does with one Linear, or with the rows of an embedding."""
 
-    Args:
-        base_shape: Shape `(out, in)` of the base weight. For an embedding: the number of tokens and the width.
-        has_bias: Whether the base has a bias.
-        dim: 0 if the units are rows of the weight, 1 if they are columns.
-        kept: Positions (int64, CPU) of the kept rows or columns in the base, in the adapter's own order: first the
-            tuned units, then the frozen ones. Both sides of a group have the same order, so the tuned part is
-            contiguous and no output has to be permuted. A Linear outside a block keeps the base's order.
-        tuned: The tuned rows or columns, as positions in `kept`: a number if they come first, otherwise an index.
-        units: Number of kept units.
-        train_bias: Whether the whole bias is trained. If not, only the entries of tuned rows are.
-        rank: Rank of the low-rank term; 0 for none.
-        sparse: Number of trained single values; 0 for none.
-        support: How the positions of the single values are chosen (see `updates.sparse_support`).
-        seed: Seed of a random support.
-        sparsity: Share of the kept weights that a mask removes; `None` without a mask.
-        learns_mask: Whether the mask is learned. If not, it is stored as one bit per weight.
-        drawn_later: Whether a schedule draws the mask during training. Until then the mask removes nothing.
-        gated: Whether the columns are multiplied by a gate with one entry per unit. Cuts during training close it.
-        compressed: Type in which the trained values are stored once training is over (see `compression`).
-    """
-
-    base_shape: tuple[int, int]
-    has_bias: bool
-    dim: int
+    base_shape: tuple[int, int]  # `(out, in)` of the base weight; for an embedding: number of tokens and width
+    has_bias: bool  # whether the base has a bias
+    dim: int  # 0 if the units are rows of the weight, 1 if they are columns
+    # Positions (int64, CPU) of the kept rows or columns in the base, in the adapter's own order: first the tuned
+    # units, then the frozen ones. Both sides of a group have the same order, so the tuned part is contiguous and no
+    # output has to be permuted. A Linear outside a block keeps the base's order.
     kept: torch.Tensor
-    tuned: Positions
-    units: int
-    train_bias: bool = False
-    rank: int = 0
-    sparse: int = 0
-    support: str = "magnitude"
-    sparsity: float | None = None
-    learns_mask: bool = False
-    drawn_later: bool = False
-    gated: bool = False
-    compressed: str | None = None
-    seed: int = 0
+    tuned: Positions  # the tuned rows or columns, as positions in `kept`
+    units: int  # number of kept units
+    train_bias: bool = False  # whether the whole bias is trained; if not, only the entries of tuned rows are
+    rank: int = 0  # of the low-rank term; 0 for none
+    sparse: int = 0  # number of trained single values
+    support: str = "magnitude"  # how the positions of the single values are chosen (see `updates.sparse_support`)
+    sparsity: float | None = None  # share of the kept weights that a mask removes; `None` without a mask
+    learns_mask: bool = False  # whether the mask is learned; if not, it is stored as one bit per weight
+    drawn_later: bool = False  # whether a schedule draws the mask; until then the mask removes nothing
+    gated: bool = False  # whether the columns are multiplied by a gate with one entry per unit, for cuts in training
+    compressed: str | None = None  # type in which the trained values are stored (see `compression`)
+    seed: int = 0  # of a random support
 
     @property
     def trims(self) -> bool:
@@ -78,7 +60,6 @@ class Slice:
 
     @property
     def has_integers(self) -> bool:
-        """Whether the adapter stores integers here."""
         return bool(self.sparse) or (self.sparsity is not None and not self.learns_mask) or self.gated
 
     @property
@@ -99,7 +80,6 @@ class Slice:
 
     @property
     def kept_shape(self) -> torch.Size:
-        """Shape of the kept part of the weight."""
         return torch.Size(len(self.kept) if dim == self.dim else size for dim, size in enumerate(self.base_shape))
 
 
@@ -159,10 +139,9 @@ def master_dtype(base: Any) -> torch.dtype:
 
 
 def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs` before training. Apart from `values`, they change nothing.
+    """The tensors of `tensor_specs` before training. Without `values`, they change nothing.
 
-    `values` are refitted values: a weight of the shape of `sensi_weight`, and a whole bias or `None`. Without them,
-    weights and biases start from the base's own values.
+    `values` are refitted values: a weight of the shape of `sensi_weight`, and a whole bias or `None`.
     """
     specs = tensor_specs(slice_, master_dtype(base))
     weight, bias = matrix(base).detach(), bias_of(base)
@@ -170,7 +149,7 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
     bias = bias if fitted_bias is None else fitted_bias
     kept, tuned = slice_.kept.to(weight.device), slice_.tuned_positions.to(weight.device)
     # Zero codes and scales stand for the base's own weights and biases, and for no low-rank term.
-    zero = ("values", "codes", "scales")
+    zero = ("up", "values", "codes", "scales")
     parts = {name: torch.zeros(specs[name].shape, dtype=specs[name].dtype) for name in zero if name in specs}
     if "weight" in specs:
         parts["weight"] = weight.index_select(slice_.dim, tuned) if fitted is None else fitted
@@ -178,8 +157,9 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
         bias = bias.detach().to(weight.device)
         # A copy: a whole bias would share the base's storage.
         parts["bias"] = bias.clone() if slice_.dim == 1 else bias[tuned if specs["bias"].tuned_only else kept]
-    if "down" in specs:
-        parts["down"], parts["up"] = low_rank_start(slice_.kept_shape, slice_.rank, weight)
+    if "down" in specs:  # as in LoRA (arXiv 2106.09685): `down` has variance 1 / in, and `up` is zero
+        shape = specs["down"].shape
+        parts["down"] = torch.randn(shape, device=weight.device) / max(1, shape[1]) ** 0.5
     if {"places", "scores", "bits"} & specs.keys():
         weight = weight.index_select(slice_.dim, kept)
     if "places" in specs:
@@ -192,21 +172,6 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
     if "gate" in specs:
         parts["gate"] = torch.ones(specs["gate"].shape)
     return {name: parts[name].to(weight.device, spec.dtype) for name, spec in specs.items()}
-
-
-def compress_parts(
-    parts: Mapping[str, torch.Tensor], base_values: Mapping[str, torch.Tensor], slice_: Slice
-) -> dict[str, torch.Tensor]:
-    """Codes and scales of trained tensors, by name.
-
-    `base_values` are the base's weights and biases at the trained positions; they are subtracted before encoding.
-    """
-    assert slice_.compressed is not None
-    if not parts:
-        return {}
-    differences = {name: part.detach().float() - base_values.get(name, 0.0) for name, part in parts.items()}
-    codes, scales = encode(differences, slice_.dim, slice_.compressed)
-    return {"codes": codes, **({"scales": scales} if len(scales) else {})}
 
 
 def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dict[str, torch.Tensor]:
@@ -225,32 +190,25 @@ def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dic
     if "bits" in parts:
         mask = unpack_mask(parts["bits"], old.kept_shape).index_select(old.dim, kept.to(parts["bits"].device))
         result["bits"] = pack_mask(mask)
-    if "values" in parts:
-        result["places"], result["values"] = _kept_values(parts["places"], parts["values"], kept, old, new)
-    return result
+    if "values" not in parts:
+        return result
+    places, values = parts["places"].long(), parts["values"]
+    position = [places // old.kept_shape[1], places % old.kept_shape[1]]
+    new_of_old = torch.full((len(old.kept),), -1, device=places.device)
+    new_of_old[kept.to(places.device)] = torch.arange(len(kept), device=places.device)
+    position[new.dim] = new_of_old[position[new.dim]]
+    stays = position[new.dim] >= 0
+    flat = (position[0] * new.kept_shape[1] + position[1])[stays]
+    free = torch.ones(new.kept_shape.numel(), dtype=torch.bool, device=places.device)
+    free[flat] = False
+    count = min(len(places), len(free))
+    flat = torch.cat([flat, free.nonzero()[: count - len(flat), 0]])
+    values = torch.cat([values[stays], values.new_zeros(count - int(stays.sum()))])
+    order = flat.argsort()
+    return {**result, "places": flat[order].to(torch.int32), "values": values[order]}
 
 
 def positions_in(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Where each entry of `new` is in `old`."""
     order = old.argsort()
     return order[torch.searchsorted(old[order], new)]
-
-
-def _kept_values(
-    places: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, old: Slice, new: Slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat places (int32, ascending) and values of the single values, see `kept_parts`."""
-    was, now = old.kept_shape, new.kept_shape
-    position = [places.long() // was[1], places.long() % was[1]]
-    new_of_old = torch.full((len(old.kept),), -1, device=places.device)
-    new_of_old[kept.to(places.device)] = torch.arange(len(kept), device=places.device)
-    position[new.dim] = new_of_old[position[new.dim]]
-    stays = position[new.dim] >= 0
-    flat = (position[0] * now[1] + position[1])[stays]
-    free = torch.ones(now.numel(), dtype=torch.bool, device=places.device)
-    free[flat] = False
-    count = min(len(places), now.numel())
-    flat = torch.cat([flat, free.nonzero()[: count - len(flat), 0]])
-    values = torch.cat([values[stays], values.new_zeros(count - int(stays.sum()))])
-    order = flat.argsort()
-    return flat[order].to(torch.int32), values[order]

@@ -9,8 +9,6 @@ The mask comes last, so a masked weight is zero in the merged model too (DSEE, a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 
@@ -19,27 +17,15 @@ SUPPORTS = ("magnitude", "random", "decomposition")
 _DECOMPOSITION_ROUNDS = 10
 
 
-def low_rank_start(shape: torch.Size, rank: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The start of a low-rank term: `down` `[rank, in]` and `up` `[out, rank]`, both float32.
-
-    `down` is random with variance 1 / in, and `up` is zero, so `up @ down` is zero (LoRA, arXiv 2106.09685).
-    """
-    out, features = shape
-    down = torch.randn(rank, features, device=like.device) / max(1, features) ** 0.5
-    return down, torch.zeros(out, rank, device=like.device)
-
-
 def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, seed: int) -> torch.Tensor:
     """Flat positions (int32, ascending, at most `count`) of the single values of a matrix that are trained.
 
     `support` is one of:
 
-    - `magnitude`: the largest |W|.
+    - `magnitude`: the largest |W|; among equal values, the smaller position is taken.
     - `random`: random positions by `seed`.
     - `decomposition`: the largest entries of `W - L`, with `L` of the given rank (see `_sparse_part`).
     - `first`: the first positions; for adapters whose positions come from a file.
-
-    Among equal values, the smaller position is taken.
     """
     count = min(count, weight.numel())
     if support == "first":
@@ -90,21 +76,10 @@ def top_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return mask.view_as(scores)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """`top_mask` whose gradient goes to the scores unchanged (Bengio et al. 2013, arXiv 1308.3432)."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-        return top_mask(scores, sparsity).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
 def learned_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """`top_mask` in the dtype of the scores, with a straight-through gradient."""
-    return _StraightThrough.apply(scores, sparsity)
+    """`top_mask` in the dtype of the scores. The gradient goes to the scores unchanged (straight-through estimator,
+    Bengio et al. 2013, arXiv 1308.3432)."""
+    return top_mask(scores, sparsity).to(scores.dtype) + (scores - scores.detach())
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,6 @@ def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: 
     """Checks the exact set of names, and each shape and dtype. No value is read.
 
     A float dtype may have another width, because PEFT converts it on load. Integer dtypes must be exact.
-
-    Raises:
-        SensiLoadError: A tensor is missing, is not expected, or has another shape or dtype.
     """
     if missing := sorted(set(expected) - set(found)):
         raise SensiLoadError(f"{where} lacks {missing[0]!r} ({len(missing)} tensors missing).")
@@ -35,17 +32,10 @@ def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: 
 
 
 def check_content(name: str, tensor: torch.Tensor, numel: int | None, where: str = WEIGHTS) -> None:
-    """Checks the values of one tensor.
+    """Checks the values of one tensor. In `name`, the adapter's name may follow the last dot.
 
-    Args:
-        name: The tensor's name. The adapter's name may follow the last dot.
-        tensor: The values.
-        numel: Number of kept weights of the Linear: positions must be below it, and a mask has so many bits. `None` if
-            the tensor belongs to no Linear.
-        where: The file, for messages.
-
-    Raises:
-        SensiLoadError: A value is not allowed.
+    `numel` is the number of kept weights of the Linear: positions must be below it, and a mask has so many bits. It is
+    `None` if the tensor belongs to no Linear.
     """
     parts = name.split(".")[-2:]
     if tensor.dtype in FLOATS:
@@ -69,7 +59,6 @@ def check_content(name: str, tensor: torch.Tensor, numel: int | None, where: str
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
-    """Raises `SensiLoadError` if the tensor has NaN or infinite values."""
     values = tensor.float() if tensor.dtype == torch.float64 else tensor  # loading rounds float64 to float32
     if not torch.isfinite(values).all():
         raise SensiLoadError(f"{where}: {name!r} contains NaN or infinity.")

@@ -7,31 +7,49 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix, oriented
+from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
 from .compression import PARTS, decode
-from .functional import Pair, Positions, cast, compose, take
+from .functional import Pair, Parts, Positions, cast, compose, take
 from .slices import Slice, tensor_specs
 from .updates import learned_mask, unpack_mask
 from .values import check_content
 
 
-class ComposedWeights(BaseTunerLayer):
-    """The part of `SensiLayer` that computes weights. `SensiLayer` sets up the attributes and changes them."""
+class ComposedWeights(nn.Module, BaseTunerLayer):
+    """The part of `SensiLayer` that holds the state of the adapters and computes weights."""
 
-    base_layer: Any  # an embedding, or a Linear of any kind (see `anatomy.linears`)
-    tensor_names: tuple[str, ...] = ()
-    sensi_unchecked: set[str]
-    out_features: int
-    in_features: int
-    sensi_slices: dict[str, Slice]
-    sensi_coded: bool
-    sensi_base_dropped: bool
-    # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which FSDP
-    # shards.
-    _sensi_fused: dict[str, tuple[Any, Any, Any]]
-    _sensi_unmerged: list[Pair]
+    tensor_names: tuple[str, ...]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer  # an embedding, or a Linear of any kind (see `anatomy.linears`)
+        for name in self.tensor_names:
+            setattr(self, name, nn.ParameterDict({}))
+        self.sensi_slices: dict[str, Slice] = {}
+        # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
+        # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
+        self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
+        # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
+        self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
+        self.sensi_units = 0
+        self.sensi_in_block = True
+        self.sensi_base_dropped = False
+        # Adapters whose loaded values have not been checked yet (see `check_loaded`).
+        self.sensi_unchecked: set[str] = set()
+        # Whether a schedule has frozen `sensi_weight`, by adapter.
+        self.sensi_frozen: dict[str, bool] = {}
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which
+        # FSDP shards.
+        self._sensi_fused: dict[str, tuple[Any, Any, Any]] = {}
+        self._sensi_unmerged: list[Pair] = []
+        self.out_features, self.in_features = features(base_layer)
+        self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
 
     def get_base_layer(self) -> Any:
         return super().get_base_layer()
@@ -54,15 +72,15 @@ class ComposedWeights(BaseTunerLayer):
                 check_content(f"sensi_{name}.{adapter_name}", tensor.detach(), numel)
             self.sensi_unchecked.discard(adapter_name)
 
-    def get_adapted_weight(self, adapter_name: str) -> Pair:
+    def get_adapted_weight(self, adapter_name: str, masked: bool = True) -> Pair:
         """Weight `[out, in]` and bias `[out]` with which a plain Linear computes the same as this adapter.
 
         Only kept units are there, in the base's order. The result is differentiable in the trained tensors and has
-        their dtype.
+        their dtype. Without `masked`, masks and gates have no influence.
         """
         self.check_loaded(adapter_name)
         slice_ = self.sensi_slices[adapter_name]
-        weight, bias = self._composed(adapter_name)
+        weight, bias = self._composed(adapter_name, masked)
         order = slice_.kept.argsort().to(weight.device)
         weight = weight.index_select(slice_.dim, order)
         if bias is not None and slice_.dim == 0:
@@ -95,8 +113,7 @@ class ComposedWeights(BaseTunerLayer):
             bias = bias if bias is None or dim == 1 else bias.new_empty(len(kept))
         return weight, bias
 
-    def _parts(self, name: str, slice_: Slice) -> dict[str, Any]:
-        """The arguments of `functional.compose` beside the frozen weight and bias."""
+    def _parts(self, name: str, slice_: Slice) -> Parts:
         device = self.get_base_layer().weight.device
         places, bits, scores = (self.part(part, name) for part in ("places", "bits", "scores"))
         mask = None
@@ -105,21 +122,19 @@ class ComposedWeights(BaseTunerLayer):
         elif bits is not None:
             mask = unpack_mask(bits, slice_.kept_shape)
         if (gate := self.part("gate", name)) is not None:
-            # `[in]`: the same for every row. The gate has the units in the base's order, the columns may have another.
+            # The gate has the units in the base's order, the columns may have another.
             mask = gate.repeat_interleave(len(slice_.kept) // slice_.units)
             mask = mask if slice_.natural else mask[slice_.kept.to(device)]
         trained = self._trained(name, slice_)
-        return {
-            "dim": slice_.dim,
-            "tuned": slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(device),
-            "tuned_weight": trained.get("weight"),
-            "tuned_bias": trained.get("bias"),
-            "down": trained.get("down"),
-            "up": trained.get("up"),
-            "values": trained.get("values"),
-            "places": None if places is None else places.long(),
-            "mask": mask,
-        }
+        return Parts(
+            tuned_weight=trained.pop("weight", None),
+            tuned_bias=trained.pop("bias", None),
+            **trained,
+            places=None if places is None else places.long(),
+            dim=slice_.dim,
+            tuned=slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(device),
+            mask=mask,
+        )
 
     def _base_values(self, slice_: Slice, names: Container[str]) -> dict[str, torch.Tensor]:
         """The base's values (float32) at the positions of the trained weight and bias, as far as `names` has them."""
@@ -142,11 +157,13 @@ class ComposedWeights(BaseTunerLayer):
         base_values = self._base_values(slice_, differences)
         return {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
 
-    def _composed(self, name: str) -> Pair:
+    def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""
         slice_ = self.sensi_slices[name]
         frozen = self._kept_base(slice_)
-        return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), **self._parts(name, slice_))
+        parts = self._parts(name, slice_)
+        parts = parts if masked else parts._replace(mask=None)
+        return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), parts)
 
     def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """What `make` has returned for this adapter and key; it is called again when the key changes."""
@@ -163,42 +180,37 @@ class ComposedWeights(BaseTunerLayer):
         key = (dtype, base.device, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
         return self._cached(name, key, lambda: cast(self._composed(name), dtype))
 
-    def _frozen(self, name: str, dtype: torch.dtype) -> Pair:
-        """Weight and bias in the adapter's order, into which trained values may be written. They are cached."""
+    def _fused(self, name: str, dtype: torch.dtype, parts: Parts) -> Pair:
+        """Weight and bias in the adapter's order, with all trained values in them. The frozen values are cached."""
         slice_, base = self.sensi_slices[name], self.get_base_layer().weight
-        if self.sensi_base_dropped and dtype == base.dtype:
-            # The rest of the base belongs to this adapter alone, and its values at trained positions are never read.
-            # So no cache is needed.
-            return self._kept_base(slice_)
 
-        def make() -> Pair:
+        def frozen() -> Pair:
             weight, bias = self._kept_base(slice_)
             # The cache shares the base's own tensors if nothing is written into it.
             copy = slice_.tuned_count > 0 and weight.data_ptr() == base.data_ptr()
             return weight.to(dtype, copy=copy), None if bias is None else bias.to(dtype, copy=copy)
 
-        return self._cached(name, (dtype, base.data_ptr(), base._version, base.device), make)
-
-    def _fused(self, name: str, dtype: torch.dtype, parts: dict[str, Any]) -> Pair:
-        """Weight and bias in the adapter's order, with all trained values in them."""
-        slice_ = self.sensi_slices[name]
         with torch.inference_mode(False), torch.no_grad():
+            if self.sensi_base_dropped and dtype == base.dtype:
+                # The rest of the base belongs to this adapter alone, and its values at trained positions are never
+                # read. So no cache is needed.
+                weight, bias = self._kept_base(slice_)
+            else:
+                weight, bias = self._cached(name, (dtype, base.data_ptr(), base._version, base.device), frozen)
             # `.data`: autograd must not notice that the cache is rewritten with the same values, because a backward
             # pass may still need it.
-            frozen, frozen_bias = self._frozen(name, dtype)
-            weight, bias = frozen.data, None if frozen_bias is None else frozen_bias.data
-            tuned, tuned_weight, tuned_bias = parts["tuned"], parts["tuned_weight"], parts["tuned_bias"]
-            if tuned_weight is not None:
-                _write(weight, slice_.dim, tuned, tuned_weight)
-            if tuned_bias is not None:
+            weight, bias = weight.data, None if bias is None else bias.data
+            if parts.tuned_weight is not None:
+                _write(weight, slice_.dim, parts.tuned, parts.tuned_weight)
+            if (tuned_bias := parts.tuned_bias) is not None:
                 if bias is None or len(tuned_bias) == len(bias):
                     bias = tuned_bias.detach().to(dtype)
                 else:
-                    _write(bias, 0, tuned, tuned_bias)
-            if parts["down"] is not None:
-                weight = torch.addmm(weight, parts["up"].to(dtype), parts["down"].to(dtype))
-            if parts["values"] is not None:
-                weight = weight.flatten().index_add(0, parts["places"], parts["values"].to(dtype)).view_as(weight)
+                    _write(bias, 0, parts.tuned, tuned_bias)
+            if parts.down is not None and parts.up is not None:
+                weight = torch.addmm(weight, parts.up.to(dtype), parts.down.to(dtype))
+            if parts.values is not None and parts.places is not None:
+                weight = weight.flatten().index_add(0, parts.places, parts.values.to(dtype)).view_as(weight)
             return weight, bias
 
     def _combined(self, names: list[str]) -> Pair:

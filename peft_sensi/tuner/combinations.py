@@ -5,7 +5,7 @@ All rules are rows of tables. `docs/recipes.md` shows the combinations that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..layers.compression import KINDS
@@ -31,21 +31,12 @@ _CHOICES = {
     "widths": ("free", "uniform"),
 }
 
-# Field -> the smallest whole number, and whether None is allowed.
-_COUNTS = {
-    "calibration_steps": (1, False),
-    "priming_steps": (0, False),
-    "sequence_length": (1, True),
-    "multiple_of": (1, False),
-    "min_units": (0, False),
-    "seed": (0, False),
-    "rank": (1, True),
-    "sparse": (1, True),
-    "tuned_layers": (1, True),
-}
+# Field -> the smallest whole number. The optional ones may be None.
+_OPTIONAL = {"sequence_length": 1, "rank": 1, "sparse": 1, "tuned_layers": 1}
+_COUNTS = {"calibration_steps": 1, "priming_steps": 0, "multiple_of": 1, "min_units": 0, "seed": 0, **_OPTIONAL}
 
 # Field -> the part of an update that it belongs to.
-_PART_OF = {"rank": "low_rank", "sparse": "sparse", "support": "sparse"}
+_PART_OF = {"rank": "low_rank", "sparse": "sparse", "support": "sparse", "retention": "dense", "tuned_layers": "dense"}
 
 # Phase -> its fields with their smallest and largest value, and the description for the error message.
 _PHASES: dict[str, tuple[dict[str, tuple[float, float]], str]] = {
@@ -57,134 +48,87 @@ _PHASES: dict[str, tuple[dict[str, tuple[float, float]], str]] = {
     ),
 }
 
-# (condition under which a config `c` is refused, the reason). The first row that holds gives the error. `{update}` in
-# a reason stands for the config's update.
-_REFUSED: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    # -- update: the fields that it needs
-    (
-        lambda c: c.update == "low_rank" and c.rank is None and (c.limits.trainable is None or c.plan is not None),
-        "update='low_rank' needs `rank`, or a `trainable` limit from which the rank follows.",
-    ),
-    (
-        lambda c: "low_rank" in c.parts and c.update != "low_rank" and c.rank is None,
-        "update={update!r} needs `rank`.",
-    ),
-    (
-        lambda c: "sparse" in c.parts and c.sparse is None,
-        "update={update!r} needs `sparse`, the number of trained values in each matrix.",
-    ),
-    (
-        lambda c: c.update == "mask" and c.sparsity is None,
-        "update='mask' needs `sparsity`, the share of the weights that the mask removes.",
-    ),
-    # -- granularity
-    (
-        lambda c: c.granularity == "weight" and (c.tunes_units or c.update == "low_rank"),
-        "granularity='weight' is not possible with update={update!r}: use update='sparse' to tune single weights, or "
-        "update='mask' to remove some.",
-    ),
-    (
-        lambda c: c.granularity == "tensor" and c.limits.trims and c.limits.trainable is not None,
+
+def _reasons(c: Any) -> dict[str, Any]:
+    """For each reason to refuse a config: whether it holds. The first one that holds gives the error."""
+    update, phase, also = c.update or "dense", c.phase, set(c.also_train or ())
+    dense, trims, trainable = c.tunes_units, c.limits.trims, c.limits.trainable is not None
+    # At the wrap, the rank of a low-rank update can follow from the limit.
+    ranked = update == "low_rank" and trainable and c.plan is None
+    return {
+        # -- update: the fields that it needs
+        f"update={update!r} needs `rank`. With update='low_rank', a `trainable` limit can take its place.": (
+            "low_rank" in c.parts and c.rank is None and not ranked
+        ),
+        f"update={update!r} needs `sparse`, the number of trained values in each matrix.": (
+            "sparse" in c.parts and c.sparse is None
+        ),
+        "update='mask' needs `sparsity`, the share of the weights that the mask removes.": (
+            update == "mask" and c.sparsity is None
+        ),
+        # -- granularity
+        f"granularity='weight' is not possible with update={update!r}: use update='sparse' to tune single weights, or "
+        "update='mask' to remove some.": c.granularity == "weight" and (dense or update == "low_rank"),
         "granularity='tensor' either removes sublayers (under a limit on `params` or `flops`) or tunes whole Linears "
-        "(under a `trainable` limit): give one kind of limit.",
-    ),
-    (
-        lambda c: c.granularity == "tensor" and not c.tunes_units,
-        "granularity='tensor' tunes whole Linears, but update={update!r} tunes none: use update='dense'.",
-    ),
-    # -- fields that choose how much is tuned or kept
-    (
-        lambda c: c.limits.trainable is not None and not c.tunes_units and c.update != "low_rank",
-        "A `trainable` limit chooses units to tune, or a rank. The size of update={update!r} follows from `rank`, "
-        "`sparse` or `sparsity` instead: leave the limit out.",
-    ),
-    (
-        lambda c: c.limits.trainable is not None and c.update == "low_rank" and c.rank is not None and c.plan is None,
-        "The rank follows from the `trainable` limit: give `rank` or the limit, but not both.",
-    ),
-    (
-        lambda c: c.retention is not None and c.limits.trainable is not None,
-        "`retention` chooses the tuned neurons, and a `trainable` limit chooses them too: give one of the two.",
-    ),
-    (
-        lambda c: c.retention is not None and not c.tunes_units,
-        "`retention` chooses the tuned neurons of a dense update, but update={update!r} has no dense part.",
-    ),
-    (
-        lambda c: c.widths == "uniform" and c.granularity == "tensor",
+        "(under a `trainable` limit): give one kind of limit.": c.granularity == "tensor" and trims and trainable,
+        f"granularity='tensor' tunes whole Linears, but update={update!r} tunes none: use update='dense'.": (
+            c.granularity == "tensor" and not dense
+        ),
+        # -- fields that choose how much is tuned or kept
+        f"A `trainable` limit chooses units to tune, or a rank. The size of update={update!r} follows from `rank`, "
+        "`sparse` or `sparsity` instead: leave the limit out.": trainable and not dense and update != "low_rank",
+        "The rank follows from the `trainable` limit: give `rank` or the limit, but not both.": (
+            ranked and c.rank is not None
+        ),
+        "`retention` chooses the tuned neurons, and a `trainable` limit chooses them too: give one of the two.": (
+            trainable and c.retention is not None
+        ),
         "granularity='tensor' removes whole sublayers, so widths='uniform' (the same number of units in all blocks) "
-        "is not possible.",
-    ),
-    (
-        lambda c: c.widths == "uniform" and not (c.limits.trims or c.chooses_nothing or c.plan is not None),
-        "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed.",
-    ),
-    (
-        lambda c: c.tuned_layers is not None and not c.tunes_units,
-        "`tuned_layers` chooses the layers of a dense update, but update={update!r} has no dense part.",
-    ),
-    # -- schedule
-    (
-        lambda c: c.phase == "freeze_dense" and not c.tunes_units,
-        "The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part.",
-    ),
-    (
-        lambda c: c.phase == "draw_mask" and (c.sparsity is None or c.update == "mask"),
-        "The phase 'draw_mask' needs `sparsity`, and an update that does not learn its mask.",
-    ),
-    (
-        lambda c: c.phase == "cut" and c.update == "mask",
-        "The phase 'cut' cannot be combined with update='mask', which learns a mask of single weights.",
-    ),
-    (
-        lambda c: c.phase == "cut" and (not c.limits.trims or c.limits.trainable is not None or not c.keep_base),
+        "is not possible.": c.widths == "uniform" and c.granularity == "tensor",
+        "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed.": (
+            c.widths == "uniform" and not (trims or c.chooses_nothing or c.plan is not None)
+        ),
+        # -- schedule
+        f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part.": (
+            phase == "freeze_dense" and not dense
+        ),
+        "The phase 'draw_mask' needs `sparsity`, and an update that does not learn its mask.": (
+            phase == "draw_mask" and (c.sparsity is None or update == "mask")
+        ),
         "The phase 'cut' trims to a limit on `params` or `flops` during training and needs the whole base: give such "
-        "a limit, no `trainable` limit, and `keep_base=True`.",
-    ),
-    (
-        lambda c: c.phase == "cut" and c.score == "mask",
-        "score='mask' is learned during priming, so it cannot rank units for the phase 'cut'.",
-    ),
-    (
-        lambda c: c.phase == "cut" and c.sparsity is not None,
-        "The phase 'cut' removes units and `sparsity` masks weights: give one of the two.",
-    ),
-    # -- what is trained beside the units
-    (
-        lambda c: c.limits.trainable is not None and {"output_biases", "removed_biases"} & set(c.also_train or ()),
+        "a limit, no `trainable` limit, and `keep_base=True`.": (
+            phase == "cut" and (not trims or trainable or not c.keep_base)
+        ),
+        "score='mask' is learned during priming, so it cannot rank units for the phase 'cut'.": (
+            phase == "cut" and c.score == "mask"
+        ),
+        "The phase 'cut' removes units and `sparsity` masks weights: give one of the two.": (
+            phase == "cut" and c.sparsity is not None
+        ),
+        # -- what is trained beside the units
         "Under a `trainable` limit `also_train` may hold 'biases' (of all targeted Linears), but neither "
-        "'output_biases' nor 'removed_biases'.",
-    ),
-    (
-        lambda c: {"tokens", "embeddings"} <= set(c.also_train or ()),
-        "`also_train` has 'tokens', some rows of the embeddings, and 'embeddings', all of them: give only one.",
-    ),
-    (
-        lambda c: "tokens" in (c.also_train or ()) and not (c.tunes_units and c.granularity == "unit"),
-        "'tokens' in `also_train` are units of a dense update: use update='dense' and granularity='unit'.",
-    ),
-    (
-        lambda c: "tokens" in (c.also_train or ()) and c.score == "movement",
-        "score='movement' is measured during priming, which leaves embeddings alone: it cannot rank 'tokens'.",
-    ),
-    # -- run-time inputs and stored fields
-    (
-        lambda c: c.compressed is not None and c.plan is None,
-        "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead.",
-    ),
-    (
-        lambda c: c.loss_fn is not None and c.calibration is None,
-        "`loss_fn` has no effect without `calibration`.",
-    ),
-    (
-        lambda c: c.refit and c.calibration is None and c.plan is None,
-        "`refit=True` needs `calibration`: the kept units are fitted to the activations of these batches.",
-    ),
-    (
-        lambda c: c.refit and c.limits.trainable is not None,
-        "`refit=True` changes values that a `trainable` limit may freeze: leave one of the two out.",
-    ),
-)
+        "'output_biases' nor 'removed_biases'.": trainable and {"output_biases", "removed_biases"} & also,
+        "`also_train` has 'tokens', some rows of the embeddings, and 'embeddings', all of them: give only one.": (
+            {"tokens", "embeddings"} <= also
+        ),
+        "'tokens' in `also_train` are units of a dense update: use update='dense' and granularity='unit'.": (
+            "tokens" in also and not (dense and c.granularity == "unit")
+        ),
+        "score='movement' is measured during priming, which leaves embeddings alone: it cannot rank 'tokens'.": (
+            "tokens" in also and c.score == "movement"
+        ),
+        # -- run-time inputs and stored fields
+        "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead.": (
+            c.compressed is not None and c.plan is None
+        ),
+        "`loss_fn` has no effect without `calibration`.": c.loss_fn is not None and c.calibration is None,
+        "`refit=True` needs `calibration`: the kept units are fitted to the activations of these batches.": (
+            c.refit and c.calibration is None and c.plan is None
+        ),
+        "`refit=True` changes values that a `trainable` limit may freeze: leave one of the two out.": (
+            c.refit and trainable
+        ),
+    }
 
 
 def check_config(config: Any) -> None:
@@ -195,10 +139,10 @@ def check_config(config: Any) -> None:
     update = config.update or "dense"
     for name, part in _PART_OF.items():
         if getattr(config, name) is not None and part not in config.parts:
-            raise SensiError(f"`{name}` has no effect with update={update!r}: it belongs to {part!r}.")
-    for refuses, reason in _REFUSED:
-        if refuses(config):
-            raise SensiError(reason.format(update=update))
+            raise SensiError(f"`{name}` belongs to {part!r}, so it has no effect with update={update!r}.")
+    for reason, holds in _reasons(config).items():
+        if holds:
+            raise SensiError(reason)
 
 
 def _check_values(config: Any) -> None:
@@ -206,9 +150,9 @@ def _check_values(config: Any) -> None:
         if getattr(config, name) not in choices:
             names = ", ".join(choice for choice in choices if choice is not None)
             raise SensiError(f"`{name}` must be one of {names}, got {getattr(config, name)!r}.")
-    for name, (smallest, optional) in _COUNTS.items():
+    for name, smallest in _COUNTS.items():
         value = getattr(config, name)
-        if not (value is None and optional) and not (type(value) is int and smallest <= value < 2**31):
+        if not (value is None and name in _OPTIONAL) and not (type(value) is int and smallest <= value < 2**31):
             raise SensiError(f"`{name}` must be a whole number of at least {smallest}, got {shown(value)}.")
     for name in ("sparsity", "retention"):
         value = getattr(config, name)
@@ -225,9 +169,8 @@ def _check_values(config: Any) -> None:
             f"{config.compressed!r}."
         )
     if config.scores is not None and not isinstance(config.scores, Scores):
-        raise SensiError(
-            f"`scores` must be a `Scores`, as `compute_scores` returns, got {type(config.scores).__name__}."
-        )
+        found = type(config.scores).__name__
+        raise SensiError(f"`scores` must be a `Scores`, as `compute_scores` returns, got {found}.")
 
 
 def _check_schedule(schedule: Mapping[str, Any]) -> None:

@@ -36,26 +36,18 @@ class SensiPeftType(enum.StrEnum):
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The data of one wrap. A model's config does not keep them, and no file holds them.
-
-    Args:
-        calibration: Batches that `model(**batch)` turns into a loss.
-        scores: Scores of the units, which replace scoring.
-        loss_fn: A function of the model and a batch that returns the loss.
-    """
+    """The data of one wrap, as in `SensiConfig`. A model's config does not keep them, and no file holds them."""
 
     calibration: Iterable[Mapping[str, Any]] | None = None
     scores: Scores | None = None
     loss_fn: LossFn | None = None
 
 
-# The names of the inputs. A config holds them as plain attributes: `asdict` would deep-copy the value of a field.
+# A config holds the inputs as plain attributes: `asdict` would deep-copy the value of a field.
 _INPUTS = ("calibration", "scores", "loss_fn")
 
 
-class _InputAttributes:
-    """The types of these attributes, for type checkers. In `SensiConfig` itself they would become fields."""
-
+class _InputAttributes:  # for type checkers; in `SensiConfig` itself these would become fields
     calibration: Iterable[Mapping[str, Any]] | None
     scores: Scores | None
     loss_fn: LossFn | None
@@ -70,72 +62,69 @@ class SensiConfig(_InputAttributes, PeftConfig):
     Args:
         budget: How much is kept and tuned. A float in (0, 1] is a share and an int above 1 a count of the parameters
             of all heads and neurons. A dict sets several limits at once: `params`, `flops` (both trim) and
-            `trainable` (the number of trained values; its shares are of all base parameters). Default `None`: 0.5 if
-            the model has heads or neurons to trim; otherwise all targeted modules are tuned.
-        score: How the units are ranked: `"fisher"` (default), `"taylor"`, `"mask"`, `"movement"`, `"magnitude"` or
-            `"random"`. The first four need `calibration`; without it they fall back to `"magnitude"` with a warning.
-        granularity: What is ranked. `"unit"` (default): heads, neurons and rows. `"tensor"`: whole sublayers under a
-            limit on `params` or `flops`, whole Linears under a `trainable` limit. `"weight"`: single weights, for
+            `trainable` (the number of trained values; its shares are of all base parameters). `None`: 0.5 if the
+            model has heads or neurons to trim; otherwise all targeted modules are tuned.
+        score: How the units are ranked: `"fisher"`, `"taylor"`, `"mask"`, `"movement"`, `"magnitude"` or `"random"`.
+            The first four need `calibration`; without it they fall back to `"magnitude"` with a warning.
+        granularity: What is ranked. `"unit"`: heads, neurons and rows. `"tensor"`: whole sublayers under a limit on
+            `params` or `flops`, whole Linears under a `trainable` limit. `"weight"`: single weights, for
             `update="sparse"` and `update="mask"`.
         update: How the tuned part is parametrized: `"dense"` (its own values), `"low_rank"`, `"sparse"` (single
-            values), `"low_rank+sparse"`, `"dense+low_rank"` or `"mask"` (a learned binary mask). Default `None`:
-            `"dense"`, or `"low_rank"` if a `trainable` limit allows at most 2 % of the base's parameters. A low-rank
-            update needs learning rates as large as LoRA's.
-        rank: Rank of a low-rank update. Default `None`: the largest rank that the `trainable` limit allows.
+            values), `"low_rank+sparse"`, `"dense+low_rank"` or `"mask"` (a learned binary mask). `None`: `"dense"`,
+            or `"low_rank"` if a `trainable` limit allows at most 2 % of the base's parameters. A low-rank update needs
+            learning rates as large as LoRA's.
+        rank: Rank of a low-rank update. `None`: the largest rank that the `trainable` limit allows.
         sparse: Number of trained values in each targeted matrix, for updates with `"sparse"`.
-        support: Positions of these values: `"magnitude"` (default, the largest weights), `"random"` or
+        support: Positions of these values: `"magnitude"` (the largest weights; also `None`), `"random"` or
             `"decomposition"` (the sparse part of a low-rank plus sparse decomposition of the weight).
-        sparsity: Share in [0, 1) of each matrix's weights that are masked to zero. Default `None`: no mask.
+        sparsity: Share in [0, 1) of each matrix's weights that are masked to zero. `None`: no mask.
         retention: Share in [0, 1) of each feed-forward layer's neurons that are tuned; attention is then tuned whole.
-            Default `None`: all kept units are tuned, or as many as the `trainable` limit allows.
-        tuned_layers: Number of layers in which units are tuned. The layers with the best scores per trained value are
-            chosen. Default `None`: all layers.
+            `None`: all kept units are tuned, or as many as the `trainable` limit allows.
+        tuned_layers: Number of layers in which units are tuned: those with the best scores per trained value. `None`:
+            all layers.
         schedule: One phase of the training as a dict, such as `{"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 4}`
             (see [`Schedule`]). Give [`SensiCallback`] to `Trainer`, or call `Schedule.step` in your own loop.
-            Default `None`.
-        compressed: How the finished adapter is stored: `None` (default, float32), `"bfloat16"`, `"int8"` or `"bits"`.
-            Call `model.base_model.compress(...)` instead of setting it.
+        compressed: How the finished adapter is stored: `None` (float32), `"bfloat16"`, `"int8"` or `"bits"`. Call
+            `model.base_model.compress(...)` instead of setting it.
         target_modules: Modules that may be tuned: a list of names, a regular expression or `"all-linear"`, as in PEFT.
-            Default `None`: the Linears of all known blocks, or all Linears of an unknown model.
-        exclude_modules: Modules that may not be tuned: a list of names or a regular expression. Default `None`.
+            `None`: the Linears of all known blocks, or all Linears of an unknown model.
+        exclude_modules: Modules that may not be tuned: a list of names or a regular expression.
         modules_to_save: Modules that are trained and saved whole. The head of a classification-like task is added.
-            Default `None`.
         also_train: Other parameters of the base that are trained. A list of `"norms"`, `"pooler"`, `"biases"` (of all
             targeted Linears), `"output_biases"` (of blocks whose kept units are all tuned), `"removed_biases"` (of
             blocks without any kept unit; added by the phase `"cut"`), `"tokens"` (embeddings of the calibration
             data's tokens; under a `trainable` limit the most sensitive of them) and `"embeddings"` (all of them,
-            saved whole). Default `None`: norms, pooler, output biases and, with calibration data, tokens, if dense
-            units are tuned without a `trainable` limit or `retention`; otherwise nothing.
-        calibration_steps: Number of calibration batches that are used for scores and for the refit. Default 24.
-        priming_steps: Steps of a short fine-tuning before the scores are taken. Its changes are undone, except that
-            the task head starts from what it learned. Default 40; 0 switches it off.
-        priming_lr: Learning rate of these steps. Default 1e-4.
-        priming_optimizer: Optimizer of these steps: `"adamw"` (default), or `"sign"`, which has no optimizer state.
+            saved whole). `None`: norms, pooler, output biases and, with calibration data, tokens, if dense units are
+            tuned without a `trainable` limit or `retention`; otherwise nothing.
+        calibration_steps: Number of calibration batches that are used for scores and for the refit.
+        priming_steps: Steps of a short fine-tuning before the scores are taken; 0 switches it off. Its changes are
+            undone, except that the task head starts from what it learned.
+        priming_lr: Learning rate of these steps.
+        priming_optimizer: Optimizer of these steps: `"adamw"`, or `"sign"`, which has no optimizer state.
         refit: Whether the output projections of trimmed blocks are fitted by least squares to the untrimmed model's
-            activations. Default `None`: yes, if there is calibration data, no `trainable` limit, and the output
-            biases are trained or the model has none.
-        sequence_length: Number of tokens at which FLOPs are counted. Default `None`: the mean length of the
-            calibration batches, or 128.
-        multiple_of: The number of kept neurons in each block is a multiple of this. Default 8.
-        min_units: Number of heads and of neurons that each block keeps at least. Default 1; 0 allows that whole
-            sublayers are removed.
-        widths: `"free"` (default), or `"uniform"`: all blocks keep the same number of heads and the same number of
-            neurons, so that the merged model may fit the stock class of its family.
+            activations. `None`: yes, if there is calibration data, no `trainable` limit, and the output biases are
+            trained or the model has none.
+        sequence_length: Number of tokens at which FLOPs are counted. `None`: the mean length of the calibration
+            batches, or 128.
+        multiple_of: The number of kept neurons in each block is a multiple of this.
+        min_units: Number of heads and of neurons that each block keeps at least; 0 allows that whole sublayers are
+            removed.
+        widths: `"free"`, or `"uniform"`: all blocks keep the same number of heads and the same number of neurons, so
+            that the merged model may fit the stock class of its family.
         blocks: [`BlockLayout`] objects, or their dicts, for architectures that the library does not know.
-            Default `None`.
         keep_base: Whether the base model stays complete in memory. `False` saves memory, but the adapter can then not
-            be disabled, deleted or unloaded. Default `True`.
-        seed: Seed of random scores, of dropout during priming and of random supports. Default 0.
-        init_weights: `False` starts from perturbed values, for tests. Default `True`.
+            be disabled, deleted or unloaded.
+        seed: Seed of random scores, of dropout during priming and of random supports.
+        init_weights: `False` starts from perturbed values, for tests.
         plan: A finished [`Plan`], or its dict, which replaces budget and scores. It is filled in at the wrap.
         fingerprint: Statistics of the base's weights, which are compared when the adapter is loaded. It is filled in
             at the wrap; `None` switches the comparison off.
         format_version: Version of the adapter's file format. Do not set it.
         calibration: Batches that `model(**batch)` turns into a loss: any iterable, such as a `DataLoader`. It is used
-            at the wrap and never saved. Default `None`.
+            at the wrap and never saved.
         scores: [`Scores`] from `compute_scores`, which replace scoring at the wrap. They are never saved.
         loss_fn: A function of the model and a batch that returns the loss, for models whose output has none. It is
-            never saved. Default `None`.
+            never saved.
 
     Raises:
         SensiError: If a value is not allowed, or arguments cannot be combined. The message gives the reason.
@@ -202,10 +191,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
             )
         check_config(self)
         self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), list):
+                setattr(self, name, set(names))
         if self.also_train is not None:
             self.also_train = sorted(self.also_train)
         if isinstance(self.plan, Plan):
@@ -253,11 +241,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
         """`blocks` as layouts. The field itself holds dicts, because these survive JSON."""
         if self.blocks is None:
             return None
-        if not isinstance(self.blocks, (list, tuple)) or not self.blocks:
-            raise SensiError(f"`blocks` must be a list of BlockLayout, got {self.blocks!r}.")
+        if not self.blocks or not all(isinstance(b, (BlockLayout, Mapping)) for b in self.blocks):
+            raise SensiError(f"`blocks` must be a list of BlockLayout objects or their dicts, got {self.blocks!r}.")
         self.blocks = [b.to_dict() if isinstance(b, BlockLayout) else b for b in self.blocks]
-        if not all(isinstance(b, Mapping) for b in self.blocks):
-            raise SensiError("`blocks` must hold BlockLayout objects or their dicts.")
         return tuple(BlockLayout.from_dict(b) for b in self.blocks)
 
     def scoring_options(self, loss_fn: LossFn | None, **changes: Any) -> ScoringOptions:
@@ -268,18 +254,15 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     def own_copy(self) -> SensiConfig:
         """A copy for one model, without the run inputs. The user's object can then wrap another model."""
-        mine = copy.copy(self)
+        mine = copy.deepcopy(self)
         mine.calibration = mine.scores = mine.loss_fn = None
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train", "blocks", "schedule"):
-            setattr(mine, name, copy.copy(getattr(mine, name)))
         return mine
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         values = super().from_json_file(path_json_file, **kwargs)
-        for name in _INPUTS:
-            if name in values:
-                raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
+        for name in values.keys() & set(_INPUTS):
+            raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
         return values
 
     @classmethod

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from ..anatomy.linears import matrix
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
-from ..layers.layer import SensiLayer
+from ..layers.layer import layers_of
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
 from ..planning.plan import Plan
@@ -45,7 +44,13 @@ def close_units(
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
     gates = gates_of(root, adapter_name)
-    scores = _scores_in_training(root, config, adapter_name, anatomy, gates, batches, loss_fn)
+    if config.score == "movement":
+        scores = Scores(trained_movement(root, anatomy, adapter_name), "movement")
+    else:
+        with preserved(root), merged_in_place(root, adapter_name):
+            root.eval()
+            options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
+            scores = score_units(root, anatomy, batches, options)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
     length = plan_of(root, config).sequence_length
     plan = make_plan(
@@ -73,42 +78,8 @@ def close_units(
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The gates (uint8, one for each unit) of all output projections, by module name."""
-    layers = ((name, m) for name, m in root.named_modules() if isinstance(m, SensiLayer))
-    gates = ((name, layer.part("gate", adapter_name)) for name, layer in layers)
-    return {name: gate for name, gate in gates if gate is not None}
-
-
-@contextmanager
-def _all_open(gates: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside the block all gates are open. They get their values back afterwards."""
-    before = {name: gate.clone() for name, gate in gates.items()}
-    with torch.no_grad():
-        try:
-            for gate in gates.values():
-                gate.fill_(1)
-            yield
-        finally:
-            for name, gate in gates.items():
-                gate.copy_(before[name])
-
-
-def _scores_in_training(
-    root: nn.Module,
-    config: SensiConfig,
-    adapter_name: str,
-    anatomy: Anatomy,
-    gates: Mapping[str, torch.Tensor],
-    batches: list[Mapping[str, Any]] | None,
-    loss_fn: LossFn | None,
-) -> Scores:
-    """Scores of the weights as training has left them. The model stays as it was."""
-    if config.score == "movement":
-        with _all_open(gates):  # a closed gate is no movement
-            return Scores(trained_movement(root, anatomy, adapter_name), "movement")
-    with preserved(root), merged_in_place(root, adapter_name):
-        root.eval()
-        options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
-        return score_units(root, anatomy, batches, options)
+    gates = {name: layer.part("gate", adapter_name) for name, layer in layers_of(root, adapter_name).items()}
+    return {name: gate for name, gate in gates.items() if gate is not None}
 
 
 def _open_first(values: np.ndarray, opened: np.ndarray | None) -> np.ndarray:
@@ -118,6 +89,7 @@ def _open_first(values: np.ndarray, opened: np.ndarray | None) -> np.ndarray:
     return np.where(opened, np.maximum(values, np.finfo(np.float32).tiny), 0.0)
 
 
+@torch.no_grad()
 def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> dict[str, torch.Tensor]:
     """L1 norm of the change that training made to the weights of each unit so far (FAR, arXiv 2205.01541).
 
@@ -127,14 +99,17 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
     Returns:
         For each group one number (float32) for each unit.
     """
-    values, untouched = {}, {}
+    layers, values, untouched = layers_of(root, adapter_name), {}, {}
     for group in anatomy.groups:
         moved, size = group.zeros(), group.zeros()
-        weights = {name: _before_and_after(root, name, adapter_name) for name in group.modules}
+        before = {name: matrix(linear_of(root, name)).float() for name in group.modules}
+        # A closed gate is no movement.
+        after = {n: layers[n].get_adapted_weight(adapter_name, masked=False)[0].float() for n in before if n in layers}
         for side in group.sides:
-            before, after = weights[side.module]
-            moved += side.per_unit(after - before, group.size).abs().sum(1).cpu()
-            size += side.per_unit(before, group.size).abs().sum(1).cpu()
+            if side.module in after:
+                change = after[side.module] - before[side.module]
+                moved += side.per_unit(change, group.size).abs().sum(1).cpu()
+            size += side.per_unit(before[side.module], group.size).abs().sum(1).cpu()
         values[group.name] = moved
         if not moved.any():
             untouched[group.name] = size
@@ -145,15 +120,6 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
         other = sum(float(size.sum()) for size in untouched.values()) / sum(costs[n] for n in untouched)
         untouched = {name: size * (rate / max(other, 1e-30)) for name, size in untouched.items()}
     return values | untouched
-
-
-@torch.no_grad()
-def _before_and_after(root: nn.Module, name: str, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Linear's weight `[out, in]` (float32) in the base and with the adapter."""
-    layer, before = root.get_submodule(name), matrix(linear_of(root, name)).float()
-    if isinstance(layer, SensiLayer) and adapter_name in layer.sensi_slices:
-        return before, layer.get_adapted_weight(adapter_name)[0].float()
-    return before, before
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
@@ -184,22 +150,17 @@ def plan_with(root: nn.Module, config: SensiConfig, before: Plan, states: Mappin
 
 def exceeds(plan: Plan, limits: Budget) -> bool:
     """Whether the plan keeps more than the limits allow."""
-    wholes = _wholes(plan.anatomy, plan.sequence_length)
-    kept = {"params": plan.kept_params, "flops": plan.kept_flops}
-    given = {name: limit for name in wholes if (limit := getattr(limits, name)) is not None}
-    return any(kept[name] > allowance(limit, wholes[name]) for name, limit in given.items())
+    counts = _on_the_way(limits, plan.anatomy, plan.sequence_length, 1.0)
+    kept = ((counts.params, plan.kept_params), (counts.flops, plan.kept_flops))
+    return any(most is not None and count > most for most, count in kept)
 
 
 def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
     """Limits as counts: the whole prunable part at progress 0, the budget at progress 1."""
+    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
     counts = {}
-    for name, whole in _wholes(anatomy, sequence_length).items():
+    for name, whole in wholes.items():
         if (limit := getattr(limits, name)) is not None:
             goal = min(whole, allowance(limit, whole))
             counts[name] = goal if progress >= 1 else max(goal, int(whole - progress * (whole - goal)))
     return Budget(**counts)
-
-
-def _wholes(anatomy: Anatomy, sequence_length: int) -> dict[str, int]:
-    """The counts to which shares of each limit refer."""
-    return {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}

@@ -1,16 +1,17 @@
 """What a wrap does, decided before any module is replaced: targets, scores, plan, refitted values and slices.
 
-`prepare` is the whole pipeline. The config goes in with `None` where a default depends on the model, and comes out
-complete; the data (`RunInputs`) is used here and nowhere else.
+`prepare` is the whole pipeline. It fills in every field of the config whose default depends on the model. The data
+(`RunInputs`) is used here and nowhere else.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ from torch import nn
 from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.linears import bias_of, check_quantized, is_plain
 from ..anatomy.modules import base_of, linear_of, task_head
-from ..anatomy.units import Anatomy, Group
-from ..layers.layer import SensiLayer, base_is_dropped
-from ..layers.slices import Slice
+from ..anatomy.units import Anatomy
+from ..layers.layer import base_is_dropped, layers_of
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
@@ -38,18 +38,16 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
-from .slicing import fit_rank, slices_of, trained_beside_units
+from .slicing import Slices, fit_rank, slices_of, trained_beside_units
 from .targets import (
     also_saved,
     anatomy_of,
     bias_values,
-    check_tokens,
+    check_targets,
     default_also_train,
     default_update,
     name_targets,
-    refuse_tied,
     targets_of,
-    values_of,
 )
 from .wrapping import save_whole
 
@@ -61,13 +59,12 @@ logger = logging.getLogger(__name__)
 class Decision:
     """What a wrap is going to do.
 
-    `slices` holds for each module that gets an adapter layer its slice and its group. `refitted` holds the new weight
-    and bias of output projections, and `head` the start values of the task head by parameter name. `scores` are those
-    that the plan was made from, if it was made in this process.
+    `refitted` holds the new weight and bias of output projections, and `head` the start values of the task head by
+    parameter name. `scores` are those that the plan was made from, if it was made in this process and ranks units.
     """
 
     plan: Plan
-    slices: dict[str, tuple[Slice, Group]]
+    slices: Slices
     refitted: Refitted = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     scores: Scores | None = None
@@ -75,7 +72,7 @@ class Decision:
 
 def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> None:
     """Raises `SensiError` if the model, as it is now, cannot take this adapter."""
-    layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
+    layers = layers_of(model).values()
     others = sorted({name for layer in layers for name in layer.sensi_slices} - {adapter_name})
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise SensiError(
@@ -112,18 +109,14 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         config.also_train = default_also_train(model, config, inputs, blocks)
     saved = also_saved(model, blocks, config)
     save_whole(config, saved)
-    saved_values = values_of(model, saved)
+    saved_values = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
     targets = name_targets(model, config)
-    refuse_tied(model, targets)
     anatomy = anatomy_of(model, config, targets)
-    check_tokens(config, anatomy)
-    targeted = [linear_of(model, name) for name in targets]
+    check_targets(model, config, targets, anatomy)
     if config.update is None:
-        config.update = default_update(config, inputs, anatomy, targeted, saved_values)
+        config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
     check_quantized(linears, config.update, config.sparsity, config.keep_base)
-    always_trained = saved_values + bias_values(config, targeted)
-
     if config.plan is not None:
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
@@ -131,7 +124,15 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         decision = Decision(plan, slices_of(model, config, plan))
     else:
         with others_disabled(model), preserved(model):
-            decision = decide_together(model, config, inputs, anatomy, targets, saved_values, always_trained)
+            make = partial(decide, model, config, inputs, anatomy, targets, saved_values)
+            if distributed.world_size() == 1:
+                decision = make()
+            else:
+                decision = _decide_together(make, model, config, inputs)
+                plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises if models differ
+                distributed.check_equal("its plan", plan.to_dict(), "The processes must have the same model.")
+                fit_rank(model, config, plan, saved_values)  # a process without weights has not decided
+                decision = replace(decision, plan=plan, slices=slices_of(model, config, plan))
         config.plan = decision.plan.to_dict()
         logger.info("%s", decision.plan.line())
     if not decision.slices:
@@ -172,41 +173,26 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
     return False
 
 
-def decide_together(
-    model: nn.Module,
-    config: SensiConfig,
-    inputs: RunInputs,
-    anatomy: Anatomy,
-    targets: frozenset[str],
-    saved_values: int,
-    always_trained: int,
-) -> Decision:
-    """`decide` with all processes of `distributed.synchronized`. All of them get the same decision."""
-    arguments = model, config, inputs, anatomy, targets, saved_values, always_trained
-    if distributed.world_size() == 1:
-        return decide(*arguments)
+def _decide_together(make: Callable[[], Decision], model: nn.Module, config: SensiConfig, data: RunInputs) -> Decision:
+    """The decision of process 0, for all processes of `distributed.synchronized`. It has no slices yet."""
     # Paths may differ between machines; plan and fingerprint are filled in later.
     own = ("base_model_name_or_path", "revision", "plan", "fingerprint")
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in own}
-    given = {f.name: getattr(inputs, f.name) is not None for f in fields(inputs)}
+    given = {f.name: getattr(data, f.name) is not None for f in fields(data)}
     distributed.check_equal("its configuration", {**given, **settings}, "Give all processes the same.")
     decision = None
     if not replicas.any_process_on_meta(model):
-        decision = decide(*arguments)
+        decision = make()
     elif distributed.rank() == 0:
         with distributed.alone():
-            decision = decide(*arguments)
+            decision = make()
     # Process 0 decides: the sums are the same everywhere, but different hardware may round differently.
     if decision is not None:
         # On the CPU, because a tensor arrives on the device of its sender. Each process makes its own slices.
         refitted = {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in decision.refitted.items()}
         head = {name: value.cpu() for name, value in decision.head.items()}
         decision = replace(decision, slices={}, refitted=refitted, head=head)
-    decision = distributed.broadcast_object(decision)
-    plan = Plan.from_dict(decision.plan.to_dict(), anatomy, targets)  # raises if this process has another model
-    distributed.check_equal("its plan", plan.to_dict(), "The processes must have the same model.")
-    fit_rank(model, config, plan, saved_values)  # a process without weights has not decided, so it has no rank yet
-    return replace(decision, plan=plan, slices=slices_of(model, config, plan))
+    return distributed.broadcast_object(decision)
 
 
 def decide(
@@ -216,11 +202,10 @@ def decide(
     anatomy: Anatomy,
     targets: frozenset[str],
     saved_values: int,
-    always_trained: int,
 ) -> Decision:
     """Scores the units, makes the plan and refits, inside `calibration.preserved`. Fills in `config.rank`.
 
-    `saved_values` counts the values of base modules that are trained whole; `always_trained` also the targeted biases.
+    `saved_values` is the number of values of base modules that are trained whole.
     """
     limits = _limits_on_units(model, config, anatomy)
     batches = None
@@ -242,7 +227,7 @@ def decide(
         sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         multiple_of=config.multiple_of,
         min_units=config.units_to_stay,
-        always_trained=always_trained,
+        always_trained=saved_values + bias_values(model, config, targets),
         tunes=config.tunes_units,
         retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),
@@ -256,10 +241,10 @@ def decide(
     if is_refitted(model, config, anatomy) and batches is not None and plan.trims:
         model.eval()
         refitted = refit(model, plan, batches[: config.calibration_steps], inputs.loss_fn, distributed.rank() == 0)
-    head = scores.head
-    if not head and batches is not None:  # without priming, the head's first steps would be spent on the prior
-        head = head_at_prior(model, batches)
-    return Decision(plan, slices_of(model, config, plan), refitted, head, scores)
+    # Without priming, the head's first steps would be spent on the prior.
+    head = scores.head or (head_at_prior(model, batches) if batches is not None else {})
+    ranked = scores if scores.method != "none" else None
+    return Decision(plan, slices_of(model, config, plan), refitted, head, ranked)
 
 
 def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> Budget:
@@ -290,14 +275,14 @@ def _warn_of_lost_inputs(config: SensiConfig, batches: list[Mapping[str, Any]]) 
     """Warns about token types for question answering: PEFT's model accepts and ignores them (PEFT 0.21)."""
     if str(config.task_type).rpartition(".")[2] != "QUESTION_ANS":
         return
-    types = [batch["token_type_ids"] for batch in batches if isinstance(batch.get("token_type_ids"), torch.Tensor)]
-    if any(bool(ids.any()) for ids in types):
-        message = (
+    types = [batch.get("token_type_ids") for batch in batches]
+    if any(isinstance(ids, torch.Tensor) and bool(ids.any()) for ids in types):
+        warnings.warn(
             "The calibration batches have `token_type_ids`, which PEFT's model for task_type='QUESTION_ANS' ignores. "
             "The adapter would be scored and merged with token types, but trained without them. Leave them out of "
-            "all batches, or set task_type=None."
+            "all batches, or set task_type=None.",
+            stacklevel=2,
         )
-        warnings.warn(message, stacklevel=2)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..layers.layer import SensiLayer
+from ..layers.layer import layers_of
 from ..utils.errors import SensiError
 
 
@@ -16,21 +16,12 @@ def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
     """Inside the block, the base layers of `root` hold the adapter's trained weights, and forward runs them.
 
     So `linear_of(root, name).weight` is the weight that the adapted model computes with, in the dtype of the base: a
-    16-bit base rounds it. Its kept units are in the base's order, while an adapter computes its tuned units first.
-    Columns behind a closed gate are zero. Modules that PEFT saves whole stay as they are: forward uses the adapter's
-    copies of them in any case. After the block, also if it raises, every layer has its own tensors back: the same
-    objects. Layers that were merged before the block stay merged.
-
-    Args:
-        root: The model with the adapter's layers. Inside the block it needs memory for a second copy of the weights
-            of these layers.
-        adapter_name: The active adapter.
-
-    Raises:
-        SensiError: If the adapter is inactive or disabled, so that forward would run something else, if another
-            adapter is merged, or if the base is quantized.
+    16-bit base rounds it. Its kept units are in the base's order. Columns behind a closed gate are zero. For modules
+    that PEFT saves whole, forward uses the adapter's copies as always. Afterwards every layer has its own tensors
+    back, the same objects; layers that were merged before stay merged. The block needs memory for a second copy of
+    the weights. `adapter_name` must be the only active adapter, and the base must not be quantized.
     """
-    layers = [m for m in root.modules() if isinstance(m, SensiLayer) and adapter_name in m.sensi_slices]
+    layers = layers_of(root, adapter_name).values()
     for layer in layers:
         if layer.active_adapters != [adapter_name] or layer.disable_adapters:
             raise SensiError(

@@ -2,10 +2,10 @@
 
 There are three checks, because loaders differ:
 
-- `PeftModel.from_pretrained` reads the config first, so the file is known before a layer is built. Names, shapes and
-  values are checked then, and nothing is allocated for a file that does not fit (`check_slices`).
+- `PeftModel.from_pretrained` reads the config first. So the file is checked before a layer is built, and nothing is
+  allocated for a file that does not fit (`check_slices`).
 - Every PEFT loader calls a hook of `SensiModel` with the tensors (`check_state`).
-- Transformers' own `load_adapter` does neither. There, a layer checks its tensors when it is first used
+- Transformers' `load_adapter` does neither: a layer checks its tensors when it is first used
   (`SensiLayer.check_loaded`).
 """
 
@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.modules import linear_of
-from ..layers.layer import SensiLayer
+from ..layers.layer import SensiLayer, layers_of
 from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiLoadError
@@ -34,10 +34,7 @@ _PREFIX = "base_model.model."
 
 
 def file_to_check(config: SensiConfig) -> str | None:
-    """Path of the weights file that will be loaded under this config.
-
-    `None` if there is no file, or if the user has changed fields that say what its values mean.
-    """
+    """Path of the config's weights file, unless the user has changed fields that say what the file's values mean."""
     path, original = config.weights_file, config.file_meaning
     if path is None or original is None or not os.path.exists(path):
         return None
@@ -58,11 +55,7 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
 
 
 def check_slices(path: str, model: nn.Module, slices: Slices) -> None:
-    """Checks the file's tensors that start with `sensi_`, before a Linear is replaced.
-
-    Raises:
-        SensiLoadError: Names, shapes, dtypes or values do not fit the slices.
-    """
+    """Checks the file's tensors that start with `sensi_`, before a Linear is replaced."""
     expected: dict[str, Spec] = {}
     numels: dict[str, int] = {}
     for name, (slice_, _) in slices.items():
@@ -71,26 +64,23 @@ def check_slices(path: str, model: nn.Module, slices: Slices) -> None:
             numels[f"{name}.sensi_{part}"] = slice_.kept_shape.numel()
     with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)
-        ours = {name: spec for name, (_, spec) in specs.items() if name in expected or is_part(name)}
+        ours = {name: spec for name, (_, spec) in specs.items() if name in expected or _is_part(name)}
         check_specs(ours, expected, path)
         for name in ours:
             check_content(name, file.get_tensor(specs[name][0]), numels[name], path)
 
 
 def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
-    """Checks the file's tensors of modules that are saved whole, after these modules have been wrapped.
-
-    Raises:
-        SensiLoadError: Names, shapes or dtypes do not fit the modules.
-    """
-    expected: dict[str, Spec] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
-                expected[f"{name}.{key}"] = (tuple(tensor.shape), tensor.dtype)
+    """Checks the file's tensors of modules that are saved whole, after these modules have been wrapped."""
+    expected: dict[str, Spec] = {
+        f"{name}.{key}": (tuple(tensor.shape), tensor.dtype)
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+    }
     with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)
-    found = {name: spec for name, (_, spec) in specs.items() if not is_part(name)}
+    found = {name: spec for name, (_, spec) in specs.items() if not _is_part(name)}
     resized = {name: spec for name, spec in embeddings_of(model).items() if name in found and name not in expected}
     check_specs(found, {**expected, **resized}, path)
 
@@ -99,11 +89,8 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
     """Checks tensors with the model's own names just before they are loaded.
 
     PyTorch checks the shapes of modules that are saved whole. PEFT has `ignore_mismatched_sizes` for them.
-
-    Raises:
-        SensiLoadError: Names, shapes, dtypes or values do not fit the adapter.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SensiLayer)}
+    layers = layers_of(model)
     saved = f".modules_to_save.{adapter_name}."
     expected: dict[str, Spec] = {}
     for key, value in model.state_dict().items():
@@ -129,17 +116,13 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
         layer.sensi_unchecked.discard(adapter_name)
 
 
-def is_part(name: str) -> bool:
+def _is_part(name: str) -> bool:
     """Whether a name in a file is that of a tensor of `SensiLayer`."""
     return name.rpartition(".")[2] in SensiLayer.tensor_names
 
 
 def _own_names(specs: dict[str, Spec], path: str) -> dict[str, tuple[str, Spec]]:
-    """The file's names and specs by the names in the user's own model. PEFT's prefix is optional in a file.
-
-    Raises:
-        SensiLoadError: A tensor is there twice, with and without the prefix.
-    """
+    """The file's names and specs by the names in the user's own model. PEFT's prefix is optional in a file."""
     names = {key.removeprefix(_PREFIX): (key, spec) for key, spec in specs.items()}
     if len(names) != len(specs):
         raise SensiLoadError(f"{path}: expected every tensor once, found some with and without {_PREFIX!r}.")

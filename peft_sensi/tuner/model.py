@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,26 +13,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.linears import is_quantized, not_mergeable
-from ..anatomy.units import Anatomy
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, base_is_dropped, new_parameters_are_empty
-from ..planning.plan import Plan
-from ..scoring.calibration import LossFn
-from ..scoring.scores import Scores
+from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_to_tensor, pop_plan
-from .combinations import compressed_kinds
-from .config import RunInputs, SensiConfig
+from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
+from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
+from .operations import AdapterOperations
 from .stale import check_wrapper
-from .targets import targets_of
-from .trim import trim_adapter
-from .wrapping import drop_originals, replace_module, replanned, set_head, wrap_module
+from .wrapping import drop_base, replace_module, replanned, set_head, wrap_module
 
 
-class SensiModel(BaseTuner):
+class SensiModel(AdapterOperations, BaseTuner):
     """Tunes, freezes or trims every unit of a pretrained model under a budget.
 
     Args:
@@ -56,11 +50,7 @@ class SensiModel(BaseTuner):
     peft_config: dict[str, SensiConfig]  # type: ignore[assignment]
     model: nn.Module
 
-    # PEFT's constructor injects the first adapter, so these have class-level defaults and are replaced, not changed.
-    # The base at the time of each wrap: merging and `keep_base=False` change the shapes that can be seen later.
-    _sensi_anatomies: dict[str, Anatomy] = {}
-    # The scores from which the plans of this process were made.
-    _sensi_scores: dict[str, Scores] = {}
+    # Like the attributes of `AdapterOperations`, these are set before PEFT's constructor has finished.
     # The decision that the injection in progress carries out.
     _sensi_decision: Decision | None = None
     # Adapters whose schedule is stepped by a `Schedule`.
@@ -69,23 +59,6 @@ class SensiModel(BaseTuner):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another model: its schedules are not stepped until it gets a `Schedule` of its own.
         return {**self.__dict__, "sensi_stepped": frozenset()}
-
-    def plan(self, adapter_name: str = "default") -> Plan:
-        """The plan of an adapter: which units it tunes, keeps and trims, and their costs.
-
-        Raises `SensiError` if there is no such adapter.
-        """
-        self._check_name(adapter_name)
-        config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
-        return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
-
-    def explain(self, adapter_name: str = "default") -> str:
-        """A table of the plan's groups, sorted by their scores. Raises `SensiError` for an adapter from a file."""
-        scores = self._sensi_scores.get(adapter_name)
-        if scores is None:
-            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
-        values = {name: value.numpy() for name, value in scores.values.items()}
-        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
 
     # -- wrapping -----------------------------------------------------------------------------------------------------
 
@@ -119,7 +92,10 @@ class SensiModel(BaseTuner):
                 if file is not None:
                     check_saved_modules(file, model, adapter_name)
                 if decision is not None:
-                    self._remember(adapter_name, decision)
+                    self.sensi_stepped = self.sensi_stepped - {adapter_name}
+                    self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
+                    scores = {**self._sensi_scores, adapter_name: decision.scores}
+                    self._sensi_scores = {name: s for name, s in scores.items() if s is not None}
                     set_head(model, adapter_name, decision.head)
                     replicas.check_launcher(any(slice_.has_integers for slice_, _ in decision.slices.values()))
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
@@ -131,22 +107,10 @@ class SensiModel(BaseTuner):
         finally:
             self._sensi_decision = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
-        for layer in layers:
+        for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
-        own = [layer for layer in layers if adapter_name in layer.sensi_slices]
-        if own and not config.keep_base:
-            for layer in own:
-                layer.drop_base(adapter_name)
-            drop_originals(model, adapter_name)
-
-    def _remember(self, adapter_name: str, decision: Decision) -> None:
-        self.sensi_stepped = self.sensi_stepped - {adapter_name}
-        self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
-        known = {name: scores for name, scores in self._sensi_scores.items() if name != adapter_name}
-        if decision.scores is not None and decision.scores.method != "none":
-            known[adapter_name] = decision.scores
-        self._sensi_scores = known
+        if decision is not None and not config.keep_base:
+            drop_base(model, adapter_name)
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in reversed(list(model.named_modules())):  # inner modules first: wrappers can be nested
@@ -253,9 +217,6 @@ class SensiModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _layers(self) -> list[SensiLayer]:
-        return [m for m in self.model.modules() if isinstance(m, SensiLayer)]
-
     def _check_combination(self, adapter_names: list[str]) -> None:
         if len(adapter_names) > 1:
             for layer in self._layers():
@@ -264,10 +225,6 @@ class SensiModel(BaseTuner):
     def _check_codes(self) -> None:
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
-
-    def _check_base(self, action: str) -> None:
-        if any(layer.sensi_base_dropped for layer in self._layers()):
-            raise base_is_dropped(action)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -282,97 +239,6 @@ class SensiModel(BaseTuner):
                         f"it. Give `SensiCallback()` to `Trainer`, or call `Schedule.step` in your own loop."
                     )
         yield
-
-    def trim(
-        self,
-        budget: float | int | Mapping[str, float | int],
-        calibration: Iterable[Mapping[str, Any]] | None = None,
-        adapter_name: str = "default",
-        *,
-        loss_fn: LossFn | None = None,
-        score: str | None = None,
-        refit: bool | None = None,
-    ) -> Plan:
-        """Trims an adapter that has been trained, and keeps what it has learned.
-
-        Scores the units of the adapted model, plans under the budget, refits the output projections on the adapted
-        model's own activations, and removes the trimmed units. The kept units keep their trained values and their
-        states: tuned or frozen. So one training with `SensiConfig(budget=1.0)` and several trims give a family of
-        models, each of them an adapter of the same base. It can be trained on after each trim ("healing").
-
-        The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
-        before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
-        this, each with its own batches; they trim alike.
-
-        Args:
-            budget: Limits on `params` or `flops`, as in `SensiConfig`. Shares are of the base model's heads and
-                neurons, so `trim(0.5)` and then `trim(0.25)` keeps a quarter of the base.
-            calibration: Batches with labels, for the scores and the refit. Without them the score falls back to
-                magnitude with a warning, and nothing is refitted.
-            adapter_name: The adapter, which must be the only active one.
-            loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
-            score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
-                `"fisher"` if that one is learned while priming.
-            refit: Whether output projections are refitted. Default: as in `SensiConfig`.
-
-        Returns:
-            The new plan.
-
-        Raises:
-            BudgetError: If the budget is malformed or cannot be met.
-            AnatomyError: If the model has no heads or neurons to trim.
-            SensiError: If the adapter does not exist, is inactive, merged, compressed or sharded, or has a schedule of
-                cuts that is not finished. A trim that fails leaves the model as it was.
-        """
-        before = self.plan(adapter_name)
-        if any(layer.merged for layer in self._layers()):
-            raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
-        inputs = RunInputs(calibration, None, loss_fn)
-        config = self.peft_config[adapter_name]
-        trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit)
-        self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
-        return self.plan(adapter_name)
-
-    def compress(self, kind: str, adapter_name: str = "default") -> None:
-        """Replaces an adapter's trained values by a narrower form. It is used, saved and merged in this form.
-
-        The adapter cannot be trained any more, so keep the checkpoint that you compress. Modules that PEFT saves whole
-        (task head, norms, embeddings) stay as they are.
-
-        Args:
-            kind: `"bfloat16"` (2 bytes a value) or `"int8"` (a little more than 1 byte), which hold the differences
-                from the base's values with a scale for each tuned unit (see `layers.compression`); for
-                `update="mask"`: `"bits"`, one bit for each weight.
-            adapter_name: The adapter.
-
-        Raises:
-            SensiError: If the adapter's update does not have this form, or if the adapter is compressed already, is
-                merged, or has lost its base to `keep_base=False`.
-        """
-        self._check_name(adapter_name)
-        config, layers = self.peft_config[adapter_name], self._layers()
-        possible = compressed_kinds(config.update)
-        if kind not in possible:
-            raise SensiError(
-                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)} (only "
-                f"masks have bits)."
-            )
-        if config.compressed is not None:
-            raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
-        if kind != "bits":
-            self._check_base("compress the adapter, which needs the differences from the base's values")
-        for layer in layers:
-            if kind == "bits":
-                layer.settle_mask(adapter_name)
-            else:
-                layer.compress(adapter_name, kind)
-        config.compressed = kind
-
-    def _check_name(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
@@ -390,7 +256,7 @@ class SensiModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = dict(state_dict)
-        stored = pop_plan(state_dict)
+        stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:
             check_pair(stored, config)
         plan, _ = plan_from_tensor(stored)

@@ -4,23 +4,21 @@
 
 - `{"phase": "freeze_dense", "epochs": 2}`: After this number of epochs the dense part of the update is frozen (in
   Learners + priming, arXiv 2208.02070, that is attention). Its trained values stay part of the adapter.
-- `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: Units are trimmed during training (Sensi-BERT, arXiv
-  2307.11764). Between these shares of the training the units are scored again, and more and more of them are closed on
-  a cubic schedule (Zhu & Gupta 2017, arXiv 1710.01878). A closed unit is masked, because an optimizer needs parameters
-  of a fixed shape, and leaves the model when training is finished. `start` = `end` with one cut is a cut after a
-  warm-up.
+- `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: Between these shares of the training the units are scored
+  again, and more and more of them are closed (Sensi-BERT, arXiv 2307.11764), on a cubic schedule (Zhu & Gupta 2017,
+  arXiv 1710.01878). A closed unit is masked, because an optimizer needs parameters of a fixed shape, and leaves the
+  model when training is finished. `start` = `end` with one cut is a cut after a warm-up.
 - `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn once
-  (DSEE, arXiv 2111.00160). Weights are ranked by the size of their update, or by their own size where nothing updates
-  them.
+  (DSEE, arXiv 2111.00160). It keeps the weights with the largest update, or the largest weights without an update.
 
-A schedule must be stepped. If nothing steps it, the first forward pass in training mode raises an error.
+If nothing steps a schedule, the first forward pass in training mode raises an error.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from ..layers.layer import SensiLayer
+from ..layers.layer import SensiLayer, layers_of
 from ..scoring.calibration import LossFn, materialize
 from ..scoring.criteria import DATA_METHODS
 from ..utils import distributed, replicas
@@ -55,8 +53,7 @@ class Schedule:
             `loss_fn` is not kept with the model. Default: the model's loss.
 
     Raises:
-        SensiError: If no active adapter has a schedule, or more than one, or if an argument is missing that the phase
-            needs.
+        SensiError: If not exactly one active adapter has a schedule, or an argument is missing that its phase needs.
     """
 
     def __init__(
@@ -80,34 +77,32 @@ class Schedule:
         self.phase: dict[str, Any] = dict(self.config.schedule or {})
         self.batches: list[Mapping[str, Any]] | None = None
         with distributed.synchronized("preparing the schedule"):
-            self._prepare(total_steps, steps_per_epoch, calibration)
+            if calibration is not None and self.phase["phase"] == "cut":
+                self.batches = materialize(calibration, self.config.calibration_steps)
+            self.switches = self._switches(total_steps, steps_per_epoch)
         self.done_steps = 0
         if isinstance(self.model, PeftModel):  # no other kind of model has the guard
             tuner: Any = self.model.base_model
             tuner.sensi_stepped = tuner.sensi_stepped | {self.adapter_name}
 
-    def _prepare(
-        self, total_steps: int, steps_per_epoch: int | None, calibration: Iterable[Mapping[str, Any]] | None
-    ) -> None:
-        if self.phase["phase"] == "cut":
-            if calibration is None and self.config.score in DATA_METHODS and self.config.score != "movement":
-                raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
-            if calibration is not None:
-                self.batches = materialize(calibration, self.config.calibration_steps)
-            cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
-            shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
-        elif self.phase["phase"] == "draw_mask":
-            shares = [self.phase["at"]]
-        else:
+    def _switches(self, total_steps: int, steps_per_epoch: int | None) -> list[int]:
+        if self.phase["phase"] == "freeze_dense":
             if not steps_per_epoch:
                 raise SensiError("This schedule counts epochs: `Schedule` needs `steps_per_epoch`.")
-            self.switches = [math.ceil(self.phase["epochs"] * steps_per_epoch)]
-            if self.switches[0] >= total_steps:
+            switch = math.ceil(self.phase["epochs"] * steps_per_epoch)
+            if switch >= total_steps:
                 message = f"The phase of {self.phase['epochs']} epochs is as long as the training: nothing is frozen."
                 warnings.warn(message, stacklevel=3)
-            return
+            return [switch]
+        if self.phase["phase"] == "draw_mask":
+            shares = [self.phase["at"]]
+        else:
+            if self.batches is None and self.config.score in DATA_METHODS and self.config.score != "movement":
+                raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
+            cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
+            shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
         # At the latest before the last step: there is no call of `step` after it.
-        self.switches = [min(math.ceil(round(share * total_steps, 6)), total_steps - 1) for share in shares]
+        return [min(math.ceil(round(share * total_steps, 6)), total_steps - 1) for share in shares]
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
         """Changes what is trained or kept, if it is time for that. Call it before each optimizer step.
@@ -130,7 +125,7 @@ class Schedule:
         done = self.done_steps if done_steps is None else done_steps
         self.done_steps = done + 1
         if self.phase["phase"] == "freeze_dense":
-            return freeze_dense(self._layers(), self.adapter_name, done >= self.switches[0], optimizer)
+            return self._freeze_dense(done >= self.switches[0], optimizer)
         if done not in self.switches:
             return False
         if self.phase["phase"] == "draw_mask":
@@ -146,9 +141,8 @@ class Schedule:
         If training stopped before the last switch of the schedule, or if the best checkpoint is from before it,
         performs that switch now and warns.
         """
-        if self.phase["phase"] == "draw_mask" and not all(
-            layer.is_masked(self.adapter_name) for layer in self._layers()
-        ):
+        all_masked = all(layer.is_masked(self.adapter_name) for layer in self._layers())
+        if self.phase["phase"] == "draw_mask" and not all_masked:
             self._warn("the mask is drawn")
             self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
@@ -160,23 +154,47 @@ class Schedule:
             shrink(self.model, self.config, self.adapter_name, plan)
 
     def _warn(self, what: str) -> None:
-        message = (
+        warnings.warn(
             f"Training ended in a state from before the schedule's last switch: {what} now, and the model is not "
-            f"trained afterwards."
+            f"trained afterwards.",
+            stacklevel=3,
         )
-        warnings.warn(message, stacklevel=3)
 
-    def _draw(self) -> None:
+    def _freeze_dense(self, freeze: bool, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Freezes the dense part, or unfreezes it in a second training. Returns whether that changed it."""
+        name, changed = self.adapter_name, False
+        groups = [] if optimizer is None else optimizer.param_groups
         for layer in self._layers():
-            if layer.part("bits", self.adapter_name) is not None:
-                layer.draw_mask(self.adapter_name, mask_scores(layer, self.adapter_name))
+            parameter = layer.part("weight", name)
+            if parameter is None or freeze == layer.sensi_frozen.get(name, False):
+                continue
+            if not freeze and groups and not any(parameter is p for group in groups for p in group["params"]):
+                continue  # this optimizer was made while the parameter was frozen, so it cannot train it
+            changed = True
+            layer.sensi_frozen[name] = freeze
+            parameter.requires_grad_(not freeze)
+            if freeze:
+                parameter.grad = None
+                if optimizer is not None:
+                    optimizer.state.pop(parameter, None)
+        return changed
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        name = self.adapter_name
+        for layer in self._layers():
+            if layer.part("bits", name) is not None:
+                scores, _ = layer.get_adapted_weight(name)
+                if layer.part("down", name) is not None or layer.part("values", name) is not None:
+                    scores = scores - layer.get_original_weight(name).to(scores.dtype)
+                layer.draw_mask(name, scores.abs())
 
     def _close(self, progress: float) -> None:
         with distributed.synchronized("cutting units"):
             close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
 
     def _layers(self) -> list[SensiLayer]:
-        return [m for m in self.model.modules() if isinstance(m, SensiLayer) and self.adapter_name in m.sensi_slices]
+        return list(layers_of(self.model, self.adapter_name).values())
 
 
 class SensiCallback(TrainerCallback):
@@ -211,43 +229,6 @@ class SensiCallback(TrainerCallback):
             self.schedule.finish()  # after `Trainer` has loaded the best model
 
 
-def freeze_dense(
-    layers: Sequence[SensiLayer], adapter_name: str, freeze: bool, optimizer: torch.optim.Optimizer | None
-) -> bool:
-    """Freezes the dense part of an adapter, or unfreezes it in a second training. Returns whether that changed it."""
-    changed = False
-    for layer in layers:
-        parameter = layer.part("weight", adapter_name)
-        if parameter is None or freeze == ("weight" in layer.sensi_frozen.get(adapter_name, ())):
-            continue
-        if (
-            not freeze
-            and optimizer is not None
-            and not any(parameter is p for group in optimizer.param_groups for p in group["params"])
-        ):
-            continue  # this optimizer was made while the parameter was frozen, so it cannot train it
-        changed = True
-        layer.sensi_frozen[adapter_name] = ("weight",) if freeze else ()
-        parameter.requires_grad_(not freeze)
-        if freeze:
-            parameter.grad = None
-            if optimizer is not None:
-                optimizer.state.pop(parameter, None)
-    return changed
-
-
-def mask_scores(layer: SensiLayer, adapter_name: str) -> torch.Tensor:
-    """Scores `[out, in]` of a Linear's weights, in the base's order: a mask keeps the largest ones.
-
-    The absolute value of the update, or of the weight where the adapter has no low-rank and no sparse part.
-    """
-    with torch.no_grad():
-        adapted, _ = layer.get_adapted_weight(adapter_name)
-        if layer.part("down", adapter_name) is None and layer.part("values", adapter_name) is None:
-            return adapted.abs()
-        return (adapted - layer.get_original_weight(adapter_name).to(adapted.dtype)).abs()
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of DDP, FSDP, DeepSpeed and `torch.compile`, in whatever order."""
     # Accelerate's function removes a compiled wrapper outside of DDP but not one inside of it.
@@ -259,8 +240,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def scheduled_adapters(model: nn.Module) -> dict[str, SensiConfig]:
     """The active adapters that have a schedule, with their configs. Empty for a model of any other kind."""
     # The layers know what is active, however the adapters were added (PEFT, Transformers, `inject_adapter_in_model`).
-    layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
+    layers = layers_of(model).values()
     active = {name for layer in layers for name in layer.active_adapters if name in layer.sensi_slices}
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    sensi = {name: configs[name] for name in sorted(active) if isinstance(configs.get(name), SensiConfig)}
+    configs = (getattr(model, "peft_config", None) or {}).items()
+    sensi = {n: config for n, config in configs if n in active and isinstance(config, SensiConfig)}
     return {name: config for name, config in sensi.items() if config.schedule is not None}

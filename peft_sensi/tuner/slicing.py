@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, features
 from ..anatomy.modules import linear_of
-from ..anatomy.units import Group, Side
+from ..anatomy.units import Group
 from ..layers.compression import KINDS
 from ..layers.layer import SensiLayer
 from ..layers.slices import Slice, tensor_specs
@@ -28,18 +27,9 @@ from .config import SensiConfig
 Slices = dict[str, tuple[Slice, Group]]  # by the module's name in the base model
 
 
-def slices_of(
-    model: nn.Module, config: SensiConfig, plan: Plan, linears: Mapping[str, nn.Module] | None = None
-) -> Slices:
-    """The slice and the group of each module that the adapter changes.
-
-    `linears` are the base modules of all groups by name. Callers that ask several times can look them up once.
-
-    Raises:
-        SensiError: `rank` is larger than every side of every targeted Linear.
-    """
-    if linears is None:
-        linears = linears_of(model, plan)
+def slices_of(model: nn.Module, config: SensiConfig, plan: Plan) -> Slices:
+    """The slice and the group of each module that the adapter changes."""
+    linears = {name: linear_of(model, name) for group in plan.anatomy.groups for name in group.modules}
     if config.rank is not None:
         largest = max((max(features(linears[name])) for name in plan.targets), default=0)
         if config.rank > largest:
@@ -60,33 +50,21 @@ def slices_of(
     return slices
 
 
-def linears_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The base modules, without adapters around them, of all groups of a plan by name."""
-    return {name: linear_of(model, name) for group in plan.anatomy.groups for name in group.modules}
-
-
 def trained_values(slices: Slices) -> int:
     """Number of values that the slices train, or have trained before they were compressed."""
     specs = (spec for slice_, _ in slices.values() for spec in tensor_specs(slice_, decoded=True).values())
     return sum(math.prod(spec.shape) for spec in specs if spec.trained)
 
 
-def trained_beside_units(model: nn.Module, config: SensiConfig, plan: Plan, slices: Slices | None = None) -> int:
-    """Number of trained values that the plan does not count as tuned units: biases, low-rank terms, masks and so on.
-
-    `slices` are those of `slices_of` for the same plan, if they are known already.
-    """
-    slices = slices_of(model, config, plan) if slices is None else slices
-    return trained_values(slices) - replace(plan, always_trained=0).trainable_params
+def trained_beside_units(model: nn.Module, config: SensiConfig, plan: Plan) -> int:
+    """Number of trained values that are no tuned units of the plan: biases, low-rank terms, masks and so on."""
+    return trained_values(slices_of(model, config, plan)) - replace(plan, always_trained=0).trainable_params
 
 
 def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> None:
     """Sets the rank of a low-rank update that has none: the largest rank that the `trainable` limit allows.
 
     The rank is the same for all targets. `always_trained` is the number of values that are trained outside the slices.
-
-    Raises:
-        BudgetError: The limit does not allow rank 1.
     """
     if config.update != "low_rank" or config.rank is not None:
         return
@@ -127,8 +105,8 @@ def _slice(
     targeted: bool,
 ) -> Slice:
     """The slice of one module of a group; `tuned` and `frozen` are the group's units with these states."""
-    sides: list[Side] = [side for side in group.sides if side.module == name]
-    also_train, update = config.also_train or (), (config.update or "dense").split("+")
+    sides = [side for side in group.sides if side.module == name]
+    also_train, update = config.also_train or (), ["dense"] if group.kind == "token" else config.parts
     units = np.concatenate([tuned, frozen])
     # Low-rank terms, single values, masks and whole biases are stored in the order of the units. If nothing is
     # trimmed, that is the base's own order. So the file also fits a quantized base, whose units cannot change places.
@@ -141,8 +119,6 @@ def _slice(
     whole_bias = "output_biases" if len(tuned) else "removed_biases"
     finished = whole_bias in also_train and sides[0].dim == 1 and not len(frozen)
     options: dict[str, Any] = {}
-    if group.kind == "token":
-        update = ["dense"]
     if targeted and "low_rank" in update:
         options["rank"] = config.rank
     if targeted and "sparse" in update:
@@ -151,10 +127,9 @@ def _slice(
     masked = targeted or ("mask" not in update and group.in_block)
     if config.sparsity is not None and group.kind != "token" and masked:
         options |= {"sparsity": config.sparsity, "learns_mask": "mask" in update and not config.compressed}
-        options["drawn_later"] = bool(config.schedule and config.schedule["phase"] == "draw_mask")
+        options["drawn_later"] = config.phase == "draw_mask"
     if config.compressed in KINDS:
         options["compressed"] = config.compressed
-    cuts = bool(config.schedule and config.schedule["phase"] == "cut")
     has_bias = bias_of(linear) is not None
     return Slice(
         base_shape=base_shape,
@@ -164,6 +139,6 @@ def _slice(
         tuned=count if is_tuned[:count].all() else torch.from_numpy(np.flatnonzero(is_tuned)),
         units=len(units),
         train_bias=has_bias and targeted and (finished or "biases" in also_train),
-        gated=cuts and group.trimmable and name == group.output,
+        gated=config.phase == "cut" and group.trimmable and name == group.output,
         **options,
     )

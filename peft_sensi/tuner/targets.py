@@ -10,14 +10,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.linears import bias_of, features
-from ..anatomy.modules import (
-    base_of,
-    embedding_of,
-    input_embedding,
-    is_base_parameter,
-    is_shared,
-    task_head,
-)
+from ..anatomy.modules import base_of, embedding_of, input_embedding, is_base_parameter, linear_of, task_head
 from ..anatomy.units import Anatomy
 from ..planning.budget import allowance
 from ..planning.plan import Plan
@@ -31,22 +24,15 @@ LOW_RANK_SHARE = 0.02
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """Names of the modules that may be tuned, by PEFT's own matching. Modules inside adapter layers do not count."""
-    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name)
-    return frozenset(
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    )
+    modules = {name: module for name, module in model.named_modules() if name}
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return frozenset(n for n in modules if not n.startswith(inside) and check_target_module_exists(config, n))
 
 
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """`targets_of`, after the config's regular expressions are replaced by the names that they match.
 
     Names are what an adapter saves. `also_train=["tokens"]` adds the name of the input embeddings.
-
-    Raises:
-        SensiError: If no lists of names match the same modules as the regular expressions, or if there are no input
-            embeddings whose tokens can be tuned.
     """
     targets = targets_of(model, config)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
@@ -83,24 +69,19 @@ def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
     return Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
 
 
-def refuse_tied(model: nn.Module, targets: frozenset[str]) -> None:
-    """Raises `SensiError` if a target shares its weight with embeddings, because tuning would separate the two."""
-    embeddings = [m for m in map(base_of, model.modules()) if isinstance(m, nn.Embedding)]
+def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str], anatomy: Anatomy) -> None:
+    """Raises `SensiError` if a target shares its weight with embeddings, or is one that the update cannot reach."""
+    modules = {id(m): m for m in map(base_of, model.modules())}.values()
     for name in sorted(targets):
         target = base_of(model.get_submodule(name))
-        if isinstance(target, nn.Embedding):
-            tied = is_shared(model, target)
-        else:
-            tied = any(table.weight is getattr(target, "weight", None) for table in embeddings)
-        if tied:
+        in_table = isinstance(target, nn.Embedding)
+        others = [m for m in modules if m is not target and (in_table or isinstance(m, nn.Embedding))]
+        weight = getattr(target, "weight", None)
+        if weight is not None and any(getattr(other, "weight", None) is weight for other in others):
             raise SensiError(
                 f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
                 f"`target_modules`."
             )
-
-
-def check_tokens(config: SensiConfig, anatomy: Anatomy) -> None:
-    """Raises `SensiError` if an embedding is targeted and the update has no dense part."""
     if any(g.kind == "token" for g in anatomy.groups) and not config.tunes_units:
         raise SensiError(
             f"`target_modules` has an embedding. Its tokens are units of a dense update, so update={config.update!r} "
@@ -115,38 +96,33 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
     """
     also_train = config.also_train or []
     head = tuple(f"{name}." for name in task_head(model))
-    names = [
-        name
-        for name, _ in model.named_modules()
+    modules = {
+        name: base_of(module)
+        for name, module in model.named_modules()
         if is_base_parameter(name) and "original_module" not in name.split(".") and not f"{name}.".startswith(head)
-    ]
-    modules = {name: base_of(model.get_submodule(name)) for name in names}
+    }
     found = []
     if "norms" in also_train and blocks.groups:
-        found += [name for name, module in modules.items() if _is_norm(module)]
+        norms = [name for name, module in modules.items() if "Norm" in type(module).__name__]
+        found += [name for name in norms if any(True for _ in modules[name].parameters(recurse=False))]
     if "pooler" in also_train and head:
         pooler = f"{model.base_model_prefix}.pooler"
-        found += [name for name in names if name == pooler and any(True for _ in modules[name].parameters())]
+        found += [pooler] if pooler in modules and any(True for _ in modules[pooler].parameters()) else []
     if "embeddings" in also_train:
         output = embedding_of(model, "output")
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
-        if output is not None and any(modules[name].weight is output.weight for name in embeddings):
-            raise SensiError("The embeddings are tied to the output layer and cannot be trained separately.")
-        if len({id(modules[name].weight) for name in embeddings}) < len(embeddings):
-            raise SensiError("The embeddings of both stacks are tied to each other and cannot be trained separately.")
+        weights = {id(modules[name].weight) for name in embeddings}
+        if len(weights) < len(embeddings) or (output is not None and id(output.weight) in weights):
+            raise SensiError(
+                "The embeddings are tied to the output layer or to each other and cannot be trained separately."
+            )
         found += embeddings
     return [name for name in dict.fromkeys(found) if not _is_saved_whole(name.rpartition(".")[0], config)]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
-
-
 def _is_saved_whole(name: str, config: SensiConfig) -> bool:
     """Whether PEFT's `modules_to_save` names this module or one that contains it."""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(f".{path}".endswith(f".{saved}") for path in paths for saved in config.modules_to_save or ())
+    return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
 
 
 def values_of(model: nn.Module, saved: list[str]) -> int:
@@ -154,17 +130,16 @@ def values_of(model: nn.Module, saved: list[str]) -> int:
     return sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
 
 
-def bias_values(config: SensiConfig, targeted: Iterable[nn.Module]) -> int:
+def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -> int:
     """Number of values in the biases of the targeted Linears if `also_train` has "biases", otherwise 0."""
-    biases = [bias_of(linear) for linear in targeted] if "biases" in (config.also_train or ()) else []
+    biases = [bias_of(linear_of(model, name)) for name in targets] if "biases" in (config.also_train or ()) else []
     return sum(bias.numel() for bias in biases if bias is not None)
 
 
 def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy) -> list[str]:
-    """The value of `also_train=None`.
+    """The value of `also_train=None`: something only beside dense units without a limit on trained values.
 
-    Something is trained beside dense units without a limit on trained values. Tokens are trained only if the run's
-    inputs show which ones matter.
+    Tokens are trained only if the run's inputs show which ones matter.
     """
     dense = config.tunes_units and config.retention is None
     if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:
@@ -179,13 +154,14 @@ def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs,
 
 
 def default_update(
-    config: SensiConfig, inputs: RunInputs, anatomy: Anatomy, targeted: list[nn.Linear], saved_values: int
+    model: nn.Module, config: SensiConfig, inputs: RunInputs, anatomy: Anatomy, targets: frozenset[str], saved: int
 ) -> str:
     """The value of `update=None`: `dense`, or `low_rank` under a `trainable` limit of at most 2 %.
 
     So few dense units reach few places of the model, while a low-rank term reaches all of them
     (`examples/benchmarks/quality.py` measures the gain). Every field that asks for units gives `dense`: another score
-    than the default, `tuned_layers`, tokens and others; so does a limit without room for rank 1.
+    than the default, `tuned_layers`, tokens and others; so does a limit without room for rank 1. `saved` is the number
+    of values of base modules that are trained whole.
     """
     limit = config.limits.trainable
     score = config.score if inputs.scores is None else inputs.scores.method
@@ -195,6 +171,6 @@ def default_update(
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
-    rank_1 = sum(sum(features(linear)) for linear in targeted)
-    has_room = saved_values + bias_values(config, targeted) + rank_1 <= allowed
+    rank_1 = sum(sum(features(linear_of(model, name))) for name in targets)
+    has_room = saved + bias_values(model, config, targets) + rank_1 <= allowed
     return "low_rank" if has_room and allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"

@@ -16,9 +16,8 @@ from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
-from ..scoring.calibration import materialize, preserved
+from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
-from ..scoring.options import ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError

@@ -17,7 +17,7 @@ from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
-from ..layers.layer import SensiLayer
+from ..layers.layer import layers_of
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
@@ -45,48 +45,29 @@ def wrap_module(
     """Sets up a slice for this adapter on the module called `name`. A plain Linear or embedding is replaced first.
 
     `refitted` and `kept` are values that the adapter starts from (see `SensiLayer.update_layer`).
-
-    Raises:
-        TypeError: The module is no Linear or embedding that can be targeted.
     """
-    base: Any = model.get_submodule(name)
-    layer: SensiLinear | SensiEmbedding
-    if isinstance(base, SensiLinear | SensiEmbedding):
-        layer = base
-    else:
-        if is_plain_embedding(base):
-            layer = SensiEmbedding(base, adapter_name)
-        elif is_plain(base):
-            layer = SensiLinear(base, adapter_name)
-        else:
-            raise not_linear(base)
-        if (other := next(iter(_layers(model).values()), None)) is not None:
+    layer: Any = model.get_submodule(name)
+    if not isinstance(layer, SensiLinear | SensiEmbedding):
+        if not (is_plain(layer) or is_plain_embedding(layer)):
+            raise not_linear(layer)
+        layer = (SensiLinear if is_plain(layer) else SensiEmbedding)(layer, adapter_name)
+        if (other := next(iter(layers_of(model).values()), None)) is not None:
             layer._active_adapter, layer._disable_adapters = other._active_adapter, other._disable_adapters
             layer.sensi_saved_modules = other.sensi_saved_modules
         layer.sensi_in_block = group.in_block
         if group.output == name:
             layer.sensi_units = group.size
-            layer.sensi_attributes = [(*_number(model, path), per_unit) for path, per_unit in group.attributes]
+            for path, per_unit in group.attributes:
+                parent, _, attribute = path.rpartition(".")
+                owner = model.get_submodule(parent)
+                if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
+                    raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
+                layer.sensi_attributes.append((owner, attribute, per_unit))
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
-
-
-def _number(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module and the name of an attribute that depends on the number of units.
-
-    Raises:
-        SensiLoadError: The attribute is no integer. A layout from a file could name any attribute.
-    """
-    parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    if type(getattr(module, name, 0)) is not int:
-        raise SensiLoadError(
-            f"`blocks` names {path!r} as a number that depends on the units, but in this model it is no integer."
-        )
-    return module, name
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -109,14 +90,9 @@ def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: di
     """Gives an adapter the plan of a checkpoint that is being loaded; its values start afresh.
 
     If the block raises, the adapter has its old plan and values again.
-
-    Raises:
-        SensiLoadError: The plan does not fit the model, or the model is sharded or without its base, so that layers
-            cannot be rebuilt.
-        SensiError: An adapter is merged.
     """
     root = root_of(model)
-    layers = _layers_of(root, adapter_name).values()
+    layers = layers_of(root, adapter_name).values()
     if any(replicas.is_sharded(layer) or layer.sensi_base_dropped for layer in layers):
         raise SensiLoadError(
             "The checkpoint was trained under another plan than the one that this model was wrapped with. A sharded "
@@ -136,9 +112,6 @@ def shrink(
     """Removes the units that `plan` trims from an adapter, and keeps all other trained values.
 
     `refitted` are new values of output projections, by module name.
-
-    Raises:
-        SensiError: An adapter is merged.
     """
     root = root_of(model)
     with _rebuilding(root, config, adapter_name):
@@ -158,7 +131,7 @@ def _rebuild(
 
     With `keep_values`, values of units that stay are kept; `refitted` output projections get their new values.
     """
-    layers = _layers_of(root, adapter_name)
+    layers = layers_of(root, adapter_name)
     for name in layers.keys() - slices.keys():
         layers[name].discard_parts(adapter_name)
     for name, (slice_, group) in slices.items():
@@ -180,22 +153,22 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     Afterwards the same adapters are active, and the same tensors require gradients. Tensors that did not exist before
     require gradients if the adapter's other tensors did. If the block raises, the adapter is as it was before.
     """
-    layers = _layers(root)
+    layers = layers_of(root)
     if any(layer.merged for layer in layers.values()):
         raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
     fields = config.plan, config.schedule
-    own = _layers_of(root, adapter_name)
+    own = layers_of(root, adapter_name)
     before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
     flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
     trained = any(flags.values()) or not flags
     try:
         yield
-        for name, layer in _layers(root).items():
+        for name, layer in layers_of(root).items():
             for part, parameter in layer.own_parts(adapter_name).items():
                 parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
     except BaseException:
         config.plan, config.schedule = fields
-        for name, layer in _layers(root).items():
+        for name, layer in layers_of(root).items():
             layer.discard_parts(adapter_name)
             if name not in layers:
                 replace_module(root, name, layer.get_base_layer())
@@ -207,16 +180,10 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
         raise
 
 
-def _layers(root: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in root.named_modules() if isinstance(module, SensiLayer)}
-
-
-def _layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
-    return {name: layer for name, layer in _layers(root).items() if adapter_name in layer.sensi_slices}
-
-
-def drop_originals(model: nn.Module, adapter_name: str) -> None:
-    """Frees the base's own copies of the modules that an adapter saves whole."""
+def drop_base(model: nn.Module, adapter_name: str) -> None:
+    """Frees what an adapter does not need of the base: values of Linears, and originals of modules saved whole."""
+    for layer in layers_of(model, adapter_name).values():
+        layer.drop_base(adapter_name)
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
             for module in wrapper.original_module.modules():
@@ -226,23 +193,18 @@ def drop_originals(model: nn.Module, adapter_name: str) -> None:
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
-    """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head does not change.
-
-    Raises:
-        SensiError: A parameter does not exist in the model, or has another shape.
-    """
+    """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head stays."""
     with torch.no_grad():
         for name, value in head.items():
             top, _, rest = name.partition(".")
             wrapper = model.get_submodule(top)
             if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
-                if rest not in own or own[rest].shape != value.shape:
-                    found = tuple(own[rest].shape) if rest in own else "no such parameter"
+                if (parameter := own.get(rest)) is None or parameter.shape != value.shape:
+                    found = "no such parameter" if parameter is None else tuple(parameter.shape)
                     raise SensiError(
                         f"The scores hold a task head with {name!r} of shape {tuple(value.shape)}; this model has "
                         f"{found}. Score this model, or use the model that was scored."
                     )
-                parameter = own[rest]
                 if not parameter.is_meta:
                     parameter.copy_(value)
