@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_two
 from tiny import clone, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 
-from peft_sensi import BudgetError, SensiConfig, SensiError
-from peft_sensi.planning.plan import TRIMMED, TUNED
+from peft_sensi import BudgetError, Schedule, SensiConfig, SensiError, recipes
+from peft_sensi.tuner import in_place
+from peft_sensi.utils.states import TRIMMED, TUNED
 
 
 BATCHES = tiny_batches(6, seed=3)
@@ -255,3 +256,71 @@ def test_two_processes_trim_alike(tmp_path):
     for process in (first, second):
         assert "DistributedDataParallel wrapper was made before" in process["stale"]
         assert "Give all processes the same" in process["failed"]
+
+
+LATE = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}
+
+
+def cut_in_training(**schedule):
+    """A model in which one cut was made after two steps, and its outputs before and after the cut."""
+    torch.manual_seed(0)  # for dropout
+    batches = tiny_batches(16, seed=4)
+    model = wrap(tiny_model(), budget=0.5, score="fisher", schedule={**LATE, **schedule}, calibration=batches)
+    phases = Schedule(model, 4, calibration=batches)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = tiny_batches(1, size=32, seed=50, labels=False)[0]
+    for step in range(4):
+        before = logits(model, batch)
+        model.train()
+        if phases.step(optimizer):
+            outputs = before, logits(model, batch)
+            model.train()
+        model(**BATCHES[step]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    phases.finish()
+    return model, outputs
+
+
+def test_a_late_cut_is_refitted(tmp_path):
+    errors = {}
+    for refit in (True, False):
+        model, (before, after) = cut_in_training(refit=refit)
+        errors[refit] = float((after - before).square().mean())
+        assert model.base_model.plan().params_share <= 0.5
+        assert torch.equal(logits(reloaded(model, tmp_path / str(refit))), logits(model))
+    assert errors[True] < errors[False]
+    _, (before, after) = cut_in_training()
+    assert float((after - before).square().mean()) == errors[True], "the refit is the default"
+
+
+def test_the_recipe_cuts_late():
+    config = recipes.sensi_bert(0.5, trim="late")
+    assert config.schedule == LATE and config.score == "fisher"
+    with pytest.raises(SensiError, match="refit"):
+        SensiConfig(budget=0.5, schedule={**LATE, "refit": "yes"})
+
+
+@pytest.mark.parametrize("config", [{"update": "dense+low_rank", "rank": 2}, {}], ids=["low rank", "dense"])
+def test_a_refit_is_what_least_squares_says(config):
+    """What the trimmed adapter computes with is the refitted weight, also where a low-rank term is added to it."""
+    model, found = learned(**config), {}
+    for name in ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.attention.output.dense"):
+        layer = model.base_model.model.get_submodule(name)
+        if config:
+            with torch.no_grad():
+                layer.sensi_up["default"].normal_()
+    inner = in_place.refit
+
+    def watched(*args):
+        found.update(inner(*args))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "refit", watched)
+        model.base_model.trim(0.5, calibration=tiny_batches(16, seed=4))
+    small = model.merge_and_unload()
+    assert found
+    for name, (weight, bias) in found.items():
+        torch.testing.assert_close(small.get_submodule(name).weight, weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(small.get_submodule(name).bias, bias, atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
-from ..planning.refit import Refitted, refit
+from ..planning.refit import Refitted
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
@@ -25,7 +25,7 @@ from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
 from .cuts import plan_with
 from .decision import is_refitted
-from .in_place import merged_in_place
+from .in_place import merged_in_place, refit_changes
 from .stale import mark_stale
 from .targets import anatomy_of
 from .wrapping import shrink
@@ -36,7 +36,11 @@ LEARNED_WHILE_PRIMING = ("mask", "movement")
 
 @dataclass(frozen=True)
 class Trim:
-    """What a trim is going to do. `scores` has a number for each unit of the base; units that were trimmed have 0."""
+    """What a trim is going to do.
+
+    `refitted` are changes of output projections (see `refit_changes`). `scores` has a number for each unit of the
+    base; units that were trimmed before have 0.
+    """
 
     plan: Plan
     refitted: Refitted
@@ -139,7 +143,8 @@ def _decide(
         states = {g.name: np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)) for g in before.anatomy.groups}
         refitted: Refitted = {}
         if batches is not None and (is_refitted(root, config, now) if refits is None else refits):
-            refitted = refit(root, _plan_of_merged(now, before, states), batches, inputs.loss_fn, options.progress)
+            small = _plan_of_merged(now, before, states)
+            refitted = refit_changes(root, small, batches, inputs.loss_fn, options.progress)
     plan = replace(plan_with(root, config, before, states), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
 

@@ -111,7 +111,7 @@ def shrink(
 ) -> None:
     """Removes the units that `plan` trims from an adapter, and keeps all other trained values.
 
-    `refitted` are new values of output projections, by module name.
+    `refitted` are changes of output projections (see `in_place.refit_changes`).
     """
     root = root_of(model)
     with _rebuilding(root, config, adapter_name):
@@ -129,7 +129,7 @@ def _rebuild(
 ) -> None:
     """Replaces the slices of an adapter by others.
 
-    With `keep_values`, values of units that stay are kept; `refitted` output projections get their new values.
+    With `keep_values`, values of units that stay are kept; the changes in `refitted` are added to them.
     """
     layers = layers_of(root, adapter_name)
     for name in layers.keys() - slices.keys():
@@ -139,8 +139,9 @@ def _rebuild(
         values: dict[str, torch.Tensor] = {}
         if keep_values and layer is not None:
             values = kept_parts(layer.own_parts(adapter_name), layer.sensi_slices[adapter_name], slice_)
-        weight, bias = (refitted or {}).get(name, (None, None))
-        values |= {part: value for part, value in (("weight", weight), ("bias", bias)) if value is not None}
+        for part, change in zip(("weight", "bias"), (refitted or {}).get(name, ()), strict=False):
+            if change is not None:
+                values[part] = values[part] + change.to(values[part])
         if layer is not None and layer.sensi_base_dropped:
             layer.reduce_base(adapter_name, slice_)
         layer = wrap_module(root, name, adapter_name, slice_, group, config, kept=values)
