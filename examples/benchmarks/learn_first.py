@@ -88,13 +88,6 @@ def run_seed(rows: Rows, model_name: str, budgets: list[float], bf16: bool) -> N
         for budget, row in zip(budgets, trimmed, strict=True):
             half, seconds = wrapped(copy.deepcopy(model), budget)
             rows.add(row, half, seconds)
-    if rows.missing("full, twice as long"):
-        model = base()
-        rows.add("full, twice as long", model, fit(model, data, accelerator, 2 * epochs, RATE, seed))
-    for budget in budgets:
-        if rows.missing(row := f"fast to {budget:g}"):
-            model, seconds = wrapped(base(), budget)
-            rows.add(row, model, seconds + fit(model, data, accelerator, epochs, FAST_RATE, seed))
     healing = (0, 1, epochs)
     names = {(b, n): f"thorough to {b:g}, {n} epochs after" for b in budgets for n in healing}
     if rows.missing("thorough, untrimmed", *names.values()):
@@ -110,6 +103,13 @@ def run_seed(rows: Rows, model_name: str, budgets: list[float], bf16: bool) -> N
                 healed = copy.deepcopy(half)
                 more = fit(healed, data, accelerator, count, RATE, seed + 100)
                 rows.add(names[budget, count], healed, seconds + trimming + more)
+    for budget in budgets:
+        if rows.missing(row := f"fast to {budget:g}"):
+            model, seconds = wrapped(base(), budget)
+            rows.add(row, model, seconds + fit(model, data, accelerator, epochs, FAST_RATE, seed))
+    if rows.missing("full, twice as long"):
+        model = base()
+        rows.add("full, twice as long", model, fit(model, data, accelerator, 2 * epochs, RATE, seed))
 
 
 def table(results: list[dict[str, Any]]) -> str:
