@@ -126,7 +126,7 @@ def parse(
     parser = HfArgumentParser((method_options, data_options, TrainingArguments), description=description)
     parser.set_defaults(**{**TRAINING_DEFAULTS, **(defaults or {})})
     method, data, training = parser.parse_args_into_dataclasses(arguments)
-    if (limits := budget_of(method)) is not None:
+    if isinstance(method, MethodOptions) and (limits := budget_of(method)) is not None:
         Budget.parse(limits)
     set_seed(training.seed)
     return method, data, training

@@ -20,7 +20,7 @@ def sensi_bert(
     limit: Literal["params", "flops"] = "params",
     score: str | None = None,
     granularity: Literal["unit", "tensor"] = "unit",
-    trim: Literal["at wrap", "after warm-up", "in cuts"] = "at wrap",
+    trim: Literal["at wrap", "after warm-up", "in cuts", "late"] = "at wrap",
     **kwargs: Any,
 ) -> SensiConfig:
     """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters or FLOPs, fine-tune the rest.
@@ -34,13 +34,14 @@ def sensi_bert(
         score: Default: `"mask"` at the wrap, and `"fisher"` during training, where masks would have to be learned
             beside the weights.
         granularity: `"tensor"` keeps or removes whole sublayers.
-        trim: When the model is trimmed: `"after warm-up"` is after the first tenth of the training, and `"in cuts"` is
-            in four cuts until the middle of the training.
+        trim: When the model is trimmed: `"after warm-up"` is after the first tenth of the training, `"in cuts"` is in
+            four cuts until the middle of the training, and `"late"` is once, in the middle, when the model has learned
+            the task. Late is best for hard tasks.
 
     Raises:
         SensiError: If `trim` is none of these.
     """
-    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4)}
+    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4), "late": (0.5, 0.5, 1)}
     if trim not in cuts:
         raise SensiError(f"`trim` must be one of {', '.join(cuts)}, got {trim!r}.")
     if (when := cuts[trim]) is not None:

@@ -287,6 +287,27 @@ def check_training_step(case: Case, folder: Any) -> None:
     assert len(still) <= len(trained) // 10, still
 
 
+def check_trim(case: Case, folder: Any) -> None:
+    """A trained adapter that is trimmed twice: its units are those of the trained model, and it loads and merges."""
+    batches = [case.batch(seed=seed) for seed in range(4)]
+    model, batch = case.wrap(case.model(), budget=1.0, calibration=batches), case.batch(seed=3)
+    train(model, case)
+    whole = copy.deepcopy(model).merge_and_unload()
+    for share in (0.7, 0.45):
+        plan = model.base_model.trim(share, calibration=batches, refit=False)
+        assert plan.trims and plan.params_share <= share
+    with units_at_zero(whole, plan):
+        gated = run(whole, batch)
+    tolerance = {"atol": 2e-5 * float(gated.abs().max()), "rtol": 1e-4}
+    torch.testing.assert_close(run(model, batch), gated, **tolerance)
+    model.base_model.trim(0.4, calibration=batches)
+    train(model, case)
+    expected = run(model, batch)
+    model.save_pretrained(folder)
+    assert torch.equal(run(PeftModel.from_pretrained(case.model(), folder), batch), expected)
+    torch.testing.assert_close(run(model.merge_and_unload(), batch), expected, atol=1e-4, rtol=1e-4)
+
+
 def check_empty_sublayers(case: Case) -> None:
     """A layer without heads or neurons (except those that its code needs) still runs and can be trained."""
     base, other, batch = case.model(), case.model(), case.batch()

@@ -87,15 +87,42 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
 
 
-@pytest.mark.parametrize("name", ["quality", "systems"])
+def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys):  # noqa: F811
+    import learn_first
+    import tables
+    import tasks
+
+    lines = ["sentence\tlabel", *(f"the {'abcdef'[i % 6]} is in\t{'abcdef'[i % 6]}" for i in range(564))]
+    (tmp_path / "trec6").mkdir()
+    for file in ("train.tsv", "test.tsv"):
+        (tmp_path / "trec6" / file).write_text("\n".join(lines))
+    data = tasks.load_task(replace(tasks.TASKS["trec6"], rows=64, epochs=1), tmp_path, str(encoder), 0)
+    common = {"model": "tiny", "task": "trec6", "seed": 0, "bf16": False}
+    rows = learn_first.Rows(tmp_path / "results", common, data)
+    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
+    results = tables.read_results(tmp_path / "results")
+    found = {r["method"] for r in results}
+    assert {"full", "fine-tuned, trimmed to 0.5", "fast to 0.5", "thorough to 0.5, 0 epochs after"} <= found
+    assert len(learn_first.table(results).splitlines()) == 2 + len(found)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["quality", "systems", "learn_first"])
 def test_the_documentation_has_the_table_of_the_committed_results(grid, name):
+    import learn_first
     import methods
     import tables
 
     results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / name)
-    pages = {"quality": "quality.md", "systems": "results-systems.md"}
-    table = tables.quality_table(results) if name == "quality" else tables.systems_table(results, methods.SYSTEMS)
-    assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in (ROOT / "docs" / pages[name]).read_text()
+    page = ROOT / "docs" / ("results-systems.md" if name == "systems" else "quality.md")
+    table = {
+        "quality": tables.quality_table,
+        "systems": lambda found: tables.systems_table(found, methods.SYSTEMS),
+        "learn_first": learn_first.table,
+    }[name](results)
+    assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in page.read_text()
 
 
 def test_the_readme_quotes_the_table(grid):

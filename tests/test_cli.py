@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_config, tiny_model, wrap
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
 import peft_sensi
 import peft_sensi.cli.textdata as textdata
-from peft_sensi import Scores, SensiError, recipes
+from peft_sensi import Scores, SensiError, load_merged, recipes
 from peft_sensi.cli import main
 from peft_sensi.cli.arguments import number
 from peft_sensi.cli.commands import app
@@ -483,3 +484,49 @@ def test_an_adapter_for_other_labels_does_not_get_the_bases_names(tmp_path):
     call("merge", tmp_path / "adapter", tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["id2label"] == {str(i): f"LABEL_{i}" for i in range(5)}
+
+
+def test_trim_an_adapter_and_a_finetuned_model(work, tmp_path):
+    train = ("--data", work / "data.tsv", "--validation", work / "data.jsonl", "--batch-size", "16", "--lr", "3e-3")
+    call("train", work / "base", *train, "--budget", "1", "--epochs", "20", "--out", tmp_path / "whole")
+    trim = ("--data", work / "data.tsv", "--validation", work / "data.jsonl", "--batch-size", "16", "--budget", "0.5")
+    found = json.loads(call("trim", tmp_path / "whole", *trim, "--out", tmp_path / "half", "--json"))
+    assert found["validation_before"]["accuracy"] > 0.9 and found["plan"]["params_share"] <= 0.5
+    assert found["validation_trimmed"] == found["validation"]
+    again = json.loads(call("inspect", tmp_path / "half", "--json"))
+    assert again["plan"] == found["plan"] and again["budget"] == {"params": 0.5}
+
+    # The merged model has other numbers for its labels than the file would give them.
+    call("merge", tmp_path / "whole", tmp_path / "merged")
+    shutil.rmtree(tmp_path / "fine", ignore_errors=True)
+    model = load_merged(tmp_path / "merged")
+    with torch.no_grad():
+        for tensor in (model.classifier.weight, model.classifier.bias):
+            tensor.copy_(tensor.flip(0))
+    model.config.id2label, model.config.label2id = {0: "good", 1: "bad"}, {"good": 0, "bad": 1}
+    model.save_pretrained(tmp_path / "fine")
+    BertTokenizerFast.from_pretrained(work / "base").save_pretrained(tmp_path / "fine")
+    text = call("trim", tmp_path / "fine", *trim, "--heal-epochs", "2", "--out", tmp_path / "healed")
+    assert "before" in text and "trimmed, no training" in text and "after 2 epochs" in text
+    metrics = json.loads((tmp_path / "healed" / "metrics.json").read_text())
+    assert metrics["validation_before"] == found["validation_before"]
+    assert metrics["classes"] == ["good", "bad"]
+
+
+def test_trim_refuses_other_labels(work, adapter, tmp_path):
+    other = lines_of(work, "other.tsv", [f"good film\t{('yes', 'no')[i % 2]}" for i in range(30)])
+    out = ("--out", tmp_path / "out")
+    assert "the model's labels are bad, good" in fails("trim", adapter, "--data", other, *out)
+    assert "3 outputs" in fails("trim", work / "base", "--data", work / "data.tsv", *out)
+    assert "numbers as labels" in fails(
+        "trim", adapter, "--data", work / "pairs.json", "--label-column", "score", *out
+    )
+
+
+def test_train_thorough(work, tmp_path):
+    files = ("--data", work / "data.tsv", "--validation", work / "data.jsonl", "--batch-size", "16")
+    text = call("train", work / "base", *files, "--budget", "0.5", "--thorough", "--epochs", "12", "--lr", "3e-3",
+                "--out", tmp_path, "--json")  # fmt: skip
+    found = json.loads(text)
+    assert found["thorough"] and found["plan"]["params_share"] <= 0.5 and found["validation"]["accuracy"] > 0.9
+    assert "--thorough" in fails("train", work / "base", *files, "--thorough", "--recipe", "far", "--out", tmp_path)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer,
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FILES += sorted((ROOT / "peft_sensi").glob("*.md"))
+FILES += sorted((ROOT / "peft_sensi").rglob("*.md"))
 FILES = [
     path for path in FILES if path.name != "card_template.md"
 ]  # a template; the tests of cards check it filled in
@@ -49,7 +49,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def named_models(tmp_path_factory) -> Path:
     """A folder with tiny models under the names that the documentation uses."""
     folder = tmp_path_factory.mktemp("models")
-    for name, family in {"bert-base-uncased": "bert", "distilbert-base-uncased": "distilbert"}.items():
+    names = {"bert-base-uncased": "bert", "distilbert-base-uncased": "distilbert", "my-finetuned-model": "bert"}
+    for name, family in names.items():
         tiny_model(family, num_labels=2).save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     with torch.random.fork_rng(devices=[]):

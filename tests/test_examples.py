@@ -12,9 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerFast,
+)
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -113,6 +120,24 @@ def test_numbers_are_a_regression(encoder, tmp_path):
                   "--label_column", "score", "--output_dir", tmp_path / "out")  # fmt: skip
     check(metrics, trims=False)
     assert metrics["classes"] == [] and metrics["validation"]["mse"] >= 0
+
+
+def test_a_finetuned_model_is_trimmed(encoder, tmp_path):
+    file, whole = write_sentences(tmp_path / "rows.tsv"), tmp_path / "whole"
+    run("text_classification", "--model", encoder, "--train_file", file, "--method", "full", "--output_dir", whole)
+    metrics = run("trim_finetuned", "--model", whole, "--train_file", file, "--budgets", 0.5, 0.25,
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    assert [row["budget"] for row in metrics["budgets"]] == [0.5, 0.25]
+    for row in metrics["budgets"]:
+        assert row["plan"]["params_share"] <= row["budget"]
+        assert math.isfinite(row["trimmed"]["loss"]) and row["healed"]["loss"] != row["trimmed"]["loss"]
+        base = AutoModelForSequenceClassification.from_pretrained(whole)
+        plan = PeftModel.from_pretrained(base, tmp_path / "out" / str(row["budget"])).base_model.plan()
+        assert plan.params_share == row["plan"]["params_share"]
+    with pytest.raises(SystemExit, match="3 outputs, but the training rows have 2 classes"):
+        three = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
+        three.save_pretrained(tmp_path / "three")
+        run("trim_finetuned", "--model", tmp_path / "three", "--train_file", file, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

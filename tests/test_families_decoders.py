@@ -18,6 +18,7 @@ from family_checks import (
     check_merge_equals_unmerged,
     check_save_load,
     check_training_step,
+    check_trim,
     random_plan,
     run,
     token_batch,
@@ -182,6 +183,10 @@ def test_costs(case):
 
 def test_save_and_load(case, tmp_path):
     check_save_load(case, tmp_path)
+
+
+def test_trim(case, tmp_path):
+    check_trim(case, tmp_path)
 
 
 def test_disable_adapter(case):

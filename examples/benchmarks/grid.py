@@ -48,34 +48,8 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
         model = method.build(base, Run(data.calibration(), steps, task.epochs, seed))
     wrap_seconds = time.perf_counter() - start
 
-    weights = [p for p in model.parameters() if p.requires_grad]
-    trained_values = sum(p.numel() for p in weights)
-    optimizer = torch.optim.AdamW(weights, lr=rate)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    phases = None
-    if is_sensi(model) and model.peft_config["default"].schedule is not None:
-        phases = Schedule(model, steps, steps // task.epochs, calibration=data.calibration())
-    set_seed(seed)
-    model.train()
-    start = time.perf_counter()
-    reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA's
-    step = 0
-    for epoch in range(task.epochs):
-        for batch in data.training_batches(seed + epoch):
-            if phases is not None:
-                phases.step(optimizer)
-            with accelerator.autocast():
-                loss = model(**batch).loss
-            accelerator.backward(loss)
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            if reallocate is not None:
-                reallocate(step := step + 1)
-            schedule.step()
-            optimizer.zero_grad()
-    if phases is not None:
-        phases.finish()
-    train_seconds = time.perf_counter() - start
+    trained_values = parameters(model, trainable_only=True)
+    train_seconds = fit(model, data, accelerator, task.epochs, rate, seed)
     figures = {
         "rate": rate,
         "steps": steps,
@@ -94,6 +68,38 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
         "flops_share": flops(merged, length) / flops(base, length),
         "zeros_share": zeros_share(merged),
     }
+
+
+def fit(model: nn.Module, data: Data, accelerator: Accelerator, epochs: int, rate: float, seed: int) -> float:
+    """Trains with AdamW and a linear schedule, and returns the seconds. The accelerator sets the precision."""
+    steps = epochs * (len(data.train) // BATCH_SIZE)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    phases = None
+    if is_sensi(model) and model.peft_config["default"].schedule is not None:
+        phases = Schedule(model, steps, steps // epochs, calibration=data.calibration())
+    set_seed(seed)
+    model.train()
+    start = time.perf_counter()
+    reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA's
+    step = 0
+    for epoch in range(epochs):
+        for batch in data.training_batches(seed + epoch):
+            if phases is not None:
+                phases.step(optimizer)
+            with accelerator.autocast():
+                loss = model(**batch).loss
+            accelerator.backward(loss)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            if reallocate is not None:
+                reallocate(step := step + 1)
+            schedule.step()
+            optimizer.zero_grad()
+    if phases is not None:
+        phases.finish()
+    return time.perf_counter() - start
 
 
 def fresh_base(task: Task, model_name: str) -> PreTrainedModel:

@@ -92,6 +92,13 @@ def check_out(folder: Path) -> None:
         raise SensiError(f"Nothing can be written to {folder}: {error}.") from None
 
 
+def check_rate(lr: float | None, default: float) -> float:
+    """The learning rate of `--lr`, or the default without it."""
+    if lr is not None and not 0 < lr < float("inf"):
+        raise SensiError(f"--lr must be a positive number, got {lr}.")
+    return default if lr is None else lr
+
+
 def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:
     """The budget that the options describe. `None`, without any option, stands for the library's default budget."""
     given = {"params": ("budget", params), "flops": ("flops", flops), "trainable": ("trainable", trainable)}

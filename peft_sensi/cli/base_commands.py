@@ -1,4 +1,4 @@
-"""The commands that start from a base model: `plan`, `train` and `recipes`."""
+"""The commands that score or train a model: `plan`, `train`, `trim`; and `recipes`."""
 
 from __future__ import annotations
 
@@ -105,11 +105,20 @@ def train(
         args.Score | None, option("--score", "NAME", "As in `peft-sensi plan`; fisher by default.")
     ] = None,
     scores: args.SavedScores = None,
+    thorough: Annotated[
+        bool,
+        option("--thorough", None, "Train the whole model, then trim it, then train as long again: for hard tasks."),
+    ] = False,
     epochs: Annotated[float, option("--epochs", "N", "Passes over the data.", min=0)] = 3,
     lr: Annotated[
-        float,
-        option("--lr", "RATE", "The peak learning rate. Use 1e-3 or more if --trainable is at most 2%."),
-    ] = 1e-4,
+        float | None,
+        option(
+            "--lr",
+            "RATE",
+            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 or more if --trainable is at "
+            "most 2%.",
+        ),
+    ] = None,
     batch_size: args.BatchSize = 32,
     text_column: args.TextColumn = None,
     pair_column: args.PairColumn = None,
@@ -126,17 +135,18 @@ def train(
 
     The folder gets the adapter, the tokenizer, the names of the labels, a model card and metrics.json.
     """
-    from .train import train_for
+    from .train import Training, train_for
 
     limits = args.limits_of(budget, flops, trainable)
+    if thorough and (recipe is not None or trainable is not None or scores is not None):
+        raise SensiError("--thorough trains the whole model first: leave out --recipe, --trainable and --scores.")
     if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
         raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
     if recipe not in (None, "sensi_bert") and limits is not None:
         raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget, --flops and --trainable.")
     if recipe is not None and score is not None:
         raise SensiError(f"The recipe {recipe} has its own way to rank units: leave out --score.")
-    if not 0 < lr < float("inf"):
-        raise SensiError(f"--lr must be a positive number, got {lr}.")
+    rate = args.check_rate(lr, 5e-5 if thorough else 1e-4)
     args.check_out(out_folder)
     base, task = load_base(
         model, data, text_column=text_column, pair_column=pair_column, label_column=label_column,
@@ -144,9 +154,9 @@ def train(
         validation=validation, hold_out=0.0 if validation else 0.1,
     )  # fmt: skip
     result = train_for(
-        base, task, out_folder, limits=limits, recipe=recipe.value if recipe else None,
-        score=(score or args.FISHER).value, scores=None if scores is None else Scores.load(scores), epochs=epochs,
-        lr=lr, batch_size=batch_size, bf16=bf16, seed=seed, show=lambda plan: err.print(*plan_renderables(plan)),
+        base, task, out_folder, Training(epochs, rate, batch_size, bf16, seed), limits=limits, thorough=thorough,
+        recipe=recipe.value if recipe else None, score=(score or args.FISHER).value,
+        scores=None if scores is None else Scores.load(scores), show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     facts = {name: "undefined" if v is None else f"{v:.4f}" for name, v in result["validation"].items()}
     facts |= {
@@ -156,6 +166,77 @@ def train(
         "training": f"{result['seconds']['training']:.0f} s",
     }
     print_result(json, result, facts_table(facts), f"saved in {out_folder}")
+
+
+def trim(
+    model: Annotated[str, args.argument("MODEL_OR_ADAPTER", "A fine-tuned classifier, or an adapter of `train`.")],
+    data: Annotated[Path, args.LABELED_TEXTS],
+    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the trimmed adapter.")],
+    validation: Annotated[
+        Path | None,
+        option("--validation", "FILE", "Validation texts. Default: a tenth of the data.", args.DATA),
+    ] = None,
+    budget: args.Params = None,
+    flops: args.Flops = None,
+    heal_epochs: Annotated[
+        float, option("--heal-epochs", "N", "Passes over the data after the trim; 0 for no training.", min=0)
+    ] = 0,
+    lr: Annotated[
+        float | None, option("--lr", "RATE", "The peak learning rate after the trim. Default: 5e-5.")
+    ] = None,
+    base: args.Base = None,
+    batch_size: args.BatchSize = 32,
+    text_column: args.TextColumn = None,
+    pair_column: args.PairColumn = None,
+    label_column: args.LabelColumn = None,
+    regression: args.Regression = False,
+    max_length: args.MaxLength = 128,
+    max_rows: args.MaxRows = None,
+    bf16: Annotated[bool, option("--bf16", None, "Train with bfloat16 mixed precision.")] = False,
+    seed: args.Seed = 0,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Make a trained model smaller: a fine-tuned text classifier, or an adapter that `train` has made.
+
+    Shows the quality before the trim, after it without any training, and after --heal-epochs of training.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from ..reporting.saved import base_config, is_adapter, load_adapter, load_pretrained, open_adapter
+    from .train import Training, trim_for
+
+    limits = args.limits_of(budget, flops, None) or {"params": 0.5}
+    rate = args.check_rate(lr, 5e-5)
+    args.check_out(out_folder)
+    saved = open_adapter(model) if is_adapter(model) else None
+    config: Any = load_pretrained(AutoConfig, model) if saved is None else base_config(saved, base)
+    is_regressor = config.problem_type == "regression" or config.num_labels == 1
+    head = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
+    source = model if saved is None else str(saved.folder)
+    task = read_data(
+        source, data, text_column=text_column, pair_column=pair_column, label_column=label_column,
+        regression=is_regressor or regression or None, max_length=max_length, max_rows=max_rows, seed=seed,
+        validation=validation, hold_out=0.0 if validation else 0.1, trained_head=head,
+    )  # fmt: skip
+    with step("loading the model"):
+        if saved is None:
+            trained: Any = load_pretrained(AutoModelForSequenceClassification, model).float()
+        else:
+            trained = load_adapter(saved, base, is_trainable=True)
+    result = trim_for(
+        trained, task, out_folder, Training(heal_epochs, rate, batch_size, bf16, seed), name=model, limits=limits,
+        show=lambda plan: err.print(*plan_renderables(plan)),
+    )  # fmt: skip
+    measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
+    if heal_epochs:
+        measured[f"after {heal_epochs:g} epochs"] = "validation"
+    rows = [
+        [when, *("undefined" if value is None else f"{value:.4f}" for value in result[key].values())]
+        for when, key in measured.items()
+    ]
+    table = records_table(["", *result["validation"]], rows)
+    print_result(json, result, table, f"saved in {out_folder}")
 
 
 def list_recipes(json: args.Json = False, debug: args.Debug = False) -> None:
@@ -175,7 +256,7 @@ def load_base(model: str, data: Path | None, needs_data: bool = True, **options:
 
     The model gets a fresh head for the labels of the file. `options` are those of `textdata.read_task`.
     """
-    from .textdata import load_classifier, read_task
+    from .textdata import load_classifier
 
     if data is None:
         if needs_data:
@@ -185,11 +266,19 @@ def load_base(model: str, data: Path | None, needs_data: bool = True, **options:
             )
         with step("loading the model"):
             return load_classifier(model), None
+    task = read_data(model, data, **options)
+    with step("loading the model"):
+        return load_classifier(model, task.labels, task.tokenizer), task
+
+
+def read_data(model: str, data: Path, **options: Any) -> Any:
+    """`textdata.read_task`, with a line that says what was understood."""
+    from .textdata import read_task
+
     with step("reading the data"):
         task = read_task(model, data, **options)
     err.print(Text(task.line, "dim"), soft_wrap=True)
-    with step("loading the model"):
-        return load_classifier(model, task.labels, task.tokenizer), task
+    return task
 
 
 def plan_renderables(plan: Plan) -> list[Any]:

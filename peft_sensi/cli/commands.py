@@ -40,6 +40,7 @@ def about(
 for function, example in (
     (base_commands.plan, "plan bert-base-uncased --data train.tsv --budget 0.5"),
     (base_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
+    (base_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
     (adapter_commands.inspect, "inspect adapter --json"),
     (adapter_commands.merge, "merge adapter small-model"),
     (adapter_commands.export, "export adapter model.onnx"),

@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,12 +153,14 @@ def read_task(
     regression: bool | None = None,
     hold_out: float = 0.0,
     seed: int = 0,
+    trained_head: Sequence[str] | None = None,
 ) -> TextTask:
     """Reads a file of training rows, and another of validation rows if there is one, for a model's tokenizer.
 
     Columns without a name are recognized, if there is no doubt. Texts are cut after `max_length` tokens, or at the
     model's own limit. `max_rows` training rows are chosen at random, and `hold_out` is the share of them that is used
-    for validation if there is no file for it. For `regression`, see `find_labels`.
+    for validation if there is no file for it. For `regression`, see `find_labels`. `trained_head` are the names of the
+    classes that the model's head has learned, in its order, and then the order of the labels; empty for a regressor.
     """
     rows = read_rows(data)
     label, columns = _columns(data, rows, text_column, pair_column, label_column)
@@ -169,6 +172,8 @@ def read_task(
         if missing := [name for name in (*columns, label) if name not in held[0]]:
             raise DataError(f"{validation} has no column {missing[0]!r}; it has {', '.join(held[0])}.")
     labels = _labels(data, rows, label, regression)
+    if trained_head is not None:
+        labels = _labels_of_head(data, labels, list(trained_head))
     if hold_out and validation is None:
         held, rows = _hold_out(rows, label, hold_out, labels)
     tokenizer = load_pretrained(AutoTokenizer, model)
@@ -224,6 +229,20 @@ def _hold_out(
         else:
             kept.append(row)
     return held, kept
+
+
+def _labels_of_head(data: str | Path, labels: Labels, head: list[str]) -> Labels:
+    """The labels of the file in the order that the head of a trained model has them."""
+    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in head)  # then both have the order of the numbers
+    if labels.regression == bool(head) or (unnamed and len(labels.names) != len(head)):
+        found = f"{len(labels.names)} classes" if labels.names else "numbers"
+        raise DataError(f"{data} has {found} as labels, but the model's head has {len(head) or 1} outputs.")
+    if unnamed:
+        return labels
+    if unknown := [name for name in labels.names if name not in head]:
+        raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {', '.join(head)}.")
+    numbers = {name: number for number, name in enumerate(head)}
+    return Labels(head, lambda value: numbers[labels.names[int(labels.encode(value))]])
 
 
 def load_classifier(model: str, labels: Labels | None = None, tokenizer: Any = None) -> Any:

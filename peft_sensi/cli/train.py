@@ -6,13 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
@@ -60,32 +61,117 @@ def for_head_of(model: nn.Module, scores: Scores) -> Scores:
     return scores if fits else replace(scores, head={})
 
 
+@dataclass(frozen=True)
+class Training:
+    """The options of the command about training."""
+
+    epochs: float
+    lr: float
+    batch_size: int
+    bf16: bool
+    seed: int
+
+
+class Run:
+    """An adapter and its task, and the folder in which it is saved after each training."""
+
+    def __init__(self, model: Any, task: TextTask, folder: Path, training: Training) -> None:
+        self.model, self.task, self.folder, self.training = model, task, folder, training
+        self.seconds = 0.0
+
+    def trainer(self, epochs: float = 0.0, callbacks: list[Any] | None = None) -> Trainer:
+        options = self.training
+        arguments = TrainingArguments(
+            str(self.folder),
+            num_train_epochs=epochs,
+            learning_rate=options.lr,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=2 * options.batch_size,
+            warmup_steps=0.1,
+            bf16=options.bf16,
+            use_cpu=not torch.accelerator.is_available(),  # otherwise TrainingArguments refuses bf16 on a CPU
+            seed=options.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(
+            self.model,
+            arguments,
+            train_dataset=self.task.train,  # type: ignore[arg-type]
+            data_collator=self.task.collator,
+            processing_class=self.task.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def train(self, epochs: float, callbacks: list[Any] | None = None) -> None:
+        """Trains, and saves the adapter. Raises `SensiError`, without saving, if values are not finite."""
+        start = time.perf_counter()
+        trainer = self.trainer(epochs, callbacks)
+        trainer.train()
+        self.seconds += time.perf_counter() - start
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+            raise SensiError(
+                "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
+            )
+        trainer.save_model()  # before anything else can go wrong
+
+    def evaluate(self) -> dict[str, float | None]:
+        outcome = self.trainer().predict(self.task.validation)  # type: ignore[arg-type]
+        return quality(outcome.predictions, outcome.label_ids, self.task.labels.regression)
+
+    def write_metrics(self, **more: Any) -> dict[str, Any]:
+        """Writes `metrics.json` and the names of the labels. Returns what it contains; empty except in process 0."""
+        if PartialState().process_index:
+            return {}
+        self.model.get_base_model().config.save_pretrained(self.folder)  # for the names of the labels
+        plan = self.model.base_model.plan()
+        result = {
+            **more,
+            "rows": {"train": len(self.task.train), "validation": len(self.task.validation)},
+            "classes": self.task.labels.names,
+            "learning_rate": self.training.lr,
+            "seed": self.training.seed,
+            "trained_values": plan.trainable_params,
+            "plan": plan_figures(plan),
+            "weight_bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
+            "folder": str(self.folder),
+            "command": sys.argv[1:],
+        }
+        (self.folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody needs with the adapter
+        text = json.dumps(result, indent=2, default=str)
+        write_atomically(self.folder / "metrics.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        return result
+
+
 def train_for(
     model: Any,
     task: TextTask,
     folder: Path,
+    training: Training,
     *,
     limits: Any,
     recipe: str | None,
     score: str,
     scores: Scores | None,
-    epochs: float,
-    lr: float,
-    batch_size: int,
-    bf16: bool,
-    seed: int,
+    thorough: bool,
     show: Callable[[Plan], None],
 ) -> dict[str, Any]:
     """Wraps the base model, trains the adapter, evaluates it, and saves it in a folder with its tokenizer and card.
 
-    The arguments are the command's options; `show` is called with the plan before the training starts. Returns what
-    `metrics.json` contains, and an empty dict in all processes but the first.
+    The arguments are the command's options; `show` is called with the plan once it is known. With `thorough`, the
+    whole model is trained, then trimmed, then trained as long again. Returns what `metrics.json` contains, and an
+    empty dict in all processes but the first.
     """
-    calibration = list(task.batches(batch_size, seed))[:64]
+    calibration = list(task.batches(training.batch_size, training.seed))[:64]
     scores = None if scores is None else for_head_of(model, scores)
+    seed = training.seed
     common: dict[str, Any] = {"calibration": calibration, "scores": scores, "task_type": "SEQ_CLS", "seed": seed}
     if recipe is None:
-        config = SensiConfig(budget=limits, score=score, **common)
+        config = SensiConfig(budget=1.0 if thorough else limits, score=score, **common)
     elif recipe == "sensi_bert":
         (limit, budget), *_ = limits.items()
         config = recipes.sensi_bert(budget, limit, **common)
@@ -94,68 +180,70 @@ def train_for(
     start = time.perf_counter()
     name = model.name_or_path
     set_seed(seed)
-    peft_model: Any = get_peft_model(model, config)
-    prepared = time.perf_counter()
-    show(peft_model.base_model.plan())
-    arguments = TrainingArguments(
-        str(folder),
-        num_train_epochs=epochs,
-        learning_rate=lr,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=2 * batch_size,
-        warmup_steps=0.1,
-        bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # otherwise TrainingArguments refuses bf16 on a CPU
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
+    run = Run(get_peft_model(model, config), task, folder, training)
+    prepared = time.perf_counter() - start
+    if not thorough:
+        show(run.model.base_model.plan())
+    run.train(training.epochs, [SensiCallback(calibration=calibration)])
+    if thorough:
+        start = time.perf_counter()
+        show(run.model.base_model.trim(limits or 0.5, calibration))
+        prepared += time.perf_counter() - start
+        run.train(training.epochs)
+    return run.write_metrics(
+        model=name,
+        budget=limits,
+        recipe=recipe,
+        thorough=thorough,
+        score=config.score if scores is None else scores.method,
+        epochs=training.epochs,
+        validation=run.evaluate(),
+        seconds={"preparation": prepared, "training": run.seconds},
     )
-    trainer = Trainer(
-        peft_model,
-        arguments,
-        train_dataset=task.train,  # type: ignore[arg-type]
-        data_collator=task.collator,
-        processing_class=task.tokenizer,
-        callbacks=[SensiCallback(calibration=calibration)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trained = time.perf_counter()
-    if not all(bool(torch.isfinite(p).all()) for p in peft_model.parameters() if p.requires_grad):
-        raise SensiError(
-            "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
+
+
+def trim_for(
+    model: Any,
+    task: TextTask,
+    folder: Path,
+    training: Training,
+    *,
+    name: str,
+    limits: Any,
+    show: Callable[[Plan], None],
+) -> dict[str, Any]:
+    """Trims a trained adapter or a fine-tuned model, trains it on for `training.epochs`, and saves the adapter.
+
+    Returns what `metrics.json` contains: the quality before the trim, after it, and after the training.
+    """
+    calibration = list(task.batches(training.batch_size, training.seed))[:64]
+    set_seed(training.seed)
+    run = Run(model, task, folder, training)
+    before, start = run.evaluate(), time.perf_counter()
+    if isinstance(model, PeftModel):
+        run.model.base_model.trim(limits, calibration)
+    else:
+        # The head has been trained, so the gradients mean something without priming.
+        config = SensiConfig(
+            budget=limits, calibration=calibration, priming_steps=0, task_type="SEQ_CLS", seed=training.seed
         )
-    trainer.save_model()  # before anything else can go wrong
-    outcome = trainer.predict(task.validation)  # type: ignore[arg-type]
-    found = quality(outcome.predictions, outcome.label_ids, task.labels.regression)
-    if not trainer.is_world_process_zero():
-        return {}
-    peft_model.get_base_model().config.save_pretrained(folder)  # for the names of the labels
-    plan = peft_model.base_model.plan()
-    result = {
-        "model": name,
-        "budget": limits,
-        "recipe": recipe,
-        "score": config.score if scores is None else scores.method,
-        "rows": {"train": len(task.train), "validation": len(task.validation)},
-        "classes": task.labels.names,
-        "epochs": epochs,
-        "learning_rate": lr,
-        "seed": seed,
-        "validation": found,
-        "trained_values": plan.trainable_params,
-        "plan": plan_figures(plan),
-        "weight_bytes": (folder / "adapter_model.safetensors").stat().st_size,
-        "seconds": {"preparation": prepared - start, "training": trained - prepared},
-        "folder": str(folder),
-        "command": sys.argv[1:],
-    }
-    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody needs with the adapter
-    text = json.dumps(result, indent=2, default=str)
-    write_atomically(folder / "metrics.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
-    return result
+        run.model = get_peft_model(model, config)
+    seconds = time.perf_counter() - start
+    show(run.model.base_model.plan())
+    trimmed = run.evaluate()
+    if training.epochs:
+        run.train(training.epochs)
+    else:
+        run.trainer().save_model()
+    return run.write_metrics(
+        model=name,
+        budget=limits,
+        epochs=training.epochs,
+        validation_before=before,
+        validation_trimmed=trimmed,
+        validation=run.evaluate() if training.epochs else trimmed,
+        seconds={"preparation": seconds, "training": run.seconds},
+    )
 
 
 def quality(predictions: Any, labels: Any, regression: bool) -> dict[str, float | None]:

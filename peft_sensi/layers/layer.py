@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_f
 from ..utils.errors import SensiError
 from .compression import PARTS, encode
 from .functional import Pair
-from .slices import Slice, first_parts, master_dtype, tensor_specs
+from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
@@ -59,11 +60,13 @@ class SensiLayer(ComposedWeights):
         values: Pair | None = None,
         init_weights: bool = True,
         inference_mode: bool = False,
+        kept: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Sets up `adapter_name`, and leaves the other adapters and the choice of the active ones as they are.
 
-        `values` are refitted values (see `slices.first_parts`). Gradients are required if the adapter is active and
-        not in `inference_mode`.
+        `values` are refitted values in the order of `slice_.kept` (see `slices.first_parts`). `kept` are finished
+        tensors by name, without `sensi_` (see `slices.kept_parts`). Gradients are required if the adapter is active
+        and not in `inference_mode`.
         """
         self.discard_parts(adapter_name)
         self.sensi_slices[adapter_name] = slice_
@@ -73,11 +76,14 @@ class SensiLayer(ComposedWeights):
             start = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         else:
             # In inference mode a file brings the positions of single values, and choosing them can take long.
-            start = first_parts(base, replace(slice_, support="first") if inference_mode else slice_, values)
+            start = dict(kept or {})
+            if not specs.keys() <= start.keys():  # otherwise the base may have been dropped
+                first = first_parts(base, replace(slice_, support="first") if inference_mode else slice_, values)
+                start = first | start
         active = adapter_name in self.active_adapters and not inference_mode
         for name, spec in specs.items():
-            tensor = start[name]
-            if spec.trained and not init_weights and not tensor.is_meta:
+            tensor = start[name].detach().to(spec.dtype)
+            if spec.trained and not init_weights and not tensor.is_meta and kept is None:
                 scale = tensor.std() if tensor.numel() > 1 else tensor.new_zeros(())
                 tensor = tensor + torch.randn_like(tensor) * scale.clamp_min(0.1)
             parameter = nn.Parameter(tensor.contiguous(), requires_grad=spec.trained and active)
@@ -107,6 +113,18 @@ class SensiLayer(ComposedWeights):
         update_features(base)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
+
+    def reduce_base(self, adapter_name: str, slice_: Slice) -> None:
+        """After `drop_base`: drops the rows or columns of the base of units that the new `slice_` does not keep."""
+        old, base = self.sensi_slices[adapter_name], self.get_base_layer()
+        if old.whole:  # nothing of the base is left
+            return
+        index = positions_in(old.kept, slice_.kept).to(base.weight.device)
+        weight = oriented(base, matrix(base).detach().index_select(slice_.dim, index)).contiguous()
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        if bias_of(base) is not None and slice_.dim == 0:
+            base.bias = nn.Parameter(base.bias.detach().index_select(0, index), requires_grad=False)
+        update_features(base)
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
         """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity."""

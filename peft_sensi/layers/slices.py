@@ -12,7 +12,7 @@ import torch
 from ..anatomy.linears import bias_of, matrix
 from .compression import KINDS, PARTS, sizes
 from .functional import Pair, Positions
-from .updates import pack_mask, sparse_support, top_mask
+from .updates import pack_mask, sparse_support, top_mask, unpack_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,18 +175,21 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
 
 
 def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dict[str, torch.Tensor]:
-    """The values of an adapter's trained tensors after units have left a Linear.
+    """The values of an adapter's tensors, gates left out, after units have left a Linear.
 
     The units of `new` are some of those of `old`, and tuned or frozen as before. The number of single values follows
     from the config and must not change: values that leave with a unit are replaced by zeros at the first free places.
     """
-    kept = _positions_in(old.kept, new.kept)
-    tuned = _positions_in(old.tuned_positions, new.tuned_positions)
+    kept = positions_in(old.kept, new.kept)
+    tuned = positions_in(old.tuned_positions, new.tuned_positions)
     result: dict[str, torch.Tensor] = {}
     for name, spec in tensor_specs(new).items():
         if spec.trained and name in parts and name != "values":
             value, index = parts[name], tuned if spec.tuned_only else kept
             result[name] = value if spec.axis is None else value.index_select(spec.axis, index.to(value.device))
+    if "bits" in parts:
+        mask = unpack_mask(parts["bits"], old.kept_shape).index_select(old.dim, kept.to(parts["bits"].device))
+        result["bits"] = pack_mask(mask)
     if "values" not in parts:
         return result
     places, values = parts["places"].long(), parts["values"]
@@ -205,7 +208,7 @@ def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dic
     return {**result, "places": flat[order].to(torch.int32), "values": values[order]}
 
 
-def _positions_in(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def positions_in(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Where each entry of `new` is in `old`."""
     order = old.argsort()
     return order[torch.searchsorted(old[order], new)]

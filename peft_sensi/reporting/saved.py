@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -15,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ..anatomy.modules import task_head
 from ..planning.plan import Plan
@@ -106,7 +108,16 @@ def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan
         return None
 
 
-def load_adapter(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
+def is_adapter(name: str) -> bool:
+    """Whether a folder, or a repository of the Hub, holds an adapter and not a whole model."""
+    if Path(name).is_dir():
+        return (Path(name) / CONFIG).exists()
+    with contextlib.suppress(Exception):  # no connection, no such repository: loading the model says that
+        return isinstance(cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False), str)
+    return False
+
+
+def load_adapter(adapter: SavedAdapter, base: str | None = None, is_trainable: bool = False) -> PeftModel:
     """Loads the base model (`base`, or the one that the adapter names) with the adapter, in evaluation mode.
 
     Raises `SensiError` if the base model cannot be loaded, or is not the one that the adapter was made for.
@@ -115,7 +126,7 @@ def load_adapter(adapter: SavedAdapter, base: str | None = None) -> PeftModel:
     # The base may have a head for other labels. The adapter contains its own head.
     name = base or str(adapter.base)
     model = load_pretrained(_class_of(adapter), name, config=config, ignore_mismatched_sizes=True)
-    return PeftModel.from_pretrained(model, str(adapter.folder)).eval()
+    return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=is_trainable).eval()
 
 
 def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:

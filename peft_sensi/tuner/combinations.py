@@ -44,7 +44,8 @@ _PHASES: dict[str, tuple[dict[str, tuple[float, float]], str]] = {
     "draw_mask": ({"at": (0, 1)}, "`at`, a share of the training"),
     "cut": (
         {"start": (0, 1), "end": (0, 1), "cuts": (1, MOST_CUTS)},
-        f"`start` <= `end`, shares of the training, and `cuts`, a whole number of at most {MOST_CUTS}",
+        f"`start` <= `end`, shares of the training, `cuts`, a whole number of at most {MOST_CUTS}, and maybe `refit`, "
+        f"True or False",
     ),
 }
 
@@ -178,7 +179,8 @@ def _check_schedule(schedule: Mapping[str, Any]) -> None:
     if not isinstance(phase, str) or phase not in _PHASES:
         raise SensiError(f"`schedule` has the phase {shown(phase)}; the phases are {', '.join(_PHASES)}.")
     fields, description = _PHASES[phase]
-    good = set(schedule) == {"phase", *fields} and all(
+    optional = {"refit"} if phase == "cut" and isinstance(schedule.get("refit", True), bool) else set()
+    good = set(schedule) - optional == {"phase", *fields} and all(
         is_number(schedule[name]) and low <= schedule[name] <= high for name, (low, high) in fields.items()
     )
     if good and phase == "cut":

@@ -12,18 +12,22 @@ from torch import nn
 
 from ..anatomy.linears import matrix
 from ..anatomy.modules import linear_of
-from ..anatomy.units import Anatomy
+from ..anatomy.units import Anatomy, Group
+from ..layers.functional import Pair
 from ..layers.layer import layers_of
+from ..layers.slices import positions_in
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
 from ..planning.plan import Plan
+from ..planning.refit import Refitted
 from ..scoring.calibration import LossFn, preserved
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
 from .config import SensiConfig
-from .in_place import merged_in_place
+from .decision import is_refitted
+from .in_place import merged_in_place, refit_changes
 from .slicing import trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
@@ -39,7 +43,7 @@ def close_units(
     """Scores the trained model and closes units, so that it is the share `progress` of the way to the budget.
 
     Closed units stay closed. Only the last cut (`progress` 1) may open some again, if no open unit would fit, so that
-    the budget is used up.
+    the budget is used up. The output projections are refitted (see `planning.refit`) to the model before the cut.
     """
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
@@ -65,6 +69,7 @@ def close_units(
         min_units=config.units_to_stay,
         uniform=config.widths == "uniform",
     )
+    changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
     distributed.gather("cutting")
     with torch.no_grad():
         for group in anatomy.trimmable:
@@ -72,8 +77,52 @@ def close_units(
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
                 distributed.broadcast(gate)
+            if group.output in changes:
+                _add_change(root.get_submodule(group.output), adapter_name, group, plan, opened, changes[group.output])
     closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
     distributed.check_equal("its cut", closed, "The processes must have the same model.")
+
+
+def _refitted(
+    root: nn.Module,
+    config: SensiConfig,
+    adapter_name: str,
+    wanted: Plan,
+    batches: list[Mapping[str, Any]] | None,
+    loss_fn: LossFn | None,
+) -> Refitted:
+    """Changes of the output projections that make up for the cut, if the schedule does not switch the refit off."""
+    before = plan_of(root, config)
+    refits = (config.schedule or {}).get("refit")
+    if batches is None or refits is False or not (refits or is_refitted(root, config, before.anatomy)):
+        return {}
+    states = tuple(
+        np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)).astype(np.uint8).tobytes()
+        for g in before.anatomy.groups
+    )
+    with preserved(root), merged_in_place(root, adapter_name):
+        root.eval()
+        return refit_changes(root, replace(before, states=states), batches, loss_fn, progress=False)
+
+
+def _add_change(
+    layer: Any, adapter_name: str, group: Group, plan: Plan, opened: Mapping[str, np.ndarray], change: Pair
+) -> None:
+    """Adds the change of a refit to a trained output projection, on the columns of the units that `plan` keeps."""
+
+    def columns(units: np.ndarray) -> torch.Tensor:
+        positions = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(units)))
+        return positions_in(layer.sensi_slices[adapter_name].tuned_positions, positions).to(weight.device)
+
+    weight, bias = layer.part("weight", adapter_name), layer.part("bias", adapter_name)
+    kept = plan.of(group) != TRIMMED
+    # A unit that is opened again contributed nothing to the model that the refit saw.
+    weight.index_fill_(1, columns(kept & ~opened[group.name]), 0.0)
+    weight.index_add_(1, columns(kept), change[0].to(weight))
+    distributed.broadcast(weight)
+    if change[1] is not None:
+        bias.add_(change[1].to(bias))
+        distributed.broadcast(bias)
 
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -123,18 +172,24 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
 
 
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
-    """The plan that trims all closed units and tunes the others.
-
-    If all units of a sublayer are closed, its output bias stays and has been trained. `config.also_train` then gets
-    "removed_biases".
-    """
+    """The plan that trims all closed units; the others keep their states."""
     before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
-    states = {group.name: before.of(group).copy() for group in before.anatomy.groups}
+    states = {group.name: before.of(group) for group in before.anatomy.groups}
     for group in before.anatomy.trimmable:
         if group.output in gates:
-            states[group.name][gates[group.output].cpu().numpy() == 0] = TRIMMED
-    after = replace(before, states=tuple(state.tobytes() for state in states.values()))
+            states[group.name] = np.where(gates[group.output].cpu().numpy() == 0, TRIMMED, states[group.name])
+    return plan_with(root, config, before, states)
+
+
+def plan_with(root: nn.Module, config: SensiConfig, before: Plan, states: Mapping[str, np.ndarray]) -> Plan:
+    """The plan that differs from `before` in the states of its units, with the trained values counted again.
+
+    If all units of a sublayer are trimmed, its output bias stays and has been trained. `config.also_train` then gets
+    "removed_biases".
+    """
+    packed = tuple(states[group.name].astype(np.uint8).tobytes() for group in before.anatomy.groups)
+    after = replace(before, states=packed)
     saved_values = before.always_trained - trained_beside_units(root, config, before)
     also = config.also_train or []
     if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):

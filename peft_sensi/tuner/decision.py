@@ -238,7 +238,7 @@ def decide(
     # The plan is known now, so what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
     refitted: Refitted = {}
-    if _is_refitted(model, config, anatomy) and batches is not None and plan.trims:
+    if is_refitted(model, config, anatomy) and batches is not None and plan.trims:
         model.eval()
         refitted = refit(model, plan, batches[: config.calibration_steps], inputs.loss_fn, distributed.rank() == 0)
     # Without priming, the head's first steps would be spent on the prior.
@@ -262,7 +262,7 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
     return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
 
 
-def _is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> bool:
+def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> bool:
     """Whether trimmed blocks are refitted. The fit moves output biases, so the adapter must hold these."""
     has_biases = any(bias_of(linear_of(model, group.output)) is not None for group in anatomy.trimmable)
     fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))

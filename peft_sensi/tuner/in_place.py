@@ -1,14 +1,22 @@
-"""An adapter merged into its base layers for a while, so that the trained model can be scored like a plain one."""
+"""An adapter merged into its base layers for a while: the trained model is scored and refitted like a plain one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
+from ..anatomy.linears import matrix
 from ..layers.layer import layers_of
+from ..planning.plan import Plan
+from ..planning.refit import Refitted, refit
+from ..scoring.calibration import LossFn
 from ..utils.errors import SensiError
+from ..utils.states import TRIMMED
 
 
 @contextmanager
@@ -39,3 +47,24 @@ def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
         for layer in unmerged:
             if layer.merged:  # not all of them are, if merging failed
                 layer.unmerge()
+
+
+def refit_changes(
+    root: nn.Module, plan: Plan, batches: list[Mapping[str, Any]], loss_fn: LossFn | None, progress: bool
+) -> Refitted:
+    """`refit` inside `merged_in_place`, as changes of the adapted weights: float32, of the kept columns in base order.
+
+    A change can be added to the trained weight whatever else the adapter adds to it, such as a low-rank term. A mask
+    would undo a part of the change, so masked layers are left out.
+    """
+    changes: Refitted = {}
+    for name, (weight, bias) in refit(root, plan, batches, loss_fn, progress).items():
+        layer: Any = root.get_submodule(name)
+        if any(slice_.sparsity is not None for slice_ in layer.sensi_slices.values()):
+            continue
+        base = layer.get_base_layer()
+        group = next(g for g in plan.anatomy.trimmable if g.output == name)
+        columns = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) != TRIMMED)))
+        before = matrix(base).detach().index_select(1, columns.to(weight.device)).float()
+        changes[name] = (weight - before, None if bias is None else bias - base.bias.detach().float())
+    return changes

@@ -13,23 +13,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.linears import is_quantized, not_mergeable
-from ..anatomy.units import Anatomy
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, base_is_dropped, layers_of, new_parameters_are_empty
-from ..planning.plan import Plan
-from ..scoring.scores import Scores
+from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
-from .combinations import compressed_kinds
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
-from .targets import targets_of
+from .operations import AdapterOperations
+from .stale import check_wrapper
 from .wrapping import drop_base, replace_module, replanned, set_head, wrap_module
 
 
-class SensiModel(BaseTuner):
+class SensiModel(AdapterOperations, BaseTuner):
     """Tunes, freezes or trims every unit of a pretrained model under a budget.
 
     Args:
@@ -53,11 +50,7 @@ class SensiModel(BaseTuner):
     peft_config: dict[str, SensiConfig]  # type: ignore[assignment]
     model: nn.Module
 
-    # PEFT's constructor injects the first adapter, so these have class-level defaults and are replaced, not changed.
-    # The base at the time of each wrap: merging and `keep_base=False` change the shapes that can be seen later.
-    _sensi_anatomies: dict[str, Anatomy] = {}
-    # The scores from which the plans of this process were made.
-    _sensi_scores: dict[str, Scores] = {}
+    # Like the attributes of `AdapterOperations`, these are set before PEFT's constructor has finished.
     # The decision that the injection in progress carries out.
     _sensi_decision: Decision | None = None
     # Adapters whose schedule is stepped by a `Schedule`.
@@ -66,20 +59,6 @@ class SensiModel(BaseTuner):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another model: its schedules are not stepped until it gets a `Schedule` of its own.
         return {**self.__dict__, "sensi_stepped": frozenset()}
-
-    def plan(self, adapter_name: str = "default") -> Plan:
-        """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
-        self._check_name(adapter_name)
-        config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
-        return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
-
-    def explain(self, adapter_name: str = "default") -> str:
-        """A table of the plan's groups, sorted by their scores. Raises `SensiError` for an adapter from a file."""
-        scores = self._sensi_scores.get(adapter_name)
-        if scores is None:
-            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
-        values = {name: value.numpy() for name, value in scores.values.items()}
-        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
 
     # -- wrapping -----------------------------------------------------------------------------------------------------
 
@@ -238,9 +217,6 @@ class SensiModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _layers(self) -> list[SensiLayer]:
-        return list(layers_of(self.model).values())
-
     def _check_combination(self, adapter_names: list[str]) -> None:
         if len(adapter_names) > 1:
             for layer in self._layers():
@@ -250,15 +226,12 @@ class SensiModel(BaseTuner):
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 
-    def _check_base(self, action: str) -> None:
-        if any(layer.sensi_base_dropped for layer in self._layers()):
-            raise base_is_dropped(action)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SensiError("`adapter_names` in forward is not supported: a batch goes through one adapter.")
         if self.model.training and torch.is_grad_enabled():
+            check_wrapper()
             for name in self.active_adapters:
                 if self.peft_config[name].schedule is not None and name not in self.sensi_stepped:
                     raise SensiError(
@@ -266,44 +239,6 @@ class SensiModel(BaseTuner):
                         f"it. Give `SensiCallback()` to `Trainer`, or call `Schedule.step` in your own loop."
                     )
         yield
-
-    def compress(self, kind: str, adapter_name: str = "default") -> None:
-        """Replaces an adapter's trained values by a narrower form. It is used, saved and merged in this form.
-
-        The adapter cannot be trained any more, so keep the checkpoint that you compress. Modules that PEFT saves whole
-        (task head, norms, embeddings) stay as they are.
-
-        Args:
-            kind: `"bfloat16"` (2 bytes a value) or `"int8"` (a little more than 1 byte), which hold the differences
-                from the base's values with a scale for each tuned unit (see `layers.compression`); for
-                `update="mask"`: `"bits"`, one bit for each weight.
-            adapter_name: The adapter.
-
-        Raises:
-            SensiError: If the adapter's update does not have this form, or if the adapter is compressed already, is
-                merged, or has lost its base to `keep_base=False`.
-        """
-        self._check_name(adapter_name)
-        config, layers = self.peft_config[adapter_name], self._layers()
-        possible = compressed_kinds(config.update)
-        if kind not in possible:
-            raise SensiError(
-                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)} (only "
-                f"masks have bits)."
-            )
-        if config.compressed is not None:
-            raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
-        if kind != "bits":
-            self._check_base("compress the adapter, which needs the differences from the base's values")
-        for layer in layers:
-            layer.compress(adapter_name, kind)
-        config.compressed = kind
-
-    def _check_name(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from ..anatomy.linears import bias_of, features
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
 from ..layers.compression import KINDS
+from ..layers.layer import SensiLayer
 from ..layers.slices import Slice, tensor_specs
 from ..planning.budget import allowance
 from ..planning.plan import Plan
@@ -41,7 +42,9 @@ def slices_of(model: nn.Module, config: SensiConfig, plan: Plan) -> Slices:
         states = plan.of(group)
         tuned, frozen = np.flatnonzero(states == TUNED), np.flatnonzero(states == FROZEN)
         for module in group.modules:
-            slice_ = _slice(linears[module], module, group, tuned, frozen, config, module in plan.targets)
+            slice_ = _slice(
+                _shape_of(model, module), linears[module], module, group, tuned, frozen, config, module in plan.targets
+            )
             if not slice_.idle:
                 slices[module] = (slice_, group)
     return slices
@@ -81,7 +84,18 @@ def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: 
     config.rank = min(allowed // price, max(max(shape) for shape in shapes))
 
 
+def _shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """Shape of a base weight at the time of the wrap: with `keep_base=False`, less may be left of it."""
+    module = model.get_submodule(name)
+    return (
+        (module.out_features, module.in_features)
+        if isinstance(module, SensiLayer)
+        else features(linear_of(model, name))
+    )
+
+
 def _slice(
+    base_shape: tuple[int, int],
     linear: nn.Module,
     name: str,
     group: Group,
@@ -118,7 +132,7 @@ def _slice(
         options["compressed"] = config.compressed
     has_bias = bias_of(linear) is not None
     return Slice(
-        base_shape=features(linear),
+        base_shape=base_shape,
         has_bias=has_bias,
         dim=sides[0].dim,
         kept=torch.from_numpy(kept),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..layers.layer import layers_of
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
+from ..planning.refit import Refitted
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
 from .config import SensiConfig
@@ -39,10 +40,11 @@ def wrap_module(
     group: Group,
     config: SensiConfig,
     refitted: Pair | None = None,
+    kept: Mapping[str, torch.Tensor] | None = None,
 ) -> SensiLinear | SensiEmbedding:
     """Sets up a slice for this adapter on the module called `name`. A plain Linear or embedding is replaced first.
 
-    `refitted` are values that the adapter starts from (see `SensiLayer.update_layer`).
+    `refitted` and `kept` are values that the adapter starts from (see `SensiLayer.update_layer`).
     """
     layer: Any = model.get_submodule(name)
     if not isinstance(layer, SensiLinear | SensiEmbedding):
@@ -62,7 +64,7 @@ def wrap_module(
                     raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
                 layer.sensi_attributes.append((owner, attribute, per_unit))
         replace_module(model, name, layer)
-    layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode)
+    layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
@@ -104,30 +106,45 @@ def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: di
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
 
 
-def shrink(model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan) -> None:
-    """Removes the units that `plan` trims from an adapter that has trimmed none. Other trained values stay."""
+def shrink(
+    model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan, refitted: Refitted | None = None
+) -> None:
+    """Removes the units that `plan` trims from an adapter, and keeps all other trained values.
+
+    `refitted` are changes of output projections (see `in_place.refit_changes`).
+    """
     root = root_of(model)
     with _rebuilding(root, config, adapter_name):
         config.plan, config.schedule = plan.to_dict(), None
-        _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True)
+        _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
 
 
 def _rebuild(
-    root: nn.Module, config: SensiConfig, adapter_name: str, slices: Slices, keep_values: bool = False
+    root: nn.Module,
+    config: SensiConfig,
+    adapter_name: str,
+    slices: Slices,
+    keep_values: bool = False,
+    refitted: Refitted | None = None,
 ) -> None:
-    """Replaces the slices of an adapter by others; with `keep_values`, values of units that stay are kept."""
+    """Replaces the slices of an adapter by others.
+
+    With `keep_values`, values of units that stay are kept; the changes in `refitted` are added to them.
+    """
     layers = layers_of(root, adapter_name)
     for name in layers.keys() - slices.keys():
         layers[name].discard_parts(adapter_name)
     for name, (slice_, group) in slices.items():
-        values = {}
-        if keep_values and name in layers:
-            values = kept_parts(layers[name].own_parts(adapter_name), layers[name].sensi_slices[adapter_name], slice_)
-        layer = wrap_module(root, name, adapter_name, slice_, group, config)
-        with torch.no_grad():
-            for part, parameter in layer.own_parts(adapter_name).items():
-                if part in values:
-                    parameter.copy_(values[part])
+        layer = layers.get(name)
+        values: dict[str, torch.Tensor] = {}
+        if keep_values and layer is not None:
+            values = kept_parts(layer.own_parts(adapter_name), layer.sensi_slices[adapter_name], slice_)
+        for part, change in zip(("weight", "bias"), (refitted or {}).get(name, ()), strict=False):
+            if change is not None:
+                values[part] = values[part] + change.to(values[part])
+        if layer is not None and layer.sensi_base_dropped:
+            layer.reduce_base(adapter_name, slice_)
+        layer = wrap_module(root, name, adapter_name, slice_, group, config, kept=values)
 
 
 @contextmanager

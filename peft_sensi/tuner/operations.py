@@ -1,0 +1,141 @@
+"""What a user can do with an adapter beyond PEFT's methods: look at its plan, trim it, compress it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..anatomy.units import Anatomy
+from ..layers.layer import SensiLayer, base_is_dropped, layers_of
+from ..planning.plan import Plan
+from ..scoring.calibration import LossFn
+from ..scoring.scores import Scores
+from ..utils.errors import SensiError
+from .combinations import compressed_kinds
+from .config import RunInputs, SensiConfig
+from .targets import targets_of
+from .trim import trim_adapter
+
+
+class AdapterOperations:
+    """The part of `SensiModel` that is not PEFT's contract."""
+
+    peft_config: dict[str, SensiConfig]
+    model: nn.Module
+
+    # PEFT's constructor injects the first adapter, so these have class-level defaults and are replaced, not changed.
+    # The base at the time of each wrap: merging and `keep_base=False` change the shapes that can be seen later.
+    _sensi_anatomies: dict[str, Anatomy] = {}
+    # The scores from which the plans of this process were made.
+    _sensi_scores: dict[str, Scores] = {}
+
+    def plan(self, adapter_name: str = "default") -> Plan:
+        """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
+        self._check_name(adapter_name)
+        config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
+        return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
+
+    def explain(self, adapter_name: str = "default") -> str:
+        """A table of the plan's groups, sorted by their scores. Raises `SensiError` for an adapter from a file."""
+        scores = self._sensi_scores.get(adapter_name)
+        if scores is None:
+            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+        values = {name: value.numpy() for name, value in scores.values.items()}
+        return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
+
+    def trim(
+        self,
+        budget: float | int | Mapping[str, float | int],
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        adapter_name: str = "default",
+        *,
+        loss_fn: LossFn | None = None,
+        score: str | None = None,
+        refit: bool | None = None,
+    ) -> Plan:
+        """Trims an adapter that has been trained, and keeps what it has learned.
+
+        Scores the units of the adapted model, plans under the budget, refits the output projections on the adapted
+        model's own activations, and removes the trimmed units. The kept units keep their trained values and their
+        states: tuned or frozen. So one training with `SensiConfig(budget=1.0)` and several trims give a family of
+        models, each of them an adapter of the same base. It can be trained on after each trim ("healing").
+
+        The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
+        before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
+        this, each with its own batches; they trim alike.
+
+        Args:
+            budget: Limits on `params` or `flops`, as in `SensiConfig`. Shares are of the base model's heads and
+                neurons, so `trim(0.5)` and then `trim(0.25)` keeps a quarter of the base.
+            calibration: Batches with labels, for the scores and the refit. Without them the score falls back to
+                magnitude with a warning, and nothing is refitted.
+            adapter_name: The adapter, which must be the only active one.
+            loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
+            score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
+                `"fisher"` if that one is learned while priming.
+            refit: Whether output projections are refitted. Default: as in `SensiConfig`.
+
+        Returns:
+            The new plan.
+
+        Raises:
+            BudgetError: If the budget is malformed or cannot be met.
+            AnatomyError: If the model has no heads or neurons to trim.
+            SensiError: If the adapter does not exist, is inactive, merged, compressed or sharded, or has a schedule of
+                cuts that is not finished. A trim that fails leaves the model as it was.
+        """
+        before = self.plan(adapter_name)
+        if any(layer.merged for layer in self._layers()):
+            raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
+        inputs = RunInputs(calibration, None, loss_fn)
+        config = self.peft_config[adapter_name]
+        trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit)
+        self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
+        return self.plan(adapter_name)
+
+    def compress(self, kind: str, adapter_name: str = "default") -> None:
+        """Replaces an adapter's trained values by a narrower form. It is used, saved and merged in this form.
+
+        The adapter cannot be trained any more, so keep the checkpoint that you compress. Modules that PEFT saves whole
+        (task head, norms, embeddings) stay as they are.
+
+        Args:
+            kind: `"bfloat16"` (2 bytes a value) or `"int8"` (a little more than 1 byte), which hold the differences
+                from the base's values with a scale for each tuned unit (see `layers.compression`); for
+                `update="mask"`: `"bits"`, one bit for each weight.
+            adapter_name: The adapter.
+
+        Raises:
+            SensiError: If the adapter's update does not have this form, or if the adapter is compressed already, is
+                merged, or has lost its base to `keep_base=False`.
+        """
+        self._check_name(adapter_name)
+        config, layers = self.peft_config[adapter_name], self._layers()
+        possible = compressed_kinds(config.update)
+        if kind not in possible:
+            raise SensiError(
+                f"compress({kind!r}) is not possible with update={config.update!r}: use {' or '.join(possible)} (only "
+                f"masks have bits)."
+            )
+        if config.compressed is not None:
+            raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
+        if kind != "bits":
+            self._check_base("compress the adapter, which needs the differences from the base's values")
+        for layer in layers:
+            layer.compress(adapter_name, kind)
+        config.compressed = kind
+
+    def _check_name(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
+
+    def _layers(self) -> list[SensiLayer]:
+        return list(layers_of(self.model).values())
+
+    def _check_base(self, action: str) -> None:
+        if any(layer.sensi_base_dropped for layer in self._layers()):
+            raise base_is_dropped(action)

@@ -1,0 +1,57 @@
+"""Notices optimizers and DDP wrappers that hold parameters from before a trim.
+
+A trim replaces an adapter's parameters by smaller ones. Whoever still holds the old ones would train tensors that the
+model no longer has, without any error: an optimizer would step on them, and DDP would not synchronize the new ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..utils.errors import SensiError
+
+
+# By identity, because tensors compare by their values; weak, so that nothing is kept alive.
+_stale: dict[int, weakref.ref[torch.Tensor]] = {}
+_hook: Any = None
+
+
+def mark_stale(parameters: Iterable[torch.Tensor]) -> None:
+    """Registers parameters that a model has just lost. The first call installs a hook on all torch optimizers."""
+    global _hook
+    for parameter in parameters:
+        _stale[id(parameter)] = weakref.ref(parameter)
+    for key in [key for key, reference in _stale.items() if reference() is None]:
+        del _stale[key]
+    if _stale and _hook is None:
+        _hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: check_optimizer(optimizer))
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises `SensiError` when an optimizer is about to step parameters from before a trim."""
+    if _stale and any(_is_stale(p) for group in optimizer.param_groups for p in group["params"]):
+        raise SensiError(
+            "This optimizer was made before `trim()` and holds parameters that the model no longer has, so its steps "
+            "would change nothing. Make a new optimizer (or a new `Trainer`) after the trim."
+        )
+
+
+def check_wrapper() -> None:
+    """Raises `SensiError` when the forward pass runs inside a DDP wrapper from before a trim."""
+    wrapper = DistributedDataParallel._get_active_ddp_module() if _stale else None
+    if wrapper is not None and any(map(_is_stale, getattr(wrapper, "_module_parameters", ()))):
+        raise SensiError(
+            "This DistributedDataParallel wrapper was made before `trim()`: it would not synchronize the adapter's "
+            "new parameters. Wrap the model again (or make a new `Trainer`) after the trim."
+        )
+
+
+def _is_stale(parameter: torch.Tensor) -> bool:
+    reference = _stale.get(id(parameter))
+    return reference is not None and reference() is parameter

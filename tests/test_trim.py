@@ -1,0 +1,326 @@
+"""`SensiModel.trim`: a trained adapter is trimmed, keeps its trained values, and loads like any other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_two
+from tiny import clone, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+
+from peft_sensi import BudgetError, Schedule, SensiConfig, SensiError, recipes
+from peft_sensi.tuner import in_place
+from peft_sensi.utils.states import TRIMMED, TUNED
+
+
+BATCHES = tiny_batches(6, seed=3)
+FULL = {"budget": 1.0, "calibration": BATCHES}
+
+
+def learned(family: str = "bert", **config):
+    return trained(family, **{**FULL, **config})
+
+
+def reloaded(model, folder, family: str = "bert", **changes):
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(tiny_model(family, **changes), folder)
+
+
+def test_a_trim_keeps_the_limit_and_shrinks_the_adapter(family):
+    model = learned(family)
+    before = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    plan = model.base_model.trim(0.5, calibration=BATCHES)
+    assert plan == model.base_model.plan()
+    assert 0.4 < plan.params_share <= 0.5
+    after = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(after.values()) < sum(before.values())
+    assert all(state in (TRIMMED, TUNED) for g in plan.anatomy.trimmable for state in plan.of(g))
+
+
+def test_what_is_kept_goes_on_from_its_trained_values():
+    model = learned()
+    whole = clone(model)
+    model.base_model.trim(0.5, calibration=BATCHES, refit=False)
+    plan = model.base_model.plan()
+    big, small = (m.base_model.merge_and_unload() if False else m.merge_and_unload() for m in (whole, model))
+    for layer in range(2):
+        group = plan.anatomy.by_name[f"bert.encoder.layer.{layer}.neurons"]
+        kept = torch.from_numpy((plan.of(group) != TRIMMED).nonzero()[0])
+        names = ("intermediate.dense", "output.dense")
+        up, down = (big.get_submodule(f"bert.encoder.layer.{layer}.{name}") for name in names)
+        small_up, small_down = (small.get_submodule(f"bert.encoder.layer.{layer}.{name}") for name in names)
+        assert torch.equal(small_up.weight, up.weight[kept]) and torch.equal(small_up.bias, up.bias[kept])
+        assert torch.equal(small_down.weight, down.weight[:, kept]) and torch.equal(small_down.bias, down.bias)
+    assert torch.equal(big.classifier.weight, small.classifier.weight)
+
+
+def test_the_scores_are_those_of_the_adapted_model():
+    """A neuron that training has made large is kept by magnitude, although the base's is the smallest."""
+    model = wrap(tiny_model(), budget=1.0)
+    layer = model.base_model.model.bert.encoder.layer[0]
+    with torch.no_grad():
+        for module in (layer.intermediate.dense, layer.output.dense):
+            module.sensi_weight["default"].mul_(1e-3)
+        layer.intermediate.dense.sensi_weight["default"][5] = 10.0
+    plan = model.base_model.trim(0.3, score="magnitude", calibration=BATCHES)
+    states = plan.of(plan.anatomy.by_name["bert.encoder.layer.0.neurons"])
+    assert states[5] == TUNED
+
+
+def test_a_refit_brings_the_output_nearer():
+    model = learned()
+    batch = tiny_batches(1, size=32, seed=50, labels=False)[0]
+    whole = logits(model, batch)
+    errors = []
+    for refit in (False, True):
+        one = clone(model)
+        one.base_model.trim(0.5, calibration=tiny_batches(16, seed=4), refit=refit)
+        errors.append(float((logits(one, batch) - whole).square().mean()))
+    assert errors[1] < errors[0]
+
+
+def test_a_family_from_one_training(tmp_path):
+    model = learned()
+    for share in (0.75, 0.5, 0.25):
+        plan = model.base_model.trim(share, calibration=BATCHES)
+        assert plan.params_share <= share
+        again = reloaded(model, tmp_path / str(share))
+        assert torch.equal(logits(again), logits(model))
+        assert again.base_model.plan() == plan
+        merged = clone(model).merge_and_unload()
+        torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_trim_never_brings_a_unit_back():
+    model = learned()
+    first = model.base_model.trim(0.6, calibration=BATCHES)
+    train(model)
+    second = model.base_model.trim(0.3, calibration=BATCHES)
+    for group in first.anatomy.trimmable:
+        assert not ((first.of(group) == TRIMMED) & (second.of(group) != TRIMMED)).any()
+
+
+def test_it_trains_on_after_a_trim():
+    model = learned()
+    model.base_model.trim(0.5, calibration=BATCHES)
+    before = logits(model)
+    train(model)
+    assert not torch.equal(before, logits(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"update": "low_rank", "rank": 2, "budget": None},
+        {"update": "dense+low_rank", "rank": 2},
+        {"update": "low_rank+sparse", "rank": 2, "sparse": 20, "budget": None},
+        {"budget": {"trainable": 0.2}},
+        {"retention": 0.3, "budget": None},
+        {"also_train": ["biases", "norms"]},
+    ],
+    ids=lambda config: "-".join(map(str, config.values()))[:30],
+)
+def test_every_update_that_has_units(config, tmp_path):
+    model = learned(**config)
+    whole = clone(model).merge_and_unload()
+    plan = model.base_model.trim(0.5, calibration=BATCHES, refit=False)
+    assert plan.params_share <= 0.5
+    torch.testing.assert_close(logits(clone(model).merge_and_unload()), logits(model), atol=1e-4, rtol=1e-4)
+    group = plan.anatomy.by_name["bert.encoder.layer.0.neurons"]
+    kept = torch.from_numpy((plan.of(group) != TRIMMED).nonzero()[0])
+    name = "bert.encoder.layer.0.intermediate.dense"
+    small = clone(model).merge_and_unload().get_submodule(name).weight
+    torch.testing.assert_close(small, whole.get_submodule(name).weight[kept], atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.5}, {"params": 0.6, "flops": 0.5}], ids=["flops", "both"])
+def test_other_limits(budget):
+    model = learned()
+    plan = model.base_model.trim(budget, calibration=BATCHES)
+    assert plan.flops_share <= 0.5 and plan.params_share <= budget.get("params", 1.0)
+
+
+def test_without_the_base(tmp_path):
+    kept, dropped = learned(), learned(keep_base=False)
+    for model in (kept, dropped):
+        model.base_model.trim(0.5, calibration=BATCHES)
+        model.base_model.trim(0.3, calibration=BATCHES)
+    assert kept.base_model.plan() == dropped.base_model.plan()
+    assert torch.equal(logits(kept), logits(dropped))
+    train(dropped)
+    assert torch.equal(logits(reloaded(dropped, tmp_path)), logits(dropped))
+
+
+def test_an_adapter_from_disk(tmp_path):
+    model = learned()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    plans = [m.base_model.trim(0.5, calibration=BATCHES) for m in (model, again)]
+    assert plans[0].states == plans[1].states
+    assert torch.equal(logits(model), logits(again))
+    train(again)
+
+
+def test_the_base_stays_whole():
+    base = tiny_model()
+    expected = logits(base)
+    model = wrap(base, **FULL)
+    train(model)
+    model.base_model.trim(0.5, calibration=BATCHES)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_another_adapter_is_left_alone():
+    model = learned()
+    model.add_adapter("other", SensiConfig(budget={"trainable": 0.1}, score="magnitude", task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    expected = logits(model)
+    with pytest.raises(SensiError, match="set_adapter"):
+        model.base_model.trim(0.5, calibration=BATCHES)
+    model.set_adapter("default")
+    model.base_model.trim(0.5, calibration=BATCHES)
+    model.set_adapter("other")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_stale_optimizer_is_refused():
+    model = learned()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    model.base_model.trim(0.5, calibration=BATCHES)
+    model.train()
+    model(**BATCHES[0]).loss.backward()
+    with pytest.raises(SensiError, match="new optimizer"):
+        optimizer.step()
+    other.step()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failed_trim_changes_nothing(error):
+    model = learned()
+    before, plan, config = snapshot(model), model.base_model.plan(), copy.deepcopy(model.peft_config["default"])
+    calls = []
+
+    def loss_fn(inner, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return inner(**batch).loss
+
+    with pytest.raises(type(error)):
+        model.base_model.trim(0.5, calibration=BATCHES, loss_fn=loss_fn)
+    assert model.base_model.plan() == plan and model.peft_config["default"].plan == config.plan
+    after = snapshot(model)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    model.base_model.trim(0.5, calibration=BATCHES)
+
+
+def test_wrong_calls():
+    model = learned()
+    with pytest.raises(SensiError, match="no adapter"):
+        model.base_model.trim(0.5, calibration=BATCHES, adapter_name="missing")
+    with pytest.raises(SensiError, match="trainable"):
+        model.base_model.trim({"params": 0.5, "trainable": 0.1}, calibration=BATCHES)
+    with pytest.raises(BudgetError):
+        model.base_model.trim(0.0, calibration=BATCHES)
+    with pytest.raises(SensiError, match="score"):
+        model.base_model.trim(0.5, calibration=BATCHES, score="movement")
+    model.base_model.merge_adapter()
+    with pytest.raises(SensiError, match="unmerge"):
+        model.base_model.trim(0.5, calibration=BATCHES)
+    model.base_model.unmerge_adapter()
+    model.base_model.compress("int8")
+    with pytest.raises(SensiError, match="compressed"):
+        model.base_model.trim(0.5, calibration=BATCHES)
+
+
+def test_nothing_to_trim_is_refused():
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
+    assert not hasattr(model.base_model, "trim")
+
+
+def test_two_processes_trim_alike(tmp_path):
+    first, second = run_two("processes_trim.py", tmp_path)
+    alone = wrap(tiny_model(), budget=1.0, calibration=tiny_batches(8, seed=3))
+    train(alone)
+    plan = alone.base_model.trim(0.5, calibration=tiny_batches(8, seed=3))
+    assert first["plan"] == second["plan"] == plan.to_dict()
+    assert all(torch.equal(first["state"][name], value) for name, value in second["state"].items())
+    assert torch.equal(first["gradient"], second["gradient"])
+    for process in (first, second):
+        assert "DistributedDataParallel wrapper was made before" in process["stale"]
+        assert "Give all processes the same" in process["failed"]
+
+
+LATE = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}
+
+
+def cut_in_training(**schedule):
+    """A model in which one cut was made after two steps, and its outputs before and after the cut."""
+    torch.manual_seed(0)  # for dropout
+    batches = tiny_batches(16, seed=4)
+    model = wrap(tiny_model(), budget=0.5, score="fisher", schedule={**LATE, **schedule}, calibration=batches)
+    phases = Schedule(model, 4, calibration=batches)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = tiny_batches(1, size=32, seed=50, labels=False)[0]
+    for step in range(4):
+        before = logits(model, batch)
+        model.train()
+        if phases.step(optimizer):
+            outputs = before, logits(model, batch)
+            model.train()
+        model(**BATCHES[step]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    phases.finish()
+    return model, outputs
+
+
+def test_a_late_cut_is_refitted(tmp_path):
+    errors = {}
+    for refit in (True, False):
+        model, (before, after) = cut_in_training(refit=refit)
+        errors[refit] = float((after - before).square().mean())
+        assert model.base_model.plan().params_share <= 0.5
+        assert torch.equal(logits(reloaded(model, tmp_path / str(refit))), logits(model))
+    assert errors[True] < errors[False]
+    _, (before, after) = cut_in_training()
+    assert float((after - before).square().mean()) == errors[True], "the refit is the default"
+
+
+def test_the_recipe_cuts_late():
+    config = recipes.sensi_bert(0.5, trim="late")
+    assert config.schedule == LATE and config.score == "fisher"
+    with pytest.raises(SensiError, match="refit"):
+        SensiConfig(budget=0.5, schedule={**LATE, "refit": "yes"})
+
+
+@pytest.mark.parametrize("config", [{"update": "dense+low_rank", "rank": 2}, {}], ids=["low rank", "dense"])
+def test_a_refit_is_what_least_squares_says(config):
+    """What the trimmed adapter computes with is the refitted weight, also where a low-rank term is added to it."""
+    model, found = learned(**config), {}
+    for name in ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.attention.output.dense"):
+        layer = model.base_model.model.get_submodule(name)
+        if config:
+            with torch.no_grad():
+                layer.sensi_up["default"].normal_()
+    inner = in_place.refit
+
+    def watched(*args):
+        found.update(inner(*args))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "refit", watched)
+        model.base_model.trim(0.5, calibration=tiny_batches(16, seed=4))
+    small = model.merge_and_unload()
+    assert found
+    for name, (weight, bias) in found.items():
+        torch.testing.assert_close(small.get_submodule(name).weight, weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(small.get_submodule(name).bias, bias, atol=1e-5, rtol=1e-5)
