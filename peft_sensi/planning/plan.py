@@ -197,7 +197,10 @@ class Plan:
             if not group.trimmable and not kept.all():
                 reason = "only heads and neurons can be trimmed"
                 if group.fixed:
-                    reason = "they are fixed in this model (is it quantized?): load the adapter's own base model"
+                    reason = (
+                        "this group cannot be trimmed in this model (is it quantized?): load the adapter on the base "
+                        "model that it was made for"
+                    )
                 raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}.")
             if kept.sum() < group.least:
                 raise SensiLoadError(
