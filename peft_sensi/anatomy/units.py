@@ -29,7 +29,8 @@ class Side:
         width: Rows or columns per unit: unit `u` owns `offset + u * width` to `offset + (u + 1) * width - 1`.
         fan: Length of the other dimension.
         tokens: Whether the weight is multiplied with each token.
-        rows: Number of vectors, independent of the input, that it is multiplied with besides (relative positions).
+        rows: Number of other vectors that the weight is multiplied with (relative positions). It does not depend on
+            the number of tokens.
     """
 
     module: str

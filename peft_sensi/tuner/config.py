@@ -267,7 +267,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Loads a config. If the adapter's values lie beside it, checks these and that both belong together.
+        """Loads a config. If the weights file is beside it, checks this file, and that both were saved together.
 
         Raises:
             SensiLoadError: Names the file, the key, what was expected and what was found.
