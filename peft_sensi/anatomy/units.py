@@ -95,10 +95,12 @@ class Group:
 
     @property
     def trimmable(self) -> bool:
+        """Whether units can be removed from the model."""
         return self.in_block and not self.fixed
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold the units' weights."""
         return tuple(dict.fromkeys(side.module for side in self.sides))
 
     @property
@@ -139,7 +141,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All groups of a model.
+    """All groups of units of a model. The *prunable* part consists of the groups that can be trimmed.
 
     `total_params` is the number of parameters of the base without its task head; `trainable` limits are shares of it.
     """
@@ -154,11 +156,14 @@ class Anatomy:
 
     @property
     def trimmable(self) -> tuple[Group, ...]:
+        """The groups whose units can be removed."""
         return tuple(group for group in self.groups if group.trimmable)
 
     @property
     def prunable_params(self) -> int:
+        """Number of parameters of the prunable part."""
         return sum(group.size * group.unit_params for group in self.trimmable)
 
     def prunable_macs(self, sequence_length: int) -> int:
+        """Multiply-accumulates of the prunable part for one sequence; one is two FLOPs."""
         return sum(group.size * group.unit_macs(sequence_length) for group in self.trimmable)

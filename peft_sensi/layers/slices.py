@@ -41,6 +41,7 @@ class Slice:
 
     @property
     def trims(self) -> bool:
+        """Whether rows or columns of the base are removed."""
         return len(self.kept) < self.base_shape[self.dim]
 
     @property
@@ -60,6 +61,7 @@ class Slice:
 
     @property
     def has_integers(self) -> bool:
+        """Whether the adapter stores integers for this Linear, which FSDP1 cannot flatten with weights."""
         return bool(self.sparse) or (self.sparsity is not None and not self.learns_mask) or self.gated
 
     @property

@@ -205,10 +205,12 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     @property
     def inputs(self) -> RunInputs:
+        """The data of one wrap, which no file holds."""
         return RunInputs(self.calibration, self.scores, self.loss_fn)
 
     @property
     def limits(self) -> Budget:
+        """`budget` as limits; no limits for `None`."""
         return Budget() if self.budget is None else Budget.parse(self.budget)
 
     @property
