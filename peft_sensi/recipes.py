@@ -64,7 +64,7 @@ def far(
 
     Args:
         retention: Share of each FFN's neurons that are tuned.
-        priming: Share of the training that the priming takes, if `training_steps` is given.
+        priming: Share of the training that the short fine-tuning before scoring takes, if `training_steps` is given.
         training_steps: Number of optimizer steps of the whole training.
         embeddings: Whether the embeddings are trained. In a small model they are half of the trained values.
         score: The score of the neurons. `"random"` is the paper's control.

@@ -72,7 +72,7 @@ def fails(*arguments, status: int = 1) -> str:
     return " ".join(result.output.split())
 
 
-COMMANDS = ["plan", "train", "inspect", "merge", "export", "card", "push", "recipes"]
+COMMANDS = ["plan", "train", "trim", "inspect", "merge", "export", "card", "push", "recipes"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

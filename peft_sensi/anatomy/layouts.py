@@ -22,17 +22,17 @@ class BlockLayout:
         q, k, v, o: Linears of queries, keys and values, and the output projection of the attention.
         up, gate, down: Linears of the FFN: input, gate (if any) and output.
         head_size: A number, or the path of an attribute that holds it.
-        head_counts: Paths of attributes that hold the number of heads; they follow a trim.
+        head_counts: Paths of attributes that hold the number of heads. A trim changes them.
         kv_head_counts: The same for the number of key/value heads.
         head_widths: The same for the number of heads times the head size.
         attention_norm, ffn_norm: The modules whose *input* is the residual sum after the attention or FFN. The refit
-            weighs its errors by them. Leave them empty if the layer returns that sum.
+            (see `planning.refit`) weighs its errors by them. Leave them empty if the layer returns that sum.
         fixed_heads: The heads can be tuned but not trimmed.
         interleaved: A fused Linear holds the queries, keys and values of each head together.
         min_heads: How many heads must stay, so that the layer's code can run.
         cached: A generation cache measures its length by the keys of the first layer of each kind in
             `config.layer_types`. One head stays in these layers.
-        cross: The attention is to another sequence. Its heads have a group of their own.
+        cross: The attention reads another sequence (cross-attention). Its heads have a group of their own.
         relative: Path of an attention that projects relative positions, too (DeBERTa, see `build`).
         repeats: How often the layer runs in one pass. Either a number, or the paths of two attributes: the number of
             runs of all layers together, and the number of layers (the first `*`) that share these runs.

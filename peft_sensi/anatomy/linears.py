@@ -98,7 +98,7 @@ def dequantized(linear: Any) -> torch.Tensor:
 
 def unpack(linear: Any) -> None:
     """Undoes the layout of 4-bit weights with which bitsandbytes evaluates models on the CPU."""
-    # It supports no gradients, and `dequantize_4bit` cannot read it. The only public way back is `state_dict()`.
+    # This layout supports no gradients, and `dequantize_4bit` cannot read it. Only `state_dict()` undoes it.
     if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
         linear.state_dict()
 

@@ -29,7 +29,8 @@ class Side:
         width: Rows or columns per unit: unit `u` owns `offset + u * width` to `offset + (u + 1) * width - 1`.
         fan: Length of the other dimension.
         tokens: Whether the weight is multiplied with each token.
-        rows: Number of vectors, independent of the input, that it is multiplied with besides (relative positions).
+        rows: Number of other vectors that the weight is multiplied with (relative positions). It does not depend on
+            the number of tokens.
     """
 
     module: str
@@ -94,10 +95,12 @@ class Group:
 
     @property
     def trimmable(self) -> bool:
+        """Whether units can be removed from the model."""
         return self.in_block and not self.fixed
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold the units' weights."""
         return tuple(dict.fromkeys(side.module for side in self.sides))
 
     @property
@@ -138,7 +141,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All groups of a model.
+    """All groups of units of a model. The *prunable* part consists of the groups that can be trimmed.
 
     `total_params` is the number of parameters of the base without its task head; `trainable` limits are shares of it.
     """
@@ -153,11 +156,14 @@ class Anatomy:
 
     @property
     def trimmable(self) -> tuple[Group, ...]:
+        """The groups whose units can be removed."""
         return tuple(group for group in self.groups if group.trimmable)
 
     @property
     def prunable_params(self) -> int:
+        """Number of parameters of the prunable part."""
         return sum(group.size * group.unit_params for group in self.trimmable)
 
     def prunable_macs(self, sequence_length: int) -> int:
+        """Multiply-accumulates of the prunable part for one sequence; one is two FLOPs."""
         return sum(group.size * group.unit_macs(sequence_length) for group in self.trimmable)

@@ -121,8 +121,8 @@ def apply(model: nn.Module, widths: Widths) -> None:
 def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
     """Fields of the config with which the stock class builds exactly this model, or `None` if there are none.
 
-    Candidates are tried out, so no table of families is needed, and a field is never taken if it changes more than
-    this (BERT's head count also changes the head size).
+    Candidates are tried out, so no table of families is needed, and a field is not used if it changes anything
+    else (BERT's head count also changes the head size).
     """
     if not widths:
         return {}

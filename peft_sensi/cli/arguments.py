@@ -55,10 +55,12 @@ Trainable = Annotated[
     option("--trainable", "LIMIT", "Values to train: a share of the base's parameters, or a count.", BUDGET),
 ]
 Ranking = Annotated[Score, option("--score", "NAME", "Rank by fisher, taylor, mask, movement, magnitude or random.")]
-SavedScores = Annotated[Path | None, option("--scores", "FILE", "Use scores that --save-scores wrote before.")]
+SavedScores = Annotated[
+    Path | None, option("--scores", "FILE", "Use the scores in this file, which `plan --save-scores` wrote.")
+]
 TextColumn = Annotated[
     str | None,
-    option("--text-column", "NAME", "The column with the text. Default: the only text columns, one or two.", DATA),
+    option("--text-column", "NAME", "The column with the text. Default: the one or two columns of texts.", DATA),
 ]
 PairColumn = Annotated[str | None, option("--pair-column", "NAME", "The column with the second text.", DATA)]
 LabelColumn = Annotated[

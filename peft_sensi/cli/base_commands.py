@@ -102,7 +102,7 @@ def train(
         args.Recipe | None, option("--recipe", "NAME", "A published method that `peft-sensi recipes` lists.")
     ] = None,
     score: Annotated[
-        args.Score | None, option("--score", "NAME", "As in `peft-sensi plan`; fisher by default.")
+        args.Score | None, option("--score", "NAME", "How units are ranked, as in `peft-sensi plan`. Default: fisher.")
     ] = None,
     scores: args.SavedScores = None,
     thorough: Annotated[

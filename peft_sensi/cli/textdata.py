@@ -159,8 +159,8 @@ def read_task(
 
     Columns without a name are recognized, if there is no doubt. Texts are cut after `max_length` tokens, or at the
     model's own limit. `max_rows` training rows are chosen at random, and `hold_out` is the share of them that is used
-    for validation if there is no file for it. For `regression`, see `find_labels`. `trained_head` are the names of the
-    classes that the model's head has learned, in its order, and then the order of the labels; empty for a regressor.
+    for validation if there is no file for it. For `regression`, see `find_labels`. `trained_head` has the names of the
+    classes of a trained head; the labels then get the same order. It is empty for a regressor.
     """
     rows = read_rows(data)
     label, columns = _columns(data, rows, text_column, pair_column, label_column)

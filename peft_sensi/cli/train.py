@@ -124,7 +124,7 @@ class Run:
         return quality(outcome.predictions, outcome.label_ids, self.task.labels.regression)
 
     def write_metrics(self, **more: Any) -> dict[str, Any]:
-        """Writes `metrics.json` and the names of the labels. Returns what it contains; empty except in process 0."""
+        """Writes `metrics.json` and the names of the labels. Returns the metrics; `{}` except in process 0."""
         if PartialState().process_index:
             return {}
         self.model.get_base_model().config.save_pretrained(self.folder)  # for the names of the labels

@@ -33,8 +33,7 @@ class Parts(NamedTuple):
     places: torch.Tensor | None = None
     dim: int = 0
     tuned: Positions = 0
-    # `[out, in]`, or `[in]` for the same mask in every row. It multiplies the sum of everything else, so that a masked
-    # weight is zero.
+    # `[out, in]`, or `[in]` for the same mask in every row. It multiplies the whole weight: masked weights are zero.
     mask: torch.Tensor | None = None
 
 

@@ -62,7 +62,7 @@ class SensiLayer(ComposedWeights):
         inference_mode: bool = False,
         kept: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Sets up `adapter_name`, and leaves the other adapters and the choice of the active ones as they are.
+        """Sets up `adapter_name`. The other adapters do not change, and the same adapters stay active.
 
         `values` are refitted values in the order of `slice_.kept` (see `slices.first_parts`). `kept` are finished
         tensors by name, without `sensi_` (see `slices.kept_parts`). Gradients are required if the adapter is active
@@ -75,7 +75,7 @@ class SensiLayer(ComposedWeights):
         if base.weight.is_meta or new_parameters_are_empty():
             start = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         else:
-            # In inference mode a file brings the positions of single values, and choosing them can take long.
+            # In inference mode, the positions of single values come from a file. To choose them here would be slow.
             start = dict(kept or {})
             if not specs.keys() <= start.keys():  # otherwise the base may have been dropped
                 first = first_parts(base, replace(slice_, support="first") if inference_mode else slice_, values)
@@ -137,7 +137,7 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
-        """Whether the adapter's mask removes at least one weight; also true without a mask."""
+        """Whether the adapter's mask removes at least one weight. True if no mask is stored."""
         bits = self.part("bits", adapter_name)
         return bits is None or not bool(unpack_mask(bits, self.sensi_slices[adapter_name].kept_shape).all())
 

@@ -81,7 +81,7 @@ class SensiLinear(SensiLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's weight; outside known blocks the adapted one, because some models (Mamba) bypass `forward`."""
+        """The base's weight. Outside known blocks, the adapted weight: some models (Mamba) do not call `forward`."""
         return self._in_effect()[0]
 
     @property

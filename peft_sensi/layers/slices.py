@@ -1,4 +1,4 @@
-"""What one adapter does with one Linear, and the tensors that it stores for that."""
+"""`Slice`: what one adapter does with one Linear; and the tensors that the adapter stores for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .updates import pack_mask, sparse_support, top_mask, unpack_mask
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one adapter does with one Linear, or with the rows of an embedding."""
+    """What is kept, trained and masked of one Linear (or of the rows of an embedding) in one adapter."""
 
     base_shape: tuple[int, int]  # `(out, in)` of the base weight; for an embedding: number of tokens and width
     has_bias: bool  # whether the base has a bias
@@ -41,6 +41,7 @@ class Slice:
 
     @property
     def trims(self) -> bool:
+        """Whether rows or columns of the base are removed."""
         return len(self.kept) < self.base_shape[self.dim]
 
     @property
@@ -60,6 +61,7 @@ class Slice:
 
     @property
     def has_integers(self) -> bool:
+        """Whether the adapter stores integers for this Linear, which FSDP1 cannot flatten with weights."""
         return bool(self.sparse) or (self.sparsity is not None and not self.learns_mask) or self.gated
 
     @property
@@ -139,7 +141,7 @@ def master_dtype(base: Any) -> torch.dtype:
 
 
 def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torch.Tensor]:
-    """The tensors of `tensor_specs` before training. Without `values`, they change nothing.
+    """The tensors of `tensor_specs` before training. Without `values`, the kept units compute the same as the base.
 
     `values` are refitted values: a weight of the shape of `sensi_weight`, and a whole bias or `None`.
     """
@@ -175,10 +177,10 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
 
 
 def kept_parts(parts: Mapping[str, torch.Tensor], old: Slice, new: Slice) -> dict[str, torch.Tensor]:
-    """The values of an adapter's tensors, gates left out, after units have left a Linear.
+    """The values of an adapter's tensors, without gates, after units were removed from a Linear.
 
     The units of `new` are some of those of `old`, and tuned or frozen as before. The number of single values follows
-    from the config and must not change: values that leave with a unit are replaced by zeros at the first free places.
+    from the config and must not change: the values of removed units are replaced by zeros at the first free positions.
     """
     kept = positions_in(old.kept, new.kept)
     tuned = positions_in(old.tuned_positions, new.tuned_positions)

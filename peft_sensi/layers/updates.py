@@ -2,7 +2,7 @@
 
 An `update` is one of `UPDATES`; some combine two kinds by `+`. The adapted weight is always
 
-    (base with the tuned rows or columns replaced + up @ down + values at their places) * mask
+    (base with the tuned rows or columns replaced + up @ down + values at their positions) * mask
 
 The mask comes last, so a masked weight is zero in the merged model too (DSEE, arXiv 2111.00160).
 """

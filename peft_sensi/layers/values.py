@@ -34,8 +34,8 @@ def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: 
 def check_content(name: str, tensor: torch.Tensor, numel: int | None, where: str = WEIGHTS) -> None:
     """Checks the values of one tensor. In `name`, the adapter's name may follow the last dot.
 
-    `numel` is the number of kept weights of the Linear: positions must be below it, and a mask has so many bits. It is
-    `None` if the tensor belongs to no Linear.
+    `numel` is the number of kept weights of the Linear: positions must be below it, and a mask has this many bits. It
+    is `None` if the tensor belongs to no Linear.
     """
     parts = name.split(".")[-2:]
     if tensor.dtype in FLOATS:

@@ -65,7 +65,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return {name.removeprefix("sensi_"): getattr(self, name)[adapter_name] for name in names}
 
     def check_loaded(self, adapter_name: str) -> None:
-        """Checks values from a file, once, if no hook of ours has seen them. Raises `SensiLoadError`."""
+        """Checks values from a file, once, if no hook of this package has checked them. Raises `SensiLoadError`."""
         if adapter_name in self.sensi_unchecked:
             numel = self.sensi_slices[adapter_name].kept_shape.numel()
             for name, tensor in self.own_parts(adapter_name).items():
@@ -166,7 +166,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), parts)
 
     def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """What `make` has returned for this adapter and key; it is called again when the key changes."""
+        """The cached result of `make` for this adapter. `make` is called again when the key changes."""
         cached = self._sensi_fused.get(name)
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():

@@ -6,7 +6,7 @@ weights file. Stock loaders do not look for a file of that name: without this pa
 they find no weights and raise, even with `ignore_mismatched_sizes`.
 
 Every save writes its weights under a new name. `config.json` names the weights and is replaced last, in one step. So
-the folder contains the old model or the new one whenever the process is killed.
+the folder contains the old model or the new one, no matter when the process is killed.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         move_files(files, folder)
         if plain:
             # Tools expect the usual name. The folder is valid without it, and it must not replace the weights that the
-            # old config means. So it is a copy that comes last.
+            # old config names. So this copy comes last.
             shutil.copyfile(folder / weights, temporary / WEIGHTS)
             del values["transformers_weights"]
             _write_json(temporary / CONFIG, values)
             move_files([temporary / WEIGHTS, temporary / CONFIG], folder)
             weights = WEIGHTS
-    # A stock loader could take some of the weights that no config names any more for the new model's.
+    # Weights that no config names any more are removed: a stock loader could mistake them for the new model's.
     for path in folder.iterdir():
         if path.name.startswith(_TEMPORARY) and path.is_dir():  # of an interrupted save
             shutil.rmtree(path, ignore_errors=True)

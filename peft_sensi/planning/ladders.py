@@ -1,4 +1,7 @@
-"""Growing groups of units step by step under limits: ladders of steps go in, and the best steps that fit are taken."""
+"""Grows groups of units step by step until the limits are reached.
+
+A *ladder* lists the steps in which one group can grow. Ladders and limits go in; the chosen units come out.
+"""
 
 from __future__ import annotations
 
@@ -115,9 +118,9 @@ def take_steps(ladders: list[Ladder], left: np.ndarray) -> Masks:
 def _price_weights(ladders: list[Ladder], left: np.ndarray) -> np.ndarray:
     """Weights of the limits (their sum is 1) in the price of a step, `sum_i weight_i * cost_i / left_i`.
 
-    Under two limits, a single limit on their weighted sum is a relaxation, which taking the steps by score per price
-    solves. The weights for which its value is least are those of the linear program's dual (surrogate duality, Glover
-    1975). Taking the steps by that price is optimal, except for the last few steps, which do not fit exactly.
+    With two limits, a single limit on their weighted sum is a relaxation of the problem. Taking the steps by score per
+    price solves this relaxation. Its value is smallest for the weights of the linear program's dual (surrogate
+    duality, Glover 1975). With these weights the steps are optimal, except for the last few, which do not fit exactly.
     """
     gains = np.concatenate([np.diff(ladder.scores) for ladder in ladders])
     if len(left) == 1 or gains.size == 0:

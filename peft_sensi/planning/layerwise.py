@@ -20,7 +20,7 @@ from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, first_of, observing
 
 
-# Is called with the input and the output of a group's output projection, and with the residual sum that the next
+# A function of the input and the output of a group's output projection, and of the residual sum that the next
 # LayerNorm gets, each `[..., features]`.
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 

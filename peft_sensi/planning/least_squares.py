@@ -1,4 +1,4 @@
-"""The closed form of the refit: activations and targets go in; weights, biases and their errors come out."""
+"""The closed form of the refit (see `refit`): activations and targets go in; weights, biases and errors come out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LeastSquares:
         self.total += w.sum()
 
     def solve(self) -> Values | None:
-        """The new values from the tokens of all processes, or `None`. To be called once: it overwrites the sums."""
+        """The new values from the tokens of all processes, or `None`. Call it only once: it overwrites the sums."""
         distributed.all_sum([self.zz, self.rz, self.z, self.r, self.total], "refitting")
         if not self.weight.shape[1] or self.total <= 0:
             return None

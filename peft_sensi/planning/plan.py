@@ -19,7 +19,9 @@ from .packing import check_plan_dict, pack_mask, unpack_group, unpack_states
 
 @dataclass(frozen=True)
 class Plan:
-    """The state of every unit of a model. Plans are immutable and comparable, and `str(plan)` is `plan.summary()`.
+    """The state of every unit (head, neuron, row or token) of a model.
+
+    Plans are immutable and comparable, and `str(plan)` is `plan.summary()`.
 
     Attributes:
         anatomy: The groups of units of the base model, and what a unit of each costs.

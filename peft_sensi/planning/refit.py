@@ -5,10 +5,10 @@ sum that enters the next LayerNorm becomes what it is in the untrimmed model:
 
     minimize over W, b:  sum_t w_t |r_t + W z_t + b - s_t|^2 + ridge |W - W_0|^2
 
-For each token t, `z_t` are the kept activations, `r_t` is the residual of the trimmed model, and `s_t` is the sum in
-the untrimmed model. So each sublayer also corrects the errors of those before it. `w_t = 1 / var(s_t)`, because
-the LayerNorm divides the error by this standard deviation. Padding is left out. The solution has a closed form, and
-only the activations of one layer are needed at a time.
+For each token t, `z_t` are the activations of the kept units, `r_t` is the residual of the trimmed model, and `s_t` is
+the sum in the untrimmed model. So each sublayer also corrects the errors of those before it. `w_t = 1 / var(s_t)`,
+because the LayerNorm divides the error by this standard deviation. Padding is left out. The solution has a closed
+form, and only the activations of one layer are needed at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A base model with units removed for a while: what the trimmed model will compute, before an adapter exists."""
+"""Removes units from a base model temporarily, so that it computes what the trimmed model will compute."""
 
 from __future__ import annotations
 

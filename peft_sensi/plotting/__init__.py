@@ -1,1 +1,1 @@
-"""Pictures. Arrays and names of units go in, picture files come out. Needs matplotlib (`peft-sensi[plots]`)."""
+"""Scores and states of units go in, as arrays; picture files come out. Needs matplotlib (`peft-sensi[plots]`)."""

@@ -93,7 +93,7 @@ def add_panels(
 
 
 def style_axes(axes: Any, look: Mapping[str, Any], title: str = "", pad: float = 4) -> None:
-    """Quiet axes: only the left and bottom lines, small labels, and the title on the left."""
+    """Plain axes: only the left and bottom lines, small labels, and the title on the left."""
     axes.set_facecolor(look["background"])
     axes.tick_params(colors=look["soft"], labelsize=7, length=2, width=0.6)
     axes.tick_params(which="minor", length=0)
@@ -114,13 +114,13 @@ def count_ticks(axes: Any, most: int) -> None:
 
 
 def block_labels(names: Sequence[str], blocks: Sequence[str]) -> list[str]:
-    """A short label for each group: of its block, or of the group itself where a block has several groups."""
+    """A short label for each group: its block's name, or its own name if the block has several groups."""
     short = short_names(blocks if len(set(blocks)) == len(blocks) else names)
     return [shortened(short[b if b in short else n], 24) for n, b in zip(names, blocks, strict=True)]
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Writes the picture. The file's ending says the format; one that matplotlib does not know is a `SensiError`."""
+    """Writes the picture. The file's ending says the format. An unknown format is a `SensiError`."""
     from matplotlib.transforms import Bbox
 
     path = Path(path)

@@ -16,14 +16,14 @@ from . import canvas
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the score curve shows. The three arrays have one entry a unit, in any order.
+    """What the score curve shows. The three arrays have one entry for each unit, in any order.
 
     Attributes:
         scores: Score of each unit, divided by the unit's cost.
         costs: Cost of each unit.
         states: State of each unit (uint8): trimmed, frozen or tuned.
-        cost: What costs are counted in, `parameter` or `FLOP`.
-        part: Which part of the model the units are, `prunable` or `targeted`.
+        cost: What the costs count, `parameter` or `FLOP`.
+        part: Which units are shown, `prunable` or `targeted` ones.
     """
 
     scores: np.ndarray
@@ -40,7 +40,7 @@ def plot_plan(
     ranking: Ranking | None = None,
     style: str = "light",
 ) -> None:
-    """Draws a map of the model, with one line a block: a square for each head, a bar for the neurons.
+    """Draws a map of the model, with one line for each block: a square for each head, a bar for the neurons.
 
     `rows` are the groups of units. Below the map comes the `ranking` of all units with the cut lines, if there is one.
     `Plan.plot` has the other arguments and the errors.
@@ -81,7 +81,7 @@ def _counts(rows: Sequence[Row]) -> str:
 
 
 def _draw_squares(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
-    """One square a unit, in the order of the model."""
+    """One square for each unit, in the order of the model."""
     from matplotlib.patches import Rectangle
 
     for line, row in enumerate(rows):
@@ -94,7 +94,7 @@ def _draw_squares(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> No
 
 
 def _draw_bars(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
-    """One bar a group, with a section for each state."""
+    """One bar for each group, with a section for each state."""
     start = np.zeros(len(rows))
     for state in (TUNED, FROZEN, TRIMMED):
         widths = np.array([row.count(state) for row in rows])
@@ -130,7 +130,7 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
     cuts = {"tuned": shares[states == TUNED].sum(), "kept": shares[states != TRIMMED].sum()}
     if not (states == FROZEN).any() or not (states == TUNED).any():
         del cuts["tuned"]  # there is one cut only: either all kept units are tuned or none is
-    # Dashed vertical lines with their names. Labels of lines that are close get out of each other's way.
+    # Dashed vertical lines with their names. Labels of lines that are close are moved apart.
     cuts = {name: x for name, x in cuts.items() if x < 0.9995}
     first = next(iter(cuts.values()), 0.0)
     crowded = len(cuts) == 2 and cuts["kept"] - cuts["tuned"] < 0.14
@@ -153,13 +153,13 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
 def _draw_strip(axes: Any, edges: np.ndarray, states: np.ndarray, look: Mapping[str, Any]) -> None:
     """A thin strip under the curve: the states of the units at each place of the ranking.
 
-    The cut lines are not always sharp there, because some units are kept in steps or as a minimum.
+    States can mix near a cut line, because some units are kept in steps or as a minimum.
     """
     strip = axes.inset_axes((0, -0.13, 1, 0.1))
     bins = np.linspace(0, 1, 181)
     below = np.zeros(180)
     for state in (TUNED, FROZEN, TRIMMED):
-        # The share of the units of this state up to each edge, and from it the part of each bin that they fill.
+        # The units of this state up to each edge, as a share of all. The differences say how far they fill each bin.
         up_to = np.append(0.0, np.cumsum(np.diff(edges) * (states == state)))
         filled = np.diff(np.interp(bins, edges, up_to)) * 180
         color = look["states"][state]
@@ -200,10 +200,10 @@ def plot_scores(
     outliers: Collection[str] = (),
     style: str = "light",
 ) -> None:
-    """Draws a heat map of the scores on a logarithmic scale: one line a block, with the block's best unit on the left.
+    """Draws a heat map of the scores on a logarithmic scale: one line for each block, its best unit on the left.
 
-    `scores` has one number a unit, for each group. Groups outside of blocks (rows of single Linears) are left out if
-    there are blocks. The groups in `outliers` have an outlier unit and get a mark. `Scores.plot` has the other
+    `scores` has one number for each unit of each group. Groups outside of blocks (rows of single Linears) are left
+    out if there are blocks. The groups in `outliers` have an outlier unit and get a mark. `Scores.plot` has the other
     arguments and the errors.
     """
     look = canvas.look_of(style)

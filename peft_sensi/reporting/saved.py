@@ -98,7 +98,7 @@ def open_adapter(name: str | Path) -> SavedAdapter:
 
 
 def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan | None:
-    """The adapter's plan, with the costs that only the base model's shapes tell. Loads the base's config, no weights.
+    """The adapter's plan with its costs. These depend on the base model's shapes, so the base's config is loaded.
 
     Returns `None` if that config cannot be loaded or does not fit the plan. `base` replaces the adapter's base model.
     """

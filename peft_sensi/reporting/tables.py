@@ -66,7 +66,7 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Tabl
     for kind in kinds:
         for header in [f"{KINDS[kind]} kept", "tuned"][: 1 + both]:
             table.add_column(header, justify="right", no_wrap=True)
-        table.add_column()  # rich makes columns that may wrap narrower: the bars, and no others
+        table.add_column()  # the bars: rich narrows only columns that may wrap
     for label, line in _lines(rows):
         cells: list[Any] = [Text(label)]
         for kind in kinds:

@@ -1,4 +1,4 @@
-"""Runs the user's model on calibration batches: batches are checked, losses computed, and the model restored."""
+"""Runs the user's model on calibration batches: checks the batches, computes losses, and restores the model."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def observing(
 ) -> Iterator[None]:
     """Inside the block, `observe(group, z, y, total)` is called when the sublayer of one of these groups has run.
 
-    `z` and `y` are the input and the output of the group's output projection. `total` is the residual sum that the
-    next LayerNorm gets. Each is `[..., features]`.
+    A group holds the units of one attention or FFN. `z` and `y` are the input and the output of its output projection.
+    `total` is the residual sum that the next LayerNorm gets. Each is `[..., features]`.
     """
     seen: dict[Group, tuple[torch.Tensor, torch.Tensor]] = {}
 

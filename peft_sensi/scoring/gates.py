@@ -20,7 +20,8 @@ from ..utils.errors import CalibrationError
 from .calibration import LossFn, calibration_loss, examples_in
 
 
-# Gives each example's number of terms in the mean that is a batch's loss, as float32 `[examples]`.
+# The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
+# the number of terms of each example: float32 `[examples]`.
 Weighting = Callable[[Mapping[str, Any]], torch.Tensor]
 
 
@@ -107,15 +108,15 @@ _WEIGHTINGS: tuple[Weighting, ...] = (mean_over_examples, mean_over_labels, mean
 def find_weighting(
     model: nn.Module, anatomy: Anatomy, batches: Sequence[Mapping[str, Any]], loss_fn: LossFn | None = None
 ) -> Weighting:
-    """Measures what the loss of a batch is a mean of: examples or labels. This works for any `loss_fn`.
+    """Finds out whether the loss of a batch is a mean over examples or over labels. This works for any `loss_fn`.
 
     Two small batches are run: the two examples `a` and `b` that differ most in their number of labels, and `a` twice.
     The gradient of `a` in the first batch is its own gradient times `share`; in the second batch it is half of its own
     gradient. The ratio of the two gives `share`, which is compared with `n_a / (n_a + n_b)` of each weighting.
 
-    If all examples have equally many labels, nothing is run. The answer is then `mean_over_examples`, and also if no
-    weighting is within 5 % (as with a contrastive loss), or if gradients are zero or not finite. If `loss_fn` takes a
-    mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
+    If all examples have equally many labels, nothing is run, and the result is `mean_over_examples`. The result is the
+    same if no weighting is within 5 % (as with a contrastive loss), or if gradients are zero or not finite. If
+    `loss_fn` takes a mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
     """
     contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
     if not contrast:
@@ -141,7 +142,7 @@ def find_weighting(
 
 
 def _unequal_pair(batch: Mapping[str, Any]) -> tuple[float, list[int]]:
-    """Of the examples with labels, those with the fewest and the most; before them, the log of the ratio."""
+    """The two examples with the fewest (at least one) and the most labels; before them, the log of the ratio."""
     counts = mean_over_next_labels(batch)
     if len(counts) != examples_in(batch) or not counts.any():
         return 0.0, []

@@ -1,4 +1,4 @@
-"""Where a fresh task head starts: at the prior of the calibration labels, or as priming left it."""
+"""Start values of a fresh task head: the prior of the calibration labels, or the values after `priming`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def start_head_at_prior(model: nn.Module, batches: list[Mapping[str, Any]]) -> N
     """Sets the bias of a fresh head so that its first training steps are not spent on the labels' distribution.
 
     For classification the bias becomes `log((count + 1) / sum(count + 1))` of each class, for regression the mean of
-    the labels; both over the batches of all processes. A head with a nonzero bias has been trained and stays as it is,
-    and so does a head whose labels are no classes.
+    the labels; both over the batches of all processes. A head with a nonzero bias has been trained, so it stays as it
+    is. A head also stays as it is if the labels are neither classes nor single numbers.
     """
     for bias in head_bias(model):
         if bool(bias.detach().any()):
@@ -38,7 +38,7 @@ def _labels(batches: list[Mapping[str, Any]], outputs: int) -> torch.Tensor:
     """All labels of the batches as one vector; empty if there are none, or if they are neither classes nor numbers."""
     batches = [batch for batch in batches if isinstance(batch.get("labels"), torch.Tensor)]
     labels = [batch["labels"] for batch in batches]
-    # A number for each of the `outputs`, and not for each token, says which of the classes an example belongs to.
+    # With one number for each of the `outputs` (and not for each token), an example has several classes or targets.
     per_output = [batch for batch in batches if batch["labels"].dim() > 1 and batch["labels"].shape[-1] == outputs]
     if not labels or any(getattr(b.get("input_ids"), "shape", None) != b["labels"].shape for b in per_output):
         return torch.empty(0, dtype=torch.long, device="cpu")

@@ -1,4 +1,4 @@
-"""`Scores`: one number per unit, and its file."""
+"""`Scores`: the sensitivity of each unit (head, neuron, row or token), and the file that stores it."""
 
 from __future__ import annotations
 

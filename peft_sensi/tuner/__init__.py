@@ -1,1 +1,1 @@
-"""PEFT's shape: a config and a model go in; a wrapped model comes out that trains, saves, loads and merges."""
+"""A config and a base model go in; a wrapped model comes out that PEFT can train, save, load and merge."""

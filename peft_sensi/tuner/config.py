@@ -205,10 +205,12 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     @property
     def inputs(self) -> RunInputs:
+        """The data of one wrap, which no file holds."""
         return RunInputs(self.calibration, self.scores, self.loss_fn)
 
     @property
     def limits(self) -> Budget:
+        """`budget` as limits; no limits for `None`."""
         return Budget() if self.budget is None else Budget.parse(self.budget)
 
     @property
@@ -267,7 +269,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Loads a config. If the adapter's values lie beside it, checks these and that both belong together.
+        """Loads a config. If the weights file is beside it, checks this file, and that both were saved together.
 
         Raises:
             SensiLoadError: Names the file, the key, what was expected and what was found.

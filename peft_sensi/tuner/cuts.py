@@ -1,4 +1,7 @@
-"""Cuts during training: masks close units at fixed shapes, and the closed units leave the model at the end."""
+"""Cuts during training. A cut closes units: a gate sets them to zero. At the end, closed units are removed.
+
+Until then, all tensors keep their shapes, because optimizers and DDP hold them.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,13 @@ def close_units(
     progress: float,
     loss_fn: LossFn | None = None,
 ) -> None:
-    """Scores the trained model and closes units, so that it is the share `progress` of the way to the budget.
+    """Scores the trained model and closes units until it meets interim limits.
 
-    Closed units stay closed. Only the last cut (`progress` 1) may open some again, if no open unit would fit, so that
-    the budget is used up. The output projections are refitted (see `planning.refit`) to the model before the cut.
+    The limits go from the whole prunable part (`progress` 0) to the budget (`progress` 1).
+
+    Closed units stay closed. Only the last cut (`progress` 1) may open units again: those that still fit when no
+    open unit does, so that the budget is used up. The output projections are refitted to the model before the cut
+    (see `planning.refit`).
     """
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
@@ -132,7 +138,7 @@ def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
 
 
 def _open_first(values: np.ndarray, opened: np.ndarray | None) -> np.ndarray:
-    """Scores of a group in which every open unit ranks above every closed one, also where open ones score zero."""
+    """Scores of a group in which every open unit ranks above every closed one, even if the open unit scores zero."""
     if opened is None or opened.all():
         return values
     return np.where(opened, np.maximum(values, np.finfo(np.float32).tiny), 0.0)
@@ -152,7 +158,7 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
     for group in anatomy.groups:
         moved, size = group.zeros(), group.zeros()
         before = {name: matrix(linear_of(root, name)).float() for name in group.modules}
-        # A closed gate is no movement.
+        # A closed gate must not count as movement.
         after = {n: layers[n].get_adapted_weight(adapter_name, masked=False)[0].float() for n in before if n in layers}
         for side in group.sides:
             if side.module in after:

@@ -1,7 +1,7 @@
 """What a wrap does, decided before any module is replaced: targets, scores, plan, refitted values and slices.
 
 `prepare` is the whole pipeline. It fills in every field of the config whose default depends on the model. The data
-(`RunInputs`) is used here and nowhere else.
+(`RunInputs`) is used here, and not kept.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def decide(
     scores = inputs.scores
     if scores is None and (limits != Budget() or config.retention or config.tuned_layers):
         scores = score_units(model, anatomy, batches, config.scoring_options(inputs.loss_fn))
-    elif scores is None:  # nothing is ranked: all units are the same, but tokens must be seen to be tuned
+    elif scores is None:  # nothing is ranked, but tokens are tuned only if they are in the data
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
         scores = Scores(only_seen(anatomy, unranked, batches), "none")
     plan = make_plan(

@@ -1,4 +1,4 @@
-"""An adapter merged into its base layers for a while: the trained model is scored and refitted like a plain one."""
+"""Merges an adapter into its base layers temporarily, to score and refit the trained model like a plain one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..utils.states import TRIMMED
 
 @contextmanager
 def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Inside the block, the base layers of `root` hold the adapter's trained weights, and forward runs them.
+    """Inside the block, the base layers of `root` hold the adapter's trained weights, and the forward pass uses them.
 
     So `linear_of(root, name).weight` is the weight that the adapted model computes with, in the dtype of the base: a
     16-bit base rounds it. Its kept units are in the base's order. Columns behind a closed gate are zero. For modules
-    that PEFT saves whole, forward uses the adapter's copies as always. Afterwards every layer has its own tensors
-    back, the same objects; layers that were merged before stay merged. The block needs memory for a second copy of
+    that PEFT saves whole, the forward pass uses the adapter's copies as always. Afterwards every layer has its own
+    tensor objects again; layers that were merged before stay merged. The block needs memory for a second copy of
     the weights. `adapter_name` must be the only active adapter, and the base must not be quantized.
     """
     layers = layers_of(root, adapter_name).values()

@@ -34,7 +34,7 @@ _PREFIX = "base_model.model."
 
 
 def file_to_check(config: SensiConfig) -> str | None:
-    """Path of the config's weights file, unless the user has changed fields that say what the file's values mean."""
+    """Path of the weights file beside the config; `None` if the user has changed what its values mean."""
     path, original = config.weights_file, config.file_meaning
     if path is None or original is None or not os.path.exists(path):
         return None

@@ -64,7 +64,7 @@ class AdapterOperations:
 
         The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
         before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
-        this, each with its own batches; they trim alike.
+        this, each with its own batches; all remove the same units.
 
         Args:
             budget: Limits on `params` or `flops`, as in `SensiConfig`. Shares are of the base model's heads and

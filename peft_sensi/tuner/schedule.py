@@ -103,7 +103,7 @@ class Schedule:
                 raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
             cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
-        # At the latest before the last step: there is no call of `step` after it.
+        # The latest switch is before the last step, because `step` is not called after it.
         return [min(math.ceil(round(share * total_steps, 6)), total_steps - 1) for share in shares]
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:

@@ -1,4 +1,7 @@
-"""A plan and a config go in; what the adapter does with each Linear comes out, and how many values that trains."""
+"""A plan and a config go in; a `Slice` for each Linear comes out, and the number of values that the slices train.
+
+A slice says which rows or columns of a Linear an adapter keeps and trains (see `layers.slices`).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Notices optimizers and DDP wrappers that hold parameters from before a trim.
 
-A trim replaces an adapter's parameters by smaller ones. Whoever still holds the old ones would train tensors that the
-model no longer has, without any error: an optimizer would step on them, and DDP would not synchronize the new ones.
+A trim replaces an adapter's parameters by smaller ones. Without these checks, an optimizer that holds the old ones
+would silently train tensors that the model no longer has, and DDP would not synchronize the new ones.
 """
 
 from __future__ import annotations

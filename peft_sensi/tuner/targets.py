@@ -137,9 +137,9 @@ def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -
 
 
 def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy) -> list[str]:
-    """The value of `also_train=None`: something only beside dense units without a limit on trained values.
+    """What `also_train=None` stands for. The list is empty unless dense units are tuned without a `trainable` limit.
 
-    Tokens are trained only if the run's inputs show which ones matter.
+    It has "tokens" only if the run's inputs show which tokens matter.
     """
     dense = config.tunes_units and config.retention is None
     if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:
@@ -158,7 +158,7 @@ def default_update(
 ) -> str:
     """The value of `update=None`: `dense`, or `low_rank` under a `trainable` limit of at most 2 %.
 
-    So few dense units reach few places of the model, while a low-rank term reaches all of them
+    With so few values, dense units change few places of the model, while low-rank terms change all of them
     (`examples/benchmarks/quality.py` measures the gain). Every field that asks for units gives `dense`: another score
     than the default, `tuned_layers`, tokens and others; so does a limit without room for rank 1. `saved` is the number
     of values of base modules that are trained whole.

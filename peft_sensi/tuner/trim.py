@@ -1,4 +1,7 @@
-"""Trims a trained adapter: the adapted model is scored, planned and refitted, then the adapter shrinks."""
+"""Trims a trained adapter.
+
+Scores the units of the adapted model, makes a plan, refits the kept weights by least squares, and shrinks the adapter.
+"""
 
 from __future__ import annotations
 

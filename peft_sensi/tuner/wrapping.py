@@ -1,4 +1,7 @@
-"""An adapter's slices go into a model: Linears are replaced by layers, and layers are rebuilt for another plan."""
+"""Puts the slices of an adapter (see `layers.slices`) into a model: Linears are replaced by layers.
+
+Layers can also be rebuilt for another plan.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,7 @@ def _rebuild(
 
 @contextmanager
 def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[None]:
-    """Inside, the layers of one adapter may be rebuilt.
+    """Inside the block, the layers of one adapter may be rebuilt.
 
     Afterwards the same adapters are active, and the same tensors require gradients. Tensors that did not exist before
     require gradients if the adapter's other tensors did. If the block raises, the adapter is as it was before.

@@ -1,1 +1,1 @@
-"""What all packages use: errors, checks of outside values, file access, several processes, unit states, and text."""
+"""Tools for all packages: errors, checks of values from outside, files, several processes, states of units, texts."""

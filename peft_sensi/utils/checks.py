@@ -59,7 +59,7 @@ _NAMES_OR_TEXT = (lambda v: v is None or isinstance(v, str) or _is_names(v), "a 
 _TEXT_OR_NONE = (_is(str, NoneType), "a string or None")
 _TEXT = (_is(str), "a string")
 _BOOL = (_is(bool), "True or False")
-# For each field: a function that says whether a value is accepted, and the words for a message.
+# For each field: a function that says whether a value is accepted, and a description for the message.
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": _NAMES_OR_TEXT,
     "exclude_modules": _NAMES_OR_TEXT,

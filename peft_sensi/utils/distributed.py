@@ -6,8 +6,8 @@ them are at the same place. So all processes raise the same error, and none wait
 
 With a single process, and outside of `synchronized`, these functions exchange nothing.
 
-This module calls PyTorch's collectives, not Accelerate's wrappers: the wrappers do nothing, without a word, if the
-process group was started without Accelerate's environment variables.
+This module calls PyTorch's collectives, not Accelerate's wrappers: the wrappers silently do nothing if the process
+group was started without Accelerate's environment variables.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def rank() -> int:
 
 @contextmanager
 def synchronized(task: str) -> Iterator[None]:
-    """Inside, processes can exchange values. If one of them fails, all of them fail with the same error.
+    """Inside the block, processes can exchange values. If one of them fails, all of them fail with the same error.
 
     An error that is the same in all processes is raised unchanged. Other errors become a `SensiError` (or the same
     subclass of it) that names the processes. `task` is used in messages.
@@ -99,7 +99,7 @@ def synchronized(task: str) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process exchanges nothing, even within `synchronized`."""
+    """Inside the block, this process exchanges nothing, even within `synchronized`."""
     token = _synchronized.set(False)
     try:
         yield
@@ -167,7 +167,7 @@ def all_max(tensors: Sequence[torch.Tensor], where: str) -> None:
 
 
 def broadcast(tensor: torch.Tensor) -> None:
-    """Replaces the tensor by that of process 0, in place. Call `gather` first, which reports errors of others."""
+    """Replaces the tensor by that of process 0, in place. Call `gather` first: it reports errors of others."""
     if world_size() > 1:
         _in_place(tensor, lambda t: dist.broadcast(t, src=0))
 
@@ -211,7 +211,8 @@ def weight_of(batch: Mapping[str, Any], own_loss: bool = False) -> float:
     """The weight of a batch in a mean over the batches of all processes.
 
     It is the number of labeled positions if the loss is a mean over these, otherwise the number of examples.
-    `own_loss` says that the user's own function computes the loss, which is taken for a mean over examples.
+    `own_loss` says that the user's own function computes the loss. It is then assumed to be a mean
+    over examples.
     """
     labels = batch.get("labels")
     if not own_loss and isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
@@ -230,7 +231,7 @@ def batch_positions(batches: int) -> list[int]:
 
 
 def check_equal(what: str, value: Mapping[str, Any], advice: str) -> None:
-    """Raises `SensiError` in all processes if some have another `value`. It names the first key that differs."""
+    """Raises `SensiError` in all processes if they have different values. It names the first key that differs."""
 
     def to_json(part: Any) -> Any:
         return sorted(map(str, part)) if isinstance(part, Iterable) else repr(part)

@@ -1,6 +1,6 @@
-"""All file access of the package: opening safetensors files, reading JSON, and writing files that are never half done.
+"""Access to files: opens safetensors files, reads JSON, and replaces files atomically.
 
-Every error names the file. A file that was not read or written as a whole is an error, never a partial result.
+Every error names the file. An incomplete file is an error; no part of it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DTYPES = {
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Creates or replaces a file only once the new content is complete and on the disk.
+    """Creates or replaces a file. The old content stays until the new content is complete and on the disk.
 
     `write` is called with the name of a temporary file in the same folder and writes the content there. If that fails,
     for example because the disk is full, the old file is unchanged, and a `SensiError` is raised.

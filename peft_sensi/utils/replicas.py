@@ -1,4 +1,4 @@
-"""Gives all processes the same base weights before units are ranked, and refuses models whose weights are spread out.
+"""Gives all processes the same base weights before units are ranked, and refuses models that are sharded.
 
 A base model can differ between processes in three ways. Weights can have different values: a fresh task head is random
 in each process. They can be in process 0 only, and on `meta` in the others: FSDP's `cpu_ram_efficient_loading` does
@@ -27,7 +27,7 @@ MOST_MISSING = 0.2
 
 @contextmanager
 def weights_from_rank_0(model: nn.Module, keep: bool = False) -> Iterator[None]:
-    """Inside, all processes have the weights of process 0. Afterwards, they have their own weights again.
+    """Inside the block, all processes have the weights of process 0. Afterwards, they have their own weights again.
 
     With `keep`, the weights of process 0 stay unless the block raises an error. A process whose base is on `meta`
     stays without weights (see `any_process_on_meta`). Different models are an error.
@@ -95,7 +95,7 @@ def copy_weights_from_rank_0(model: nn.Module, undo: ExitStack | None = None) ->
 
 
 def _sample(tensor: torch.Tensor) -> bytes | None:
-    """The sum of all values and about 64 single values, which tell different tensors apart. `None` on `meta`."""
+    """The sum of all values and about 64 single values, to recognize different tensors. `None` on `meta`."""
     if tensor.is_meta:
         return None
     values = tensor.detach().flatten()

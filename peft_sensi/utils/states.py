@@ -1,4 +1,8 @@
-"""The three states of a unit, and the states of one group of units as an array."""
+"""The three states of a unit, and the states of one group of units as an array.
+
+A *unit* is what is ranked: an attention head, an FFN neuron, a row of a Linear or a token (see `anatomy.units`). A
+*group* holds the units of one sublayer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ class Row:
 
     Attributes:
         name: The group's name, such as `bert.encoder.layer.0.heads`.
-        block: Path of the block that the group belongs to; of the module, for a group outside of blocks.
+        block: Path of the transformer block of the group. For a group outside of blocks, path of its module.
         kind: A key of `KINDS`.
         states: The state of each unit, uint8.
     """
