@@ -76,7 +76,7 @@ class SensiLayer(ComposedWeights):
             start = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         else:
             # In inference mode a file brings the positions of single values, and choosing them can take long.
-            start = dict(kept or {})
+            start = {name: tensor.to(base.weight.device) for name, tensor in (kept or {}).items()}
             if not specs.keys() <= start.keys():  # otherwise the base may have been dropped
                 first = first_parts(base, replace(slice_, support="first") if inference_mode else slice_, values)
                 start = first | start
