@@ -90,6 +90,18 @@ def test_closed_units_stay_closed_where_open_ones_tie(score, monkeypatch):
         assert not (after & ~first[name]).any() or (after >= first[name]).all(), name
 
 
+@pytest.mark.parametrize("config", [{"update": "low_rank", "rank": 2}, {"budget": {"trainable": 0.1}}], ids=str)
+def test_a_mask_that_is_drawn_again_does_not_depend_on_the_old_one(config):
+    model = wrap(tiny_model(), **config, sparsity=0.3, schedule={"phase": "draw_mask", "at": 0.5})
+    schedule = Schedule(model, 4)
+    train(model)
+    masks = []
+    for _ in range(2):
+        assert schedule.step(done_steps=2)
+        masks.append({name: layer.part("bits", "default").clone() for name, layer in layers_of(model).items()})
+    assert_same_tensors(*masks)
+
+
 def test_cuts_by_magnitude_see_trained_weights():
     model, schedule = scheduled(score="magnitude")
     layers = layers_of(model)

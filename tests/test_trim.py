@@ -9,9 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_two
 from tiny import clone, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from torch.utils.data import DataLoader
 
 from peft_sensi import BudgetError, Schedule, SensiConfig, SensiError, recipes
-from peft_sensi.tuner import in_place
+from peft_sensi.layers.layer import layers_of
+from peft_sensi.tuner import in_place, wrapping
+from peft_sensi.tuner.wrapping import wrap_module
 from peft_sensi.utils.states import TRIMMED, TUNED
 
 
@@ -143,6 +146,75 @@ def test_other_limits(budget):
     assert plan.flops_share <= 0.5 and plan.params_share <= budget.get("params", 1.0)
 
 
+def test_flops_are_counted_at_the_length_of_the_config():
+    model = learned(sequence_length=64)
+    assert model.base_model.trim({"flops": 0.5}, calibration=BATCHES).sequence_length == 64
+
+
+def test_a_limit_on_trained_values_stays_in_the_config():
+    model = learned(budget={"trainable": 0.2})
+    for budget in (0.6, {"flops": 0.4}):
+        model.base_model.trim(budget, calibration=BATCHES)
+    assert model.peft_config["default"].budget == {"flops": 0.4, "trainable": 0.2}
+
+
+@pytest.mark.parametrize("config", [{"score": "magnitude"}, {"score": "fisher"}, {"keep_base": False}], ids=str)
+def test_a_trim_after_whole_sublayers_are_gone(config, tmp_path):
+    model = learned(min_units=0, **config)
+    for share in (0.5, 0.2, 0.05):
+        plan = model.base_model.trim(share, calibration=BATCHES)
+        assert plan.params_share <= share
+    assert sum((plan.of(group) == TRIMMED).all() for group in plan.anatomy.trimmable) > 1
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+
+
+def test_whole_sublayers_are_trimmed_twice():
+    model = learned(granularity="tensor", score="fisher", budget={"params": 1.0})
+    scores = model.base_model._sensi_scores["default"]
+    assert all(scores.protected[name].shape == values.shape for name, values in scores.values.items())
+    for share in (0.7, 0.4):
+        plan = model.base_model.trim(share, calibration=BATCHES)
+        assert 0 < plan.params_share <= share
+
+
+def test_an_undrawn_mask_is_refused(tmp_path):
+    phase = {"phase": "draw_mask", "at": 0.5}
+    model = wrap(tiny_model(), update="low_rank", rank=2, sparsity=0.3, schedule=phase)
+    with pytest.raises(SensiError, match="has not been drawn"):
+        model.base_model.trim(0.5, calibration=BATCHES)
+    with pytest.warns(UserWarning, match="the mask is drawn now"):
+        Schedule(model, 10).finish()
+    model.base_model.trim(0.5, calibration=BATCHES)
+    assert any(layer.is_masked("default") for layer in layers_of(model).values())
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+
+
+def test_a_trim_draws_no_random_numbers():
+    model = learned()
+    loader = DataLoader([{name: value[0] for name, value in batch.items()} for batch in BATCHES], 2, shuffle=True)
+    before = torch.get_rng_state()
+    model.base_model.trim(0.5, calibration=loader)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_trim_that_fails_while_layers_are_rebuilt(monkeypatch):
+    model = learned(keep_base=False, budget={"params": 1.0, "trainable": 0.2})
+    expected, plan, calls = logits(model), model.base_model.plan(), []
+
+    def fail_at_the_sixth(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return wrap_module(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wrapping, "wrap_module", fail_at_the_sixth)
+        with pytest.raises(KeyboardInterrupt):
+            model.base_model.trim(0.5, calibration=BATCHES)
+    assert torch.equal(logits(model), expected) and model.base_model.plan() == plan
+    model.base_model.trim(0.5, calibration=BATCHES)
+
+
 def test_without_the_base(tmp_path):
     kept, dropped = learned(), learned(keep_base=False)
     for model in (kept, dropped):
@@ -229,8 +301,13 @@ def test_wrong_calls():
         model.base_model.trim({"params": 0.5, "trainable": 0.1}, calibration=BATCHES)
     with pytest.raises(BudgetError):
         model.base_model.trim(0.0, calibration=BATCHES)
-    with pytest.raises(SensiError, match="score"):
-        model.base_model.trim(0.5, calibration=BATCHES, score="movement")
+    for score in ("movement", "entropy"):
+        with pytest.raises(SensiError, match="score"):
+            model.base_model.trim(0.5, calibration=BATCHES, score=score)
+    with pytest.raises(SensiError, match="needs `calibration`"):
+        model.base_model.trim(0.5, refit=True)
+    with pytest.raises(SensiError, match="output_biases"):
+        learned(also_train=["norms"]).base_model.trim(0.5, calibration=BATCHES, refit=True)
     model.base_model.merge_adapter()
     with pytest.raises(SensiError, match="unmerge"):
         model.base_model.trim(0.5, calibration=BATCHES)

@@ -75,9 +75,9 @@ class SensiLayer(ComposedWeights):
         if base.weight.is_meta or new_parameters_are_empty():
             start = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
         else:
-            # In inference mode, the positions of single values come from a file. To choose them here would be slow.
-            start = dict(kept or {})
-            if not specs.keys() <= start.keys():  # otherwise the base may have been dropped
+            start = {name: tensor.to(base.weight.device, copy=True) for name, tensor in (kept or {}).items()}
+            if not specs.keys() <= start.keys():  # with all of them, the base may have been dropped
+                # In inference mode, the positions of single values come from a file. To choose them would be slow.
                 first = first_parts(base, replace(slice_, support="first") if inference_mode else slice_, values)
                 start = first | start
         active = adapter_name in self.active_adapters and not inference_mode

@@ -38,9 +38,9 @@ class OutlierFinder:
         def observe(group: Group, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
             x = x.detach().float()
             columns = unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
-            if group.kind == "neuron":
+            if group.sides[-1].width == 1:
                 energy = x.square() * columns.square().sum(1)
-            else:  # `|W x|^2` of each head as `x^T (W W^T) x`: the matrix in parentheses is small
+            else:  # `|W x|^2` of each head or sublayer as `x^T (W W^T) x`: the matrix in parentheses is small
                 weight = columns.view(group.size, group.sides[-1].width, -1)
                 x = x.unflatten(-1, (group.size, -1))
                 energy = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)

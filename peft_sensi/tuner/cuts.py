@@ -99,8 +99,8 @@ def _refitted(
 ) -> Refitted:
     """Changes of the output projections that make up for the cut, if the schedule does not switch the refit off."""
     before = plan_of(root, config)
-    refits = (config.schedule or {}).get("refit")
-    if batches is None or refits is False or not (refits or is_refitted(root, config, before.anatomy)):
+    wanted_by_user = (config.schedule or {}).get("refit", config.refit)
+    if batches is None or not is_refitted(root, config, before.anatomy, wanted_by_user):
         return {}
     states = tuple(
         np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)).astype(np.uint8).tobytes()

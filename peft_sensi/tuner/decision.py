@@ -238,7 +238,7 @@ def decide(
     # The plan is known now, so what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
     refitted: Refitted = {}
-    if is_refitted(model, config, anatomy) and batches is not None and plan.trims:
+    if is_refitted(model, config, anatomy, config.refit) and batches is not None and plan.trims:
         model.eval()
         refitted = refit(model, plan, batches[: config.calibration_steps], inputs.loss_fn, distributed.rank() == 0)
     # Without priming, the head's first steps would be spent on the prior.
@@ -262,13 +262,16 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
     return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
 
 
-def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> bool:
-    """Whether trimmed blocks are refitted. The fit moves output biases, so the adapter must hold these."""
+def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy, wanted: bool | None) -> bool:
+    """Whether trimmed blocks are refitted. The fit moves output biases, so the adapter must hold these.
+
+    `wanted` is the user's choice, `None` for the default. Raises `SensiError` if the choice is not possible.
+    """
     has_biases = any(bias_of(linear_of(model, group.output)) is not None for group in anatomy.trimmable)
     fits = not has_biases or bool({"biases", "output_biases"} & set(config.also_train or ()))
-    if config.refit and not fits:
+    if wanted and not fits:
         raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")
-    return config.refit if config.refit is not None else config.limits.trainable is None and fits
+    return wanted if wanted is not None else config.limits.trainable is None and fits
 
 
 def _warn_of_lost_inputs(config: SensiConfig, batches: list[Mapping[str, Any]]) -> None:

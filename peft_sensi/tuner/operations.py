@@ -84,7 +84,8 @@ class AdapterOperations:
             BudgetError: If the budget is malformed or cannot be met.
             AnatomyError: If the model has no heads or neurons to trim.
             SensiError: If the adapter does not exist, is inactive, merged, compressed or sharded, or has a schedule of
-                cuts that is not finished. A trim that fails leaves the model as it was.
+                cuts that is not finished or a mask that is not drawn yet; or if `refit=True` is not possible. A trim
+                that fails leaves the model as it was.
         """
         before = self.plan(adapter_name)
         if any(layer.merged for layer in self._layers()):

@@ -186,7 +186,8 @@ class Schedule:
         name = self.adapter_name
         for layer in self._layers():
             if layer.part("bits", name) is not None:
-                scores, _ = layer.get_adapted_weight(name)
+                # A training that starts again draws again, and the old mask must not decide: it made weights zero.
+                scores, _ = layer.get_adapted_weight(name, masked=False)
                 if layer.part("down", name) is not None or layer.part("values", name) is not None:
                     scores = scores - layer.get_original_weight(name).to(scores.dtype)
                 layer.draw_mask(name, scores.abs())

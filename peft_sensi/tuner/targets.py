@@ -125,11 +125,6 @@ def _is_saved_whole(name: str, config: SensiConfig) -> bool:
     return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
 
 
-def values_of(model: nn.Module, saved: list[str]) -> int:
-    """Number of values of base modules that are trained whole."""
-    return sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
-
-
 def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -> int:
     """Number of values in the biases of the targeted Linears if `also_train` has "biases", otherwise 0."""
     biases = [bias_of(linear_of(model, name)) for name in targets] if "biases" in (config.also_train or ()) else []

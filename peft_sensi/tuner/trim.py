@@ -15,12 +15,14 @@ from torch import nn
 
 from ..anatomy.build import nothing_to_trim
 from ..anatomy.units import Anatomy
+from ..layers.layer import layers_of
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
+from ..scoring.criteria import METHODS
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -61,10 +63,14 @@ def trim_adapter(
     refits: bool | None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    limits = _check(root, config, before, budget, score)
+    limits = _check(root, config, adapter_name, before, budget, score)
+    if refits and inputs.calibration is None:
+        raise SensiError(
+            "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
+        )
     default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
     options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
-    settings = config.budget, config.also_train
+    settings, old_limits = (config.budget, config.also_train), config.limits
     parameters = list(root.parameters())
     try:
         with distributed.synchronized("trimming"):
@@ -74,12 +80,15 @@ def trim_adapter(
         config.budget, config.also_train = settings
         raise
     config.budget = dict(budget) if isinstance(budget, Mapping) else budget
+    if (trainable := old_limits.trainable) is not None:
+        trims = config.budget if isinstance(config.budget, dict) else {"params": config.budget}
+        config.budget = {**trims, "trainable": trainable}
     kept = {id(parameter) for parameter in root.parameters()}
     mark_stale(parameter for parameter in parameters if id(parameter) not in kept and parameter.requires_grad)
     return trim
 
 
-def _check(root: nn.Module, config: SensiConfig, before: Plan, budget: Any, score: str | None) -> Budget:
+def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget: Any, score: str | None) -> Budget:
     """The limits of a trim. Raises `SensiError` if the adapter, as it is now, cannot be trimmed like this."""
     limits = Budget.parse(budget)
     if not before.anatomy.trimmable:
@@ -89,6 +98,8 @@ def _check(root: nn.Module, config: SensiConfig, before: Plan, budget: Any, scor
             "`trim()` removes units under limits on `params` or `flops`. It cannot change how many values are "
             "trained: leave the `trainable` limit out."
         )
+    if score not in (None, *METHODS):
+        raise SensiError(f"`score` must be one of fisher, taylor, magnitude and random, got {score!r}.")
     if score in LEARNED_WHILE_PRIMING:
         raise SensiError(
             f"score={score!r} is measured while a model is primed, and a trained adapter is not primed: use 'fisher', "
@@ -102,6 +113,11 @@ def _check(root: nn.Module, config: SensiConfig, before: Plan, budget: Any, scor
         raise SensiError(
             "The adapter has a schedule of cuts. Finish the training (`Schedule.finish()`, which `SensiCallback` "
             "calls) before you trim it further."
+        )
+    if config.phase == "draw_mask" and not all(layer.is_masked(name) for layer in layers_of(root, name).values()):
+        raise SensiError(
+            "The adapter's mask has not been drawn yet. Finish the training (`Schedule.finish()`, which "
+            "`SensiCallback` calls) before you trim it."
         )
     replicas.check_not_partitioned(root)
     return limits
@@ -118,14 +134,18 @@ def _decide(
     refits: bool | None,
 ) -> Trim:
     """Scores, plan and refitted values of the adapted model. The model stays as it was."""
-    batches = None if inputs.calibration is None else materialize(inputs.calibration, options.calibration_steps)
-    given = {**asdict(limits), "score": options.score, "refit": refits, "calibration": batches is not None}
+    has_data = inputs.calibration is not None
+    given = {**asdict(limits), "score": options.score, "refit": refits, "calibration": has_data}
     distributed.check_equal("its trim", given, "Give all processes the same.")
     kept = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
     with preserved(root), merged_in_place(root, adapter_name):
+        # Inside `preserved`, because a shuffling data loader draws random numbers.
+        batches = None if inputs.calibration is None else materialize(inputs.calibration, options.calibration_steps)
         root.eval()
         # The merged model is smaller where units were trimmed before; its units are the kept ones in their order.
         now = anatomy_of(root, config, before.targets)
+        # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
+        now = replace(now, groups=tuple(g for g in now.groups if g.name in kept and kept[g.name].any()))
         found = score_units(root, now, batches, options)
         scores = replace(
             found,
@@ -138,14 +158,14 @@ def _decide(
             limits,
             targets=before.targets,
             available=kept,
-            sequence_length=scores.sequence_length or before.sequence_length,
+            sequence_length=config.sequence_length or scores.sequence_length or before.sequence_length,
             multiple_of=config.multiple_of,
             min_units=config.units_to_stay,
             uniform=config.widths == "uniform",
         )
         states = {g.name: np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)) for g in before.anatomy.groups}
         refitted: Refitted = {}
-        if batches is not None and (is_refitted(root, config, now) if refits is None else refits):
+        if batches is not None and is_refitted(root, config, now, config.refit if refits is None else refits):
             small = _plan_of_merged(now, before, states)
             refitted = refit_changes(root, small, batches, inputs.loss_fn, options.progress)
     plan = replace(plan_with(root, config, before, states), sequence_length=wanted.sequence_length)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import is_plain, is_plain_embedding
+from ..anatomy.linears import is_plain, is_plain_embedding, update_features
 from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
@@ -163,6 +163,8 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     fields = config.plan, config.schedule
     own = layers_of(root, adapter_name)
     before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
+    dropped = [layer.get_base_layer() for layer in own.values() if layer.sensi_base_dropped]
+    bases = [(base, dict(base._parameters)) for base in dropped]
     flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
     trained = any(flags.values()) or not flags
     try:
@@ -172,6 +174,9 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
                 parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
     except BaseException:
         config.plan, config.schedule = fields
+        for base, parameters in bases:  # `reduce_base` may have replaced them
+            base._parameters.update(parameters)
+            update_features(base)
         for name, layer in layers_of(root).items():
             layer.discard_parts(adapter_name)
             if name not in layers:
