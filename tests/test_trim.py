@@ -401,3 +401,22 @@ def test_a_refit_is_what_least_squares_says(config):
     for name, (weight, bias) in found.items():
         torch.testing.assert_close(small.get_submodule(name).weight, weight, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(small.get_submodule(name).bias, bias, atol=1e-5, rtol=1e-5)
+
+
+def test_a_phase_that_is_not_a_cut_stays(tmp_path):
+    """After the dense part was frozen and the adapter trimmed, memory and file agree about what is trained next."""
+    model = wrap(tiny_model(), **{**FULL, "budget": None}, update="dense+low_rank", rank=2, retention=0.0,
+                 schedule={"phase": "freeze_dense", "epochs": 1})  # fmt: skip
+    phases = Schedule(model, 4, steps_per_epoch=2)
+    for _ in range(4):
+        phases.step()
+    phases.finish()
+    model.base_model.trim(0.5, calibration=BATCHES)
+    assert model.peft_config["default"].phase == "freeze_dense"
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    counts = []
+    for one in (model, again):
+        Schedule(one, 4, steps_per_epoch=2).step()
+        counts.append(sum(p.numel() for p in one.parameters() if p.requires_grad))
+    assert counts[0] == counts[1]

@@ -63,26 +63,25 @@ def trim_adapter(
     refits: bool | None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    limits = _check(root, config, adapter_name, before, budget, score)
-    if refits and inputs.calibration is None:
-        raise SensiError(
-            "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
-        )
-    default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
-    options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
-    settings, old_limits = (config.budget, config.also_train), config.limits
+    settings, trainable = (config.budget, config.also_train), config.limits.trainable
     parameters = list(root.parameters())
     try:
+        # A wrong call in one process is an error in all of them.
         with distributed.synchronized("trimming"):
+            limits = _check(root, config, adapter_name, before, budget, score)
+            if refits and inputs.calibration is None:
+                raise SensiError(
+                    "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
+                )
+            default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
+            options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
             trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
         shrink(root, config, adapter_name, trim.plan, trim.refitted)
     except BaseException:
         config.budget, config.also_train = settings
         raise
-    config.budget = dict(budget) if isinstance(budget, Mapping) else budget
-    if (trainable := old_limits.trainable) is not None:
-        trims = config.budget if isinstance(config.budget, dict) else {"params": config.budget}
-        config.budget = {**trims, "trainable": trainable}
+    given = asdict(limits) | {"trainable": trainable}
+    config.budget = {name: limit for name, limit in given.items() if limit is not None}
     kept = {id(parameter) for parameter in root.parameters()}
     mark_stale(parameter for parameter in parameters if id(parameter) not in kept and parameter.requires_grad)
     return trim

@@ -118,7 +118,9 @@ def shrink(
     """
     root = root_of(model)
     with _rebuilding(root, config, adapter_name):
-        config.plan, config.schedule = plan.to_dict(), None
+        config.plan = plan.to_dict()
+        if config.phase == "cut":
+            config.schedule = None  # it is finished; the other phases can be stepped again in a further training
         _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
 
 
