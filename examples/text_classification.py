@@ -56,16 +56,21 @@ class DataOptions(FileOptions):
 @readable_errors()
 def main(arguments: list[str] | None = None) -> None:
     options, data, training = parse(__doc__.splitlines()[0], DataOptions, arguments=arguments)
-    train_rows, validation_rows, text, pair, label = read_data(data, training.seed)
+    run(text_task(options.model, options.dtype, data, training.seed), options, training)
+
+
+def text_task(model: str, dtype: str, data: DataOptions, seed: int) -> Task:
+    """Reads the rows and tokenizes them for the model's tokenizer."""
+    train_rows, validation_rows, text, pair, label = read_data(data, seed)
     labels = labels_of(train_rows, label, data.regression)
-    tokenizer = pretrained(AutoTokenizer, options.model)
+    tokenizer = pretrained(AutoTokenizer, model)
     train_set, validation_set = (
         tokenize(rows, tokenizer, text, pair, encode_all(labels, rows, label), data.max_length)
         for rows in (train_rows, validation_rows)
     )
-    task = Task(
+    return Task(
         task_type="SEQ_CLS",
-        load_base=lambda: load_base(options.model, labels, options.dtype),
+        load_base=lambda: load_base(model, labels, dtype),
         train_set=train_set,
         validation_set=validation_set,
         collator=DataCollatorWithPadding(tokenizer),
@@ -74,7 +79,6 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer=tokenizer,
         details={"task": data.task or data.train_file, "classes": labels.names},
     )
-    run(task, options, training)
 
 
 def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset, str, str | None, str]:

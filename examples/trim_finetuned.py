@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import get_peft_model
-from text_classification import DataOptions, encode_all, labels_of, load_base, read_data
+from text_classification import DataOptions, text_task
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from peft_sensi import Budget, SensiConfig
 
-from common import DataError, batches, metric_function, plan_figures, tokenize, write_json
-from runner import OrderedTrainer, Task, parse, pretrained, readable_errors, share_or_count, typical_length
+from common import DataError, batches, plan_figures, write_json
+from runner import OrderedTrainer, Task, parse, pretrained, readable_errors, share_or_count
 
 
 @dataclass
@@ -46,30 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     budgets = [share_or_count(budget) for budget in options.budgets]
     for budget in budgets:
         Budget.parse(budget)
-    train_rows, validation_rows, text, pair, label = read_data(data, training.seed)
-    labels = labels_of(train_rows, label, data.regression)
+    task = text_task(options.model, options.dtype, data, training.seed)
+    classes = task.details["classes"]
     outputs = pretrained(AutoConfig, options.model).num_labels
-    if outputs != (1 if labels.regression else len(labels.names)):
+    if outputs != (len(classes) or 1):
         raise DataError(
             f"the head of {options.model} has {outputs} outputs, but the training rows have "
-            f"{'numbers as labels' if labels.regression else f'{len(labels.names)} classes'}: fine-tune it first, for "
-            f"example with text_classification.py --method full"
+            f"{f'{len(classes)} classes' if classes else 'numbers as labels'}: fine-tune it first, for example with "
+            f"text_classification.py --method full"
         )
-    tokenizer = pretrained(AutoTokenizer, options.model)
-    train_set, validation_set = (
-        tokenize(rows, tokenizer, text, pair, encode_all(labels, rows, label), data.max_length)
-        for rows in (train_rows, validation_rows)
-    )
-    task = Task(
-        task_type="SEQ_CLS",
-        load_base=lambda: load_base(options.model, labels, options.dtype),
-        train_set=train_set,
-        validation_set=validation_set,
-        collator=DataCollatorWithPadding(tokenizer),
-        metrics=metric_function("regression" if labels.regression else "classification"),
-        unit_of_cost=typical_length(train_set),
-        tokenizer=tokenizer,
-    )
     training.num_train_epochs = options.heal_epochs
     folder = Path(training.output_dir)
     whole = evaluate(task.load_base(), task, training)

@@ -60,7 +60,7 @@ def refit_changes(
     changes: Refitted = {}
     for name, (weight, bias) in refit(root, plan, batches, loss_fn, progress).items():
         layer: Any = root.get_submodule(name)
-        if any(slice_.sparsity is not None for slice_ in layer.sensi_slices.values()):
+        if layer.sensi_slices[layer.merged_adapters[-1]].sparsity is not None:
             continue
         base = layer.get_base_layer()
         group = next(g for g in plan.anatomy.trimmable if g.output == name)
