@@ -47,9 +47,10 @@ def score_for(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, **o
     return compute_scores(model, batches, targets=targets, **options)
 
 
-def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int) -> Plan:
+def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int, latency: Any = None) -> Plan:
     """The plan for these limits and scores. Wraps the model with an adapter."""
-    config = SensiConfig(budget=limits, scores=for_head_of(model, scores), seed=seed, task_type="SEQ_CLS")
+    scores = for_head_of(model, scores)
+    config = SensiConfig(budget=limits, scores=scores, seed=seed, latency=latency, task_type="SEQ_CLS")
     peft_model: Any = get_peft_model(model, config)
     return peft_model.base_model.plan()
 
@@ -154,6 +155,7 @@ def train_for(
     training: Training,
     *,
     limits: Any,
+    latency: Any = None,
     recipe: str | None,
     score: str,
     scores: Scores | None,
@@ -170,6 +172,7 @@ def train_for(
     scores = None if scores is None else for_head_of(model, scores)
     seed = training.seed
     common: dict[str, Any] = {"calibration": calibration, "scores": scores, "task_type": "SEQ_CLS", "seed": seed}
+    common["latency"] = latency
     if recipe is None:
         config = SensiConfig(budget=1.0 if thorough else limits, score=score, **common)
     elif recipe == "sensi_bert":
@@ -210,6 +213,7 @@ def trim_for(
     *,
     name: str,
     limits: Any,
+    latency: Any = None,
     show: Callable[[Plan], None],
 ) -> dict[str, Any]:
     """Trims a trained adapter or a fine-tuned model, trains it on for `training.epochs`, and saves the adapter.
@@ -221,12 +225,13 @@ def trim_for(
     run = Run(model, task, folder, training)
     before, start = run.evaluate(), time.perf_counter()
     if isinstance(model, PeftModel):
-        run.model.base_model.trim(limits, calibration)
+        run.model.base_model.trim(limits, calibration, latency=latency)
     else:
         # The head has been trained, so the gradients mean something without priming.
         config = SensiConfig(
-            budget=limits, calibration=calibration, priming_steps=0, task_type="SEQ_CLS", seed=training.seed
-        )
+            budget=limits, calibration=calibration, priming_steps=0, task_type="SEQ_CLS", seed=training.seed,
+            latency=latency,
+        )  # fmt: skip
         run.model = get_peft_model(model, config)
     seconds = time.perf_counter() - start
     show(run.model.base_model.plan())

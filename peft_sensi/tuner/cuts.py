@@ -20,7 +20,8 @@ from ..layers.functional import Pair
 from ..layers.layer import layers_of
 from ..layers.slices import positions_in
 from ..planning.allocate import make_plan
-from ..planning.budget import Budget, allowance
+from ..planning.budget import TIMES, Budget, allowance
+from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..scoring.calibration import LossFn, preserved
@@ -31,6 +32,7 @@ from ..utils.states import TRIMMED
 from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
+from .predictions import read_latency
 from .slicing import trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
@@ -51,6 +53,7 @@ def close_units(
     open unit does, so that the budget is used up. The output projections are refitted to the model before the cut
     (see `planning.refit`).
     """
+    read_latency(config)
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
     gates = gates_of(root, adapter_name)
@@ -66,7 +69,7 @@ def close_units(
     plan = make_plan(
         anatomy,
         {name: _open_first(value.numpy(), opened.get(name)) for name, value in scores.values.items()},
-        _on_the_way(config.limits, anatomy, length, progress),
+        _on_the_way(config, anatomy, length, progress),
         targets=targets,
         protected={name: mask.numpy() & opened.get(name, True) for name, mask in scores.protected.items()},
         available=opened if progress < 1 else None,
@@ -74,6 +77,7 @@ def close_units(
         multiple_of=config.multiple_of,
         min_units=config.units_to_stay,
         uniform=config.widths == "uniform",
+        latency=config.tables,
     )
     changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
     distributed.gather("cutting")
@@ -195,7 +199,7 @@ def plan_with(root: nn.Module, config: SensiConfig, before: Plan, states: Mappin
     "removed_biases".
     """
     packed = tuple(states[group.name].astype(np.uint8).tobytes() for group in before.anatomy.groups)
-    after = replace(before, states=packed)
+    after = replace(before, states=packed, latency={})  # they are predicted again when the config gets this plan
     saved_values = before.always_trained - trained_beside_units(root, config, before)
     also = config.also_train or []
     if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):
@@ -203,19 +207,19 @@ def plan_with(root: nn.Module, config: SensiConfig, before: Plan, states: Mappin
     return replace(after, always_trained=saved_values + trained_beside_units(root, config, after))
 
 
-def exceeds(plan: Plan, limits: Budget) -> bool:
-    """Whether the plan keeps more than the limits allow."""
-    counts = _on_the_way(limits, plan.anatomy, plan.sequence_length, 1.0)
-    kept = ((counts.params, plan.kept_params), (counts.flops, plan.kept_flops))
-    return any(most is not None and count > most for most, count in kept)
+def exceeds(plan: Plan, config: SensiConfig) -> bool:
+    """Whether the plan keeps more than the config's limits allow."""
+    limits, kept = config.limits, {g: int((plan.of(g) != TRIMMED).sum()) for g in plan.anatomy.trimmable}
+    read_latency(config)  # the user may have given a table to an adapter from a file
+    costs = costs_of(limits, plan.anatomy, plan.sequence_length, config.tables)
+    return any(cost.kept(kept) > allowance(getattr(limits, name), cost.whole) for name, cost in costs.items())
 
 
-def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
-    """Limits as counts: the whole prunable part at progress 0, the budget at progress 1."""
-    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
-    counts = {}
-    for name, whole in wholes.items():
-        if (limit := getattr(limits, name)) is not None:
-            goal = min(whole, allowance(limit, whole))
-            counts[name] = goal if progress >= 1 else max(goal, int(whole - progress * (whole - goal)))
+def _on_the_way(config: SensiConfig, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
+    """Limits as counts (for latencies: times): the whole model at progress 0, the budget at progress 1."""
+    counts: dict[str, Any] = {}
+    for name, cost in costs_of(config.limits, anatomy, sequence_length, config.tables).items():
+        goal = min(cost.whole, allowance(getattr(config.limits, name), cost.whole))
+        count = goal if progress >= 1 else max(goal, int(cost.whole - progress * (cost.whole - goal)))
+        counts[name] = f"{count}ns" if name in TIMES else count
     return Budget(**counts)

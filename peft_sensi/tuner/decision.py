@@ -38,6 +38,7 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
+from .predictions import measure_missing, note_latency
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
 from .targets import (
     also_saved,
@@ -124,6 +125,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         decision = Decision(plan, slices_of(model, config, plan))
     else:
         with others_disabled(model), preserved(model):
+            measure_missing(model, config)
             make = partial(decide, model, config, inputs, anatomy, targets, saved_values)
             if distributed.world_size() == 1:
                 decision = make()
@@ -134,6 +136,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
                 fit_rank(model, config, plan, saved_values)  # a process without weights has not decided
                 decision = replace(decision, plan=plan, slices=slices_of(model, config, plan))
         config.plan = decision.plan.to_dict()
+        note_latency(config, decision.plan)
         logger.info("%s", decision.plan.line())
     if not decision.slices:
         raise SensiError(
@@ -233,6 +236,7 @@ def decide(
         biases_apart="biases" in (config.also_train or ()),
         uniform=config.widths == "uniform",
         tuned_layers=config.tuned_layers,
+        latency=config.tables,
     )
     fit_rank(model, config, plan, saved_values)
     # The plan is known now, so what is trained beside its units can be counted exactly.

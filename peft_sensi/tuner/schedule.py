@@ -149,7 +149,7 @@ class Schedule:
             self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
             plan = open_units(root_of(self.model), self.config, self.adapter_name)
-            if exceeds(plan, self.config.limits):
+            if exceeds(plan, self.config):
                 self._warn("units are cut")
                 self._close(1.0)
                 plan = open_units(root_of(self.model), self.config, self.adapter_name)

@@ -31,6 +31,7 @@ from .config import RunInputs, SensiConfig
 from .cuts import plan_with
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
+from .predictions import read_latency
 from .stale import mark_stale
 from .targets import anatomy_of
 from .wrapping import shrink
@@ -61,14 +62,18 @@ def trim_adapter(
     inputs: RunInputs,
     score: str | None,
     refits: bool | None,
+    latency: Any = None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    settings, trainable = (config.budget, config.also_train), config.limits.trainable
+    settings = config.budget, config.also_train, config.latency, config.tables
+    trainable = config.limits.trainable
     parameters = list(root.parameters())
     try:
         # A wrong call in one process is an error in all of them.
         with distributed.synchronized("trimming"):
             limits = _check(root, config, adapter_name, before, budget, score)
+            config.latency = config.latency if latency is None else latency
+            read_latency(config)
             if refits and inputs.calibration is None:
                 raise SensiError(
                     "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
@@ -78,7 +83,7 @@ def trim_adapter(
             trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
         shrink(root, config, adapter_name, trim.plan, trim.refitted)
     except BaseException:
-        config.budget, config.also_train = settings
+        config.budget, config.also_train, config.latency, config.tables = settings
         raise
     given = asdict(limits) | {"trainable": trainable}
     config.budget = {name: limit for name, limit in given.items() if limit is not None}
@@ -94,8 +99,8 @@ def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget
         raise nothing_to_trim(root)
     if limits.trainable is not None or not limits.trims:
         raise SensiError(
-            "`trim()` removes units under limits on `params` or `flops`. It cannot change how many values are "
-            "trained: leave the `trainable` limit out."
+            "`trim()` removes units under limits on `params`, `flops` or latencies. It cannot change how many values "
+            "are trained: leave the `trainable` limit out."
         )
     if score not in (None, *METHODS):
         raise SensiError(f"`score` must be one of fisher, taylor, magnitude and random, got {score!r}.")
@@ -161,6 +166,7 @@ def _decide(
             multiple_of=config.multiple_of,
             min_units=config.units_to_stay,
             uniform=config.widths == "uniform",
+            latency=config.tables,
         )
         states = {g.name: np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)) for g in before.anatomy.groups}
         refitted: Refitted = {}

@@ -28,6 +28,7 @@ from ..planning.refit import Refitted
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
 from .config import SensiConfig
+from .predictions import note_latency
 from .slicing import Slices, slices_of
 from .targets import plan_of
 
@@ -104,6 +105,7 @@ def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: di
         )
     with _rebuilding(root, config, adapter_name):
         config.plan = plan
+        note_latency(config, plan_of(root, config))
         _rebuild(root, config, adapter_name, slices_of(root, config, plan_of(root, config)))
         yield
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
@@ -119,6 +121,7 @@ def shrink(
     root = root_of(model)
     with _rebuilding(root, config, adapter_name):
         config.plan = plan.to_dict()
+        note_latency(config, plan)
         if config.phase == "cut":
             config.schedule = None  # it is finished; the other phases can be stepped again in a further training
         _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
@@ -162,7 +165,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     layers = layers_of(root)
     if any(layer.merged for layer in layers.values()):
         raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
-    fields = config.plan, config.schedule
+    fields = config.plan, config.schedule, config.latency
     own = layers_of(root, adapter_name)
     before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
     dropped = [layer.get_base_layer() for layer in own.values() if layer.sensi_base_dropped]
@@ -175,7 +178,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
             for part, parameter in layer.own_parts(adapter_name).items():
                 parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
     except BaseException:
-        config.plan, config.schedule = fields
+        config.plan, config.schedule, config.latency = fields
         for base, parameters in bases:  # `reduce_base` may have replaced them
             base._parameters.update(parameters)
             update_features(base)
