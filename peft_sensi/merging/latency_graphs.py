@@ -122,9 +122,8 @@ def read_graphs(folder: str | os.PathLike) -> tuple[dict[str, Any], list[Kind]]:
     values = read_json_object(path)
     names = {"format", *_OF_TABLE, "weight_bytes", "inputs", "kinds"}
     if values.get("format") != GRAPHS_FORMAT or set(values) != names:
-        raise SensiLoadError(
-            f"{path} must have `format` = {GRAPHS_FORMAT!r} and {sorted(names)}, got {shown(values)}."
-        )
+        wanted = sorted(names)
+        raise SensiLoadError(f"{path} must have `format` = {GRAPHS_FORMAT!r} and {wanted}, got {shown(values)}.")
     try:
         # The description has the fields of a table whose times are not known yet.
         entries = [{**kind, "ms": [1.0] * len(kind["counts"])} for kind in values["kinds"]]

@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
 from ..anatomy.units import Group
 from ..utils.errors import BudgetError
@@ -25,6 +25,7 @@ from ..utils.errors import BudgetError
 
 Masks = dict[str, np.ndarray]  # by group name, boolean `[units]`
 WIDTH = 2000  # partial choices that `improve` follows at the same time
+_MOST_TANGENTS = 200
 
 
 @dataclass
@@ -101,9 +102,10 @@ def choose(ladders: list[Ladder], left: np.ndarray, proportional: bool = True) -
     mandatory units. `proportional` says that all costs are proportional to the numbers of units.
     """
     # With one limit and proportional costs, its price changes nothing in the order of the steps.
-    prices = np.ones(1) / np.maximum(left, 1) if proportional and len(left) == 1 else _prices(ladders, left)
+    is_simple = proportional and len(left) == 1
+    prices = np.ones(1) / np.maximum(left, 1) if is_simple else _prices(ladders, left)
     take_steps(ladders, left, prices)
-    if not proportional:
+    if not is_simple:
         improve(ladders, left, prices)
         take_steps(ladders, left, prices)
     return {
@@ -164,7 +166,10 @@ def improve(ladders: list[Ladder], left: np.ndarray, prices: np.ndarray) -> None
         sums = spent[:, :, None] + cost[:, None, useful]
         rows, columns = np.nonzero((sums <= left[:, None, None]).all(axis=0) & (total + bound > known))
         if len(rows) > WIDTH:
-            best = np.sort(np.argsort(-total[rows, columns], kind="stable")[:WIDTH])
+            promise = total[rows, columns]
+            least = np.partition(promise, -WIDTH)[-WIDTH]
+            # Of equal ones the first, on every machine.
+            best = np.concatenate([np.flatnonzero(promise > least), np.flatnonzero(promise == least)])[:WIDTH]
             rows, columns = rows[best], columns[best]
         so_far, spent = total[rows, columns], sums[:, rows, columns]
         steps = np.column_stack([steps[rows], useful[columns]])
@@ -180,18 +185,29 @@ def improve(ladders: list[Ladder], left: np.ndarray, prices: np.ndarray) -> None
 def _prices(ladders: list[Ladder], left: np.ndarray) -> np.ndarray:
     """What one unit of each limit is worth in scores, `[limits]`.
 
-    If ladders may stop between two steps, the best choice is a linear program, and these are its dual values. Taking
-    the steps by score per price then is optimal, except for the last few, which do not fit exactly.
+    If every unit of a limit could be bought at its price, the best choice would be worth at least as much as under the
+    limits. The prices for which it is worth least are the dual values of the linear program in which ladders may stop
+    between two steps. Taking the steps by score per price is then optimal, except for the last few, which do not fit
+    exactly. The worth is a convex function of the prices, and the largest of its tangents is minimized, again and
+    again, until they touch (Kelley 1960).
     """
     scale = 1 / np.maximum(left, 1)
-    lengths = [len(ladder.counts) for ladder in ladders]
+    starts = np.cumsum([0, *(len(ladder.counts) for ladder in ladders)])
     costs = np.concatenate([ladder.costs - ladder.costs[:, :1] for ladder in ladders], axis=1) * scale[:, None]
     scores = np.concatenate([ladder.scores - ladder.scores[0] for ladder in ladders])
-    unit = max(float(np.abs(scores).max(initial=0.0)), 1e-300)
-    # One variable for each rung; those of a ladder add up to 1.
-    owner, rungs = np.repeat(np.arange(len(ladders)), lengths), np.arange(sum(lengths))
-    sums = csr_array((np.ones(len(rungs)), (owner, rungs)), shape=(len(ladders), len(rungs)))
-    solved = linprog(-scores / unit, A_ub=costs, b_ub=np.minimum(left, 1), A_eq=sums, b_eq=np.ones(len(ladders)))
-    prices = -solved.ineqlin.marginals * unit if solved.status == 0 else np.zeros(len(left))
+    largest = sum(float(ladder.scores.max() - ladder.scores[0]) for ladder in ladders)
+    prices, tangents = np.zeros(len(left)), []
+    if largest > 0:
+        for _ in range(_MOST_TANGENTS):
+            worth = (scores - prices * largest @ costs) / largest
+            best = [start + int(np.argmax(worth[start:end])) for start, end in pairwise(starts)]
+            slope = np.minimum(left, 1) - costs[:, best].sum(axis=1)
+            tangents.append([*slope, -1.0, scores[best].sum() / largest])
+            rows = np.array(tangents)
+            bounds = [*[(0.0, 1.0)] * len(left), (None, None)]  # all that is left is worth no more than everything
+            lowest = linprog([*np.zeros(len(left)), 1.0], rows[:, :-1], -rows[:, -1], bounds=bounds)
+            if lowest.status != 0 or rows[-1, -1] + slope @ prices - lowest.fun < 1e-9:
+                break
+            prices = lowest.x[:-1]
     # Without a limit that binds, every order of the steps gives the same choice.
-    return (prices if (prices > 0).any() else np.ones(len(left))) * scale
+    return (prices * largest if (prices > 0).any() else np.ones(len(left))) * scale

@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 LARGEST_ERROR = 0.02
 # A function that is fast is run several times in each round, for this many seconds.
 _SECONDS_PER_ROUND = 0.1
-_FEWEST, _MOST = 2, 20  # runs in each round
+_FEWEST, _MOST = 2, 200  # runs in each round
 
 
 @dataclass(frozen=True)
