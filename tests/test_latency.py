@@ -44,7 +44,7 @@ from peft_sensi.utils.timing import time_variants
 
 @pytest.fixture
 def counting(monkeypatch):
-    """A clock that advances by a microsecond for each call, and by a nanosecond for each multiplication of a Linear."""
+    """A clock that advances by a microsecond a call, and by a nanosecond for each multiplication of a Linear."""
     now = [0.0]
 
     def count(module, args, output):
@@ -167,8 +167,10 @@ def test_one_thread_is_timed_by_the_processor():
     assert timing.processor_name().isprintable()
 
 
-@pytest.mark.parametrize("values, expected", [([1, 2, 3], [1, 2, 3]), ([3, 1, 2], [2, 2, 2]), ([1, 3, 2, 4], [1, 2.5, 2.5, 4]),
-                                              ([2, 2], [2, 2]), ([5], [5])])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, expected",
+    [([1, 2, 3], [1, 2, 3]), ([3, 1, 2], [2, 2, 2]), ([1, 3, 2, 4], [1, 2.5, 2.5, 4]), ([2, 2], [2, 2]), ([5], [5])],
+)
 def test_monotone(values, expected):
     assert monotone(np.array(values, dtype=float), np.ones(len(values))).tolist() == expected
 
