@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .utils.errors import TRAINING_STACK as _TRAINING_STACK
 
-# The packages without which only the light part works.
-_NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "scipy", "tqdm")
+
 _missing: str | None = None
 
 try:
@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as _error:
     # A device that only measures latencies has neither PyTorch nor PEFT. The modules that it needs
     # (`cli.device`, `merging.latency_graphs`) can be imported all the same.
-    if (_error.name or "").partition(".")[0] not in _NEEDED:
+    if (_error.name or "").partition(".")[0] not in _TRAINING_STACK:
         raise
     _missing = _error.name
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-
-# The packages without which only the light part works.
-NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "scipy", "tqdm")
+from ..utils.errors import TRAINING_STACK
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,13 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .commands import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in ("typer", "rich", "click", *NEEDED):
+        if missing not in ("typer", "rich", "click", *TRAINING_STACK):
             raise
         if arguments[:1] == ["measure"]:
             from .device import main as measure_on_device
 
             measure_on_device(arguments[1:], missing)
-        extra = "" if missing in NEEDED else "[cli]"
+        extra = "" if missing in TRAINING_STACK else "[cli]"
         sys.exit(f"error: the command needs {missing}: pip install 'peft-sensi{extra}'")
     app(args=arguments, prog_name="peft-sensi")
 

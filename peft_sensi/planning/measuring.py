@@ -142,7 +142,7 @@ def start_run(
                 model(**batch, **options)
             else:
                 model(**batch, **options, past_key_values=cache, use_cache=True)
-                cache.crop(length)  # the next run starts from the same cache
+                cache.crop(-1)  # the next run starts from the same cache
             if synchronize is not None:
                 synchronize()
 

@@ -29,7 +29,7 @@ def read_latency(config: Any) -> None:
         check_records(given)
     else:
         config.tables = tables_by_limit(given)
-        config.latency = {name: table.record(table.whole) for name, table in config.tables.items()}
+        config.latency = {name: table.record(table.whole) for name, table in config.tables.items()} or None
 
 
 def _are_tables(given: Mapping[str, Any]) -> bool:
