@@ -22,6 +22,7 @@ from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from peft_sensi import (
     BudgetError,
@@ -35,9 +36,12 @@ from peft_sensi import (
     measure_latency,
 )
 from peft_sensi.anatomy.latency_points import kinds_of, monotone
+from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
 from peft_sensi.merging import latency_graphs
 from peft_sensi.planning import measuring
+from peft_sensi.reporting.card import write_card
+from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.utils import timing
 from peft_sensi.utils.timing import time_variants
 
@@ -324,6 +328,36 @@ def test_a_record_in_a_file_is_checked(table, tmp_path):
             with pytest.raises(SensiError):
                 SensiConfig(latency=values)
     assert SensiConfig(latency=record).latency == record
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments) -> dict:
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"], prog_name="peft-sensi")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_command_measures_plans_and_checks(counting, bert, tmp_path):
+    bert.save_pretrained(tmp_path / "base")
+    shape = ("--batch-size", 2, "--sequence-length", 10, "--threads", 1, "--rounds", 1)
+    found = command("measure", tmp_path / "base", *shape, "--out", tmp_path / "pi.json")
+    table = LatencyTable.load(tmp_path / "pi.json")
+    assert table.to_dict() == found
+    limits = ("--latency", "0.6", "--latency-table", tmp_path / "pi.json", "--score", "random")
+    plan = command("plan", tmp_path / "base", *limits)
+    assert plan["budget"] == {"latency": 0.6} and plan["plan"]["latency_share"] <= 0.6
+    model = wrap(tiny_model(), budget={"latency": 0.6}, latency=table)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert command("inspect", tmp_path / "adapter")["latency"]["latency"]["table"] == table.fingerprint
+    checked = command("measure", tmp_path / "adapter", "--against", tmp_path / "base", "--rounds", 1)["latency"]
+    assert abs(checked["off"]) < 0.001 and checked["measured_share"] <= 0.6 * 1.001
+    card = write_card(open_adapter(tmp_path / "adapter"), folder=tmp_path)[0].read_text()
+    assert "| predicted latency | 0.6 | " in card
+    done = CliRunner().invoke(app, ["measure", str(tmp_path / "base"), "--export", str(tmp_path), "--debug"])
+    assert done.exit_code == 1 and "not an empty folder" in " ".join(done.output.split())
 
 
 # -- devices without PyTorch ------------------------------------------------------------------------------------------

@@ -125,13 +125,13 @@ def limits_of(
     limits: dict[str, Any] = {name: number(option, text) for name, (option, text) in given.items() if text is not None}
     for name, text in (("latency", latency), ("decode_latency", decode_latency)):
         if text is not None:
-            limits[name] = text if nanoseconds(text) else number(name.replace("_", "-"), text)
+            limits[name] = text if nanoseconds(text) else number(name.replace("_", "-"), text, "a time such as 12ms")
     if limits:
         Budget.parse(limits)
     return limits or None
 
 
-def number(option: str, text: str) -> float | int:
+def number(option: str, text: str, other: str = "a whole count") -> float | int:
     """Reads a share (`0.5`, `50%`) or a count (`40000000`, `40_000_000`, `40,000,000`, `4e7`)."""
     digits = text
     if "," in text:
@@ -147,5 +147,5 @@ def number(option: str, text: str) -> float | int:
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise SensiError(f"--{option} {text}: a limit is a share such as 0.5 or 50%, or a whole count.") from None
+        raise SensiError(f"--{option} {text}: a limit is a share such as 0.5 or 50%, or {other}.") from None
     return int(value) if value > 1 and value.is_integer() else value
