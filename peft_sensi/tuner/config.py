@@ -235,9 +235,10 @@ class SensiConfig(_InputAttributes, PeftConfig):
         return self.budget is None and self.update in (None, "dense") and all(choice is None for choice in others)
 
     @property
-    def units_to_stay(self) -> int:
-        """Number of heads and of neurons that each block keeps at least."""
-        return self.min_units if self.granularity != "tensor" else 0
+    def width_options(self) -> dict[str, Any]:
+        """The arguments of `make_plan` about the widths of blocks."""
+        stay = self.min_units if self.granularity != "tensor" else 0
+        return {"multiple_of": self.multiple_of, "min_units": stay, "uniform": self.widths == "uniform"}
 
     def layouts(self) -> tuple[BlockLayout, ...] | None:
         """`blocks` as layouts. The field itself holds dicts, because these survive JSON."""
@@ -307,6 +308,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
     from_file = False
     file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None  # type: Any
+    # The schedule of cuts, from the cut that removed the last units until the training is finished: the training may
+    # go back to a checkpoint from before that cut.
+    past_cuts = None  # type: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
         # Generators and data loaders with workers cannot be copied, so the copy shares them.
