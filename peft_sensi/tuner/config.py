@@ -170,6 +170,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
         # PEFT's loaders pass the string from the file. Everybody else leaves `peft_type` alone.
         self.from_file = type(self.peft_type) is str
         self.calibration, self.scores, self.loss_fn = calibration, scores, loss_fn
+        # The schedule of cuts, from the cut that removed the last units until the training is finished: the training
+        # may go back to a checkpoint from before that cut.
+        self.past_cuts: dict[str, Any] | None = None
         try:
             check_types(vars(self))
             if self.from_file:
@@ -308,9 +311,6 @@ class SensiConfig(_InputAttributes, PeftConfig):
     from_file = False
     file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None  # type: Any
-    # The schedule of cuts, from the cut that removed the last units until the training is finished: the training may
-    # go back to a checkpoint from before that cut.
-    past_cuts = None  # type: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
         # Generators and data loaders with workers cannot be copied, so the copy shares them.
