@@ -7,7 +7,7 @@ For each model, task and seed, `--ways` selects from:
 
 - `full`: full fine-tuning, and `longer`: with twice the epochs.
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning.
-- `late`: one training of as many epochs, trimmed in the middle.
+- `late`: one training of as many epochs, trimmed on the way; and of a third more, which take as long as `full`.
 - `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=..., priming_steps=0)`, no training after.
   `primed` is the same with priming.
 - `healed`: `trimmed`, then one epoch. `taught` is the same; half of its loss is the distance to the fine-tuned model.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -47,7 +48,7 @@ from common import write_json
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
-RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that was trimmed before it had learned
+RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that is trimmed before or while it learns
 
 
 class Rows:
@@ -115,11 +116,12 @@ def fast(run: Seed, budgets: list[float]) -> None:
 
 
 def late(run: Seed, budgets: list[float]) -> None:
-    for budget in budgets:
-        if run.rows.missing(row := f"late to {budget:g}"):
+    lengths = {"": run.epochs, ", a third more epochs": run.epochs * 4 // 3}
+    for budget, (words, epochs) in itertools.product(budgets, lengths.items()):
+        if run.rows.missing(row := f"late to {budget:g}{words}"):
             schedule = recipes.sensi_bert(budget, trim="late").schedule
             model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
-            run.rows.add(row, model, seconds + run.fit(model, run.epochs, RATE))
+            run.rows.add(row, model, seconds + run.fit(model, epochs, FAST_RATE))
 
 
 def trimmed(run: Seed, budgets: list[float], words: str = "fine-tuned, trimmed to", **options: Any) -> None:
