@@ -83,6 +83,7 @@ def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiC
     """
     also_train = ["biases", "norms"]
     if not priming_epochs:
+        kwargs.setdefault("scale", 1.0)  # as in the update with priming, whose rate is that of its dense part
         return SensiConfig(update="low_rank", rank=rank, also_train=also_train, **kwargs)
     # With retention 0 no neuron is tuned, so attention is the dense part.
     schedule = {"phase": "freeze_dense", "epochs": priming_epochs}

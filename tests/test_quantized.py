@@ -73,8 +73,8 @@ def kind(request):
 
 
 UPDATES = {
-    "units": {"budget": {"trainable": 0.15}},
-    "biases": {"budget": {"trainable": 0.15}, "also_train": ["biases"]},
+    "units": {"budget": {"trainable": 0.15}, "update": "dense"},
+    "biases": {"budget": {"trainable": 0.15}, "update": "dense", "also_train": ["biases"]},
     "everything": {},
     "low-rank": {"update": "low_rank", "rank": 3},
     "sparse": {"update": "sparse", "sparse": 20},
@@ -160,7 +160,9 @@ def test_gradients_are_those_of_the_dequantized_model():
 
 def test_calibration_on_a_quantized_base():
     batches = [token_batch(seed=seed) for seed in range(3)]
-    model = wrap(quantized_model(codes), budget={"trainable": 0.1}, score="fisher", calibration=batches)
+    model = wrap(
+        quantized_model(codes), budget={"trainable": 0.1}, score="fisher", update="dense", calibration=batches
+    )
     assert model.base_model.plan().trainable_share <= 0.1
 
 

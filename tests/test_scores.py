@@ -594,8 +594,10 @@ def test_one_scoring_serves_many_budgets(tmp_path):
     loaded = Scores.load(tmp_path / "scores")
     for budget in (0.3, 0.7, {"trainable": 0.1}):
         torch.manual_seed(0)  # priming drops out
-        direct = wrap(tiny_model(), budget=budget, score="fisher", calibration=tiny_batches(), refit=False)
-        shared = wrap(tiny_model(), budget=budget, scores=loaded)
+        direct = wrap(
+            tiny_model(), budget=budget, score="fisher", update="dense", calibration=tiny_batches(), refit=False
+        )
+        shared = wrap(tiny_model(), budget=budget, update="dense", scores=loaded)
         assert shared.base_model.plan() == direct.base_model.plan()
 
 

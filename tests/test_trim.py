@@ -119,7 +119,7 @@ def test_it_trains_on_after_a_trim():
         {"update": "low_rank", "rank": 2, "budget": None},
         {"update": "dense+low_rank", "rank": 2},
         {"update": "low_rank+sparse", "rank": 2, "sparse": 20, "budget": None},
-        {"budget": {"trainable": 0.2}},
+        {"budget": {"trainable": 0.2}, "update": "dense"},
         {"retention": 0.3, "budget": None},
         {"also_train": ["biases", "norms"]},
     ],

@@ -115,8 +115,8 @@ def train(
         option(
             "--lr",
             "RATE",
-            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 or more if --trainable is at "
-            "most 2%.",
+            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 to 3e-3 if --trainable is the "
+            "only limit, or at most 2%.",
         ),
     ] = None,
     batch_size: args.BatchSize = 32,

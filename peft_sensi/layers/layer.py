@@ -29,7 +29,7 @@ class SensiLayer(ComposedWeights):
     | --- | --- | --- |
     | `sensi_weight` | float32 `[t, in]` or `[out, t]` | tuned rows or columns: values, not differences |
     | `sensi_bias` | float32 `[t]` or `[out]` | trained bias: values, not differences |
-    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term |
+    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term, times `Slice.scale` |
     | `sensi_values` | float32 `[n]` | single values |
     | `sensi_scores` | float32 `[out, in]` | scores of a learned mask |
     | `sensi_places` | int32 `[n]` | flat positions of the single values in `[out, in]` |

@@ -148,14 +148,16 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return values
 
     def _trained(self, name: str, slice_: Slice) -> dict[str, torch.Tensor]:
-        """The trained tensors that `compression` knows, as values. Codes are decoded."""
-        parts = self.own_parts(name)
-        if "codes" not in parts:
-            return {part: parts[part] for part in PARTS if part in parts}
-        shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
-        differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
-        base_values = self._base_values(slice_, differences)
-        return {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
+        """The trained tensors that `compression` knows, as values: codes are decoded, and `up` is scaled."""
+        parts: dict[str, torch.Tensor] = {**self.own_parts(name)}
+        if "codes" in parts:
+            shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
+            differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
+            base_values = self._base_values(slice_, differences)
+            parts = {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
+        if "up" in parts and slice_.scale != 1:
+            parts["up"] = parts["up"] * slice_.scale
+        return {part: parts[part] for part in PARTS if part in parts}
 
     def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""

@@ -71,9 +71,12 @@ class SensiConfig(_InputAttributes, PeftConfig):
             `update="sparse"` and `update="mask"`.
         update: How the tuned part is parametrized: `"dense"` (its own values), `"low_rank"`, `"sparse"` (single
             values), `"low_rank+sparse"`, `"dense+low_rank"` or `"mask"` (a learned binary mask). `None`: `"dense"`,
-            or `"low_rank"` if a `trainable` limit allows at most 2 % of the base's parameters. A low-rank update needs
-            learning rates as large as LoRA's.
+            or `"low_rank"` under a `trainable` limit of at most half of the values of the targeted weights; beside
+            limits that trim, of at most 2 % of the base's parameters. A low-rank update needs learning rates of 1e-3
+            to 3e-3.
         rank: Rank of a low-rank update. `None`: the largest rank that the `trainable` limit allows.
+        scale: Factor of the low-rank term, like `lora_alpha / r` in LoRA. `None`: `1 / rank` with
+            `update="low_rank"`, so that one range of learning rates suits every rank; otherwise 1.
         sparse: Number of trained values in each targeted matrix, for updates with `"sparse"`.
         support: Positions of these values: `"magnitude"` (the largest weights; also `None`), `"random"` or
             `"decomposition"` (the sparse part of a low-rank plus sparse decomposition of the weight).
@@ -138,6 +141,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     granularity: str = field(default="unit")
     update: str | None = field(default=None)
     rank: int | None = field(default=None)
+    scale: float | None = field(default=None)
     sparse: int | None = field(default=None)
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)

@@ -17,7 +17,7 @@ from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
+from .checkpoint import PLAN_KEY, check_pair, check_scale, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
@@ -248,7 +248,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
-        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config))
+        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config), config.scale)
         return tensors
 
     @classmethod
@@ -259,7 +259,8 @@ class SensiModel(AdapterOperations, BaseTuner):
         stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:
             check_pair(stored, config)
-        plan, _ = plan_from_tensor(stored)
+        plan, _, scale = plan_from_tensor(stored)
+        check_scale(scale, config)
         gated = any(name.rpartition(".")[2] == "sensi_gate" for name in state_dict)
         as_is = plan == config.plan and gated == (config.phase == "cut")
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):

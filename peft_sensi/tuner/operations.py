@@ -38,10 +38,13 @@ class AdapterOperations:
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
 
     def explain(self, adapter_name: str = "default") -> str:
-        """A table of the plan's groups, sorted by their scores. Raises `SensiError` for an adapter from a file."""
+        """A table of the plan's groups, sorted by their scores. Raises `SensiError` if no scores are known."""
         scores = self._sensi_scores.get(adapter_name)
         if scores is None:
-            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+            raise SensiError(
+                f"The scores of {adapter_name!r} are not known: they are not stored with an adapter, and there are "
+                f"none if no units were chosen (a low-rank update without limits that trim)."
+            )
         values = {name: value.numpy() for name, value in scores.values.items()}
         return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
 

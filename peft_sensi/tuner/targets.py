@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -18,8 +19,11 @@ from ..utils.errors import SensiError
 from .config import RunInputs, SensiConfig
 
 
-# The largest `trainable` limit, as a share of the base's parameters, for which `update=None` means "low_rank".
-LOW_RANK_SHARE = 0.02
+# The largest `trainable` limit for which `update=None` means "low_rank", as a share of the values of the targeted
+# weights. With more values, the gradients of the low-rank factors cost more than those of the whole weights.
+LOW_RANK_SHARE = 0.5
+# The same for a limit beside others that trim, as a share of the base's parameters.
+LOW_RANK_SHARE_TRIMMED = 0.02
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
@@ -151,9 +155,9 @@ def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs,
 def default_update(
     model: nn.Module, config: SensiConfig, inputs: RunInputs, anatomy: Anatomy, targets: frozenset[str], saved: int
 ) -> str:
-    """The value of `update=None`: `dense`, or `low_rank` under a `trainable` limit of at most 2 %.
+    """The value of `update=None`: `dense`, or `low_rank` under most `trainable` limits (see `LOW_RANK_SHARE`).
 
-    With so few values, dense units change few places of the model, while low-rank terms change all of them
+    Dense units change some places of the model, while low-rank terms of as many values change all of them
     (`examples/benchmarks/quality.py` measures the gain). Every field that asks for units gives `dense`: another score
     than the default, `tuned_layers`, tokens and others; so does a limit without room for rank 1. `saved` is the number
     of values of base modules that are trained whole.
@@ -166,6 +170,9 @@ def default_update(
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
-    rank_1 = sum(sum(features(linear_of(model, name))) for name in targets)
-    has_room = saved + bias_values(model, config, targets) + rank_1 <= allowed
-    return "low_rank" if has_room and allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"
+    shapes = [features(linear_of(model, name)) for name in targets]
+    has_room = saved + bias_values(model, config, targets) + sum(map(sum, shapes)) <= allowed
+    most = LOW_RANK_SHARE * sum(map(math.prod, shapes))
+    if config.limits.trims:
+        most = LOW_RANK_SHARE_TRIMMED * anatomy.total_params
+    return "low_rank" if has_room and allowed <= most else "dense"
