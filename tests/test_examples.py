@@ -103,6 +103,16 @@ def write_sentences(path: Path, count: int = 40) -> Path:
     return path
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_precision_follows_the_hardware_unless_it_is_given(pays, tmp_path, monkeypatch):
+    runner, classification = importlib.import_module("runner"), importlib.import_module("text_classification")
+    monkeypatch.setattr(runner, "bf16_pays", lambda device: pays)
+    for given, expected in (("", pays), ("--bf16 true", True), ("--bf16 false", False), ("--fp16 true", False)):
+        arguments = ["--model", "any", "--output_dir", str(tmp_path), "--use_cpu", *given.split()]
+        *_, training = runner.parse("", classification.DataOptions, arguments=arguments)
+        assert training.bf16 is expected
+
+
 def test_text_classification(encoder, tmp_path):
     file = write_sentences(tmp_path / "rows.tsv")
     metrics = run("text_classification", "--model", encoder, "--train_file", file, "--budget", 0.5,

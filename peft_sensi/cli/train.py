@@ -31,6 +31,7 @@ from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback
 from ..utils.errors import SensiError
 from ..utils.files import write_atomically
+from ..utils.progress import show_progress
 from .textdata import TextTask
 
 
@@ -105,6 +106,7 @@ class Run:
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
+        show_progress(trainer)
         return trainer
 
     def train(self, epochs: float, callbacks: list[Any] | None = None) -> None:
@@ -135,6 +137,7 @@ class Run:
             "classes": self.task.labels.names,
             "learning_rate": self.training.lr,
             "seed": self.training.seed,
+            "bf16": self.training.bf16,
             "trained_values": plan.trainable_params,
             "plan": plan_figures(plan),
             "weight_bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
