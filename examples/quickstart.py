@@ -172,11 +172,7 @@ def trim(task: Task, whole: Path, folder: Path, budget: float, score: str) -> Re
     start = time.perf_counter()
     plan = model.base_model.trim(budget, calibration_of(task), score=score)
     seconds = time.perf_counter() - start
-    print(plan.summary(), flush=True)  # rich would wrap the lines of this table
-    console.print(
-        f"trimmed in {seconds:.0f} s; kept {plan.params_share:.1%} of the prunable parameters and "
-        f"{plan.flops_share:.1%} of their FLOPs"
-    )
+    console.print(f"trimmed in {seconds:.0f} s: {plan.line()}")
     model.save_pretrained(folder)
     accuracy = held_out_accuracy(all_logits(model, batches(task.test, task.collator)), task)
     logits = checked_logits(model, task)

@@ -28,9 +28,11 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = "the city of is in lives and red green blue stone who where what".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# In float32, so that the figures are the same on every machine.
 QUICK = (
-    "--use_cpu --disable_tqdm True --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 1e-3".split()
-)
+    "--use_cpu --bf16 false --disable_tqdm True --num_train_epochs 1 --per_device_train_batch_size 8 "
+    "--learning_rate 1e-3"
+).split()
 
 
 @pytest.fixture(scope="module", autouse=True)

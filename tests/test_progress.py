@@ -43,7 +43,7 @@ def test_lines_are_rare_and_can_be_switched_off(monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_a_trainer_writes_lines_to_a_pipe(rows, tmp_path, monkeypatch):
+def test_a_trainer_writes_lines_to_a_pipe(rows, tmp_path, monkeypatch, capsys):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "SECONDS", 0.0)
@@ -53,6 +53,7 @@ def test_a_trainer_writes_lines_to_a_pipe(rows, tmp_path, monkeypatch):
     show_progress(trainer)
     trainer.train()
     trainer.predict(rows)
+    assert "eval_loss" in (printed := capsys.readouterr().out) and "train_runtime" not in printed
     text = stream.getvalue()
     assert "\r" not in text
     assert [f"{step}/4" in text for step in range(5)] == 5 * [True]

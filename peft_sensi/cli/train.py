@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import recipes
@@ -95,6 +95,7 @@ class Run:
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            disable_tqdm=False,
             remove_unused_columns=False,
         )
         trainer = Trainer(
@@ -105,7 +106,6 @@ class Run:
             processing_class=self.task.tokenizer,
             callbacks=callbacks,
         )
-        trainer.remove_callback(PrinterCallback)
         show_progress(trainer)
         return trainer
 

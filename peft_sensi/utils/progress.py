@@ -49,6 +49,10 @@ class TrainerProgress(ProgressCallback):
         self.training_bar = progress_bar(what="training", total=state.max_steps, show=state.is_world_process_zero)
         self.current_step = 0
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        if "train_runtime" not in logs:  # the summary at the end would be one more line on stdout
+            super().on_log(args, state, control, logs, **others)
+
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **others: Any
     ) -> None:
