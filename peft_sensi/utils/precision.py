@@ -27,11 +27,11 @@ def bf16_pays(device: torch.device | str | None = None) -> bool:
     """
     if device is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = found or "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
+        device = "cpu" if found is None else found
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
+    if kind == "cpu":
         return _has_instructions() and bf16_speedup() >= FASTER
     return False
 

@@ -45,6 +45,9 @@ class Lines:
 class TrainerProgress(ProgressCallback):
     """The bars of a `Trainer`, with `progress_bar`."""
 
+    training_bar: Any
+    prediction_bar: Any
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.training_bar = progress_bar(what="training", total=state.max_steps, show=state.is_world_process_zero)
         self.current_step = 0
