@@ -106,7 +106,8 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
     results = tables.read_results(tmp_path / "results")
     found = {r["method"] for r in results}
-    assert {"full", "fine-tuned, trimmed to 0.5", "fast to 0.5", "thorough to 0.5, 0 epochs after"} <= found
+    assert {"full", "fine-tuned, trimmed to 0.5", "fast to 0.5", "late to 0.5"} <= found
+    assert {"thorough to 0.5, 0 epochs after", "fine-tuned, trimmed to 0.5, 1 epoch after, taught"} <= found
     assert len(learn_first.table(results).splitlines()) == 2 + len(found)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
@@ -173,6 +174,42 @@ def test_words_are_scored_as_entities_of_whole_sentences(grid, encoder, tmp_path
     grid.run_all([task], chosen, [0], str(encoder), tmp_path / "data", tmp_path / "results")
     results = tables.read_results(tmp_path / "results")
     assert len(results) == 2 and all(r["metric"] == "f1" and 0 <= r["dev"] <= 1 for r in results)
+
+
+def test_answers_are_scored_as_texts_of_whole_articles(grid, encoder, tmp_path):  # noqa: F811
+    import learn_first
+    import tables
+    import tasks
+
+    articles = []
+    for number in range(20):
+        text = f"the cab is in {'abcdefgh'[number % 8]} " * (1 + number % 3)
+        answer = {"text": "cab", "answer_start": text.index("cab")}
+        entries = [{"id": str(i), "question": "who is in", "answers": [answer]} for i in range(3)]
+        articles.append({"title": str(number), "paragraphs": [{"context": text, "qas": entries}]})
+    (tmp_path / "mlqa_en").mkdir()
+    (tmp_path / "mlqa_en" / "dev.json").write_text(json.dumps({"data": articles}))
+    task = replace(tasks.TASKS["mlqa_en"], epochs=1)
+    data = tasks.load_task(task, tmp_path, str(encoder), seed=0)
+    assert [len(data.metrics), len(data.dev), len(data.held_out)] == [3, 18, 6]
+
+    class Perfect(torch.nn.Module):
+        device, wrong = torch.device("cpu"), 0
+
+        def forward(self, start_positions, end_positions, input_ids, **inputs):
+            one_hot = torch.nn.functional.one_hot
+            starts, ends = (one_hot(p, input_ids.shape[1]).float() for p in (start_positions, end_positions))
+            starts[: self.wrong], ends[: self.wrong] = 0.0, 0.0
+            return SimpleNamespace(start_logits=starts, end_logits=ends)
+
+    assert grid.score(Perfect(), data, "dev") == grid.score(Perfect(), data, "held_out") == 1.0
+    model = Perfect()
+    model.wrong = 5
+    assert 0.5 < grid.score(model, data, "dev") < 1.0
+    rows = learn_first.Rows(tmp_path / "results", {"model": "tiny", "task": "mlqa_en", "seed": 0, "bf16": False}, data)
+    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=["trimmed", "taught", "late"])
+    results = tables.read_results(tmp_path / "results")
+    assert len(results) == 3 and all(0 <= r["dev"] <= 1 for r in results)
 
 
 def test_noisy_tasks_are_shown_but_decide_nothing(grid):

@@ -373,7 +373,7 @@ def test_a_late_cut_is_refitted(tmp_path):
 
 def test_the_recipe_cuts_late():
     config = recipes.sensi_bert(0.5, trim="late")
-    assert config.schedule == LATE and config.score == "fisher"
+    assert config.schedule == {"phase": "cut", "start": 0.4, "end": 0.4, "cuts": 1} and config.score == "fisher"
     with pytest.raises(SensiError, match="refit"):
         SensiConfig(budget=0.5, schedule={**LATE, "refit": "yes"})
 

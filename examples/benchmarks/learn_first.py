@@ -3,11 +3,14 @@
     python examples/benchmarks/learn_first.py run --model minilm=FOLDER --data FOLDER --tasks cola trec6 --seeds 0 1 2
     python examples/benchmarks/learn_first.py table --page docs/quality.md
 
-For each model, task and seed, one after the other:
+For each model, task and seed, `--ways` selects from:
 
-- `full`: full fine-tuning, and `full, twice as long`: with twice the epochs.
+- `full`: full fine-tuning, and `longer`: with twice the epochs.
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning.
-- `fine-tuned, trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=...)`, no training after.
+- `late`: one training of as many epochs, trimmed on the way; and of a third more, which take as long as `full`.
+- `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=..., priming_steps=0)`, no training after.
+  `primed` is the same with priming.
+- `healed`: `trimmed`, then one epoch. `taught` is the same; half of its loss is the distance to the fine-tuned model.
 - `thorough`: `SensiConfig(budget=1.0)` is trained like full fine-tuning; then `trim(...)`; then no training
   (`0 epochs`), one epoch, or as many epochs as before.
 
@@ -18,31 +21,34 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from grid import fit, fresh_base, score, slug
+from grid import fit, fresh_base, own_loss, score, slug
 from methods import task_type
 from pages import write_part
 from peft import get_peft_model
 from tables import cell, read_results
 from tasks import TASKS, Data, load_task
 from torch import nn
+from torch.nn.functional import kl_div
 from transformers import set_seed
 from transformers.utils import logging
 
-from peft_sensi import SensiConfig
+from peft_sensi import SensiConfig, recipes
 
 from common import write_json
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
-RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that was trimmed before it had learned
+RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that is trimmed before or while it learns
 
 
 class Rows:
@@ -63,53 +69,134 @@ class Rows:
         print(*self.common.values(), row, figures, f"{seconds:.0f} s", flush=True)
 
 
-def run_seed(rows: Rows, model_name: str, budgets: list[float], bf16: bool) -> None:
-    data, seed = rows.data, rows.common["seed"]
-    task, epochs = data.task, data.task.epochs
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+class Seed:
+    """The trainings of one model, task and seed. A model that several ways need is trained once."""
 
-    def base() -> nn.Module:
-        set_seed(seed)
-        return fresh_base(task, model_name)
+    def __init__(self, rows: Rows, model_name: str, bf16: bool) -> None:
+        self.rows, self.data, self.model_name = rows, rows.data, model_name
+        self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
+        self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
 
-    def timed(action: Callable[[], Any]) -> tuple[Any, float]:
-        start = time.perf_counter()
-        return action(), time.perf_counter() - start
+    def base(self) -> nn.Module:
+        set_seed(self.seed)
+        return fresh_base(self.data.task, self.model_name)
 
-    def wrapped(model: nn.Module, budget: float) -> tuple[Any, float]:
-        config = SensiConfig(budget=budget, calibration=data.calibration(), seed=seed, task_type=task_type(model))
-        with accelerator.autocast():
-            return timed(lambda: get_peft_model(model, config))
+    def fit(self, model: nn.Module, epochs: int, rate: float, seed: int | None = None, **options: Any) -> float:
+        return fit(model, self.data, self.accelerator, epochs, rate, self.seed if seed is None else seed, **options)
 
-    trimmed = [f"fine-tuned, trimmed to {budget:g}" for budget in budgets]
-    if rows.missing("full", *trimmed):
-        model = base()
-        rows.add("full", model, fit(model, data, accelerator, epochs, RATE, seed))
-        for budget, row in zip(budgets, trimmed, strict=True):
-            half, seconds = wrapped(copy.deepcopy(model), budget)
-            rows.add(row, half, seconds)
-    healing = (0, 1, epochs)
-    names = {(b, n): f"thorough to {b:g}, {n} epochs after" for b in budgets for n in healing}
-    if rows.missing("thorough, untrimmed", *names.values()):
-        whole, seconds = wrapped(base(), 1.0)
-        seconds += fit(whole, data, accelerator, epochs, RATE, seed)
-        rows.add("thorough, untrimmed", whole, seconds)
-        for budget in budgets:
-            half = copy.deepcopy(whole)
-            with accelerator.autocast():
-                _, trimming = timed(lambda: half.base_model.trim(budget, calibration=data.calibration()))  # noqa: B023
-            rows.add(names[budget, 0], half, seconds + trimming)
-            for count in dict.fromkeys(healing[1:]):
-                healed = copy.deepcopy(half)
-                more = fit(healed, data, accelerator, count, RATE, seed + 100)
-                rows.add(names[budget, count], healed, seconds + trimming + more)
+    def wrapped(self, model: nn.Module, **options: Any) -> tuple[Any, float]:
+        """The wrapped model, and the seconds that wrapping took."""
+        given = {"calibration": self.data.calibration(), "seed": self.seed, "task_type": task_type(model), **options}
+        with self.accelerator.autocast():
+            start = time.perf_counter()
+            return get_peft_model(model, SensiConfig(**given)), time.perf_counter() - start
+
+    @cached_property
+    def full(self) -> tuple[nn.Module, float]:
+        model = self.base()
+        return model, self.fit(model, self.epochs, RATE)
+
+
+def full(run: Seed, budgets: list[float]) -> None:
+    if run.rows.missing("full"):
+        run.rows.add("full", *run.full)
+
+
+def longer(run: Seed, budgets: list[float]) -> None:
+    if run.rows.missing(row := "full, twice as long"):
+        model = run.base()
+        run.rows.add(row, model, run.fit(model, 2 * run.epochs, RATE))
+
+
+def fast(run: Seed, budgets: list[float]) -> None:
     for budget in budgets:
-        if rows.missing(row := f"fast to {budget:g}"):
-            model, seconds = wrapped(base(), budget)
-            rows.add(row, model, seconds + fit(model, data, accelerator, epochs, FAST_RATE, seed))
-    if rows.missing("full, twice as long"):
-        model = base()
-        rows.add("full, twice as long", model, fit(model, data, accelerator, 2 * epochs, RATE, seed))
+        if run.rows.missing(row := f"fast to {budget:g}"):
+            model, seconds = run.wrapped(run.base(), budget=budget)
+            run.rows.add(row, model, seconds + run.fit(model, run.epochs, FAST_RATE))
+
+
+def late(run: Seed, budgets: list[float]) -> None:
+    lengths = {"": run.epochs, ", a third more epochs": run.epochs * 4 // 3}
+    for budget, (words, epochs) in itertools.product(budgets, lengths.items()):
+        if run.rows.missing(row := f"late to {budget:g}{words}"):
+            schedule = recipes.sensi_bert(budget, trim="late").schedule
+            model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
+            run.rows.add(row, model, seconds + run.fit(model, epochs, FAST_RATE))
+
+
+def trimmed(run: Seed, budgets: list[float], words: str = "fine-tuned, trimmed to", **options: Any) -> None:
+    for budget in budgets:
+        if run.rows.missing(row := f"{words} {budget:g}"):
+            run.rows.add(
+                row, *run.wrapped(copy.deepcopy(run.full[0]), budget=budget, **{"priming_steps": 0, **options})
+            )
+
+
+def primed(run: Seed, budgets: list[float]) -> None:
+    trimmed(run, budgets, "fine-tuned, primed, trimmed to", priming_steps=SensiConfig().priming_steps)
+
+
+def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
+    for budget in budgets:
+        if run.rows.missing(row := f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}"):
+            teacher = run.full[0].eval()
+            model, seconds = run.wrapped(copy.deepcopy(teacher), budget=budget, priming_steps=0)
+            loss_fn = partial(taught_loss, teacher=teacher) if teach else own_loss
+            run.rows.add(row, model, seconds + run.fit(model, 1, RATE, run.seed + 100, loss_fn=loss_fn))
+
+
+def taught(run: Seed, budgets: list[float]) -> None:
+    healed(run, budgets, teach=True)
+
+
+def thorough(run: Seed, budgets: list[float]) -> None:
+    healing = (0, 1, run.epochs)
+    names = {(b, n): f"thorough to {b:g}, {n} epochs after" for b in budgets for n in healing}
+    if not run.rows.missing("thorough, untrimmed", *names.values()):
+        return
+    whole, seconds = run.wrapped(run.base(), budget=1.0)
+    seconds += run.fit(whole, run.epochs, RATE)
+    run.rows.add("thorough, untrimmed", whole, seconds)
+    for budget in budgets:
+        half = copy.deepcopy(whole)
+        start = time.perf_counter()
+        with run.accelerator.autocast():
+            half.base_model.trim(budget, calibration=run.data.calibration())
+        seconds_there = seconds + time.perf_counter() - start
+        run.rows.add(names[budget, 0], half, seconds_there)
+        for count in dict.fromkeys(healing[1:]):
+            healed = copy.deepcopy(half)
+            more = run.fit(healed, count, RATE, run.seed + 100)
+            run.rows.add(names[budget, count], healed, seconds_there + more)
+
+
+WAYS = {way.__name__: way for way in (full, trimmed, primed, healed, taught, late, thorough, fast, longer)}
+
+
+def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn.Module) -> torch.Tensor:
+    """The mean of the loss of the labels and of the distance to the teacher: the divergence of its classes (Hinton et
+    al. 2015), and the squared distance of the last hidden states, relative to their size (Jiao et al. 2020)."""
+    with torch.no_grad():
+        wanted = teacher(**batch, output_hidden_states=True)
+    output = model(**batch, output_hidden_states=True)
+    words = batch["attention_mask"].bool()
+    if "logits" in output:
+        logits = [(output.logits, wanted.logits)]
+    else:
+        logits = [(output[name], wanted[name]) for name in ("start_logits", "end_logits")]
+    parts = []
+    for own, target in logits:
+        own, target = (x[words] if own.dim() == 3 else x for x in (own.float(), target.float()))
+        parts.append(kl_div(own.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True))
+    states, targets = (o.hidden_states[-1][words].float() for o in (output, wanted))
+    distance = (states - targets).square().sum() / targets.square().sum()
+    return (output.loss + sum(parts) / len(parts) + distance) / 2
+
+
+def run_seed(rows: Rows, model_name: str, budgets: list[float], bf16: bool, ways: Iterable[str] = WAYS) -> None:
+    run = Seed(rows, model_name, bf16)
+    for way in ways:
+        WAYS[way](run, budgets)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -146,6 +233,7 @@ def main() -> None:
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.1])
+    run.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
@@ -159,7 +247,7 @@ def main() -> None:
             for task in options.tasks:
                 common = {"model": name, "task": task, "seed": seed, "bf16": options.bf16}
                 data = load_task(TASKS[task], options.data, folder, seed)
-                run_seed(Rows(options.results, common, data), folder, options.budgets, options.bf16)
+                run_seed(Rows(options.results, common, data), folder, options.budgets, options.bf16, options.ways)
     found = table(read_results(options.results))
     print(found)
     if options.page is not None:

@@ -123,7 +123,8 @@ def on_all_linears(base: nn.Module) -> dict[str, Any]:
 
 
 def task_type(base: nn.Module) -> str:
-    return "TOKEN_CLS" if type(base).__name__.endswith("TokenClassification") else "SEQ_CLS"
+    kinds = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+    return next((kind for end, kind in kinds.items() if type(base).__name__.endswith(end)), "SEQ_CLS")
 
 
 def linears(base: nn.Module) -> dict[str, nn.Linear]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -23,9 +23,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import question_answering
 from token_classification import OUTSIDE, entity_metrics, read_conll, windows
 
-from common import read_table, sample, tokenize
+from common import hold_out, read_table, sample, tokenize
 
 
 BATCH_SIZE = 32
@@ -37,7 +38,8 @@ class Task:
 
     `rows` limits the number of training rows; 0 means all. `constant` is the dev metric of always answering the most
     frequent class. Learning rates are chosen on `held_out` training rows. With 500 rows the error is one point, so a
-    task with many rows holds out more. With `words`, every word of a sentence has a class (CoNLL files). A `noisy`
+    task with many rows holds out more. `kind` says what is predicted: the class of a text (TSV files), the class of
+    every word (CoNLL files), or an answer in a text (a JSON file in the format of SQuAD, split by article). A `noisy`
     task cannot separate methods at this model size: it is shown, but left out of means over tasks.
     """
 
@@ -49,7 +51,7 @@ class Task:
     pair: bool = False
     rows: int = 0
     held_out: int = 500
-    words: bool = False
+    kind: Literal["text", "words", "answers"] = "text"
     noisy: bool = False
     dev: str = "dev.tsv"
 
@@ -59,9 +61,10 @@ TASKS = {
     for task in (
         Task("trec6", classes=6, epochs=4, constant=0.276, dev="test.tsv"),
         Task("sst2", classes=2, epochs=1, constant=0.509, rows=16_000, held_out=4_000),
-        Task("wnut17", classes=13, epochs=3, constant=0.0, metric="f1", words=True, dev="dev.conll"),
+        Task("wnut17", classes=13, epochs=3, constant=0.0, metric="f1", kind="words", dev="dev.conll"),
         Task("cola", classes=2, epochs=3, constant=0.0, metric="matthews_correlation", noisy=True),
         Task("rte", classes=2, epochs=4, constant=0.527, pair=True, noisy=True),
+        Task("mlqa_en", classes=2, epochs=4, constant=0.0, metric="f1", kind="answers", dev="dev.json", noisy=True),
     )
 }
 
@@ -70,8 +73,8 @@ TASKS = {
 class Data:
     """The tokenized rows of a task. Learning rates are chosen on `held_out`, training rows that no run trains on.
 
-    For a task with a class per word, `metrics` has a function for each split that computes its metric from the classes
-    of all tokens.
+    For a task of words or answers, `metrics` has a function for each split that computes its metric from the classes
+    of all tokens, or from the two logits of all tokens.
     """
 
     task: Task
@@ -105,8 +108,10 @@ class Data:
 
 def load_task(task: Task, folder: Path, model: str, seed: int) -> Data:
     """Reads `folder/<task>/train.tsv` and the dev file. `seed` selects the training rows for all methods."""
+    if task.kind == "answers":
+        return _load_answers(task, folder, model, seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if task.words:
+    if task.kind == "words":
         return _load_words(task, folder, tokenizer, seed)
     rows = {name: read_table(folder / task.name / file) for name, file in (("train", "train.tsv"), ("dev", task.dev))}
     names = sorted(set(rows["train"]["label"]))
@@ -143,3 +148,18 @@ def _load_words(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, se
         encoded[name], places = windows(part, tokenizer, tags, max_length=128)
         metrics[name] = entity_metrics(part, places, tags)
     return Data(task, **encoded, collator=DataCollatorForTokenClassification(tokenizer), seed=seed, metrics=metrics)
+
+
+def _load_answers(task: Task, folder: Path, model: str, seed: int) -> Data:
+    # The tokenizer has the options of `question_answering.main`. Windows share more tokens than an answer has.
+    tokenizer = AutoTokenizer.from_pretrained(
+        model, padding_side="right", model_input_names=["input_ids", "attention_mask"]
+    )
+    rows, dev = hold_out(question_answering.read_squad(folder / task.name / task.dev), 0.3, seed=0, group="article")
+    train, held_out = hold_out(rows, 0.15, seed=0, group="article")
+    encoded, metrics = {}, {}
+    for name, part in (("train", train), ("held_out", held_out), ("dev", dev)):
+        found = question_answering.windows(part, tokenizer, max_length=256, stride=31)
+        encoded[name] = found.inputs
+        metrics[name] = question_answering.answer_metrics(part, found, max_answer_length=30, may_be_silent=False)
+    return Data(task, **encoded, collator=DataCollatorWithPadding(tokenizer), seed=seed, metrics=metrics)

@@ -170,6 +170,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
         # PEFT's loaders pass the string from the file. Everybody else leaves `peft_type` alone.
         self.from_file = type(self.peft_type) is str
         self.calibration, self.scores, self.loss_fn = calibration, scores, loss_fn
+        # The schedule of cuts, from the cut that removed the last units until the training is finished: the training
+        # may go back to a checkpoint from before that cut.
+        self.past_cuts: dict[str, Any] | None = None
         try:
             check_types(vars(self))
             if self.from_file:
@@ -235,9 +238,10 @@ class SensiConfig(_InputAttributes, PeftConfig):
         return self.budget is None and self.update in (None, "dense") and all(choice is None for choice in others)
 
     @property
-    def units_to_stay(self) -> int:
-        """Number of heads and of neurons that each block keeps at least."""
-        return self.min_units if self.granularity != "tensor" else 0
+    def width_options(self) -> dict[str, Any]:
+        """The arguments of `make_plan` about the widths of blocks."""
+        stay = self.min_units if self.granularity != "tensor" else 0
+        return {"multiple_of": self.multiple_of, "min_units": stay, "uniform": self.widths == "uniform"}
 
     def layouts(self) -> tuple[BlockLayout, ...] | None:
         """`blocks` as layouts. The field itself holds dicts, because these survive JSON."""

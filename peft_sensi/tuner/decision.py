@@ -225,13 +225,11 @@ def decide(
         targets=targets,
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
         sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
-        multiple_of=config.multiple_of,
-        min_units=config.units_to_stay,
+        **config.width_options,
         always_trained=saved_values + bias_values(model, config, targets),
         tunes=config.tunes_units,
         retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),
-        uniform=config.widths == "uniform",
         tuned_layers=config.tuned_layers,
     )
     fit_rank(model, config, plan, saved_values)

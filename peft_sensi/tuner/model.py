@@ -260,7 +260,9 @@ class SensiModel(AdapterOperations, BaseTuner):
         if config.from_file:
             check_pair(stored, config)
         plan, _ = plan_from_tensor(stored)
-        with nullcontext() if plan == config.plan else replanned(model, config, adapter_name, plan):
+        gated = any(name.rpartition(".")[2] == "sensi_gate" for name in state_dict)
+        as_is = plan == config.plan and gated == (config.phase == "cut")
+        with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             check_state(tensors, model, adapter_name)
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan

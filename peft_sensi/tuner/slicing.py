@@ -23,7 +23,7 @@ from ..layers.slices import Slice, tensor_specs
 from ..planning.budget import allowance
 from ..planning.plan import Plan
 from ..utils.errors import BudgetError, SensiError
-from ..utils.states import FROZEN, TUNED
+from ..utils.states import FROZEN, TRIMMED, TUNED
 from .config import SensiConfig
 
 
@@ -51,6 +51,22 @@ def slices_of(model: nn.Module, config: SensiConfig, plan: Plan) -> Slices:
             if not slice_.idle:
                 slices[module] = (slice_, group)
     return slices
+
+
+def config_after(config: SensiConfig, plan: Plan) -> SensiConfig:
+    """A copy of the config for a plan with fewer units. Its cuts are finished.
+
+    If all units of a sublayer are trimmed, its output bias stays and has been trained, so `also_train` gets
+    "removed_biases".
+    """
+    after = copy.copy(config)
+    after.plan = plan.to_dict()
+    also = config.also_train or []
+    if "output_biases" in also and any((plan.of(group) == TRIMMED).all() for group in plan.anatomy.trimmable):
+        after.also_train = list(dict.fromkeys([*also, "removed_biases"]))
+    if config.phase == "cut":
+        after.schedule = None  # the other phases can be stepped again in a further training
+    return after
 
 
 def trained_values(slices: Slices) -> int:

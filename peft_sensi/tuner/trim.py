@@ -5,7 +5,6 @@ Scores the units of the adapted model, makes a plan, refits the kept weights by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,10 +27,9 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
-from .cuts import plan_with
+from .cuts import recounted
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
-from .stale import mark_stale
 from .targets import anatomy_of
 from .wrapping import shrink
 
@@ -63,27 +61,19 @@ def trim_adapter(
     refits: bool | None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    settings, trainable = (config.budget, config.also_train), config.limits.trainable
-    parameters = list(root.parameters())
-    try:
-        # A wrong call in one process is an error in all of them.
-        with distributed.synchronized("trimming"):
-            limits = _check(root, config, adapter_name, before, budget, score)
-            if refits and inputs.calibration is None:
-                raise SensiError(
-                    "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
-                )
-            default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
-            options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
-            trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
-        shrink(root, config, adapter_name, trim.plan, trim.refitted)
-    except BaseException:
-        config.budget, config.also_train = settings
-        raise
-    given = asdict(limits) | {"trainable": trainable}
+    # A wrong call in one process is an error in all of them.
+    with distributed.synchronized("trimming"):
+        limits = _check(root, config, adapter_name, before, budget, score)
+        if refits and inputs.calibration is None:
+            raise SensiError(
+                "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
+            )
+        default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
+        options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
+        trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
+    shrink(root, config, adapter_name, trim.plan, trim.refitted)
+    given = asdict(limits) | {"trainable": config.limits.trainable}
     config.budget = {name: limit for name, limit in given.items() if limit is not None}
-    kept = {id(parameter) for parameter in root.parameters()}
-    mark_stale(parameter for parameter in parameters if id(parameter) not in kept and parameter.requires_grad)
     return trim
 
 
@@ -158,16 +148,14 @@ def _decide(
             targets=before.targets,
             available=kept,
             sequence_length=config.sequence_length or scores.sequence_length or before.sequence_length,
-            multiple_of=config.multiple_of,
-            min_units=config.units_to_stay,
-            uniform=config.widths == "uniform",
+            **config.width_options,
         )
-        states = {g.name: np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)) for g in before.anatomy.groups}
+        after = before.without(wanted.trimmed_units)
         refitted: Refitted = {}
         if batches is not None and is_refitted(root, config, now, config.refit if refits is None else refits):
-            small = _plan_of_merged(now, before, states)
+            small = _plan_of_merged(now, before, after)
             refitted = refit_changes(root, small, batches, inputs.loss_fn, options.progress)
-    plan = replace(plan_with(root, config, before, states), sequence_length=wanted.sequence_length)
+    plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
 
 
@@ -179,10 +167,10 @@ def _spread(values: torch.Tensor | None, kept: np.ndarray) -> torch.Tensor:
     return spread
 
 
-def _plan_of_merged(now: Anatomy, before: Plan, states: Mapping[str, np.ndarray]) -> Plan:
-    """The plan of the merged model, which does not have the units that `before` trims."""
-    own = {g.name: states[g.name][before.of(g) != TRIMMED] for g in before.anatomy.groups}
-    return Plan(now, tuple(own[g.name].astype(np.uint8).tobytes() for g in now.groups), before.targets, 1)
+def _plan_of_merged(now: Anatomy, before: Plan, after: Plan) -> Plan:
+    """The plan `after` for the merged model, which does not have the units that `before` trims."""
+    own = {g.name: after.of(g)[before.of(g) != TRIMMED] for g in before.anatomy.groups}
+    return Plan(now, tuple(own[g.name].tobytes() for g in now.groups), before.targets, 1)
 
 
 def _same_everywhere(trim: Trim) -> Trim:

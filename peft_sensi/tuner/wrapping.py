@@ -5,6 +5,7 @@ Layers can also be rebuilt for another plan.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
+from .carry import Before, carry_over
 from .config import SensiConfig
-from .slicing import Slices, slices_of
+from .slicing import Slices, config_after, slices_of
+from .stale import mark_stale
 from .targets import plan_of
 
 
@@ -89,10 +92,13 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> Iterator[None]:
+def replanned(
+    model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any], gated: bool
+) -> Iterator[None]:
     """Gives an adapter the plan of a checkpoint that is being loaded; its values start afresh.
 
-    If the block raises, the adapter has its old plan and values again.
+    `gated` says whether the checkpoint has gates, which means that its cuts are not finished. If the block raises, the
+    adapter has its old plan and values again.
     """
     root = root_of(model)
     layers = layers_of(root, adapter_name).values()
@@ -104,24 +110,43 @@ def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: di
         )
     with _rebuilding(root, config, adapter_name):
         config.plan = plan
-        _rebuild(root, config, adapter_name, slices_of(root, config, plan_of(root, config)))
+        found = plan_of(root, config)
+        if gated and config.past_cuts is not None:  # from before the cut
+            config.schedule, config.past_cuts = config.past_cuts, None
+        elif not gated and config.phase == "cut" and not found.exceeds(config.limits):  # from after the cut
+            config.past_cuts = config.schedule
+            _follow(config, config_after(config, found))
+        _rebuild(root, config, adapter_name, slices_of(root, config, found))
         yield
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
 
 
 def shrink(
-    model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan, refitted: Refitted | None = None
+    model: nn.Module,
+    config: SensiConfig,
+    adapter_name: str,
+    plan: Plan,
+    refitted: Refitted | None = None,
+    optimizer: Any = None,
 ) -> None:
     """Removes the units that `plan` trims from an adapter, and keeps all other trained values.
 
-    `refitted` are changes of output projections (see `in_place.refit_changes`).
+    `refitted` are changes of output projections (see `in_place.refit_changes`). With an `optimizer`, its parameters
+    stay the same objects and keep their state (see `carry.obstacle` for the optimizers that this works with).
+    Otherwise the parameters are new objects, and older optimizers are refused.
     """
     root = root_of(model)
-    with _rebuilding(root, config, adapter_name):
-        config.plan = plan.to_dict()
-        if config.phase == "cut":
-            config.schedule = None  # it is finished; the other phases can be stepped again in a further training
+    with _rebuilding(root, config, adapter_name) as before:
+        _follow(config, config_after(config, plan))
         _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
+        if optimizer is not None:
+            carry_over(optimizer, before, layers_of(root, adapter_name), adapter_name)
+
+
+def _follow(config: SensiConfig, other: SensiConfig) -> None:
+    """Takes the fields that say what an adapter consists of from another config."""
+    config.plan, config.schedule, config.also_train = other.plan, other.schedule, other.also_train
+    config.past_cuts = other.past_cuts
 
 
 def _rebuild(
@@ -153,16 +178,17 @@ def _rebuild(
 
 
 @contextmanager
-def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[None]:
-    """Inside the block, the layers of one adapter may be rebuilt.
+def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[Before]:
+    """Inside the block, the layers of one adapter may be rebuilt. Gives what they were before.
 
     Afterwards the same adapters are active, and the same tensors require gradients. Tensors that did not exist before
-    require gradients if the adapter's other tensors did. If the block raises, the adapter is as it was before.
+    require gradients if the adapter's other tensors did. Optimizers that hold lost parameters are refused. If the
+    block raises, the adapter is as it was before.
     """
     layers = layers_of(root)
     if any(layer.merged for layer in layers.values()):
         raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
-    fields = config.plan, config.schedule
+    fields = copy.copy(config)
     own = layers_of(root, adapter_name)
     before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
     dropped = [layer.get_base_layer() for layer in own.values() if layer.sensi_base_dropped]
@@ -170,12 +196,13 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
     trained = any(flags.values()) or not flags
     try:
-        yield
-        for name, layer in layers_of(root).items():
-            for part, parameter in layer.own_parts(adapter_name).items():
+        yield before
+        now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
+        for name, parts in now.items():
+            for part, parameter in parts.items():
                 parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
     except BaseException:
-        config.plan, config.schedule = fields
+        _follow(config, fields)
         for base, parameters in bases:  # `reduce_base` may have replaced them
             base._parameters.update(parameters)
             update_features(base)
@@ -189,6 +216,8 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
                     getattr(layer, f"sensi_{part}")[adapter_name] = parameter
             layer.update_parents()
         raise
+    there = {id(parameter) for parts in now.values() for parameter in parts.values()}
+    mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there and p.requires_grad)
 
 
 def drop_base(model: nn.Module, adapter_name: str) -> None:
