@@ -391,7 +391,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["distilbert", "bert-base", "decoder-1b"])
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="fp32, and bf16 where it is faster")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--only", nargs="+", help="short names of the methods to measure; all by default")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda if available")
@@ -417,6 +417,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         import torch
 
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.precisions is None:
+        from peft_sensi.utils.precision import bf16_pays
+
+        options.precisions = ["fp32", "bf16"] if bf16_pays(options.device) else ["fp32"]
     results = run(options)
     from speed_table import write_table
 

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import recipes
@@ -31,6 +31,7 @@ from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback
 from ..utils.errors import SensiError
 from ..utils.files import write_atomically
+from ..utils.progress import show_progress
 from .textdata import TextTask
 
 
@@ -94,6 +95,7 @@ class Run:
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            disable_tqdm=False,
             remove_unused_columns=False,
         )
         trainer = Trainer(
@@ -104,7 +106,7 @@ class Run:
             processing_class=self.task.tokenizer,
             callbacks=callbacks,
         )
-        trainer.remove_callback(PrinterCallback)
+        show_progress(trainer)
         return trainer
 
     def train(self, epochs: float, callbacks: list[Any] | None = None) -> None:
@@ -135,6 +137,7 @@ class Run:
             "classes": self.task.labels.names,
             "learning_rate": self.training.lr,
             "seed": self.training.seed,
+            "bf16": self.training.bf16,
             "trained_values": plan.trainable_params,
             "plan": plan_figures(plan),
             "weight_bytes": (self.folder / "adapter_model.safetensors").stat().st_size,

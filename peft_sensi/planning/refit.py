@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from ..utils import distributed
+from ..utils.progress import progress_bar
 from ..utils.states import FROZEN, TRIMMED, TUNED
 from .layerwise import Calls, Observer, record_calls, run_layer
 from .least_squares import GuardErrors, LeastSquares, Values
@@ -79,7 +79,7 @@ def refit(
         ]
         refitted: Refitted = {}
         order = list(recorded[-1].arguments)
-        for i, layer in enumerate(tqdm(order, desc="refit", disable=not progress, leave=False)):
+        for i, layer in enumerate(progress_bar(order, "refit", show=progress)):
             if i and any(layer in calls.entries for calls in recorded):
                 _follow_trimmed_model(model, plan, order[:i], refitted, streams, loss_fn)
             _refit_layer(model, plan, layer, [g for g in groups if g.layer == layer], refitted, streams)

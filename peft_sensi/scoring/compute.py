@@ -54,7 +54,7 @@ def compute_scores(
         seed: Seed of dropout during priming and of random scores.
         targets: Names of Linears outside the known blocks, and of embeddings: their rows or tokens are scored too.
         blocks: Layouts of the model's blocks, instead of those of its family.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress: bars on a terminal, else a line every few seconds.
 
     Raises:
         AnatomyError: The model has no known units, or `targets` or `blocks` do not fit it.

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..anatomy.linears import oriented
 from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from ..utils.errors import CalibrationError
+from ..utils.progress import progress_bar
 from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
@@ -127,7 +127,7 @@ def _mean_over_examples(
         # A gate's gradient is a small difference of large terms, so autocast is switched off as a precaution.
         with torch.autocast(device_of(model).type, enabled=False):
             weighting = find_weighting(model, anatomy, batches, options.loss_fn)
-            bar = tqdm(batches, desc=f"{options.score} scores", disable=not options.progress, leave=False)
+            bar = progress_bar(batches, f"{options.score} scores", show=options.progress)
             for index, batch in enumerate(bar):
                 where = f"calibration batch {index}"
                 with outliers.watching(batch):

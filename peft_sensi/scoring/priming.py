@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
 from ..utils.errors import CalibrationError
+from ..utils.progress import progress_bar
 from .calibration import ScoringOptions, calibration_loss
 from .head import head_bias, start_head_at_prior
 
@@ -72,7 +72,7 @@ def _prime(
 ) -> None:
     gate_optimizer = torch.optim.AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
     with stepper, torch.enable_grad():
-        for step in tqdm(range(options.priming_steps), desc="priming", disable=not options.progress, leave=False):
+        for step in progress_bar(range(options.priming_steps), "priming", show=options.progress):
             warm_up = min(1.0, (step + 1) / max(1, options.priming_steps // 10))
             index = step % len(batches)
             name = f"calibration batch {index} (priming step {step})"
