@@ -223,14 +223,9 @@ def trim_for(
     set_seed(training.seed)
     run = Run(model, task, folder, training)
     before, start = run.evaluate(), time.perf_counter()
-    if isinstance(model, PeftModel):
-        run.model.base_model.trim(limits, calibration)
-    else:
-        # The head has been trained, so the gradients mean something without priming.
-        config = SensiConfig(
-            budget=limits, calibration=calibration, priming_steps=0, task_type="SEQ_CLS", seed=training.seed
-        )
-        run.model = get_peft_model(model, config)
+    if not isinstance(model, PeftModel):
+        run.model = get_peft_model(model, SensiConfig(budget=1.0, calibration=calibration, task_type="SEQ_CLS"))
+    run.model.base_model.trim(limits, calibration)
     seconds = time.perf_counter() - start
     show(run.model.base_model.plan())
     trimmed = run.evaluate()

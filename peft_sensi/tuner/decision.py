@@ -257,6 +257,8 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
         warnings.warn(message, stacklevel=2)
     if config.phase == "cut":
         return Budget()  # the cuts come during training
+    if limits.trainable is None and limits.params in (None, 1) and limits.flops in (None, 1):
+        return Budget()  # everything stays and is tuned, so nothing needs to be scored
     return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
 
 

@@ -62,8 +62,10 @@ class AdapterOperations:
 
         Scores the units of the adapted model, plans under the budget, refits the output projections on the adapted
         model's own activations, and removes the trimmed units. The kept units keep their trained values and their
-        states: tuned or frozen. So one training with `SensiConfig(budget=1.0)` and several trims give a family of
-        models, each of them an adapter of the same base. It can be trained on after each trim ("healing").
+        states: tuned or frozen. A budget far below what is there is reached in stages that each keep about half,
+        because units may be needed once others are gone. So one training with `SensiConfig(budget=1.0)` and several
+        trims give a family of models, each of them an adapter of the same base. It can be trained on after each trim
+        ("healing").
 
         The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
         before raises a `SensiError` at its next step: make a new one. With several processes all of them must call

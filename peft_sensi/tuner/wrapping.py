@@ -170,7 +170,7 @@ def _rebuild(
         if keep_values and layer is not None:
             values = kept_parts(layer.own_parts(adapter_name), layer.sensi_slices[adapter_name], slice_)
         for part, change in zip(("weight", "bias"), (refitted or {}).get(name, ()), strict=False):
-            if change is not None:
+            if change is not None and change.numel():  # a removed sublayer has no columns
                 values[part] = values[part] + change.to(values[part])
         if layer is not None and layer.sensi_base_dropped:
             layer.reduce_base(adapter_name, slice_)
