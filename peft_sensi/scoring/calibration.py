@@ -17,6 +17,7 @@ from torch import nn
 from ..anatomy.units import Group
 from ..utils import distributed
 from ..utils.errors import CalibrationError
+from ..utils.undo import snapshot, surely
 
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -185,27 +186,27 @@ def first_of(output: Any) -> torch.Tensor:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restores what forward and backward passes may change, even if an error occurs inside the block.
 
-    This covers training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on
-    all devices. It does not cover weights: code that changes them must restore them (see `priming.primed`).
+    This covers the structure of the model (see `utils.undo`; a forward pass with labels sets `config.problem_type`),
+    training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all devices.
+    It does not cover weights: code that changes them must restore them (see `priming.primed`).
     """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    structure = snapshot(model)
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    model.zero_grad()  # a backward pass would add to the user's gradients in place
+
+    @torch.no_grad()
+    def restore() -> None:
+        structure()
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
     with torch.random.fork_rng(devices=devices):
         try:
+            model.zero_grad()  # a backward pass would add to the user's gradients in place
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            for parameter, requires_grad, grad in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            surely(restore)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,7 +25,7 @@ from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.linears import bias_of, check_quantized, is_plain
 from ..anatomy.modules import base_of, linear_of, task_head
 from ..anatomy.units import Anatomy
-from ..layers.layer import base_is_dropped, layers_of
+from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
@@ -78,6 +79,15 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
         raise SensiError(
             f"An adapter cannot be called {adapter_name!r}: torch stores its parameters under this name, so the "
             f"name must not be empty, contain a dot, or be the name of an attribute of modules."
+        )
+    if isinstance(model, PeftModel):
+        advice = "use `model.add_adapter(name, config)`" if others else "call `merge_and_unload()` or `unload()` first"
+        raise SensiError(f"The model is wrapped by PEFT already: {advice}.")
+    foreign = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SensiLayer)]
+    if foreign:
+        raise SensiError(
+            f"The model has an adapter of another PEFT method ({type(foreign[0]).__module__}). Merge or remove it "
+            f"first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of Transformers."
         )
     if any(layer.sensi_base_dropped for layer in layers):
         raise base_is_dropped("add another adapter")

@@ -17,13 +17,14 @@ from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
+from ..utils.undo import undone_on_error
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replace_module, replanned, set_head, wrap_module
+from .wrapping import drop_base, replanned, set_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -62,6 +63,10 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     # -- wrapping -----------------------------------------------------------------------------------------------------
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with undone_on_error(model):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -70,6 +75,16 @@ class SensiModel(AdapterOperations, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        try:
+            with undone_on_error(self):
+                self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)  # `PeftModel.add_adapter` has set it
+            raise
+
+    def _inject(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
+    ) -> None:
         users_config = self.peft_config[adapter_name]
         check_addition(model, adapter_name, users_config)
         # PEFT does not copy configs, so without a copy the plan of this model would end up in the user's object.
@@ -77,7 +92,6 @@ class SensiModel(AdapterOperations, BaseTuner):
         file = file_to_check(config)
         has_plan = config.plan is not None
         config.from_file = config.from_file and has_plan  # a plan that is made here contradicts no file
-        flags = [(p, p.requires_grad) for p in model.parameters()]
         # With a finished plan, one process may load an adapter while the others do something else.
         joint = nullcontext() if has_plan else distributed.synchronized("wrapping the model")
         try:
@@ -101,9 +115,6 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
                     replicas.allocate_adapter(model)
                 replicas.copy_weights_from_rank_0(model)  # some parts of an adapter start from random values
-        except BaseException:
-            self._roll_back(model, adapter_name, flags)
-            raise
         finally:
             self._sensi_decision = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
@@ -111,21 +122,6 @@ class SensiModel(AdapterOperations, BaseTuner):
             layer.sensi_saved_modules = companions
         if decision is not None and not config.keep_base:
             drop_base(model, adapter_name)
-
-    def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
-        for name, module in reversed(list(model.named_modules())):  # inner modules first: wrappers can be nested
-            if isinstance(module, SensiLayer):
-                if adapter_name in module.sensi_slices:
-                    module.delete_adapter(adapter_name)
-                if not module.sensi_slices:  # this includes a layer that failed while it was set up
-                    replace_module(model, name, module.get_base_layer())
-            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                module.delete_adapter(adapter_name, [a for a in self.active_adapters if a != adapter_name])
-                if not module.modules_to_save:
-                    replace_module(model, name, module.original_module)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        self.peft_config.pop(adapter_name, None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> SensiConfig:
         return peft_config  # `prepare` has filled in the targets
