@@ -23,7 +23,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.linears import bias_of, check_quantized, is_plain
-from ..anatomy.modules import base_of, linear_of, task_head
+from ..anatomy.modules import base_of, head_parameters_outside_modules, linear_of, task_head
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..planning.allocate import make_plan
@@ -112,7 +112,8 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     Returns `None` if the config targets no module; PEFT raises its own error for that.
     """
     blocks = build_anatomy(model, (), config.layouts())
-    save_whole(config, task_head(model))
+    if not config.from_file:  # a file lists what it holds
+        save_whole(config, _head_to_save(model, blocks))
     if not _choose_targets(model, config, blocks):
         return None
     if config.also_train is None:
@@ -152,6 +153,26 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         )
     config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
     return decision
+
+
+def _head_to_save(model: nn.Module, blocks: Anatomy) -> list[str]:
+    """The modules of the task head. Warns about parameters that look like a part of it and cannot be saved whole."""
+    heads = task_head(model)
+    inside = [name for group in blocks.groups for name in group.modules]
+    for head in heads:
+        if alike := [name for name in inside if f".{head}." in f".{name}." and not f"{name}.".startswith(f"{head}.")]:
+            raise SensiError(
+                f"The task head {head!r} and {alike[0]!r} in the transformer have the same name, and PEFT matches "
+                f"modules by their names: give the head another name."
+            )
+    if frozen := head_parameters_outside_modules(model):
+        warnings.warn(
+            f"{', '.join(map(repr, frozen[:3]))} {'are' if len(frozen) > 1 else 'is'} outside of the transformer and "
+            f"stays frozen: PEFT trains and saves whole modules, and no module of the task head holds it. If it is "
+            f"new, put it into a module of its own.",
+            stacklevel=2,
+        )
+    return heads
 
 
 def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> bool:

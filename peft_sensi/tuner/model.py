@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,8 +14,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.linears import is_quantized, not_mergeable
+from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
+from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
@@ -24,7 +27,7 @@ from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replanned, set_head, wrap_module
+from .wrapping import drop_base, replanned, set_head, wrap_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -65,7 +68,29 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with undone_on_error(model):
-            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            replicas.check_not_partitioned(model)  # before the wrapper that did it is removed
+            super().__init__(self._inner(model, peft_config), peft_config, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _inner(model: nn.Module, peft_config: Any) -> nn.Module:
+        """The model that is adapted, without the wrappers of `torch.compile`, DataParallel and DDP around it."""
+        inner = unwrapped(model)
+        if inner is not model:
+            warnings.warn(
+                f"The adapter is put into the model inside of the {type(model).__name__}, and the wrapper itself is "
+                f"left out. Compile or parallelize the model that PEFT returns.",
+                stacklevel=2,
+            )
+            for config in peft_config.values() if isinstance(peft_config, dict) else [peft_config]:
+                config.base_model_name_or_path = config.base_model_name_or_path or inner.__dict__.get("name_or_path")
+        compiled = [name for name, _ in inner.named_modules() if name.endswith("._orig_mod")]
+        if compiled:
+            part = compiled[0].removesuffix("._orig_mod")
+            raise SensiError(
+                f"The module {part!r} was compiled on its own. This renames its parts, so an adapter of this model "
+                f"would fit no other. Add the adapter before `torch.compile`, or use `model.{part}.compile()`."
+            )
+        return inner
 
     def inject_adapter(
         self,
@@ -101,8 +126,15 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision
+                saved, heads = config.modules_to_save, task_head(model)
+                heads = [name for name in heads if name in (saved or [])]
+                if decision is not None:
+                    config.modules_to_save = [name for name in saved or [] if name not in heads] or None
                 # The decision says which modules are replaced, so a state dict adds nothing.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                config.modules_to_save = saved
+                wrap_head(model, heads, adapter_name, config.inference_mode, adapter_name in self.active_adapters)
+                hold_masters(model, adapter_name)
                 if file is not None:
                     check_saved_modules(file, model, adapter_name)
                 if decision is not None:
@@ -151,8 +183,9 @@ class SensiModel(AdapterOperations, BaseTuner):
             layer.set_requires_grad(adapter_name, False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Trained values are float32 already. PEFT's version would re-wrap them and set `requires_grad`.
-        return
+        # Trained values are float32 already, and PEFT's version would re-wrap them and set `requires_grad`. Only under
+        # `low_cpu_mem_usage` an older file can have brought modules in 16 bits.
+        hold_masters(self.model, adapter_name)
 
     # -- several adapters, merging ------------------------------------------------------------------------------------
 

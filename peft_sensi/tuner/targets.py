@@ -10,7 +10,15 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.linears import bias_of, features
-from ..anatomy.modules import base_of, embedding_of, input_embedding, is_base_parameter, linear_of, task_head
+from ..anatomy.modules import (
+    base_of,
+    embedding_of,
+    input_embedding,
+    is_base_parameter,
+    linear_of,
+    task_head,
+    transformers_in,
+)
 from ..anatomy.units import Anatomy
 from ..planning.budget import allowance
 from ..planning.plan import Plan
@@ -106,8 +114,9 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
         norms = [name for name, module in modules.items() if "Norm" in type(module).__name__]
         found += [name for name in norms if any(True for _ in modules[name].parameters(recurse=False))]
     if "pooler" in also_train and head:
-        pooler = f"{model.base_model_prefix}.pooler"
-        found += [pooler] if pooler in modules and any(True for _ in modules[pooler].parameters()) else []
+        bases = [getattr(model, "base_model_prefix", ""), *transformers_in(model)]
+        poolers = [path for base in dict.fromkeys(bases) if (path := f"{base}.pooler") in modules]
+        found += [path for path in poolers if any(True for _ in modules[path].parameters())]
     if "embeddings" in also_train:
         output = embedding_of(model, "output")
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]

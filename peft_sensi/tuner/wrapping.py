@@ -83,6 +83,25 @@ def save_whole(config: SensiConfig, names: list[str]) -> None:
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
 
 
+def wrap_head(model: nn.Module, heads: list[str], adapter_name: str, inference_mode: bool, active: bool) -> None:
+    """Wraps the task head as PEFT does for `modules_to_save`, but only the modules with exactly these paths.
+
+    PEFT itself wraps every module whose path ends with a name: a head called `out` would bring in all dropouts.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name in heads:
+        module = model.get_submodule(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(adapter_name)
+            module.set_adapter(module.active_adapter, inference_mode=inference_mode)
+        else:
+            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
+            replace_module(model, name, wrapper)
+    for parameter, requires_grad in flags:  # an adapter that is added changes no other
+        parameter.requires_grad_(requires_grad)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -205,11 +224,12 @@ def drop_base(model: nn.Module, adapter_name: str) -> None:
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
     """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head stays."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     with torch.no_grad():
         for name, value in head.items():
-            top, _, rest = name.partition(".")
-            wrapper = model.get_submodule(top)
-            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            top = next((path for path in wrappers if name.startswith(f"{path}.")), "")
+            rest = name.removeprefix(f"{top}.")
+            if (wrapper := wrappers.get(top)) is not None and adapter_name in wrapper.modules_to_save:
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
                 if (parameter := own.get(rest)) is None or parameter.shape != value.shape:
                     found = "no such parameter" if parameter is None else tuple(parameter.shape)
