@@ -16,14 +16,15 @@ from torch import nn
 from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
+from ..layers.layer import SensiLayer, layers_of, move_hooks, new_parameters_are_empty
 from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
+from .admission import check_addition
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
-from .decision import Decision, check_addition, prepare
+from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
@@ -244,6 +245,8 @@ class SensiModel(AdapterOperations, BaseTuner):
             # PEFT's version copies `weight`, but a head or pooler may consist of several modules and have none.
             setattr(parent, child_name, new_module)
         else:
+            if isinstance(child, SensiLayer):
+                move_hooks(child, new_module)
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_combination(self, adapter_names: list[str]) -> None:

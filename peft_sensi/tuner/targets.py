@@ -97,9 +97,10 @@ def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str]
         )
 
 
-def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[str]:
+def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_frozen: bool = False) -> list[str]:
     """Names of the base modules outside the blocks that `also_train` trains, for PEFT's `modules_to_save`.
 
+    With `but_frozen`, modules that require no gradients are left out, because the user has frozen them.
     Modules inside one that the user saves whole are left out: PEFT's wrappers must not be nested.
     """
     also_train = config.also_train or []
@@ -126,10 +127,12 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
                 "The embeddings are tied to the output layer or to each other and cannot be trained separately."
             )
         found += embeddings
-    return [name for name in dict.fromkeys(found) if not _is_saved_whole(name.rpartition(".")[0], config)]
+    if but_frozen:
+        found = [name for name in found if any(p.requires_grad for p in modules[name].parameters())]
+    return [name for name in dict.fromkeys(found) if not is_saved_whole(name.rpartition(".")[0], config)]
 
 
-def _is_saved_whole(name: str, config: SensiConfig) -> bool:
+def is_saved_whole(name: str, config: SensiConfig) -> bool:
     """Whether PEFT's `modules_to_save` names this module or one that contains it."""
     return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
 
@@ -140,10 +143,13 @@ def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -
     return sum(bias.numel() for bias in biases if bias is not None)
 
 
-def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy) -> list[str]:
+def default_also_train(
+    model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy, partly_frozen: bool = False
+) -> list[str]:
     """What `also_train=None` stands for. The list is empty unless dense units are tuned without a `trainable` limit.
 
-    It has "tokens" only if the run's inputs show which tokens matter.
+    It has "tokens" only if the run's inputs show which tokens matter, and if the user has not frozen the embeddings of
+    a model that is `partly_frozen`.
     """
     dense = config.tunes_units and config.retention is None
     if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:
@@ -151,7 +157,9 @@ def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs,
     also = ["norms", "output_biases", "pooler"]
     table = input_embedding(model)
     ranks_tokens = config.update != "dense+low_rank" and config.granularity == "unit" and config.score != "movement"
-    if table is None or not ranks_tokens or _is_saved_whole(table, config):
+    if table is None or not ranks_tokens or is_saved_whole(table, config):
+        return also
+    if partly_frozen and not any(p.requires_grad for p in base_of(model.get_submodule(table)).parameters()):
         return also
     known = inputs.calibration is not None if inputs.scores is None else f"{table}.tokens" in inputs.scores.values
     return [*also, "tokens"] if known else also

@@ -20,7 +20,7 @@ from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
-from ..layers.layer import layers_of
+from ..layers.layer import layers_of, move_hooks
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
@@ -66,6 +66,7 @@ def wrap_module(
                 if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
                     raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
                 layer.sensi_attributes.append((owner, attribute, per_unit))
+        move_hooks(layer.get_base_layer(), layer)
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
@@ -201,6 +202,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
         for name, layer in layers_of(root).items():
             layer.discard_parts(adapter_name)
             if name not in layers:
+                move_hooks(layer, layer.get_base_layer())
                 replace_module(root, name, layer.get_base_layer())
             elif name in before:
                 layer.sensi_slices[adapter_name], parts = before[name]
