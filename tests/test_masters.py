@@ -135,3 +135,11 @@ def test_the_dtype_that_a_models_code_sees_is_that_of_the_base():
     head = model.base_model.model.classifier
     assert head.weight.dtype == torch.bfloat16 and head.modules_to_save["default"].weight.dtype == torch.float32
     assert head.weight.requires_grad and head.out_features == 3
+
+
+def test_masters_are_compiled_without_graph_breaks():
+    model = wrap(tiny_model(dtype=torch.bfloat16), **TRIM)
+    steps(model, 3, 1e-2)
+    outputs = logits(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), outputs)

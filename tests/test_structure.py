@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from torch import nn
 from transformers import AutoModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from peft_sensi import Schedule, SensiConfig, SensiError, build_anatomy, compute_scores, load_merged, save_merged
+from peft_sensi import (
+    BlockLayout,
+    Schedule,
+    SensiConfig,
+    SensiError,
+    build_anatomy,
+    compute_scores,
+    load_merged,
+    save_merged,
+)
 from peft_sensi.anatomy.modules import task_head
 
 
@@ -154,6 +164,28 @@ def test_a_parameter_that_stays_frozen_is_reported():
     model.scale = nn.Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="'scale' is outside of the transformer and stays frozen"):
         get_peft_model(model, SensiConfig(budget=0.5, score="random"))
+
+
+def test_a_model_of_own_blocks_says_what_stays_frozen():
+    """Without a transformer inside, nothing tells a new head from other parts."""
+    layout = BlockLayout(layer="layers.*", up="wide", down="narrow")
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = {"wide": nn.Linear(8, 16), "narrow": nn.Linear(16, 8)}
+            self.layers, self.decide = nn.ModuleList([nn.ModuleDict(parts)]), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.decide(self.layers[0]["narrow"](self.layers[0]["wide"](x).relu()))
+
+    options = {"budget": 0.5, "blocks": [layout], "score": "random"}
+    with pytest.warns(UserWarning, match="stay frozen, such as 'decide'"):
+        get_peft_model(Blocks(), SensiConfig(**options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(Blocks(), SensiConfig(**options, modules_to_save=["decide"]))
+    assert model.base_model.model.decide.modules_to_save["default"].weight.requires_grad
 
 
 def test_a_head_with_the_name_of_a_block_module_is_refused():

@@ -86,10 +86,14 @@ def task_head(model: nn.Module) -> list[str]:
     if prefix in children:
         return [name for name in children if name != prefix]
     bases = transformers_in(model)
-    is_base = type(model).__module__.startswith("transformers.") and "For" not in type(model).__name__
-    if is_base or not bases:
+    if is_bare(model) or not bases:
         return [name for name in children if name in _HEAD_NAMES]
     return _outside(model, "", bases, embedding_of(model, "input"))
+
+
+def is_bare(model: nn.Module) -> bool:
+    """Whether this is a model of Transformers without a head, such as `BertModel`."""
+    return type(model).__module__.startswith("transformers.") and "For" not in type(model).__name__
 
 
 def _with_parameters(model: nn.Module) -> Iterator[str]:

@@ -9,8 +9,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..anatomy.linears import computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
-from ..anatomy.modules import base_of, head_parameters_outside_modules, not_linear, task_head
+from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
+from ..anatomy.modules import base_of, embedding_of, head_parameters_outside_modules, is_bare, not_linear, task_head
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..utils import replicas
@@ -102,6 +102,21 @@ def is_partly_frozen(model: nn.Module, targets: Iterable[str]) -> bool:
 
 def _requires_grad(module: nn.Module) -> bool:
     return is_quantized(module) or any(parameter.requires_grad for parameter in module.parameters())
+
+
+def warn_of_frozen_linears(model: nn.Module, blocks: Anatomy, targets: Iterable[str], config: SensiConfig) -> None:
+    """Warns about Linears outside of the blocks that are not trained, if nothing in the model looks like its head."""
+    if not blocks.groups or task_head(model) or is_bare(model) or embedding_of(model, "output") is not None:
+        return
+    known = {*targets, *(name for group in blocks.groups for name in group.modules)}
+    linears = [name for name, module in model.named_modules() if isinstance(base_of(module), LINEARS)]
+    linears = [n for n in linears if not {"base_layer", "original_module", "modules_to_save"} & set(n.split("."))]
+    if left := [name for name in linears if name not in known and not is_saved_whole(name, config)]:
+        warnings.warn(
+            f"The Linears outside of the blocks stay frozen, such as {left[0]!r}. If one is a new task head, name it "
+            f"in `modules_to_save`.",
+            stacklevel=2,
+        )
 
 
 def head_to_save(model: nn.Module, blocks: Anatomy) -> list[str]:

@@ -35,7 +35,7 @@ from ..scoring.head import head_at_prior
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .admission import check_plain, check_saved, head_to_save, is_partly_frozen, leave_frozen
+from .admission import check_plain, check_saved, head_to_save, is_partly_frozen, leave_frozen, warn_of_frozen_linears
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
@@ -95,6 +95,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     # The modules of a group are changed together: tuned units come first in all of them.
     reached = [group for group in anatomy.groups if targets & set(group.modules) or (others and group.in_block)]
     if config.plan is None:
+        warn_of_frozen_linears(model, blocks, targets, config)
         check_plain(model, {name for group in reached for name in group.modules})
     if config.update is None:
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
