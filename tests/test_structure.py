@@ -93,7 +93,42 @@ class Derived(BertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+class Chain(nn.Sequential):
+    """The parts have numbers, like the layers of the transformer."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__(AutoModel.from_config(tiny_config("bert")), nn.Linear(32, 3))
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
+        logits = self[1](self[0](input_ids, attention_mask).pooler_output)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class Pair(nn.Module):
+    """Two transformers of different families, and a head over both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.one = AutoModel.from_config(tiny_config("bert", num_hidden_layers=1))
+            self.two = AutoModel.from_config(tiny_config("distilbert", num_hidden_layers=1))
+            self.join = nn.Linear(64, 3)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
+        hidden = [part(input_ids, attention_mask).last_hidden_state[:, 0] for part in (self.one, self.two)]
+        logits = self.join(torch.cat(hidden, -1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
 MODELS = {
+    "query": (lambda: Own(head="query"), ["query"]),
+    "chain": (Chain, ["1"]),
+    "pair": (Pair, ["join"]),
     "out": (Own, ["out"]),
     "out on distilbert": (lambda: Own("distilbert"), ["out"]),
     "head": (lambda: Own(head="head", inside="transformer"), ["head"]),
@@ -186,11 +221,6 @@ def test_a_model_of_own_blocks_says_what_stays_frozen():
         warnings.simplefilter("error")
         model = get_peft_model(Blocks(), SensiConfig(**options, modules_to_save=["decide"]))
     assert model.base_model.model.decide.modules_to_save["default"].weight.requires_grad
-
-
-def test_a_head_with_the_name_of_a_block_module_is_refused():
-    with pytest.raises(SensiError, match="give the head another name"):
-        get_peft_model(Own(head="query"), SensiConfig(budget=0.5, score="random"))
 
 
 def test_scores_of_a_users_own_model_hold_its_head():

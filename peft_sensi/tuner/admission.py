@@ -16,7 +16,7 @@ from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..utils import replicas
 from ..utils.errors import SensiError
 from .config import SensiConfig
-from .targets import is_saved_whole
+from .targets import saved_whole
 
 
 def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> None:
@@ -70,9 +70,10 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
 
 def check_saved(model: nn.Module, config: SensiConfig) -> None:
     """Raises `SensiError` if a module that is to be saved whole cannot be copied."""
+    saved = saved_whole(model, config)
     for name, module in model.named_modules():
         reason = computed_by_hooks(module)
-        if reason is not None and is_saved_whole(name, config):
+        if reason is not None and saved(name):
             raise SensiError(f"{name!r} cannot be trained and saved whole, because {reason}.")
 
 
@@ -111,7 +112,8 @@ def warn_of_frozen_linears(model: nn.Module, blocks: Anatomy, targets: Iterable[
     known = {*targets, *(name for group in blocks.groups for name in group.modules)}
     linears = [name for name, module in model.named_modules() if isinstance(base_of(module), LINEARS)]
     linears = [n for n in linears if not {"base_layer", "original_module", "modules_to_save"} & set(n.split("."))]
-    if left := [name for name in linears if name not in known and not is_saved_whole(name, config)]:
+    saved = saved_whole(model, config)
+    if left := [name for name in linears if name not in known and not saved(name)]:
         warnings.warn(
             f"The Linears outside of the blocks stay frozen, such as {left[0]!r}. If one is a new task head, name it "
             f"in `modules_to_save`.",
@@ -119,16 +121,9 @@ def warn_of_frozen_linears(model: nn.Module, blocks: Anatomy, targets: Iterable[
         )
 
 
-def head_to_save(model: nn.Module, blocks: Anatomy) -> list[str]:
+def head_to_save(model: nn.Module) -> list[str]:
     """The modules of the task head. Warns about parameters that look like a part of it and cannot be saved whole."""
     heads = task_head(model)
-    inside = [name for group in blocks.groups for name in group.modules]
-    for head in heads:
-        if alike := [name for name in inside if f".{head}." in f".{name}." and not f"{name}.".startswith(f"{head}.")]:
-            raise SensiError(
-                f"The task head {head!r} and {alike[0]!r} in the transformer have the same name, and PEFT matches "
-                f"modules by their names: give the head another name."
-            )
     if frozen := head_parameters_outside_modules(model):
         warnings.warn(
             f"{', '.join(map(repr, frozen[:3]))} {'are' if len(frozen) > 1 else 'is'} outside of the transformer and "

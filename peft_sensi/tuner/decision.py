@@ -77,7 +77,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     """
     blocks = build_anatomy(model, (), config.layouts())
     if not config.from_file:  # a file lists what it holds
-        save_whole(config, head_to_save(model, blocks))
+        save_whole(config, head_to_save(model))
     if not _choose_targets(model, config, blocks):
         return None
     partly_frozen = is_partly_frozen(model, targets_of(model, config))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -34,7 +35,10 @@ def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """Names of the modules that may be tuned, by PEFT's own matching. Modules inside adapter layers do not count."""
     modules = {name: module for name, module in model.named_modules() if name}
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    return frozenset(n for n in modules if not n.startswith(inside) and check_target_module_exists(config, n))
+    saved, matching = saved_whole(model, config), copy.copy(config)
+    matching.modules_to_save = None
+    found = (n for n in modules if not n.startswith(inside) and check_target_module_exists(matching, n))
+    return frozenset(name for name in found if not saved(name))
 
 
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
@@ -129,12 +133,20 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
         found += embeddings
     if but_frozen:
         found = [name for name in found if any(p.requires_grad for p in modules[name].parameters())]
-    return [name for name in dict.fromkeys(found) if not is_saved_whole(name.rpartition(".")[0], config)]
+    saved = saved_whole(model, config)
+    return [name for name in dict.fromkeys(found) if not saved(name.rpartition(".")[0])]
 
 
-def is_saved_whole(name: str, config: SensiConfig) -> bool:
-    """Whether PEFT's `modules_to_save` names this module or one that contains it."""
-    return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
+def saved_whole(model: nn.Module, config: SensiConfig) -> Callable[[str], bool]:
+    """A function of a module's path: whether `modules_to_save` names this module or one that contains it.
+
+    PEFT matches names with every part of a path. Only the task head is matched as a whole path, because it can have
+    any name: in a `torch.nn.Sequential` it is a number, like the layers of the transformer.
+    """
+    names, heads = config.modules_to_save or [], set(task_head(model))
+    exact = tuple(f"{name}." for name in names if name in heads)
+    others = [name for name in names if name not in heads]
+    return lambda path: f"{path}.".startswith(exact) or any(f".{name}." in f".{path}." for name in others)
 
 
 def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -> int:
@@ -157,7 +169,7 @@ def default_also_train(
     also = ["norms", "output_biases", "pooler"]
     table = input_embedding(model)
     ranks_tokens = config.update != "dense+low_rank" and config.granularity == "unit" and config.score != "movement"
-    if table is None or not ranks_tokens or is_saved_whole(table, config):
+    if table is None or not ranks_tokens or saved_whole(model, config)(table):
         return also
     if partly_frozen and not any(p.requires_grad for p in base_of(model.get_submodule(table)).parameters()):
         return also
