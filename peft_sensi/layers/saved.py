@@ -41,6 +41,9 @@ class SavedWhole(ModulesToSaveWrapper):
             if dtypes.get(name) in _SHORT and parameter.dtype not in _SHORT
         }
 
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__  # in printed models and in PEFT's messages
+
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active_adapters:
             return self._forward_wrapped_passthrough(*args, **kwargs)
