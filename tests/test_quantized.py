@@ -75,7 +75,7 @@ def kind(request):
 UPDATES = {
     "units": {"budget": {"trainable": 0.15}, "update": "dense"},
     "biases": {"budget": {"trainable": 0.15}, "update": "dense", "also_train": ["biases"]},
-    "everything": {},
+    "everything": {"budget": {"trainable": 1.0}, "update": "dense"},
     "low-rank": {"update": "low_rank", "rank": 3},
     "sparse": {"update": "sparse", "sparse": 20},
     "units and low-rank": {"update": "dense+low_rank", "rank": 2, "budget": {"trainable": 0.15}},
@@ -191,3 +191,10 @@ def test_what_needs_the_base_in_full_is_refused(config):
 def test_counts_are_those_of_the_model_without_quantization(kind):
     counts = [build_anatomy(model).total_params for model in (plain_model(), quantized_model(kind))]
     assert counts[0] == counts[1]
+
+
+def test_a_quantized_base_needs_a_budget():
+    base = quantized_model(codes)
+    with pytest.raises(SensiError, match=r"trained whole in float32.*'trainable'"):
+        wrap(base)
+    assert not hasattr(base, "peft_config")

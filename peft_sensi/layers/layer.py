@@ -296,6 +296,33 @@ def base_is_dropped(action: str) -> SensiError:
     )
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves the user's hooks from a base layer to the layer around it, or back.
+
+    The layer computes the adapted output itself and does not call the base layer, so hooks of that would be skipped.
+    The dicts themselves change places, because the handles that remove hooks refer to them.
+    """
+    for name in _HOOKS:
+        ours, theirs = getattr(source, name), getattr(target, name)
+        if ours:
+            ours.update(theirs)
+            setattr(target, name, ours)
+            setattr(source, name, type(ours)())
+    if target._is_full_backward_hook is None:
+        target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
+
+
 def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
     """The adapter layers of a model by name: all of them, or those that have a slice of one adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SensiLayer)}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_score
 from ..anatomy.layouts import BlockLayout
-from ..anatomy.modules import input_embedding
+from ..anatomy.modules import input_embedding, unwrapped
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -67,6 +67,7 @@ def compute_scores(
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress
     )
+    model = unwrapped(model)
     # Priming does not train embeddings, so movement cannot rank tokens.
     table = input_embedding(model) if calibration is not None and score != "movement" else None
     named = set(targets)

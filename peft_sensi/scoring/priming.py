@@ -18,6 +18,7 @@ from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
 from ..utils.errors import CalibrationError
 from ..utils.progress import progress_bar
+from ..utils.undo import surely
 from .calibration import ScoringOptions, calibration_loss
 from .head import head_bias, start_head_at_prior
 
@@ -44,6 +45,13 @@ def primed(
     """
     moving = _primed_parameters(model) if options.priming_steps else head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, original in zip(moving, originals, strict=True):
+            parameter.grad = None
+            parameter.copy_(original)
+
     try:
         model.requires_grad_(False)
         for parameter in moving:
@@ -56,10 +64,7 @@ def primed(
         model.eval()
         yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:
-        with torch.no_grad():
-            for parameter, original in zip(moving, originals, strict=True):
-                parameter.grad = None
-                parameter.copy_(original)
+        surely(restore)
         torch.clear_autocast_cache()
 
 

@@ -33,6 +33,9 @@ class SensiPeftType(enum.StrEnum):
 
     SENSI = "SENSI"
 
+    def __str__(self) -> str:
+        return f"PeftType.{self.name}"  # as PEFT's own; `get_model_status` takes the part after the dot
+
 
 @dataclass(frozen=True)
 class RunInputs:

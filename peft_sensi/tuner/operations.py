@@ -135,6 +135,13 @@ class AdapterOperations:
             layer.compress(adapter_name, kind)
         config.compressed = kind
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's method for low-rank adapters. Raises `SensiError`: trained units of several plans have no mean."""
+        raise SensiError(
+            "Adapters of peft_sensi cannot be averaged into a new one: they train and keep different units. If no "
+            "adapter trims or masks, `model.base_model.set_adapter([...])` adds their changes."
+        )
+
     def _check_name(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")

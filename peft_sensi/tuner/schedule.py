@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
 from ..scoring.calibration import LossFn, materialize
 from ..scoring.criteria import DATA_METHODS
@@ -136,8 +136,13 @@ class Schedule:
             Whether something changed.
 
         Raises:
-            SensiError: If the model is sharded by FSDP.
+            SensiError: If the model is sharded by FSDP, or `optimizer` is something else.
         """
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):  # Accelerate's wrapper has them too
+            raise SensiError(
+                f"The first argument of `step` is the optimizer, got {optimizer!r}. Give the number of steps as "
+                f"`step(optimizer, done_steps=...)`."
+            )
         if replicas.is_sharded(self.model):
             raise SensiError(
                 f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which is not "
@@ -270,14 +275,6 @@ class SensiCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:
             self.schedule.finish()  # after `Trainer` has loaded the best model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of DDP, FSDP, DeepSpeed and `torch.compile`, in whatever order."""
-    # Accelerate's function removes a compiled wrapper outside of DDP but not one inside of it.
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
-        model = inner
-    return model
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
-from ..layers.layer import layers_of
+from ..layers.layer import layers_of, move_hooks
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
@@ -69,6 +69,7 @@ def wrap_module(
                 if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
                     raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
                 layer.sensi_attributes.append((owner, attribute, per_unit))
+        move_hooks(layer.get_base_layer(), layer)
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
@@ -84,6 +85,25 @@ def root_of(model: nn.Module) -> nn.Module:
 def save_whole(config: SensiConfig, names: list[str]) -> None:
     """Adds modules to `modules_to_save`."""
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
+
+
+def wrap_head(model: nn.Module, heads: list[str], adapter_name: str, inference_mode: bool, active: bool) -> None:
+    """Wraps the task head as PEFT does for `modules_to_save`, but only the modules with exactly these paths.
+
+    PEFT itself wraps every module whose path ends with a name: a head called `out` would bring in all dropouts.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name in heads:
+        module = model.get_submodule(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(adapter_name)
+            module.set_adapter(module.active_adapter, inference_mode=inference_mode)
+        else:
+            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
+            replace_module(model, name, wrapper)
+    for parameter, requires_grad in flags:  # an adapter that is added changes no other
+        parameter.requires_grad_(requires_grad)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -209,6 +229,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
         for name, layer in layers_of(root).items():
             layer.discard_parts(adapter_name)
             if name not in layers:
+                move_hooks(layer, layer.get_base_layer())
                 replace_module(root, name, layer.get_base_layer())
             elif name in before:
                 layer.sensi_slices[adapter_name], parts = before[name]
@@ -234,11 +255,12 @@ def drop_base(model: nn.Module, adapter_name: str) -> None:
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
     """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head stays."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     with torch.no_grad():
         for name, value in head.items():
-            top, _, rest = name.partition(".")
-            wrapper = model.get_submodule(top)
-            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            top = next((path for path in wrappers if name.startswith(f"{path}.")), "")
+            rest = name.removeprefix(f"{top}.")
+            if (wrapper := wrappers.get(top)) is not None and adapter_name in wrapper.modules_to_save:
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
                 if (parameter := own.get(rest)) is None or parameter.shape != value.shape:
                     found = "no such parameter" if parameter is None else tuple(parameter.shape)

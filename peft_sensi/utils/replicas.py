@@ -130,6 +130,22 @@ def check_not_partitioned(model: nn.Module) -> None:
         )
 
 
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raises `SensiError` if Accelerate keeps weights on the CPU or the disk and loads them when a module runs.
+
+    An adapter computes with the weights of a layer without running that layer, so it would read empty ones.
+    """
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
+    hooks += [part for hook in hooks for part in getattr(hook, "hooks", ())]
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1) or any(getattr(h, "offload", 0) for h in hooks):
+        raise SensiError(
+            "Accelerate has offloaded parts of the base model to the CPU or the disk. Adapters of peft_sensi need all "
+            "weights in memory: load the base without `device_map`, with one device, or with devices that hold all of "
+            "it; `load_in_8bit` or `load_in_4bit` makes it smaller."
+        )
+
+
 def check_launcher(has_integers: bool) -> None:
     """Raises `SensiError` if the launcher's environment asks for an FSDP1 that cannot train this adapter.
 
