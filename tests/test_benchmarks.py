@@ -43,6 +43,21 @@ def test_speed_in_its_quick_form(tmp_path):
     assert output.read_text() == before and "step" not in again.stdout
 
 
+def test_the_cost_of_a_wrap_is_measured_by_part(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import wrap_cost
+
+    threads, output = torch.get_num_threads(), tmp_path / "costs.json"
+    few = ["--priming-steps", "4", "--calibration-steps", "4", "--batch-size", "4"]
+    found = wrap_cost.main(["--shapes", "tiny", "--rows", "32", "--lengths", "8", "--output", str(output), *few])
+    torch.set_num_threads(threads)
+    assert json.loads(output.read_text()) == found
+    (costs,) = found.values()
+    parts = [costs[part] for part in (*wrap_cost.PARTS, "the rest")]
+    assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(costs["the wrap"])
+    assert costs["share of an epoch"] == pytest.approx(costs["the wrap"] / 8)
+
+
 @pytest.fixture
 def grid(monkeypatch):
     """The modules of the accuracy benchmarks."""

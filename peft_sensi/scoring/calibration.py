@@ -30,7 +30,7 @@ class ScoringOptions:
     """How units are scored. `compute_scores` describes the fields; `SensiConfig` has fields of the same names."""
 
     score: str = "fisher"
-    calibration_steps: int = 24
+    calibration_steps: int = 12
     priming_steps: int = 40
     priming_lr: float = 1e-4
     priming_optimizer: str = "adamw"
@@ -172,6 +172,12 @@ def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | No
 def examples_in(batch: Mapping[str, Any]) -> int:
     """The number of examples of a batch: the largest first dimension of its tensors."""
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
+
+
+def examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
+    """These examples of a batch. Values that do not have one row for each example stay as they are."""
+    size = examples_in(batch)
+    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
 
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:

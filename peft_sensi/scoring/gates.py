@@ -17,7 +17,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError
-from .calibration import LossFn, calibration_loss, examples_in
+from .calibration import LossFn, calibration_loss, examples_in, examples_of
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -121,7 +121,7 @@ def find_weighting(
     contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
     if not contrast:
         return mean_over_examples
-    pair, twice = _examples_of(batch, rows), _examples_of(batch, [rows[0], rows[0]])
+    pair, twice = examples_of(batch, rows), examples_of(batch, [rows[0], rows[0]])
     try:
         mixed, alone = (_batch_gradients(model, anatomy, b, loss_fn, "two examples") for b in (pair, twice))
     except CalibrationError:
@@ -148,11 +148,6 @@ def _unequal_pair(batch: Mapping[str, Any]) -> tuple[float, list[int]]:
         return 0.0, []
     rows = [int(torch.where(counts > 0, counts, math.inf).argmin()), int(counts.argmax())]
     return math.log(counts[rows[1]] / counts[rows[0]]), rows
-
-
-def _examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
-    size = examples_in(batch)
-    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
 
 
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:

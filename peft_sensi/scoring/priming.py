@@ -1,7 +1,8 @@
 """Priming: a short fine-tuning before gradients are taken, undone afterwards.
 
 With a fresh task head, the gradients of a pretrained model are noise. FAR (arXiv 2205.01541) primes for about one
-percent of the iterations. The original weights are kept on the CPU, so the device never holds a second model.
+percent of the iterations. The number of steps matters more than the number of examples in each, so a step uses only a
+few examples of a batch. The original weights are kept on the CPU, so the device never holds a second model.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from ..utils import distributed
 from ..utils.errors import CalibrationError
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss
+from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
 from .head import head_bias, start_head_at_prior
 
 
+EXAMPLES = 8  # in a priming step
 GATE_LR = 1e-2
 GATE_PENALTY = 1e-4
 
@@ -39,7 +41,7 @@ def primed(
     The learning rate rises linearly over the first tenth of the steps. The steps of the optimizer `sign` (Bernstein et
     al. 2018, arXiv 1802.04434) are as large as Adam's first steps, but it needs no memory besides the weights: each
     gradient is used and freed at once. A fresh head starts at the prior of the labels (see `start_head_at_prior`).
-    Several processes take each step together, on the joint batch.
+    Several processes take each step together, on the examples of all of them.
 
     Raises `CalibrationError` if a loss or gradient is not finite.
     """
@@ -79,14 +81,15 @@ def _prime(
     with stepper, torch.enable_grad():
         for step in progress_bar(range(options.priming_steps), "priming", show=options.progress):
             warm_up = min(1.0, (step + 1) / max(1, options.priming_steps // 10))
-            index = step % len(batches)
+            turn, index = divmod(step, len(batches))
             name = f"calibration batch {index} (priming step {step})"
-            loss = calibration_loss(model, batches[index], options.loss_fn, name)
+            batch = _some_examples(batches[index], turn)
+            loss = calibration_loss(model, batch, options.loss_fn, name)
             if gates:
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
             loss.backward()
-            share = distributed.weight_of(batches[index], options.loss_fn is not None)
+            share = distributed.weight_of(batch, options.loss_fn is not None)
             distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
                 raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
@@ -99,6 +102,25 @@ def _prime(
             torch.clear_autocast_cache()
 
 
+def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
+    """`EXAMPLES` examples of a batch, others in each turn. The whole batch if it cannot be divided, or is small.
+
+    A batch can be divided if all its tensors have one row for each example, and if it has no lists. Its part must have
+    a label: a loss over tokens is not finite without labels.
+    """
+    size = examples_in(batch)
+    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
+    if size <= EXAMPLES or not all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values):
+        return batch
+    rows = [(turn * EXAMPLES + i) % size for i in range(EXAMPLES)]
+    part = examples_of(batch, rows)
+    labels = part.get("labels")
+    if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        used = labels[:, 1:] if labels.dim() > 1 else labels  # language models do not predict the first token
+        return part if bool((used >= 0).any()) else batch
+    return part
+
+
 class AdamSteps(ExitStack):
     """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights."""
 
@@ -109,7 +131,9 @@ class AdamSteps(ExitStack):
         full = (torch.float32, torch.float64)
         self.moving, self.lr = moving, lr
         self.masters = [p if p.dtype in full else p.detach().float().requires_grad_() for p in moving]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
+        # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third of it.
+        fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=fused or None)
         self.callback(self.optimizer.zero_grad)
 
     def step(self) -> bool:
