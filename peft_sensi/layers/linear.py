@@ -32,6 +32,7 @@ class SensiLinear(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(x, *args, **kwargs)
+        self.check_weights(x)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -47,8 +48,6 @@ class SensiLinear(SensiLayer):
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
         )
         plain = sharded or torch.compiler.is_compiling()
-        if slice_.compressed is not None and not plain:
-            return F.linear(x.to(dtype), *self._decoded(name, dtype))
         if slice_.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
             pair = weight, self.base_layer.bias if bias is None else bias
@@ -58,6 +57,8 @@ class SensiLinear(SensiLayer):
                 pair = cast(pair, dtype)
             parts = Parts(tuned_weight=weight, tuned_bias=bias, tuned=len(weight))
             return fused_linear(x, *pair, parts, Source(partial(torch.Tensor.to, dtype=dtype), (weight,)))
+        if slice_.compressed is not None and not plain:
+            return F.linear(x.to(dtype), *self._decoded(name, dtype))
         parts = self._parts(name, slice_)
         if plain or parts.mask is not None:  # the gradient of a mask needs the gradient of the whole weight
             return F.linear(x.to(dtype), *compose(*cast(self._kept_base(slice_), dtype), parts))

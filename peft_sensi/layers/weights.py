@@ -82,18 +82,12 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         """
         self.check_loaded(adapter_name)
         slice_ = self.sensi_slices[adapter_name]
-        weight, bias = self._composed(adapter_name, masked)
-        order = slice_.kept.argsort().to(weight.device)
-        weight = weight.index_select(slice_.dim, order)
-        if bias is not None and slice_.dim == 0:
-            bias = bias.index_select(0, order)
-        return weight, bias
+        return in_base_order(slice_, self._composed(adapter_name, masked))
 
     def get_original_weight(self, adapter_name: str) -> torch.Tensor:
         """The base's weight `[out, in]`, restricted to the kept units like `get_adapted_weight`."""
         slice_ = self.sensi_slices[adapter_name]
-        weight, _ = self._kept_base(slice_)
-        return weight.index_select(slice_.dim, slice_.kept.argsort().to(weight.device))
+        return in_base_order(slice_, (self._kept_base(slice_)[0], None))[0]
 
     def _base(self) -> Pair:
         """The base's weight `[out, in]` and bias as they are without merged adapters, detached."""
@@ -166,6 +160,21 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         parts = self._parts(name, slice_)
         parts = parts if masked else parts._replace(mask=None)
         return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), parts)
+
+    def _merged(self, name: str) -> Pair:
+        """`get_adapted_weight` in the base's dtype, without autograd and with fewer copies."""
+        self.check_loaded(name)
+        slice_ = self.sensi_slices[name]
+        dtype = self.get_base_layer().weight.dtype
+        parts = self._parts(name, slice_)
+        if parts.down is not None or parts.values is not None or parts.mask is not None:
+            return cast(self.get_adapted_weight(name), dtype)  # sums are rounded only once
+        if slice_.whole:
+            assert parts.tuned_weight is not None
+            bias = self._base()[1] if parts.tuned_bias is None else parts.tuned_bias
+            return in_base_order(slice_, cast((parts.tuned_weight.detach(), bias), dtype))
+        weight, bias, _ = self._fused_again(name, dtype, parts)
+        return in_base_order(slice_, (weight, bias))
 
     def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """The cached result of `make` for this adapter. `make` is called again when the key changes."""
@@ -245,3 +254,13 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
                 difference = other_bias if base_bias is None else other_bias - base_bias
                 bias = difference if bias is None else bias + difference
         return weight, bias
+
+
+def in_base_order(slice_: Slice, pair: Pair) -> Pair:
+    """A weight and a bias of the kept units, from the adapter's order to the base's."""
+    weight, bias = pair
+    if not slice_.natural:
+        order = slice_.kept.argsort().to(weight.device)
+        weight = weight.index_select(slice_.dim, order)
+        bias = bias if bias is None or slice_.dim == 1 else bias.index_select(0, order)
+    return weight, bias

@@ -93,7 +93,7 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
         )
     if any(layer.merged for layer in layers):
         raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
-    replicas.check_not_partitioned(model)
+    replicas.check_whole(model)
 
 
 def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decision | None:
