@@ -113,13 +113,7 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Bytes of a training step by use, and the measured peak, after two warm-up steps."""
-        from memory_split import (
-            SavedActivations,
-            free_at_once,
-            held_tensors,
-            peak_of_process,
-            storage_bytes,
-        )
+        from memory_split import free_at_once, held_tensors, peak_of_process, saved_bytes, storage_bytes
 
         free_at_once()
         cuda = self.device.type == "cuda"
@@ -137,9 +131,9 @@ class Worker:
             self.step()
             peak = peak_of_process() - empty
         rows, columns = self.batch["input_ids"].shape
-        with SavedActivations(self.model, rows, columns) as saved:
-            with self._autocast():
-                loss = self.model(**self.batch).loss
+        with self._autocast():
+            loss = self.model(**self.batch).loss
+        activations, weight_copies = saved_bytes(self.model, loss, rows, columns)
         loss.backward()
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, self.torch.Tensor)]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -148,9 +142,9 @@ class Worker:
             "peak": peak,
             "weights": sum(storage_bytes(held_tensors(self.model)).values()),
             "gradients_and_state": sum(storage_bytes([*state, *gradients]).values()),
-            "activations": saved.activation_bytes,
-            "activation_units": saved.activation_bytes / unit,
-            "weight_copies": saved.weight_copy_bytes,
+            "activations": activations,
+            "activation_units": activations / unit,
+            "weight_copies": weight_copies,
         }
 
     def files(self) -> dict[str, Any]:

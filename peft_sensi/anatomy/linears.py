@@ -41,7 +41,9 @@ def obstacle(module: nn.Module) -> str | None:
         return None
     if "weight" not in module._parameters or (bias_of(module) is not None and "bias" not in module._parameters):
         return "its weight or bias is no parameter, but is computed"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # Accelerate's hooks come in this way
+    # Accelerate's hooks come in this way, and leave the class's own method behind when they are removed.
+    own = getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
+    if "forward" in vars(module) and not own and not hasattr(module, "_hf_hook"):
         return "its `forward` was replaced"
     return None
 

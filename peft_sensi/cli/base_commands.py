@@ -45,7 +45,7 @@ def plan(
     batch_size: args.BatchSize = 32,
     calibration_steps: Annotated[
         int, option("--calibration-steps", "N", "Batches to compute scores from.", min=1)
-    ] = 12,
+    ] = 24,
     priming_steps: Annotated[
         int, option("--priming-steps", "N", "Steps of the short fine-tuning before scoring.", min=0)
     ] = 40,

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
+from ..utils.replicas import offloaded
 from .compression import PARTS, encode
 from .functional import Pair
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
@@ -207,12 +208,14 @@ class SensiLayer(ComposedWeights):
             raise not_mergeable()
         for name in names:
             with torch.no_grad():
-                weight, bias = self._combined([*self.merged_adapters, name])
+                together = [*self.merged_adapters, name]
+                weight, bias = self._merged(name) if len(together) == 1 else self._combined(together)
             if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._sensi_unmerged.append((base.weight, bias_of(base)))
             dtype = base.weight.dtype
-            weight = oriented(base, weight).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            shared = weight.data_ptr() in {t.data_ptr() for t in (base.weight, *self.own_parts(name).values())}
+            weight = oriented(base, weight).to(dtype, copy=shared).contiguous()
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
@@ -264,6 +267,14 @@ class SensiLayer(ComposedWeights):
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
+
+    def check_weights(self, x: torch.Tensor) -> None:
+        """Raises `SensiError` if the model was dispatched with offloading after it was wrapped.
+
+        Accelerate loads offloaded weights when it calls the module that holds them, and this layer does not call it.
+        """
+        if self.get_base_layer().weight.is_meta and not x.is_meta:
+            raise offloaded()
 
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""

@@ -25,7 +25,7 @@ def compute_scores(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     *,
     score: str = "fisher",
-    calibration_steps: int = 12,
+    calibration_steps: int = 24,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
     priming_optimizer: str = "adamw",
@@ -60,10 +60,12 @@ def compute_scores(
         AnatomyError: The model has no known units, or `targets` or `blocks` do not fit it.
         CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
             the batch.
-        SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0.
+        SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0. Or the weights are
+            sharded or offloaded.
     """
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
+    replicas.check_whole(model)
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress
     )

@@ -158,8 +158,8 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = N
     """
     if ids is not None:
         gate = gate[ids] if gate.dim() == 1 else gate.gather(1, ids.flatten(1)).view(ids.shape)
-        return x * gate.to(x.dtype).unsqueeze(-1)
-    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
+        return x * gate.to(x).unsqueeze(-1)
+    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x).unsqueeze(-1)).flatten(-2)
 
 
 @contextmanager

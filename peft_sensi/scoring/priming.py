@@ -1,8 +1,8 @@
 """Priming: a short fine-tuning before gradients are taken, undone afterwards.
 
 With a fresh task head, the gradients of a pretrained model are noise. FAR (arXiv 2205.01541) primes for about one
-percent of the iterations. The number of steps matters more than the number of examples in each, so a step uses only a
-few examples of a batch. The original weights are kept on the CPU, so the device never holds a second model.
+percent of the iterations. A step uses only a few examples of a batch, to save time. The original weights are kept on
+the CPU, so the device never holds a second model.
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
 
 
 class AdamSteps(ExitStack):
-    """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights."""
+    """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights.
+
+    Each weight has an optimizer of its own, so that temporary tensors and float32 gradients are as large as one
+    weight, and not as large as the model.
+    """
 
     factor = 1.0
 
@@ -131,26 +135,32 @@ class AdamSteps(ExitStack):
         full = (torch.float32, torch.float64)
         self.moving, self.lr = moving, lr
         self.masters = [p if p.dtype in full else p.detach().float().requires_grad_() for p in moving]
-        # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third of it.
-        fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=fused or None)
-        self.callback(self.optimizer.zero_grad)
+        self.optimizers = [
+            # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third.
+            torch.optim.AdamW([m], lr=lr, weight_decay=0.0, fused=m.device.type in ("cpu", "cuda") or None)
+            for m in self.masters
+        ]
 
     def step(self) -> bool:
         """Updates the weights. If a gradient is not finite, changes nothing and returns `False`."""
-        for master, parameter in zip(self.masters, self.moving, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        gradients = [p.grad for p in self.moving if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        if not norms:
+            return True
+        norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
         if not torch.isfinite(norm):
             return False
-        self.optimizer.param_groups[0]["lr"] = self.lr * self.factor
-        self.optimizer.step()
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, self.moving, strict=True):
-                if master is not parameter:
+        clip = (1.0 / (norm + 1e-6)).clamp_max(1.0)  # as `clip_grad_norm_` with a largest norm of 1
+        for master, parameter, optimizer in zip(self.masters, self.moving, self.optimizers, strict=True):
+            if parameter.grad is None:
+                continue
+            master.grad = parameter.grad.to(master.dtype).mul_(clip.to(parameter.device))
+            optimizer.param_groups[0]["lr"] = self.lr * self.factor
+            optimizer.step()
+            if master is not parameter:
+                with torch.no_grad():
                     parameter.copy_(master)
-                parameter.grad = master.grad = None
+            parameter.grad = master.grad = None
         return True
 
 
@@ -175,11 +185,16 @@ class SignSteps(ExitStack):
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         self.finite = self.finite and bool(torch.isfinite(grad.sum()))
-        if parameter.dtype in _DROPPED_BITS:
-            moved = parameter.float().sub_(grad.float().sign_(), alpha=self.lr * self.factor)
-            parameter.copy_(_round_at_random(moved, _DROPPED_BITS[parameter.dtype]))
-        else:
-            parameter.sub_(grad.sign_(), alpha=self.lr * self.factor)
+        step = self.lr * self.factor
+        if parameter.dtype not in _DROPPED_BITS:
+            parameter.sub_(grad.sign_(), alpha=step)
+            return
+        # A part at a time: the float32 values and the noise of a whole weight would take five times its memory.
+        parameter, grad = torch.atleast_1d(parameter, grad.sign_())
+        count = max(1, _AT_ONCE * len(parameter) // max(1, parameter.numel()))
+        for rows, signs in zip(parameter.split(count), grad.split(count), strict=True):
+            moved = rows.float().sub_(signs, alpha=step)
+            rows.copy_(_round_at_random(moved, _DROPPED_BITS[parameter.dtype]))
 
     def step(self) -> bool:
         """Updates the weights that still have a gradient. Returns whether all gradients were finite."""
@@ -191,6 +206,7 @@ class SignSteps(ExitStack):
 
 _STEPPERS: dict[str, type[AdamSteps] | type[SignSteps]] = {"adamw": AdamSteps, "sign": SignSteps}
 OPTIMIZERS = tuple(_STEPPERS)
+_AT_ONCE = 2**22  # weights
 # How many bits of a float32's mantissa the type does not have.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 

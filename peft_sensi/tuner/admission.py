@@ -39,7 +39,6 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
         )
     if any(layer.sensi_base_dropped for layer in layers):
         raise base_is_dropped("add another adapter")
-    replicas.check_not_offloaded(model)
     if not config.keep_base and others:
         raise SensiError(
             f"`keep_base=False` would drop the base values that the adapters {others} need: delete these "
@@ -52,7 +51,7 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
         )
     if any(layer.merged for layer in layers):
         raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
-    replicas.check_not_partitioned(model)
+    replicas.check_whole(model)
 
 
 def check_plain(model: nn.Module, names: Iterable[str]) -> None:

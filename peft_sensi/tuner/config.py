@@ -153,7 +153,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     schedule: dict[str, Any] | None = field(default=None)
     compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
-    calibration_steps: int = field(default=12)
+    calibration_steps: int = field(default=24)
     priming_steps: int = field(default=40)
     priming_lr: float = field(default=1e-4)
     priming_optimizer: str = field(default="adamw")

@@ -69,7 +69,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with undone_on_error(model):
-            replicas.check_not_partitioned(model)  # before the wrapper that did it is removed
+            replicas.check_whole(model)  # before the wrapper that did it is removed
             super().__init__(self._inner(model, peft_config), peft_config, adapter_name, *args, **kwargs)
 
     @staticmethod

@@ -114,7 +114,7 @@ def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget
             "The adapter's mask has not been drawn yet. Finish the training (`Schedule.finish()`, which "
             "`SensiCallback` calls) before you trim it."
         )
-    replicas.check_not_partitioned(root)
+    replicas.check_whole(root)
     return limits
 
 
