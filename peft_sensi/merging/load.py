@@ -3,6 +3,7 @@ checked before it is used."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -77,22 +78,48 @@ def load_merged_as(folder: str | os.PathLike[str], auto_class: Any, changes: Map
         return _build(cls, found, new_head=bool(changes))
     cls = classes[0]
     empty = on_meta(cls, found.config)
-    parameters = dict(empty.named_parameters(remove_duplicate=False))
-    inner, prefix = cls.base_model_prefix, f"{cls.base_model_prefix}."
-
-    def renamed(name: str) -> str:
-        if hasattr(found.empty, inner):
-            return name if hasattr(empty, inner) else name.removeprefix(prefix)
-        return prefix + name if hasattr(empty, inner) else name
-
-    shapes = {renamed(name): shape for name, shape in found.widths.shapes.items()}
-    widths = Widths(
-        {name: shape for name, shape in shapes.items() if name in parameters},
-        {renamed(name): value for name, value in found.widths.attributes.items()},
-    )
     own = set(empty.state_dict())
-    state = {renamed(name): tensor for name, tensor in found.state.items() if renamed(name) in own}
-    return _build(cls, replace(found, widths=widths, state=state), new_head=True)
+    state = {_name_in(empty, found.empty, name): tensor for name, tensor in found.state.items()}
+    state = {name: tensor for name, tensor in state.items() if name in own}
+    return _build(cls, replace(found, widths=_widths_in(empty, found), state=state), new_head=True)
+
+
+def without_weights(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model of this class on the `meta` device; with the widths of a merged folder, if the config is from one.
+
+    Raises `SensiLoadError` if the record of the widths is malformed.
+    """
+    config = copy.deepcopy(config)
+    record = vars(config).pop(RECORD_KEY, None)
+    empty = on_meta(cls, config)
+    if record is not None:
+        check_record(record)
+        source = on_meta(architecture_of(record["architecture"]), config)
+        widths = _widths_of(record)
+        check_widths(widths, source)
+        apply(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
+    return empty
+
+
+def _name_in(model: PreTrainedModel, source: PreTrainedModel, name: str) -> str:
+    """The name that a parameter or module of `source` has in `model`, which may have another head, or none."""
+    prefix = model.base_model_prefix
+    has_head, had_head = hasattr(model, prefix), hasattr(source, prefix)
+    if has_head == had_head:
+        return name
+    return f"{prefix}.{name}" if has_head else name.removeprefix(f"{prefix}.")
+
+
+def _widths_in(model: PreTrainedModel, found: _Folder) -> Widths:
+    """The widths with the names that they have in `model`. Those of the other head are left out."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {_name_in(model, found.empty, name): shape for name, shape in found.widths.shapes.items()}
+    numbers = {_name_in(model, found.empty, name): value for name, value in found.widths.attributes.items()}
+    return Widths({name: shape for name, shape in shapes.items() if name in own}, numbers)
+
+
+def _widths_of(record: Mapping[str, Any]) -> Widths:
+    return Widths({name: tuple(shape) for name, shape in record["shapes"].items()}, record["attributes"])
 
 
 def _read(folder: Path) -> _Folder:
@@ -122,7 +149,7 @@ def _read(folder: Path) -> _Folder:
         record.get("architecture") if record else named[0] if isinstance(named, list) and named else None
     )
     config = config_of(cls, values, tensors)
-    widths = Widths({n: tuple(s) for n, s in record["shapes"].items()}, record["attributes"]) if record else Widths()
+    widths = _widths_of(record) if record else Widths()
     try:
         with few_modules(len(tensors)):
             empty = on_meta(cls, config)

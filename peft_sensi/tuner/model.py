@@ -20,10 +20,11 @@ from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
+from .head_settings import head_settings
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replace_module, replanned, set_head, wrap_module
+from .wrapping import drop_base, replace_module, replanned, root_of, set_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -248,6 +249,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+        config.head_settings = head_settings(root_of(model))  # PEFT saves the config after the tensors
         tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config))
         return tensors
 
