@@ -662,3 +662,22 @@ def test_merge_of_an_adapter_with_added_tokens(work, tmp_path, how):
     if how != "tokenizer only":
         with torch.no_grad():
             assert torch.allclose(merged(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
+
+
+def test_an_adapter_whose_plan_has_no_units_has_a_card(adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from peft_sensi.tuner.checkpoint import PLAN_KEY, plan_to_tensor
+
+    folder = shutil.copytree(adapter, tmp_path / "empty", ignore=shutil.ignore_patterns("README.md", "plan.png"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["plan"]["groups"] = {}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.{PLAN_KEY}"] = plan_to_tensor(config["plan"])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    call("card", folder)
+    assert "its plan has no units." in (folder / "README.md").read_text() and not (folder / "plan.png").exists()
+    call("inspect", folder)
+    assert json.loads(call("inspect", folder, "--json"))["plan"]["groups"] == []
+    assert "plan" in fails("merge", folder, tmp_path / "merged")

@@ -309,3 +309,14 @@ def new_parameters_are_empty() -> bool:
     new parameter shows it.
     """
     return nn.ParameterList([torch.empty(1)])[0].is_meta
+
+
+def check_weight(layer: SensiLayer) -> None:
+    """Raises `SensiError` if something has replaced the base's module by one whose weight is no tensor."""
+    base: Any = layer.base_layer
+    if not isinstance(base.weight, torch.Tensor):
+        raise SensiError(
+            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
+            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
+            f"`merge_and_unload()`, and quantize the merged model."
+        )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..anatomy.linears import oriented, unpack
 from .functional import Pair, cast, compose, fused_linear
-from .layer import SensiLayer
+from .layer import SensiLayer, check_weight
 
 
 class SensiLinear(SensiLayer):
@@ -22,6 +22,7 @@ class SensiLinear(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(x, *args, **kwargs)
+        check_weight(self)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

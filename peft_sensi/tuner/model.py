@@ -14,7 +14,7 @@ from torch import nn
 
 from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
+from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
@@ -224,6 +224,8 @@ class SensiModel(AdapterOperations, BaseTuner):
                 layer.check_combination(adapter_names)
 
     def _check_codes(self) -> None:
+        for layer in self._layers():
+            check_weight(layer)
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 
