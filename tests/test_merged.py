@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    BertTokenizerFast,
 )
 
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
@@ -616,18 +617,6 @@ def both_forms(tmp_path_factory) -> dict[str, Path]:
     return {form: place / form for form in ("record", "plain")}
 
 
-@pytest.fixture
-def remote(tmp_path, monkeypatch):
-    """Loads a folder with `trust_remote_code`; its modeling files are copied into a folder of this test."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-
-    def load(folder: Path):
-        return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-
-    return load
-
-
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("form", ["record", "plain"])
 def test_an_edited_config_is_refused(form, edit, both_forms, remote, tmp_path):
@@ -717,3 +706,39 @@ def test_a_loaded_model_knows_its_folder_and_generation_settings(both_forms, tmp
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(SensiLoadError, match=r"generation_config\.json"):
         load_merged(tmp_path)
+
+
+def test_sentence_transformers(tmp_path, monkeypatch, capfd):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    words = [f"w{i}" for i in range(59)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "base")
+    tiny_model("bert", "FEATURE_EXTRACTION").save_pretrained(tmp_path / "base")
+
+    def load(name: str, **options):
+        return sentence_transformers.SentenceTransformer(str(tmp_path / name), device="cpu", **options)
+
+    def vectors(model):
+        return model.encode(["w1 w2 w3", "w4 w5 w6 w7 w8"], convert_to_tensor=True)
+
+    model = load("base")
+    name = next(n for n, child in model[0].named_children() if type(child).__name__ == "BertModel")
+    merged = wrap(getattr(model[0], name), budget=0.5, task_type="FEATURE_EXTRACTION").merge_and_unload()
+    setattr(model[0], name, merged)
+    model.save(str(tmp_path / "merged"))
+    save_merged(merged, tmp_path / "merged")
+    again = load("merged", trust_remote_code=True)
+    assert torch.equal(vectors(again), vectors(model))
+    again.save(str(tmp_path / "saved"))
+    assert torch.equal(vectors(load("saved", trust_remote_code=True)), vectors(model))
+    with pytest.raises(OSError, match="no file named"):
+        load("merged")
+
+    adapted = load("base")
+    adapted.add_adapter(SensiConfig(budget={"trainable": 0.1}, score="magnitude", task_type="FEATURE_EXTRACTION"))
+    adapted.save(str(tmp_path / "adapter"))
+    capfd.readouterr()
+    assert torch.equal(vectors(load("adapter")), vectors(adapted))
+    assert "sensi_plan" not in "".join(capfd.readouterr())

@@ -200,6 +200,10 @@ def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path)
         if isinstance(like, nn.Parameter):
             _check_finite(name, tensor, file)
         state[name] = tensor
+    for path, module in empty.named_modules():
+        own = {n: state[f"{path}.{n}" if path else n] for n, _ in module.named_parameters(recurse=False)}
+        if len({tensor.dtype for tensor in own.values()}) > 1:
+            raise SensiLoadError(f"{file}: the tensors of {path!r} have several dtypes, with which it cannot run.")
     return state
 
 
