@@ -1,5 +1,7 @@
 """A merged model goes in; a folder comes out, with the weights, the config and what rebuilds the widths of the layers.
 
+The config has two hashes, of itself and of the header of the weights file (see `hashes`).
+
 The folder has one of two forms. If the fields of the config can express the widths, it is a plain checkpoint, which
 any `from_pretrained` loads. If not, `config.json` contains a record of all widths (see `widths`) and the name of the
 weights file. Stock loaders do not look for a file of that name: without this package (or the generated modeling file)

@@ -107,10 +107,6 @@ class SensiModel(AdapterOperations, BaseTuner):
             raise
         finally:
             self._sensi_decision = None
-        # Transformers' `load_adapter` reads every tensor of a file, and would report the plan as unexpected.
-        known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-        if hasattr(model, "_keys_to_ignore_on_load_unexpected"):
-            model._keys_to_ignore_on_load_unexpected = {*(known or ()), rf"(^|\.){PLAN_KEY}(\.|$)"}  # type: ignore[assignment]
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
