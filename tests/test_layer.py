@@ -358,3 +358,14 @@ class TestWithoutTheBase:
         assert_same_tensors(snapshot(model), tensors)
         assert torch.equal(logits(model), before)
         assert list(model.peft_config) == ["default"]
+
+
+def test_a_base_that_was_quantized_after_the_wrap_is_an_error_that_says_so():
+    quantize = torch.ao.quantization.quantize_dynamic
+    model = wrap(tiny_model("bert"), budget=0.5)
+    quantized = quantize(model, {nn.Linear}, dtype=torch.qint8)
+    for use in (lambda: logits(quantized), quantized.merge_adapter, quantized.merge_and_unload):
+        with pytest.raises(SensiError, match=r"replaced by a torch\.ao.*`merge_and_unload\(\)`"):
+            use()
+    small = quantize(model.merge_and_unload(), {nn.Linear}, dtype=torch.qint8)
+    assert torch.isfinite(logits(small)).all()

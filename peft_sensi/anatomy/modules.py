@@ -16,6 +16,17 @@ from .linears import is_plain_embedding, matrix
 from .units import Group, Side
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
 def not_linear(module: nn.Module) -> TypeError:
     """The error for a target of a kind that has no rows to tune."""
     return TypeError(
@@ -138,3 +149,19 @@ def is_shared(model: nn.Module, table: nn.Module) -> bool:
     """Whether another module, such as the output layer of a language model, uses the weight of this embedding too."""
     others = (module for module in map(base_of, model.modules()) if module is not table)
     return any(getattr(other, "weight", None) is table.weight for other in others)
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves the user's hooks from a base layer to the layer around it, or back.
+
+    The layer computes the adapted output itself and does not call the base layer, so hooks of that would be skipped.
+    The dicts themselves change places, because the handles that remove hooks refer to them.
+    """
+    for name in _HOOKS:
+        ours, theirs = getattr(source, name), getattr(target, name)
+        if ours:
+            ours.update(theirs)
+            setattr(target, name, ours)
+            setattr(source, name, type(ours)())
+    if target._is_full_backward_hook is None:
+        target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None

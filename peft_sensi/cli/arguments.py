@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import recipes
-from ..merging.load import OTHER_WEIGHTS, WEIGHTS
+from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget
 from ..plotting.canvas import STYLES
 from ..scoring.criteria import METHODS

@@ -217,7 +217,7 @@ def trim(
     task = read_data(
         source, data, text_column=text_column, pair_column=pair_column, label_column=label_column,
         regression=is_regressor or regression or None, max_length=max_length, max_rows=max_rows, seed=seed,
-        validation=validation, hold_out=0.0 if validation else 0.1, trained_head=head,
+        validation=validation, hold_out=0.0 if validation else 0.1, trained_head=head, config=config,
     )  # fmt: skip
     with step("loading the model"):
         if saved is None:

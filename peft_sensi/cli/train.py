@@ -126,10 +126,11 @@ class Run:
         return quality(outcome.predictions, outcome.label_ids, self.task.labels.regression)
 
     def write_metrics(self, **more: Any) -> dict[str, Any]:
-        """Writes `metrics.json` and the names of the labels. Returns the metrics; `{}` except in process 0."""
+        """Writes `metrics.json`. Returns the metrics; `{}` except in process 0."""
         if PartialState().process_index:
             return {}
-        self.model.get_base_model().config.save_pretrained(self.folder)  # for the names of the labels
+        # Loaders take a folder with this file, of a run of an older version, for a whole model.
+        (self.folder / "config.json").unlink(missing_ok=True)
         plan = self.model.base_model.plan()
         result = {
             **more,

@@ -268,14 +268,6 @@ class SensiLayer(ComposedWeights):
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
-    def check_weights(self, x: torch.Tensor) -> None:
-        """Raises `SensiError` if the model was dispatched with offloading after it was wrapped.
-
-        Accelerate loads offloaded weights when it calls the module that holds them, and this layer does not call it.
-        """
-        if self.get_base_layer().weight.is_meta and not x.is_meta:
-            raise offloaded()
-
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
         names = self.merged_adapters[-1:] or self._applied()[:1]
@@ -307,33 +299,6 @@ def base_is_dropped(action: str) -> SensiError:
     )
 
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-
-
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Moves the user's hooks from a base layer to the layer around it, or back.
-
-    The layer computes the adapted output itself and does not call the base layer, so hooks of that would be skipped.
-    The dicts themselves change places, because the handles that remove hooks refer to them.
-    """
-    for name in _HOOKS:
-        ours, theirs = getattr(source, name), getattr(target, name)
-        if ours:
-            ours.update(theirs)
-            setattr(target, name, ours)
-            setattr(source, name, type(ours)())
-    if target._is_full_backward_hook is None:
-        target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
-
-
 def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
     """The adapter layers of a model by name: all of them, or those that have a slice of one adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SensiLayer)}
@@ -347,3 +312,20 @@ def new_parameters_are_empty() -> bool:
     new parameter shows it.
     """
     return nn.ParameterList([torch.empty(1)])[0].is_meta
+
+
+def check_weight(layer: SensiLayer, x: torch.Tensor | None = None) -> None:
+    """Raises `SensiError` if the base's weight cannot be used, because the model was changed after it was wrapped.
+
+    `x` is the input of a forward pass. Accelerate loads offloaded weights when it calls the module that holds them,
+    and the layer does not call it.
+    """
+    base: Any = layer.get_base_layer()
+    if not isinstance(base.weight, torch.Tensor):
+        raise SensiError(
+            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
+            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
+            f"`merge_and_unload()`, and quantize the merged model."
+        )
+    if x is not None and base.weight.is_meta and not x.is_meta:
+        raise offloaded()

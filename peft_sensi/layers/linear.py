@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..anatomy.linears import oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
-from .layer import SensiLayer
+from .layer import SensiLayer, check_weight
 from .sources import Source
 
 
@@ -32,7 +32,7 @@ class SensiLinear(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        self.check_weights(x)
+        check_weight(self, x)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..anatomy.modules import unwrapped
 from ..utils.errors import SensiError
@@ -130,7 +131,14 @@ def export_onnx(
     batches = [dict(batch) for batch in data] if data is not None else []
     examples = _examples(merged, inputs)
     names = tuple(examples[0])
-    expected = [_run(reference, example) for example in examples]
+    try:
+        expected = [_run(reference, example) for example in examples]
+    except Exception as error:  # a model can raise anything for a batch that it does not take
+        what = str(error).strip().partition("\n")[0]
+        raise SensiError(
+            f"{type(merged).__name__} cannot run a batch of {', '.join(names)}: {what} A decoder that classifies "
+            f"needs `model.config.pad_token_id` for batches. For other kinds of input, give an example as `inputs=`."
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name:
         folder, small = Path(name), None
@@ -154,12 +162,12 @@ def export_onnx(
     return ExportReport(names, tuple(expected[0]), opset, file, small)
 
 
-def _examples(model: nn.Module, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
+def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
     """One batch for each of `_SHAPES`: random token ids whose second row is padded, or the given batch.
 
     Rows and columns of a given batch are repeated or cut to fit the shapes.
     """
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
     if given is not None:
         given = {

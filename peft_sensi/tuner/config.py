@@ -125,6 +125,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
         plan: A finished [`Plan`], or its dict, which replaces budget and scores. It is filled in at the wrap.
         fingerprint: Statistics of the base's weights, which are compared when the adapter is loaded. It is filled in
             at the wrap; `None` switches the comparison off.
+        head_settings: What the task head needs of the base's own config: names of the labels, problem type, pad token.
+            It is filled in when the adapter is saved, for loaders that start from the adapter alone.
         format_version: Version of the adapter's file format. Do not set it.
         calibration: Batches that `model(**batch)` turns into a loss: any iterable, such as a `DataLoader`. It is used
             at the wrap and never saved.
@@ -168,6 +170,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     init_weights: bool = field(default=True)
     plan: Any = field(default=None)
     fingerprint: dict[str, Any] | None = field(default=None)
+    head_settings: dict[str, Any] | None = field(default=None)
     format_version: int = field(default=FORMAT_VERSION)
     calibration: InitVar[Iterable[Mapping[str, Any]] | None] = None
     scores: InitVar[Scores | None] = None

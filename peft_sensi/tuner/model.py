@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.linears import is_quantized, not_mergeable
-from ..anatomy.modules import task_head, unwrapped
+from ..anatomy.modules import move_hooks, task_head, unwrapped
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, layers_of, move_hooks, new_parameters_are_empty
+from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
 from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -25,10 +25,11 @@ from .admission import check_addition
 from .checkpoint import PLAN_KEY, check_pair, check_scale, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
 from .decision import Decision, prepare
+from .head_settings import head_settings
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replanned, set_head, wrap_head, wrap_module
+from .wrapping import drop_base, replanned, root_of, set_head, wrap_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -255,6 +256,8 @@ class SensiModel(AdapterOperations, BaseTuner):
                 layer.check_combination(adapter_names)
 
     def _check_codes(self) -> None:
+        for layer in self._layers():
+            check_weight(layer)
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 
@@ -280,6 +283,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+        config.head_settings = head_settings(root_of(model))  # PEFT saves the config after the tensors
         tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config), config.scale)
         return tensors
 

@@ -17,11 +17,11 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.linears import is_plain, is_plain_embedding, update_features
-from ..anatomy.modules import not_linear
+from ..anatomy.modules import move_hooks, not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
-from ..layers.layer import layers_of, move_hooks
+from ..layers.layer import layers_of
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
