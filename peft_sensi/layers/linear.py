@@ -101,9 +101,5 @@ class SensiLinear(SensiLayer):
         self._sensi_fused.clear()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._sensi_fused.clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sensi_fused": {}}

@@ -29,6 +29,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict({}))
         self.sensi_slices: dict[str, Slice] = {}
+        # The mark of each adapter's plan (see `marks`).
+        self.sensi_plans: dict[str, bytes] = {}
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []

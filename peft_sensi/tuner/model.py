@@ -15,6 +15,7 @@ from torch import nn
 from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
+from ..layers.marks import EXTRA, check_marks, marks_to_tensor, plan_mark
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
@@ -23,7 +24,7 @@ from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replace_module, replanned, set_head, wrap_module
+from .wrapping import drop_base, note_plan, replace_module, replanned, set_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -92,6 +93,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if file is not None:
                     check_saved_modules(file, model, adapter_name)
                 if decision is not None:
+                    note_plan(model, config, adapter_name)
                     self.sensi_stepped = self.sensi_stepped - {adapter_name}
                     self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
                     scores = {**self._sensi_scores, adapter_name: decision.scores}
@@ -242,6 +244,27 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
+    def get_extra_state(self) -> torch.Tensor:
+        return marks_to_tensor(self._marks())
+
+    def set_extra_state(self, state: Any) -> None:
+        check_marks(state, self._marks(), EXTRA)
+
+    def _marks(self) -> dict[str, bytes]:
+        plans = {name: getattr(config, "plan", None) for name, config in self.peft_config.items()}
+        return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
+    ) -> None:
+        # All marks are compared before PyTorch writes the first value. Two plans may have no layer in common.
+        checked: dict[str, Any] = {"": self, **layers_of(self)}
+        for name, module in checked.items():
+            if (key := f"{prefix}{name}.{EXTRA}" if name else prefix + EXTRA) in state_dict:
+                check_marks(state_dict[key], module._marks(), key)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        missing[:] = [name for name in missing if name != prefix + EXTRA]  # the layers warn of it
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
@@ -265,5 +288,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             check_state(tensors, model, adapter_name)
+        # The plan has been compared, so the layers need not warn that these tensors have no marks.
+        tensors |= {f"{name}.{EXTRA}": layer.get_extra_state() for name, layer in layers_of(model).items()}
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors

@@ -23,6 +23,7 @@ from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
 from ..layers.layer import layers_of
 from ..layers.linear import SensiLinear
+from ..layers.marks import plan_mark
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
@@ -74,6 +75,13 @@ def wrap_module(
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def note_plan(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+    """Tells the layers of an adapter its plan, which a plain state dict then carries (see `layers.marks`)."""
+    mark = plan_mark(config.plan)
+    for layer in layers_of(model, adapter_name).values():
+        layer.sensi_plans[adapter_name] = mark
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -197,6 +205,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     trained = any(flags.values()) or not flags
     try:
         yield before
+        note_plan(root, config, adapter_name)
         now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
         for name, parts in now.items():
             for part, parameter in parts.items():
@@ -215,6 +224,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
                 for part, parameter in parts.items():
                     getattr(layer, f"sensi_{part}")[adapter_name] = parameter
             layer.update_parents()
+        note_plan(root, config, adapter_name)
         raise
     there = {id(parameter) for parts in now.values() for parameter in parts.values()}
     mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there and p.requires_grad)
