@@ -530,6 +530,23 @@ def test_the_same_base_in_another_precision_passes(saved, dtype):
     torch.testing.assert_close(logits(model).float(), expected, atol=0.2, rtol=0.2)
 
 
+@pytest.mark.parametrize(("part", "size"), [("", 0.01), ("layer.1.", 0.03)], ids=["all", "the last layer"])
+def test_a_fine_tuned_copy_of_the_base_is_refused(saved, part, size):
+    """Fine-tuning changes weights by about a hundredth of their size, or only some of them by more."""
+    base = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in base.named_parameters():
+            if part in name and p.dim() == 2:
+                p.add_(torch.randn(p.shape, generator=generator) * p.std() * size)
+    with pytest.raises(SensiLoadError, match="fine-tuned copy"):
+        PeftModel.from_pretrained(base, saved[1])
+    # If the adapter was made on a quantized copy, the weights are too inexact to tell.
+    config = PeftConfig.from_pretrained(saved[1])
+    config.fingerprint["quantized"] = True
+    PeftModel.from_pretrained(base, saved[1], config=config)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_reloaded_exactly(budget, dtype, tmp_path):
     model = wrap(tiny_model(dtype=dtype), init_weights=False, **budget)

@@ -140,7 +140,10 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
             "The plan neither tunes nor trims anything in the targeted modules, so there is nothing to adapt: target "
             "other modules, or change what is tuned (`budget`, `retention`, `also_train`)."
         )
-    config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
+    found = distributed.broadcast_object(fingerprint(model, anatomy))
+    # That of a quantized copy is less exact than the one that the copy has just been compared with.
+    if found is not None and not (config.fingerprint is not None and "quantized" in found):
+        config.fingerprint = found
     return decision
 
 

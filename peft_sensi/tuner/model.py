@@ -18,13 +18,13 @@ from ..layers.layer import SensiLayer, layers_of, new_parameters_are_empty
 from ..layers.marks import EXTRA, check_marks, marks_to_tensor, plan_mark
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
+from .checkpoint import PLAN_KEY, check_pair, config_mark, meaning, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, note_plan, replace_module, replanned, set_head, wrap_module
+from .wrapping import copy_saved_modules, drop_base, note_plan, replace_module, replanned, set_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -54,6 +54,8 @@ class SensiModel(AdapterOperations, BaseTuner):
     # Like the attributes of `AdapterOperations`, these are set before PEFT's constructor has finished.
     # The decision that the injection in progress carries out.
     _sensi_decision: Decision | None = None
+    # The adapter whose values the injection in progress starts from.
+    _sensi_source: str | None = None
     # Adapters whose schedule is stepped by a `Schedule`.
     sensi_stepped: frozenset[str] = frozenset()
 
@@ -75,6 +77,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         check_addition(model, adapter_name, users_config)
         # PEFT does not copy configs, so without a copy the plan of this model would end up in the user's object.
         config = self.peft_config[adapter_name] = users_config.own_copy()
+        self._sensi_source = self._described_by(users_config, adapter_name)
         file = file_to_check(config)
         has_plan = config.plan is not None
         config.from_file = config.from_file and has_plan  # a plan that is made here contradicts no file
@@ -99,6 +102,8 @@ class SensiModel(AdapterOperations, BaseTuner):
                     scores = {**self._sensi_scores, adapter_name: decision.scores}
                     self._sensi_scores = {name: s for name, s in scores.items() if s is not None}
                     set_head(model, adapter_name, decision.head)
+                    if self._sensi_source is not None:
+                        copy_saved_modules(model, self._sensi_source, adapter_name)
                     replicas.check_launcher(any(slice_.has_integers for slice_, _ in decision.slices.values()))
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
                     replicas.allocate_adapter(model)
@@ -107,12 +112,24 @@ class SensiModel(AdapterOperations, BaseTuner):
             self._roll_back(model, adapter_name, flags)
             raise
         finally:
-            self._sensi_decision = None
+            self._sensi_decision = self._sensi_source = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
         if decision is not None and not config.keep_base:
             drop_base(model, adapter_name)
+
+    def _described_by(self, config: SensiConfig, adapter_name: str) -> str | None:
+        """The other adapter of this model that the config describes, if it is that adapter's own config or a copy.
+
+        A new adapter then starts from its values. TRL makes its reference adapter in this way, and then copies the
+        parameters with `.default.` in their names, which ours do not have.
+        """
+        for name, other in self.peft_config.items():
+            same = config.adapter_id is not None and getattr(other, "adapter_id", None) == config.adapter_id
+            if name != adapter_name and same and meaning(other) == meaning(config):
+                return name
+        return None
 
     def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
         for name, module in reversed(list(model.named_modules())):  # inner modules first: wrappers can be nested
@@ -152,7 +169,10 @@ class SensiModel(AdapterOperations, BaseTuner):
         assert self._sensi_decision is not None
         slice_, group = self._sensi_decision.slices[current_key]
         refitted = self._sensi_decision.refitted.pop(current_key, None)  # popped: the copy in the layer is enough
-        layer = wrap_module(self.model, current_key, adapter_name, slice_, group, sensi_config, refitted)
+        kept = None
+        if isinstance(target, SensiLayer) and self._sensi_source in target.sensi_slices:
+            kept = target.own_parts(self._sensi_source)
+        layer = wrap_module(self.model, current_key, adapter_name, slice_, group, sensi_config, refitted, kept)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 

@@ -242,6 +242,15 @@ def drop_base(model: nn.Module, adapter_name: str) -> None:
                         module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
 
 
+def copy_saved_modules(model: nn.Module, source: str, adapter_name: str) -> None:
+    """Copies the values of modules that are saved whole from the adapter `source` to another one."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and {source, adapter_name} <= wrapper.modules_to_save.keys():
+            if not any(parameter.is_meta for parameter in wrapper.modules_to_save[adapter_name].parameters()):
+                values = wrapper.modules_to_save[source].state_dict()
+                wrapper.modules_to_save[adapter_name].load_state_dict(values)
+
+
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
     """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head stays."""
     with torch.no_grad():
