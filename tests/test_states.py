@@ -109,7 +109,7 @@ def test_scores_of_a_deleted_adapter_are_forgotten(tmp_path):
     assert "b" not in model.base_model._sensi_scores
 
 
-COPIES = [TRIM, TUNE, {"budget": 0.5, "retention": 0.5}, {"budget": {"trainable": 0.02}, "update": "low_rank"},
+COPIES = [TRIM, TUNE, {"budget": 0.5, "retention": 0.5}, {"update": "low_rank", "rank": 2},
           {"update": "sparse", "sparse": 5}, {"update": "mask", "sparsity": 0.5}]  # fmt: skip
 
 

@@ -127,7 +127,9 @@ class SensiModel(AdapterOperations, BaseTuner):
         """
         for name, other in self.peft_config.items():
             same = config.adapter_id is not None and getattr(other, "adapter_id", None) == config.adapter_id
-            if name != adapter_name and same and meaning(other) == meaning(config):
+            # PEFT has added names of heads to `modules_to_save`.
+            fields = [{**meaning(c), "modules_to_save": None} for c in (other, config)] if same else []
+            if name != adapter_name and same and fields[0] == fields[1]:
                 return name
         return None
 
