@@ -30,9 +30,9 @@ class SensiLinear(SensiLayer):
             self.check_combination(active)
             return F.linear(x, *cast(self._combined(active), dtype))
         name, slice_ = active[0], self.sensi_slices[active[0]]
+        self.check_loaded(name)
         if self.sensi_coded and not slice_.whole:
             return self._forward_beside(x, name)
-        self.check_loaded(name)
         if slice_.whole:
             bias = self.part("bias", name)
             bias = self.base_layer.bias if bias is None else bias

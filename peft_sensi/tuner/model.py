@@ -21,7 +21,7 @@ from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY, check_pair, config_mark, meaning, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
 from .decision import Decision, check_addition, prepare
-from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
+from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
 from .wrapping import copy_saved_modules, drop_base, note_plan, replace_module, replanned, set_head, wrap_module
@@ -87,6 +87,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         try:
             with joint, replicas.weights_from_rank_0(model, keep=True):
                 with errors_of_file(users_config):
+                    check_task(model, config)
                     decision = prepare(model, config, users_config.inputs)
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
@@ -116,6 +117,10 @@ class SensiModel(AdapterOperations, BaseTuner):
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
+        if config.from_file and config.weights_file is None:  # Transformers reads the file, and calls no hook
+            layers = layers_of(model, adapter_name)
+            for layer in layers.values():
+                layer.note_start(adapter_name, layers)
         if decision is not None and not config.keep_base:
             drop_base(model, adapter_name)
 
