@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..anatomy.linears import is_quantized, matrix
+from ..anatomy.linears import is_plain_embedding, is_quantized, matrix
 from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
 from ..anatomy.units import Anatomy
 from ..layers.values import FLOATS, WEIGHTS, check_finite
@@ -132,12 +133,15 @@ def plan_key(names: Iterable[str], where: str = WEIGHTS) -> str:
     return keys[0]
 
 
-def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
+def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Shapes of some of the base's Linears and projections of some of their rows, to recognize the base.
 
     `shapes` has up to 16 Linears by name, and `marks` one number for each of up to 4 rows of each. `quantized` is True
     if one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
     cannot be read as floats.
+
+    With the `shapes` of another fingerprint as `like`, an embedding whose vocabulary was resized gives the same rows
+    and shape as there. A row that it does not have gives NaN.
     """
     names = sorted({name for group in anatomy.groups for name in group.modules})
     sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
@@ -147,11 +151,17 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, Any] | None:
         if weight.is_meta or not weight.is_floating_point():
             return None
         quantized |= is_quantized(linear) or weight.element_size() < 2
-        rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS].float().cpu()
+        shape = list(weight.shape)
+        if is_plain_embedding(linear) and [*(like or {}).get(name, ())][1:] == shape[1:]:
+            shape = list(like[name])  # type: ignore[index]
+        numbers = range(shape[0])[:: max(1, shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS]
+        there = [number for number in numbers if number < len(weight)]
+        rows = weight.detach()[there].float().cpu()
         places = torch.arange(rows.shape[1], dtype=torch.float32, device="cpu")
         signs = torch.where(places * 0.6180339887498949 % 1.0 < 0.5, -1.0, 1.0).float()
-        shapes[name] = list(weight.shape)
+        shapes[name] = shape
         marks += (rows @ signs / rows.norm(dim=1).clamp_min(1e-12)).tolist()
+        marks += [math.nan] * (len(numbers) - len(there))
     found = {"shapes": shapes, "marks": [round(mark, 4) for mark in marks]}
     return {**found, "quantized": True} if quantized else found
 
@@ -162,13 +172,14 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
     Its shapes must be the same, and its weights may differ by no more than a change of precision explains: by little
     between 16 bits and more, by more if one of the two bases is quantized.
     """
-    found = fingerprint(model, anatomy)
+    found = fingerprint(model, anatomy, expected["shapes"])
     if found is None:
         return
     way_out = "If you are sure, load the config first, set `config.fingerprint = None`, and pass it as `config=`."
     if found["shapes"] != dict(expected["shapes"]) or len(found["marks"]) != len(expected["marks"]):
         raise SensiLoadError(f"The adapter was made for a base model with other layers or shapes. {way_out}")
-    differences = [abs(a - b) for a, b in zip(found["marks"], expected["marks"], strict=True)]
+    pairs = zip(found["marks"], expected["marks"], strict=True)
+    differences = [abs(a - b) for a, b in pairs if not math.isnan(a)]
     count, wide = max(1, len(differences)), bool(found.get("quantized") or expected.get("quantized"))
     # The mean over a few rows varies more; with 20 rows or more the tolerance is `_TOLERANCE`.
     tolerance = _TOLERANCE_QUANTIZED if wide else max(_TOLERANCE, 0.0016 + 0.004 / count**0.5)

@@ -117,7 +117,8 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
     check_quantized(linears, config.update, config.sparsity, config.keep_base)
-    if config.plan is not None:
+    planned = config.plan is not None
+    if planned:
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
         plan = Plan.from_dict(config.plan, anatomy, targets)
@@ -141,8 +142,8 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
             "other modules, or change what is tuned (`budget`, `retention`, `also_train`)."
         )
     found = distributed.broadcast_object(fingerprint(model, anatomy))
-    # That of a quantized copy is less exact than the one that the copy has just been compared with.
-    if found is not None and not (config.fingerprint is not None and "quantized" in found):
+    # A fingerprint that this base has just been compared with stays: that of a copy may be less exact.
+    if found is not None and not (planned and config.fingerprint is not None):
         config.fingerprint = found
     return decision
 
