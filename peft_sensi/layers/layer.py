@@ -16,12 +16,13 @@ from ..utils.errors import SensiError
 from ..utils.replicas import offloaded
 from .compression import PARTS, encode
 from .functional import Pair
+from .marks import EXTRA, Marked, check_marks, slice_mark, warn_of_no_mark
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
 
-class SensiLayer(ComposedWeights):
+class SensiLayer(Marked, ComposedWeights):
     """The tensors of all adapters on one Linear (or embedding): for each kind of tensor a dict by adapter name.
 
     `out` and `in` are the sides of the kept part of the weight, `t` is the number of tuned rows or columns.
@@ -46,7 +47,7 @@ class SensiLayer(ComposedWeights):
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
     # All stored tensors, in the order of the table.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
-    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_frozen")
+    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_plans", "sensi_frozen")
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
@@ -94,7 +95,7 @@ class SensiLayer(ComposedWeights):
 
     def discard_parts(self, adapter_name: str) -> None:
         """Removes an adapter from this layer. Unlike `delete_adapter`, it never activates another adapter."""
-        for name in (*self.tensor_names, "sensi_slices"):
+        for name in (*self.tensor_names, "sensi_slices", "sensi_plans"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self.sensi_unchecked.discard(adapter_name)
@@ -254,6 +255,22 @@ class SensiLayer(ComposedWeights):
         for parameter in self.own_parts(adapter_name).values():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(device)
+
+    # -- plain state dicts --------------------------------------------------------------------------------------------
+
+    def _marks(self) -> dict[str, bytes]:
+        return {name: slice_mark(self.sensi_slices[name], plan) for name, plan in self.sensi_plans.items()}
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
+    ) -> None:
+        self._sensi_fused.clear()
+        if (key := prefix + EXTRA) in state_dict:
+            check_marks(state_dict[key], self._marks(), key)  # before PyTorch writes a value into this layer
+        elif ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None):
+            warn_of_no_mark(ours)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        missing[:] = [name for name in missing if name != key]  # has been warned of
 
     # -- internals ----------------------------------------------------------------------------------------------------
 

@@ -40,9 +40,9 @@ class SensiLinear(SensiLayer):
             self.check_combination(active)
             return F.linear(x.to(dtype), *cast(self._combined(active), dtype))
         name, slice_ = active[0], self.sensi_slices[active[0]]
+        self.check_loaded(name)
         if self.sensi_coded and not slice_.whole:
             return self._forward_beside(x.to(dtype), name)
-        self.check_loaded(name)
         # During the forward pass FSDP2 replaces sharded parameters by whole ones. Only a flag of the module shows it.
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
@@ -123,10 +123,6 @@ class SensiLinear(SensiLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
         self._sensi_fused.clear()
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._sensi_fused.clear()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sensi_fused": {}}

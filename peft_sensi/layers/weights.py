@@ -12,12 +12,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
+from ..utils.errors import SensiLoadError
 from .compression import PARTS, decode
 from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
 from .slices import Slice, tensor_specs
 from .sources import Source
 from .updates import learned_mask, unpack_mask
-from .values import check_content
+from .values import WEIGHTS, check_content, check_finite
 
 
 class ComposedWeights(nn.Module, BaseTunerLayer):
@@ -31,6 +32,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict({}))
         self.sensi_slices: dict[str, Slice] = {}
+        # The mark of each adapter's plan (see `marks`).
+        self.sensi_plans: dict[str, bytes] = {}
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
@@ -41,6 +44,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.sensi_base_dropped = False
         # Adapters whose loaded values have not been checked yet (see `check_loaded`).
         self.sensi_unchecked: set[str] = set()
+        # All layers of the model by name, while values that no hook has seen are unchecked.
+        self.sensi_peers: dict[str, Any] = {}
         # Whether a schedule has frozen `sensi_weight`, by adapter.
         self.sensi_frozen: dict[str, bool] = {}
         self._active_adapter = adapter_name
@@ -69,10 +74,49 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
     def check_loaded(self, adapter_name: str) -> None:
         """Checks values from a file, once, if no hook of this package has checked them. Raises `SensiLoadError`."""
         if adapter_name in self.sensi_unchecked:
+            self._check_complete(adapter_name)
             numel = self.sensi_slices[adapter_name].kept_shape.numel()
             for name, tensor in self.own_parts(adapter_name).items():
                 check_content(f"sensi_{name}.{adapter_name}", tensor.detach(), numel)
             self.sensi_unchecked.discard(adapter_name)
+
+    def note_start(self, adapter_name: str, layers: dict[str, Any]) -> None:
+        """Marks the tensors as they are before a loader fills them. `layers` are all layers of the model by name."""
+        self.sensi_peers = layers
+        for parameter in self.own_parts(adapter_name).values():
+            parameter._sensi_start = parameter._version  # type: ignore[attr-defined]
+        for wrapper in self.sensi_saved_modules:
+            if adapter_name in wrapper.modules_to_save:  # type: ignore[operator]
+                for parameter in wrapper.modules_to_save[adapter_name].parameters():  # type: ignore[index]
+                    parameter._sensi_start = parameter._version  # type: ignore[attr-defined]
+
+    def _check_complete(self, adapter_name: str) -> None:
+        """Raises if a loader has filled only a part of the adapter, or if a module that is saved whole has NaN.
+
+        If nothing was filled, the adapter is a fresh one that was made from the config of a file.
+        """
+        tensors = {
+            f"{name}.sensi_{part}": parameter
+            for name, layer in self.sensi_peers.items()
+            for part, parameter in layer.own_parts(adapter_name).items()
+        }
+        for wrapper in self.sensi_saved_modules if self.sensi_peers else ():
+            if adapter_name in wrapper.modules_to_save:  # type: ignore[operator]
+                whole = wrapper.modules_to_save[adapter_name].named_parameters()  # type: ignore[index]
+                tensors |= {f"{name} of a {type(wrapper.original_module).__name__}": p for name, p in whole}
+        untouched = [n for n, p in tensors.items() if getattr(p, "_sensi_start", None) == p._version]
+        if 0 < len(untouched) < len(tensors):
+            raise SensiLoadError(
+                f"The weights that were loaded lack {untouched[0]!r} ({len(untouched)} tensors missing). The file is "
+                f"incomplete: use another copy of it."
+            )
+        for name, parameter in tensors.items():
+            if ".sensi_" not in name and parameter.is_floating_point():
+                check_finite(name, parameter.detach(), WEIGHTS)
+        for layer in self.sensi_peers.values():
+            if layer is not self:
+                layer.sensi_peers = {}
+        self.sensi_peers = {}
 
     def get_adapted_weight(self, adapter_name: str, masked: bool = True) -> Pair:
         """Weight `[out, in]` and bias `[out]` with which a plain Linear computes the same as this adapter.

@@ -209,11 +209,18 @@ class Plan:
             if group.name not in groups:
                 raise SensiLoadError(f"The plan says nothing about {group.name!r}, which this base model has.")
             entry = groups[group.name]
-            if entry["size"] != group.size:
+            if entry["size"] != group.size and group.kind != "token":
                 raise SensiLoadError(
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
             state = unpack_group(group.name, entry)
+            if len(state) != group.size:  # a vocabulary that was resized: tokens are known by their number
+                if (state[group.size :] != FROZEN).any():
+                    raise SensiLoadError(
+                        f"The plan tunes the token {group.size + np.argmax(state[group.size :] != FROZEN)} of "
+                        f"{group.name!r}, but this base model has only {group.size} tokens."
+                    )
+                state = np.pad(state[: group.size], (0, max(0, group.size - len(state))), constant_values=FROZEN)
             kept = state != TRIMMED
             if not group.trimmable and not kept.all():
                 reason = "only heads and neurons can be trimmed"

@@ -7,6 +7,7 @@ import enum
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -272,6 +273,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         """A copy for one model, without the run inputs. The user's object can then wrap another model."""
         mine = copy.deepcopy(self)
         mine.calibration = mine.scores = mine.loss_fn = None
+        mine.adapter_id = uuid.uuid4().hex
         return mine
 
     @classmethod
@@ -321,6 +323,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
     from_file = False
     file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None  # type: Any
+    # Says which adapter the config describes; a copy of the config has the same. `None` before the wrap.
+    adapter_id = None  # type: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
         # Generators and data loaders with workers cannot be copied, so the copy shares them.

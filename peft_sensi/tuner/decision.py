@@ -101,7 +101,8 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
     check_quantized(linears, config.update, config.sparsity, config.keep_base)
-    if config.plan is not None:
+    planned = config.plan is not None
+    if planned:
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
         plan = Plan.from_dict(config.plan, anatomy, targets)
@@ -125,7 +126,10 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
             "The plan neither tunes nor trims anything in the targeted modules, so there is nothing to adapt: target "
             "other modules, or change what is tuned (`budget`, `retention`, `also_train`)."
         )
-    config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
+    found = distributed.broadcast_object(fingerprint(model, anatomy))
+    # A fingerprint that this base has just been compared with stays: that of a copy may be less exact.
+    if found is not None and not (planned and config.fingerprint is not None):
+        config.fingerprint = found
     return decision
 
 

@@ -17,22 +17,32 @@ from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.modules import move_hooks, task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
+from ..layers.marks import EXTRA, Marked, check_marks, plan_mark
 from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from .admission import check_addition
-from .checkpoint import PLAN_KEY, check_pair, check_scale, config_mark, plan_from_tensor, plan_key, plan_to_tensor
+from .checkpoint import (
+    PLAN_KEY,
+    check_pair,
+    check_scale,
+    config_mark,
+    described_by,
+    plan_from_tensor,
+    plan_key,
+    plan_to_tensor,
+)
 from .config import SensiConfig
 from .decision import Decision, prepare
 from .head_settings import head_settings
-from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
+from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replanned, root_of, set_head, wrap_head, wrap_module
+from .wrapping import copy_saved_modules, drop_base, note_plan, replanned, root_of, set_head, wrap_head, wrap_module
 
 
-class SensiModel(AdapterOperations, BaseTuner):
+class SensiModel(AdapterOperations, Marked, BaseTuner):
     """Tunes, freezes or trims every unit of a pretrained model under a budget.
 
     Args:
@@ -59,6 +69,8 @@ class SensiModel(AdapterOperations, BaseTuner):
     # Like the attributes of `AdapterOperations`, these are set before PEFT's constructor has finished.
     # The decision that the injection in progress carries out.
     _sensi_decision: Decision | None = None
+    # The adapter whose values the injection in progress starts from.
+    _sensi_source: str | None = None
     # Adapters whose schedule is stepped by a `Schedule`.
     sensi_stepped: frozenset[str] = frozenset()
 
@@ -116,6 +128,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         check_addition(model, adapter_name, users_config)
         # PEFT does not copy configs, so without a copy the plan of this model would end up in the user's object.
         config = self.peft_config[adapter_name] = users_config.own_copy()
+        self._sensi_source = described_by(self.peft_config, users_config, adapter_name)
         file = file_to_check(config)
         has_plan = config.plan is not None
         config.from_file = config.from_file and has_plan  # a plan that is made here contradicts no file
@@ -124,6 +137,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         try:
             with joint, replicas.weights_from_rank_0(model, keep=True):
                 with errors_of_file(users_config):
+                    check_task(model, config)
                     decision = prepare(model, config, users_config.inputs)
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
@@ -140,20 +154,27 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if file is not None:
                     check_saved_modules(file, model, adapter_name)
                 if decision is not None:
+                    note_plan(model, config, adapter_name)
                     self.sensi_stepped = self.sensi_stepped - {adapter_name}
                     self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
                     scores = {**self._sensi_scores, adapter_name: decision.scores}
                     self._sensi_scores = {name: s for name, s in scores.items() if s is not None}
                     set_head(model, adapter_name, decision.head)
+                    if self._sensi_source is not None:
+                        copy_saved_modules(model, self._sensi_source, adapter_name)
                     replicas.check_launcher(any(slice_.has_integers for slice_, _ in decision.slices.values()))
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
                     replicas.allocate_adapter(model)
                 replicas.copy_weights_from_rank_0(model)  # some parts of an adapter start from random values
         finally:
-            self._sensi_decision = None
+            self._sensi_decision = self._sensi_source = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
+        if config.from_file and config.weights_file is None:  # Transformers reads the file, and calls no hook
+            layers = layers_of(model, adapter_name)
+            for layer in layers.values():
+                layer.note_start(adapter_name, layers)
         if decision is not None and not config.keep_base:
             drop_base(model, adapter_name)
 
@@ -180,7 +201,10 @@ class SensiModel(AdapterOperations, BaseTuner):
         assert self._sensi_decision is not None
         slice_, group = self._sensi_decision.slices[current_key]
         refitted = self._sensi_decision.refitted.pop(current_key, None)  # popped: the copy in the layer is enough
-        layer = wrap_module(self.model, current_key, adapter_name, slice_, group, sensi_config, refitted)
+        kept = None
+        if isinstance(target, SensiLayer) and self._sensi_source in target.sensi_slices:
+            kept = target.own_parts(self._sensi_source)
+        layer = wrap_module(self.model, current_key, adapter_name, slice_, group, sensi_config, refitted, kept)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -277,6 +301,21 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
+    def _marks(self) -> dict[str, bytes]:
+        plans = {name: getattr(config, "plan", None) for name, config in self.peft_config.items()}
+        return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
+    ) -> None:
+        # All marks are compared before PyTorch writes the first value. Two plans may have no layer in common.
+        checked: dict[str, Any] = {"": self, **layers_of(self)}
+        for name, module in checked.items():
+            if (key := f"{prefix}{name}.{EXTRA}" if name else prefix + EXTRA) in state_dict:
+                check_marks(state_dict[key], module._marks(), key)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        missing[:] = [name for name in missing if name != prefix + EXTRA]  # the layers warn of it
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
@@ -302,5 +341,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             check_state(tensors, model, adapter_name)
+        # The plan has been compared, so the layers need not warn that these tensors have no marks.
+        tensors |= {f"{name}.{EXTRA}": layer.get_extra_state() for name, layer in layers_of(model).items()}
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors

@@ -23,6 +23,7 @@ from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
 from ..layers.layer import layers_of
 from ..layers.linear import SensiLinear
+from ..layers.marks import plan_mark
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
@@ -75,6 +76,13 @@ def wrap_module(
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def note_plan(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+    """Tells the layers of an adapter its plan, which a plain state dict then carries (see `layers.marks`)."""
+    mark = plan_mark(config.plan)
+    for layer in layers_of(model, adapter_name).values():
+        layer.sensi_plans[adapter_name] = mark
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -217,6 +225,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     trained = any(flags.values()) or not flags
     try:
         yield before
+        note_plan(root, config, adapter_name)
         now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
         for name, parts in now.items():
             for part, parameter in parts.items():
@@ -236,6 +245,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
                 for part, parameter in parts.items():
                     getattr(layer, f"sensi_{part}")[adapter_name] = parameter
             layer.update_parents()
+        note_plan(root, config, adapter_name)
         raise
     there = {id(parameter) for parts in now.values() for parameter in parts.values()}
     mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there and p.requires_grad)
@@ -251,6 +261,15 @@ def drop_base(model: nn.Module, adapter_name: str) -> None:
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
+
+
+def copy_saved_modules(model: nn.Module, source: str, adapter_name: str) -> None:
+    """Copies the values of modules that are saved whole from the adapter `source` to another one."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and {source, adapter_name} <= wrapper.modules_to_save.keys():
+            if not any(parameter.is_meta for parameter in wrapper.modules_to_save[adapter_name].parameters()):
+                values = wrapper.modules_to_save[source].state_dict()
+                wrapper.modules_to_save[adapter_name].load_state_dict(values)
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:

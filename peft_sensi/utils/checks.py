@@ -43,7 +43,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_fingerprint(value: Any) -> bool:
-    if not isinstance(value, Mapping) or set(value) != {"shapes", "marks"}:
+    if not isinstance(value, Mapping) or set(value) - {"quantized"} != {"shapes", "marks"}:
         return value is None
     shapes, marks = value["shapes"], value["marks"]
     return (
@@ -51,6 +51,7 @@ def _is_fingerprint(value: Any) -> bool:
         and isinstance(marks, list)
         and all(isinstance(s, list) and all(type(n) is int for n in s) for s in shapes.values())
         and all(is_number(mark) for mark in marks)
+        and isinstance(value.get("quantized", False), bool)
     )
 
 
