@@ -28,6 +28,7 @@ try:
     from .scoring.compute import compute_scores
     from .scoring.scores import Scores
     from .tuner.config import SensiConfig, SensiPeftType
+    from .tuner.entrances import hook_entrances as _hook_entrances
     from .tuner.model import SensiModel
     from .tuner.schedule import Schedule, SensiCallback
     from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
@@ -64,6 +65,7 @@ def register() -> None:
         if (taken := table.setdefault(name, value)) is not value:
             raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
     _hook_cards()
+    _hook_entrances()
 
 
 if _missing is None:

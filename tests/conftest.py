@@ -90,3 +90,17 @@ class Rows(torch.utils.data.Dataset):
 def rows() -> Rows:
     """A dataset for `Trainer`."""
     return Rows()
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """Loads a folder with `trust_remote_code`; its modeling files are copied into a folder of this test."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+    def load(folder):
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+
+    return load

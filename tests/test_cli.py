@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import peft_sensi
 import peft_sensi.cli.textdata as textdata
 from peft_sensi import Scores, SensiError, load_merged, recipes
-from peft_sensi.cli import main
+from peft_sensi.cli import arguments, main
 from peft_sensi.cli.arguments import limits_of, number
 from peft_sensi.cli.commands import app
 
@@ -70,6 +70,13 @@ def fails(*arguments, status: int = 1) -> str:
     assert result.exit_code == status, result.output
     assert "Traceback" not in result.output
     return " ".join(result.output.split())
+
+
+def without_head_settings(folder: Path) -> None:
+    """Turns an adapter's config into one of the first versions."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["head_settings"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 COMMANDS = ["plan", "train", "trim", "measure", "inspect", "merge", "export", "card", "push", "recipes"]
@@ -130,7 +137,8 @@ def test_train_saves_what_is_needed_to_load(adapter):
     assert metrics["classes"] == ["bad", "good"] and 0 <= metrics["validation"]["accuracy"] <= 1
     assert metrics["rows"] == {"train": 54, "validation": 6} and metrics["plan"]["params_share"] <= 0.5
     names = {path.name for path in adapter.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "config.json"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert "config.json" not in names  # loaders would take the folder for a whole model
     assert not [name for name in names if name.endswith(".bin")], "a pickle"
 
 
@@ -147,6 +155,14 @@ def test_train_on_pairs_with_amounts_and_by_a_recipe(work):
         "train", work / "base", *files, "--recipe", "learners", "--epochs", "1", "--batch-size", "16", "--json"
     )
     assert set(json.loads(text)["validation"]) == {"pearson", "spearman"}
+
+
+def test_precision_follows_the_hardware_unless_it_is_given(work, tmp_path, monkeypatch):
+    train = ("train", work / "base", "--data", work / "data.tsv", "--budget", "1", "--epochs", "0.1", "--json")
+    for pays in (True, False):
+        monkeypatch.setattr(arguments, "bf16_pays", lambda: pays)  # noqa: B023
+        for given, expected in (((), pays), (("--bf16",), True), (("--no-bf16",), False)):
+            assert json.loads(call(*train, *given, "--out", tmp_path))["bf16"] is expected
 
 
 def test_inspect_agrees_with_the_training(adapter):
@@ -192,7 +208,7 @@ def test_the_number_of_labels_is_read_off_the_head(work):
     )
     call("train", work / "base", "--data", work / "three.jsonl", "--budget", "0.5", "--epochs", "1", "--out",
          work / "three", "--score", "magnitude")  # fmt: skip
-    (work / "three" / "config.json").unlink()
+    without_head_settings(work / "three")
     (work / "three" / "metrics.json").unlink()
     assert json.loads(call("merge", work / "three", work / "three-merged", "--json"))["parameters"] > 0
 
@@ -423,6 +439,7 @@ def test_one_row_of_validation_does_not_lose_the_training(work):
 
 def test_a_config_beside_an_adapter_imports_nothing(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "evil")
+    without_head_settings(tmp_path / "evil")
     marker = tmp_path / "marker"
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     for values in (
@@ -467,13 +484,14 @@ def test_many_classes_keep_their_names(work, tmp_path):
 @pytest.mark.parametrize("count", [3, 12])
 @pytest.mark.parametrize("budget", [0.5, {"trainable": 0.2}])
 def test_names_of_the_bases_labels_survive_merge_and_export(tmp_path, count, budget):
-    """The adapter's folder does not name them: it was saved in Python, not by `peft-sensi train`."""
+    """In an adapter of the first versions that was saved in Python, nothing names them."""
     names = dict(enumerate(f"name {i}" for i in range(count)))
     tiny_model(id2label=names, label2id={name: i for i, name in names.items()}, num_labels=count).save_pretrained(
         tmp_path / "base"
     )
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     wrap(base, budget=budget).save_pretrained(tmp_path / "adapter")
+    without_head_settings(tmp_path / "adapter")
     call("merge", tmp_path / "adapter", tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     # As lists: programs read the names in the order of the file.
@@ -541,3 +559,144 @@ def test_train_thorough(work, tmp_path):
     found = json.loads(text)
     assert found["thorough"] and found["plan"]["params_share"] <= 0.5 and found["validation"]["accuracy"] > 0.9
     assert "--thorough" in fails("train", work / "base", *files, "--thorough", "--recipe", "far", "--out", tmp_path)
+
+
+# -- folders that go in and out ---------------------------------------------------------------------------------------
+
+
+def test_an_old_adapter_is_named_by_the_config_beside_it(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "old")
+    without_head_settings(tmp_path / "old")
+    tiny_config("bert", num_labels=2, id2label={0: "no", 1: "yes"}).save_pretrained(tmp_path / "old")
+    call("merge", tmp_path / "old", tmp_path / "merged")
+    assert load_merged(tmp_path / "merged").config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_adapter_that_was_saved_in_python_keeps_the_names(work, tmp_path, after):
+    names = {i: f"name {i}" for i in range(12)}
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    base = AutoModelForSequenceClassification.from_pretrained(
+        work / "base", ignore_mismatched_sizes=True, **({"num_labels": 12} if after else labels)
+    )
+    model = wrap(base, budget=0.5)
+    if after:
+        model.config.id2label, model.config.label2id = labels["id2label"], labels["label2id"]
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path / "adapter")
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    config = load_merged(tmp_path / "merged").config
+    assert list(config.id2label.items()) == list(names.items()) and config.label2id == labels["label2id"]
+    assert config.problem_type == "multi_label_classification"
+
+
+def test_the_folder_of_an_adapter_opens_where_that_of_lora_does(work, tmp_path):
+    from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, pipeline
+
+    AutoModelForSequenceClassification.from_pretrained(
+        work / "base", num_labels=2, ignore_mismatched_sizes=True
+    ).save_pretrained(tmp_path / "base")
+    BertTokenizerFast.from_pretrained(work / "base").save_pretrained(tmp_path / "base")
+    ours, lora = tmp_path / "ours", tmp_path / "lora"
+    (tmp_path / "ours").mkdir()
+    tiny_config("bert").save_pretrained(ours)  # of a run of the first versions
+    call("train", tmp_path / "base", "--data", work / "data.tsv", "--budget", "0.5", "--epochs", "1", "--out", ours)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(lora)
+    AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(lora)
+    batch = AutoTokenizer.from_pretrained(ours)(["good film", "the bad story"], padding=True, return_tensors="pt")
+    for folder in (ours, lora):
+        with torch.no_grad():
+            expected = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()(**batch).logits
+            found = AutoModelForSequenceClassification.from_pretrained(folder).eval()(**batch).logits
+        assert torch.allclose(found, expected, atol=1e-6)
+        answer = pipeline("text-classification", model=str(folder))("good film")[0]
+        assert answer["score"] == pytest.approx(expected.softmax(-1)[0].max().item(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def merged(work, adapter) -> Path:
+    call("merge", adapter, work / "merged-record")
+    return work / "merged-record"
+
+
+def test_a_merged_model_is_a_base_for_every_command(work, merged, tmp_path):
+    first = load_merged(merged)
+    data = ("--data", work / "data.tsv")
+    found = json.loads(call("plan", merged, *data, "--budget", "0.5", "--json", *FAST))
+    assert found["plan"]["params_share"] <= 0.5
+    more = lines_of(work, "four.tsv", [f"{WORDS[i % 13]} film\tclass {i % 4}" for i in range(60)])
+    for name, file in (("same", work / "data.tsv"), ("other", more)):
+        options = ("--data", file, "--budget", "0.6", "--epochs", "1", "--batch-size", "16")
+        call("train", merged, *options, "--out", tmp_path / name)
+        known = json.loads(call("inspect", tmp_path / name, "--json"))
+        assert known["base_model"] == str(merged) and 0 < known["plan"]["params_share"] <= 0.6
+        call("card", tmp_path / name)
+        call("merge", tmp_path / name, tmp_path / f"{name}-merged")
+        second = load_merged(tmp_path / f"{name}-merged")
+        assert second.num_parameters() < first.num_parameters()
+        classes = ["bad", "good"] if name == "same" else [f"class {i}" for i in range(4)]
+        assert list(second.config.id2label.values()) == classes
+    call("trim", merged, *data, "--budget", "0.5", "--out", tmp_path / "trimmed")
+    call("merge", tmp_path / "trimmed", tmp_path / "small", "--base", merged)
+    call("trim", tmp_path / "trimmed", *data, "--budget", "0.45", "--out", tmp_path / "again")
+    call("export", tmp_path / "again", tmp_path / "model.onnx")
+    assert load_merged(tmp_path / "small").num_parameters() < first.num_parameters()
+
+
+def test_a_merged_encoder_is_a_base_for_a_classifier(work, tmp_path):
+    from transformers import AutoModel
+
+    encoder = AutoModel.from_pretrained(work / "base")
+    peft_sensi.save_merged(wrap(encoder, budget=0.5, task_type="FEATURE_EXTRACTION"), tmp_path / "encoder")
+    BertTokenizerFast.from_pretrained(work / "base").save_pretrained(tmp_path / "encoder")
+    options = ("--data", work / "data.tsv", "--budget", "0.6", "--epochs", "1", "--batch-size", "16")
+    call("train", tmp_path / "encoder", *options, "--out", tmp_path / "adapter")
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert type(load_merged(tmp_path / "merged")).__name__ == "BertForSequenceClassification"
+
+
+@pytest.mark.parametrize("how", ["trained tokens", "whole embeddings", "tokenizer only"])
+def test_merge_of_an_adapter_with_added_tokens(work, tmp_path, how):
+    base = AutoModelForSequenceClassification.from_pretrained(work / "base")
+    tokenizer = BertTokenizerFast.from_pretrained(work / "base")
+    tokenizer.add_tokens([f"<new{i}>" for i in range(70)])
+    base.resize_token_embeddings(len(tokenizer))
+    rows = len(tokenizer)
+    ids = torch.arange(rows)[None]
+    batch = {"input_ids": ids[:, -30:], "attention_mask": torch.ones_like(ids[:, -30:])}
+    options = {"budget": 0.5}
+    if how == "trained tokens":
+        options |= {"also_train": ["tokens"], "calibration": [{**batch, "labels": torch.tensor([0])}]}
+    elif how == "tokenizer only":
+        options |= {"also_train": []}
+    model = wrap(base, **options)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=how == "whole embeddings")
+    if how == "tokenizer only":
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    call("merge", tmp_path / "adapter", tmp_path / "merged")
+    merged = load_merged(tmp_path / "merged")
+    assert merged.config.vocab_size == rows
+    if how != "tokenizer only":
+        with torch.no_grad():
+            assert torch.allclose(merged(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
+
+
+def test_an_adapter_whose_plan_has_no_units_has_a_card(adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from peft_sensi.tuner.checkpoint import PLAN_KEY, plan_to_tensor
+
+    folder = shutil.copytree(adapter, tmp_path / "empty", ignore=shutil.ignore_patterns("README.md", "plan.png"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["plan"]["groups"] = {}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.{PLAN_KEY}"] = plan_to_tensor(config["plan"])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    call("card", folder)
+    assert "its plan has no units." in (folder / "README.md").read_text() and not (folder / "plan.png").exists()
+    call("inspect", folder)
+    assert json.loads(call("inspect", folder, "--json"))["plan"]["groups"] == []
+    assert "plan" in fails("merge", folder, tmp_path / "merged")

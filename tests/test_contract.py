@@ -530,6 +530,23 @@ def test_the_same_base_in_another_precision_passes(saved, dtype):
     torch.testing.assert_close(logits(model).float(), expected, atol=0.2, rtol=0.2)
 
 
+@pytest.mark.parametrize(("part", "size"), [("", 0.01), ("layer.1.", 0.03)], ids=["all", "the last layer"])
+def test_a_fine_tuned_copy_of_the_base_is_refused(saved, part, size):
+    """Fine-tuning changes weights by about a hundredth of their size, or only some of them by more."""
+    base = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in base.named_parameters():
+            if part in name and p.dim() == 2:
+                p.add_(torch.randn(p.shape, generator=generator) * p.std() * size)
+    with pytest.raises(SensiLoadError, match="fine-tuned copy"):
+        PeftModel.from_pretrained(base, saved[1])
+    # If the adapter was made on a quantized copy, the weights are too inexact to tell.
+    config = PeftConfig.from_pretrained(saved[1])
+    config.fingerprint["quantized"] = True
+    PeftModel.from_pretrained(base, saved[1], config=config)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_reloaded_exactly(budget, dtype, tmp_path):
     model = wrap(tiny_model(dtype=dtype), init_weights=False, **budget)
@@ -991,6 +1008,50 @@ def test_the_wrong_base_is_refused_by_transformers_too(saved):
     with pytest.raises(SensiLoadError, match="base model"):
         base.load_adapter(str(saved[1]))
     assert is_plain(base)
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan"])
+@pytest.mark.parametrize("part", ["sensi_weight", "sensi_bias", "sensi_up", "sensi_values", "classifier.weight"])
+@pytest.mark.parametrize("how", ["folder", "tensors"])
+def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, how, tmp_path):
+    """Its `load_adapter` calls no hook, and leaves what a file lacks as it was."""
+    options = {"sensi_up": {"update": "low_rank", "rank": 2}, "sensi_values": {"update": "sparse", "sparse": 5}}
+    trained(**options.get(part, {"budget": 0.5})).save_pretrained(tmp_path)
+
+    def damage(tensors: dict) -> None:
+        name = next(name for name in tensors if name.endswith(part))
+        if fault == "missing":
+            del tensors[name]
+        else:
+            tensors[name].fill_(float("nan"))
+
+    config = PeftConfig.from_pretrained(tmp_path)
+    spoil(tmp_path, damage)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    model = tiny_model()
+    if how == "folder":
+        model.load_adapter(str(tmp_path))
+    else:
+        model.load_adapter(peft_config=config, adapter_state_dict=tensors)
+    for _ in range(2):  # it is refused again and again
+        with pytest.raises(SensiLoadError, match="lack|NaN"):
+            logits(model)
+
+
+def test_a_fresh_adapter_from_the_config_of_a_file(saved):
+    config = PeftConfig.from_pretrained(saved[1])
+    config.inference_mode = False
+    train(get_peft_model(tiny_model(), config))
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_that_the_model_cannot_do(saved, task):
+    config = json.loads((saved[1] / "adapter_config.json").read_text())
+    (saved[1] / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}))
+    base = tiny_model()
+    with pytest.raises(SensiLoadError, match="task_type"):
+        PeftModel.from_pretrained(base, saved[1])
+    assert_is_base(base, tiny_model())
 
 
 # -- the rest of the ecosystem ----------------------------------------------------------------------------------------

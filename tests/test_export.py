@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_sensi import SensiError, export_onnx
 from peft_sensi.merging import onnx as export_module
@@ -141,7 +142,7 @@ for name, limit in (("model", 1e-4), ("model.int8", 1.0)):
     session = onnxruntime.InferenceSession({str(tmp_path)!r} + "/" + name + ".onnx")
     assert np.abs(session.run(["logits"], case)[0] - expected).max() < limit
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_a_bad_file_never_replaces_a_good_one(tmp_path, monkeypatch):
@@ -204,3 +205,17 @@ def test_an_example_batch_of_the_users(bert, tmp_path):
     report = export_onnx(bert, tmp_path / "model.onnx", inputs=batch)
     assert report.inputs == ("input_ids", "attention_mask")
     assert report.file.difference < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_decoder_that_classifies_needs_a_pad_token(family, tmp_path):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40, "vocab_size": 64, "num_labels": 3}
+    config = tiny_config("llama") if family == "llama" else AutoConfig.for_model("gpt2", **sizes)
+    base = AutoModelForSequenceClassification.from_config(config)
+    base.config.pad_token_id = None
+    model = wrap(base, budget=0.5)
+    with pytest.raises(SensiError, match=r"needs `model\.config\.pad_token_id`"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not names(tmp_path)
+    model.config.pad_token_id = 0
+    assert export_onnx(model, tmp_path / "model.onnx").file.difference < 1e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from processes import PATIENCE
 from safetensors.torch import load_file, save_file
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
 from torch import nn
@@ -24,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    BertTokenizerFast,
 )
 
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
@@ -53,8 +56,15 @@ def weights_file(folder: Path) -> Path:
     return next(folder.glob("*.safetensors"))
 
 
-def rewrite(folder: Path, **changes) -> None:
+def unhashed(folder: Path) -> dict:
+    """The config without its hash, as in folders of the first versions, so that the other checks are reached."""
     values = json.loads((folder / "config.json").read_text())
+    del values["peft_sensi_hash"]
+    return values
+
+
+def rewrite(folder: Path, **changes) -> None:
+    values = unhashed(folder)
     record = changes.pop("record", {})
     if isinstance(values.get("peft_sensi"), dict):
         values["peft_sensi"] |= record
@@ -145,11 +155,12 @@ model = Auto.from_pretrained({str(folder)!r}, trust_remote_code=True)
 batch, expected = torch.load({str(tmp_path / "case.pt")!r})
 assert torch.equal(model(**batch).logits, expected)
 model.save_pretrained({str(tmp_path / "again")!r})
+assert not hasattr(model.config, "peft_sensi_hash")
 again = Auto.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
 assert torch.equal(again(**batch).logits, expected)
 """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=PATIENCE)
     assert torch.equal(logits(load_merged(tmp_path / "again")), logits(load_merged(folder)))
 
 
@@ -377,6 +388,7 @@ def test_foreign_configs_are_refused(case, folder):
 
 
 def test_damaged_weights_are_refused(folder):
+    rewrite(folder)
     path = weights_file(folder)
     whole, tensors = path.read_bytes(), load_file(path)
     name = "bert.encoder.layer.0.output.dense.weight"
@@ -534,6 +546,10 @@ def test_published_names_of_a_trimmed_model_are_read(tmp_path):
         {"architectures": {"a": 1}},
         {"num_hidden_layers": 10**9},
         {"num_labels": 10**9},
+        {"num_labels": 10**6},
+        {"num_hidden_layers": 10**6},
+        {"encoder": {"num_hidden_layers": 10**6}},
+        {"num_groups": [10**7]},
         {"max_position_embeddings": 10**12},
         {"peft_sensi": {"architecture": None}},
         {"peft_sensi": {"attributes": {"bert.encoder.layer.0.attention.self.num_attention_heads": 10**400}}},
@@ -541,13 +557,13 @@ def test_published_names_of_a_trimmed_model_are_read(tmp_path):
 )
 def test_configs_that_ask_for_nonsense(change, tmp_path):
     save_merged(trained(budget=0.5), tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = unhashed(tmp_path)
     if "peft_sensi" in change:
         change = {"peft_sensi": values["peft_sensi"] | change["peft_sensi"]}
     elif "architectures" in change:
         save_merged(trained(budget={"trainable": 0.1}), tmp_path / "plain")
         tmp_path = tmp_path / "plain"
-        values = json.loads((tmp_path / "config.json").read_text())
+        values = unhashed(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(SensiLoadError):
         load_merged(tmp_path)
@@ -556,8 +572,172 @@ def test_configs_that_ask_for_nonsense(change, tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 600 + "1" + "}" * 600])
 def test_configs_that_are_nested_too_deeply(text, tmp_path):
     save_merged(trained(budget=0.5), tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = unhashed(tmp_path)
     deep = text if text.startswith("[") else json.dumps(values)[:-1] + f', "deep": {text}}}'
     (tmp_path / "config.json").write_text(deep)
     with pytest.raises(SensiLoadError):
         load_merged(tmp_path)
+
+
+# -- the hash ---------------------------------------------------------------------------------------------------------
+
+
+EDITS = {
+    "a constant of the norms": {"layer_norm_eps": 0.1},
+    "a number of another type": {"layer_norm_eps": 0},
+    "a decoder": {"is_decoder": True},
+    "tied weights": {"tie_word_embeddings": False},
+    "another activation": {"hidden_act": "relu"},
+    "labels in another order": {"id2label": {"0": "LABEL_1", "1": "LABEL_0", "2": "LABEL_2"}},
+    "a million layers": {"num_hidden_layers": 10**6},
+    "a million labels": {"num_labels": 10**6},
+    "a field that is gone": {"layer_norm_eps": None},
+}
+
+
+def edited(folder: Path, changes: dict) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    values = {key: value for key, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+TENSORS = {
+    "a tensor less": lambda t: {k: v for k, v in t.items() if k != "classifier.bias"},
+    "another dtype": lambda t: t | {"classifier.bias": t["classifier.bias"].half()},
+    "integers": lambda t: t | {"classifier.bias": t["classifier.bias"].int()},
+    "a tensor more": lambda t: t | {"extra": torch.ones(1)},
+}
+
+
+@pytest.fixture(scope="module")
+def both_forms(tmp_path_factory) -> dict[str, Path]:
+    """A merged model with a record of its widths, and a plain checkpoint."""
+    place = tmp_path_factory.mktemp("forms")
+    for form, budget in (("record", 0.5), ("plain", {"trainable": 0.1})):
+        assert save_merged(trained("bert", budget=budget, score="random"), place / form) is (form == "plain")
+    return {form: place / form for form in ("record", "plain")}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("form", ["record", "plain"])
+def test_an_edited_config_is_refused(form, edit, both_forms, remote, tmp_path):
+    folder = shutil.copytree(both_forms[form], tmp_path / "folder")
+    edited(folder, EDITS[edit])
+    with pytest.raises(SensiLoadError, match=r"config\.json was changed"):
+        load_merged(folder)
+    if form == "record":
+        with pytest.raises(ValueError, match=r"config\.json was changed"):
+            remote(folder)
+
+
+@pytest.mark.parametrize("change", TENSORS)
+@pytest.mark.parametrize("form", ["record", "plain"])
+def test_changed_tensors_are_refused(form, change, both_forms, remote, tmp_path):
+    folder = shutil.copytree(both_forms[form], tmp_path / "folder")
+    save_file(TENSORS[change](load_file(weights_file(folder))), weights_file(folder), metadata={"format": "pt"})
+    with pytest.raises(SensiLoadError, match="tensors of the weights file were changed"):
+        load_merged(folder)
+    if form == "record":
+        with pytest.raises(ValueError, match="tensors of the weights file were changed"):
+            remote(folder)
+
+
+def test_without_the_hash_a_lost_tensor_is_refused_by_the_modeling_file(both_forms, remote, tmp_path):
+    folder = shutil.copytree(both_forms["record"], tmp_path / "folder")
+    rewrite(folder)
+    expected = logits(load_merged(both_forms["record"]))
+    assert torch.equal(logits(load_merged(folder)), expected)
+    assert torch.equal(logits(remote(folder)), expected)
+    save_file(
+        TENSORS["a tensor less"](load_file(weights_file(folder))), weights_file(folder), metadata={"format": "pt"}
+    )
+    with pytest.raises(OSError, match=r"lacks the tensor 'classifier\.bias'"):
+        remote(folder)
+
+
+def test_a_plain_checkpoint_can_be_saved_again_by_others(both_forms, tmp_path):
+    stock = BertForSequenceClassification.from_pretrained(both_forms["plain"])
+    stock.config.problem_type = "single_label_classification"
+    stock.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_merged(tmp_path)), logits(stock))
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(both_forms, tmp_path):
+    """Its tensors are in memory: to write over a file that is mapped would end the process."""
+    for form, folder in both_forms.items():
+        folder = shutil.copytree(folder, tmp_path / form)
+        model = load_merged(folder)
+        expected = logits(model)
+        path = weights_file(folder)
+        with path.open("r+b") as file:
+            file.write(b"\0" * path.stat().st_size)
+        assert torch.equal(logits(model), expected)
+
+
+# -- models that the modeling file has loaded -------------------------------------------------------------------------
+
+
+def test_a_model_of_the_modeling_file_can_be_saved_wrapped_and_trimmed(both_forms, remote, tmp_path):
+    model = remote(both_forms["record"])
+    cls, config = type(model), type(model.config)
+    assert save_merged(model, tmp_path / "again") is False
+    assert (type(model), type(model.config)) == (cls, config)
+    for load in (load_merged, remote):
+        assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    assert type(load_merged(tmp_path / "again")) is BertForSequenceClassification
+    adapted = wrap(model, budget=0.6)
+    train(adapted)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "own")
+    save_merged(merged, tmp_path / "ours")
+    for load in (load_merged, remote):
+        for folder in ("own", "ours"):
+            assert_same_tensors(snapshot(load(tmp_path / folder)), snapshot(merged))
+
+
+def test_a_loaded_model_knows_its_folder_and_generation_settings(both_forms, tmp_path):
+    model = load_merged(both_forms["record"])
+    assert model.name_or_path == model.config.name_or_path == str(both_forms["record"])
+    assert wrap(model).peft_config["default"].base_model_name_or_path == str(both_forms["record"])
+    decoder = trained_llama(budget=0.5).merge_and_unload()
+    decoder.generation_config.update(eos_token_id=[2, 5], max_new_tokens=3)
+    save_merged(decoder, tmp_path)
+    again = load_merged(tmp_path).generation_config
+    assert (again.eos_token_id, again.max_new_tokens) == ([2, 5], 3)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(SensiLoadError, match=r"generation_config\.json"):
+        load_merged(tmp_path)
+
+
+def test_sentence_transformers(tmp_path, monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    words = [f"w{i}" for i in range(59)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "base")
+    tiny_model("bert", "FEATURE_EXTRACTION").save_pretrained(tmp_path / "base")
+
+    def load(name: str, **options):
+        return sentence_transformers.SentenceTransformer(str(tmp_path / name), device="cpu", **options)
+
+    def vectors(model):
+        return model.encode(["w1 w2 w3", "w4 w5 w6 w7 w8"], convert_to_tensor=True)
+
+    model = load("base")
+    name = next(n for n, child in model[0].named_children() if type(child).__name__ == "BertModel")
+    merged = wrap(getattr(model[0], name), budget=0.5, task_type="FEATURE_EXTRACTION").merge_and_unload()
+    setattr(model[0], name, merged)
+    model.save(str(tmp_path / "merged"))
+    save_merged(merged, tmp_path / "merged")
+    again = load("merged", trust_remote_code=True)
+    assert torch.equal(vectors(again), vectors(model))
+    again.save(str(tmp_path / "saved"))
+    assert torch.equal(vectors(load("saved", trust_remote_code=True)), vectors(model))
+    with pytest.raises(OSError, match="no file named"):
+        load("merged")
+
+    adapted = load("base")
+    adapted.add_adapter(SensiConfig(budget={"trainable": 0.1}, score="magnitude", task_type="FEATURE_EXTRACTION"))
+    adapted.save(str(tmp_path / "adapter"))
+    assert torch.equal(vectors(load("adapter")), vectors(adapted))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -105,6 +107,43 @@ def test_scores_of_a_deleted_adapter_are_forgotten(tmp_path):
     model.delete_adapter("b")
     model.load_adapter(tmp_path, "b")
     assert "b" not in model.base_model._sensi_scores
+
+
+COPIES = [TRIM, TUNE, {"budget": 0.5, "retention": 0.5}, {"update": "low_rank", "rank": 2},
+          {"update": "sparse", "sparse": 5}, {"update": "mask", "sparsity": 0.5}]  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["its config", "a copy of its config"])
+@pytest.mark.parametrize("options", COPIES, ids=str)
+def test_an_adapter_from_the_config_of_another_starts_from_its_values(options, copied):
+    """As TRL makes the frozen reference "ref" of a trained adapter: the reference is the trained model."""
+    model = trained(**options)
+    config = model.peft_config["default"]
+    model.add_adapter("ref", copy.deepcopy(config) if copied else config)
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    expected = logits(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("default")
+    train(model)
+    assert not torch.equal(logits(model), expected)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_adapter_with_the_same_settings_starts_afresh():
+    model = trained(**TRIM)
+    fresh = logits(wrap(tiny_model(), **TRIM))
+    model.add_adapter("second", SensiConfig(score="magnitude", task_type="SEQ_CLS", **TRIM))
+    changed = copy.deepcopy(model.peft_config["default"])
+    changed.plan, changed.budget = None, 0.3
+    model.add_adapter("third", changed)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), fresh)
+    model.set_adapter("third")
+    assert torch.equal(logits(model), logits(wrap(tiny_model(), budget=0.3)))
 
 
 # -- two adapters: one is rebuilt, the other stays as it is -----------------------------------------------------------

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from tiny import VOCABULARY, assert_same_tensors, snapshot, tiny_batches, tiny_model, train
 from torch import nn
 
-from peft_sensi import SensiConfig, SensiError, build_anatomy, compute_scores
+from peft_sensi import SensiConfig, SensiError, SensiLoadError, build_anatomy, compute_scores
 from peft_sensi.anatomy.modules import input_embedding
 from peft_sensi.layers.embedding import SensiEmbedding
 from peft_sensi.scoring.gates import gate_gradients
@@ -244,3 +244,44 @@ def test_cuts_during_training_keep_the_tokens():
     phases.finish()
     assert tuned_tokens(model) == seen(batches) and model.base_model.plan().trims
     assert torch.equal(table_of(model).sensi_weight["default"], before)
+
+
+@pytest.mark.parametrize("size", [VOCABULARY + 1, VOCABULARY + 64, VOCABULARY - 1, 50])
+@pytest.mark.parametrize("transformers", [False, True], ids=["peft", "transformers"])
+def test_a_base_with_another_number_of_tokens(size, transformers, tmp_path):
+    """Some tools resize the embeddings to the tokenizer before they load an adapter. Tokens are known by number."""
+    model = wrapped(tiny_model())
+    train(model)
+    model.save_pretrained(tmp_path)
+    base = tiny_model()
+    base.resize_token_embeddings(size, mean_resizing=False)
+    if transformers:
+        base.load_adapter(str(tmp_path))
+        loaded = base
+    else:
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+    batch = {k: v for k, v in few_tokens(1)[0].items() if k != "labels"}
+    expected = model.eval()(**batch).logits
+    assert torch.equal(loaded.eval()(**batch).logits, expected)
+    if not transformers:
+        assert tuned_tokens(loaded) == tuned_tokens(model)
+        loaded.save_pretrained(tmp_path / "again")
+        again = tiny_model()
+        again.resize_token_embeddings(size, mean_resizing=False)
+        assert torch.equal(PeftModel.from_pretrained(again, tmp_path / "again").eval()(**batch).logits, expected)
+
+
+def test_a_base_without_a_trained_token_is_refused(tmp_path):
+    wrapped(tiny_model()).save_pretrained(tmp_path)
+    base = tiny_model()
+    base.resize_token_embeddings(10)
+    with pytest.raises(SensiLoadError, match="token"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_another_base_with_another_number_of_tokens_is_refused(tmp_path):
+    wrapped(tiny_model()).save_pretrained(tmp_path)
+    base = tiny_model(seed=1)
+    base.resize_token_embeddings(VOCABULARY + 1)
+    with pytest.raises(SensiLoadError, match="another base model"):
+        PeftModel.from_pretrained(base, tmp_path)

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from .. import recipes
-from ..merging.load import OTHER_WEIGHTS, WEIGHTS
+from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget, nanoseconds
 from ..plotting.canvas import STYLES
 from ..scoring.criteria import METHODS
 from ..utils.errors import SensiError
+from ..utils.precision import bf16_pays
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
@@ -83,6 +84,10 @@ Regression = Annotated[bool, option("--regression", None, "Predict the labels as
 MaxLength = Annotated[int, option("--max-length", "N", "Cut texts after this many tokens.", DATA, min=2)]
 MaxRows = Annotated[int | None, option("--max-rows", "N", "Use this many rows, chosen at random.", DATA, min=2)]
 BatchSize = Annotated[int, option("--batch-size", "N", "Rows in each batch.", min=1)]
+Bf16 = Annotated[
+    bool | None,
+    option("--bf16/--no-bf16", None, "Train with bfloat16 mixed precision. Default: if that is faster here."),
+]
 Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0)]
 Results = Annotated[
     Path | None, option("--results", "FILE", "Results for the card: metrics.json or another JSON file.")
@@ -111,6 +116,11 @@ def check_rate(lr: float | None, default: float) -> float:
     if lr is not None and not 0 < lr < float("inf"):
         raise SensiError(f"--lr must be a positive number, got {lr}.")
     return default if lr is None else lr
+
+
+def is_bf16(given: bool | None) -> bool:
+    """Whether to train with bfloat16 mixed precision: as the option says, or else if it is faster here."""
+    return bf16_pays() if given is None else given
 
 
 def limits_of(

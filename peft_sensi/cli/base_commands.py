@@ -121,8 +121,8 @@ def train(
         option(
             "--lr",
             "RATE",
-            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 or more if --trainable is at "
-            "most 2%.",
+            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 to 3e-3 if --trainable is the "
+            "only limit, or at most 2%.",
         ),
     ] = None,
     batch_size: args.BatchSize = 32,
@@ -132,7 +132,7 @@ def train(
     regression: args.Regression = False,
     max_length: args.MaxLength = 128,
     max_rows: args.MaxRows = None,
-    bf16: Annotated[bool, option("--bf16", None, "Train with bfloat16 mixed precision.")] = False,
+    bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -160,9 +160,10 @@ def train(
         validation=validation, hold_out=0.0 if validation else 0.1,
     )  # fmt: skip
     result = train_for(
-        base, task, out_folder, Training(epochs, rate, batch_size, bf16, seed), limits=limits, thorough=thorough,
-        latency=latency_table, recipe=recipe.value if recipe else None, score=(score or args.FISHER).value,
-        scores=None if scores is None else Scores.load(scores), show=lambda plan: err.print(*plan_renderables(plan)),
+        base, task, out_folder, Training(epochs, rate, batch_size, args.is_bf16(bf16), seed), limits=limits,
+        thorough=thorough, latency=latency_table, recipe=recipe.value if recipe else None,
+        score=(score or args.FISHER).value, scores=None if scores is None else Scores.load(scores),
+        show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     facts = {name: "undefined" if v is None else f"{v:.4f}" for name, v in result["validation"].items()}
     facts |= {
@@ -201,7 +202,7 @@ def trim(
     regression: args.Regression = False,
     max_length: args.MaxLength = 128,
     max_rows: args.MaxRows = None,
-    bf16: Annotated[bool, option("--bf16", None, "Train with bfloat16 mixed precision.")] = False,
+    bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -226,7 +227,7 @@ def trim(
     task = read_data(
         source, data, text_column=text_column, pair_column=pair_column, label_column=label_column,
         regression=is_regressor or regression or None, max_length=max_length, max_rows=max_rows, seed=seed,
-        validation=validation, hold_out=0.0 if validation else 0.1, trained_head=head,
+        validation=validation, hold_out=0.0 if validation else 0.1, trained_head=head, config=config,
     )  # fmt: skip
     with step("loading the model"):
         if saved is None:
@@ -234,8 +235,8 @@ def trim(
         else:
             trained = load_adapter(saved, base, is_trainable=True)
     result = trim_for(
-        trained, task, out_folder, Training(heal_epochs, rate, batch_size, bf16, seed), name=model, limits=limits,
-        latency=latency_table, show=lambda plan: err.print(*plan_renderables(plan)),
+        trained, task, out_folder, Training(heal_epochs, rate, batch_size, args.is_bf16(bf16), seed), name=model,
+        limits=limits, latency=latency_table, show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
     if heal_epochs:

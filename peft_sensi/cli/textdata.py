@@ -154,13 +154,15 @@ def read_task(
     hold_out: float = 0.0,
     seed: int = 0,
     trained_head: Sequence[str] | None = None,
+    config: Any = None,
 ) -> TextTask:
     """Reads a file of training rows, and another of validation rows if there is one, for a model's tokenizer.
 
     Columns without a name are recognized, if there is no doubt. Texts are cut after `max_length` tokens, or at the
     model's own limit. `max_rows` training rows are chosen at random, and `hold_out` is the share of them that is used
     for validation if there is no file for it. For `regression`, see `find_labels`. `trained_head` has the names of the
-    classes of a trained head; the labels then get the same order. It is empty for a regressor.
+    classes of a trained head; the labels then get the same order. It is empty for a regressor. `config` is the model's
+    own, if `model` is the folder of an adapter, which has none.
     """
     rows = read_rows(data)
     label, columns = _columns(data, rows, text_column, pair_column, label_column)
@@ -181,8 +183,8 @@ def read_task(
         tokenizer.pad_token = tokenizer.eos_token
     max_length = min(max_length, tokenizer.model_max_length)
     if tokenizer.model_max_length > 10**6:  # a placeholder: the tokenizer does not know the model's limit
-        config = load_pretrained(AutoConfig, model).get_text_config()
-        max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+        text_config = (config or load_pretrained(AutoConfig, model)).get_text_config()
+        max_length = min(max_length, getattr(text_config, "max_position_embeddings", None) or max_length)
     parts = [
         _encode(part, name, columns, label, labels, tokenizer, max_length)
         for part, name in ((rows, data), (held, validation or data))

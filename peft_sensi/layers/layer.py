@@ -13,14 +13,16 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
+from ..utils.replicas import offloaded
 from .compression import PARTS, encode
 from .functional import Pair
+from .marks import EXTRA, Marked, check_marks, slice_mark, warn_of_no_mark
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
 
-class SensiLayer(ComposedWeights):
+class SensiLayer(Marked, ComposedWeights):
     """The tensors of all adapters on one Linear (or embedding): for each kind of tensor a dict by adapter name.
 
     `out` and `in` are the sides of the kept part of the weight, `t` is the number of tuned rows or columns.
@@ -29,7 +31,7 @@ class SensiLayer(ComposedWeights):
     | --- | --- | --- |
     | `sensi_weight` | float32 `[t, in]` or `[out, t]` | tuned rows or columns: values, not differences |
     | `sensi_bias` | float32 `[t]` or `[out]` | trained bias: values, not differences |
-    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term |
+    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term, times `Slice.scale` |
     | `sensi_values` | float32 `[n]` | single values |
     | `sensi_scores` | float32 `[out, in]` | scores of a learned mask |
     | `sensi_places` | int32 `[n]` | flat positions of the single values in `[out, in]` |
@@ -45,7 +47,7 @@ class SensiLayer(ComposedWeights):
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
     # All stored tensors, in the order of the table.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
-    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_frozen")
+    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_plans", "sensi_frozen")
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
@@ -93,7 +95,7 @@ class SensiLayer(ComposedWeights):
 
     def discard_parts(self, adapter_name: str) -> None:
         """Removes an adapter from this layer. Unlike `delete_adapter`, it never activates another adapter."""
-        for name in (*self.tensor_names, "sensi_slices"):
+        for name in (*self.tensor_names, "sensi_slices", "sensi_plans"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self.sensi_unchecked.discard(adapter_name)
@@ -207,12 +209,14 @@ class SensiLayer(ComposedWeights):
             raise not_mergeable()
         for name in names:
             with torch.no_grad():
-                weight, bias = self._combined([*self.merged_adapters, name])
+                together = [*self.merged_adapters, name]
+                weight, bias = self._merged(name) if len(together) == 1 else self._combined(together)
             if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._sensi_unmerged.append((base.weight, bias_of(base)))
             dtype = base.weight.dtype
-            weight = oriented(base, weight).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            shared = weight.data_ptr() in {t.data_ptr() for t in (base.weight, *self.own_parts(name).values())}
+            weight = oriented(base, weight).to(dtype, copy=shared).contiguous()
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
@@ -251,6 +255,22 @@ class SensiLayer(ComposedWeights):
         for parameter in self.own_parts(adapter_name).values():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(device)
+
+    # -- plain state dicts --------------------------------------------------------------------------------------------
+
+    def _marks(self) -> dict[str, bytes]:
+        return {name: slice_mark(self.sensi_slices[name], plan) for name, plan in self.sensi_plans.items()}
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
+    ) -> None:
+        self._sensi_fused.clear()
+        if (key := prefix + EXTRA) in state_dict:
+            check_marks(state_dict[key], self._marks(), key)  # before PyTorch writes a value into this layer
+        elif ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None):
+            warn_of_no_mark(ours)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        missing[:] = [name for name in missing if name != key]  # has been warned of
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
@@ -309,3 +329,20 @@ def new_parameters_are_empty() -> bool:
     new parameter shows it.
     """
     return nn.ParameterList([torch.empty(1)])[0].is_meta
+
+
+def check_weight(layer: SensiLayer, x: torch.Tensor | None = None) -> None:
+    """Raises `SensiError` if the base's weight cannot be used, because the model was changed after it was wrapped.
+
+    `x` is the input of a forward pass. Accelerate loads offloaded weights when it calls the module that holds them,
+    and the layer does not call it.
+    """
+    base: Any = layer.get_base_layer()
+    if not isinstance(base.weight, torch.Tensor):
+        raise SensiError(
+            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
+            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
+            f"`merge_and_unload()`, and quantize the merged model."
+        )
+    if x is not None and base.weight.is_meta and not x.is_meta:
+        raise offloaded()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
+from ..utils.errors import SensiLoadError
 from .compression import PARTS, decode
-from .functional import Pair, Parts, Positions, cast, compose, take
+from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
 from .slices import Slice, tensor_specs
+from .sources import Source
 from .updates import learned_mask, unpack_mask
-from .values import check_content
+from .values import WEIGHTS, check_content, check_finite
 
 
 class ComposedWeights(nn.Module, BaseTunerLayer):
@@ -29,6 +32,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         for name in self.tensor_names:
             setattr(self, name, nn.ParameterDict({}))
         self.sensi_slices: dict[str, Slice] = {}
+        # The mark of each adapter's plan (see `marks`).
+        self.sensi_plans: dict[str, bytes] = {}
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
@@ -39,6 +44,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.sensi_base_dropped = False
         # Adapters whose loaded values have not been checked yet (see `check_loaded`).
         self.sensi_unchecked: set[str] = set()
+        # All layers of the model by name, while values that no hook has seen are unchecked.
+        self.sensi_peers: dict[str, Any] = {}
         # Whether a schedule has frozen `sensi_weight`, by adapter.
         self.sensi_frozen: dict[str, bool] = {}
         self._active_adapter = adapter_name
@@ -67,10 +74,49 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
     def check_loaded(self, adapter_name: str) -> None:
         """Checks values from a file, once, if no hook of this package has checked them. Raises `SensiLoadError`."""
         if adapter_name in self.sensi_unchecked:
+            self._check_complete(adapter_name)
             numel = self.sensi_slices[adapter_name].kept_shape.numel()
             for name, tensor in self.own_parts(adapter_name).items():
                 check_content(f"sensi_{name}.{adapter_name}", tensor.detach(), numel)
             self.sensi_unchecked.discard(adapter_name)
+
+    def note_start(self, adapter_name: str, layers: dict[str, Any]) -> None:
+        """Marks the tensors as they are before a loader fills them. `layers` are all layers of the model by name."""
+        self.sensi_peers = layers
+        for parameter in self.own_parts(adapter_name).values():
+            parameter._sensi_start = parameter._version  # type: ignore[attr-defined]
+        for wrapper in self.sensi_saved_modules:
+            if adapter_name in wrapper.modules_to_save:  # type: ignore[operator]
+                for parameter in wrapper.modules_to_save[adapter_name].parameters():  # type: ignore[index]
+                    parameter._sensi_start = parameter._version  # type: ignore[attr-defined]
+
+    def _check_complete(self, adapter_name: str) -> None:
+        """Raises if a loader has filled only a part of the adapter, or if a module that is saved whole has NaN.
+
+        If nothing was filled, the adapter is a fresh one that was made from the config of a file.
+        """
+        tensors = {
+            f"{name}.sensi_{part}": parameter
+            for name, layer in self.sensi_peers.items()
+            for part, parameter in layer.own_parts(adapter_name).items()
+        }
+        for wrapper in self.sensi_saved_modules if self.sensi_peers else ():
+            if adapter_name in wrapper.modules_to_save:  # type: ignore[operator]
+                whole = wrapper.modules_to_save[adapter_name].named_parameters()  # type: ignore[index]
+                tensors |= {f"{name} of a {type(wrapper.original_module).__name__}": p for name, p in whole}
+        untouched = [n for n, p in tensors.items() if getattr(p, "_sensi_start", None) == p._version]
+        if 0 < len(untouched) < len(tensors):
+            raise SensiLoadError(
+                f"The weights that were loaded lack {untouched[0]!r} ({len(untouched)} tensors missing). The file is "
+                f"incomplete: use another copy of it."
+            )
+        for name, parameter in tensors.items():
+            if ".sensi_" not in name and parameter.is_floating_point():
+                check_finite(name, parameter.detach(), WEIGHTS)
+        for layer in self.sensi_peers.values():
+            if layer is not self:
+                layer.sensi_peers = {}
+        self.sensi_peers = {}
 
     def get_adapted_weight(self, adapter_name: str, masked: bool = True) -> Pair:
         """Weight `[out, in]` and bias `[out]` with which a plain Linear computes the same as this adapter.
@@ -80,18 +126,12 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         """
         self.check_loaded(adapter_name)
         slice_ = self.sensi_slices[adapter_name]
-        weight, bias = self._composed(adapter_name, masked)
-        order = slice_.kept.argsort().to(weight.device)
-        weight = weight.index_select(slice_.dim, order)
-        if bias is not None and slice_.dim == 0:
-            bias = bias.index_select(0, order)
-        return weight, bias
+        return in_base_order(slice_, self._composed(adapter_name, masked))
 
     def get_original_weight(self, adapter_name: str) -> torch.Tensor:
         """The base's weight `[out, in]`, restricted to the kept units like `get_adapted_weight`."""
         slice_ = self.sensi_slices[adapter_name]
-        weight, _ = self._kept_base(slice_)
-        return weight.index_select(slice_.dim, slice_.kept.argsort().to(weight.device))
+        return in_base_order(slice_, (self._kept_base(slice_)[0], None))[0]
 
     def _base(self) -> Pair:
         """The base's weight `[out, in]` and bias as they are without merged adapters, detached."""
@@ -148,14 +188,16 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return values
 
     def _trained(self, name: str, slice_: Slice) -> dict[str, torch.Tensor]:
-        """The trained tensors that `compression` knows, as values. Codes are decoded."""
-        parts = self.own_parts(name)
-        if "codes" not in parts:
-            return {part: parts[part] for part in PARTS if part in parts}
-        shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
-        differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
-        base_values = self._base_values(slice_, differences)
-        return {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
+        """The trained tensors that `compression` knows, as values: codes are decoded, and `up` is scaled."""
+        parts: dict[str, torch.Tensor] = {**self.own_parts(name)}
+        if "codes" in parts:
+            shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
+            differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
+            base_values = self._base_values(slice_, differences)
+            parts = {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
+        if "up" in parts and slice_.scale != 1:
+            parts["up"] = parts["up"] * slice_.scale
+        return {part: parts[part] for part in PARTS if part in parts}
 
     def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""
@@ -164,6 +206,21 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         parts = self._parts(name, slice_)
         parts = parts if masked else parts._replace(mask=None)
         return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), parts)
+
+    def _merged(self, name: str) -> Pair:
+        """`get_adapted_weight` in the base's dtype, without autograd and with fewer copies."""
+        self.check_loaded(name)
+        slice_ = self.sensi_slices[name]
+        dtype = self.get_base_layer().weight.dtype
+        parts = self._parts(name, slice_)
+        if parts.down is not None or parts.values is not None or parts.mask is not None:
+            return cast(self.get_adapted_weight(name), dtype)  # sums are rounded only once
+        if slice_.whole:
+            assert parts.tuned_weight is not None
+            bias = self._base()[1] if parts.tuned_bias is None else parts.tuned_bias
+            return in_base_order(slice_, cast((parts.tuned_weight.detach(), bias), dtype))
+        weight, bias, _ = self._fused_again(name, dtype, parts)
+        return in_base_order(slice_, (weight, bias))
 
     def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """The cached result of `make` for this adapter. `make` is called again when the key changes."""
@@ -181,7 +238,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return self._cached(name, key, lambda: cast(self._composed(name), dtype))
 
     def _fused(self, name: str, dtype: torch.dtype, parts: Parts) -> Pair:
-        """Weight and bias in the adapter's order, with all trained values in them. The frozen values are cached."""
+        """Weight (without the low-rank term) and bias in the adapter's order. The frozen values are cached."""
         slice_, base = self.sensi_slices[name], self.get_base_layer().weight
 
         def frozen() -> Pair:
@@ -191,27 +248,46 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
             return weight.to(dtype, copy=copy), None if bias is None else bias.to(dtype, copy=copy)
 
         with torch.inference_mode(False), torch.no_grad():
-            if self.sensi_base_dropped and dtype == base.dtype:
-                # The rest of the base belongs to this adapter alone, and its values at trained positions are never
-                # read. So no cache is needed.
+            if self._owns_base(dtype):
                 weight, bias = self._kept_base(slice_)
             else:
                 weight, bias = self._cached(name, (dtype, base.data_ptr(), base._version, base.device), frozen)
             # `.data`: autograd must not notice that the cache is rewritten with the same values, because a backward
             # pass may still need it.
             weight, bias = weight.data, None if bias is None else bias.data
-            if parts.tuned_weight is not None:
-                _write(weight, slice_.dim, parts.tuned, parts.tuned_weight)
-            if (tuned_bias := parts.tuned_bias) is not None:
-                if bias is None or len(tuned_bias) == len(bias):
-                    bias = tuned_bias.detach().to(dtype)
-                else:
-                    _write(bias, 0, parts.tuned, tuned_bias)
-            if parts.down is not None and parts.up is not None:
-                weight = torch.addmm(weight, parts.up.to(dtype), parts.down.to(dtype))
-            if parts.values is not None and parts.places is not None:
-                weight = weight.flatten().index_add(0, parts.places, parts.values.to(dtype)).view_as(weight)
+            weight = overwrite(weight, parts.tuned_weight, parts.values, parts.places, slice_.dim, parts.tuned)
+            if bias is None or (parts.tuned_bias is not None and len(parts.tuned_bias) == len(bias)):
+                bias = None if parts.tuned_bias is None else parts.tuned_bias.detach().to(dtype)
+            else:
+                bias = overwrite(bias, parts.tuned_bias, None, None, 0, parts.tuned)
             return weight, bias
+
+    def _fused_again(self, name: str, dtype: torch.dtype, parts: Parts) -> tuple[Any, Any, Source]:
+        """The same as `_fused` without a cache, and how the backward pass computes the weight again."""
+        slice_ = self.sensi_slices[name]
+        with torch.no_grad():
+            weight, bias = self._base()
+            kept = None
+            if not (slice_.natural or self.sensi_base_dropped):  # the index takes the place of cached weights
+                kept, _ = self._cached(name, weight.device, lambda: (slice_.kept.to(weight.device), None))
+            else:
+                self._sensi_fused.pop(name, None)
+            compute = partial(fuse, dim=slice_.dim, tuned=parts.tuned, dtype=dtype)
+            operands = weight, kept, parts.tuned_weight, parts.values, parts.places
+            if bias is None or (parts.tuned_bias is not None and len(parts.tuned_bias) == slice_.kept_shape[0]):
+                bias = None if parts.tuned_bias is None else parts.tuned_bias.detach().to(dtype)
+            else:
+                rows = kept if slice_.dim == 0 else None
+                bias = fuse(bias, rows, parts.tuned_bias, None, None, dim=0, tuned=parts.tuned, dtype=dtype)
+            return compute(*operands), bias, Source(compute, operands)
+
+    def _owns_base(self, dtype: torch.dtype) -> bool:
+        """Whether trained values can be written into the base itself.
+
+        If the base was dropped, its rest belongs to one adapter alone, and its values at trained positions are never
+        read.
+        """
+        return self.sensi_base_dropped and dtype == self.get_base_layer().weight.dtype
 
     def _combined(self, names: list[str]) -> Pair:
         """Weight and bias of one adapter, or the base plus the differences of several adapters; differentiable."""
@@ -226,8 +302,11 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return weight, bias
 
 
-def _write(target: torch.Tensor, dim: int, positions: Positions, source: torch.Tensor) -> None:
-    if isinstance(positions, int):
-        target.narrow(dim, 0, positions).copy_(source.detach())
-    else:
-        target.index_copy_(dim, positions, source.detach().to(target.dtype))
+def in_base_order(slice_: Slice, pair: Pair) -> Pair:
+    """A weight and a bias of the kept units, from the adapter's order to the base's."""
+    weight, bias = pair
+    if not slice_.natural:
+        order = slice_.kept.argsort().to(weight.device)
+        weight = weight.index_select(slice_.dim, order)
+        bias = bias if bias is None or slice_.dim == 1 else bias.index_select(0, order)
+    return weight, bias

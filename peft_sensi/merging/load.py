@@ -3,37 +3,43 @@ checked before it is used."""
 
 from __future__ import annotations
 
+import copy
 import os
-import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths, apply, on_meta
-from ..utils.checks import is_number
+from ..anatomy.widths import RECORD_KEY, Widths, apply, on_meta
 from ..utils.errors import SensiLoadError
-from ..utils.files import open_safetensors, read_json_object
+from ..utils.files import open_safetensors, read_json_object, read_specs
+from .foreign import (
+    CONFIG,
+    WEIGHTS,
+    architecture_of,
+    check_buffers,
+    check_record,
+    check_widths,
+    config_of,
+    few_modules,
+)
+from .hashes import HASH_KEY, check_hashes
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# Other files that stock loaders take for the weights of a folder.
-OTHER_WEIGHTS = ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-OWN_WEIGHTS = re.compile(r"(?:sensi_)?model-[0-9a-f]{16}\.safetensors")
+@dataclass(frozen=True)
+class _Folder:
+    """What a folder holds, after all checks. `empty` is the model on the `meta` device."""
 
-# Fields of a config that make Transformers import or download code, or read weights from another place.
-_CODE_KEYS = (
-    "auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "quantization_config",
-    "fusion_config", "kernel_config", "distributed_config", "transformers_weights", "trust_remote_code",
-)  # fmt: skip
-_LAYERS = (
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
-)  # fmt: skip
-_ALLOWED_BUFFERS = 2**28  # bytes of buffers that are not in the file, see `_check_buffers`
+    path: Path
+    empty: PreTrainedModel
+    config: Any
+    widths: Widths
+    state: dict[str, torch.Tensor]
 
 
 def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -47,111 +53,114 @@ def load_merged(folder: str | os.PathLike[str]) -> PreTrainedModel:
         The model. Every tensor has the dtype that it has in the file.
 
     Raises:
-        SensiLoadError: Something in the folder is missing, damaged, malformed or of a newer format.
+        SensiLoadError: Something in the folder is missing, damaged, malformed or of a newer format, or was changed
+            after the model was saved.
     """
-    folder = Path(folder)
+    found = _read(Path(folder))
+    return _build(type(found.empty), found)
+
+
+def load_merged_as(folder: str | os.PathLike[str], auto_class: Any, changes: Mapping[str, Any]) -> PreTrainedModel:
+    """`load_merged` for another task: the model class that an auto class has for this family, with a changed config.
+
+    `changes` are fields of the config about the labels. If their number changes, or the class is another one, the head
+    is new: what lies outside the base transformer gets random values where its shapes differ or the file lacks it.
+    """
+    found = _read(Path(folder))
+    for name in sorted(changes, key=lambda name: name != "num_labels"):  # `num_labels` resets the names
+        setattr(found.config, name, changes[name])
+    known = auto_class._model_mapping.get(type(found.config), ())
+    classes = known if isinstance(known, (tuple, list)) else (known,)
+    cls = type(found.empty)
+    if not classes:
+        raise SensiLoadError(f"{folder} holds a {cls.__name__}, and {auto_class.__name__} knows no class for it.")
+    if cls in classes:
+        return _build(cls, found, new_head=bool(changes))
+    cls = classes[0]
+    empty = on_meta(cls, found.config)
+    own = set(empty.state_dict())
+    state = {_name_in(empty, found.empty, name): tensor for name, tensor in found.state.items()}
+    state = {name: tensor for name, tensor in state.items() if name in own}
+    return _build(cls, replace(found, widths=_widths_in(empty, found), state=state), new_head=True)
+
+
+def without_weights(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model of this class on the `meta` device; with the widths of a merged folder, if the config is from one.
+
+    Raises `SensiLoadError` if the record of the widths is malformed.
+    """
+    config = copy.deepcopy(config)
+    record = vars(config).pop(RECORD_KEY, None)
+    empty = on_meta(cls, config)
+    if record is not None:
+        check_record(record)
+        source = on_meta(architecture_of(record["architecture"]), config)
+        widths = _widths_of(record)
+        check_widths(widths, source)
+        apply(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
+    return empty
+
+
+def _name_in(model: PreTrainedModel, source: PreTrainedModel, name: str) -> str:
+    """The name that a parameter or module of `source` has in `model`, which may have another head, or none."""
+    prefix = model.base_model_prefix
+    has_head, had_head = hasattr(model, prefix), hasattr(source, prefix)
+    if has_head == had_head:
+        return name
+    return f"{prefix}.{name}" if has_head else name.removeprefix(f"{prefix}.")
+
+
+def _widths_in(model: PreTrainedModel, found: _Folder) -> Widths:
+    """The widths with the names that they have in `model`. Those of the other head are left out."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {_name_in(model, found.empty, name): shape for name, shape in found.widths.shapes.items()}
+    numbers = {_name_in(model, found.empty, name): value for name, value in found.widths.attributes.items()}
+    return Widths({name: shape for name, shape in shapes.items() if name in own}, numbers)
+
+
+def _widths_of(record: Mapping[str, Any]) -> Widths:
+    return Widths({name: tuple(shape) for name, shape in record["shapes"].items()}, record["attributes"])
+
+
+def _read(folder: Path) -> _Folder:
     try:
         values = read_json_object(folder / CONFIG)
     except FileNotFoundError:
         raise SensiLoadError(
             f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
         ) from None
-    record = values.pop(RECORD_KEY, None)
+    record = values.get(RECORD_KEY)
     weights = values.get("transformers_weights", WEIGHTS)
     if record is not None:
-        _check_record(record)
+        check_record(record)
         weights = record.get("weights", WEIGHTS)
     tensors = _open(folder, weights)
+    # A plain checkpoint may have been loaded and saved again without this package. That removes `transformers_weights`
+    # and copies the hash, which is of the old config.
+    if record is not None or "transformers_weights" in values:
+        try:
+            check_hashes(folder, values, folder / weights)
+        except ValueError as error:
+            raise SensiLoadError(str(error)) from None
+    for key in (RECORD_KEY, HASH_KEY):
+        values.pop(key, None)
     named = values.get("architectures")
-    cls = _architecture(
+    cls = architecture_of(
         record.get("architecture") if record else named[0] if isinstance(named, list) and named else None
     )
-    config = _config_of(cls, values, tensors)
-    widths = Widths({n: tuple(s) for n, s in record["shapes"].items()}, record["attributes"]) if record else Widths()
+    config = config_of(cls, values, tensors)
+    widths = _widths_of(record) if record else Widths()
     try:
-        empty = on_meta(cls, config)
+        with few_modules(len(tensors)):
+            empty = on_meta(cls, config)
+    except SensiLoadError:
+        raise
     except Exception as error:
         raise SensiLoadError(f"No {cls.__name__} can be built from {folder / CONFIG}: {error}") from error
-    _check_widths(widths, empty)
+    check_widths(widths, empty)
     apply(empty, widths)
-    _check_buffers(empty, tensors)
-    return _build(cls, config, widths, _state(empty, tensors, folder / weights), folder)
-
-
-def _check_record(record: Any) -> None:
-    where = f"`{RECORD_KEY}` in {CONFIG}"
-    if not isinstance(record, dict):
-        raise SensiLoadError(f"{where} must be an object.")
-    version = record.get("format_version")
-    if version != RECORD_VERSION or isinstance(version, bool):
-        raise SensiLoadError(
-            f"{where} has the format_version {version!r}; this version of peft_sensi reads {RECORD_VERSION}. Upgrade "
-            f"with `pip install -U peft-sensi`."
-        )
-    shapes, attributes = record.get("shapes"), record.get("attributes")
-    if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)
-        for shape in shapes.values()
-    ):
-        raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter.")
-    if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):
-        raise SensiLoadError(f"{where} must have `attributes`, with a number for each name.")
-    weights = record.get("weights", WEIGHTS)
-    if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
-        raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file.")
-
-
-def _architecture(name: Any) -> type[PreTrainedModel]:
-    """The model class of Transformers with this name. A file cannot choose any other class, or what is imported."""
-    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:
-        if cls.__module__.startswith("transformers.") and cls.__name__ == name:
-            return cls
-    raise SensiLoadError(f"The folder's architecture is {name!r}, which is not a model class of Transformers.")
-
-
-def _without_code(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _without_code(value) for key, value in values.items() if key not in _CODE_KEYS}
-    return [_without_code(value) for value in values] if isinstance(values, list) else values
-
-
-def _config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """The config object. Raises `SensiLoadError` for numbers that are too large for the tensors of the file."""
-    for name in _LAYERS:  # building modules takes time even without weights, and each layer has a tensor in the file
-        if type(layers := values.get(name)) is int and layers > len(tensors):
-            raise SensiLoadError(
-                f"The config has {layers} layers, but the weights file has only {len(tensors)} tensors."
-            )
-    rows = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    if type(labels := values.get("num_labels")) is int and labels > max(rows, 1000):
-        raise SensiLoadError(f"The config has {labels} labels, but no tensor of the weights file has so many rows.")
-    try:
-        values = _without_code(values)
-    except RecursionError as error:
-        raise SensiLoadError(f"{CONFIG} is nested too deeply.") from error
-    assert cls.config_class is not None  # see `_architecture`
-    expected = cls.config_class.model_type
-    if (found := values.pop("model_type", None)) != expected:
-        raise SensiLoadError(f"The config's model_type is {found!r}, but a {cls.__name__} has {expected!r}.")
-    try:
-        return cls.config_class.from_dict(values)
-    except Exception as error:
-        raise SensiLoadError(f"The config does not fit a {cls.__name__}: {error}") from error
-
-
-def _check_buffers(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises `SensiLoadError` for huge buffers that the model computes itself, such as tables of positions.
-
-    They are not in the file, so the config alone tells their size.
-    """
-    stored = set(empty.state_dict())
-    computed = sum(b.numel() * b.element_size() for name, b in empty.named_buffers() if name not in stored)
-    file = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if computed > max(_ALLOWED_BUFFERS, 4 * file):
-        raise SensiLoadError(
-            f"The config asks for buffers of {computed:,} bytes, but the weights file has only {file:,} bytes."
-        )
+    check_buffers(empty, tensors)
+    return _Folder(folder, empty, config, widths, _state(empty, tensors, folder / weights))
 
 
 def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
@@ -160,24 +169,10 @@ def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
         raise SensiLoadError(f"{folder / CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
     try:
         with open_safetensors(folder / weights) as file:
+            read_specs(folder / weights, file)  # refuses dtypes that no model of this package has
             return {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise SensiLoadError(f"{folder} lacks {weights!r}, the weights that its {CONFIG} names.") from None
-
-
-def _check_widths(widths: Widths, empty: PreTrainedModel) -> None:
-    parameters = dict(empty.named_parameters(remove_duplicate=False))
-    for name, shape in widths.shapes.items():
-        if name not in parameters or parameters[name].dim() != len(shape):
-            raise SensiLoadError(
-                f"The config gives {name!r} the shape {shape}, but {type(empty).__name__} has no such parameter."
-            )
-    modules = dict(empty.named_modules())
-    for name in widths.attributes:
-        path, _, attribute = name.rpartition(".")
-        known = vars(modules[path]) if path in modules else {}
-        if attribute.startswith("_") or type(known.get(attribute)) not in (int, float):
-            raise SensiLoadError(f"The config sets {name!r}, which is not a number of a {type(empty).__name__}.")
 
 
 def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
@@ -185,10 +180,12 @@ def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path)
     expected = empty.state_dict(keep_vars=True)
     if extra := sorted(set(tensors) - set(expected)):
         # These may be the names of the family's published checkpoints, which `from_pretrained` converts. The names are
-        # not known here, so only the total size is checked.
-        sizes = {id(tensor): tensor.numel() for tensor in expected.values()}
-        if sum(sizes.values()) != sum(tensor.numel() for tensor in tensors.values()):
+        # not known here, so only the total sizes of floats and of other numbers are checked.
+        different = {id(tensor): tensor for tensor in expected.values()}.values()
+        if _sizes(different) != _sizes(tensors.values()):
             raise SensiLoadError(f"{file} holds {extra[0]!r}, which the model does not have ({len(extra)} extra).")
+        for name in tensors:
+            _check_finite(name, tensors[name], file)
         return tensors
     by_tensor = {id(expected[name]): tensor for name, tensor in tensors.items()}
     state = {}
@@ -200,31 +197,56 @@ def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path)
             raise SensiLoadError(f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}.")
         if tensor.is_floating_point() != like.is_floating_point():
             raise SensiLoadError(f"{file}: {name!r} has dtype {tensor.dtype}, expected {like.dtype}.")
-        if tensor.is_floating_point() and isinstance(like, nn.Parameter) and not torch.isfinite(tensor).all():
-            raise SensiLoadError(f"{file}: {name!r} contains NaN or infinity.")
+        if isinstance(like, nn.Parameter):
+            _check_finite(name, tensor, file)
         state[name] = tensor
+    for path, module in empty.named_modules():
+        own = {n: state[f"{path}.{n}" if path else n] for n, _ in module.named_parameters(recurse=False)}
+        if len({tensor.dtype for tensor in own.values()}) > 1:
+            raise SensiLoadError(f"{file}: the tensors of {path!r} have several dtypes, with which it cannot run.")
     return state
 
 
-def _build(
-    cls: type[PreTrainedModel], config: Any, widths: Widths, state: dict[str, torch.Tensor], folder: Path
-) -> PreTrainedModel:
+def _sizes(tensors: Iterable[torch.Tensor]) -> Counter[bool]:
+    """Numbers of values in floating-point tensors (`True`) and in others."""
+    sizes: Counter[bool] = Counter()
+    for tensor in tensors:
+        sizes[tensor.is_floating_point()] += tensor.numel()
+    return sizes
+
+
+def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise SensiLoadError(f"{file}: {name!r} contains NaN or infinity.")
+
+
+def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -> PreTrainedModel:
     class Built(cls):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            apply(self, widths)
+            apply(self, found.widths)
 
     Built.__name__ = cls.__name__  # Transformers reads the task from the class's name
+    folder, state = found.path, found.state
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     dtype = max(set(floating), key=floating.count, default=torch.float32)
+    # Copies: a model whose tensors are still mapped from the file would change, or the process end, if somebody writes
+    # over this file.
+    copies = {id(tensor): tensor.clone() for tensor in state.values()}
+    values = {name: copies[id(tensor)] for name, tensor in state.items()}
     # `from_pretrained` also computes what is not in the file, such as the frequencies of rotary embeddings.
     try:
         model, info = Built.from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
-        )
+            None, config=found.config, state_dict=values, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=new_head,
+        )  # fmt: skip
     except Exception as error:
         raise SensiLoadError(f"{folder} could not be loaded: {error}") from error
-    if problems := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    problems = [*info["missing_keys"], *info["unexpected_keys"], *mismatched]
+    if new_head:
+        problems = [name for name in problems if name.startswith(f"{cls.base_model_prefix}.")]
+    if problems:
         raise SensiLoadError(f"{folder}: {problems[0]!r} could not be loaded ({len(problems)} such tensors).")
     model.__class__ = cls
     with torch.no_grad():
@@ -232,7 +254,12 @@ def _build(
             # A model may have several dtypes, such as a float32 head on a bfloat16 base.
             if name in state and tensor.dtype != state[name].dtype:
                 tensor.data = state[name].clone()
-    model.config.name_or_path = str(folder)
-    if widths:
-        setattr(model.config, RECORD_KEY, widths.to_record(cls.__name__))
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise SensiLoadError(f"{folder / 'generation_config.json'} cannot be used: {error}") from error
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if found.widths:
+        setattr(model.config, RECORD_KEY, found.widths.to_record(cls.__name__))
     return model.eval()

@@ -3,11 +3,14 @@ loads a merged model without this package."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
+
+from .hashes import check_hashes, hashes_of, read_header
 
 
 _TEXT = '''"""A {architecture} without some of its attention heads and FFN neurons; written by peft_sensi.
@@ -16,38 +19,98 @@ Load it with `AutoModel...from_pretrained(folder, trust_remote_code=True)`. If p
 `peft_sensi.load_merged(folder)` returns a plain {architecture} and checks everything that it reads.
 """
 
+import hashlib
+import json
 import os
+from typing import Any
 
 from torch import nn
 from transformers import {architecture}, {config}
+from transformers.utils import cached_file
+
+
+{functions}
+
+
+def _find(folder, file, options):
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return cached_file(folder, file, **{{name: options[name] for name in names if options.get(name) is not None}})
+
+
+def _read_config(folder, options):
+    with open(_find(folder, "config.json", options), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _weights(values):
+    return (values.get("peft_sensi") or {{}}).get("weights", "model.safetensors")
+
+
+def _record(config):
+    return getattr(config, "peft_sensi", None) or {{"shapes": {{}}, "attributes": {{}}}}
 
 
 class Sensi{config}({config}):
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        values = _read_config(folder, kwargs)
+        check_hashes(folder, values, None)
+        found = super().from_pretrained(folder, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        vars(config).pop("peft_sensi_hash", None)  # the next save may be of another config
         # The weights file has a name of its own. Loaders that ignore this class do not find it and raise, instead of
         # filling in random weights where widths differ.
-        self.transformers_weights = self.peft_sensi["weights"]
+        config.transformers_weights = _weights(values)
+        return found
 
 
 class Sensi{architecture}({architecture}):
     config_class = Sensi{config}
 
+    @classmethod
+    def from_pretrained(cls, folder, *args, config=None, **kwargs):
+        if folder is not None:
+            values = _read_config(folder, kwargs)
+            check_hashes(folder, values, _find(folder, _weights(values), kwargs))
+            if hasattr(config, "peft_sensi"):
+                config.transformers_weights = _weights(values)  # a save has removed it
+        options = {{**kwargs, "output_loading_info": True}}
+        model, info = super().from_pretrained(folder, *args, config=config, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise OSError(f"{{folder}} lacks the tensor {{missing[0]!r}} ({{len(missing)}} missing).")
+        return (model, info) if kwargs.get("output_loading_info") else model
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        for name, shape in config.peft_sensi["shapes"].items():
+        for name, shape in _record(config)["shapes"].items():
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
             module._parameters[leaf] = nn.Parameter(module._parameters[leaf].new_empty(shape))
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
-        for name, value in config.peft_sensi["attributes"].items():
+        for name, value in _record(config)["attributes"].items():
             path, _, attribute = name.rpartition(".")
             setattr(self.get_submodule(path), attribute, value)
 
     def save_pretrained(self, folder, *args, **kwargs):
-        super().save_pretrained(folder, *args, **{{"max_shard_size": 2**62, **kwargs}})
-        os.replace(os.path.join(folder, "model.safetensors"), os.path.join(folder, self.config.peft_sensi["weights"]))
+        record = _record(self.config)
+        if kwargs.get("push_to_hub") or kwargs.get("variant"):
+            raise ValueError("`push_to_hub` and `variant` are not supported here: call `model.push_to_hub(name)`.")
+        # The weights stay in one file, whose name the config has.
+        super().save_pretrained(folder, *args, **{{**kwargs, "max_shard_size": 2**62}})
+        weights = os.path.join(folder, "model.safetensors")
+        if not record["shapes"] and not record["attributes"] or not os.path.exists(weights):
+            return  # a plain checkpoint, or not the process that writes
+        name = record.setdefault("weights", "sensi_model-0000000000000000.safetensors")
+        os.replace(weights, os.path.join(folder, name))
+        path = os.path.join(folder, "config.json")
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        values["peft_sensi"]["weights"] = name
+        values["peft_sensi_hash"] = hashes_of(values, os.path.join(folder, name))
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2)
+        os.replace(path + ".tmp", path)
 '''
 
 
@@ -58,7 +121,8 @@ def write_modeling_file(cls: type[PreTrainedModel], folder: Path) -> dict[str, s
     """
     assert cls.config_class is not None  # Transformers' abstract classes have none
     module, config = f"modeling_sensi_{cls.__name__.lower()}", cls.config_class.__name__
-    text = _TEXT.format(architecture=cls.__name__, config=config)
+    functions = "\n\n".join(inspect.getsource(function) for function in (read_header, hashes_of, check_hashes))
+    text = _TEXT.format(architecture=cls.__name__, config=config, functions=functions.rstrip())
     (folder / f"{module}.py").write_text(text, encoding="utf-8")
     entries = {"AutoConfig": f"{module}.Sensi{config}"}
     for name in dir(transformers):

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..anatomy.modules import unwrapped
 from ..utils.errors import SensiError
 from .onnx_graph import move_graph, pack, parts, quantize
 from .save import merged_copy
@@ -122,13 +124,21 @@ def export_onnx(
     if small_path is not None and small_path.resolve() == path.resolve():
         raise SensiError("`int8` must be another path than `path`.")
     # The reference still has its adapter, so the comparison checks the merge, too.
+    model = unwrapped(model)
     reference = copy.deepcopy(model).float().cpu().eval()
     merged = merged_copy(reference)
     merged = (copy.deepcopy(merged) if merged is reference else merged).eval()
     batches = [dict(batch) for batch in data] if data is not None else []
     examples = _examples(merged, inputs)
     names = tuple(examples[0])
-    expected = [_run(reference, example) for example in examples]
+    try:
+        expected = [_run(reference, example) for example in examples]
+    except Exception as error:  # a model can raise anything for a batch that it does not take
+        what = str(error).strip().partition("\n")[0]
+        raise SensiError(
+            f"{type(merged).__name__} cannot run a batch of {', '.join(names)}: {what} A decoder that classifies "
+            f"needs `model.config.pad_token_id` for batches. For other kinds of input, give an example as `inputs=`."
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name:
         folder, small = Path(name), None
@@ -152,12 +162,12 @@ def export_onnx(
     return ExportReport(names, tuple(expected[0]), opset, file, small)
 
 
-def _examples(model: nn.Module, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
+def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:
     """One batch for each of `_SHAPES`: random token ids whose second row is padded, or the given batch.
 
     Rows and columns of a given batch are repeated or cut to fit the shapes.
     """
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
     if given is not None:
         given = {

@@ -1,5 +1,7 @@
 """A merged model goes in; a folder comes out, with the weights, the config and what rebuilds the widths of the layers.
 
+The config has two hashes, of itself and of the header of the weights file (see `hashes`).
+
 The folder has one of two forms. If the fields of the config can express the widths, it is a plain checkpoint, which
 any `from_pretrained` loads. If not, `config.json` contains a record of all widths (see `widths`) and the name of the
 weights file. Stock loaders do not look for a file of that name: without this package (or the generated modeling file)
@@ -25,12 +27,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..anatomy.modules import unwrapped
 from ..anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import move_files, read_json_object
-from .load import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS
+from .foreign import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS
+from .hashes import HASH_KEY, hashes_of
 from .modeling_file import write_modeling_file
 
 
@@ -41,8 +45,11 @@ _MARK = {"saved_by": "peft_sensi"}  # in the config of a plain checkpoint, to te
 def merged_copy(model: nn.Module) -> PreTrainedModel:
     """A merged copy of a `PeftModel`. A model that is merged already is returned itself.
 
+    Its class is one of Transformers: a model that was loaded with our modeling file is returned as a shallow copy.
+
     Raises `SensiError` if the adapter is of another method, or the model class is not one of Transformers.
     """
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, SensiModel):
             raise SensiError(
@@ -55,8 +62,13 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
             "The model contains adapter layers, but is not a `PeftModel`: pass the `PeftModel` around it, or load the "
             "adapter with `PeftModel.from_pretrained`."
         )
-    stock_class(model)
-    assert isinstance(model, PreTrainedModel)
+    cls = stock_class(model)
+    assert isinstance(model, PreTrainedModel) and cls.config_class is not None
+    if type(model) is not cls:
+        model, config = copy.copy(model), copy.deepcopy(model.config)  # the user's own object keeps its class
+        model.__class__, config.__class__ = cls, cls.config_class
+        vars(config).pop("auto_map", None)
+        model.config = config
     return model
 
 
@@ -81,8 +93,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     _check_folder(folder)
     model = merged_copy(model)
     config = copy.deepcopy(model.config)
-    if hasattr(config, RECORD_KEY):
-        delattr(config, RECORD_KEY)
+    for key in (RECORD_KEY, HASH_KEY):
+        vars(config).pop(key, None)
     widths = compare(model, on_meta(type(model), config))
     edits = expressed(model, widths)
     plain = edits is not None
@@ -107,15 +119,16 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
             values[RECORD_KEY] = widths.to_record(type(model).__name__) | {"weights": weights}
             if modeling:
                 values["auto_map"] = write_modeling_file(type(model), temporary)
-        _write_json(temporary / CONFIG, values)
+        _write_config(temporary, values, temporary / weights)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG)
         move_files(files, folder)
         if plain:
             # Tools expect the usual name. The folder is valid without it, and it must not replace the weights that the
             # old config names. So this copy comes last.
             shutil.copyfile(folder / weights, temporary / WEIGHTS)
-            del values["transformers_weights"]
-            _write_json(temporary / CONFIG, values)
+            # Its presence tells that no other program has saved the folder again (see `load._read`).
+            values["transformers_weights"] = WEIGHTS
+            _write_config(temporary, values, temporary / WEIGHTS)
             move_files([temporary / WEIGHTS, temporary / CONFIG], folder)
             weights = WEIGHTS
     # Weights that no config names any more are removed: a stock loader could mistake them for the new model's.
@@ -144,6 +157,7 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_config(folder: Path, values: dict[str, Any], weights: Path) -> None:
+    values = {**values, HASH_KEY: hashes_of(values, weights)}
     # Not `sort_keys`: it would put label 10 before label 2, because the keys of JSON are strings.
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -70,6 +70,17 @@ class Plan:
         return [(g, int((s != TRIMMED).sum()), int((s == TUNED).sum())) for g, s in self._states()]
 
     @property
+    def trimmed_units(self) -> dict[str, np.ndarray]:
+        """For each group's name a boolean mask `[units]` of the units that leave the model."""
+        return {group.name: states == TRIMMED for group, states in self._states()}
+
+    def without(self, units: Mapping[str, np.ndarray]) -> Plan:
+        """This plan without more units: a mask like those of `trimmed_units` for some of the groups."""
+        masks = {group.name: units.get(group.name, False) for group in self.anatomy.groups}
+        states = (np.where(masks[g.name], TRIMMED, s).astype(np.uint8).tobytes() for g, s in self._states())
+        return replace(self, states=tuple(states))
+
+    @property
     def trims(self) -> bool:
         """Whether any unit leaves the model."""
         return any(kept < group.size for group, kept, _ in self._counts())
@@ -214,11 +225,18 @@ class Plan:
             if group.name not in groups:
                 raise SensiLoadError(f"The plan says nothing about {group.name!r}, which this base model has.")
             entry = groups[group.name]
-            if entry["size"] != group.size:
+            if entry["size"] != group.size and group.kind != "token":
                 raise SensiLoadError(
                     f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
                 )
             state = unpack_group(group.name, entry)
+            if len(state) != group.size:  # a vocabulary that was resized: tokens are known by their number
+                if (state[group.size :] != FROZEN).any():
+                    raise SensiLoadError(
+                        f"The plan tunes the token {group.size + np.argmax(state[group.size :] != FROZEN)} of "
+                        f"{group.name!r}, but this base model has only {group.size} tokens."
+                    )
+                state = np.pad(state[: group.size], (0, max(0, group.size - len(state))), constant_values=FROZEN)
             kept = state != TRIMMED
             if not group.trimmable and not kept.all():
                 reason = "only heads and neurons can be trimmed"

@@ -46,6 +46,8 @@ def plot_plan(
     `Plan.plot` has the other arguments and the errors.
     """
     look = canvas.look_of(style)
+    if not any(row.size for row in rows):
+        raise SensiError("The plan has no units, so there is nothing to draw.")
     panels: dict[str, list[Row]] = {"head": [], "neuron": [], "other": []}
     for row in rows:
         panels[row.kind if row.kind in panels else "other"].append(row)

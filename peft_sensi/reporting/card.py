@@ -228,7 +228,8 @@ def is_repo(name: str) -> bool:
 
 def _sentence(config: SensiConfig, plan: Plan | None) -> str:
     if plan is None:
-        return "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items()) + "."
+        facts = "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items())
+        return f"{facts or 'its plan has no units'}."
     trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base)."
     if not plan.trims:
         return trained

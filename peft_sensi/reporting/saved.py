@@ -13,15 +13,18 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import PeftModel
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..anatomy.modules import task_head
+from ..anatomy.modules import embedding_of, task_head
+from ..anatomy.widths import RECORD_KEY
+from ..merging.load import load_merged_as, without_weights
 from ..planning.plan import Plan
 from ..tuner.config import SensiConfig
 from ..tuner.targets import plan_of
+from ..utils.checks import PROBLEM_TYPES
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 
@@ -36,7 +39,6 @@ TASKS = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,23 @@ def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan
 
 def is_adapter(name: str) -> bool:
     """Whether a folder, or a repository of the Hub, holds an adapter and not a whole model."""
+    return _file_in(name, CONFIG) is not None
+
+
+def _file_in(name: str, file: str) -> Path | None:
+    """A file of a folder, or of a repository of the Hub; `None` if it is not there."""
     if Path(name).is_dir():
-        return (Path(name) / CONFIG).exists()
+        return Path(name) / file if (Path(name) / file).exists() else None
     with contextlib.suppress(Exception):  # no connection, no such repository: loading the model says that
-        return isinstance(cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False), str)
-    return False
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+    return None
 
 
 def load_adapter(adapter: SavedAdapter, base: str | None = None, is_trainable: bool = False) -> PeftModel:
     """Loads the base model (`base`, or the one that the adapter names) with the adapter, in evaluation mode.
+
+    The base's vocabulary is made larger if the adapter was trained with tokens that the base does not have.
 
     Raises `SensiError` if the base model cannot be loaded, or is not the one that the adapter was made for.
     """
@@ -126,18 +136,59 @@ def load_adapter(adapter: SavedAdapter, base: str | None = None, is_trainable: b
     # The base may have a head for other labels. The adapter contains its own head.
     name = base or str(adapter.base)
     model = load_pretrained(_class_of(adapter), name, config=config, ignore_mismatched_sizes=True)
+    embedding: Any = embedding_of(model, "input")
+    if embedding is not None and (rows := _tokens_of(adapter, model, embedding)) > embedding.weight.shape[0]:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(rows)
     return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=is_trainable).eval()
 
 
+def _tokens_of(adapter: SavedAdapter, model: PreTrainedModel, embedding: Any) -> int:
+    """The size of the vocabulary that the adapter was trained with, or 0 if it does not tell.
+
+    The adapter's file has the embeddings if they were resized, and the plan counts the tokens if some are trained.
+    Otherwise the tokenizer in the adapter's folder is asked, as `AutoPeftModel` does.
+    """
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    stored = [shape[0] for key, (_, shape) in adapter.tensors.items() if f".{key}".endswith(f".{name}.weight")]
+    if stored:
+        return stored[0]
+    groups = (adapter.config.plan or {}).get("groups", {})
+    if f"{name}.tokens" in groups:
+        return int(groups[f"{name}.tokens"]["size"])
+    if (adapter.folder / "tokenizer_config.json").is_file():
+        with contextlib.suppress(SensiError):
+            return len(load_pretrained(AutoTokenizer, str(adapter.folder)))
+    return 0
+
+
 def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
-    """`auto_class.from_pretrained`, without remote code and with errors of one line. Raises `SensiError`."""
+    """`auto_class.from_pretrained`, without remote code and with errors of one line. Raises `SensiError`.
+
+    A merged model with widths of its own is loaded as by `load_merged`, with a new head if the labels differ.
+    """
     try:
+        if hasattr(auto_class, "_model_mapping") and (folder := _merged_folder(name)) is not None:
+            if (config := options.get("config")) is not None:
+                options = {key: getattr(config, key) for key in ("num_labels", "id2label", "label2id", "problem_type")}
+            changes = {key: value for key, value in options.items() if key != "ignore_mismatched_sizes"}
+            return load_merged_as(folder, auto_class, changes)
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except SensiError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error
+
+
+def _merged_folder(name: str) -> Path | None:
+    """The folder of a merged model that stock loaders cannot load; `None` for other models."""
+    file = _file_in(name, "config.json")
+    if file is None or read_json_object(file, optional=True).get(RECORD_KEY) is None:
+        return None
+    if Path(name).is_dir():
+        return file.parent
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _class_of(adapter: SavedAdapter) -> Any:
@@ -148,7 +199,7 @@ def _class_of(adapter: SavedAdapter) -> Any:
     task = task_of(adapter.config)
     auto, _ = TASKS.get(task or "", (None, None))
     name = auto or str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
-    known = getattr(transformers, name, None)
+    known = getattr(transformers, name.removeprefix("Sensi"), None)  # the prefix of classes in our modeling files
     if auto is None and not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
         raise SensiError(f"The adapter's task {task!r} and class {name!r} do not tell which model class to load.")
     return known
@@ -157,34 +208,52 @@ def _class_of(adapter: SavedAdapter) -> Any:
 def _without_weights(adapter: SavedAdapter, config: PretrainedConfig) -> Any:
     """The adapter's base model on the meta device."""
     cls = _class_of(adapter)
-    with torch.device("meta"):
-        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    if (mapping := getattr(cls, "_model_mapping", None)) is not None:
+        known = mapping[type(config)]
+        cls = known[0] if isinstance(known, (tuple, list)) else known
+    return without_weights(cls, config)
 
 
 def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     """The base model's config, with the number of labels of the adapter's head.
 
-    The labels have the names in `config.json` in the adapter's folder, which `peft-sensi train` writes there. Without
-    it, they keep the base's names if the base has as many labels.
+    The labels have the names that the adapter was saved with. Without names, they keep the base's if the base has as
+    many labels.
     """
     if not (name := base or adapter.base):
         raise SensiError("The adapter does not name its base model: give it as `base` (`--base`).")
     config = load_pretrained(AutoConfig, name)
-    # Only these fields of the file are used, and as plain values: a file cannot choose what is built.
-    saved = read_json_object(adapter.folder / "config.json", optional=True)
+    saved = _head_settings(adapter)
     if count := _labels_of_head(adapter, config):
-        names = saved.get("id2label")
-        if isinstance(names, dict) and set(names) == {str(i) for i in range(count)}:
-            config.id2label = {i: str(names[str(i)]) for i in range(count)}
+        if len(names := saved.get("labels") or []) == count:
+            config.id2label = dict(enumerate(names))
             config.label2id = {name: i for i, name in config.id2label.items()}
-            if saved.get("problem_type") in PROBLEM_TYPES:
-                config.problem_type = saved["problem_type"]
         else:
             config.num_labels = count  # replaces the names only if their number is another one
+        config.problem_type = saved.get("problem_type") or config.problem_type
     text = config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None and type(saved.get("pad_token_id")) is int:
+    if getattr(text, "pad_token_id", None) is None and saved.get("pad_token_id") is not None:
         text.pad_token_id = saved["pad_token_id"]  # decoders look for the last token that is not padding
     return config
+
+
+def _head_settings(adapter: SavedAdapter) -> dict[str, Any]:
+    """`SensiConfig.head_settings`, or what adapters of the first versions have in a `config.json` beside them.
+
+    Only plain values of known fields are used: a file cannot choose what is built.
+    """
+    if adapter.config.head_settings is not None:
+        return dict(adapter.config.head_settings)
+    found = read_json_object(adapter.folder / "config.json", optional=True)
+    names, problem, pad = (found.get(key) for key in ("id2label", "problem_type", "pad_token_id"))
+    settings: dict[str, Any] = {}
+    if isinstance(names, dict) and set(names) == {str(i) for i in range(len(names))}:
+        settings["labels"] = [str(names[str(i)]) for i in range(len(names))]
+    if problem in PROBLEM_TYPES:
+        settings["problem_type"] = problem
+    if type(pad) is int:
+        settings["pad_token_id"] = pad
+    return settings
 
 
 def _labels_of_head(adapter: SavedAdapter, config: PretrainedConfig) -> int | None:

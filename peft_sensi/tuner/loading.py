@@ -23,7 +23,7 @@ from ..anatomy.modules import linear_of
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
-from ..utils.errors import SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
 from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
 from .config import SensiConfig
@@ -31,6 +31,7 @@ from .slicing import Slices
 
 
 _PREFIX = "base_model.model."
+_GENERATES = "prepare_inputs_for_generation"  # a method that PEFT needs
 
 
 def file_to_check(config: SensiConfig) -> str | None:
@@ -52,6 +53,16 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
         if not config.from_file:
             raise
         raise SensiLoadError(f"{config.file_name}: {error}") from error
+
+
+def check_task(model: nn.Module, config: SensiConfig) -> None:
+    """Checks that the model can do the task of a file: PEFT finds this out after the layers have been replaced."""
+    task = str(config.task_type).rpartition(".")[2]
+    if config.from_file and task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, _GENERATES):
+        raise SensiError(
+            f"`task_type` is {task!r}, but {type(model).__name__} generates no text: load the model class that the "
+            f"adapter was made for, or set `task_type` to None."
+        )
 
 
 def check_slices(path: str, model: nn.Module, slices: Slices) -> None:

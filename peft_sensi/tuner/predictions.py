@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..anatomy.latency import LatencyTable, check_records
-from ..planning.budget import TIMES
-from ..planning.costs import tables_by_limit
+from ..planning.budget import TIMES, allowance
+from ..planning.costs import costs_of, tables_by_limit
 from ..planning.measuring import measure_torch
 from ..planning.plan import Plan
 from ..utils import distributed
@@ -48,6 +48,14 @@ def note_latency(config: Any, plan: Plan) -> None:
             stacklevel=2,
         )
     config.latency = {name: dict(r) for name, r in plan.predicted(config.tables).latency.items()} or None
+
+
+def exceeds(plan: Plan, config: Any) -> bool:
+    """Whether the plan keeps more than the config's limits allow."""
+    read_latency(config)  # the user may have given a table to an adapter from a file
+    kept = {group: int((~plan.trimmed_units[group.name]).sum()) for group in plan.anatomy.trimmable}
+    costs = costs_of(config.limits, plan.anatomy, plan.sequence_length, config.tables)
+    return any(cost.kept(kept) > allowance(getattr(config.limits, name), cost.whole) for name, cost in costs.items())
 
 
 def measure_missing(model: nn.Module, config: Any) -> None:

@@ -43,7 +43,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_fingerprint(value: Any) -> bool:
-    if not isinstance(value, Mapping) or set(value) != {"shapes", "marks"}:
+    if not isinstance(value, Mapping) or set(value) - {"quantized"} != {"shapes", "marks"}:
         return value is None
     shapes, marks = value["shapes"], value["marks"]
     return (
@@ -51,6 +51,21 @@ def _is_fingerprint(value: Any) -> bool:
         and isinstance(marks, list)
         and all(isinstance(s, list) and all(type(n) is int for n in s) for s in shapes.values())
         and all(is_number(mark) for mark in marks)
+        and isinstance(value.get("quantized", False), bool)
+    )
+
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _is_head_settings(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not set(value) <= {"labels", "problem_type", "pad_token_id"}:
+        return value is None
+    labels, problem, pad = (value.get(key) for key in ("labels", "problem_type", "pad_token_id"))
+    return (
+        (labels is None or (isinstance(labels, list) and all(isinstance(name, str) for name in labels)))
+        and (problem is None or problem in PROBLEM_TYPES)
+        and (pad is None or type(pad) is int)
     )
 
 
@@ -78,6 +93,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "inference_mode": _BOOL,
     "priming_lr": (is_number, "a finite number"),
     "fingerprint": (_is_fingerprint, "None, or a dict of `shapes` and a list of finite `marks`"),
+    "head_settings": (_is_head_settings, "None, or a dict of `labels`, `problem_type` and `pad_token_id`"),
     "auto_mapping": (
         lambda v: v is None or (isinstance(v, Mapping) and all(isinstance(entry, str | None) for entry in v.values())),
         "a dict of strings or None",

@@ -1,0 +1,92 @@
+"""What the values in a plain `state_dict` mean, and the check of it when a state dict is loaded.
+
+`torch.save(model.state_dict())`, `accelerate.save_state`, checkpoints of Lightning and copies with averaged weights
+know nothing of PEFT's two files. The values of an adapter have a meaning only together with its plan, which says to
+which units they belong. So each layer adds an entry `_extra_state` to the state dict, a hash of what its values mean,
+and refuses an entry that differs. A hash has the same size for every plan, so that loaders which fill existing tensors
+(DCP) can read it. The entry is a tensor, because safetensors holds nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..utils.errors import SensiLoadError
+from .slices import Slice
+
+
+EXTRA = "_extra_state"  # the name that PyTorch gives to such an entry
+_LENGTH = 32  # bytes of a SHA-256
+
+
+def plan_mark(plan: Mapping[str, Any]) -> bytes:
+    """SHA-256 of the units that a plan (see `Plan.to_dict`) keeps and tunes. Counts beside them have no influence."""
+    return hashlib.sha256(json.dumps(plan["groups"], sort_keys=True).encode()).digest()
+
+
+def slice_mark(slice_: Slice, plan: bytes) -> bytes:
+    """SHA-256 of a plan's mark and of all in a slice that says what the tensors of a layer mean."""
+    options = (
+        slice_.base_shape, slice_.has_bias, slice_.dim, slice_.units, slice_.train_bias, slice_.rank, slice_.sparse,
+        slice_.sparsity, slice_.learns_mask, slice_.gated, slice_.compressed,
+    )  # fmt: skip
+    mark = hashlib.sha256(plan + json.dumps(options).encode())
+    for positions in (slice_.kept, slice_.tuned_positions):
+        mark.update(positions.cpu().contiguous().numpy().tobytes())
+    return mark.digest()
+
+
+def marks_to_tensor(marks: Mapping[str, bytes]) -> torch.Tensor:
+    """Marks by adapter as uint8 `[adapters, 64]`: in each row a hash of the adapter's name, then its mark."""
+    rows = b"".join(hashlib.sha256(name.encode()).digest() + mark for name, mark in sorted(marks.items()))
+    # A new tensor each time: copies that average all entries in place (EMA) then leave the marks alone.
+    return torch.tensor(list(rows), dtype=torch.uint8, device="cpu").view(-1, 2 * _LENGTH)
+
+
+def check_marks(stored: Any, marks: Mapping[str, bytes], where: str) -> None:
+    """Raises `SensiLoadError` if a mark in `stored` (see `marks_to_tensor`) differs from that of the same adapter."""
+    if not isinstance(stored, torch.Tensor) or stored.dim() != 2 or stored.shape[1] != 2 * _LENGTH:
+        raise SensiLoadError(f"{where!r} in the state dict does not hold the mark of a plan.")
+    # A dtype of a copy, such as the average of float tensors, may be another one; bytes survive it up to rounding.
+    rounded = stored.detach().cpu().double().round().clamp(0, 255).to(torch.uint8)
+    rows = [bytes(row) for row in rounded.tolist()]
+    theirs = {row[:_LENGTH]: row[_LENGTH:] for row in rows}
+    for name, mark in marks.items():
+        if theirs.get(hashlib.sha256(name.encode()).digest(), mark) != mark:
+            raise SensiLoadError(
+                f"The state dict was made under another plan than the adapter {name!r} of this model has: {where!r} "
+                f"says that its values belong to other units, or were trained with other settings. Wrap the model "
+                f"with the config of the saved model: its `peft_config[{name!r}]`, or the "
+                f"`SensiConfig.from_pretrained(folder)` of its saved adapter with `inference_mode` set to False. "
+                f"`PeftModel.from_pretrained` follows the plan of a saved adapter by itself."
+            )
+
+
+def warn_of_no_mark(key: str) -> None:
+    """Warns that a state dict has values of an adapter, but does not say which plan they belong to."""
+    warnings.warn(
+        f"The state dict holds {key!r}, but not the mark of the plan that its values belong to. They are loaded, and "
+        f"nothing can check that this model has the same plan. Save the whole `state_dict()`, or use "
+        f"`save_pretrained`.",
+        stacklevel=2,
+    )
+
+
+class Marked:
+    """A module that adds marks to its plain state dict, and checks those of a state dict that is loaded."""
+
+    def _marks(self) -> dict[str, bytes]:
+        """The marks by adapter."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> torch.Tensor:
+        return marks_to_tensor(self._marks())
+
+    def set_extra_state(self, state: Any) -> None:
+        check_marks(state, self._marks(), EXTRA)

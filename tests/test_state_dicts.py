@@ -1,0 +1,191 @@
+"""Plain state dicts, by loaders that know nothing of PEFT: each carries the plan, and none loads under another one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from peft import get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_model, save_model
+from tiny import TRIM, assert_same_tensors, logits, tiny_model, trained, wrap
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from peft_sensi import SensiConfig, SensiLoadError
+
+
+# Two wraps with the same tensors' names and shapes, which differ in the units or in the meaning of the values.
+SAME_SHAPES = {
+    "other units": ({"budget": 0.5, "widths": "uniform"}, {"score": "random", "seed": 3}),
+    "other tuned units": ({"retention": 0.5}, {"score": "random", "seed": 3}),
+    "another sparsity": ({"update": "mask", "sparsity": 0.5}, {"sparsity": 0.7}),
+}
+# Other shapes, or other names.
+OTHER_SHAPES = {
+    "another budget": (TRIM, {"budget": 0.3}),
+    "other Linears": (
+        {"target_modules": ["query"], "budget": {"trainable": 0.1}},
+        {"target_modules": ["output.dense"], "exclude_modules": ["attention.output.dense"]},
+    ),
+}
+
+
+def by_torch(source, target, tmp_path, strict=True):
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    target.load_state_dict(torch.load(tmp_path / "model.pt"), strict=strict)
+
+
+def by_torch_not_strict(source, target, tmp_path):
+    by_torch(source, target, tmp_path, strict=False)
+
+
+def by_safetensors(source, target, tmp_path):
+    save_model(source, str(tmp_path / "model.safetensors"))
+    load_model(target, tmp_path / "model.safetensors")
+
+
+def by_accelerate(source, target, tmp_path):
+    for model, step in ((source, "save_state"), (target, "load_state")):
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(model)
+        getattr(accelerator, step)(str(tmp_path / "state"))
+
+
+def by_lightning(source, target, tmp_path):
+    """A checkpoint of Lightning is the state dict of a module that holds the model, and it is loaded strictly."""
+    torch.save({"state_dict": nn.ModuleDict({"model": source}).state_dict()}, tmp_path / "last.ckpt")
+    nn.ModuleDict({"model": target}).load_state_dict(torch.load(tmp_path / "last.ckpt")["state_dict"])
+
+
+def by_ema(source, target, tmp_path):
+    average = AveragedModel(source, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(source)
+    other = AveragedModel(target)
+    other.load_state_dict(average.state_dict())
+    target.load_state_dict(other.module.state_dict())
+
+
+def by_averaged_tensors(source, target, tmp_path):
+    """A loop that averages every entry of the state dict, whatever it holds."""
+    average = {key: tensor.float() for key, tensor in source.state_dict().items()}
+    for _ in range(3):
+        average = {key: 0.9 * average[key] + 0.1 * tensor for key, tensor in source.state_dict().items()}
+    target.load_state_dict(average)
+
+
+def by_distributed_checkpoint(source, target, tmp_path):
+    dcp.save(get_model_state_dict(source), checkpoint_id=tmp_path / "dcp")
+    state = get_model_state_dict(target)
+    dcp.load(state, checkpoint_id=tmp_path / "dcp")
+    set_model_state_dict(target, state)
+
+
+LOADERS = [
+    by_torch, by_torch_not_strict, by_safetensors, by_accelerate, by_lightning, by_ema, by_averaged_tensors,
+    by_distributed_checkpoint,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_the_same_plan_is_loaded(load, tmp_path):
+    source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*mark of the plan")
+        load(source, target, tmp_path)
+    close = {"atol": 1e-4, "rtol": 1e-4} if load is by_averaged_tensors else {"atol": 0.0, "rtol": 0.0}
+    torch.testing.assert_close(logits(target), logits(source), **close)
+
+
+@pytest.mark.parametrize("name", SAME_SHAPES)
+@pytest.mark.parametrize("load", LOADERS)
+def test_another_plan_is_refused(load, name, tmp_path):
+    options, changes = SAME_SHAPES[name]
+    source, target = trained(**options), wrap(tiny_model(), **{**options, **changes})
+    shapes = [{k: v.shape for k, v in model.named_parameters()} for model in (source, target)]
+    assert shapes[0] == shapes[1]
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(SensiLoadError, match="another plan"):
+        load(source, target, tmp_path)
+    if load is not by_distributed_checkpoint:  # it reads into the model's own tensors before it calls the model
+        assert_same_tensors(target.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+@pytest.mark.parametrize("load", [by_torch, by_torch_not_strict, by_accelerate, by_lightning])
+def test_other_shapes_and_layers_are_refused_by_the_plan(load, name, tmp_path):
+    options, changes = OTHER_SHAPES[name]
+    source, target = trained(**options), wrap(tiny_model(), **{**options, **changes})
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(SensiLoadError, match="another plan"):
+        load(source, target, tmp_path)
+    assert_same_tensors(target.state_dict(), before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_adapter_without_a_peft_model(strict):
+    """Transformers and others put the layers into the user's own model. Then the layers alone carry the plan."""
+    options = {"budget": 0.5, "widths": "uniform", "task_type": "SEQ_CLS"}
+    source, same = (inject_adapter_in_model(SensiConfig(score="magnitude", **options), tiny_model()) for _ in range(2))
+    other = inject_adapter_in_model(SensiConfig(score="random", seed=3, **options), tiny_model())
+    same.load_state_dict(source.state_dict(), strict=strict)
+    with pytest.raises(SensiLoadError, match="another plan"):
+        other.load_state_dict(source.state_dict(), strict=strict)
+
+
+def test_a_state_dict_without_a_plan_warns():
+    """As from an earlier version, or of a loop that saves only what is trained."""
+    source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
+    earlier = {key: tensor for key, tensor in source.state_dict().items() if not key.endswith("_extra_state")}
+    with pytest.warns(UserWarning, match="not the mark of the plan"):
+        target.load_state_dict(earlier)
+    assert torch.equal(logits(target), logits(source))
+    few = {name: parameter for name, parameter in source.named_parameters() if parameter.requires_grad}
+    with pytest.warns(UserWarning, match="not the mark of the plan"):
+        target.load_state_dict(few, strict=False)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [torch.zeros(3), torch.zeros(1, 63), "text", None, lambda mark: mark ^ (torch.arange(64) > 40)],
+    ids=["one dimension", "too narrow", "text", "nothing", "other bits"],
+)
+def test_a_damaged_mark(entry):
+    source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
+    state = source.state_dict()
+    key = next(key for key in state if key.endswith("query._extra_state"))
+    state[key] = entry(state[key]) if callable(entry) else entry
+    with pytest.raises(SensiLoadError, match="plan"):
+        target.load_state_dict(state)
+
+
+def test_a_plan_that_changes_changes_the_mark(tmp_path):
+    model, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
+    before = model.state_dict()
+    model.base_model.trim(0.3)
+    with pytest.raises(SensiLoadError, match="another plan"):
+        model.load_state_dict(before, strict=False)
+    with pytest.raises(SensiLoadError, match="another plan"):
+        target.load_state_dict(model.state_dict(), strict=False)
+    # The ways out that the error names.
+    model.save_pretrained(tmp_path)
+    saved = SensiConfig.from_pretrained(tmp_path)
+    saved.inference_mode = False
+    for config in (model.peft_config["default"], saved):
+        again = get_peft_model(tiny_model(), config)
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(logits(again), logits(model))
+        assert again.num_parameters(only_trainable=True) == model.num_parameters(only_trainable=True)
+
+
+def test_other_adapters_have_no_influence():
+    source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
+    target.add_adapter("b", SensiConfig(budget=0.3, score="magnitude", task_type="SEQ_CLS"))
+    target.load_state_dict(source.state_dict(), strict=False)
+    assert torch.equal(logits(target), logits(source))
+    target.delete_adapter("b")
+    target.load_state_dict(source.state_dict())
