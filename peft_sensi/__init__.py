@@ -4,26 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import mapping as _mapping
+from .utils.errors import TRAINING_STACK as _TRAINING_STACK
 
-from . import recipes
-from .anatomy.build import build_anatomy
-from .anatomy.layouts import BlockLayout
-from .anatomy.units import Anatomy
-from .merging.load import load_merged
-from .merging.onnx import export_onnx
-from .merging.save import save_merged
-from .planning.allocate import make_plan
-from .planning.budget import Budget
-from .planning.plan import Plan
-from .reporting.hub import hook_cards as _hook_cards
-from .scoring.compute import compute_scores
-from .scoring.scores import Scores
-from .tuner.config import SensiConfig, SensiPeftType
-from .tuner.entrances import hook_entrances as _hook_entrances
-from .tuner.model import SensiModel
-from .tuner.schedule import Schedule, SensiCallback
-from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
+
+_missing: str | None = None
+
+try:
+    from peft import mapping as _mapping
+
+    from . import recipes
+    from .anatomy.build import build_anatomy
+    from .anatomy.latency import LatencyTable
+    from .anatomy.layouts import BlockLayout
+    from .anatomy.units import Anatomy
+    from .merging.latency import export_graphs, measure_latency
+    from .merging.load import load_merged
+    from .merging.onnx import export_onnx
+    from .merging.save import save_merged
+    from .planning.allocate import make_plan
+    from .planning.budget import Budget
+    from .planning.plan import Plan
+    from .reporting.hub import hook_cards as _hook_cards
+    from .scoring.compute import compute_scores
+    from .scoring.scores import Scores
+    from .tuner.config import SensiConfig, SensiPeftType
+    from .tuner.entrances import hook_entrances as _hook_entrances
+    from .tuner.model import SensiModel
+    from .tuner.schedule import Schedule, SensiCallback
+    from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
+except ModuleNotFoundError as _error:
+    # A device that only measures latencies has neither PyTorch nor PEFT. The modules that it needs
+    # (`cli.device`, `merging.latency_graphs`) can be imported all the same.
+    if (_error.name or "").partition(".")[0] not in _TRAINING_STACK:
+        raise
+    _missing = _error.name
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        raise ImportError(
+            f"peft_sensi.{name} needs {_missing}, which is not installed: pip install peft-sensi, with its "
+            f"dependencies. Without them, only `peft-sensi measure FOLDER` works."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:
@@ -45,7 +68,8 @@ def register() -> None:
     _hook_entrances()
 
 
-register()
+if _missing is None:
+    register()
 
 __version__ = "0.1.0"
 
@@ -56,6 +80,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CalibrationError",
+    "LatencyTable",
     "Plan",
     "Schedule",
     "Scores",
@@ -66,9 +91,11 @@ __all__ = [
     "SensiModel",
     "build_anatomy",
     "compute_scores",
+    "export_graphs",
     "export_onnx",
     "load_merged",
     "make_plan",
+    "measure_latency",
     "recipes",
     "save_merged",
 ]

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft_sensi import Schedule, SensiError
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import carry, schedule, wrapping
+from peft_sensi.tuner.predictions import exceeds
 from peft_sensi.utils.states import TRIMMED
 
 
@@ -289,7 +290,7 @@ def test_masks_stay_where_the_optimizer_cannot_follow(name, caplog, monkeypatch)
     model(**tiny_batches(1)[0]).loss.backward()
     optimizer.step()
     phases.finish()
-    assert not masked(model) and not model.base_model.plan().exceeds(model.peft_config["default"].limits)
+    assert not masked(model) and not exceeds(model.base_model.plan(), model.peft_config["default"])
 
 
 @pytest.fixture
@@ -369,7 +370,7 @@ def test_a_cut_that_fails_while_parameters_shrink_leaves_the_masks(where, monkey
     model(**tiny_batches(1)[0]).loss.backward()
     optimizer.step()
     Schedule(model, 2, calibration=CALIBRATION).finish()
-    assert not model.base_model.plan().exceeds(model.peft_config["default"].limits)
+    assert not exceeds(model.base_model.plan(), model.peft_config["default"])
 
 
 def test_a_failed_finish_leaves_the_config(monkeypatch):

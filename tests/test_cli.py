@@ -18,7 +18,7 @@ import peft_sensi
 import peft_sensi.cli.textdata as textdata
 from peft_sensi import Scores, SensiError, load_merged, recipes
 from peft_sensi.cli import arguments, main
-from peft_sensi.cli.arguments import number
+from peft_sensi.cli.arguments import limits_of, number
 from peft_sensi.cli.commands import app
 
 
@@ -79,7 +79,7 @@ def without_head_settings(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-COMMANDS = ["plan", "train", "trim", "inspect", "merge", "export", "card", "push", "recipes"]
+COMMANDS = ["plan", "train", "trim", "measure", "inspect", "merge", "export", "card", "push", "recipes"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -256,6 +256,17 @@ def test_decimal_commas_are_refused(text):
     for option in ("--budget", "--flops", "--trainable"):
         message = fails("plan", "nowhere", "--score", "magnitude", option, text)
         assert f"{option} {text}: write decimals with a point" in message
+
+
+def test_times_of_the_budget():
+    assert limits_of("0.5", None, None, "12ms", "40%") == {
+        "params": 0.5,
+        "latency": "12ms",
+        "decode_latency": 0.4,
+    }
+    for wrong in ("12", "fast", "0ms", "1.5"):
+        with pytest.raises(SensiError, match="latency"):
+            limits_of(None, None, None, wrong)
 
 
 def test_numbers_of_the_budget():

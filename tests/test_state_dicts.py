@@ -150,7 +150,9 @@ def test_a_state_dict_without_a_plan_warns():
 
 
 @pytest.mark.parametrize(
-    "entry", [torch.zeros(3), torch.zeros(1, 63), "text", None, lambda mark: mark ^ (torch.arange(64) > 40)], ids=str
+    "entry",
+    [torch.zeros(3), torch.zeros(1, 63), "text", None, lambda mark: mark ^ (torch.arange(64) > 40)],
+    ids=["one dimension", "too narrow", "text", "nothing", "other bits"],
 )
 def test_a_damaged_mark(entry):
     source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_sensi import SensiCallback, SensiError
 from peft_sensi.layers.layer import layers_of
+from peft_sensi.tuner.predictions import exceeds
 
 
 ONE = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}  # at step 4 of 8
@@ -111,7 +112,7 @@ def test_the_best_model_may_be_from_before_or_after_the_cut(step, resumed, rows,
     assert one.state.best_model_checkpoint.endswith(f"checkpoint-{step}")
     config = model.peft_config["default"]
     assert not masked(model) and config.schedule is None and config.past_cuts is None
-    assert not model.base_model.plan().exceeds(config.limits)
+    assert not exceeds(model.base_model.plan(), config)
     model.save_pretrained(tmp_path / "final")
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "final")), logits(model))
 
@@ -122,7 +123,7 @@ def test_early_stopping_before_the_cut(rows, tmp_path):
     one, _ = run(model, rows, tmp_path, callback, EarlyStoppingCallback(1), **settings)
     with pytest.warns(UserWarning, match="units are cut now"):
         one.train()
-    assert one.state.global_step == 2 and not model.base_model.plan().exceeds(model.peft_config["default"].limits)
+    assert one.state.global_step == 2 and not exceeds(model.base_model.plan(), model.peft_config["default"])
 
 
 def test_a_second_training_goes_on_with_the_same_optimizer(rows, tmp_path):

@@ -13,7 +13,7 @@ import typer
 
 from .. import recipes
 from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
-from ..planning.budget import Budget
+from ..planning.budget import Budget, nanoseconds
 from ..plotting.canvas import STYLES
 from ..scoring.criteria import METHODS
 from ..utils.errors import SensiError
@@ -50,6 +50,18 @@ Params = Annotated[
 ]  # fmt: skip
 Flops = Annotated[
     str | None, option("--flops", "LIMIT", "FLOPs of heads and neurons to keep: a share or a count.", BUDGET)
+]
+Latency = Annotated[
+    str | None,
+    option("--latency", "LIMIT", "Latency of the model: a share (0.5) or a time (12ms).", BUDGET),
+]
+DecodeLatency = Annotated[
+    str | None,
+    option("--decode-latency", "LIMIT", "Latency of one decoding step: a share or a time.", BUDGET),
+]
+LatencyTables = Annotated[
+    list[Path] | None,
+    option("--latency-table", "FILE", "A table of `peft-sensi measure`. Default: measure this machine.", BUDGET),
 ]
 Trainable = Annotated[
     str | None,
@@ -111,16 +123,25 @@ def is_bf16(given: bool | None) -> bool:
     return bf16_pays() if given is None else given
 
 
-def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:
+def limits_of(
+    params: str | None,
+    flops: str | None,
+    trainable: str | None,
+    latency: str | None = None,
+    decode_latency: str | None = None,
+) -> dict[str, Any] | None:
     """The budget that the options describe. `None`, without any option, stands for the library's default budget."""
     given = {"params": ("budget", params), "flops": ("flops", flops), "trainable": ("trainable", trainable)}
-    limits = {name: number(option, text) for name, (option, text) in given.items() if text is not None}
+    limits: dict[str, Any] = {name: number(option, text) for name, (option, text) in given.items() if text is not None}
+    for name, text in (("latency", latency), ("decode_latency", decode_latency)):
+        if text is not None:
+            limits[name] = text if nanoseconds(text) else number(name.replace("_", "-"), text, "a time such as 12ms")
     if limits:
         Budget.parse(limits)
     return limits or None
 
 
-def number(option: str, text: str) -> float | int:
+def number(option: str, text: str, other: str = "a whole count") -> float | int:
     """Reads a share (`0.5`, `50%`) or a count (`40000000`, `40_000_000`, `40,000,000`, `4e7`)."""
     digits = text
     if "," in text:
@@ -136,5 +157,5 @@ def number(option: str, text: str) -> float | int:
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise SensiError(f"--{option} {text}: a limit is a share such as 0.5 or 50%, or a whole count.") from None
+        raise SensiError(f"--{option} {text}: a limit is a share such as 0.5 or 50%, or {other}.") from None
     return int(value) if value > 1 and value.is_integer() else value

@@ -28,6 +28,9 @@ def plan(
     data: Annotated[Path | None, args.LABELED_TEXTS] = None,
     budget: args.Params = None,
     flops: args.Flops = None,
+    latency: args.Latency = None,
+    decode_latency: args.DecodeLatency = None,
+    latency_table: args.LatencyTables = None,
     trainable: args.Trainable = None,
     score: args.Ranking = args.FISHER,
     scores: args.SavedScores = None,
@@ -59,7 +62,7 @@ def plan(
     """
     from .train import plan_for, score_for
 
-    limits = args.limits_of(budget, flops, trainable)
+    limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
     base, task = load_base(
         model, data, needs_data=scores is None and score in DATA_METHODS, text_column=text_column,
         pair_column=pair_column, label_column=label_column, regression=regression or None, max_length=max_length,
@@ -71,7 +74,7 @@ def plan(
         batches = None if task is None else task.batches(batch_size, seed)
         steps: dict[str, Any] = {"calibration_steps": calibration_steps, "priming_steps": priming_steps}
         ranking = score_for(base, batches, score=score.value, seed=seed, **steps)
-    found = plan_for(base, limits, ranking, seed)
+    found = plan_for(base, limits, ranking, seed, latency_table)
     if save_scores is not None:
         ranking.save(save_scores)
     if plot is not None:
@@ -97,6 +100,9 @@ def train(
     ] = None,
     budget: args.Params = None,
     flops: args.Flops = None,
+    latency: args.Latency = None,
+    decode_latency: args.DecodeLatency = None,
+    latency_table: args.LatencyTables = None,
     trainable: args.Trainable = None,
     recipe: Annotated[
         args.Recipe | None, option("--recipe", "NAME", "A published method that `peft-sensi recipes` lists.")
@@ -137,13 +143,13 @@ def train(
     """
     from .train import Training, train_for
 
-    limits = args.limits_of(budget, flops, trainable)
+    limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
     if thorough and (recipe is not None or trainable is not None or scores is not None):
         raise SensiError("--thorough trains the whole model first: leave out --recipe, --trainable and --scores.")
     if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
         raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
     if recipe not in (None, "sensi_bert") and limits is not None:
-        raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget, --flops and --trainable.")
+        raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget and other limits.")
     if recipe is not None and score is not None:
         raise SensiError(f"The recipe {recipe} has its own way to rank units: leave out --score.")
     rate = args.check_rate(lr, 5e-5 if thorough else 1e-4)
@@ -155,8 +161,9 @@ def train(
     )  # fmt: skip
     result = train_for(
         base, task, out_folder, Training(epochs, rate, batch_size, args.is_bf16(bf16), seed), limits=limits,
-        thorough=thorough, recipe=recipe.value if recipe else None, score=(score or args.FISHER).value,
-        scores=None if scores is None else Scores.load(scores), show=lambda plan: err.print(*plan_renderables(plan)),
+        thorough=thorough, latency=latency_table, recipe=recipe.value if recipe else None,
+        score=(score or args.FISHER).value, scores=None if scores is None else Scores.load(scores),
+        show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     facts = {name: "undefined" if v is None else f"{v:.4f}" for name, v in result["validation"].items()}
     facts |= {
@@ -178,6 +185,9 @@ def trim(
     ] = None,
     budget: args.Params = None,
     flops: args.Flops = None,
+    latency: args.Latency = None,
+    decode_latency: args.DecodeLatency = None,
+    latency_table: args.LatencyTables = None,
     heal_epochs: Annotated[
         float, option("--heal-epochs", "N", "Passes over the data after the trim; 0 for no training.", min=0)
     ] = 0,
@@ -206,7 +216,7 @@ def trim(
     from ..reporting.saved import base_config, is_adapter, load_adapter, load_pretrained, open_adapter
     from .train import Training, trim_for
 
-    limits = args.limits_of(budget, flops, None) or {"params": 0.5}
+    limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
     rate = args.check_rate(lr, 5e-5)
     args.check_out(out_folder)
     saved = open_adapter(model) if is_adapter(model) else None
@@ -226,7 +236,7 @@ def trim(
             trained = load_adapter(saved, base, is_trainable=True)
     result = trim_for(
         trained, task, out_folder, Training(heal_epochs, rate, batch_size, args.is_bf16(bf16), seed), name=model,
-        limits=limits, show=lambda plan: err.print(*plan_renderables(plan)),
+        limits=limits, latency=latency_table, show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
     if heal_epochs:

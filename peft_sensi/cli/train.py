@@ -48,9 +48,10 @@ def score_for(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, **o
     return compute_scores(model, batches, targets=targets, **options)
 
 
-def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int) -> Plan:
+def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int, latency: Any = None) -> Plan:
     """The plan for these limits and scores. Wraps the model with an adapter."""
-    config = SensiConfig(budget=limits, scores=for_head_of(model, scores), seed=seed, task_type="SEQ_CLS")
+    scores = for_head_of(model, scores)
+    config = SensiConfig(budget=limits, scores=scores, seed=seed, latency=latency, task_type="SEQ_CLS")
     peft_model: Any = get_peft_model(model, config)
     return peft_model.base_model.plan()
 
@@ -158,6 +159,7 @@ def train_for(
     training: Training,
     *,
     limits: Any,
+    latency: Any = None,
     recipe: str | None,
     score: str,
     scores: Scores | None,
@@ -174,6 +176,7 @@ def train_for(
     scores = None if scores is None else for_head_of(model, scores)
     seed = training.seed
     common: dict[str, Any] = {"calibration": calibration, "scores": scores, "task_type": "SEQ_CLS", "seed": seed}
+    common["latency"] = latency
     if recipe is None:
         config = SensiConfig(budget=1.0 if thorough else limits, score=score, **common)
     elif recipe == "sensi_bert":
@@ -214,6 +217,7 @@ def trim_for(
     *,
     name: str,
     limits: Any,
+    latency: Any = None,
     show: Callable[[Plan], None],
 ) -> dict[str, Any]:
     """Trims a trained adapter or a fine-tuned model, trains it on for `training.epochs`, and saves the adapter.
@@ -226,7 +230,7 @@ def trim_for(
     before, start = run.evaluate(), time.perf_counter()
     if not isinstance(model, PeftModel):
         run.model = get_peft_model(model, SensiConfig(budget=1.0, calibration=calibration, task_type="SEQ_CLS"))
-    run.model.base_model.trim(limits, calibration)
+    run.model.base_model.trim(limits, calibration, latency=latency)
     seconds = time.perf_counter() - start
     show(run.model.base_model.plan())
     trimmed = run.evaluate()

@@ -254,6 +254,18 @@ def _trace(
         raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {message}") from error
 
 
+def trace_graph(model: Any, batch: Mapping[str, torch.Tensor], path: Path, opset: int = 17) -> None:
+    """Writes the graph of a float32 model on the CPU for this batch, unchecked and as its inputs are: not padded.
+
+    Batch size and length are free, as in an exported file. Raises `SensiError` if PyTorch cannot export the model.
+    """
+    if any(tensor.dim() != 2 for tensor in batch.values()):
+        expected = [_run(model, batch)]  # images: their shape is fixed
+    else:
+        expected = [_run(model, example) for example in _examples(model, batch)]
+    _trace(model, batch, expected, path, opset)
+
+
 def _measure(
     source: Path,
     path: Path,

@@ -32,6 +32,25 @@ def pack(draft: Path, path: Path, external: bool | None, labels: Mapping[int, st
     return True
 
 
+def without_weights(path: Path, location: str, smallest: int) -> tuple[bytes, int]:
+    """A graph whose large float tensors refer to a file `location`, one after another, and the bytes of that file.
+
+    Constants of less than `smallest` bytes stay in the graph.
+    """
+    import onnx
+
+    graph, size = onnx.load(path), 0
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.raw_data) >= smallest:
+            length = len(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", size), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+            size += -(-length // 4096) * 4096  # aligned, so that a runtime can map the file into memory
+    return graph.SerializeToString(), size
+
+
 def quantize(source: Path, target: Path, external: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -1,14 +1,15 @@
 """Choosing the state of every unit under a budget: scores and limits go in, a `Plan` comes out.
 
-Units are ranked by score per cost. The first cut keeps the best units that the limits on parameters and FLOPs allow,
-and trims the rest. The second cut tunes the best kept units that the limit on trained values allows. No limit is
-exceeded, and no further step of any group would fit.
+Units are ranked by score per cost. The first cut keeps the best units that the limits on parameters, FLOPs and
+latencies allow, and trims the rest. The second cut tunes the best kept units that the limit on trained values allows.
+No limit is exceeded, and no further step of any group would fit.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import numpy as np
 from ..anatomy.units import Anatomy, Group
 from ..scoring.scores import Scores
 from ..utils.errors import BudgetError, SensiError
-from .budget import Budget, allowance
-from .ladders import Ladder, Masks, best_first, first_units, joint, ladder_of, take_steps
+from .budget import TIMES, Budget, allowance
+from .costs import Cost, Tables, costs_of, tables_by_limit
+from .ladders import Ladder, Masks, best_first, choose, first_units, joint, ladder_of
 from .plan import Plan
 
 
@@ -38,6 +40,7 @@ def make_plan(
     biases_apart: bool = False,
     uniform: bool = False,
     tuned_layers: int | None = None,
+    latency: Any = None,
 ) -> Plan:
     """Chooses the states of all units under the budget.
 
@@ -57,6 +60,8 @@ def make_plan(
         biases_apart: Whether the biases are counted in `always_trained` and not as part of the units.
         uniform: Whether all blocks of the same size keep the same number of units, each block its own best ones.
         tuned_layers: Units are tuned only in this number of layers: those with the largest scores for their cost.
+        latency: The `LatencyTable` (or its path) for limits on latencies; a list of two for `latency` and
+            `decode_latency`. Without such a limit, the plan only predicts the latencies.
 
     Raises:
         BudgetError: If even the smallest plan exceeds a limit, or if a group's scores are missing, have the wrong
@@ -73,6 +78,7 @@ def make_plan(
         )
     length = sequence_length or 128
     limits = Budget() if budget is None else Budget.parse(budget)
+    tables = tables_by_limit(latency)
     values = {g.name: _scores_of(g, scores) for g in anatomy.groups}
     if targets is None:
         targets = frozenset(module for g in anatomy.groups for module in g.modules)
@@ -83,7 +89,8 @@ def make_plan(
     if limits.trims:
         must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
-        kept |= _choose_kept(anatomy, values, limits, must_stay, can_stay, length, multiple_of, min_units, uniform)
+        options = (length, multiple_of, min_units, uniform, tables)
+        kept |= _choose_kept(anatomy, values, limits, must_stay, can_stay, *options)
 
     costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
     if tuned_layers is not None:
@@ -103,7 +110,7 @@ def make_plan(
                 order = best_first(values[group.name], candidates, forced=np.zeros_like(candidates))
                 tuned[group.name] = first_units(order, count, group)
     states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
-    return Plan(anatomy, states, targets, length, always_trained)
+    return Plan(anatomy, states, targets, length, always_trained).predicted(tables)
 
 
 def _scores_of(group: Group, scores: Mapping[str, Any]) -> np.ndarray:
@@ -167,12 +174,12 @@ def _choose_kept(
     multiple_of: int,
     min_units: int,
     uniform: bool,
+    tables: Tables,
 ) -> Masks:
-    """The units that stay under the limits on parameters and FLOPs."""
-    names = [name for name in ("params", "flops") if getattr(limits, name) is not None]
-    cost = {g.name: {"params": g.unit_params, "flops": 2 * g.unit_macs(sequence_length)} for g in anatomy.trimmable}
-    whole = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
-    allowed = np.array([allowance(getattr(limits, name), whole[name]) for name in names], dtype=np.int64)
+    """The units that stay under the limits on parameters, FLOPs and latencies."""
+    costs = costs_of(limits, anatomy, sequence_length, tables)
+    rest = np.array([cost.rest for cost in costs.values()], dtype=np.int64)
+    allowed = np.array([allowance(getattr(limits, n), cost.whole) for n, cost in costs.items()], dtype=np.int64) - rest
 
     # Groups that grow together: in a uniform plan those that have the same number of units of the same kind.
     together: dict[object, list[Group]] = {}
@@ -185,7 +192,7 @@ def _choose_kept(
             g.name: ladder_of(
                 g,
                 values[g.name],
-                np.array([cost[g.name][name] for name in names], dtype=np.int64),
+                partial(_costs_of_group, costs, g),
                 available[g.name],
                 protected[g.name] & keep_protected,
                 multiple_of if g.kind == "neuron" else 1,
@@ -200,7 +207,8 @@ def _choose_kept(
     if (mandatory > allowed).any():  # limits must hold, protection is only a preference
         ladders, mandatory = ladders_with(keep_protected=False)
     if (mandatory > allowed).any():
-        smallest = ", ".join(f"{n} >= {cost:,}" for n, cost in zip(names, mandatory, strict=True))
+        needed = zip(costs, (mandatory + rest).tolist(), strict=True)
+        smallest = ", ".join(f"{n} >= {f'{c / 1e6:.4g} ms' if n in TIMES else f'{c:,}'}" for n, c in needed)
         # Some families cannot run without certain units, whatever `min_units` is.
         stays, ways = "what the model cannot run without", "Raise the budget"
         if multiple_of > 1:
@@ -210,7 +218,12 @@ def _choose_kept(
             stays = f"{min_units} head(s) and {multiple_of} neurons in each block{number}, and {stays}"
             ways += ", or let whole sublayers go with `min_units=0`"
         raise BudgetError(f"The budget is too small for {stays}: that alone needs {smallest}. {ways}.")
-    return take_steps(ladders, allowed - mandatory)
+    return choose(ladders, allowed - mandatory, proportional=not set(TIMES) & set(costs))
+
+
+def _costs_of_group(costs: Mapping[str, Cost], group: Group, counts: np.ndarray) -> np.ndarray:
+    """The costs of these numbers of units of a group, int64 `[limits, n]`."""
+    return np.array([cost.of(group, counts) for cost in costs.values()], dtype=np.int64)
 
 
 def _choose_tuned(
@@ -230,7 +243,13 @@ def _choose_tuned(
             f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}."
         )
     ladders = [
-        ladder_of(g, values[g.name], np.array([costs[g.name]]), tunable[g.name], np.zeros(g.size, dtype=bool))
+        ladder_of(
+            g,
+            values[g.name],
+            partial(np.multiply, [[costs[g.name]]]),
+            tunable[g.name],
+            np.zeros(g.size, dtype=bool),
+        )
         for g in anatomy.groups
     ]
-    return take_steps(ladders, np.array([allowed], dtype=np.int64))
+    return choose(ladders, np.array([allowed], dtype=np.int64))

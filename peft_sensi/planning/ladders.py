@@ -1,22 +1,31 @@
 """Grows groups of units step by step until the limits are reached.
 
 A *ladder* lists the steps in which one group can grow. Ladders and limits go in; the chosen units come out.
+
+If the costs are proportional to the numbers of units, the steps with the best score per cost are the best choice, up
+to the last few. Measured times are not: a step may be free and the next one expensive. `improve` then searches for a
+better choice, with the prices of the limits as a guide.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import linprog
 
 from ..anatomy.units import Group
 from ..utils.errors import BudgetError
 
 
 Masks = dict[str, np.ndarray]  # by group name, boolean `[units]`
+WIDTH = 2000  # partial choices that `improve` follows at the same time
+_MOST_TANGENTS = 200
 
 
 @dataclass
@@ -50,7 +59,7 @@ def first_units(order: np.ndarray, count: int, group: Group) -> np.ndarray:
 def ladder_of(
     group: Group,
     values: np.ndarray,
-    unit_costs: np.ndarray,
+    costs: Callable[[np.ndarray], np.ndarray],
     candidates: np.ndarray,
     forced: np.ndarray,
     step: int = 1,
@@ -58,7 +67,8 @@ def ladder_of(
 ) -> Ladder:
     """The ladder of one group. Its mandatory units cover `min_units` and all forced candidates.
 
-    `values` are the scores, `candidates` and `forced` boolean masks, all `[units]`; `unit_costs` is `[limits]`.
+    `values` are the scores, `candidates` and `forced` boolean masks, all `[units]`. `costs` turns numbers of kept
+    units `[n]` into costs (int64, `[limits, n]`).
     """
     order = best_first(values, candidates, forced)
     size = len(order)
@@ -66,7 +76,7 @@ def ladder_of(
     mandatory = max(min_units, int((candidates & forced).sum()))
     counts = counts[np.searchsorted(counts, min(size, mandatory)) :]
     scores = np.concatenate(([0.0], np.cumsum(values[order])))[counts]
-    return Ladder([(group, order)], counts, scores, unit_costs[:, None] * counts)
+    return Ladder([(group, order)], counts, scores, costs(counts))
 
 
 def joint(ladders: list[Ladder]) -> Ladder:
@@ -85,19 +95,37 @@ def joint(ladders: list[Ladder]) -> Ladder:
     )
 
 
-def take_steps(ladders: list[Ladder], left: np.ndarray) -> Masks:
-    """Takes the steps with the largest score per price until no step fits: a merge of the sorted ladders.
+def choose(ladders: list[Ladder], left: np.ndarray, proportional: bool = True) -> Masks:
+    """Chooses how many steps each ladder takes, and returns the chosen units.
 
-    `left` (int64, `[limits]`) is what the limits allow beside the mandatory units. Returns the chosen units.
+    No limit is exceeded, and no further step fits. `left` (int64, `[limits]`) is what the limits allow beside the
+    mandatory units. `proportional` says that all costs are proportional to the numbers of units.
     """
-    weights = _price_weights(ladders, left) / np.maximum(left, 1)
+    # With one limit and proportional costs, its price changes nothing in the order of the steps.
+    is_simple = proportional and len(left) == 1
+    prices = np.ones(1) / np.maximum(left, 1) if is_simple else _prices(ladders, left)
+    take_steps(ladders, left, prices)
+    if not is_simple:
+        improve(ladders, left, prices)
+        take_steps(ladders, left, prices)
+    return {
+        group.name: first_units(order, ladder.counts[ladder.taken], group)
+        for ladder in ladders
+        for group, order in ladder.orders
+    }
+
+
+def take_steps(ladders: list[Ladder], left: np.ndarray, prices: np.ndarray) -> None:
+    """Takes the steps with the largest score per price until no step fits: a merge of the sorted ladders."""
+    left = left - _spent(ladders)
     heap: list[tuple[float, int, np.ndarray]] = []  # the next step of each ladder, with its cost
 
     def push_next_step(index: int) -> None:
         ladder, i = ladders[index], ladders[index].taken
         if i + 1 < len(ladder.counts):
             cost, gain = ladder.costs[:, i + 1] - ladder.costs[:, i], ladder.scores[i + 1] - ladder.scores[i]
-            heapq.heappush(heap, (-gain / max(float(weights @ cost), np.finfo(float).tiny), index, cost))
+            price = float(prices @ cost)
+            heapq.heappush(heap, (-float(gain) / price if price > 0 else -math.inf, index, cost))
 
     for index in range(len(ladders)):
         push_next_step(index)
@@ -108,31 +136,78 @@ def take_steps(ladders: list[Ladder], left: np.ndarray) -> Masks:
         left = left - cost
         ladders[index].taken += 1
         push_next_step(index)
-    return {
-        group.name: first_units(order, ladder.counts[ladder.taken], group)
-        for ladder in ladders
-        for group, order in ladder.orders
-    }
 
 
-def _price_weights(ladders: list[Ladder], left: np.ndarray) -> np.ndarray:
-    """Weights of the limits (their sum is 1) in the price of a step, `sum_i weight_i * cost_i / left_i`.
+def _spent(ladders: list[Ladder]) -> np.ndarray:
+    """The costs of the steps taken so far, int64 `[limits]`."""
+    return np.sum([ladder.costs[:, ladder.taken] - ladder.costs[:, 0] for ladder in ladders], axis=0)
 
-    With two limits, a single limit on their weighted sum is a relaxation of the problem. Taking the steps by score per
-    price solves this relaxation. Its value is smallest for the weights of the linear program's dual (surrogate
-    duality, Glover 1975). With these weights the steps are optimal, except for the last few, which do not fit exactly.
+
+def improve(ladders: list[Ladder], left: np.ndarray, prices: np.ndarray) -> None:
+    """Replaces the steps taken by a choice with a larger total score, if it finds one.
+
+    Decides one ladder after the other and follows all partial choices that can still become better than the best known
+    one. At most as much can be added to a partial choice as the ladders that are still open are worth at these
+    `prices`, beyond their costs (Lagrangian relaxation; Fisher 1981). If more than `WIDTH` partial choices are left,
+    only the most promising are followed. So small problems are solved exactly.
     """
-    gains = np.concatenate([np.diff(ladder.scores) for ladder in ladders])
-    if len(left) == 1 or gains.size == 0:
-        return np.full(len(left), 1 / len(left))
-    costs = np.concatenate([np.diff(ladder.costs, axis=1) for ladder in ladders], axis=1)
-    costs = costs / np.maximum(left, 1)[:, None]
+    known = sum(float(ladder.scores[ladder.taken]) for ladder in ladders)
+    costs = [ladder.costs - ladder.costs[:, :1] for ladder in ladders]
+    worth = [ladder.scores - prices @ cost for ladder, cost in zip(ladders, costs, strict=True)]
+    bound = float(prices @ left) + sum(float(values.max()) for values in worth)
+    known += 1e-12 * abs(bound)  # of two equal choices, the known one stays
+    # Each row is a partial choice: its worth, its costs, and the number of steps in each ladder.
+    so_far, spent = np.zeros(1), np.zeros((len(left), 1), dtype=np.int64)
+    steps = np.zeros((1, 0), dtype=np.int32)
+    for cost, values in zip(costs, worth, strict=True):
+        bound -= float(values.max())  # now without the ladders that are decided
+        useful = np.flatnonzero(values > known - bound - so_far.max())
+        total = so_far[:, None] + values[useful]
+        sums = spent[:, :, None] + cost[:, None, useful]
+        rows, columns = np.nonzero((sums <= left[:, None, None]).all(axis=0) & (total + bound > known))
+        if len(rows) > WIDTH:
+            promise = total[rows, columns]
+            least = np.partition(promise, -WIDTH)[-WIDTH]
+            # Of equal ones the first, on every machine.
+            best = np.concatenate([np.flatnonzero(promise > least), np.flatnonzero(promise == least)])[:WIDTH]
+            rows, columns = rows[best], columns[best]
+        so_far, spent = total[rows, columns], sums[:, rows, columns]
+        steps = np.column_stack([steps[rows], useful[columns]])
+        if not len(rows):
+            return
+    scores = np.sum([ladder.scores[steps[:, i]] for i, ladder in enumerate(ladders)], axis=0)
+    best_row = int(np.argmax(scores))
+    if scores[best_row] > known:
+        for ladder, taken in zip(ladders, steps[best_row].tolist(), strict=True):
+            ladder.taken = taken
 
-    def relaxed_value(weight: float) -> float:
-        price = np.array([weight, 1 - weight]) @ costs
-        order = np.argsort(-gains / price, kind="stable")
-        spent, value = np.cumsum(price[order]), np.concatenate(([0.0], np.cumsum(gains[order])))
-        return float(np.interp(1.0, np.concatenate(([0.0], spent)), value))
 
-    weight = minimize_scalar(relaxed_value, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6}).x
-    return np.array([weight, 1 - weight])
+def _prices(ladders: list[Ladder], left: np.ndarray) -> np.ndarray:
+    """What one unit of each limit is worth in scores, `[limits]`.
+
+    If every unit of a limit could be bought at its price, the best choice would be worth at least as much as under the
+    limits. The prices for which it is worth least are the dual values of the linear program in which ladders may stop
+    between two steps. Taking the steps by score per price is then optimal, except for the last few, which do not fit
+    exactly. The worth is a convex function of the prices, and the largest of its tangents is minimized, again and
+    again, until they touch (Kelley 1960).
+    """
+    scale = 1 / np.maximum(left, 1)
+    starts = np.cumsum([0, *(len(ladder.counts) for ladder in ladders)])
+    costs = np.concatenate([ladder.costs - ladder.costs[:, :1] for ladder in ladders], axis=1) * scale[:, None]
+    scores = np.concatenate([ladder.scores - ladder.scores[0] for ladder in ladders])
+    largest = sum(float(ladder.scores.max() - ladder.scores[0]) for ladder in ladders)
+    prices, tangents = np.zeros(len(left)), []
+    if largest > 0:
+        for _ in range(_MOST_TANGENTS):
+            worth = (scores - prices * largest @ costs) / largest
+            best = [start + int(np.argmax(worth[start:end])) for start, end in pairwise(starts)]
+            slope = np.minimum(left, 1) - costs[:, best].sum(axis=1)
+            tangents.append([*slope, -1.0, scores[best].sum() / largest])
+            rows = np.array(tangents)
+            bounds = [*[(0.0, 1.0)] * len(left), (None, None)]  # all that is left is worth no more than everything
+            lowest = linprog([*np.zeros(len(left)), 1.0], rows[:, :-1], -rows[:, -1], bounds=bounds)
+            if lowest.status != 0 or rows[-1, -1] + slope @ prices - lowest.fun < 1e-9:
+                break
+            prices = lowest.x[:-1]
+    # Without a limit that binds, every order of the steps gives the same choice.
+    return (prices * largest if (prices > 0).any() else np.ones(len(left))) * scale

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..anatomy.latency import LIMITS, LatencyTable, latency_facts
 from ..anatomy.units import Anatomy, Group
 from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.formatting import human
 from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
-from .budget import Budget, allowance
 from .packing import check_plan_dict, pack_mask, unpack_group, unpack_states
 
 
@@ -32,6 +32,8 @@ class Plan:
         sequence_length: Number of tokens in the sequence for which FLOPs are counted.
         always_trained: Number of values that are trained beside the tuned units (output biases and norms, for
             example). The task head is not counted.
+        latency: What latency tables predict, by the limit's name (see `LatencyTable.record`). It is empty without a
+            table, and has no influence on whether two plans are equal.
 
     All FLOPs are those of one sequence, 2 for each multiply-accumulate operation. The *prunable* part of a model
     consists of the heads and neurons that can be trimmed.
@@ -42,6 +44,19 @@ class Plan:
     targets: frozenset[str]
     sequence_length: int
     always_trained: int = 0
+    latency: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+
+    def predicted(self, tables: Mapping[str, LatencyTable]) -> Plan:
+        """The same plan with the predictions of these tables (by the limit's name), and without any others.
+
+        Raises `SensiError` if a table is for another model.
+        """
+        records = {}
+        for name, table in tables.items():
+            table.check_fits(self.anatomy)
+            times = [int(table.times(g, np.array([kept]))[0]) for g, kept, _ in self._counts() if g.trimmable]
+            records[name] = table.record(table.rest + sum(times))
+        return replace(self, latency=records)
 
     def of(self, group: Group) -> np.ndarray:
         """The states of a group's units, uint8 of shape `[group.size]`, read-only."""
@@ -85,13 +100,6 @@ class Plan:
         """Trained values, without the task head."""
         return self.always_trained + sum(tuned * g.unit_trainable(self.targets) for g, _, tuned in self._counts())
 
-    def exceeds(self, limits: Budget) -> bool:
-        """Whether more is kept than the limits on parameters and FLOPs allow."""
-        flops = 2 * self.anatomy.prunable_macs(self.sequence_length)
-        params = self.anatomy.prunable_params
-        found = (limits.params, params, self.kept_params), (limits.flops, flops, self.kept_flops)
-        return any(limit is not None and kept > allowance(limit, whole) for limit, whole, kept in found)
-
     @property
     def params_share(self) -> float:
         """Share of the prunable parameters that is kept."""
@@ -117,8 +125,13 @@ class Plan:
         """All figures of the plan, as a JSON value. Every text, table and report about a plan reads them here.
 
         `params_*` and `flops_*` are about the prunable part. `base_params` are the parameters of the base without its
-        task head, and `base_params_share` is the share of them that is kept.
+        task head, and `base_params_share` is the share of them that is kept. With latency tables there are
+        `latency_ms`, `latency_whole_ms` and `latency_share`, or the same with `decode_latency`.
         """
+        times: dict[str, float] = {}
+        for name, record in self.latency.items():
+            predicted, whole = record["predicted_ms"], record["whole_ms"]
+            times |= {f"{name}_ms": predicted, f"{name}_whole_ms": whole, f"{name}_share": predicted / whole}
         return {
             "params_kept": self.kept_params,
             "params_prunable": self.anatomy.prunable_params,
@@ -131,6 +144,7 @@ class Plan:
             "base_params_share": self.model_params_share,
             "trainable_params": self.trainable_params,
             "trainable_share": self.trainable_share,
+            **times,
         }
 
     def facts(self, number: Callable[[int], str] = "{:,}".format) -> dict[str, str]:
@@ -147,6 +161,7 @@ class Plan:
                 f"{count['flops_kept']} of {count['flops_prunable']} "
                 f"({share['flops_share']}, {self.sequence_length} tokens)"
             )
+        facts |= latency_facts(self.latency)
         facts["base parameters kept"] = f"{share['base_params_share']} of {count['base_params']}, embeddings included"
         for group, _, tuned in self._counts():
             if group.kind == "token":
@@ -180,8 +195,9 @@ class Plan:
         """The most important figures in one line, for a log."""
         units = {kind: counts for kind, counts in units_by_kind(self).items() if kind in ("head", "neuron")}
         kept = ", ".join(f"{c['kept']} of {c['size']} {KINDS[kind]}" for kind, c in units.items())
+        times = [f"{self.latency[n]['predicted_ms']:.3g} ms {n}, " for n in LIMITS.values() if n in self.latency]
         return (
-            f"{f'kept {kept}; ' if kept else ''}{self.params_share:.1%} of prunable parameters, "
+            f"{f'kept {kept}; ' if kept else ''}{''.join(times)}{self.params_share:.1%} of prunable parameters, "
             f"{self.flops_share:.1%} of prunable FLOPs, {self.trainable_params:,} trained values"
         )
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..anatomy.latency import LABELS, latency_facts
 from ..planning.plan import Plan, drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
@@ -126,6 +127,9 @@ def new_card(
         limit = getattr(config.limits, name)
         reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
         budget.append((label, "-" if limit is None else limit_words(limit), reached))
+    for name in config.latency or {}:
+        limit, predicted = getattr(config.limits, name), latency_facts(config.latency)[LABELS[name]]
+        budget.append((LABELS[name], "-" if limit is None else limit_words(limit), predicted))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ..anatomy.latency import latency_facts
 from ..planning.plan import Plan, rows_of, units_by_kind
 from ..utils.formatting import human, size_of
 from ..utils.states import KINDS, STATES
@@ -50,6 +51,7 @@ def adapter_figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
         "saved_whole": config.modules_to_save,
         "format_version": config.format_version,
         "fingerprint": short_fingerprint(config),
+        "latency": config.latency,
         "file_bytes": adapter.file_bytes,
         "tensors": len(adapter.tensors),
         "values": by_type,
@@ -81,7 +83,9 @@ def adapter_facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
         "file": f"{size_of(adapter.file_bytes)}, {len(adapter.tensors)} tensors ({values} values)",
         "fingerprint": short_fingerprint(config) or "none: any base of the same shapes is accepted",
     }
-    return facts | (plan.facts(human) if plan is not None else unit_facts(config.plan))
+    if plan is not None:
+        return facts | plan.facts(human)
+    return facts | unit_facts(config.plan) | latency_facts(config.latency or {})
 
 
 def unit_facts(plan: Plan | Mapping[str, Any]) -> dict[str, str]:
@@ -92,6 +96,8 @@ def unit_facts(plan: Plan | Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def limit_words(limit: float | int) -> str:
-    """A share such as `0.5`, or a count such as `100 k`."""
+def limit_words(limit: float | int | str) -> str:
+    """A share such as `0.5`, a count such as `100 k`, or a time such as `12ms`."""
+    if isinstance(limit, str):
+        return limit
     return human(limit) if isinstance(limit, int) and limit > 1 else f"{limit:.4g}"

@@ -27,6 +27,7 @@ from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import find_weights, write_atomically
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .combinations import check_config
+from .predictions import read_latency
 
 
 class SensiPeftType(enum.StrEnum):
@@ -65,8 +66,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     Args:
         budget: How much is kept and tuned. A float in (0, 1] is a share and an int above 1 a count of the parameters
-            of all heads and neurons. A dict sets several limits at once: `params`, `flops` (both trim) and
-            `trainable` (the number of trained values; its shares are of all base parameters). `None`: 0.5 if the
+            of all heads and neurons. A dict sets several limits at once: `params`, `flops`, `latency`,
+            `decode_latency` (these trim) and `trainable` (the number of trained values; its shares are of all base
+            parameters). A latency is a share of the untrimmed model's, or a time such as `"12ms"`. `None`: 0.5 if the
             model has heads or neurons to trim; otherwise all targeted modules are tuned.
         score: How the units are ranked: `"fisher"`, `"taylor"`, `"mask"`, `"movement"`, `"magnitude"` or `"random"`.
             The first four need `calibration`; without it they fall back to `"magnitude"` with a warning.
@@ -113,6 +115,10 @@ class SensiConfig(_InputAttributes, PeftConfig):
             trained or the model has none.
         sequence_length: Number of tokens at which FLOPs are counted. `None`: the mean length of the calibration
             batches, or 128.
+        latency: The [`LatencyTable`] of the device that will run the model, or its path, for the limits `latency` and
+            `decode_latency`; a list of two for both. `None`: if there is such a limit, PyTorch on this machine is
+            measured at the wrap, with one sequence of `sequence_length` tokens. A saved adapter has records of the
+            tables' fingerprints and figures instead.
         multiple_of: The number of kept neurons in each block is a multiple of this.
         min_units: Number of heads and of neurons that each block keeps at least; 0 allows that whole sublayers are
             removed.
@@ -142,7 +148,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
-    budget: float | dict[str, float] | None = field(default=None)
+    budget: float | dict[str, Any] | None = field(default=None)
     score: str = field(default="fisher")
     granularity: str = field(default="unit")
     update: str | None = field(default=None)
@@ -162,6 +168,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     priming_optimizer: str = field(default="adamw")
     refit: bool | None = field(default=None)
     sequence_length: int | None = field(default=None)
+    latency: Any = field(default=None)
     multiple_of: int = field(default=8)
     min_units: int = field(default=1)
     widths: str = field(default="free")
@@ -215,6 +222,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         if self.plan is not None:
             check_plan_dict(self.plan)
             self.update = self.update or "dense"  # the plan was made for units
+        read_latency(self)
         self.layouts()
 
     @property
@@ -323,6 +331,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     from_file = False
     file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None  # type: Any
+    tables = {}  # type: Any  # the latency tables by the limit's name, in a process that has them
     # Says which adapter the config describes; a copy of the config has the same. `None` before the wrap.
     adapter_id = None  # type: Any
 

@@ -21,7 +21,8 @@ from ..layers.functional import Pair
 from ..layers.layer import layers_of
 from ..layers.slices import positions_in
 from ..planning.allocate import make_plan
-from ..planning.budget import Budget, allowance
+from ..planning.budget import TIMES, Budget, allowance
+from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..scoring.calibration import LossFn, preserved
@@ -32,6 +33,7 @@ from ..utils.states import TRIMMED
 from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
+from .predictions import read_latency
 from .slicing import config_after, trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
@@ -52,6 +54,7 @@ def close_units(
     open unit does, so that the budget is used up. The output projections are refitted to the model before the cut
     (see `planning.refit`).
     """
+    read_latency(config)
     targets = targets_of(root, config)
     anatomy = anatomy_of(root, config, targets)
     gates = gates_of(root, adapter_name)
@@ -67,12 +70,13 @@ def close_units(
     plan = make_plan(
         anatomy,
         {name: _open_first(value.numpy(), opened.get(name)) for name, value in scores.values.items()},
-        _on_the_way(config.limits, anatomy, length, progress),
+        _on_the_way(config, anatomy, length, progress),
         targets=targets,
         protected={name: mask.numpy() & opened.get(name, True) for name, mask in scores.protected.items()},
         available=opened if progress < 1 else None,
         sequence_length=length,
         **config.width_options,
+        latency=config.tables,
     )
     changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
     distributed.gather("cutting")
@@ -185,15 +189,15 @@ def recounted(root: nn.Module, config: SensiConfig, before: Plan, after: Plan) -
     """The plan `after`, which trims more units than `before`, with the trained values counted again."""
     saved_values = before.always_trained - trained_beside_units(root, config, before)
     values = trained_beside_units(root, config_after(config, after), after)
-    return replace(after, always_trained=saved_values + values)
+    # Latencies are predicted again when the config gets this plan.
+    return replace(after, always_trained=saved_values + values, latency={})
 
 
-def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
-    """Limits as counts: the whole prunable part at progress 0, the budget at progress 1."""
-    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(sequence_length)}
-    counts = {}
-    for name, whole in wholes.items():
-        if (limit := getattr(limits, name)) is not None:
-            goal = min(whole, allowance(limit, whole))
-            counts[name] = goal if progress >= 1 else max(goal, int(whole - progress * (whole - goal)))
+def _on_the_way(config: SensiConfig, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
+    """Limits as counts (for latencies: times): the whole model at progress 0, the budget at progress 1."""
+    counts: dict[str, Any] = {}
+    for name, cost in costs_of(config.limits, anatomy, sequence_length, config.tables).items():
+        goal = min(cost.whole, allowance(getattr(config.limits, name), cost.whole))
+        count = goal if progress >= 1 else max(goal, int(cost.whole - progress * (cost.whole - goal)))
+        counts[name] = f"{count}ns" if name in TIMES else count
     return Budget(**counts)

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from ..utils.errors import SensiError
 from .admission import check_plain, check_saved, head_to_save, is_partly_frozen, leave_frozen, warn_of_frozen_linears
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
+from .predictions import measure_missing, note_latency
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
 from .targets import (
     also_saved,
@@ -110,6 +111,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         check_plain(model, decision.slices)
     else:
         with others_disabled(model), preserved(model):
+            measure_missing(model, config)
             make = partial(decide, model, config, inputs, anatomy, targets, saved_values)
             if distributed.world_size() == 1:
                 decision = make()
@@ -120,6 +122,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
                 fit_rank(model, config, plan, saved_values)  # a process without weights has not decided
                 decision = replace(decision, plan=plan, slices=slices_of(model, config, plan))
         config.plan = decision.plan.to_dict()
+        note_latency(config, decision.plan)
         logger.info("%s", decision.plan.line())
     if not decision.slices:
         raise SensiError(
@@ -226,6 +229,7 @@ def decide(
         retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),
         tuned_layers=config.tuned_layers,
+        latency=config.tables,
     )
     fit_rank(model, config, plan, saved_values)
     # The plan is known now, so what is trained beside its units can be counted exactly.
@@ -258,7 +262,7 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
         warnings.warn(message, stacklevel=2)
     if config.phase == "cut":
         return Budget()  # the cuts come during training
-    if limits.trainable is None and limits.params in (None, 1) and limits.flops in (None, 1):
+    if limits.trainable is None and all(limit in (None, 1) for limit in asdict(limits).values()):
         return Budget()  # everything stays and is tuned, so nothing needs to be scored
     return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,8 @@ class AdapterOperations:
         """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
         self._check_name(adapter_name)
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
-        return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
+        plan = Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
+        return replace(plan, latency=config.latency or {})
 
     def explain(self, adapter_name: str = "default") -> str:
         """A table of the plan's groups, sorted by their scores. Raises `SensiError` if no scores are known."""
@@ -50,13 +52,14 @@ class AdapterOperations:
 
     def trim(
         self,
-        budget: float | int | Mapping[str, float | int],
+        budget: float | int | Mapping[str, Any],
         calibration: Iterable[Mapping[str, Any]] | None = None,
         adapter_name: str = "default",
         *,
         loss_fn: LossFn | None = None,
         score: str | None = None,
         refit: bool | None = None,
+        latency: Any = None,
     ) -> Plan:
         """Trims an adapter that has been trained, and keeps what it has learned.
 
@@ -72,8 +75,9 @@ class AdapterOperations:
         this, each with its own batches; all remove the same units.
 
         Args:
-            budget: Limits on `params` or `flops`, as in `SensiConfig`. Shares are of the base model's heads and
-                neurons, so `trim(0.5)` and then `trim(0.25)` keeps a quarter of the base.
+            budget: Limits on `params`, `flops`, `latency` or `decode_latency`, as in `SensiConfig`. Shares are of the
+                base model's heads and neurons (or of its latency), so `trim(0.5)` and then `trim(0.25)` keeps a
+                quarter of the base.
             calibration: Batches with labels, for the scores and the refit. Without them the score falls back to
                 magnitude with a warning, and nothing is refitted.
             adapter_name: The adapter, which must be the only active one.
@@ -81,6 +85,8 @@ class AdapterOperations:
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
                 `"fisher"` if that one is learned while priming.
             refit: Whether output projections are refitted. Default: as in `SensiConfig`.
+            latency: The latency tables for such limits, as in `SensiConfig`. Default: those that the adapter's config
+                got in this process. Nothing is measured on the spot: a missing table is an error.
 
         Returns:
             The new plan.
@@ -97,7 +103,7 @@ class AdapterOperations:
             raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
         inputs = RunInputs(calibration, None, loss_fn)
         config = self.peft_config[adapter_name]
-        trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit)
+        trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit, latency)
         self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
         return self.plan(adapter_name)
 

@@ -40,6 +40,7 @@ from ..utils.errors import SensiError
 from .carry import obstacle
 from .config import SensiConfig
 from .cuts import close_units, open_units
+from .predictions import exceeds
 from .slicing import config_after, slices_of
 from .wrapping import root_of, shrink
 
@@ -177,7 +178,7 @@ class Schedule:
             self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
             plan = open_units(root_of(self.model), self.config, self.adapter_name)
-            if plan.exceeds(self.config.limits):
+            if exceeds(plan, self.config):
                 self._warn("units are cut")
                 self._close(1.0)
                 plan = open_units(root_of(self.model), self.config, self.adapter_name)

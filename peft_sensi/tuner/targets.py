@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -82,7 +83,8 @@ def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -
 def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
     """The plan that a config holds in packed form. Raises `SensiLoadError` if it does not fit this model."""
     targets = targets_of(model, config)
-    return Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
+    plan = Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
+    return replace(plan, latency=config.latency or {})
 
 
 def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str], anatomy: Anatomy) -> None:

@@ -36,6 +36,7 @@ from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
+from .predictions import read_latency
 from .targets import anatomy_of
 from .wrapping import shrink
 
@@ -65,19 +66,27 @@ def trim_adapter(
     inputs: RunInputs,
     score: str | None,
     refits: bool | None,
+    latency: Any = None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    # A wrong call in one process is an error in all of them.
-    with distributed.synchronized("trimming"):
-        limits = _check(root, config, adapter_name, before, budget, score)
-        if refits and inputs.calibration is None:
-            raise SensiError(
-                "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
-            )
-        default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
-        options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
-        trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
-    shrink(root, config, adapter_name, trim.plan, trim.refitted)
+    settings = config.latency, config.tables
+    try:
+        # A wrong call in one process is an error in all of them.
+        with distributed.synchronized("trimming"):
+            limits = _check(root, config, adapter_name, before, budget, score)
+            config.latency = config.latency if latency is None else latency
+            read_latency(config)
+            if refits and inputs.calibration is None:
+                raise SensiError(
+                    "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
+                )
+            default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
+            options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
+            trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
+        shrink(root, config, adapter_name, trim.plan, trim.refitted)
+    except BaseException:
+        config.latency, config.tables = settings
+        raise
     given = asdict(limits) | {"trainable": config.limits.trainable}
     config.budget = {name: limit for name, limit in given.items() if limit is not None}
     return trim
@@ -90,8 +99,8 @@ def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget
         raise nothing_to_trim(root)
     if limits.trainable is not None or not limits.trims:
         raise SensiError(
-            "`trim()` removes units under limits on `params` or `flops`. It cannot change how many values are "
-            "trained: leave the `trainable` limit out."
+            "`trim()` removes units under limits on `params`, `flops` or latencies. It cannot change how many values "
+            "are trained: leave the `trainable` limit out."
         )
     if score not in (None, *METHODS):
         raise SensiError(f"`score` must be one of fisher, taylor, magnitude and random, got {score!r}.")
@@ -159,6 +168,7 @@ def _decide(
                     targets=before.targets,
                     available=kept,
                     sequence_length=config.sequence_length or scores.sequence_length or before.sequence_length,
+                    latency=config.tables,
                     **config.width_options,
                 )
                 after = after.without(wanted.trimmed_units)

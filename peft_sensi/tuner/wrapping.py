@@ -31,6 +31,7 @@ from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
 from .carry import Before, carry_over
 from .config import SensiConfig
+from .predictions import exceeds, note_latency
 from .slicing import Slices, config_after, slices_of
 from .stale import mark_stale
 from .targets import plan_of
@@ -141,9 +142,10 @@ def replanned(
         found = plan_of(root, config)
         if gated and config.past_cuts is not None:  # from before the cut
             config.schedule, config.past_cuts = config.past_cuts, None
-        elif not gated and config.phase == "cut" and not found.exceeds(config.limits):  # from after the cut
+        elif not gated and config.phase == "cut" and not exceeds(found, config):  # from after the cut
             config.past_cuts = config.schedule
             _follow(config, config_after(config, found))
+        note_latency(config, found)
         _rebuild(root, config, adapter_name, slices_of(root, config, found))
         yield
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
@@ -166,6 +168,7 @@ def shrink(
     root = root_of(model)
     with _rebuilding(root, config, adapter_name) as before:
         _follow(config, config_after(config, plan))
+        note_latency(config, plan)
         _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
         if optimizer is not None:
             carry_over(optimizer, before, layers_of(root, adapter_name), adapter_name)
@@ -174,7 +177,7 @@ def shrink(
 def _follow(config: SensiConfig, other: SensiConfig) -> None:
     """Takes the fields that say what an adapter consists of from another config."""
     config.plan, config.schedule, config.also_train = other.plan, other.schedule, other.also_train
-    config.past_cuts = other.past_cuts
+    config.past_cuts, config.latency = other.past_cuts, other.latency
 
 
 def _rebuild(

@@ -1,5 +1,8 @@
 """The errors of this package. They are also `ValueError`s, which PEFT raises for bad input."""
 
+# The packages without which only `peft-sensi measure FOLDER` works (see `cli.device`).
+TRAINING_STACK = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "scipy", "tqdm")
+
 
 class SensiError(ValueError):
     """A request cannot be carried out. The message says why, and what to do instead."""

@@ -1,6 +1,9 @@
 """Access to files: opens safetensors files, reads JSON, and replaces files atomically.
 
 Every error names the file. An incomplete file is an error; no part of it is used.
+
+PyTorch, safetensors and the Hub library are imported inside functions: a device that only measures latencies (see
+`merging.latency_graphs`) reads and writes JSON without them.
 """
 
 from __future__ import annotations
@@ -11,22 +14,20 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import SensiError, SensiLoadError
 
 
-Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+if TYPE_CHECKING:
+    import torch
+
+
+Spec: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"  # shape and dtype of a tensor
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
 
@@ -43,7 +44,10 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
         write(str(temporary))
         flush(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # By its name, because safetensors may not be installed where this runs.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
         raise SensiError(f"{path} could not be written ({error}). Nothing was changed.") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -86,6 +90,8 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     Raises `FileNotFoundError`, or `SensiLoadError` if the file is damaged or an error in the caller's block shows that
     a tensor cannot be read.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -103,12 +109,14 @@ def read_specs(path: str | os.PathLike, file: Any) -> dict[str, Spec]:
 
     Raises `SensiLoadError` if a tensor has a dtype that no adapter uses.
     """
+    import torch
+
     specs = {}
     for key in file.keys():
         part = file.get_slice(key)
         if part.get_dtype() not in _DTYPES:
             raise SensiLoadError(f"{path}: {key!r} has the dtype {part.get_dtype()}, expected one of {list(_DTYPES)}.")
-        specs[key] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+        specs[key] = (tuple(part.get_shape()), getattr(torch, _DTYPES[part.get_dtype()]))
     return specs
 
 
@@ -149,6 +157,10 @@ def find_weights(place: str | os.PathLike, subfolder: str | None, hub: Mapping[s
         `None` if there are no weights, or if the repository cannot be reached (PEFT then raises its own error). If
         there is only a pickle, which PEFT would load instead, a `SensiLoadError` is raised.
     """
+    from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
     folder = os.path.join(place, subfolder or "")
     if os.path.isdir(folder):
         if os.path.exists(path := os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):

@@ -1,0 +1,192 @@
+"""Plans by measured latency: does the merged model keep the promise, and is it better than a plan by FLOPs?
+
+    python examples/benchmarks/latency.py promise --minilm FOLDER --twelve FOLDER --page docs/latency.md
+    python examples/benchmarks/latency.py accuracy --model minilm=FOLDER --data FOLDER --picture docs/latency.png
+
+`promise` measures a table for each model, runtime, batch size and number of threads, plans for each share of the
+untrimmed latency (with random scores: the time does not depend on which units are kept), merges, and times the merged
+model and the base in turns. DistilBERT and the small Llama have random weights. `accuracy` trains each task under
+limits on `params`, `flops` and `latency`, and models with fewer layers, times the merged models, and draws accuracy
+over measured latency. Every result is a JSON file of its own, and finished ones are not repeated. `--quick` checks
+that everything runs, with a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from learn_first import FAST_RATE, Rows, Seed
+from pages import write_part
+from peft import get_peft_model
+from plots import plot_budgets
+from tables import read_results
+from tasks import TASKS, load_task
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    LlamaConfig,
+)
+
+from peft_sensi import LatencyTable, SensiConfig, measure_latency
+from peft_sensi.merging.latency import check_prediction, compare_latency
+
+from common import write_json
+
+
+RESULTS = Path(__file__).resolve().parent / "results" / "latency"
+SMALL_LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+               "num_key_value_heads": 4, "vocab_size": 8000}  # fmt: skip
+TINY = {"dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 4, "vocab_size": 100}
+
+
+def build(name: str, options: argparse.Namespace) -> nn.Module:
+    """A base model in evaluation mode."""
+    torch.manual_seed(0)
+    if name in ("minilm", "twelve"):
+        return AutoModelForSequenceClassification.from_pretrained(getattr(options, name), num_labels=2).float().eval()
+    if name == "llama":
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_LLAMA)).eval()
+    config = DistilBertConfig(**(TINY if name == "tiny" else {}), num_labels=2)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def promise(options: argparse.Namespace) -> None:
+    for name, runtime, size, threads in itertools.product(
+        options.models, options.runtimes, options.batches, options.threads
+    ):
+        base, key = None, f"{name}-{runtime}-batch{size}-threads{threads}"
+        where = {"batch_size": size, "sequence_length": options.length, "runtime": runtime, "threads": threads}
+        for share in options.shares:
+            path = options.results / "promise" / f"{key}-{share}.json"
+            if path.exists():
+                continue
+            base = build(name, options) if base is None else base
+            file = options.results / "tables" / f"{key}.json"
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                measure_latency(base, rounds=options.rounds, **where).save(file)
+            table = LatencyTable.load(file)
+            config = SensiConfig(budget={"latency": share}, latency=table, score="random", min_units=0)
+            record = {"model": name, "limit": share, **where}
+            model = get_peft_model(copy.deepcopy(base), config)
+            predicted = model.peft_config["default"].latency["latency"]
+            merged = model.merge_and_unload().eval()
+            found = check_prediction(merged, base, predicted, options.rounds)
+            over = found["measured_share"] / share - 1
+            write_json(path, {**record, **found, "over": over})
+            print(key, share, f"off {found['off']:+.1%}, over the limit {over:+.1%}", flush=True)
+
+
+def promise_table(results: Path) -> str:
+    records = read_results(results / "promise")
+    header = ["model", "runtime", "batch", "threads", "limit", "predicted", "measured", "off", "over the limit"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * 2 + "| ---: " * 7 + "|"]
+    for r in records:
+        shares = [f"{r[name]:.1%}" for name in ("limit", "predicted_share", "measured_share")]
+        cells = [
+            r["model"],
+            r["runtime"],
+            r["batch_size"],
+            r["threads"],
+            *shares,
+            f"{r['off']:+.1%}",
+            f"{r['over']:+.1%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if records:
+        worst, most = max(abs(r["off"]) for r in records), max(r["over"] for r in records)
+        lines += ["", f"Of {len(records)} models, the prediction is off by at most {worst:.1%}, and the limit is "
+                      f"exceeded by at most {most:.1%} (negative: it is never reached)."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def accuracy(options: argparse.Namespace) -> None:
+    name, _, folder = options.model.partition("=")
+    where = {"batch_size": 1, "sequence_length": options.length, "runtime": options.runtimes[0], "threads": 1}
+    for seed, task in itertools.product(options.seeds, options.tasks):
+        common = {"model": name, "task": task, "seed": seed}
+        data = load_task(TASKS[task], options.data, folder, seed)
+        run = Seed(Rows(options.results / "accuracy", common, data), folder, False)
+        file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
+        for method, share in itertools.product((*("params", "flops", "latency"), "layers"), options.shares):
+            path = run.rows.path(row := f"{method} {share}")
+            if path.exists():
+                continue
+            base = run.base().eval()
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                measure_latency(base, rounds=options.rounds, **where).save(file)
+            whole = copy.deepcopy(base)
+            if method == "layers":
+                model, seconds = run.wrapped(fewer_layers(base, share), budget=1.0)
+            else:
+                table = LatencyTable.load(file)
+                model, seconds = run.wrapped(base, budget={method: share}, latency=table, min_units=0)
+            run.rows.add(row, model, seconds + run.fit(model, run.epochs, FAST_RATE))
+            merged_ms, base_ms = compare_latency(
+                model.merge_and_unload().eval(), whole, rounds=options.rounds, **where
+            )
+            record = json.loads(path.read_text())
+            write_json(path, {**record, "method": method, "limit": share, "latency": merged_ms / base_ms})
+
+
+def fewer_layers(model: Any, share: float) -> nn.Module:
+    """The model with the first layers only, `share` of them, rounded."""
+    stack = next(
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers
+    )
+    count = max(1, round(share * len(stack)))
+    del stack[count:]
+    model.config.num_hidden_layers = count
+    return model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    first, second = commands.add_parser("promise"), commands.add_parser("accuracy")
+    for command in (first, second):
+        command.add_argument("--results", type=Path, default=RESULTS)
+        command.add_argument("--length", type=int, default=128, help="tokens of each sequence")
+        command.add_argument("--rounds", type=int, default=7)
+        command.add_argument("--runtimes", nargs="+", default=["torch", "onnxruntime"])
+        command.add_argument("--shares", nargs="+", type=float, default=[0.75, 0.5, 0.35])
+    first.add_argument("--minilm", help="the folder of all-MiniLM-L6-v2")
+    first.add_argument("--twelve", help="the folder of a model with 12 layers")
+    first.add_argument("--models", nargs="+", default=["minilm", "twelve", "distilbert", "llama"])
+    first.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    first.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    first.add_argument("--page", type=Path, help="page with the markers `latency: begin` and `end`")
+    first.add_argument("--quick", action="store_true", help="check that everything runs, with a tiny model")
+    second.add_argument("--model", required=True, help="NAME=FOLDER")
+    second.add_argument("--data", type=Path, required=True, help="the folders that `quality.py` describes")
+    second.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "wnut17"])
+    second.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    second.add_argument("--picture", type=Path, help="accuracy over measured latency; .png, .svg or .pdf")
+    options = parser.parse_args(arguments)
+    if options.command == "accuracy":
+        accuracy(options)
+        if options.picture is not None:
+            records = [{**r, "latency": round(r["latency"], 2)} for r in read_results(options.results / "accuracy")]
+            plot_budgets(records, options.picture, x="latency", y="dev", xlabel="share of the base's measured latency")
+        return
+    if options.quick:
+        options.models, options.batches, options.threads, options.shares = ["tiny"], [1], [1], [0.9]
+        options.length = 16
+    promise(options)
+    text = promise_table(options.results)
+    print(text)
+    if options.page is not None:
+        write_part(options.page, "latency", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What is measured for a latency table, and the table that follows from the measured times. Needs NumPy only.
+
+Each kind of sublayer is measured inside the whole model: all sublayers of the kind keep the same number of units, and
+all others stay whole. A sublayer that runs alone would find its weights in the processor's cache, and the times would
+be too short. The difference from the whole model, divided by the number of sublayers, is the time that one saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..utils.errors import SensiError
+from ..utils.timing import Timing
+from .latency import LatencyTable, SublayerTimes, shape_of
+
+
+if TYPE_CHECKING:
+    from .units import Anatomy
+
+
+STEPS = 8  # measured numbers of units above zero
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Sublayers of one shape, and the numbers of kept units to measure, ascending; the last one is `units`."""
+
+    shape: str
+    groups: int
+    units: int
+    counts: tuple[int, ...]
+
+
+def kinds_of(anatomy: Anatomy) -> list[Kind]:
+    """The kinds of sublayers of a model that can be trimmed, in the order in which they first occur.
+
+    Heads are measured one by one if there are few of them. Neurons are measured at multiples of an eighth, rounded to
+    multiples of 8.
+    """
+    kinds: dict[str, Kind] = {}
+    for group in anatomy.trimmable:
+        if group.repeats:  # cross-attention of a decoder that is used alone never runs
+            shape, before = shape_of(group), kinds.get(shape_of(group))
+            step = 8 if group.kind == "neuron" and group.size >= 64 else 1
+            points = np.rint(np.linspace(0, group.size, STEPS + 1) / step) * step
+            counts = np.unique(np.append(np.clip(points, group.least, group.size), group.size)).astype(int).tolist()
+            kinds[shape] = Kind(shape, 1 + (before.groups if before else 0), group.size, tuple(counts))
+    return list(kinds.values())
+
+
+def point_name(kind: Kind, count: int) -> str:
+    """A name for the model in which all sublayers of this kind keep this number of units."""
+    return f"{kind.shape}: {count}"
+
+
+def table_from(
+    kinds: list[Kind], whole: Timing, points: Mapping[str, Timing], described: Mapping[str, Any]
+) -> LatencyTable:
+    """The table of measured times. `described` has the other fields of `LatencyTable`.
+
+    Raises `SensiError` if the times are nonsense: sublayers that take longer than the whole model.
+    """
+    sublayers = []
+    for kind in kinds:
+        measured = [points[point_name(kind, count)] for count in kind.counts[:-1]] + [whole]
+        # The whole model was timed far more often than each variant.
+        weights = np.array([1.0] * (len(measured) - 1) + [len(measured)])
+        seconds = monotone(np.array([timing.seconds for timing in measured]), weights)
+        ms = (seconds - seconds[0]) * 1e3 / kind.groups
+        spread = [timing.spread * 1e3 / kind.groups for timing in measured]
+        columns = (tuple(round(float(v), 6) for v in column) for column in (ms, spread))
+        sublayers.append(SublayerTimes(kind.shape, kind.groups, kind.units, kind.counts, *columns))
+    rest = whole.seconds * 1e3 - sum(kind.groups * kind.ms[-1] for kind in sublayers)
+    if rest <= 0:
+        raise SensiError(
+            "The measured times are nonsense: the sublayers take longer than the whole model. Stop other programs and "
+            "measure again, with more `rounds`."
+        )
+    values = {**described, "rest_ms": round(rest, 6), "rest_spread_ms": round(whole.spread * 1e3, 6)}
+    return LatencyTable(**values, sublayers=tuple(sublayers))
+
+
+def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The never falling sequence with the smallest weighted sum of squared differences from `values`, both `[n]`.
+
+    Pool adjacent violators (Ayer et al. 1955): values that fall are replaced by their weighted mean. SciPy has this
+    since version 1.12, but devices that measure need not have SciPy.
+    """
+    blocks: list[list[float]] = []  # mean, weight and length of each run of equal results
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        blocks.append([value, weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, wa, na), (b, wb, nb) = blocks[-2:]
+            blocks[-2:] = [[(a * wa + b * wb) / (wa + wb), wa + wb, na + nb]]
+    return np.repeat([mean for mean, _, _ in blocks], [int(length) for _, _, length in blocks])

@@ -1,0 +1,174 @@
+"""Measures a latency table of a PyTorch model, on the device where the model is."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version as version_of
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..anatomy.build import build_anatomy, nothing_to_trim
+from ..anatomy.latency import LatencyTable, shape_of
+from ..anatomy.latency_points import kinds_of, point_name, table_from
+from ..anatomy.units import Anatomy
+from ..utils.errors import SensiError
+from ..utils.timing import Run, clock_for, processor_name, time_variants
+from .plan import Plan
+from .trimmed import trimmed
+
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+def measure_torch(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    threads: int | None = None,
+    decode: bool = False,
+    inputs: Inputs | None = None,
+    rounds: int = 7,
+    blocks: Any = None,
+) -> LatencyTable:
+    """The latency table of a model in PyTorch; see `merging.latency.measure_latency`. The model stays as it is."""
+    anatomy = measurable(model, blocks)
+    whole, small, kinds = shared_copy(model), shared_copy(model), kinds_of(anatomy)
+    device = next(model.parameters()).device
+    with number_of_threads(threads) as threads:
+        start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
+
+        @contextmanager
+        def variant(shape: str, count: int) -> Iterator[Run]:
+            plan = plan_keeping(anatomy, {shape: count})
+            with trimmed(small, plan, anatomy.trimmable):
+                yield start(small)
+
+        points = {point_name(k, count): partial(variant, k.shape, count) for k in kinds for count in k.counts[:-1]}
+        reference, timings = time_variants(start(whole), points, clock_for(threads, device.type), rounds)
+    described = {
+        "phase": "decode" if decode else "prefill",
+        "model": model_name(model),
+        "device": device_name(device),
+        "runtime": "torch",
+        "versions": {name: version_of(name) for name in ("torch", "transformers")},
+        "threads": threads,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+    }
+    return table_from(kinds, reference, timings, described)
+
+
+def measurable(model: nn.Module, blocks: Any = None) -> Anatomy:
+    """The units of a model that can be measured. Raises `AnatomyError` if it has no heads or neurons to trim."""
+    anatomy = build_anatomy(model, (), blocks)
+    if not anatomy.trimmable:
+        raise nothing_to_trim(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SensiError("The model has no weights (it is on the meta device), so it cannot be measured: load it.")
+    return anatomy
+
+
+def plan_keeping(anatomy: Anatomy, counts: Mapping[str, int]) -> Plan:
+    """A plan in which the sublayers of these kinds (by `shape_of`) keep so many of their first units."""
+    states = []
+    for group in anatomy.groups:
+        kept = max(group.least, counts.get(shape_of(group), group.size)) if group.trimmable else group.size
+        states.append((np.arange(group.size) < kept).astype(np.uint8).tobytes())
+    return Plan(anatomy, tuple(states), frozenset(), 1)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules in evaluation mode that shares all tensors with the model, so it needs no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def example_inputs(model: nn.Module, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch of this shape: random token ids with a mask, or a random image. Raises `SensiError` for other inputs."""
+    config: Any = model.config
+    accepted = inspect.signature(model.forward).parameters
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    if "input_ids" in accepted:
+        vocabulary = config.get_text_config().vocab_size
+        ids = torch.randint(0, vocabulary, (batch_size, length), generator=generator)
+        if (pad := getattr(config.get_text_config(), "pad_token_id", None)) is not None:
+            ids = ids.masked_fill(ids == pad, (pad + 1) % vocabulary)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = ids
+    elif "pixel_values" in accepted:
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        batch = {"pixel_values": torch.randn(batch_size, config.num_channels, *size, generator=generator)}
+    else:
+        raise SensiError(f"{type(model).__name__} takes neither token ids nor images: give a batch as `inputs`.")
+    return {name: value.to(device) for name, value in batch.items() if name in accepted}
+
+
+def start_run(
+    model: nn.Module, *, batch_size: int, length: int, decode: bool, inputs: Inputs | None = None
+) -> Callable[[], object]:
+    """A function that runs the model once: on a batch, or (`decode`) on the next token after `length` cached ones.
+
+    Raises `SensiError` if the model cannot run it.
+    """
+    batch: dict[str, Any] = dict(example_inputs(model, batch_size, length) if inputs is None else inputs)
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1  # as `generate` does
+    device = next(model.parameters()).device
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else None
+    cache: Any = None
+    try:
+        with torch.inference_mode():
+            if decode:
+                cache = model(**batch, **options, use_cache=True).past_key_values
+                batch = {
+                    "input_ids": batch["input_ids"][:, -1:],
+                    "attention_mask": torch.ones(batch_size, length + 1, dtype=torch.long, device=device),
+                }
+
+        @torch.inference_mode()
+        def run() -> None:
+            if cache is None:
+                model(**batch, **options)
+            else:
+                model(**batch, **options, past_key_values=cache, use_cache=True)
+                cache.crop(-1)  # the next run starts from the same cache
+            if synchronize is not None:
+                synchronize()
+
+        run()
+    except Exception as error:  # of any class: the model's own code
+        what = f"a step after {length} cached tokens" if decode else f"a batch of {batch_size} x {length}"
+        reason = str(error).strip().partition("\n")[0]
+        raise SensiError(f"{type(model).__name__} cannot run {what}: {type(error).__name__}: {reason}") from error
+    return run
+
+
+@contextmanager
+def number_of_threads(threads: int | None) -> Iterator[int]:
+    """Inside the block PyTorch uses this number of threads; `None`: as many as before."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        yield threads or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def model_name(model: nn.Module) -> str:
+    """The model's type as its config names it, else its class."""
+    return getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

@@ -1,0 +1,86 @@
+"""The latency tables of a config, which no file holds, and the records of what they predict, which adapters keep."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..anatomy.latency import LatencyTable, check_records
+from ..planning.budget import TIMES, allowance
+from ..planning.costs import costs_of, tables_by_limit
+from ..planning.measuring import measure_torch
+from ..planning.plan import Plan
+from ..utils import distributed
+from ..utils.errors import SensiError
+
+
+def read_latency(config: Any) -> None:
+    """Replaces tables and paths in `config.latency` by records, and keeps the tables as `config.tables`.
+
+    Records survive JSON. A file may hold records only, because it must not choose which other files are read.
+    """
+    given = config.latency
+    if given is None:
+        return
+    if config.from_file or (isinstance(given, Mapping) and not _are_tables(given)):
+        check_records(given)
+    else:
+        config.tables = tables_by_limit(given)
+        config.latency = {name: table.record(table.whole) for name, table in config.tables.items()} or None
+
+
+def _are_tables(given: Mapping[str, Any]) -> bool:
+    return bool(given) and all(isinstance(table, LatencyTable) for table in given.values())
+
+
+def note_latency(config: Any, plan: Plan) -> None:
+    """Records what the config's tables predict for its new plan.
+
+    Without the tables the old records are removed, with a warning, because they say nothing about this plan.
+    """
+    if config.latency is not None and not config.tables:
+        warnings.warn(
+            "The adapter's latency table is not known here, so the latency of its new plan is not predicted. Set "
+            "`latency` of its config to the table before the plan changes.",
+            stacklevel=2,
+        )
+    config.latency = {name: dict(r) for name, r in plan.predicted(config.tables).latency.items()} or None
+
+
+def exceeds(plan: Plan, config: Any) -> bool:
+    """Whether the plan keeps more than the config's limits allow."""
+    read_latency(config)  # the user may have given a table to an adapter from a file
+    kept = {group: int((~plan.trimmed_units[group.name]).sum()) for group in plan.anatomy.trimmable}
+    costs = costs_of(config.limits, plan.anatomy, plan.sequence_length, config.tables)
+    return any(cost.kept(kept) > allowance(getattr(config.limits, name), cost.whole) for name, cost in costs.items())
+
+
+def measure_missing(model: nn.Module, config: Any) -> None:
+    """Measures the tables that the config's limits need and that the user has not given: PyTorch, on this machine.
+
+    With several processes, the first one measures for all of them.
+    """
+    for name in TIMES:
+        if getattr(config.limits, name) is None or name in config.tables:
+            continue
+        if name in (config.latency or {}):
+            raise SensiError(
+                f"The config has the figures of a latency table for `{name}`, but not the table: give it as `latency`."
+            )
+        table = None
+        if distributed.rank() == 0:
+            config_of_model: Any = getattr(model, "config", None)
+            text = config_of_model.get_text_config() if config_of_model is not None else None
+            longest = getattr(text, "max_position_embeddings", None) or 128
+            table = measure_torch(
+                model,
+                batch_size=1,
+                sequence_length=config.sequence_length or min(128, longest),
+                decode=name == "decode_latency",
+                blocks=config.layouts(),
+            )
+        table = distributed.broadcast_object(table)
+        config.tables = {**config.tables, name: table}

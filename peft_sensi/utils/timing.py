@@ -1,0 +1,114 @@
+"""Times functions on a machine that may be busy: each one takes turns with a reference, and medians are compared.
+
+Other work slows both of them alike, so their ratio is far steadier than their times. This module needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import SensiError
+
+
+Run = Callable[[], object]
+# A function that prepares a run. The run is used inside the context, which may then free its memory.
+Prepare = Callable[[], AbstractContextManager[Run]]
+Clock = Callable[[], float]
+
+# The largest standard error of a time, as a share of the reference's time.
+LARGEST_ERROR = 0.02
+# A function that is fast is run several times in each round, for this many seconds.
+_SECONDS_PER_ROUND = 0.1
+_FEWEST, _MOST = 2, 200  # runs in each round
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one run: median, half of the interquartile range, and standard error of the median, in seconds."""
+
+    seconds: float
+    spread: float
+    error: float = 0.0
+
+
+def clock_for(threads: int, device: str = "cpu") -> Clock:
+    """The clock for a measurement, in seconds.
+
+    With one thread on a CPU it is the processor time of this thread. It is the same as the elapsed time on an idle
+    machine, and does not count the time in which other programs have the core.
+    """
+    is_fine = time.get_clock_info("thread_time").resolution <= 1e-6  # on Windows it is 16 ms
+    return time.thread_time if threads == 1 and device == "cpu" and is_fine else time.perf_counter
+
+
+def processor_name() -> str:
+    """The name of this machine's processor, or of its board."""
+    for path, key in (("/proc/device-tree/model", ""), ("/proc/cpuinfo", "model name")):
+        try:
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        if lines := [line for line in text.split("\n") if line.startswith(key)]:
+            name = "".join(c for c in lines[0].rpartition(":")[2] if c.isprintable()).strip()
+            return name[:200]
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def time_variants(
+    reference: Run, variants: Mapping[str, Prepare], clock: Clock, rounds: int = 7
+) -> tuple[Timing, dict[str, Timing]]:
+    """Times the reference and each variant. In each round, all variants take their turns with the reference.
+
+    If the results are not precise enough after `rounds` rounds, up to twice as many more follow.
+
+    Returns:
+        The reference's time, and the time of each variant by name, as it would be while the reference takes that time.
+
+    Raises:
+        SensiError: If the machine is too busy for a standard error of at most `LARGEST_ERROR`.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
+    of_reference: list[float] = []
+    worst = math.inf
+    for count in range(1, 3 * rounds + 1):
+        for name, prepare in variants.items():
+            with prepare() as run:
+                run()  # the first run allocates memory and chooses kernels
+                repeats = min(_MOST, max(_FEWEST, math.ceil(_SECONDS_PER_ROUND / max(_time(reference, clock), 1e-9))))
+                for _ in range(repeats):
+                    seconds = _time(reference, clock)
+                    of_reference.append(seconds)
+                    ratios[name].append(_time(run, clock) / max(seconds, 1e-12))
+        if count % rounds == 0:
+            worst = max((_summary(values, 1.0).error for values in ratios.values()), default=0.0)
+            if worst <= LARGEST_ERROR:
+                whole = _summary(of_reference, 1.0)
+                return whole, {name: _summary(values, whole.seconds) for name, values in ratios.items()}
+    raise SensiError(
+        f"The measured times are too noisy: after {3 * rounds} rounds, one has a standard error of {worst:.1%} of the "
+        f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
+        f"measure more `rounds`."
+    )
+
+
+def _time(run: Run, clock: Clock) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _summary(values: list[float], unit: float) -> Timing:
+    """Median, spread and standard error of these values, times `unit`."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    # For a normal distribution, the interquartile range is 1.349 standard deviations, and the standard error of a
+    # median 1.2533 times that of a mean.
+    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))
+    return Timing(float(median) * unit, float(high - low) / 2 * unit, float(error) * unit)

@@ -1,0 +1,431 @@
+"""Latency tables: measuring them, their files, and adapters that were planned with them.
+
+No test depends on the machine's speed: the clock counts the multiplications of Linears, so times are known exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from peft_sensi import (
+    BudgetError,
+    LatencyTable,
+    Schedule,
+    SensiConfig,
+    SensiError,
+    SensiLoadError,
+    build_anatomy,
+    export_graphs,
+    measure_latency,
+)
+from peft_sensi.anatomy.latency_points import kinds_of, monotone
+from peft_sensi.cli.commands import app
+from peft_sensi.merging import latency as merging_latency
+from peft_sensi.merging import latency_graphs
+from peft_sensi.planning import measuring
+from peft_sensi.reporting.card import write_card
+from peft_sensi.reporting.saved import open_adapter
+from peft_sensi.utils import timing
+from peft_sensi.utils.timing import time_variants
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """A clock that advances by a microsecond a call, and by a nanosecond for each multiplication of a Linear."""
+    now = [0.0]
+
+    def count(module, args, output):
+        if isinstance(module, nn.Linear):
+            now[0] += 1e-9 * output.numel() * module.weight.shape[1]
+
+    def clock() -> float:
+        now[0] += 1e-6
+        return now[0]
+
+    handle = register_module_forward_hook(count)
+    for module in (measuring, merging_latency, latency_graphs):
+        monkeypatch.setattr(module, "clock_for", lambda *args: clock)
+    yield
+    handle.remove()
+
+
+@pytest.fixture
+def table(counting, bert) -> LatencyTable:
+    return measure_latency(bert, batch_size=2, sequence_length=10, threads=1, rounds=1)
+
+
+def test_the_table_has_the_time_of_each_unit(table, bert):
+    anatomy = build_anatomy(bert)
+    assert table.phase == "prefill" and table.runtime == "torch" and table.versions["torch"] == torch.__version__
+    assert (table.batch_size, table.sequence_length, table.threads, table.model) == (2, 10, 1, "bert")
+    for kind, times in zip(kinds_of(anatomy), table.sublayers, strict=True):
+        group = next(g for g in anatomy.groups if times.shape.startswith(g.kind))
+        weights = sum(side.width * side.fan for side in group.sides)
+        assert (times.counts, times.groups, times.units) == (kind.counts, 2, group.size)
+        assert times.counts[0] == 0 and times.counts[-1] == group.size
+        expected = [20 * weights * count / 1e6 for count in times.counts]  # 20 tokens, a nanosecond each
+        np.testing.assert_allclose(times.ms, expected, atol=1e-5)
+        assert max(times.spread_ms) < 1e-5
+    whole = 20 * anatomy.prunable_macs(1) - 20 * 2 * 4 * 2 * 8  # without the products with the attention matrix
+    head = 2 * (32 * 32 + 32 * 3)  # pooler and classifier, for one token of each sequence
+    assert table.whole == pytest.approx(whole + head + 1000, abs=50)
+
+
+def test_measuring_leaves_the_model_as_it_is(counting, bert):
+    before, flags = {n: t.clone() for n, t in bert.state_dict().items()}, bert.train().training
+    shapes = vars(bert.bert.encoder.layer[0].attention.self).copy()
+    measure_latency(bert, sequence_length=10, rounds=1)
+    assert bert.training == flags and all(torch.equal(t, before[n]) for n, t in bert.state_dict().items())
+    assert vars(bert.bert.encoder.layer[0].attention.self).keys() == shapes.keys()
+
+
+def test_a_decoding_step(counting):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    prefill = measure_latency(model, sequence_length=12, rounds=1)
+    step = measure_latency(model, sequence_length=12, rounds=1, decode=True)
+    assert (prefill.limit, step.limit) == ("latency", "decode_latency")
+    for first, second in zip(prefill.sublayers, step.sublayers, strict=True):
+        assert first.counts == second.counts
+        np.testing.assert_allclose(np.array(first.ms), 12 * np.array(second.ms), atol=2e-5)
+    # The first layer tells the cache its length, so it keeps a head and is a kind of its own.
+    kept = [kind for kind in step.sublayers if "never empty" in kind.shape]
+    assert [kind.counts[0] for kind in kept] == [1] and kept[0].groups == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"runtime": "tflite"}, "`runtime` must be"),
+        ({"batch_size": 0}, "`batch_size` must be a positive whole number"),
+        ({"threads": 1.0}, "`threads` must be"),
+        ({"sequence_length": 10_000}, "cannot run a batch of 1 x 10000"),
+        ({"runtime": "onnxruntime", "decode": True}, "leave out `decode`"),
+        ({"decode": True, "sequence_length": 8}, "cannot run a step after 8 cached tokens"),
+    ],
+)
+def test_mistakes_in_arguments(options, message, bert):
+    with pytest.raises(SensiError, match=message):
+        measure_latency(bert, **options)
+
+
+def test_models_that_cannot_be_measured(bert):
+    with pytest.raises(SensiError, match="has an adapter"):
+        measure_latency(wrap(bert))
+    with pytest.raises(SensiError, match="no heads or neurons"):
+        measure_latency(nn.Sequential(nn.Linear(2, 2)))
+
+
+# -- timing -----------------------------------------------------------------------------------------------------------
+
+
+def fake_times(durations, seed=0):
+    """A clock and a function that makes runs: each takes its duration, times the noise that the machine has then."""
+    now, noise = [0.0], random.Random(seed)
+
+    def run(name):
+        load = 1 + noise.expovariate(1.0) * durations.get("noise", 0.0)
+        now[0] += durations[name] * load
+
+    @contextmanager
+    def prepared(name):
+        yield partial(run, name)
+
+    return (lambda: now[0]), run, prepared
+
+
+def test_medians_of_noisy_runs():
+    clock, run, prepared = fake_times({"whole": 0.01, "half": 0.005, "none": 0.001, "noise": 0.2})
+    variants = {name: partial(prepared, name) for name in ("half", "none")}
+    whole, found = time_variants(partial(run, "whole"), variants, clock)
+    assert found["half"].seconds / whole.seconds == pytest.approx(0.5, rel=0.05)
+    assert found["none"].seconds / whole.seconds == pytest.approx(0.1, rel=0.05)
+    assert 0 < found["half"].error < timing.LARGEST_ERROR * whole.seconds and found["half"].spread > 0
+
+
+def test_too_much_noise_is_an_error():
+    clock, run, prepared = fake_times({"whole": 0.1, "half": 0.05, "noise": 5.0})
+    with pytest.raises(SensiError, match="too noisy: after 6 rounds"):
+        time_variants(partial(run, "whole"), {"half": partial(prepared, "half")}, clock, rounds=2)
+
+
+def test_one_thread_is_timed_by_the_processor():
+    assert timing.clock_for(2) is timing.clock_for(1, "cuda")
+    assert timing.clock_for(1) is not timing.clock_for(2)
+    assert timing.processor_name().isprintable()
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [([1, 2, 3], [1, 2, 3]), ([3, 1, 2], [2, 2, 2]), ([1, 3, 2, 4], [1, 2.5, 2.5, 4]), ([2, 2], [2, 2]), ([5], [5])],
+)
+def test_monotone(values, expected):
+    assert monotone(np.array(values, dtype=float), np.ones(len(values))).tolist() == expected
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_survives_its_file(table, tmp_path):
+    table.save(tmp_path / "pi.json")
+    again = LatencyTable.load(tmp_path / "pi.json")
+    assert again == table and again.fingerprint == table.fingerprint and str(again) == str(table)
+    assert (tmp_path / "pi.json").stat().st_size < 5000
+    with pytest.raises(FileNotFoundError):
+        LatencyTable.load(tmp_path / "no.json")
+
+
+def mutations(values):
+    """Copies of a JSON value in which one place has another value or is gone."""
+    others = (
+        None,
+        -1,
+        0,
+        1.5,
+        10**400,
+        float("nan"),
+        float("inf"),
+        True,
+        "",
+        "x" * 2000,
+        "a\nb",
+        [],
+        [1],
+        {},
+        {"a": 1},
+    )
+
+    def places(value, path=()):
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield (*path, key)
+            yield from places(value[key], (*path, key))
+
+    for path in list(places(values)):
+        for other in (*others, "gone"):
+            copied = copy.deepcopy(values)
+            inner = copied
+            for key in path[:-1]:
+                inner = inner[key]
+            if other == "gone":
+                del inner[path[-1]]
+            elif type(other) is type(inner[path[-1]]) and other == inner[path[-1]]:
+                continue
+            else:
+                inner[path[-1]] = other
+            yield path, other, copied
+
+
+def test_damaged_tables_are_refused_or_make_sense(table, tmp_path):
+    accepted = 0
+    for path, other, values in mutations(table.to_dict()):
+        try:
+            found = LatencyTable.from_dict(values)
+        except SensiLoadError:
+            continue
+        accepted += 1
+        # Other figures of the same kind are what a user may write by hand.
+        assert found.whole > 0 and LatencyTable.from_dict(found.to_dict()) == found, (path, other)
+        for kind in found.sublayers:
+            assert list(kind.ms) == sorted(kind.ms) and kind.counts[-1] == kind.units
+    assert accepted < 250
+    for text in ("[]", "{}", "1", '{"format": "peft_sensi.latency.2"}', "[" * 10**5):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(SensiLoadError, match=r"x\.json"):
+            LatencyTable.load(tmp_path / "x.json")
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_remembers_the_figures_and_not_the_table(table, tmp_path):
+    table.save(tmp_path / "pi.json")
+    model = wrap(tiny_model(), budget={"latency": 0.6}, latency=tmp_path / "pi.json")
+    plan = model.base_model.plan()
+    predicted = plan.latency["latency"]["predicted_ms"]
+    assert 0.55 * table.whole_ms < predicted <= 0.6 * table.whole_ms and plan.trims
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    record = json.loads(text)["latency"]["latency"]
+    assert record == table.record(round(predicted * 1e6)) and "sublayers" not in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
+    assert torch.equal(logits(again), logits(model))
+    assert again.base_model.plan() == plan and again.base_model.plan().latency == plan.latency
+    assert "predicted latency" in again.base_model.plan().summary()
+    # Trimmed further, the old figures are wrong: they go with a warning, or a table gives new ones.
+    with pytest.raises(BudgetError, match="needs a latency table"):
+        again.base_model.trim({"latency": 0.5}, tiny_batches())
+    assert again.base_model.plan() == plan and again.base_model.plan().latency == plan.latency
+    trimmed = again.base_model.trim({"latency": 0.5}, tiny_batches(), latency=table)
+    assert trimmed.latency["latency"]["predicted_ms"] <= 0.5 * table.whole_ms
+    assert again.peft_config["default"].budget == {"latency": 0.5}
+    other = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
+    with pytest.warns(UserWarning, match="latency table is not known"):
+        assert not other.base_model.trim(0.3, tiny_batches()).latency
+    assert other.peft_config["default"].latency is None
+
+
+def test_a_table_without_a_limit_only_predicts(table):
+    plain = wrap(tiny_model(), budget=0.5).base_model.plan()
+    told = wrap(tiny_model(), budget=0.5, latency=table).base_model.plan()
+    assert told == plain and not plain.latency and told.latency["latency"]["predicted_ms"] < table.whole_ms
+
+
+def test_without_a_table_this_machine_is_measured(counting):
+    model = wrap(tiny_model(), budget={"latency": 0.5}, sequence_length=9)
+    record = model.base_model.plan().latency["latency"]
+    assert (record["sequence_length"], record["batch_size"], record["runtime"]) == (9, 1, "torch")
+    assert record["predicted_ms"] <= 0.5 * record["whole_ms"]
+
+
+def test_cuts_during_training_meet_the_limit(table):
+    config = {"budget": {"latency": 0.6}, "latency": table, "multiple_of": 8, "keep_base": True}
+    model = wrap(tiny_model(), schedule={"phase": "cut", "start": 0.0, "end": 0.5, "cuts": 2}, **config)
+    schedule = Schedule(model, 4)
+    for step in range(4):
+        schedule.step(None, step)
+        train(model, steps=1)
+    schedule.finish()
+    plan = model.base_model.plan()
+    assert plan.trims and plan.latency["latency"]["predicted_ms"] <= 0.6 * table.whole_ms
+
+
+@pytest.mark.parametrize(
+    "latency",
+    ["/etc/passwd", ["a.json"], {"flops": {}}, {"latency": {}}, {"latency": 3}, {}, 5, {"latency": {"table": "x"}}],
+    ids=repr,
+)
+def test_a_config_file_names_no_other_file(latency, tmp_path):
+    wrap(tiny_model()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latency": latency}))
+    with pytest.raises(SensiLoadError, match="latency"):
+        SensiConfig.from_pretrained(tmp_path)
+
+
+def test_a_record_in_a_file_is_checked(table, tmp_path):
+    record = {"latency": table.record(10)}
+    for path, other, values in mutations(record):
+        if len(path) > 1 and (other == "gone" or other in (None, "a\nb") or isinstance(other, (list, dict))):
+            with pytest.raises(SensiError):
+                SensiConfig(latency=values)
+    assert SensiConfig(latency=record).latency == record
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments) -> dict:
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"], prog_name="peft-sensi")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_command_measures_plans_and_checks(counting, bert, tmp_path):
+    bert.save_pretrained(tmp_path / "base")
+    shape = ("--batch-size", 2, "--sequence-length", 10, "--threads", 1, "--rounds", 1)
+    found = command("measure", tmp_path / "base", *shape, "--out", tmp_path / "pi.json")
+    table = LatencyTable.load(tmp_path / "pi.json")
+    assert table.to_dict() == found
+    limits = ("--latency", "0.6", "--latency-table", tmp_path / "pi.json", "--score", "random")
+    plan = command("plan", tmp_path / "base", *limits)
+    assert plan["budget"] == {"latency": 0.6} and plan["plan"]["latency_share"] <= 0.6
+    model = wrap(tiny_model(), budget={"latency": 0.6}, latency=table)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert command("inspect", tmp_path / "adapter")["latency"]["latency"]["table"] == table.fingerprint
+    checked = command("measure", tmp_path / "adapter", "--against", tmp_path / "base", "--rounds", 1)["latency"]
+    assert abs(checked["off"]) < 0.001 and checked["measured_share"] <= 0.6 * 1.001
+    card = write_card(open_adapter(tmp_path / "adapter"), folder=tmp_path)[0].read_text()
+    assert "| predicted latency | 0.6 | " in card
+    done = CliRunner().invoke(app, ["measure", str(tmp_path / "base"), "--export", str(tmp_path), "--debug"])
+    assert done.exit_code == 1 and "not an empty folder" in " ".join(done.output.split())
+
+
+# -- devices without PyTorch ------------------------------------------------------------------------------------------
+
+LIGHT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import peft_sensi
+from peft_sensi.merging import latency_graphs
+
+ticks = iter(range(10**9))
+latency_graphs.clock_for = lambda *args: lambda: next(ticks)  # each run takes one second
+try:
+    peft_sensi.SensiConfig
+except ImportError as error:
+    assert "needs" in str(error), error
+else:
+    raise AssertionError("SensiConfig without PEFT?")
+from peft_sensi.cli import main
+
+main({arguments!r})
+"""
+HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "scipy", "onnx", "typer",
+         "rich", "sklearn", "tqdm")  # fmt: skip
+
+
+def light(*arguments, blocked=HEAVY) -> subprocess.CompletedProcess:
+    code = LIGHT.format(blocked=blocked, arguments=list(map(str, arguments)))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_a_device_with_onnxruntime_only(bert, tmp_path):
+    export_graphs(bert, tmp_path / "graphs", batch_size=2, sequence_length=10)
+    assert sum(file.stat().st_size for file in (tmp_path / "graphs").iterdir()) < 3_000_000
+    done = light("measure", tmp_path / "graphs", "--threads", 1, "--rounds", 1, "--out", tmp_path / "pi.json")
+    assert done.returncode == 0, done.stderr
+    table = LatencyTable.load(tmp_path / "pi.json")
+    assert table.runtime == "onnxruntime" and table.rest_ms == table.whole_ms == 1000
+    table.check_fits(build_anatomy(bert))
+    assert not (tmp_path / "graphs" / latency_graphs.WEIGHTS).exists()
+    for arguments, message in (
+        (("plan", "x"), "the command needs"),
+        (("measure", tmp_path), "holds no graphs.json"),
+        (("measure", tmp_path / "graphs", "--threads", "0"), "must be at least 1"),
+    ):
+        done = light(*arguments)
+        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+    values = json.loads((tmp_path / "graphs" / "graphs.json").read_text())
+    for path, other, changed in mutations(values):
+        (tmp_path / "graphs" / "graphs.json").write_text(json.dumps(changed))
+        try:
+            latency_graphs.read_graphs(tmp_path / "graphs")
+        except SensiLoadError:
+            continue
+        assert path[0] in ("model", "dtype", "versions", "batch_size", "sequence_length", "weight_bytes", "kinds",
+                           "inputs"), (path, other)  # fmt: skip
+
+
+def test_the_package_is_whole_where_everything_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-c", "import peft, peft_sensi; peft.PeftConfig.from_peft_type(peft_type='SENSI')"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
