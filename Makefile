@@ -3,7 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Without `--no-compile`, pip compiles every file of every package, also the many that nobody imports.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# pip says nothing while it works. A line every few seconds says that the installation goes on, until its shell ends.
+SAY_ALIVE := while sleep 8 >/dev/null && kill -0 $$$$ 2>/dev/null; do echo "still installing ..."; done &
 PINS := pyproject.toml constraints.txt
 
 # Idle threads sleep instead of spinning. On a shared machine, a spinning thread takes a core that another thread needs.
@@ -17,8 +20,9 @@ demo: $(VENV)/.stamp-demo
 
 PYTEST_ARGS ?= -n auto
 
+# No test depends on the wall clock: other work on the machine makes the tests slower, and nothing else.
 test: $(VENV)/.stamp-dev
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --durations 20 $(PYTEST_ARGS)
 
 # Thousands of mutated files, hundreds of kills, every family. This takes an hour on a small machine.
 slow: $(VENV)/.stamp-dev
@@ -48,13 +52,16 @@ $(VENV)/.stamp-lint: $(VENV)/.stamp-python $(PINS)
 # torch is installed first, with its exact version. With a range, pip could choose another build with gigabytes of CUDA libraries.
 # setuptools is installed here too, so that the build backend is pinned and no isolated build environment is needed.
 $(VENV)/.stamp-torch: $(VENV)/.stamp-python $(PINS)
-	$(PIP) setuptools "$$(grep '^torch==' constraints.txt)"
+	@echo "Installing PyTorch ..."
+	@$(SAY_ALIVE) $(PIP) setuptools "$$(grep '^torch==' constraints.txt)"
 	touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-torch
-	$(PIP) --no-build-isolation --editable '.[demo]'
+	@echo "Installing this package and what the demo needs ..."
+	@$(SAY_ALIVE) $(PIP) --no-build-isolation --editable '.[demo]'
 	touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "Installing this package and what its tests need ..."
+	@$(SAY_ALIVE) $(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@

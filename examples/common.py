@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from peft_sensi.cli.textdata import DataError, read_rows
+from peft_sensi.utils.progress import progress_bar
 
 
 METRICS = Path(__file__).resolve().parent / "metrics"
@@ -210,9 +211,11 @@ def flops(model: PreTrainedModel, inputs: int | Mapping[str, torch.Tensor]) -> i
 def all_logits(model: nn.Module, loader: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
     model.eval()
     device = next(model.parameters()).device
-    return torch.cat(
-        [model(**{name: value.to(device) for name, value in batch.items()}).logits for batch in loader]
-    ).cpu()
+    found = [
+        model(**{name: value.to(device) for name, value in batch.items()}).logits
+        for batch in progress_bar(loader, "evaluation")
+    ]
+    return torch.cat(found).cpu()
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -239,20 +242,5 @@ def inference_call(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Calla
     def call() -> object:
         with torch.inference_mode():
             return model(**inputs)
-
-    return call
-
-
-def training_call(model: nn.Module, batch: Mapping[str, torch.Tensor], bf16: bool = True) -> Callable[[], None]:
-    """One optimizer step. It changes the model, so do everything that needs the trained values before it."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-
-    def call() -> None:
-        model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
     return call

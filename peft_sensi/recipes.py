@@ -35,13 +35,13 @@ def sensi_bert(
             beside the weights.
         granularity: `"tensor"` keeps or removes whole sublayers.
         trim: When the model is trimmed: `"after warm-up"` is after the first tenth of the training, `"in cuts"` is in
-            four cuts until the middle of the training, and `"late"` is once, in the middle, when the model has learned
+            four cuts until the middle of the training, and `"late"` is once, after 40 %, when the model has learned
             the task. Late is best for hard tasks.
 
     Raises:
         SensiError: If `trim` is none of these.
     """
-    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4), "late": (0.5, 0.5, 1)}
+    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4), "late": (0.4, 0.4, 1)}
     if trim not in cuts:
         raise SensiError(f"`trim` must be one of {', '.join(cuts)}, got {trim!r}.")
     if (when := cuts[trim]) is not None:
@@ -83,6 +83,7 @@ def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiC
     """
     also_train = ["biases", "norms"]
     if not priming_epochs:
+        kwargs.setdefault("scale", 1.0)  # as in the update with priming, whose rate is that of its dense part
         return SensiConfig(update="low_rank", rank=rank, also_train=also_train, **kwargs)
     # With retention 0 no neuron is tuned, so attention is the dense part.
     schedule = {"phase": "freeze_dense", "epochs": priming_epochs}

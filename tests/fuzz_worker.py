@@ -58,7 +58,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dsee": {"update": "low_rank+sparse", "rank": 2, "sparse": 5, "target_modules": ["query", "value"]},
     "mask": {"update": "mask", "sparsity": 0.3},
     "bfloat16": {"budget": {"flops": 0.6, "trainable": 0.02}},
-    "int8": {"update": "low_rank+sparse", "rank": 2, "sparse": 5, "target_modules": ["query", "value"]},
+    "int8": {"update": "low_rank+sparse", "rank": 2, "scale": 0.5, "sparse": 5, "target_modules": ["query", "value"]},
     "scores": {"update": "mask", "sparsity": 0.3, "target_modules": ["query"]},
     "cuts": {"budget": 0.5, "schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}},
     "blocks": {"budget": 0.5, "blocks": [

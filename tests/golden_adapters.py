@@ -49,6 +49,7 @@ ADAPTERS: dict[str, Callable[[], SensiConfig]] = {
     "trim_and_tune_int8": lambda: SensiConfig(
         budget={"flops": 0.6, "trainable": 0.2}, score="magnitude", task_type="SEQ_CLS", multiple_of=1
     ),
+    "low_rank_scaled": lambda: SensiConfig(update="low_rank", rank=2, scale=0.5, task_type="SEQ_CLS"),
     "dsee_int8": lambda: recipes.dsee(2, 5, support="magnitude", task_type="SEQ_CLS"),
     "without_base": lambda: SensiConfig(
         budget=0.5, score="magnitude", keep_base=False, task_type="SEQ_CLS", multiple_of=1

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from processes import PATIENCE
 from test_examples import encoder  # noqa: F401  (a fixture)
 
 
@@ -26,7 +27,7 @@ def test_speed_in_its_quick_form(tmp_path):
     command = [sys.executable, "examples/benchmarks/speed.py", "--quick", "--device", "cpu", "--output", str(output)]
     command += ["--table", str(page), "--only", "full", "lora_all", "half", "far10_small"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=PATIENCE)
     methods = json.loads(output.read_text())["tiny/fp32/cpu"]["methods"]
     assert not [part for parts in methods.values() for part in parts.values() if "error" in part]
     assert methods["half"].keys() == {"step", "memory", "files", "wrap"}
@@ -37,8 +38,24 @@ def test_speed_in_its_quick_form(tmp_path):
     assert text.startswith("# Before") and text.endswith("after\n") and "old" not in text and "LoRA r=8" in text
     # In a second run, everything is already done.
     before = output.read_text()
-    again = subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100, capture_output=True, text=True)
+    options = {"cwd": ROOT, "env": environment, "check": True, "timeout": PATIENCE}
+    again = subprocess.run(command, **options, capture_output=True, text=True)
     assert output.read_text() == before and "step" not in again.stdout
+
+
+def test_the_cost_of_a_wrap_is_measured_by_part(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import wrap_cost
+
+    threads, output = torch.get_num_threads(), tmp_path / "costs.json"
+    few = ["--priming-steps", "4", "--calibration-steps", "4", "--batch-size", "4"]
+    found = wrap_cost.main(["--shapes", "tiny", "--rows", "32", "--lengths", "8", "--output", str(output), *few])
+    torch.set_num_threads(threads)
+    assert json.loads(output.read_text()) == found
+    (costs,) = found.values()
+    parts = [costs[part] for part in (*wrap_cost.PARTS, "the rest")]
+    assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(costs["the wrap"])
+    assert costs["share of an epoch"] == pytest.approx(costs["the wrap"] / 8)
 
 
 @pytest.fixture
@@ -53,7 +70,7 @@ def grid(monkeypatch):
     AcceleratorState._reset_state()
 
 
-def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path):  # noqa: F811
+def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path, monkeypatch):  # noqa: F811
     import methods
     import tables
     import tasks
@@ -69,9 +86,11 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path)
     chosen = {name: methods.SYSTEMS[name] for name in names}
     chosen["a third of two layers"] = methods.Method(methods.TRIMMING["lower layers"](0.3), 1e-4)  # left out
     common = (str(encoder), tmp_path / "data", tmp_path / "results")
+    monkeypatch.setattr(grid, "bf16_pays", lambda device: False)
     grid.run_all([task], chosen, [0], *common)
     results = {r["method"]: r for r in tables.read_results(tmp_path / "results")}
     assert set(results) == set(names)
+    assert not any(r["bf16"] for r in results.values())
     full = results["full fine-tuning"]
     assert full["trained_values"] > results["LoRA r=8, all Linears"]["trained_values"]
     assert results["LoRA r=8, all Linears"]["trained_values"] > results["head only"]["trained_values"]
@@ -205,7 +224,7 @@ def test_answers_are_scored_as_texts_of_whole_articles(grid, encoder, tmp_path):
     rows = learn_first.Rows(tmp_path / "results", {"model": "tiny", "task": "mlqa_en", "seed": 0, "bf16": False}, data)
     learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=["trimmed", "taught", "late"])
     results = tables.read_results(tmp_path / "results")
-    assert len(results) == 3 and all(0 <= r["dev"] <= 1 for r in results)
+    assert len(results) == 4 and all(0 <= r["dev"] <= 1 for r in results)
 
 
 def test_noisy_tasks_are_shown_but_decide_nothing(grid):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import peft_sensi
 import peft_sensi.cli.textdata as textdata
 from peft_sensi import Scores, SensiError, load_merged, recipes
-from peft_sensi.cli import main
+from peft_sensi.cli import arguments, main
 from peft_sensi.cli.arguments import number
 from peft_sensi.cli.commands import app
 
@@ -155,6 +155,14 @@ def test_train_on_pairs_with_amounts_and_by_a_recipe(work):
         "train", work / "base", *files, "--recipe", "learners", "--epochs", "1", "--batch-size", "16", "--json"
     )
     assert set(json.loads(text)["validation"]) == {"pearson", "spearman"}
+
+
+def test_precision_follows_the_hardware_unless_it_is_given(work, tmp_path, monkeypatch):
+    train = ("train", work / "base", "--data", work / "data.tsv", "--budget", "1", "--epochs", "0.1", "--json")
+    for pays in (True, False):
+        monkeypatch.setattr(arguments, "bf16_pays", lambda: pays)  # noqa: B023
+        for given, expected in (((), pays), (("--bf16",), True), (("--no-bf16",), False)):
+            assert json.loads(call(*train, *given, "--out", tmp_path))["bf16"] is expected
 
 
 def test_inspect_agrees_with_the_training(adapter):

@@ -28,9 +28,11 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = "the city of is in lives and red green blue stone who where what".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# In float32, so that the figures are the same on every machine.
 QUICK = (
-    "--use_cpu --disable_tqdm True --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 1e-3".split()
-)
+    "--use_cpu --bf16 false --disable_tqdm True --num_train_epochs 1 --per_device_train_batch_size 8 "
+    "--learning_rate 1e-3"
+).split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +103,16 @@ def write_sentences(path: Path, count: int = 40) -> Path:
     ]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_precision_follows_the_hardware_unless_it_is_given(pays, tmp_path, monkeypatch):
+    runner, classification = importlib.import_module("runner"), importlib.import_module("text_classification")
+    monkeypatch.setattr(runner, "bf16_pays", lambda device: pays)
+    for given, expected in (("", pays), ("--bf16 true", True), ("--bf16 false", False), ("--fp16 true", False)):
+        arguments = ["--model", "any", "--output_dir", str(tmp_path), "--use_cpu", *given.split()]
+        *_, training = runner.parse("", classification.DataOptions, arguments=arguments)
+        assert training.bf16 is expected
 
 
 def test_text_classification(encoder, tmp_path):

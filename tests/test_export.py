@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -141,7 +142,7 @@ for name, limit in (("model", 1e-4), ("model.int8", 1.0)):
     session = onnxruntime.InferenceSession({str(tmp_path)!r} + "/" + name + ".onnx")
     assert np.abs(session.run(["logits"], case)[0] - expected).max() < limit
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_a_bad_file_never_replaces_a_good_one(tmp_path, monkeypatch):

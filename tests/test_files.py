@@ -148,9 +148,9 @@ BAD_FIELDS = {
 def test_fields(folder, name):
     changes, match = BAD_FIELDS[name]
     edit_config(folder, **changes)
-    begun = time.monotonic()
+    begun = time.process_time()
     refused(folder, match)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def without_mark(folder: Path) -> None:

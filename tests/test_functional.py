@@ -60,9 +60,9 @@ def case(dim: int, kind: str, bias: str, more: str = "", dtype=torch.float64, to
 
 
 def fused(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments for the fast form, whose `weight` and `bias` already hold everything."""
+    """The same arguments for the fast form, whose `weight` and `bias` already hold all but the low-rank term."""
     with torch.no_grad():
-        plain = {k: v for k, v in arguments.items() if k != "x"}
+        plain = {k: v for k, v in arguments.items() if k not in ("x", "down", "up")}
         zero = torch.zeros(1, IN, dtype=arguments["weight"].dtype)
         bias = None if arguments["bias"] is None else fused_linear_reference(zero, **plain)[0]
         eye = torch.eye(IN, dtype=arguments["weight"].dtype)

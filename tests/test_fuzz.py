@@ -15,6 +15,7 @@ import pytest
 from fuzz_worker import ADAPTERS, GOOD
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import PATIENCE
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"), reason="needs Linux")
@@ -52,7 +53,7 @@ def worker():
     worker = Worker()
     yield worker
     worker.process.stdin.close()
-    assert worker.process.wait(timeout=60) == 0
+    assert worker.process.wait(timeout=PATIENCE) == 0
 
 
 def check(answers: list[dict[str, Any]]) -> collections.Counter:

@@ -13,6 +13,7 @@ import torch
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import PATIENCE
 from tiny import logits, tiny_batches, tiny_model, trained, wrap
 
 from peft_sensi import SensiError
@@ -133,7 +134,7 @@ def test_upload_download_load(adapter, tmp_path):
         environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
         script = PUSH.format(tests=str(Path(__file__).parent), adapter=str(adapter), base=str(adapter.parent / "base"))
         done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, f"{hub.strange} {done.stderr[-3000:]}"
     one, two = hub.repos["me/one"], hub.repos["me/two"]

@@ -122,7 +122,7 @@ def test_a_change_of_a_trained_value_shows_at_once():
 
 
 def test_the_cache_is_no_part_of_the_state():
-    model = trained(**{"budget": {"trainable": 0.1}})
+    model = trained(budget={"trainable": 0.1}, update="dense")
     names = set(model.state_dict())
     logits(model)
     assert set(model.state_dict()) == names
@@ -132,8 +132,8 @@ def test_the_cache_is_no_part_of_the_state():
 
 @pytest.mark.parametrize("move", ["double", "to", "load", "deepcopy"])
 def test_the_cache_follows_the_model(move):
-    model = trained(budget={"trainable": 0.1})
-    other = trained(budget={"trainable": 0.1})
+    model = trained(budget={"trainable": 0.1}, update="dense")
+    other = trained(budget={"trainable": 0.1}, update="dense")
     before = logits(model)
     if move == "double":
         found = logits(model.double()).float()
@@ -152,7 +152,7 @@ def test_the_cache_follows_the_model(move):
 
 
 def test_a_change_of_the_base_shows_too():
-    model = trained(budget={"trainable": 0.1})
+    model = trained(budget={"trainable": 0.1}, update="dense")
     before = logits(model)
     layer = next(iter(layers(model).values()))
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_inference_mode(budget):
 
 
 def test_a_trained_value_changed_between_forward_and_backward_is_an_error():
-    model = wrap(tiny_model(), budget={"trainable": 0.2})
+    model = wrap(tiny_model(), budget={"trainable": 0.2}, update="dense")
     loss = model(**tiny_batches(1)[0]).loss
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if ".sensi_weight" in n).add_(1.0)
@@ -246,7 +246,7 @@ def test_tuned_units_come_first_on_both_sides_of_a_block():
 
 
 def test_frozen_slices_are_not_copied_into_parameters():
-    model = wrap(tiny_model(), budget={"trainable": 0.05})
+    model = wrap(tiny_model(), budget={"trainable": 0.05}, update="dense")
     base = sum(p.numel() for p in tiny_model().parameters())
     head = 32 * 3 + 3
     assert sum(p.numel() for p in model.parameters()) == base + head + model.base_model.plan().trainable_params
@@ -295,9 +295,9 @@ def test_a_unit_no_target_of_which_is_tuned_is_frozen_not_trimmed():
 
 def test_a_fresh_adapter_that_trims_nothing_changes_nothing():
     base = tiny_model()
-    fresh = wrap(tiny_model(), budget={"trainable": 0.2})
+    fresh = wrap(tiny_model(), budget={"trainable": 0.2}, update="dense")
     torch.testing.assert_close(logits(fresh), logits(base), atol=1e-6, rtol=1e-5)
-    perturbed = wrap(tiny_model(), budget={"trainable": 0.2}, init_weights=False)
+    perturbed = wrap(tiny_model(), budget={"trainable": 0.2}, update="dense", init_weights=False)
     assert (logits(perturbed) - logits(base)).abs().max() > 1e-2
 
 

@@ -1,4 +1,4 @@
-"""A `trainable` limit that decides a rank: when it does, and how large the rank is."""
+"""A `trainable` limit that decides a rank: when it does, how large the rank is, and the scale of low-rank terms."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny import tiny_batches, tiny_model
 
-from peft_sensi import BudgetError, SensiConfig, SensiError, compute_scores
+from peft_sensi import BudgetError, SensiConfig, SensiError, SensiLoadError, compute_scores
+from peft_sensi.layers.layer import layers_of
 
 
 def trained(model: torch.nn.Module) -> int:
@@ -39,6 +41,20 @@ def test_the_rank_is_the_largest_that_fits(family, budget):
     assert plan.trainable_params <= limit < plan.trainable_params * (config.rank + 1) // config.rank
     assert plan.params_share <= budget.get("params", 1)
     assert not any((plan.of(group) == 2).any() for group in plan.anatomy.groups)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_limit_alone_means_low_rank_up_to_half_of_the_weights(family):
+    base = tiny_model(family)
+    model = wrapped(copy.deepcopy(base), budget={"trainable": 0.1}, calibration=tiny_batches())
+    plan = model.base_model.plan()
+    weights = sum(model.base_model.model.get_submodule(name).base_layer.weight.numel() for name in plan.targets)
+    assert model.peft_config["default"].update == "low_rank"
+    assert not any((plan.of(group) == 2).any() for group in plan.anatomy.groups)
+    for limit, update in ((weights // 2, "low_rank"), (weights // 2 + 1, "dense")):
+        assert wrapped(copy.deepcopy(base), budget={"trainable": limit}).peft_config["default"].update == update
+    both = wrapped(base, budget={"trainable": 0.1, "params": 0.5}, calibration=tiny_batches(), priming_steps=1)
+    assert both.peft_config["default"].update == "dense"
 
 
 def test_a_small_limit_means_low_rank_by_default_and_a_larger_one_units(large):
@@ -94,9 +110,81 @@ def steps(model: torch.nn.Module, lr: float) -> torch.nn.Module:
     return model
 
 
+def test_the_same_movement_of_the_factors_moves_the_weights_as_far_at_every_rank():
+    moved = {}
+    for rank in (1, 2, 7, 16):
+        model = wrapped(tiny_model(), update="low_rank", rank=rank)
+        assert model.peft_config["default"].scale == 1 / rank
+        layer = layers_of(model)["base_model.model.bert.encoder.layer.0.attention.self.query"]
+        for name in ("down", "up"):
+            torch.nn.init.constant_(layer.part(name, "default"), 0.1)  # as after 100 steps of Adam at 1e-3
+        change = layer.get_adapted_weight("default")[0] - layer.base_layer.weight
+        moved[rank] = change.abs().max().item()
+    assert max(moved.values()) == pytest.approx(0.01, rel=1e-4) == min(moved.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({"update": "low_rank", "rank": 4, "scale": 0.3}, 0.3),
+        ({"update": "low_rank", "rank": 4, "scale": 2}, 2.0),
+        # The learning rate of these is that of their other part.
+        ({"update": "low_rank+sparse", "rank": 4, "sparse": 5}, 1.0),
+        ({"update": "dense+low_rank", "rank": 4, "retention": 0.5, "also_train": []}, 1.0),
+    ],
+    ids=str,
+)
+def test_the_scale_multiplies_the_term_however_it_is_computed(fields, scale):
+    """The forward pass, its gradients and the merged weight against the formula."""
+    layers = layers_of(steps(wrapped(tiny_model(), **fields), 1e-2))
+    layer = layers["base_model.model.bert.encoder.layer.1.output.dense"]
+    down, up = (layer.part(name, "default") for name in ("down", "up"))
+    assert up.abs().max() > 0
+    term = (scale * up @ down).detach()
+    x = torch.randn(3, layer.in_features)
+    y = layer(x)
+    weight, bias = (value.detach() for value in layer.get_adapted_weight("default"))
+    down.grad = up.grad = None
+    y.sum().backward()
+    torch.testing.assert_close(down.grad, scale * up.detach().sum(0)[:, None] * x.sum(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(up.grad, scale * (x @ down.detach().T).sum(0).expand_as(up), atol=1e-5, rtol=1e-4)
+    torch.nn.init.zeros_(up)
+    order = layer.sensi_slices["default"].kept.argsort()
+    without = layer.get_adapted_weight("default")[0].detach()
+    torch.testing.assert_close(weight, without + term[:, order])
+    x_in_base_order = x[:, order]
+    torch.testing.assert_close(y.detach(), torch.nn.functional.linear(x_in_base_order, weight, bias))
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), True, "1", 1e9])
+def test_a_scale_that_is_no_positive_number_is_refused(scale):
+    with pytest.raises(SensiError, match="`scale` must be"):
+        SensiConfig(update="low_rank", rank=2, scale=scale)
+    with pytest.raises(SensiError, match="no effect"):
+        SensiConfig(scale=0.5)
+
+
+def test_values_are_not_loaded_under_another_scale(tmp_path):
+    """A resumed training never reads the checkpoint's config, and the shapes do not show the scale."""
+    fields = {"update": "low_rank", "rank": 4}
+    steps(wrapped(tiny_model(), **fields), 1e-2).save_pretrained(tmp_path)
+    values = load_file(tmp_path / "adapter_model.safetensors")
+    same, other = wrapped(tiny_model(), **fields), wrapped(tiny_model(), **fields, scale=1.0)
+    set_peft_model_state_dict(same, values)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(SensiLoadError, match=r"scale 0.25.*`scale=0.25`"):
+        set_peft_model_state_dict(other, values)
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"scale": 0.25', '"scale": 0.5'))
+    with pytest.raises(SensiLoadError, match="different settings"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+
 def test_saved_loaded_merged_and_compressed(large, tmp_path):
     base = copy.deepcopy(large)
-    model = steps(wrapped(large, budget={"trainable": 0.02, "flops": 0.5}, calibration=tiny_batches()), 1e-3)
+    model = steps(wrapped(large, budget={"trainable": 0.02, "flops": 0.5}, calibration=tiny_batches()), 1e-2)
+    assert model.peft_config["default"].scale < 1
     batch = tiny_batches()[0]
     with torch.no_grad():
         expected = model(**batch).logits

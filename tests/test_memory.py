@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from processes import PATIENCE
 from tiny import TRIM, logits, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 
@@ -230,7 +231,7 @@ def test_wrapping_and_loading_need_the_adapter_and_one_layer(keep, refit):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     command = [sys.executable, "-c", _WRAPPING, json.dumps([keep, refit])]
     output = subprocess.run(
-        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=200
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=PATIENCE
     )
     found = json.loads(output.stdout.strip().splitlines()[-1])
     slack = 12 << 20  # the interpreter's own, and activations

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from processes import PATIENCE
 from safetensors.torch import load_file, save_file
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
 from torch import nn
@@ -159,7 +160,7 @@ again = Auto.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True
 assert torch.equal(again(**batch).logits, expected)
 """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=PATIENCE)
     assert torch.equal(logits(load_merged(tmp_path / "again")), logits(load_merged(folder)))
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from processes import environment, run_two
+from processes import PATIENCE, environment, run_two
 from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
@@ -108,7 +108,7 @@ def test_world_size_without_a_process_group_is_refused():
         "wrap(tiny_model(), budget=0.5, score='fisher', calibration=tiny_batches())"
     )
     env = {k: v for k, v in environment().items() if k not in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": "2"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 1
     assert "SensiError: WORLD_SIZE is 2, but there is no process group" in run.stderr.splitlines()[-1]
 
@@ -117,7 +117,7 @@ def test_world_size_without_a_process_group_is_refused():
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     """The killed process cannot report an error, but the other one does not wait for it."""
     with pytest.raises(AssertionError, match=r"Exit codes \[1, 9\]") as failure:
-        run_two("processes_decide.py", tmp_path, "killed", timeout=100)
+        run_two("processes_decide.py", tmp_path, "killed")
     assert "SensiError: Another process has ended or does not respond" in str(failure.value)
 
 

@@ -73,9 +73,9 @@ def kind(request):
 
 
 UPDATES = {
-    "units": {"budget": {"trainable": 0.15}},
-    "biases": {"budget": {"trainable": 0.15}, "also_train": ["biases"]},
-    "everything": {},
+    "units": {"budget": {"trainable": 0.15}, "update": "dense"},
+    "biases": {"budget": {"trainable": 0.15}, "update": "dense", "also_train": ["biases"]},
+    "everything": {"budget": {"trainable": 1.0}, "update": "dense"},
     "low-rank": {"update": "low_rank", "rank": 3},
     "sparse": {"update": "sparse", "sparse": 20},
     "units and low-rank": {"update": "dense+low_rank", "rank": 2, "budget": {"trainable": 0.15}},
@@ -160,7 +160,9 @@ def test_gradients_are_those_of_the_dequantized_model():
 
 def test_calibration_on_a_quantized_base():
     batches = [token_batch(seed=seed) for seed in range(3)]
-    model = wrap(quantized_model(codes), budget={"trainable": 0.1}, score="fisher", calibration=batches)
+    model = wrap(
+        quantized_model(codes), budget={"trainable": 0.1}, score="fisher", update="dense", calibration=batches
+    )
     assert model.base_model.plan().trainable_share <= 0.1
 
 
@@ -189,3 +191,10 @@ def test_what_needs_the_base_in_full_is_refused(config):
 def test_counts_are_those_of_the_model_without_quantization(kind):
     counts = [build_anatomy(model).total_params for model in (plain_model(), quantized_model(kind))]
     assert counts[0] == counts[1]
+
+
+def test_a_quantized_base_needs_a_budget():
+    base = quantized_model(codes)
+    with pytest.raises(SensiError, match=r"trained whole in float32.*'trainable'"):
+        wrap(base)
+    assert not hasattr(base, "peft_config")

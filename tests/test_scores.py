@@ -38,7 +38,7 @@ from peft_sensi.scoring.gates import (
 )
 from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.scoring.head import start_head_at_prior
-from peft_sensi.scoring.priming import primed
+from peft_sensi.scoring.priming import _some_examples, primed
 
 
 QUICK = {"priming_steps": 2, "calibration_steps": 3, "progress": False}
@@ -594,8 +594,10 @@ def test_one_scoring_serves_many_budgets(tmp_path):
     loaded = Scores.load(tmp_path / "scores")
     for budget in (0.3, 0.7, {"trainable": 0.1}):
         torch.manual_seed(0)  # priming drops out
-        direct = wrap(tiny_model(), budget=budget, score="fisher", calibration=tiny_batches(), refit=False)
-        shared = wrap(tiny_model(), budget=budget, scores=loaded)
+        direct = wrap(
+            tiny_model(), budget=budget, score="fisher", update="dense", calibration=tiny_batches(), refit=False
+        )
+        shared = wrap(tiny_model(), budget=budget, update="dense", scores=loaded)
         assert shared.base_model.plan() == direct.base_model.plan()
 
 
@@ -844,3 +846,51 @@ def test_a_default_device_does_not_reach_what_lives_on_the_host():
     with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
         plan = wrap(model, budget=0.5).peft_config["default"].plan
     assert plan == wrap(tiny_model(), budget=0.5).peft_config["default"].plan
+
+
+def test_a_priming_step_has_a_few_examples_and_others_in_each_turn():
+    batch = {"input_ids": torch.arange(60).view(20, 3), "labels": torch.arange(20), "return_dict": True}
+    rows = [_some_examples(batch, turn)["labels"].tolist() for turn in range(3)]
+    assert rows == [list(range(8)), list(range(8, 16)), [16, 17, 18, 19, 0, 1, 2, 3]]
+    assert _some_examples(batch, 1)["input_ids"][:, 0].tolist() == [3 * row for row in rows[1]]
+    small = {"input_ids": torch.ones(8, 3), "labels": torch.ones(8)}
+    assert _some_examples(small, 1) is small
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"labels": torch.tensor([-100] * 8 + [1] * 8)},
+        {"labels": torch.tensor([[1, -100, -100]] * 8 + [[-100, 1, 1]] * 8)},  # no label after the first token
+        {"positions": torch.zeros(3, 16, 4)},
+        {"texts": ["a"] * 16},
+        {"scale": torch.tensor(1.0)},
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_primed_whole(other):
+    batch = {"input_ids": torch.ones(16, 3), "labels": torch.ones(16, dtype=torch.long), **other}
+    assert _some_examples(batch, 0) is batch
+
+
+@pytest.mark.parametrize("score", ["fisher", "movement", "magnitude"])
+def test_priming_runs_on_these_examples(score):
+    model, sizes = tiny_model(), []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, kw: sizes.append((m.training, len(kw["labels"]))), with_kwargs=True
+    )
+    compute_scores(model, tiny_batches(2, size=32), score=score, priming_steps=3, calibration_steps=2, progress=False)
+    hook.remove()
+    assert sizes == [(True, 8)] * 3 + [(False, 32)] * (2 if score == "fisher" else 0)
+
+
+def test_tokens_that_were_read_but_not_scored_count_as_seen():
+    batches = tiny_batches(4, size=2, length=4)
+    scores = compute_scores(tiny_model(), batches, priming_steps=4, calibration_steps=1, progress=False)
+    (values,) = [value for name, value in scores.values.items() if name.endswith(".tokens")]
+    positive = set(values.nonzero()[:, 0].tolist())
+    first, all_of_them = (
+        {int(i) for b in part for i in b["input_ids"][b["attention_mask"].bool()]} for part in (batches[:1], batches)
+    )
+    assert positive == all_of_them - {0} and first < all_of_them
+    rest = torch.tensor(sorted(positive - first))
+    assert (values[rest] == values[values > 0].min()).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from processes import run_two
 from tiny import clone, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 from torch.utils.data import DataLoader
 
-from peft_sensi import BudgetError, Schedule, SensiConfig, SensiError, recipes
+from peft_sensi import Budget, BudgetError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import in_place, wrapping
+from peft_sensi.tuner.trim import _stages
 from peft_sensi.tuner.wrapping import wrap_module
 from peft_sensi.utils.states import TRIMMED, TUNED
 
@@ -47,7 +49,7 @@ def test_what_is_kept_goes_on_from_its_trained_values():
     whole = clone(model)
     model.base_model.trim(0.5, calibration=BATCHES, refit=False)
     plan = model.base_model.plan()
-    big, small = (m.base_model.merge_and_unload() if False else m.merge_and_unload() for m in (whole, model))
+    big, small = (m.merge_and_unload() for m in (whole, model))
     for layer in range(2):
         group = plan.anatomy.by_name[f"bert.encoder.layer.{layer}.neurons"]
         kept = torch.from_numpy((plan.of(group) != TRIMMED).nonzero()[0])
@@ -119,7 +121,7 @@ def test_it_trains_on_after_a_trim():
         {"update": "low_rank", "rank": 2, "budget": None},
         {"update": "dense+low_rank", "rank": 2},
         {"update": "low_rank+sparse", "rank": 2, "sparse": 20, "budget": None},
-        {"budget": {"trainable": 0.2}},
+        {"budget": {"trainable": 0.2}, "update": "dense"},
         {"retention": 0.3, "budget": None},
         {"also_train": ["biases", "norms"]},
     ],
@@ -170,11 +172,11 @@ def test_a_trim_after_whole_sublayers_are_gone(config, tmp_path):
 
 def test_whole_sublayers_are_trimmed_twice():
     model = learned(granularity="tensor", score="fisher", budget={"params": 1.0})
-    scores = model.base_model._sensi_scores["default"]
-    assert all(scores.protected[name].shape == values.shape for name, values in scores.values.items())
     for share in (0.7, 0.4):
         plan = model.base_model.trim(share, calibration=BATCHES)
         assert 0 < plan.params_share <= share
+        scores = model.base_model._sensi_scores["default"]
+        assert all(scores.protected[name].shape == values.shape for name, values in scores.values.items())
 
 
 def test_an_undrawn_mask_is_refused(tmp_path):
@@ -371,9 +373,28 @@ def test_a_late_cut_is_refitted(tmp_path):
     assert float((after - before).square().mean()) == errors[True], "the refit is the default"
 
 
+def test_a_trim_far_down_equals_trims_in_stages():
+    whole = learned()
+    at_once, step_by_step = clone(whole), clone(whole)
+    plan = at_once.base_model.trim(0.25, BATCHES)
+    stages = _stages(whole.base_model.plan(), Budget(0.25))
+    assert len(stages) == 2
+    for stage in stages:
+        limits = {name: limit for name, limit in asdict(stage).items() if limit is not None}
+        last = step_by_step.base_model.trim(limits, BATCHES)
+    assert plan.to_dict() == last.to_dict()
+    torch.testing.assert_close(logits(at_once), logits(step_by_step), rtol=1e-4, atol=1e-5)
+
+
+def test_keeping_everything_needs_no_scores(monkeypatch):
+    monkeypatch.setattr("peft_sensi.tuner.decision.score_units", lambda *_: pytest.fail("units were scored"))
+    plan = learned().base_model.plan()
+    assert plan.params_share == 1 and not plan.trims
+
+
 def test_the_recipe_cuts_late():
     config = recipes.sensi_bert(0.5, trim="late")
-    assert config.schedule == LATE and config.score == "fisher"
+    assert config.schedule == {"phase": "cut", "start": 0.4, "end": 0.4, "cuts": 1} and config.score == "fisher"
     with pytest.raises(SensiError, match="refit"):
         SensiConfig(budget=0.5, schedule={**LATE, "refit": "yes"})
 

@@ -40,7 +40,7 @@ AUTO = {
 
 # The three kinds of budget: everything that is left is tuned, nothing is trimmed, and both cuts at once.
 TRIM = {"budget": 0.5}
-TUNE = {"budget": {"trainable": 0.1}}
+TUNE = {"budget": {"trainable": 0.1}, "update": "dense"}
 BOTH = {"budget": {"flops": 0.6, "trainable": 0.08}}
 BUDGETS = {"trim": TRIM, "tune": TUNE, "both": BOTH}
 

@@ -7,9 +7,8 @@ For each model, task and seed, `--ways` selects from:
 
 - `full`: full fine-tuning, and `longer`: with twice the epochs.
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning.
-- `late`: one training of as many epochs, trimmed in the middle.
-- `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=..., priming_steps=0)`, no training after.
-  `primed` is the same with priming.
+- `late`: one training of as many epochs, trimmed on the way; and of a third more, which take as long as `full`.
+- `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=1.0)`, then `trim(...)`, no training after.
 - `healed`: `trimmed`, then one epoch. `taught` is the same; half of its loss is the distance to the fine-tuned model.
 - `thorough`: `SensiConfig(budget=1.0)` is trained like full fine-tuning; then `trim(...)`; then no training
   (`0 epochs`), one epoch, or as many epochs as before.
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -47,7 +47,7 @@ from common import write_json
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
-RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that was trimmed before it had learned
+RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that is trimmed before or while it learns
 
 
 class Rows:
@@ -90,6 +90,13 @@ class Seed:
             start = time.perf_counter()
             return get_peft_model(model, SensiConfig(**given)), time.perf_counter() - start
 
+    def trim(self, model: Any, budget: float) -> float:
+        """Trims a wrapped model, and returns the seconds that this took."""
+        with self.accelerator.autocast():
+            start = time.perf_counter()
+            model.base_model.trim(budget, calibration=self.data.calibration())
+            return time.perf_counter() - start
+
     @cached_property
     def full(self) -> tuple[nn.Module, float]:
         model = self.base()
@@ -115,32 +122,32 @@ def fast(run: Seed, budgets: list[float]) -> None:
 
 
 def late(run: Seed, budgets: list[float]) -> None:
-    for budget in budgets:
-        if run.rows.missing(row := f"late to {budget:g}"):
+    lengths = {"": run.epochs, ", a third more epochs": run.epochs * 4 // 3}
+    for budget, (words, epochs) in itertools.product(budgets, lengths.items()):
+        if run.rows.missing(row := f"late to {budget:g}{words}"):
             schedule = recipes.sensi_bert(budget, trim="late").schedule
             model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
-            run.rows.add(row, model, seconds + run.fit(model, run.epochs, RATE))
+            run.rows.add(row, model, seconds + run.fit(model, epochs, FAST_RATE))
 
 
-def trimmed(run: Seed, budgets: list[float], words: str = "fine-tuned, trimmed to", **options: Any) -> None:
+def trimmed(run: Seed, budgets: list[float]) -> None:
     for budget in budgets:
-        if run.rows.missing(row := f"{words} {budget:g}"):
-            run.rows.add(
-                row, *run.wrapped(copy.deepcopy(run.full[0]), budget=budget, **{"priming_steps": 0, **options})
-            )
-
-
-def primed(run: Seed, budgets: list[float]) -> None:
-    trimmed(run, budgets, "fine-tuned, primed, trimmed to", priming_steps=SensiConfig().priming_steps)
+        if run.rows.missing(row := f"fine-tuned, trimmed to {budget:g}"):
+            run.rows.add(row, *small(run, budget))
 
 
 def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
     for budget in budgets:
         if run.rows.missing(row := f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}"):
-            teacher = run.full[0].eval()
-            model, seconds = run.wrapped(copy.deepcopy(teacher), budget=budget, priming_steps=0)
-            loss_fn = partial(taught_loss, teacher=teacher) if teach else own_loss
+            model, seconds = small(run, budget)
+            loss_fn = partial(taught_loss, teacher=run.full[0].eval()) if teach else own_loss
             run.rows.add(row, model, seconds + run.fit(model, 1, RATE, run.seed + 100, loss_fn=loss_fn))
+
+
+def small(run: Seed, budget: float) -> tuple[Any, float]:
+    """The fine-tuned model, trimmed, and the seconds that this took."""
+    model, seconds = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0)
+    return model, seconds + run.trim(model, budget)
 
 
 def taught(run: Seed, budgets: list[float]) -> None:
@@ -157,10 +164,7 @@ def thorough(run: Seed, budgets: list[float]) -> None:
     run.rows.add("thorough, untrimmed", whole, seconds)
     for budget in budgets:
         half = copy.deepcopy(whole)
-        start = time.perf_counter()
-        with run.accelerator.autocast():
-            half.base_model.trim(budget, calibration=run.data.calibration())
-        seconds_there = seconds + time.perf_counter() - start
+        seconds_there = seconds + run.trim(half, budget)
         run.rows.add(names[budget, 0], half, seconds_there)
         for count in dict.fromkeys(healing[1:]):
             healed = copy.deepcopy(half)
@@ -168,7 +172,7 @@ def thorough(run: Seed, budgets: list[float]) -> None:
             run.rows.add(names[budget, count], healed, seconds_there + more)
 
 
-WAYS = {way.__name__: way for way in (full, trimmed, primed, healed, taught, late, thorough, fast, longer)}
+WAYS = {way.__name__: way for way in (full, trimmed, healed, taught, late, thorough, fast, longer)}
 
 
 def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn.Module) -> torch.Tensor:

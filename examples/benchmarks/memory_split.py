@@ -42,46 +42,37 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-class SavedActivations:
-    """Counts the tensors that autograd saves for the backward pass, each storage once, without parameters and caches.
+def saved_tensors(loss: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that autograd has saved for the backward pass of `loss`, read from the nodes of its graph.
 
-    Copies of weights (autocast makes 16-bit copies) are counted separately, as `weight_copies`. A matrix is an
-    activation if one of its dimensions is `rows` or `rows * columns`, the size of the batch.
+    Hooks on saved tensors would not do: where there are hooks, `peft_sensi.layers.sources` saves more.
     """
+    found: list[torch.Tensor] = []
+    nodes, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        found += _tensors([getattr(node, name) for name in dir(node) if name.startswith("_saved_")])
+        found += _tensors(getattr(node, "saved_tensors", ()))
+    return found
 
-    def __init__(self, model: nn.Module, rows: int, columns: int) -> None:
-        self.model, self.sizes = model, {rows, rows * columns}
-        self.activations: dict[int, int] = {}
-        self.weight_copies: dict[int, int] = {}
-        self._keep: list[torch.Tensor] = []  # keeps storages alive, so that no address is used twice
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        of_batch = tensor.dim() > 2 or self.sizes & set(tensor.shape)
-        kind = self.activations if of_batch else self.weight_copies
+def saved_bytes(model: nn.Module, loss: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
+    """Bytes of the activations and of the copies of weights that are saved for the backward pass of `loss`.
+
+    Each storage is counted once, without parameters and caches. Autocast makes 16-bit copies of weights. A matrix is
+    an activation if one of its dimensions is `rows` or `rows * columns`, the size of the batch.
+    """
+    sizes, held = {rows, rows * columns}, storage_bytes(held_tensors(model))
+    activations: dict[int, int] = {}
+    copies: dict[int, int] = {}
+    for tensor in saved_tensors(loss):
+        kind = activations if tensor.dim() > 2 or sizes & set(tensor.shape) else copies
         kind |= storage_bytes([tensor])
-        self._keep.append(tensor.detach())
-        return tensor
-
-    def __enter__(self) -> SavedActivations:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-        held = storage_bytes(held_tensors(self.model))  # only now, because the first forward pass fills caches
-        for kind in (self.activations, self.weight_copies):
-            for address in held.keys() & kind.keys():
-                del kind[address]
-        self._keep.clear()
-
-    @property
-    def activation_bytes(self) -> int:
-        return sum(self.activations.values())
-
-    @property
-    def weight_copy_bytes(self) -> int:
-        return sum(self.weight_copies.values())
+    return tuple(sum(n for at, n in kind.items() if at not in held) for kind in (activations, copies))  # type: ignore[return-value]
 
 
 def free_at_once() -> None:

@@ -209,6 +209,10 @@ TUNING: dict[str, Callable[[float], Callable[[nn.Module, Run], nn.Module]]] = {
     "random units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, score="random"),
     "units": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, update="dense"),
     "ours": lambda budget: sensi(SensiConfig, budget={"trainable": budget}),
+    "unscaled rank": lambda budget: sensi(SensiConfig, budget={"trainable": budget}, update="low_rank", scale=1.0),
+    "unscaled rank, half the FLOPs": lambda budget: sensi(
+        SensiConfig, budget={"trainable": budget, "flops": 0.5}, update="low_rank", scale=1.0
+    ),
     "ours, half the FLOPs": lambda budget: sensi(SensiConfig, budget={"trainable": budget, "flops": 0.5}),
 }
 

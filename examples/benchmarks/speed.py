@@ -113,13 +113,7 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Bytes of a training step by use, and the measured peak, after two warm-up steps."""
-        from memory_split import (
-            SavedActivations,
-            free_at_once,
-            held_tensors,
-            peak_of_process,
-            storage_bytes,
-        )
+        from memory_split import free_at_once, held_tensors, peak_of_process, saved_bytes, storage_bytes
 
         free_at_once()
         cuda = self.device.type == "cuda"
@@ -137,9 +131,9 @@ class Worker:
             self.step()
             peak = peak_of_process() - empty
         rows, columns = self.batch["input_ids"].shape
-        with SavedActivations(self.model, rows, columns) as saved:
-            with self._autocast():
-                loss = self.model(**self.batch).loss
+        with self._autocast():
+            loss = self.model(**self.batch).loss
+        activations, weight_copies = saved_bytes(self.model, loss, rows, columns)
         loss.backward()
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, self.torch.Tensor)]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -148,9 +142,9 @@ class Worker:
             "peak": peak,
             "weights": sum(storage_bytes(held_tensors(self.model)).values()),
             "gradients_and_state": sum(storage_bytes([*state, *gradients]).values()),
-            "activations": saved.activation_bytes,
-            "activation_units": saved.activation_bytes / unit,
-            "weight_copies": saved.weight_copy_bytes,
+            "activations": activations,
+            "activation_units": activations / unit,
+            "weight_copies": weight_copies,
         }
 
     def files(self) -> dict[str, Any]:
@@ -391,7 +385,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["distilbert", "bert-base", "decoder-1b"])
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="fp32, and bf16 where it is faster")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--only", nargs="+", help="short names of the methods to measure; all by default")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda if available")
@@ -417,6 +411,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         import torch
 
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.precisions is None:
+        from peft_sensi.utils.precision import bf16_pays
+
+        options.precisions = ["fp32", "bf16"] if bf16_pays(options.device) else ["fp32"]
     results = run(options)
     from speed_table import write_table
 

@@ -172,10 +172,12 @@ METHODS = {
     "half_flops": Method(
         "budget 0.5 of the FLOPs", _by_us(SensiConfig, budget={"flops": 0.5}), ours=True, merges=True
     ),
-    "tenth": Method("trainable 0.1", _by_us(SensiConfig, budget={"trainable": 0.1}), ours=True, merges=True),
+    "tenth": Method(
+        "trainable 0.1, units", _by_us(SensiConfig, budget={"trainable": 0.1}, update="dense"), ours=True, merges=True
+    ),
     "tenth_small": Method(
-        "trainable 0.1, base dropped",
-        _by_us(SensiConfig, budget={"trainable": 0.1}, keep_base=False),
+        "trainable 0.1, units, base dropped",
+        _by_us(SensiConfig, budget={"trainable": 0.1}, update="dense", keep_base=False),
         ours=True,
         merges=True,
     ),

@@ -151,7 +151,7 @@ def _load_words(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, se
 
 
 def _load_answers(task: Task, folder: Path, model: str, seed: int) -> Data:
-    # The options of the tokenizer are those of `question_answering.main`. Windows share more tokens than an answer has.
+    # The tokenizer has the options of `question_answering.main`. Windows share more tokens than an answer has.
     tokenizer = AutoTokenizer.from_pretrained(
         model, padding_side="right", model_input_names=["input_ids", "attention_mask"]
     )

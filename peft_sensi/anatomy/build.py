@@ -16,7 +16,7 @@ from ..utils.errors import AnatomyError
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
 from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
-from .modules import base_of, is_base_parameter, not_linear, task_head
+from .modules import base_of, is_base_parameter, not_linear, task_head, transformers_in, unwrapped
 from .units import Anatomy, Group, Side
 
 
@@ -41,8 +41,17 @@ def build_anatomy(
         AnatomyError: `blocks` match no layer, a layout does not fit its layer, or a target is not in the model.
         TypeError: A target is neither a Linear nor an embedding.
     """
-    modules, config = dict(model.named_modules()), getattr(model, "config", None)
-    groups = _groups_in_blocks(model, modules, config, blocks)
+    model, blocks = unwrapped(model), None if blocks is None else tuple(blocks)
+    modules, configs = dict(model.named_modules()), _configs(model)
+    if blocks is not None:  # they may describe any part of the model
+        configs = {"": next(iter(configs.values()))}
+    groups = [group for path, config in configs.items() for group in _groups_in_blocks(modules, path, config, blocks)]
+    if blocks is not None and not groups:
+        raise AnatomyError(
+            f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
+            f"{[layout.layer for layout in blocks]}. `layer` is the end of the layer modules' paths, such as "
+            f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
+        )
     layers = list(dict.fromkeys(group.layer for group in groups))
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
@@ -53,24 +62,29 @@ def build_anatomy(
     head = tuple(f"{name}." for name in task_head(model))
     parameters = {n: p for n, p in model.named_parameters() if is_base_parameter(n) and not n.startswith(head)}
     total = sum(count(parameter) for parameter in parameters.values())
-    return Anatomy(tuple(groups), total, getattr(config, "model_type", "") or "")
+    model_type = next((kind for config in configs.values() if (kind := getattr(config, "model_type", None))), "")
+    return Anatomy(tuple(groups), total, model_type)
 
 
-def _groups_in_blocks(
-    model: nn.Module, modules: Modules, config: Any, blocks: Iterable[BlockLayout] | None
-) -> list[Group]:
-    layouts = layouts_of(config) if blocks is None else tuple(blocks)
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """The configs that describe the model's blocks, by the path of the part that each describes.
+
+    A model of the user's own may have no config. Then those of the transformers inside of it count.
+    """
+    config = getattr(model, "config", None)
+    inner = {path: transformer.config for path, transformer in transformers_in(model).items()}
+    return {"": config} if getattr(config, "model_type", None) or not inner else inner
+
+
+def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[BlockLayout, ...] | None) -> list[Group]:
+    """The groups of all blocks in the part of a model that `config` describes."""
+    modules = {name: module for name, module in modules.items() if not path or f"{name}.".startswith(f"{path}.")}
+    layouts = layouts_of(config) if blocks is None else blocks
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     kinds = getattr(text_config, "layer_types", None) or ()
     # The keys of these layers tell Transformers' caches how many tokens they hold.
     cached = frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
     groups = [group for layout in layouts for group in _groups_of_layout(modules, layout, cached, blocks is None)]
-    if blocks is not None and not groups:
-        raise AnatomyError(
-            f"None of the layouts in `blocks` matches a layer of {type(model).__name__}: "
-            f"{[layout.layer for layout in layouts]}. `layer` is the end of the layer modules' paths, such as "
-            f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
-        )
     if not getattr(config, "is_encoder_decoder", True):
         # A decoder that is used alone has cross-attention, which never runs.
         groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.errors import SensiError
@@ -24,6 +26,37 @@ def is_plain(module: nn.Module) -> bool:
     if type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN:
         return True
     return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantized(module))
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why an adapter cannot stand for this Linear or embedding, and what to do; `None` if nothing speaks against it.
+
+    An adapter replaces the weight and the bias. So these must be parameters, which nothing else computes.
+    """
+    if (reason := computed_by_hooks(module)) is not None:
+        return reason
+    if is_parametrized(module):
+        return "it has parametrizations: call `torch.nn.utils.parametrize.remove_parametrizations` first"
+    if is_quantized(module):
+        return None
+    if "weight" not in module._parameters or (bias_of(module) is not None and "bias" not in module._parameters):
+        return "its weight or bias is no parameter, but is computed"
+    # Accelerate's hooks come in this way, and leave the class's own method behind when they are removed.
+    own = getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
+    if "forward" in vars(module) and not own and not hasattr(module, "_hf_hook"):
+        return "its `forward` was replaced"
+    return None
+
+
+def computed_by_hooks(module: nn.Module) -> str | None:
+    """Why a module's weight is computed before each forward pass, and what to do. Such a module cannot be copied."""
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        return "it has pruning masks: call `torch.nn.utils.prune.remove` first"
+    if "weight_g" in module._parameters:
+        return "it has a weight norm: call `torch.nn.utils.remove_weight_norm` first"
+    if "weight_u" in module._buffers:
+        return "it has a spectral norm: call `torch.nn.utils.remove_spectral_norm` first"
+    return None
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
@@ -117,4 +150,13 @@ def not_mergeable() -> SensiError:
     return SensiError(
         "The base model is quantized, and rounding the merged weights to its precision would lose what was trained. "
         "Load the adapter on the base model without quantization, and merge it there."
+    )
+
+
+def replaced(module: nn.Module) -> SensiError:
+    """The error for a Linear that something has replaced, after the wrap, by a module whose weight is no tensor."""
+    return SensiError(
+        f"After the model was wrapped, one of its Linears was replaced by a {type(module).__module__}."
+        f"{type(module).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
+        f"`merge_and_unload()`, and quantize the merged model."
     )

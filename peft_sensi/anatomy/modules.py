@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, cast
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .linears import is_plain_embedding, matrix
 from .units import Group, Side
@@ -19,6 +22,14 @@ def not_linear(module: nn.Module) -> TypeError:
         f"Target module {module} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
         f"`torch.nn.Embedding` can be targeted."
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of DDP, DataParallel, FSDP, DeepSpeed and `torch.compile`, in whatever order."""
+    # Accelerate's function removes a compiled wrapper outside of DDP but not one inside of it.
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    return model
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -50,21 +61,64 @@ def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Modul
         return None
 
 
-# The names that PEFT takes for task heads. They are used for models that do not hold their transformer in a module of
-# its own, such as T5 for question answering.
+# Names of task heads, for models that do not hold a transformer in a module of its own.
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
-def task_head(model: nn.Module) -> list[str]:
-    """Names of the child modules that make up a classification-like head: all that is outside the base transformer.
+def transformers_in(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost models of Transformers inside of a model, by their paths. The model itself does not count."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and not name.startswith(tuple(f"{path}." for path in found)):
+            found[name] = module
+    return found
 
-    The list is empty for a transformer without a head, and for language models, whose head is pretrained.
+
+def task_head(model: nn.Module) -> list[str]:
+    """Paths of the modules that make up a classification-like head: all that is outside the base transformer.
+
+    The list is empty for a transformer without a head, and for language models, whose head is pretrained. A model of
+    the user's own may hold several transformers, which may have heads themselves.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
     if embedding_of(model, "output") is not None:
         return []
-    return [name for name in children if (name != prefix if prefix in children else name in _HEAD_NAMES)]
+    prefix, children = getattr(model, "base_model_prefix", ""), list(_with_parameters(model))
+    if prefix in children:
+        return [name for name in children if name != prefix]
+    bases = transformers_in(model)
+    if is_bare(model) or not bases:
+        return [name for name in children if name in _HEAD_NAMES]
+    return _outside(model, "", bases, embedding_of(model, "input"))
+
+
+def is_bare(model: nn.Module) -> bool:
+    """Whether this is a model of Transformers without a head, such as `BertModel`."""
+    return type(model).__module__.startswith("transformers.") and "For" not in type(model).__name__
+
+
+def _with_parameters(model: nn.Module) -> Iterator[str]:
+    return (name for name, child in model.named_children() if any(True for _ in child.parameters()))
+
+
+def _outside(module: nn.Module, path: str, bases: dict[str, PreTrainedModel], table: nn.Module | None) -> list[str]:
+    """Paths of the modules below `module` that are outside of the transformers `bases`, and of the heads of these."""
+    found: list[str] = []
+    for name in _with_parameters(module):
+        child, full = module.get_submodule(name), f"{path}{name}"
+        if full in bases:
+            found += [f"{full}.{head}" for head in task_head(child)]
+        elif any(base.startswith(f"{full}.") for base in bases) or isinstance(child, nn.ModuleList | nn.ModuleDict):
+            found += _outside(child, f"{full}.", bases, table)  # PEFT cannot save a list or a dict of modules whole
+        elif base_of(child) is not table:
+            found.append(full)
+    return found
+
+
+def head_parameters_outside_modules(model: nn.Module) -> list[str]:
+    """Names of parameters outside the base transformers that no module of `task_head` holds. PEFT cannot save them."""
+    bases = {} if isinstance(model, PreTrainedModel) else transformers_in(model)
+    inside = tuple(f"{name}." for name in (*bases, *task_head(model)))
+    return [name for name, _ in model.named_parameters() if not name.startswith(inside)] if bases else []
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:

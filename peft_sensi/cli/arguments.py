@@ -17,6 +17,7 @@ from ..planning.budget import Budget
 from ..plotting.canvas import STYLES
 from ..scoring.criteria import METHODS
 from ..utils.errors import SensiError
+from ..utils.precision import bf16_pays
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
@@ -71,6 +72,10 @@ Regression = Annotated[bool, option("--regression", None, "Predict the labels as
 MaxLength = Annotated[int, option("--max-length", "N", "Cut texts after this many tokens.", DATA, min=2)]
 MaxRows = Annotated[int | None, option("--max-rows", "N", "Use this many rows, chosen at random.", DATA, min=2)]
 BatchSize = Annotated[int, option("--batch-size", "N", "Rows in each batch.", min=1)]
+Bf16 = Annotated[
+    bool | None,
+    option("--bf16/--no-bf16", None, "Train with bfloat16 mixed precision. Default: if that is faster here."),
+]
 Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0)]
 Results = Annotated[
     Path | None, option("--results", "FILE", "Results for the card: metrics.json or another JSON file.")
@@ -99,6 +104,11 @@ def check_rate(lr: float | None, default: float) -> float:
     if lr is not None and not 0 < lr < float("inf"):
         raise SensiError(f"--lr must be a positive number, got {lr}.")
     return default if lr is None else lr
+
+
+def is_bf16(given: bool | None) -> bool:
+    """Whether to train with bfloat16 mixed precision: as the option says, or else if it is faster here."""
+    return bf16_pays() if given is None else given
 
 
 def limits_of(params: str | None, flops: str | None, trainable: str | None) -> dict[str, float | int] | None:

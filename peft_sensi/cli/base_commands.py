@@ -115,8 +115,8 @@ def train(
         option(
             "--lr",
             "RATE",
-            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 or more if --trainable is at "
-            "most 2%.",
+            "The peak learning rate. Default: 1e-4, and 5e-5 with --thorough. Use 1e-3 to 3e-3 if --trainable is the "
+            "only limit, or at most 2%.",
         ),
     ] = None,
     batch_size: args.BatchSize = 32,
@@ -126,7 +126,7 @@ def train(
     regression: args.Regression = False,
     max_length: args.MaxLength = 128,
     max_rows: args.MaxRows = None,
-    bf16: Annotated[bool, option("--bf16", None, "Train with bfloat16 mixed precision.")] = False,
+    bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -154,8 +154,8 @@ def train(
         validation=validation, hold_out=0.0 if validation else 0.1,
     )  # fmt: skip
     result = train_for(
-        base, task, out_folder, Training(epochs, rate, batch_size, bf16, seed), limits=limits, thorough=thorough,
-        recipe=recipe.value if recipe else None, score=(score or args.FISHER).value,
+        base, task, out_folder, Training(epochs, rate, batch_size, args.is_bf16(bf16), seed), limits=limits,
+        thorough=thorough, recipe=recipe.value if recipe else None, score=(score or args.FISHER).value,
         scores=None if scores is None else Scores.load(scores), show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     facts = {name: "undefined" if v is None else f"{v:.4f}" for name, v in result["validation"].items()}
@@ -192,7 +192,7 @@ def trim(
     regression: args.Regression = False,
     max_length: args.MaxLength = 128,
     max_rows: args.MaxRows = None,
-    bf16: Annotated[bool, option("--bf16", None, "Train with bfloat16 mixed precision.")] = False,
+    bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -225,8 +225,8 @@ def trim(
         else:
             trained = load_adapter(saved, base, is_trainable=True)
     result = trim_for(
-        trained, task, out_folder, Training(heal_epochs, rate, batch_size, bf16, seed), name=model, limits=limits,
-        show=lambda plan: err.print(*plan_renderables(plan)),
+        trained, task, out_folder, Training(heal_epochs, rate, batch_size, args.is_bf16(bf16), seed), name=model,
+        limits=limits, show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
     if heal_epochs:

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import recipes
@@ -31,6 +31,7 @@ from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback
 from ..utils.errors import SensiError
 from ..utils.files import write_atomically
+from ..utils.progress import show_progress
 from .textdata import TextTask
 
 
@@ -94,6 +95,7 @@ class Run:
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            disable_tqdm=False,
             remove_unused_columns=False,
         )
         trainer = Trainer(
@@ -104,7 +106,7 @@ class Run:
             processing_class=self.task.tokenizer,
             callbacks=callbacks,
         )
-        trainer.remove_callback(PrinterCallback)
+        show_progress(trainer)
         return trainer
 
     def train(self, epochs: float, callbacks: list[Any] | None = None) -> None:
@@ -136,6 +138,7 @@ class Run:
             "classes": self.task.labels.names,
             "learning_rate": self.training.lr,
             "seed": self.training.seed,
+            "bf16": self.training.bf16,
             "trained_values": plan.trainable_params,
             "plan": plan_figures(plan),
             "weight_bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
@@ -221,14 +224,9 @@ def trim_for(
     set_seed(training.seed)
     run = Run(model, task, folder, training)
     before, start = run.evaluate(), time.perf_counter()
-    if isinstance(model, PeftModel):
-        run.model.base_model.trim(limits, calibration)
-    else:
-        # The head has been trained, so the gradients mean something without priming.
-        config = SensiConfig(
-            budget=limits, calibration=calibration, priming_steps=0, task_type="SEQ_CLS", seed=training.seed
-        )
-        run.model = get_peft_model(model, config)
+    if not isinstance(model, PeftModel):
+        run.model = get_peft_model(model, SensiConfig(budget=1.0, calibration=calibration, task_type="SEQ_CLS"))
+    run.model.base_model.trim(limits, calibration)
     seconds = time.perf_counter() - start
     show(run.model.base_model.plan())
     trimmed = run.evaluate()

@@ -20,6 +20,7 @@ class SensiEmbedding(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(ids)
+        self.check_weights(ids)
         if len(active) > 1:
             self.check_combination(active)
             return F.embedding(ids, self._combined(active)[0].to(self.base_layer.weight.dtype))

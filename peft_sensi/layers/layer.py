@@ -11,8 +11,9 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
+from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, replaced, update_features
 from ..utils.errors import SensiError
+from ..utils.replicas import offloaded
 from .compression import PARTS, encode
 from .functional import Pair
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
@@ -29,7 +30,7 @@ class SensiLayer(ComposedWeights):
     | --- | --- | --- |
     | `sensi_weight` | float32 `[t, in]` or `[out, t]` | tuned rows or columns: values, not differences |
     | `sensi_bias` | float32 `[t]` or `[out]` | trained bias: values, not differences |
-    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term |
+    | `sensi_down`, `sensi_up` | float32 `[rank, in]`, `[out, rank]` | low-rank term, times `Slice.scale` |
     | `sensi_values` | float32 `[n]` | single values |
     | `sensi_scores` | float32 `[out, in]` | scores of a learned mask |
     | `sensi_places` | int32 `[n]` | flat positions of the single values in `[out, in]` |
@@ -207,12 +208,14 @@ class SensiLayer(ComposedWeights):
             raise not_mergeable()
         for name in names:
             with torch.no_grad():
-                weight, bias = self._combined([*self.merged_adapters, name])
+                together = [*self.merged_adapters, name]
+                weight, bias = self._merged(name) if len(together) == 1 else self._combined(together)
             if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._sensi_unmerged.append((base.weight, bias_of(base)))
             dtype = base.weight.dtype
-            weight = oriented(base, weight).to(dtype, copy=True, memory_format=torch.contiguous_format)
+            shared = weight.data_ptr() in {t.data_ptr() for t in (base.weight, *self.own_parts(name).values())}
+            weight = oriented(base, weight).to(dtype, copy=shared).contiguous()
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
@@ -265,6 +268,15 @@ class SensiLayer(ComposedWeights):
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
+    def check_weights(self, x: torch.Tensor | None = None) -> None:
+        """Raises `SensiError` if the base was replaced, or (with an input `x`) offloaded, after the wrap."""
+        base = self.get_base_layer()
+        if not isinstance(base.weight, torch.Tensor):
+            raise replaced(base)
+        # Accelerate loads offloaded weights when it calls the module that holds them. This layer does not call it.
+        if x is not None and base.weight.is_meta and not x.is_meta:
+            raise offloaded()
+
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
         names = self.merged_adapters[-1:] or self._applied()[:1]
@@ -296,6 +308,33 @@ def base_is_dropped(action: str) -> SensiError:
     )
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves the user's hooks from a base layer to the layer around it, or back.
+
+    The layer computes the adapted output itself and does not call the base layer, so hooks of that would be skipped.
+    The dicts themselves change places, because the handles that remove hooks refer to them.
+    """
+    for name in _HOOKS:
+        ours, theirs = getattr(source, name), getattr(target, name)
+        if ours:
+            ours.update(theirs)
+            setattr(target, name, ours)
+            setattr(source, name, type(ours)())
+    if target._is_full_backward_hook is None:
+        target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
+
+
 def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
     """The adapter layers of a model by name: all of them, or those that have a slice of one adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SensiLayer)}
@@ -309,14 +348,3 @@ def new_parameters_are_empty() -> bool:
     new parameter shows it.
     """
     return nn.ParameterList([torch.empty(1)])[0].is_meta
-
-
-def check_weight(layer: SensiLayer) -> None:
-    """Raises `SensiError` if something has replaced the base's module by one whose weight is no tensor."""
-    base: Any = layer.base_layer
-    if not isinstance(base.weight, torch.Tensor):
-        raise SensiError(
-            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
-            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
-            f"`merge_and_unload()`, and quantize the merged model."
-        )

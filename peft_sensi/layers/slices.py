@@ -30,6 +30,7 @@ class Slice:
     units: int  # number of kept units
     train_bias: bool = False  # whether the whole bias is trained; if not, only the entries of tuned rows are
     rank: int = 0  # of the low-rank term; 0 for none
+    scale: float = 1.0  # factor of the low-rank term (see `updates.default_scale`)
     sparse: int = 0  # number of trained single values
     support: str = "magnitude"  # how the positions of the single values are chosen (see `updates.sparse_support`)
     sparsity: float | None = None  # share of the kept weights that a mask removes; `None` without a mask

@@ -2,7 +2,7 @@
 
 An `update` is one of `UPDATES`; some combine two kinds by `+`. The adapted weight is always
 
-    (base with the tuned rows or columns replaced + up @ down + values at their positions) * mask
+    (base with the tuned rows or columns replaced + scale * up @ down + values at their positions) * mask
 
 The mask comes last, so a masked weight is zero in the merged model too (DSEE, arXiv 2111.00160).
 """
@@ -15,6 +15,16 @@ import torch
 UPDATES = ("dense", "low_rank", "sparse", "low_rank+sparse", "dense+low_rank", "mask")
 SUPPORTS = ("magnitude", "random", "decomposition")
 _DECOMPOSITION_ROUNDS = 10
+
+
+def default_scale(rank: int) -> float:
+    """The factor of a low-rank term: 1 / rank.
+
+    A step of Adam moves each entry of `up` and `down` by about the learning rate, whatever its gradient. After `t`
+    steps at the rate `lr`, a weight has moved by up to `rank * (lr * t)^2`, a sum over the ranks. With this factor the
+    bound is the same for every rank, and so is the range of useful learning rates.
+    """
+    return 1 / rank
 
 
 def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, seed: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
 from .compression import PARTS, decode
-from .functional import Pair, Parts, Positions, cast, compose, take
+from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
 from .slices import Slice, tensor_specs
+from .sources import Source
 from .updates import learned_mask, unpack_mask
 from .values import check_content
 
@@ -80,18 +82,12 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         """
         self.check_loaded(adapter_name)
         slice_ = self.sensi_slices[adapter_name]
-        weight, bias = self._composed(adapter_name, masked)
-        order = slice_.kept.argsort().to(weight.device)
-        weight = weight.index_select(slice_.dim, order)
-        if bias is not None and slice_.dim == 0:
-            bias = bias.index_select(0, order)
-        return weight, bias
+        return in_base_order(slice_, self._composed(adapter_name, masked))
 
     def get_original_weight(self, adapter_name: str) -> torch.Tensor:
         """The base's weight `[out, in]`, restricted to the kept units like `get_adapted_weight`."""
         slice_ = self.sensi_slices[adapter_name]
-        weight, _ = self._kept_base(slice_)
-        return weight.index_select(slice_.dim, slice_.kept.argsort().to(weight.device))
+        return in_base_order(slice_, (self._kept_base(slice_)[0], None))[0]
 
     def _base(self) -> Pair:
         """The base's weight `[out, in]` and bias as they are without merged adapters, detached."""
@@ -148,14 +144,16 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return values
 
     def _trained(self, name: str, slice_: Slice) -> dict[str, torch.Tensor]:
-        """The trained tensors that `compression` knows, as values. Codes are decoded."""
-        parts = self.own_parts(name)
-        if "codes" not in parts:
-            return {part: parts[part] for part in PARTS if part in parts}
-        shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
-        differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
-        base_values = self._base_values(slice_, differences)
-        return {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
+        """The trained tensors that `compression` knows, as values: codes are decoded, and `up` is scaled."""
+        parts: dict[str, torch.Tensor] = {**self.own_parts(name)}
+        if "codes" in parts:
+            shapes = {part: spec.shape for part, spec in tensor_specs(slice_, decoded=True).items() if part in PARTS}
+            differences = decode(parts["codes"], parts.get("scales"), shapes, slice_.dim)
+            base_values = self._base_values(slice_, differences)
+            parts = {part: base_values.get(part, 0.0) + difference for part, difference in differences.items()}
+        if "up" in parts and slice_.scale != 1:
+            parts["up"] = parts["up"] * slice_.scale
+        return {part: parts[part] for part in PARTS if part in parts}
 
     def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""
@@ -164,6 +162,21 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         parts = self._parts(name, slice_)
         parts = parts if masked else parts._replace(mask=None)
         return compose(*cast(frozen, torch.promote_types(frozen[0].dtype, torch.float32)), parts)
+
+    def _merged(self, name: str) -> Pair:
+        """`get_adapted_weight` in the base's dtype, without autograd and with fewer copies."""
+        self.check_loaded(name)
+        slice_ = self.sensi_slices[name]
+        dtype = self.get_base_layer().weight.dtype
+        parts = self._parts(name, slice_)
+        if parts.down is not None or parts.values is not None or parts.mask is not None:
+            return cast(self.get_adapted_weight(name), dtype)  # sums are rounded only once
+        if slice_.whole:
+            assert parts.tuned_weight is not None
+            bias = self._base()[1] if parts.tuned_bias is None else parts.tuned_bias
+            return in_base_order(slice_, cast((parts.tuned_weight.detach(), bias), dtype))
+        weight, bias, _ = self._fused_again(name, dtype, parts)
+        return in_base_order(slice_, (weight, bias))
 
     def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """The cached result of `make` for this adapter. `make` is called again when the key changes."""
@@ -181,7 +194,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return self._cached(name, key, lambda: cast(self._composed(name), dtype))
 
     def _fused(self, name: str, dtype: torch.dtype, parts: Parts) -> Pair:
-        """Weight and bias in the adapter's order, with all trained values in them. The frozen values are cached."""
+        """Weight (without the low-rank term) and bias in the adapter's order. The frozen values are cached."""
         slice_, base = self.sensi_slices[name], self.get_base_layer().weight
 
         def frozen() -> Pair:
@@ -191,27 +204,46 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
             return weight.to(dtype, copy=copy), None if bias is None else bias.to(dtype, copy=copy)
 
         with torch.inference_mode(False), torch.no_grad():
-            if self.sensi_base_dropped and dtype == base.dtype:
-                # The rest of the base belongs to this adapter alone, and its values at trained positions are never
-                # read. So no cache is needed.
+            if self._owns_base(dtype):
                 weight, bias = self._kept_base(slice_)
             else:
                 weight, bias = self._cached(name, (dtype, base.data_ptr(), base._version, base.device), frozen)
             # `.data`: autograd must not notice that the cache is rewritten with the same values, because a backward
             # pass may still need it.
             weight, bias = weight.data, None if bias is None else bias.data
-            if parts.tuned_weight is not None:
-                _write(weight, slice_.dim, parts.tuned, parts.tuned_weight)
-            if (tuned_bias := parts.tuned_bias) is not None:
-                if bias is None or len(tuned_bias) == len(bias):
-                    bias = tuned_bias.detach().to(dtype)
-                else:
-                    _write(bias, 0, parts.tuned, tuned_bias)
-            if parts.down is not None and parts.up is not None:
-                weight = torch.addmm(weight, parts.up.to(dtype), parts.down.to(dtype))
-            if parts.values is not None and parts.places is not None:
-                weight = weight.flatten().index_add(0, parts.places, parts.values.to(dtype)).view_as(weight)
+            weight = overwrite(weight, parts.tuned_weight, parts.values, parts.places, slice_.dim, parts.tuned)
+            if bias is None or (parts.tuned_bias is not None and len(parts.tuned_bias) == len(bias)):
+                bias = None if parts.tuned_bias is None else parts.tuned_bias.detach().to(dtype)
+            else:
+                bias = overwrite(bias, parts.tuned_bias, None, None, 0, parts.tuned)
             return weight, bias
+
+    def _fused_again(self, name: str, dtype: torch.dtype, parts: Parts) -> tuple[Any, Any, Source]:
+        """The same as `_fused` without a cache, and how the backward pass computes the weight again."""
+        slice_ = self.sensi_slices[name]
+        with torch.no_grad():
+            weight, bias = self._base()
+            kept = None
+            if not (slice_.natural or self.sensi_base_dropped):  # the index takes the place of cached weights
+                kept, _ = self._cached(name, weight.device, lambda: (slice_.kept.to(weight.device), None))
+            else:
+                self._sensi_fused.pop(name, None)
+            compute = partial(fuse, dim=slice_.dim, tuned=parts.tuned, dtype=dtype)
+            operands = weight, kept, parts.tuned_weight, parts.values, parts.places
+            if bias is None or (parts.tuned_bias is not None and len(parts.tuned_bias) == slice_.kept_shape[0]):
+                bias = None if parts.tuned_bias is None else parts.tuned_bias.detach().to(dtype)
+            else:
+                rows = kept if slice_.dim == 0 else None
+                bias = fuse(bias, rows, parts.tuned_bias, None, None, dim=0, tuned=parts.tuned, dtype=dtype)
+            return compute(*operands), bias, Source(compute, operands)
+
+    def _owns_base(self, dtype: torch.dtype) -> bool:
+        """Whether trained values can be written into the base itself.
+
+        If the base was dropped, its rest belongs to one adapter alone, and its values at trained positions are never
+        read.
+        """
+        return self.sensi_base_dropped and dtype == self.get_base_layer().weight.dtype
 
     def _combined(self, names: list[str]) -> Pair:
         """Weight and bias of one adapter, or the base plus the differences of several adapters; differentiable."""
@@ -226,8 +258,11 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return weight, bias
 
 
-def _write(target: torch.Tensor, dim: int, positions: Positions, source: torch.Tensor) -> None:
-    if isinstance(positions, int):
-        target.narrow(dim, 0, positions).copy_(source.detach())
-    else:
-        target.index_copy_(dim, positions, source.detach().to(target.dtype))
+def in_base_order(slice_: Slice, pair: Pair) -> Pair:
+    """A weight and a bias of the kept units, from the adapter's order to the base's."""
+    weight, bias = pair
+    if not slice_.natural:
+        order = slice_.kept.argsort().to(weight.device)
+        weight = weight.index_select(slice_.dim, order)
+        bias = bias if bias is None or slice_.dim == 1 else bias.index_select(0, order)
+    return weight, bias

@@ -23,6 +23,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..anatomy.modules import unwrapped
 from ..utils.errors import SensiError
 from .onnx_graph import move_graph, pack, parts, quantize
 from .save import merged_copy
@@ -123,6 +124,7 @@ def export_onnx(
     if small_path is not None and small_path.resolve() == path.resolve():
         raise SensiError("`int8` must be another path than `path`.")
     # The reference still has its adapter, so the comparison checks the merge, too.
+    model = unwrapped(model)
     reference = copy.deepcopy(model).float().cpu().eval()
     merged = merged_copy(reference)
     merged = (copy.deepcopy(merged) if merged is reference else merged).eval()

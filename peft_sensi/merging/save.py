@@ -27,6 +27,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..anatomy.modules import unwrapped
 from ..anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
@@ -48,6 +49,7 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
 
     Raises `SensiError` if the adapter is of another method, or the model class is not one of Transformers.
     """
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, SensiModel):
             raise SensiError(

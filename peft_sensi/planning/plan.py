@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.formatting import human
 from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
+from .budget import Budget, allowance
 from .packing import check_plan_dict, pack_mask, unpack_group, unpack_states
 
 
@@ -54,6 +55,17 @@ class Plan:
         return [(g, int((s != TRIMMED).sum()), int((s == TUNED).sum())) for g, s in self._states()]
 
     @property
+    def trimmed_units(self) -> dict[str, np.ndarray]:
+        """For each group's name a boolean mask `[units]` of the units that leave the model."""
+        return {group.name: states == TRIMMED for group, states in self._states()}
+
+    def without(self, units: Mapping[str, np.ndarray]) -> Plan:
+        """This plan without more units: a mask like those of `trimmed_units` for some of the groups."""
+        masks = {group.name: units.get(group.name, False) for group in self.anatomy.groups}
+        states = (np.where(masks[g.name], TRIMMED, s).astype(np.uint8).tobytes() for g, s in self._states())
+        return replace(self, states=tuple(states))
+
+    @property
     def trims(self) -> bool:
         """Whether any unit leaves the model."""
         return any(kept < group.size for group, kept, _ in self._counts())
@@ -72,6 +84,13 @@ class Plan:
     def trainable_params(self) -> int:
         """Trained values, without the task head."""
         return self.always_trained + sum(tuned * g.unit_trainable(self.targets) for g, _, tuned in self._counts())
+
+    def exceeds(self, limits: Budget) -> bool:
+        """Whether more is kept than the limits on parameters and FLOPs allow."""
+        flops = 2 * self.anatomy.prunable_macs(self.sequence_length)
+        params = self.anatomy.prunable_params
+        found = (limits.params, params, self.kept_params), (limits.flops, flops, self.kept_flops)
+        return any(limit is not None and kept > allowance(limit, whole) for limit, whole, kept in found)
 
     @property
     def params_share(self) -> float:

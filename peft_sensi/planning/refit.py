@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from ..utils import distributed
+from ..utils.progress import progress_bar
 from ..utils.states import FROZEN, TRIMMED, TUNED
-from .layerwise import Calls, Observer, record_calls, run_layer
+from .layerwise import Calls, record_calls, run_layer
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import Plan
 from .trimmed import assign, trimmed
@@ -38,6 +38,7 @@ from .trimmed import assign, trimmed
 Refitted = dict[str, Values]  # by the output projection's module name
 
 MARGIN = 0.02
+SAME = 1e-2  # relative distance of two ways to compute a layer; 16-bit models round
 
 
 def refit(
@@ -79,7 +80,7 @@ def refit(
         ]
         refitted: Refitted = {}
         order = list(recorded[-1].arguments)
-        for i, layer in enumerate(tqdm(order, desc="refit", disable=not progress, leave=False)):
+        for i, layer in enumerate(progress_bar(order, "refit", show=progress)):
             if i and any(layer in calls.entries for calls in recorded):
                 _follow_trimmed_model(model, plan, order[:i], refitted, streams, loss_fn)
             _refit_layer(model, plan, layer, [g for g in groups if g.layer == layer], refitted, streams)
@@ -143,36 +144,71 @@ def _refit_layer(
             None if bias is None else bias.detach().float(),
         )
 
-    def run_up_to(group: Group, stream: _Stream, target: torch.Tensor, receive: Observer) -> None:
-        """Gives the kept activations, the residual and the target of the batch's tokens to `receive`."""
+    def run_up_to(group: Group, stream: _Stream) -> list[torch.Tensor]:
+        """The kept activations and the residual of all tokens of a batch."""
+        found: list[torch.Tensor] = []
 
         def observe(z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
-            mask = token_mask(stream.batch, total.shape[:-1])
-            parts = (z.float(), total.float() - y.float(), target)
-            receive(*(part[mask] if mask is not None else part.flatten(0, -2) for part in parts))
+            found[:] = z, total.float() - y.float()
 
         run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {group: observe}, stop=True)
+        return found
 
     with trimmed(model, plan, [group for group in plan.anatomy.trimmable if group.layer == layer]):
+        last: list[list[torch.Tensor]] = []  # activations and residuals of the last sublayer
         for group in groups:
+            last = []
             if len(targets[group]) != len(streams):
                 continue  # the layer did not run this sublayer
             system = LeastSquares(*originals[group])
+            held_out: list[list[torch.Tensor]] = []
             for stream, target in zip(streams, targets[group], strict=True):
+                z, residual = run_up_to(group, stream)
+                mask = token_mask(stream.batch, target.shape[:-1])
+                parts = (z.float(), residual, target)
+                tokens = [part[mask] if mask is not None else part.flatten(0, -2) for part in parts]
                 if stream.fits:
-                    run_up_to(group, stream, target, system.add)
+                    system.add(*tokens)
+                if stream.holds_out:
+                    held_out.append(tokens)
+                if group is groups[-1]:
+                    last.append([z, residual])
             solution = system.solve()
             if solution is None:
                 continue
             errors = GuardErrors(originals[group], solution)
-            for stream, target in zip(streams, targets[group], strict=True):
-                if stream.holds_out:
-                    run_up_to(group, stream, target, errors.add)
+            for tokens in held_out:
+                errors.add(*tokens)
             if (best := errors.best()) is not None:
                 refitted[group.output] = best
                 assign(linear_of(model, group.output), *best)
-        for stream in streams:
-            stream.trimmed = run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {})
+        _finish_layer(model, layer, groups, last, streams)
+
+
+def _finish_layer(
+    model: nn.Module, layer: str, groups: list[Group], last: list[list[torch.Tensor]], streams: list[_Stream]
+) -> None:
+    """Moves the trimmed model's hidden states of all streams to the next layer.
+
+    `last` has the activations and the residual of the layer's last sublayer, for each stream. In most models, its
+    output projection and the norm of the new sum are all that has to run again. The first stream runs the whole layer,
+    and shows whether this is so.
+    """
+
+    def whole(stream: _Stream) -> Any:
+        return run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {})
+
+    first = whole(streams[0])
+    ends = []
+    if last:
+        linear, norm = linear_of(model, groups[-1].output), groups[-1].norm
+        for z, residual in last:
+            total = (residual + linear(z).float()).to(first.dtype)
+            ends.append(model.get_submodule(norm)(total) if norm else total)
+    if not ends or ends[0].shape != first.shape or (ends[0] - first).norm() > SAME * first.norm():
+        ends = [first, *(whole(stream) for stream in streams[1:])]
+    for stream, hidden in zip(streams, [first, *ends[1:]], strict=True):
+        stream.trimmed = hidden
 
 
 def _trimmed_loss(

@@ -28,8 +28,7 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
             kept = np.flatnonzero(plan.of(group) != TRIMMED)
             for name in group.modules:
                 linear = linear_of(model, name)
-                # Also where no unit is removed, because `assign` may replace the weights.
-                restore.callback(_put, linear, linear.weight, linear.bias)
+                restore.enter_context(reassigned(linear))  # also where no unit is removed: `assign` may be called
                 if len(kept) == group.size:
                     continue
                 sides = [side for side in group.sides if side.module == name]
@@ -47,8 +46,21 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
         yield
 
 
+@contextmanager
+def reassigned(linear: Any) -> Iterator[None]:
+    """Inside the block, `assign` may be called for this Linear. Afterwards it has its own parameters again."""
+    weight, bias = linear.weight, linear.bias
+    try:
+        yield
+    finally:
+        _put(linear, weight, bias)
+
+
 def assign(linear: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Gives a Linear another weight `[out, in]` and bias `[out]` in its own dtype, until the block `trimmed` ends."""
+    """Gives a Linear another weight `[out, in]` and bias `[out]` in its own dtype.
+
+    Only for use inside `trimmed` or `reassigned`, which restore its own parameters.
+    """
     dtype = linear.weight.dtype
     new_weight = nn.Parameter(oriented(linear, weight).to(dtype), requires_grad=False)
     _put(linear, new_weight, None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False))

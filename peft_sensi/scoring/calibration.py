@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +18,8 @@ from torch import nn
 
 from ..anatomy.units import Group
 from ..utils import distributed
-from ..utils.errors import CalibrationError
+from ..utils.errors import CalibrationError, SensiError
+from ..utils.undo import snapshot, surely
 
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -43,9 +46,19 @@ def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Ma
             f"`calibration` must be an iterable of batches (a DataLoader, a list of dicts, a generator), got "
             f"{type(calibration).__name__}."
         )
-    batches = list(itertools.islice(calibration, steps))
+    read_before = _read.get(calibration, 0) if isinstance(calibration, Generator) else 0
+    again = (
+        f"`calibration` is a generator, of which an earlier wrap, trim or `compute_scores` in this process has read "
+        f"{read_before} batches, and a generator can be read only once. Give a list or a `DataLoader`, or make a new "
+        f"generator each time (`Trainer(model_init=...)` and hyperparameter searches wrap a model several times)."
+    )
+    batches = [_as_tensors(batch) for batch in itertools.islice(calibration, steps)]
     if not batches:
-        raise CalibrationError("`calibration` is empty: it must yield at least one batch.")
+        raise CalibrationError(again if read_before else "`calibration` is empty: it must yield at least one batch.")
+    if isinstance(calibration, Generator):
+        _read[calibration] = read_before + len(batches)
+        if read_before:
+            warnings.warn(f"{again} This time, other batches are used.", stacklevel=2)
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise CalibrationError(
@@ -54,12 +67,39 @@ def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Ma
             )
         for name in ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features"):
             value = batch.get(name)
+            if isinstance(value, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in value):
+                raise CalibrationError(
+                    f"The examples of calibration batch {index} differ in length or hold something else than numbers: "
+                    f"its {name!r} cannot become a tensor. Pad them, such as with `DataCollatorWithPadding`."
+                )
             if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() < 2):
                 raise CalibrationError(
                     f"Calibration batch {index} looks like a single example: its {name!r} is not a tensor of several "
                     f"examples. Give batches, such as `DataLoader(dataset, batch_size=32, collate_fn=data_collator)`."
                 )
     return batches
+
+
+# How many batches were read from generators that are still alive.
+_read: weakref.WeakKeyDictionary[Generator, int] = weakref.WeakKeyDictionary()
+
+
+def _as_tensors(batch: Any) -> Any:
+    """The batch with arrays, and lists of equally long lists of numbers, as tensors. Other values stay as they are."""
+    if not isinstance(batch, Mapping):
+        return batch
+    changed = {}
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray) or (isinstance(value, (list, tuple)) and value):
+            try:
+                array = np.asarray(value)
+            except ValueError:  # lists of different lengths
+                continue
+            if array.dtype.kind in "biuf" and not any(isinstance(part, torch.Tensor) for part in value):
+                # The types that models compute with; numpy's defaults differ between platforms.
+                kind = {"i": torch.long, "u": torch.long, "b": torch.bool, "f": torch.get_default_dtype()}
+                changed[name] = torch.as_tensor(array).to(kind[array.dtype.kind])
+    return {**batch, **changed} if changed else batch
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -81,7 +121,20 @@ def calibration_loss(
         if not isinstance(loss, torch.Tensor):
             raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
     else:
-        output = model(**batch)
+        texts = sorted(k for k, v in batch.items() if isinstance(v, str) or (isinstance(v, list) and _is_text(v)))
+        if texts:
+            raise CalibrationError(
+                f"The key {texts[0]!r} of {where} holds text. `calibration` must yield batches that `model(**batch)` "
+                f"accepts: tokenize the texts first, and leave out columns that are not inputs of the model."
+            )
+        try:
+            output = model(**batch)
+        except SensiError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(
+                f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: {error}"
+            ) from error
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not output[0].dim():
             loss = output[0]  # with `config.return_dict=False`, the loss comes first if there are labels
@@ -97,6 +150,10 @@ def calibration_loss(
             raise CalibrationError(f"All labels of {where} are -100, so it has no loss: leave it out.")
         raise CalibrationError(f"The loss of {where} is {loss.item()}: the calibration data or the model is broken.")
     return loss
+
+
+def _is_text(values: list[Any]) -> bool:
+    return any(isinstance(value, str) for value in values)
 
 
 def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
@@ -115,6 +172,12 @@ def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | No
 def examples_in(batch: Mapping[str, Any]) -> int:
     """The number of examples of a batch: the largest first dimension of its tensors."""
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
+
+
+def examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
+    """These examples of a batch. Values that do not have one row for each example stay as they are."""
+    size = examples_in(batch)
+    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
 
 
 def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
@@ -185,27 +248,27 @@ def first_of(output: Any) -> torch.Tensor:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restores what forward and backward passes may change, even if an error occurs inside the block.
 
-    This covers training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on
-    all devices. It does not cover weights: code that changes them must restore them (see `priming.primed`).
+    This covers the structure of the model (see `utils.undo`; a forward pass with labels sets `config.problem_type`),
+    training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all devices.
+    It does not cover weights: code that changes them must restore them (see `priming.primed`).
     """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    structure = snapshot(model)
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    model.zero_grad()  # a backward pass would add to the user's gradients in place
+
+    @torch.no_grad()
+    def restore() -> None:
+        structure()
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
     with torch.random.fork_rng(devices=devices):
         try:
+            model.zero_grad()  # a backward pass would add to the user's gradients in place
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            for parameter, requires_grad, grad in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            surely(restore)

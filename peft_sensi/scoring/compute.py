@@ -11,7 +11,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_score
 from ..anatomy.layouts import BlockLayout
-from ..anatomy.modules import input_embedding
+from ..anatomy.modules import input_embedding, unwrapped
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -47,26 +47,29 @@ def compute_scores(
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         calibration_steps: How many batches are scored at most.
         priming_steps: Number of steps of the short fine-tuning before gradients are taken; 0 for none. It also trains
-            the task head that the adapter starts with, whatever the score is.
+            the task head that the adapter starts with, whatever the score is. Each step uses 8 examples of a batch.
         priming_lr: Learning rate of that fine-tuning.
         priming_optimizer: `adamw`, or `sign`, which needs no memory besides the weights.
         loss_fn: Computes the loss from the model and a batch of any size, for models whose output has no `loss`.
         seed: Seed of dropout during priming and of random scores.
         targets: Names of Linears outside the known blocks, and of embeddings: their rows or tokens are scored too.
         blocks: Layouts of the model's blocks, instead of those of its family.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress: bars on a terminal, else a line every few seconds.
 
     Raises:
         AnatomyError: The model has no known units, or `targets` or `blocks` do not fit it.
         CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
             the batch.
-        SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0.
+        SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0. Or the weights are
+            sharded or offloaded.
     """
     if score not in METHODS:
         raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
+    replicas.check_whole(model)
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress
     )
+    model = unwrapped(model)
     # Priming does not train embeddings, so movement cannot rank tokens.
     table = input_embedding(model) if calibration is not None and score != "movement" else None
     named = set(targets)

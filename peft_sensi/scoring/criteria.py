@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..anatomy.linears import oriented
 from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from ..utils.errors import CalibrationError
+from ..utils.progress import progress_bar
 from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
@@ -122,12 +122,12 @@ def _mean_over_examples(
         head = head_state(model) if options.priming_steps else {}
         model.requires_grad_(False)
         totals = {g.name: g.zeros() for g in anatomy.groups}
-        examples = 0
+        examples, read = 0, batches
         batches = batches[: max(1, options.calibration_steps)]
         # A gate's gradient is a small difference of large terms, so autocast is switched off as a precaution.
         with torch.autocast(device_of(model).type, enabled=False):
             weighting = find_weighting(model, anatomy, batches, options.loss_fn)
-            bar = tqdm(batches, desc=f"{options.score} scores", disable=not options.progress, leave=False)
+            bar = progress_bar(batches, f"{options.score} scores", show=options.progress)
             for index, batch in enumerate(bar):
                 where = f"calibration batch {index}"
                 with outliers.watching(batch):
@@ -141,7 +141,20 @@ def _mean_over_examples(
     distributed.all_sum(list(totals.values()), "adding up scores")
     examples = sum(distributed.gather("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
-    return Found(values, head, outliers.found())
+    return Found(_with_unscored_tokens(anatomy, values, read), head, outliers.found())
+
+
+def _with_unscored_tokens(
+    anatomy: Anatomy, values: dict[str, torch.Tensor], batches: Batches
+) -> dict[str, torch.Tensor]:
+    """Gives tokens that occur only in batches without scores the smallest positive score, so that they are trained."""
+    least = {}
+    for group in anatomy.groups:
+        positive = values[group.name][values[group.name] > 0]
+        if group.kind == "token" and len(positive):
+            least[group.name] = torch.full_like(values[group.name], float(positive.min()))
+    floors = only_seen(anatomy, least, batches)
+    return values | {name: torch.maximum(values[name], floor) for name, floor in floors.items()}
 
 
 def _primed_head(model: nn.Module, batches: Batches | None, options: ScoringOptions) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError
-from .calibration import LossFn, calibration_loss, examples_in
+from .calibration import LossFn, calibration_loss, examples_in, examples_of
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -121,7 +121,7 @@ def find_weighting(
     contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
     if not contrast:
         return mean_over_examples
-    pair, twice = _examples_of(batch, rows), _examples_of(batch, [rows[0], rows[0]])
+    pair, twice = examples_of(batch, rows), examples_of(batch, [rows[0], rows[0]])
     try:
         mixed, alone = (_batch_gradients(model, anatomy, b, loss_fn, "two examples") for b in (pair, twice))
     except CalibrationError:
@@ -150,11 +150,6 @@ def _unequal_pair(batch: Mapping[str, Any]) -> tuple[float, list[int]]:
     return math.log(counts[rows[1]] / counts[rows[0]]), rows
 
 
-def _examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
-    size = examples_in(batch)
-    return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
-
-
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Multiplies each unit's part of `x` `[..., units * width]` by its gate `[..., units]`.
 
@@ -163,8 +158,8 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, ids: torch.Tensor | None = N
     """
     if ids is not None:
         gate = gate[ids] if gate.dim() == 1 else gate.gather(1, ids.flatten(1)).view(ids.shape)
-        return x * gate.to(x.dtype).unsqueeze(-1)
-    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x.dtype).unsqueeze(-1)).flatten(-2)
+        return x * gate.to(x).unsqueeze(-1)
+    return (x.unflatten(-1, (gate.shape[-1], -1)) * gate.to(x).unsqueeze(-1)).flatten(-2)
 
 
 @contextmanager

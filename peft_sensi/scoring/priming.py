@@ -1,7 +1,8 @@
 """Priming: a short fine-tuning before gradients are taken, undone afterwards.
 
 With a fresh task head, the gradients of a pretrained model are noise. FAR (arXiv 2205.01541) primes for about one
-percent of the iterations. The original weights are kept on the CPU, so the device never holds a second model.
+percent of the iterations. A step uses only a few examples of a batch, to save time. The original weights are kept on
+the CPU, so the device never holds a second model.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import ScoringOptions, calibration_loss
+from ..utils.progress import progress_bar
+from ..utils.undo import surely
+from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
 from .head import head_bias, start_head_at_prior
 
 
+EXAMPLES = 8  # in a priming step
 GATE_LR = 1e-2
 GATE_PENALTY = 1e-4
 
@@ -38,12 +41,19 @@ def primed(
     The learning rate rises linearly over the first tenth of the steps. The steps of the optimizer `sign` (Bernstein et
     al. 2018, arXiv 1802.04434) are as large as Adam's first steps, but it needs no memory besides the weights: each
     gradient is used and freed at once. A fresh head starts at the prior of the labels (see `start_head_at_prior`).
-    Several processes take each step together, on the joint batch.
+    Several processes take each step together, on the examples of all of them.
 
     Raises `CalibrationError` if a loss or gradient is not finite.
     """
     moving = _primed_parameters(model) if options.priming_steps else head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, original in zip(moving, originals, strict=True):
+            parameter.grad = None
+            parameter.copy_(original)
+
     try:
         model.requires_grad_(False)
         for parameter in moving:
@@ -56,10 +66,7 @@ def primed(
         model.eval()
         yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:
-        with torch.no_grad():
-            for parameter, original in zip(moving, originals, strict=True):
-                parameter.grad = None
-                parameter.copy_(original)
+        surely(restore)
         torch.clear_autocast_cache()
 
 
@@ -72,16 +79,17 @@ def _prime(
 ) -> None:
     gate_optimizer = torch.optim.AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
     with stepper, torch.enable_grad():
-        for step in tqdm(range(options.priming_steps), desc="priming", disable=not options.progress, leave=False):
+        for step in progress_bar(range(options.priming_steps), "priming", show=options.progress):
             warm_up = min(1.0, (step + 1) / max(1, options.priming_steps // 10))
-            index = step % len(batches)
+            turn, index = divmod(step, len(batches))
             name = f"calibration batch {index} (priming step {step})"
-            loss = calibration_loss(model, batches[index], options.loss_fn, name)
+            batch = _some_examples(batches[index], turn)
+            loss = calibration_loss(model, batch, options.loss_fn, name)
             if gates:
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
             loss.backward()
-            share = distributed.weight_of(batches[index], options.loss_fn is not None)
+            share = distributed.weight_of(batch, options.loss_fn is not None)
             distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
                 raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
@@ -94,8 +102,31 @@ def _prime(
             torch.clear_autocast_cache()
 
 
+def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
+    """`EXAMPLES` examples of a batch, others in each turn. The whole batch if it cannot be divided, or is small.
+
+    A batch can be divided if all its tensors have one row for each example, and if it has no lists. Its part must have
+    a label: a loss over tokens is not finite without labels.
+    """
+    size = examples_in(batch)
+    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
+    if size <= EXAMPLES or not all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values):
+        return batch
+    rows = [(turn * EXAMPLES + i) % size for i in range(EXAMPLES)]
+    part = examples_of(batch, rows)
+    labels = part.get("labels")
+    if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        used = labels[:, 1:] if labels.dim() > 1 else labels  # language models do not predict the first token
+        return part if bool((used >= 0).any()) else batch
+    return part
+
+
 class AdamSteps(ExitStack):
-    """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights."""
+    """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights.
+
+    Each weight has an optimizer of its own, so that temporary tensors and float32 gradients are as large as one
+    weight, and not as large as the model.
+    """
 
     factor = 1.0
 
@@ -104,24 +135,32 @@ class AdamSteps(ExitStack):
         full = (torch.float32, torch.float64)
         self.moving, self.lr = moving, lr
         self.masters = [p if p.dtype in full else p.detach().float().requires_grad_() for p in moving]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
-        self.callback(self.optimizer.zero_grad)
+        self.optimizers = [
+            # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third.
+            torch.optim.AdamW([m], lr=lr, weight_decay=0.0, fused=m.device.type in ("cpu", "cuda") or None)
+            for m in self.masters
+        ]
 
     def step(self) -> bool:
         """Updates the weights. If a gradient is not finite, changes nothing and returns `False`."""
-        for master, parameter in zip(self.masters, self.moving, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        gradients = [p.grad for p in self.moving if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        if not norms:
+            return True
+        norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
         if not torch.isfinite(norm):
             return False
-        self.optimizer.param_groups[0]["lr"] = self.lr * self.factor
-        self.optimizer.step()
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, self.moving, strict=True):
-                if master is not parameter:
+        clip = (1.0 / (norm + 1e-6)).clamp_max(1.0)  # as `clip_grad_norm_` with a largest norm of 1
+        for master, parameter, optimizer in zip(self.masters, self.moving, self.optimizers, strict=True):
+            if parameter.grad is None:
+                continue
+            master.grad = parameter.grad.to(master.dtype).mul_(clip.to(parameter.device))
+            optimizer.param_groups[0]["lr"] = self.lr * self.factor
+            optimizer.step()
+            if master is not parameter:
+                with torch.no_grad():
                     parameter.copy_(master)
-                parameter.grad = master.grad = None
+            parameter.grad = master.grad = None
         return True
 
 
@@ -146,11 +185,16 @@ class SignSteps(ExitStack):
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         self.finite = self.finite and bool(torch.isfinite(grad.sum()))
-        if parameter.dtype in _DROPPED_BITS:
-            moved = parameter.float().sub_(grad.float().sign_(), alpha=self.lr * self.factor)
-            parameter.copy_(_round_at_random(moved, _DROPPED_BITS[parameter.dtype]))
-        else:
-            parameter.sub_(grad.sign_(), alpha=self.lr * self.factor)
+        step = self.lr * self.factor
+        if parameter.dtype not in _DROPPED_BITS:
+            parameter.sub_(grad.sign_(), alpha=step)
+            return
+        # A part at a time: the float32 values and the noise of a whole weight would take five times its memory.
+        parameter, grad = torch.atleast_1d(parameter, grad.sign_())
+        count = max(1, _AT_ONCE * len(parameter) // max(1, parameter.numel()))
+        for rows, signs in zip(parameter.split(count), grad.split(count), strict=True):
+            moved = rows.float().sub_(signs, alpha=step)
+            rows.copy_(_round_at_random(moved, _DROPPED_BITS[parameter.dtype]))
 
     def step(self) -> bool:
         """Updates the weights that still have a gradient. Returns whether all gradients were finite."""
@@ -162,6 +206,7 @@ class SignSteps(ExitStack):
 
 _STEPPERS: dict[str, type[AdamSteps] | type[SignSteps]] = {"adamw": AdamSteps, "sign": SignSteps}
 OPTIMIZERS = tuple(_STEPPERS)
+_AT_ONCE = 2**22  # weights
 # How many bits of a float32's mantissa the type does not have.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
 from ..anatomy.units import Anatomy
 from ..layers.values import FLOATS, WEIGHTS, check_finite
 from ..planning.packing import check_plan_dict
+from ..utils.checks import is_number
 from ..utils.errors import SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
 
@@ -44,6 +45,7 @@ _MEANING = (
     "modules_to_save",
     "plan",
     "rank",
+    "scale",
     "schedule",
     "sparse",
     "sparsity",
@@ -74,37 +76,61 @@ def config_mark(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def plan_to_tensor(plan: Mapping[str, Any], mark: str | None = None) -> torch.Tensor:
-    """The plan (see `Plan.to_dict`) and the config's mark as JSON in a uint8 vector."""
-    values = {**plan, "config": mark} if mark is not None else plan
+class StoredPlan(NamedTuple):
+    """What `sensi_plan` holds: the plan (see `Plan.to_dict`), the config's mark, and the scale of low-rank terms.
+
+    The mark is `None` in files of the first versions, and the scale in files of adapters that have none.
+    """
+
+    plan: dict[str, Any]
+    mark: str | None = None
+    scale: float | None = None
+
+
+def plan_to_tensor(plan: Mapping[str, Any], mark: str | None = None, scale: float | None = None) -> torch.Tensor:
+    """The content of a `StoredPlan` as JSON in a uint8 vector."""
+    extra = {"config": mark, "scale": scale}
+    values = {**plan, **{key: value for key, value in extra.items() if value is not None}}
     return torch.frombuffer(bytearray(json.dumps(values, sort_keys=True).encode()), dtype=torch.uint8)
 
 
-def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> tuple[dict[str, Any], str | None]:
-    """Plan and mark from a tensor of `plan_to_tensor`. The mark is `None` in files of the first versions."""
+def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> StoredPlan:
+    """The content of a tensor of `plan_to_tensor`. Raises `SensiLoadError`."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > _LARGEST_PLAN:
         raise SensiLoadError(
             f"{where}: {PLAN_KEY!r} must be a vector of bytes, got {tensor.dtype} {tuple(tensor.shape)}."
         )
     try:
         plan = json.loads(tensor.cpu().numpy().tobytes())
-        mark = plan.pop("config", None) if isinstance(plan, dict) else None
+        mark, scale = (plan.pop(key, None) if isinstance(plan, dict) else None for key in ("config", "scale"))
         if not isinstance(mark, str | None):
             raise ValueError("its `config` is not a hash")
+        if not (scale is None or is_number(scale)):
+            raise ValueError("its `scale` is not a number")
         check_plan_dict(plan)
     except (ValueError, RecursionError) as error:
         raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold a plan: {error}") from None
-    return plan, mark
+    return StoredPlan(plan, mark, scale)
 
 
 def check_pair(stored: torch.Tensor, config: Any, where: str = WEIGHTS) -> None:
     """Checks that a config and a weights file were saved together: the plan and the mark in both must be the same."""
-    plan, mark = plan_from_tensor(stored, where)
+    plan, mark, _ = plan_from_tensor(stored, where)
     if plan != config.plan or (mark is not None and mark != config.file_mark):
         what = "hold different plans" if plan != config.plan else "were saved with different settings"
         raise SensiLoadError(
             f"{where}: adapter_config.json and adapter_model.safetensors {what}: they do not belong together. A save "
             f"may have been interrupted between them; load an older checkpoint."
+        )
+
+
+def check_scale(stored: float | None, config: Any) -> None:
+    """Checks the scale of a file against that of a wrapped model: the tensors' shapes do not show it."""
+    found, expected = (1.0 if scale is None else scale for scale in (stored, config.scale))
+    if found != expected:
+        raise SensiLoadError(
+            f"{WEIGHTS}: its low-rank terms have the scale {found:g}, but those of the model have {expected:g}. Wrap "
+            f"the model with `scale={found:g}`."
         )
 
 

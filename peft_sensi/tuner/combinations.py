@@ -20,6 +20,7 @@ from ..utils.errors import SensiError
 ALSO_TRAIN = ("output_biases", "removed_biases", "biases", "norms", "pooler", "tokens", "embeddings")
 GRANULARITIES = ("unit", "tensor", "weight")
 MOST_CUTS = 10_000
+_LARGEST_SCALE = 1e4
 
 # Field -> the allowed values.
 _CHOICES = {
@@ -36,7 +37,14 @@ _OPTIONAL = {"sequence_length": 1, "rank": 1, "sparse": 1, "tuned_layers": 1}
 _COUNTS = {"calibration_steps": 1, "priming_steps": 0, "multiple_of": 1, "min_units": 0, "seed": 0, **_OPTIONAL}
 
 # Field -> the part of an update that it belongs to.
-_PART_OF = {"rank": "low_rank", "sparse": "sparse", "support": "sparse", "retention": "dense", "tuned_layers": "dense"}
+_PART_OF = {
+    "rank": "low_rank",
+    "scale": "low_rank",
+    "sparse": "sparse",
+    "support": "sparse",
+    "retention": "dense",
+    "tuned_layers": "dense",
+}
 
 # Phase -> its fields with their smallest and largest value, and the description for the error message.
 _PHASES: dict[str, tuple[dict[str, tuple[float, float]], str]] = {
@@ -159,6 +167,8 @@ def _check_values(config: Any) -> None:
         value = getattr(config, name)
         if value is not None and not (is_number(value) and 0 <= value < 1):
             raise SensiError(f"`{name}` must be a share in [0, 1), got {shown(value)}.")
+    if config.scale is not None and not (is_number(config.scale) and 0 < config.scale <= _LARGEST_SCALE):
+        raise SensiError(f"`scale` must be a number in (0, {_LARGEST_SCALE:g}], got {shown(config.scale)}.")
     if config.priming_lr <= 0:
         raise SensiError(f"`priming_lr` must be positive, got {config.priming_lr!r}.")
     if any(name not in ALSO_TRAIN for name in config.also_train or ()):

@@ -33,6 +33,9 @@ class SensiPeftType(enum.StrEnum):
 
     SENSI = "SENSI"
 
+    def __str__(self) -> str:
+        return f"PeftType.{self.name}"  # as PEFT's own; `get_model_status` takes the part after the dot
+
 
 @dataclass(frozen=True)
 class RunInputs:
@@ -71,9 +74,12 @@ class SensiConfig(_InputAttributes, PeftConfig):
             `update="sparse"` and `update="mask"`.
         update: How the tuned part is parametrized: `"dense"` (its own values), `"low_rank"`, `"sparse"` (single
             values), `"low_rank+sparse"`, `"dense+low_rank"` or `"mask"` (a learned binary mask). `None`: `"dense"`,
-            or `"low_rank"` if a `trainable` limit allows at most 2 % of the base's parameters. A low-rank update needs
-            learning rates as large as LoRA's.
+            or `"low_rank"` under a `trainable` limit of at most half of the values of the targeted weights; beside
+            limits that trim, of at most 2 % of the base's parameters. A low-rank update needs learning rates of 1e-3
+            to 3e-3.
         rank: Rank of a low-rank update. `None`: the largest rank that the `trainable` limit allows.
+        scale: Factor of the low-rank term, like `lora_alpha / r` in LoRA. `None`: `1 / rank` with
+            `update="low_rank"`, so that one range of learning rates suits every rank; otherwise 1.
         sparse: Number of trained values in each targeted matrix, for updates with `"sparse"`.
         support: Positions of these values: `"magnitude"` (the largest weights; also `None`), `"random"` or
             `"decomposition"` (the sparse part of a low-rank plus sparse decomposition of the weight).
@@ -97,8 +103,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
             saved whole). `None`: norms, pooler, output biases and, with calibration data, tokens, if dense units are
             tuned without a `trainable` limit or `retention`; otherwise nothing.
         calibration_steps: Number of calibration batches that are used for scores and for the refit.
-        priming_steps: Steps of a short fine-tuning before the scores are taken; 0 switches it off. Its changes are
-            undone, except that the task head starts from what it learned.
+        priming_steps: Steps of a short fine-tuning before the scores are taken, each on 8 examples of a batch; 0
+            switches it off. Its changes are undone, except that the task head starts from what it learned.
         priming_lr: Learning rate of these steps.
         priming_optimizer: Optimizer of these steps: `"adamw"`, or `"sign"`, which has no optimizer state.
         refit: Whether the output projections of trimmed blocks are fitted by least squares to the untrimmed model's
@@ -140,6 +146,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     granularity: str = field(default="unit")
     update: str | None = field(default=None)
     rank: int | None = field(default=None)
+    scale: float | None = field(default=None)
     sparse: int | None = field(default=None)
     support: str | None = field(default=None)
     sparsity: float | None = field(default=None)
@@ -173,6 +180,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
         # PEFT's loaders pass the string from the file. Everybody else leaves `peft_type` alone.
         self.from_file = type(self.peft_type) is str
         self.calibration, self.scores, self.loss_fn = calibration, scores, loss_fn
+        # The schedule of cuts, from the cut that removed the last units until the training is finished: the training
+        # may go back to a checkpoint from before that cut.
+        self.past_cuts: dict[str, Any] | None = None
         try:
             check_types(vars(self))
             if self.from_file:
@@ -238,9 +248,10 @@ class SensiConfig(_InputAttributes, PeftConfig):
         return self.budget is None and self.update in (None, "dense") and all(choice is None for choice in others)
 
     @property
-    def units_to_stay(self) -> int:
-        """Number of heads and of neurons that each block keeps at least."""
-        return self.min_units if self.granularity != "tensor" else 0
+    def width_options(self) -> dict[str, Any]:
+        """The arguments of `make_plan` about the widths of blocks."""
+        stay = self.min_units if self.granularity != "tensor" else 0
+        return {"multiple_of": self.multiple_of, "min_units": stay, "uniform": self.widths == "uniform"}
 
     def layouts(self) -> tuple[BlockLayout, ...] | None:
         """`blocks` as layouts. The field itself holds dicts, because these survive JSON."""

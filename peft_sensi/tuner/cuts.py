@@ -1,6 +1,7 @@
-"""Cuts during training. A cut closes units: a gate sets them to zero. At the end, closed units are removed.
+"""Cuts during training. A cut closes units: a gate sets them to zero. Closed units are removed later.
 
-Until then, all tensors keep their shapes, because optimizers and DDP hold them.
+Until then, all tensors keep their shapes. `Schedule` removes the units after the last cut if the optimizer can follow
+(see `carry`), otherwise when training is finished.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..utils.states import TRIMMED
 from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
-from .slicing import trained_beside_units
+from .slicing import config_after, trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
 
@@ -71,9 +72,7 @@ def close_units(
         protected={name: mask.numpy() & opened.get(name, True) for name, mask in scores.protected.items()},
         available=opened if progress < 1 else None,
         sequence_length=length,
-        multiple_of=config.multiple_of,
-        min_units=config.units_to_stay,
-        uniform=config.widths == "uniform",
+        **config.width_options,
     )
     changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
     distributed.gather("cutting")
@@ -102,13 +101,9 @@ def _refitted(
     wanted_by_user = (config.schedule or {}).get("refit", config.refit)
     if batches is None or not is_refitted(root, config, before.anatomy, wanted_by_user):
         return {}
-    states = tuple(
-        np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)).astype(np.uint8).tobytes()
-        for g in before.anatomy.groups
-    )
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
-        return refit_changes(root, replace(before, states=states), batches, loss_fn, progress=False)
+        return refit_changes(root, before.without(wanted.trimmed_units), batches, loss_fn, progress=False)
 
 
 def _add_change(
@@ -181,33 +176,16 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
     """The plan that trims all closed units; the others keep their states."""
     before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
-    states = {group.name: before.of(group) for group in before.anatomy.groups}
-    for group in before.anatomy.trimmable:
-        if group.output in gates:
-            states[group.name] = np.where(gates[group.output].cpu().numpy() == 0, TRIMMED, states[group.name])
-    return plan_with(root, config, before, states)
+    groups = [group for group in before.anatomy.trimmable if group.output in gates]
+    closed = {group.name: gates[group.output].cpu().numpy() == 0 for group in groups}
+    return recounted(root, config, before, before.without(closed))
 
 
-def plan_with(root: nn.Module, config: SensiConfig, before: Plan, states: Mapping[str, np.ndarray]) -> Plan:
-    """The plan that differs from `before` in the states of its units, with the trained values counted again.
-
-    If all units of a sublayer are trimmed, its output bias stays and has been trained. `config.also_train` then gets
-    "removed_biases".
-    """
-    packed = tuple(states[group.name].astype(np.uint8).tobytes() for group in before.anatomy.groups)
-    after = replace(before, states=packed)
+def recounted(root: nn.Module, config: SensiConfig, before: Plan, after: Plan) -> Plan:
+    """The plan `after`, which trims more units than `before`, with the trained values counted again."""
     saved_values = before.always_trained - trained_beside_units(root, config, before)
-    also = config.also_train or []
-    if "output_biases" in also and any((after.of(group) == TRIMMED).all() for group in after.anatomy.trimmable):
-        config.also_train = list(dict.fromkeys([*also, "removed_biases"]))
-    return replace(after, always_trained=saved_values + trained_beside_units(root, config, after))
-
-
-def exceeds(plan: Plan, limits: Budget) -> bool:
-    """Whether the plan keeps more than the limits allow."""
-    counts = _on_the_way(limits, plan.anatomy, plan.sequence_length, 1.0)
-    kept = ((counts.params, plan.kept_params), (counts.flops, plan.kept_flops))
-    return any(most is not None and count > most for most, count in kept)
+    values = trained_beside_units(root, config_after(config, after), after)
+    return replace(after, always_trained=saved_values + values)
 
 
 def _on_the_way(limits: Budget, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:

@@ -21,10 +21,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_trim
-from ..anatomy.linears import bias_of, check_quantized, is_plain
-from ..anatomy.modules import base_of, linear_of, task_head
+from ..anatomy.linears import bias_of, check_quantized, is_plain, is_quantized
+from ..anatomy.modules import base_of, linear_of
 from ..anatomy.units import Anatomy
-from ..layers.layer import base_is_dropped, layers_of
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
@@ -36,6 +35,7 @@ from ..scoring.head import head_at_prior
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
+from .admission import check_plain, check_saved, head_to_save, is_partly_frozen, leave_frozen, warn_of_frozen_linears
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
@@ -70,49 +70,33 @@ class Decision:
     scores: Scores | None = None
 
 
-def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> None:
-    """Raises `SensiError` if the model, as it is now, cannot take this adapter."""
-    layers = layers_of(model).values()
-    others = sorted({name for layer in layers for name in layer.sensi_slices} - {adapter_name})
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise SensiError(
-            f"An adapter cannot be called {adapter_name!r}: torch stores its parameters under this name, so the "
-            f"name must not be empty, contain a dot, or be the name of an attribute of modules."
-        )
-    if any(layer.sensi_base_dropped for layer in layers):
-        raise base_is_dropped("add another adapter")
-    if not config.keep_base and others:
-        raise SensiError(
-            f"`keep_base=False` would drop the base values that the adapters {others} need: delete these "
-            f"adapters, or keep the base."
-        )
-    if config.compressed is not None and not config.inference_mode:
-        raise SensiError(
-            f"The adapter's values are compressed to {config.compressed}, so it can be used but not trained: load "
-            f"it without `is_trainable`, or train from the checkpoint that was compressed."
-        )
-    if any(layer.merged for layer in layers):
-        raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
-    replicas.check_not_partitioned(model)
-
-
 def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decision | None:
     """Decides everything about a wrap, and fills the defaults into `config`. The model stays as it was.
 
     Returns `None` if the config targets no module; PEFT raises its own error for that.
     """
     blocks = build_anatomy(model, (), config.layouts())
-    save_whole(config, task_head(model))
+    if not config.from_file:  # a file lists what it holds
+        save_whole(config, head_to_save(model))
     if not _choose_targets(model, config, blocks):
         return None
+    partly_frozen = is_partly_frozen(model, targets_of(model, config))
+    but_frozen = partly_frozen and config.also_train is None
     if config.also_train is None:
-        config.also_train = default_also_train(model, config, inputs, blocks)
-    saved = also_saved(model, blocks, config)
+        config.also_train = default_also_train(model, config, inputs, blocks, partly_frozen)
+    saved = [] if config.from_file else also_saved(model, blocks, config, but_frozen)
     save_whole(config, saved)
+    check_saved(model, config)
     saved_values = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
     targets = name_targets(model, config)
     anatomy = anatomy_of(model, config, targets)
     check_targets(model, config, targets, anatomy)
+    others = config.limits.trims or config.chooses_nothing or config.sparsity is not None or config.phase == "cut"
+    # The modules of a group are changed together: tuned units come first in all of them.
+    reached = [group for group in anatomy.groups if targets & set(group.modules) or (others and group.in_block)]
+    if config.plan is None:
+        warn_of_frozen_linears(model, blocks, targets, config)
+        check_plain(model, {name for group in reached for name in group.modules})
     if config.update is None:
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
@@ -122,6 +106,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
             check_fingerprint(config.fingerprint, model, anatomy)
         plan = Plan.from_dict(config.plan, anatomy, targets)
         decision = Decision(plan, slices_of(model, config, plan))
+        check_plain(model, decision.slices)
     else:
         with others_disabled(model), preserved(model):
             make = partial(decide, model, config, inputs, anatomy, targets, saved_values)
@@ -146,12 +131,14 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
 
 def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> bool:
     """Fills in `target_modules`. Returns whether they match anything."""
-    if config.target_modules is None:
+    was_default = config.target_modules is None
+    if was_default:
         names = {module for group in blocks.groups for module in group.modules}
         config.target_modules = names or "all-linear"  # type: ignore[assignment]
     was_text = isinstance(config.target_modules, str)
     _maybe_include_all_linear_layers(config, model)
-    if was_text and isinstance(config.target_modules, set):  # "all-linear" has become a set of names
+    was_all = was_text and isinstance(config.target_modules, set)
+    if was_all and isinstance(config.target_modules, set):  # "all-linear" has become a set of names
         special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
         if special:
             warnings.warn(
@@ -160,6 +147,10 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
                 stacklevel=2,
             )
         config.target_modules -= special
+    if not config.from_file and (targets := targets_of(model, config)):
+        staying = leave_frozen(model, set(targets), chosen=not (was_default or was_all))
+        if staying != targets:
+            config.target_modules = staying  # type: ignore[assignment]
     if targets_of(model, config):
         return True
     bare = config.own_copy()
@@ -225,13 +216,11 @@ def decide(
         targets=targets,
         protected={name: mask.numpy() for name, mask in scores.protected.items()},
         sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
-        multiple_of=config.multiple_of,
-        min_units=config.units_to_stay,
+        **config.width_options,
         always_trained=saved_values + bias_values(model, config, targets),
         tunes=config.tunes_units,
         retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),
-        uniform=config.widths == "uniform",
         tuned_layers=config.tuned_layers,
     )
     fit_rank(model, config, plan, saved_values)
@@ -254,11 +243,19 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
         raise nothing_to_trim(model)
     if config.chooses_nothing and anatomy.trimmable:
         limits = Budget(params=0.5)
+    elif config.chooses_nothing and any(is_quantized(module) for module in model.modules()):
+        raise SensiError(
+            "No budget was given and the base model is quantized. It cannot be trimmed, so every target would be "
+            "trained whole in float32, which needs more memory than the model itself. Set a limit, such as "
+            "budget={'trainable': 0.01}; {'trainable': 1.0} trains everything."
+        )
     elif config.chooses_nothing:
         message = "No budget was given and the model has nothing to trim: all targeted modules are tuned whole."
         warnings.warn(message, stacklevel=2)
     if config.phase == "cut":
         return Budget()  # the cuts come during training
+    if limits.trainable is None and limits.params in (None, 1) and limits.flops in (None, 1):
+        return Budget()  # everything stays and is tuned, so nothing needs to be scored
     return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
 
 

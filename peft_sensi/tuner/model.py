@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,18 +14,22 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.linears import is_quantized, not_mergeable
+from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
+from ..layers.layer import SensiLayer, layers_of, move_hooks, new_parameters_are_empty
+from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .checkpoint import PLAN_KEY, check_pair, config_mark, plan_from_tensor, plan_key, plan_to_tensor
+from ..utils.undo import undone_on_error
+from .admission import check_addition
+from .checkpoint import PLAN_KEY, check_pair, check_scale, config_mark, plan_from_tensor, plan_key, plan_to_tensor
 from .config import SensiConfig
-from .decision import Decision, check_addition, prepare
+from .decision import Decision, prepare
 from .head_settings import head_settings
 from .loading import check_saved_modules, check_slices, check_state, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .stale import check_wrapper
-from .wrapping import drop_base, replace_module, replanned, root_of, set_head, wrap_module
+from .wrapping import drop_base, replanned, root_of, set_head, wrap_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -63,6 +68,32 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     # -- wrapping -----------------------------------------------------------------------------------------------------
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with undone_on_error(model):
+            replicas.check_whole(model)  # before the wrapper that did it is removed
+            super().__init__(self._inner(model, peft_config), peft_config, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _inner(model: nn.Module, peft_config: Any) -> nn.Module:
+        """The model that is adapted, without the wrappers of `torch.compile`, DataParallel and DDP around it."""
+        inner = unwrapped(model)
+        if inner is not model:
+            warnings.warn(
+                f"The adapter is put into the model inside of the {type(model).__name__}, and the wrapper itself is "
+                f"left out. Compile or parallelize the model that PEFT returns.",
+                stacklevel=2,
+            )
+            for config in peft_config.values() if isinstance(peft_config, dict) else [peft_config]:
+                config.base_model_name_or_path = config.base_model_name_or_path or inner.__dict__.get("name_or_path")
+        compiled = [name for name, _ in inner.named_modules() if name.endswith("._orig_mod")]
+        if compiled:
+            part = compiled[0].removesuffix("._orig_mod")
+            raise SensiError(
+                f"The module {part!r} was compiled on its own. This renames its parts, so an adapter of this model "
+                f"would fit no other. Add the adapter before `torch.compile`, or use `model.{part}.compile()`."
+            )
+        return inner
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -71,6 +102,16 @@ class SensiModel(AdapterOperations, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        try:
+            with undone_on_error(self):
+                self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)  # `PeftModel.add_adapter` has set it
+            raise
+
+    def _inject(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
+    ) -> None:
         users_config = self.peft_config[adapter_name]
         check_addition(model, adapter_name, users_config)
         # PEFT does not copy configs, so without a copy the plan of this model would end up in the user's object.
@@ -78,7 +119,6 @@ class SensiModel(AdapterOperations, BaseTuner):
         file = file_to_check(config)
         has_plan = config.plan is not None
         config.from_file = config.from_file and has_plan  # a plan that is made here contradicts no file
-        flags = [(p, p.requires_grad) for p in model.parameters()]
         # With a finished plan, one process may load an adapter while the others do something else.
         joint = nullcontext() if has_plan else distributed.synchronized("wrapping the model")
         try:
@@ -88,8 +128,15 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision
+                saved, heads = config.modules_to_save, task_head(model)
+                heads = [name for name in heads if name in (saved or [])]
+                if decision is not None:
+                    config.modules_to_save = [name for name in saved or [] if name not in heads] or None
                 # The decision says which modules are replaced, so a state dict adds nothing.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                config.modules_to_save = saved
+                wrap_head(model, heads, adapter_name, config.inference_mode, adapter_name in self.active_adapters)
+                hold_masters(model, adapter_name)
                 if file is not None:
                     check_saved_modules(file, model, adapter_name)
                 if decision is not None:
@@ -102,9 +149,6 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if not low_cpu_mem_usage and not new_parameters_are_empty():
                     replicas.allocate_adapter(model)
                 replicas.copy_weights_from_rank_0(model)  # some parts of an adapter start from random values
-        except BaseException:
-            self._roll_back(model, adapter_name, flags)
-            raise
         finally:
             self._sensi_decision = None
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
@@ -112,21 +156,6 @@ class SensiModel(AdapterOperations, BaseTuner):
             layer.sensi_saved_modules = companions
         if decision is not None and not config.keep_base:
             drop_base(model, adapter_name)
-
-    def _roll_back(self, model: nn.Module, adapter_name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
-        for name, module in reversed(list(model.named_modules())):  # inner modules first: wrappers can be nested
-            if isinstance(module, SensiLayer):
-                if adapter_name in module.sensi_slices:
-                    module.delete_adapter(adapter_name)
-                if not module.sensi_slices:  # this includes a layer that failed while it was set up
-                    replace_module(model, name, module.get_base_layer())
-            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                module.delete_adapter(adapter_name, [a for a in self.active_adapters if a != adapter_name])
-                if not module.modules_to_save:
-                    replace_module(model, name, module.original_module)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        self.peft_config.pop(adapter_name, None)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> SensiConfig:
         return peft_config  # `prepare` has filled in the targets
@@ -156,8 +185,9 @@ class SensiModel(AdapterOperations, BaseTuner):
             layer.set_requires_grad(adapter_name, False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Trained values are float32 already. PEFT's version would re-wrap them and set `requires_grad`.
-        return
+        # Trained values are float32 already, and PEFT's version would re-wrap them and set `requires_grad`. Only under
+        # `low_cpu_mem_usage` an older file can have brought modules in 16 bits.
+        hold_masters(self.model, adapter_name)
 
     # -- several adapters, merging ------------------------------------------------------------------------------------
 
@@ -216,6 +246,8 @@ class SensiModel(AdapterOperations, BaseTuner):
             # PEFT's version copies `weight`, but a head or pooler may consist of several modules and have none.
             setattr(parent, child_name, new_module)
         else:
+            if isinstance(child, SensiLayer):
+                move_hooks(child, new_module)
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_combination(self, adapter_names: list[str]) -> None:
@@ -225,7 +257,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def _check_codes(self) -> None:
         for layer in self._layers():
-            check_weight(layer)
+            layer.check_weights()
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 
@@ -252,7 +284,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
         config.head_settings = head_settings(root_of(model))  # PEFT saves the config after the tensors
-        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config))
+        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config), config.scale)
         return tensors
 
     @classmethod
@@ -263,8 +295,11 @@ class SensiModel(AdapterOperations, BaseTuner):
         stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:
             check_pair(stored, config)
-        plan, _ = plan_from_tensor(stored)
-        with nullcontext() if plan == config.plan else replanned(model, config, adapter_name, plan):
+        plan, _, scale = plan_from_tensor(stored)
+        check_scale(scale, config)
+        gated = any(name.rpartition(".")[2] == "sensi_gate" for name in state_dict)
+        as_is = plan == config.plan and gated == (config.phase == "cut")
+        with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             check_state(tensors, model, adapter_name)
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan

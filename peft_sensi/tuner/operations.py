@@ -38,10 +38,13 @@ class AdapterOperations:
         return Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
 
     def explain(self, adapter_name: str = "default") -> str:
-        """A table of the plan's groups, sorted by their scores. Raises `SensiError` for an adapter from a file."""
+        """A table of the plan's groups, sorted by their scores. Raises `SensiError` if no scores are known."""
         scores = self._sensi_scores.get(adapter_name)
         if scores is None:
-            raise SensiError(f"The scores of {adapter_name!r} are not known: they are not stored with an adapter.")
+            raise SensiError(
+                f"The scores of {adapter_name!r} are not known: they are not stored with an adapter, and there are "
+                f"none if no units were chosen (a low-rank update without limits that trim)."
+            )
         values = {name: value.numpy() for name, value in scores.values.items()}
         return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
 
@@ -59,8 +62,10 @@ class AdapterOperations:
 
         Scores the units of the adapted model, plans under the budget, refits the output projections on the adapted
         model's own activations, and removes the trimmed units. The kept units keep their trained values and their
-        states: tuned or frozen. So one training with `SensiConfig(budget=1.0)` and several trims give a family of
-        models, each of them an adapter of the same base. It can be trained on after each trim ("healing").
+        states: tuned or frozen. A budget far below what is there is reached in stages that each keep about half,
+        because units may be needed once others are gone. So one training with `SensiConfig(budget=1.0)` and several
+        trims give a family of models, each of them an adapter of the same base. It can be trained on after each trim
+        ("healing").
 
         The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
         before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
@@ -129,6 +134,13 @@ class AdapterOperations:
         for layer in layers:
             layer.compress(adapter_name, kind)
         config.compressed = kind
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's method for low-rank adapters. Raises `SensiError`: trained units of several plans have no mean."""
+        raise SensiError(
+            "Adapters of peft_sensi cannot be averaged into a new one: they train and keep different units. If no "
+            "adapter trims or masks, `model.base_model.set_adapter([...])` adds their changes."
+        )
 
     def _check_name(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:

@@ -6,10 +6,11 @@
   Learners + priming, arXiv 2208.02070, that is attention). Its trained values stay part of the adapter.
 - `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: Between these shares of the training the units are scored
   again, and more and more of them are closed (Sensi-BERT, arXiv 2307.11764), on a cubic schedule (Zhu & Gupta 2017,
-  arXiv 1710.01878). A closed unit is masked, because an optimizer needs parameters of a fixed shape, and leaves the
-  model when training is finished. `start` = `end` with one cut is a cut after a warm-up, or a late cut. After each cut
-  the output projections are refitted to the model before it, if there are calibration batches and the adapter trains
-  output biases; `"refit": False` switches that off.
+  arXiv 1710.01878). A closed unit is masked. `start` = `end` with one cut is a cut after a warm-up, or a late cut.
+  After each cut the output projections are refitted to the model before it, if there are calibration batches and the
+  adapter trains output biases; `"refit": False` switches that off. After the last cut the closed units leave the
+  model: at once where the optimizer can follow, so that the remaining steps cost less, otherwise when training is
+  finished.
 - `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn once
   (DSEE, arXiv 2111.00160). It keeps the weights with the largest update, or the largest weights without an update.
 
@@ -18,25 +19,32 @@ If nothing steps a schedule, the first forward pass in training mode raises an e
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
 from ..scoring.calibration import LossFn, materialize
 from ..scoring.criteria import DATA_METHODS
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
+from .carry import obstacle
 from .config import SensiConfig
-from .cuts import close_units, exceeds, open_units
+from .cuts import close_units, open_units
+from .slicing import config_after, slices_of
 from .wrapping import root_of, shrink
+
+
+logger = logging.getLogger(__name__)
 
 
 class Schedule:
@@ -44,6 +52,12 @@ class Schedule:
 
     What it does depends only on the step number and the calibration data. So a resumed run, and every process of a
     distributed one, does the same.
+
+    After the last cut of the phase `"cut"`, the closed units leave the model at once if one process trains, the model
+    is neither wrapped nor compiled, and `step` gets one of PyTorch's elementwise optimizers (such as AdamW or SGD),
+    which holds all trained parameters of the adapter. The parameters are the same objects with smaller values, and the
+    optimizer's state and the gradients are sliced like the values. In all other cases, masks stay until `finish`. The
+    result is the same up to rounding, except that dropout of attention weights draws other random numbers.
 
     Args:
         model: A `PeftModel` whose active adapter has a `schedule` in its `SensiConfig`; also under DDP or
@@ -76,7 +90,9 @@ class Schedule:
                 f"`SensiConfig.schedule`, or activate one adapter with `set_adapter`."
             )
         self.adapter_name, self.config = next(iter(scheduled.items()))
-        self.phase: dict[str, Any] = dict(self.config.schedule or {})
+        self.phase: dict[str, Any] = dict(self.config.schedule or self.config.past_cuts or {})
+        # Whether something other than the optimizer may depend on the shapes of the parameters.
+        self.keeps_shapes = self.model is not model or _is_compiled(self.model) or _has_process_group()
         self.batches: list[Mapping[str, Any]] | None = None
         with distributed.synchronized("preparing the schedule"):
             if calibration is not None and self.phase["phase"] == "cut":
@@ -109,16 +125,24 @@ class Schedule:
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
         """Changes what is trained or kept, if it is time for that. Call it before each optimizer step.
 
+        Do not call it between a forward pass and its backward pass.
+
         Args:
-            optimizer: The optimizer, which then forgets its state of frozen parameters.
+            optimizer: The optimizer. It forgets its state of parameters that are frozen, and goes on with the smaller
+                parameters when units leave the model.
             done_steps: Number of optimizer steps so far. Default: the number of calls so far.
 
         Returns:
             Whether something changed.
 
         Raises:
-            SensiError: If the model is sharded by FSDP.
+            SensiError: If the model is sharded by FSDP, or `optimizer` is something else.
         """
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):  # Accelerate's wrapper has them too
+            raise SensiError(
+                f"The first argument of `step` is the optimizer, got {optimizer!r}. Give the number of steps as "
+                f"`step(optimizer, done_steps=...)`."
+            )
         if replicas.is_sharded(self.model):
             raise SensiError(
                 f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which is not "
@@ -132,9 +156,13 @@ class Schedule:
             return False
         if self.phase["phase"] == "draw_mask":
             self._draw()
-        else:
-            made = sum(switch <= done for switch in self.switches)  # several cuts may fall on one step
-            self._close(1 - (1 - made / self.phase["cuts"]) ** 3)
+            return True
+        if self.config.schedule is None:  # the checkpoint that was loaded is from after the last cut
+            return False
+        made = sum(switch <= done for switch in self.switches)  # several cuts may fall on one step
+        self._close(1 - (1 - made / self.phase["cuts"]) ** 3)
+        if made == self.phase["cuts"]:
+            self._remove(optimizer)
         return True
 
     def finish(self) -> None:
@@ -149,11 +177,12 @@ class Schedule:
             self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
             plan = open_units(root_of(self.model), self.config, self.adapter_name)
-            if exceeds(plan, self.config.limits):
+            if plan.exceeds(self.config.limits):
                 self._warn("units are cut")
                 self._close(1.0)
                 plan = open_units(root_of(self.model), self.config, self.adapter_name)
             shrink(self.model, self.config, self.adapter_name, plan)
+        self.config.past_cuts = None
 
     def _warn(self, what: str) -> None:
         warnings.warn(
@@ -196,6 +225,20 @@ class Schedule:
         with distributed.synchronized("cutting units"):
             close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
 
+    def _remove(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Removes the closed units during training, if the optimizer can go on with smaller parameters."""
+        root, name = root_of(self.model), self.adapter_name
+        plan = open_units(root, self.config, name)
+        reason: str | None = "several processes train, or the model is wrapped or compiled"
+        if not self.keeps_shapes:
+            slices = slices_of(root, config_after(self.config, plan), plan)
+            reason = obstacle(optimizer, layers_of(root, name), name, slices)
+        if reason is None:
+            shrink(self.model, self.config, name, plan, optimizer=optimizer)
+            self.config.past_cuts = self.phase
+        else:
+            logger.info("The units that were cut stay masked until training is finished: %s.", reason)
+
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model, self.adapter_name).values())
 
@@ -222,6 +265,8 @@ class SensiCallback(TrainerCallback):
             sized = hasattr(loader, "__len__")
             steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else None
             self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
+            # `Trainer` hands over the inner model.
+            self.schedule.keeps_shapes |= args.torch_compile or args.n_gpu > 1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:
@@ -232,19 +277,20 @@ class SensiCallback(TrainerCallback):
             self.schedule.finish()  # after `Trainer` has loaded the best model
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of DDP, FSDP, DeepSpeed and `torch.compile`, in whatever order."""
-    # Accelerate's function removes a compiled wrapper outside of DDP but not one inside of it.
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
-        model = inner
-    return model
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `compile()` was called on the model or a part of it. It does not wrap a module."""
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+
+
+def _has_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def scheduled_adapters(model: nn.Module) -> dict[str, SensiConfig]:
-    """The active adapters that have a schedule, with their configs. Empty for a model of any other kind."""
+    """The active adapters with a schedule whose training is not finished, with their configs."""
     # The layers know what is active, however the adapters were added (PEFT, Transformers, `inject_adapter_in_model`).
     layers = layers_of(model).values()
     active = {name for layer in layers for name in layer.active_adapters if name in layer.sensi_slices}
     configs = (getattr(model, "peft_config", None) or {}).items()
     sensi = {n: config for n, config in configs if n in active and isinstance(config, SensiConfig)}
-    return {name: config for name, config in sensi.items() if config.schedule is not None}
+    return {n: config for n, config in sensi.items() if config.schedule is not None or config.past_cuts is not None}

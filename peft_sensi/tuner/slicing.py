@@ -20,10 +20,11 @@ from ..anatomy.units import Group
 from ..layers.compression import KINDS
 from ..layers.layer import SensiLayer
 from ..layers.slices import Slice, tensor_specs
+from ..layers.updates import default_scale
 from ..planning.budget import allowance
 from ..planning.plan import Plan
 from ..utils.errors import BudgetError, SensiError
-from ..utils.states import FROZEN, TUNED
+from ..utils.states import FROZEN, TRIMMED, TUNED
 from .config import SensiConfig
 
 
@@ -53,6 +54,22 @@ def slices_of(model: nn.Module, config: SensiConfig, plan: Plan) -> Slices:
     return slices
 
 
+def config_after(config: SensiConfig, plan: Plan) -> SensiConfig:
+    """A copy of the config for a plan with fewer units. Its cuts are finished.
+
+    If all units of a sublayer are trimmed, its output bias stays and has been trained, so `also_train` gets
+    "removed_biases".
+    """
+    after = copy.copy(config)
+    after.plan = plan.to_dict()
+    also = config.also_train or []
+    if "output_biases" in also and any((plan.of(group) == TRIMMED).all() for group in plan.anatomy.trimmable):
+        after.also_train = list(dict.fromkeys([*also, "removed_biases"]))
+    if config.phase == "cut":
+        after.schedule = None  # the other phases can be stepped again in a further training
+    return after
+
+
 def trained_values(slices: Slices) -> int:
     """Number of values that the slices train, or have trained before they were compressed."""
     specs = (spec for slice_, _ in slices.values() for spec in tensor_specs(slice_, decoded=True).values())
@@ -65,12 +82,21 @@ def trained_beside_units(model: nn.Module, config: SensiConfig, plan: Plan) -> i
 
 
 def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> None:
-    """Sets the rank of a low-rank update that has none: the largest rank that the `trainable` limit allows.
+    """Fills in the rank and the scale of a low-rank update, as far as the config has none.
 
-    The rank is the same for all targets. `always_trained` is the number of values that are trained outside the slices.
+    The rank is the largest that the `trainable` limit allows, the same for all targets. `always_trained` is the number
+    of values that are trained outside the slices. Other updates are not scaled, because their learning rate is that of
+    their dense or sparse part.
     """
-    if config.update != "low_rank" or config.rank is not None:
+    if config.update != "low_rank":
         return
+    if config.rank is None:
+        config.rank = _largest_rank(model, config, plan, always_trained)
+    if config.scale is None:
+        config.scale = default_scale(config.rank)
+
+
+def _largest_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: int) -> int:
     limit = config.limits.trainable
     assert limit is not None  # checked by `SensiConfig`
     rank_1 = copy.copy(config)
@@ -84,7 +110,7 @@ def fit_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trained: 
             f"The `trainable` limit allows {max(0, allowed):,} values, but a low-rank update of all targets needs at "
             f"least {price:,}: raise the limit, or choose fewer `target_modules`."
         )
-    config.rank = min(allowed // price, max(max(shape) for shape in shapes))
+    return min(allowed // price, max(max(shape) for shape in shapes))
 
 
 def _shape_of(model: nn.Module, name: str) -> tuple[int, int]:
@@ -123,7 +149,7 @@ def _slice(
     finished = whole_bias in also_train and sides[0].dim == 1 and not len(frozen)
     options: dict[str, Any] = {}
     if targeted and "low_rank" in update:
-        options["rank"] = config.rank
+        options |= {"rank": config.rank, "scale": 1.0 if config.scale is None else float(config.scale)}
     if targeted and "sparse" in update:
         options |= {"sparse": config.sparse, "support": config.support or "magnitude", "seed": config.seed}
     # A fixed mask (DSEE) is applied to all Linears of the blocks, a learned mask only to targeted Linears.

@@ -1,7 +1,8 @@
-"""Notices optimizers and DDP wrappers that hold parameters from before a trim.
+"""Notices optimizers and DDP wrappers that hold parameters which a model has lost.
 
-A trim replaces an adapter's parameters by smaller ones. Without these checks, an optimizer that holds the old ones
-would silently train tensors that the model no longer has, and DDP would not synchronize the new ones.
+When an adapter gets another plan, its parameters are replaced: by a trim, at the end of a schedule of cuts, or by a
+checkpoint. Without these checks, an optimizer that holds the old ones would silently train tensors that the model no
+longer has, and DDP would not synchronize the new ones.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ def mark_stale(parameters: Iterable[torch.Tensor]) -> None:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raises `SensiError` when an optimizer is about to step parameters from before a trim."""
+    """Raises `SensiError` when an optimizer is about to step parameters that a model has lost."""
     if _stale and any(_is_stale(p) for group in optimizer.param_groups for p in group["params"]):
         raise SensiError(
-            "This optimizer was made before `trim()` and holds parameters that the model no longer has, so its steps "
-            "would change nothing. Make a new optimizer (or a new `Trainer`) after the trim."
+            "This optimizer was made before units were removed (by `trim()`, at the end of a schedule of cuts, or by "
+            "a checkpoint with another plan). It holds parameters that the model no longer has, so its steps would "
+            "change nothing. Make a new optimizer (or a new `Trainer`)."
         )
 
 
 def check_wrapper() -> None:
-    """Raises `SensiError` when the forward pass runs inside a DDP wrapper from before a trim."""
+    """Raises `SensiError` when the forward pass runs inside a DDP wrapper of parameters that the model has lost."""
     wrapper = DistributedDataParallel._get_active_ddp_module() if _stale else None
     if wrapper is not None and any(map(_is_stale, getattr(wrapper, "_module_parameters", ()))):
         raise SensiError(
-            "This DistributedDataParallel wrapper was made before `trim()`: it would not synchronize the adapter's "
-            "new parameters. Wrap the model again (or make a new `Trainer`) after the trim."
+            "This DistributedDataParallel wrapper was made before units were removed, so it would not synchronize the "
+            "adapter's new parameters. Wrap the model again (or make a new `Trainer`)."
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import math
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -10,7 +12,15 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.linears import bias_of, features
-from ..anatomy.modules import base_of, embedding_of, input_embedding, is_base_parameter, linear_of, task_head
+from ..anatomy.modules import (
+    base_of,
+    embedding_of,
+    input_embedding,
+    is_base_parameter,
+    linear_of,
+    task_head,
+    transformers_in,
+)
 from ..anatomy.units import Anatomy
 from ..planning.budget import allowance
 from ..planning.plan import Plan
@@ -18,15 +28,21 @@ from ..utils.errors import SensiError
 from .config import RunInputs, SensiConfig
 
 
-# The largest `trainable` limit, as a share of the base's parameters, for which `update=None` means "low_rank".
-LOW_RANK_SHARE = 0.02
+# The largest `trainable` limit for which `update=None` means "low_rank", as a share of the values of the targeted
+# weights. With more values, the gradients of the low-rank factors cost more than those of the whole weights.
+LOW_RANK_SHARE = 0.5
+# The same for a limit beside others that trim, as a share of the base's parameters.
+LOW_RANK_SHARE_TRIMMED = 0.02
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """Names of the modules that may be tuned, by PEFT's own matching. Modules inside adapter layers do not count."""
     modules = {name: module for name, module in model.named_modules() if name}
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    return frozenset(n for n in modules if not n.startswith(inside) and check_target_module_exists(config, n))
+    saved, matching = saved_whole(model, config), copy.copy(config)
+    matching.modules_to_save = None
+    found = (n for n in modules if not n.startswith(inside) and check_target_module_exists(matching, n))
+    return frozenset(name for name in found if not saved(name))
 
 
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
@@ -89,9 +105,10 @@ def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str]
         )
 
 
-def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[str]:
+def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_frozen: bool = False) -> list[str]:
     """Names of the base modules outside the blocks that `also_train` trains, for PEFT's `modules_to_save`.
 
+    With `but_frozen`, modules that require no gradients are left out, because the user has frozen them.
     Modules inside one that the user saves whole are left out: PEFT's wrappers must not be nested.
     """
     also_train = config.also_train or []
@@ -106,8 +123,9 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
         norms = [name for name, module in modules.items() if "Norm" in type(module).__name__]
         found += [name for name in norms if any(True for _ in modules[name].parameters(recurse=False))]
     if "pooler" in also_train and head:
-        pooler = f"{model.base_model_prefix}.pooler"
-        found += [pooler] if pooler in modules and any(True for _ in modules[pooler].parameters()) else []
+        bases = [getattr(model, "base_model_prefix", ""), *transformers_in(model)]
+        poolers = [path for base in dict.fromkeys(bases) if (path := f"{base}.pooler") in modules]
+        found += [path for path in poolers if any(True for _ in modules[path].parameters())]
     if "embeddings" in also_train:
         output = embedding_of(model, "output")
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
@@ -117,12 +135,22 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig) -> list[s
                 "The embeddings are tied to the output layer or to each other and cannot be trained separately."
             )
         found += embeddings
-    return [name for name in dict.fromkeys(found) if not _is_saved_whole(name.rpartition(".")[0], config)]
+    if but_frozen:
+        found = [name for name in found if any(p.requires_grad for p in modules[name].parameters())]
+    saved = saved_whole(model, config)
+    return [name for name in dict.fromkeys(found) if not saved(name.rpartition(".")[0])]
 
 
-def _is_saved_whole(name: str, config: SensiConfig) -> bool:
-    """Whether PEFT's `modules_to_save` names this module or one that contains it."""
-    return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
+def saved_whole(model: nn.Module, config: SensiConfig) -> Callable[[str], bool]:
+    """A function of a module's path: whether `modules_to_save` names this module or one that contains it.
+
+    PEFT matches names with every part of a path. Only the task head is matched as a whole path, because it can have
+    any name: in a `torch.nn.Sequential` it is a number, like the layers of the transformer.
+    """
+    names, heads = config.modules_to_save or [], set(task_head(model))
+    exact = tuple(f"{name}." for name in names if name in heads)
+    others = [name for name in names if name not in heads]
+    return lambda path: f"{path}.".startswith(exact) or any(f".{name}." in f".{path}." for name in others)
 
 
 def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -> int:
@@ -131,10 +159,13 @@ def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -
     return sum(bias.numel() for bias in biases if bias is not None)
 
 
-def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy) -> list[str]:
+def default_also_train(
+    model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy, partly_frozen: bool = False
+) -> list[str]:
     """What `also_train=None` stands for. The list is empty unless dense units are tuned without a `trainable` limit.
 
-    It has "tokens" only if the run's inputs show which tokens matter.
+    It has "tokens" only if the run's inputs show which tokens matter, and if the user has not frozen the embeddings of
+    a model that is `partly_frozen`.
     """
     dense = config.tunes_units and config.retention is None
     if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:
@@ -142,7 +173,9 @@ def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs,
     also = ["norms", "output_biases", "pooler"]
     table = input_embedding(model)
     ranks_tokens = config.update != "dense+low_rank" and config.granularity == "unit" and config.score != "movement"
-    if table is None or not ranks_tokens or _is_saved_whole(table, config):
+    if table is None or not ranks_tokens or saved_whole(model, config)(table):
+        return also
+    if partly_frozen and not any(p.requires_grad for p in base_of(model.get_submodule(table)).parameters()):
         return also
     known = inputs.calibration is not None if inputs.scores is None else f"{table}.tokens" in inputs.scores.values
     return [*also, "tokens"] if known else also
@@ -151,9 +184,9 @@ def default_also_train(model: nn.Module, config: SensiConfig, inputs: RunInputs,
 def default_update(
     model: nn.Module, config: SensiConfig, inputs: RunInputs, anatomy: Anatomy, targets: frozenset[str], saved: int
 ) -> str:
-    """The value of `update=None`: `dense`, or `low_rank` under a `trainable` limit of at most 2 %.
+    """The value of `update=None`: `dense`, or `low_rank` under most `trainable` limits (see `LOW_RANK_SHARE`).
 
-    With so few values, dense units change few places of the model, while low-rank terms change all of them
+    Dense units change some places of the model, while low-rank terms of as many values change all of them
     (`examples/benchmarks/quality.py` measures the gain). Every field that asks for units gives `dense`: another score
     than the default, `tuned_layers`, tokens and others; so does a limit without room for rank 1. `saved` is the number
     of values of base modules that are trained whole.
@@ -166,6 +199,9 @@ def default_update(
     if limit is None or any(a is not None for a in asks) or score != "fisher" or config.granularity != "unit":
         return "dense"
     allowed = allowance(limit, anatomy.total_params)
-    rank_1 = sum(sum(features(linear_of(model, name))) for name in targets)
-    has_room = saved + bias_values(model, config, targets) + rank_1 <= allowed
-    return "low_rank" if has_room and allowed <= LOW_RANK_SHARE * anatomy.total_params else "dense"
+    shapes = [features(linear_of(model, name)) for name in targets]
+    has_room = saved + bias_values(model, config, targets) + sum(map(sum, shapes)) <= allowed
+    most = LOW_RANK_SHARE * sum(map(math.prod, shapes))
+    if config.limits.trims:
+        most = LOW_RANK_SHARE_TRIMMED * anatomy.total_params
+    return "low_rank" if has_room and allowed <= most else "dense"

@@ -5,7 +5,9 @@ Scores the units of the adapted model, makes a plan, refits the kept weights by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 from torch import nn
 
 from ..anatomy.build import nothing_to_trim
+from ..anatomy.linears import bias_of, matrix
+from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..layers.layer import layers_of
 from ..planning.allocate import make_plan
-from ..planning.budget import Budget
+from ..planning.budget import Budget, allowance
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
+from ..planning.trimmed import assign, reassigned
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
 from ..scoring.criteria import METHODS
@@ -28,10 +33,9 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
-from .cuts import plan_with
+from .cuts import recounted
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
-from .stale import mark_stale
 from .targets import anatomy_of
 from .wrapping import shrink
 
@@ -63,27 +67,19 @@ def trim_adapter(
     refits: bool | None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    settings, trainable = (config.budget, config.also_train), config.limits.trainable
-    parameters = list(root.parameters())
-    try:
-        # A wrong call in one process is an error in all of them.
-        with distributed.synchronized("trimming"):
-            limits = _check(root, config, adapter_name, before, budget, score)
-            if refits and inputs.calibration is None:
-                raise SensiError(
-                    "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
-                )
-            default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
-            options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
-            trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
-        shrink(root, config, adapter_name, trim.plan, trim.refitted)
-    except BaseException:
-        config.budget, config.also_train = settings
-        raise
-    given = asdict(limits) | {"trainable": trainable}
+    # A wrong call in one process is an error in all of them.
+    with distributed.synchronized("trimming"):
+        limits = _check(root, config, adapter_name, before, budget, score)
+        if refits and inputs.calibration is None:
+            raise SensiError(
+                "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
+            )
+        default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
+        options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
+        trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
+    shrink(root, config, adapter_name, trim.plan, trim.refitted)
+    given = asdict(limits) | {"trainable": config.limits.trainable}
     config.budget = {name: limit for name, limit in given.items() if limit is not None}
-    kept = {id(parameter) for parameter in root.parameters()}
-    mark_stale(parameter for parameter in parameters if id(parameter) not in kept and parameter.requires_grad)
     return trim
 
 
@@ -118,7 +114,7 @@ def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget
             "The adapter's mask has not been drawn yet. Finish the training (`Schedule.finish()`, which "
             "`SensiCallback` calls) before you trim it."
         )
-    replicas.check_not_partitioned(root)
+    replicas.check_whole(root)
     return limits
 
 
@@ -132,57 +128,123 @@ def _decide(
     options: ScoringOptions,
     refits: bool | None,
 ) -> Trim:
-    """Scores, plan and refitted values of the adapted model. The model stays as it was."""
+    """Scores, plan and refitted values of the adapted model. The model stays as it was.
+
+    A budget far below what is there is reached in stages (see `_stages`). A unit that is superfluous beside others may
+    be needed once they are gone, so each stage scores and refits the model that the stage before has left.
+    """
     has_data = inputs.calibration is not None
     given = {**asdict(limits), "score": options.score, "refit": refits, "calibration": has_data}
     distributed.check_equal("its trim", given, "Give all processes the same.")
-    kept = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
+    present = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
+    after, changes = before, Refitted()  # `changes` are of all columns (see `_add`)
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
         batches = None if inputs.calibration is None else materialize(inputs.calibration, options.calibration_steps)
         root.eval()
-        # The merged model is smaller where units were trimmed before; its units are the kept ones in their order.
+        # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
         now = anatomy_of(root, config, before.targets)
         # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
-        now = replace(now, groups=tuple(g for g in now.groups if g.name in kept and kept[g.name].any()))
-        found = score_units(root, now, batches, options)
-        scores = replace(
-            found,
-            values={name: _spread(found.values.get(name), mask) for name, mask in kept.items()},
-            protected={name: _spread(found.protected.get(name), mask).bool() for name, mask in kept.items()},
-        )
-        wanted = make_plan(
-            before.anatomy,
-            scores,
-            limits,
-            targets=before.targets,
-            available=kept,
-            sequence_length=config.sequence_length or scores.sequence_length or before.sequence_length,
-            multiple_of=config.multiple_of,
-            min_units=config.units_to_stay,
-            uniform=config.widths == "uniform",
-        )
-        states = {g.name: np.where(wanted.of(g) == TRIMMED, TRIMMED, before.of(g)) for g in before.anatomy.groups}
-        refitted: Refitted = {}
-        if batches is not None and is_refitted(root, config, now, config.refit if refits is None else refits):
-            small = _plan_of_merged(now, before, states)
-            refitted = refit_changes(root, small, batches, inputs.loss_fn, options.progress)
-    plan = replace(plan_with(root, config, before, states), sequence_length=wanted.sequence_length)
+        now = replace(now, groups=tuple(g for g in now.groups if g.name in present and present[g.name].any()))
+        fits = is_refitted(root, config, now, config.refit if refits is None else refits)
+        for interim in _stages(before, limits):
+            with _closed(root, _plan_of_merged(now, before, after), changes):
+                found = score_units(root, now, batches, options)
+                kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
+                scores = _of_all_units(found, present, kept)
+                wanted = make_plan(
+                    before.anatomy,
+                    scores,
+                    interim,
+                    targets=before.targets,
+                    available=kept,
+                    sequence_length=config.sequence_length or scores.sequence_length or before.sequence_length,
+                    **config.width_options,
+                )
+                after = after.without(wanted.trimmed_units)
+                small = _plan_of_merged(now, before, after)
+                if fits and batches is not None:
+                    _add(changes, refit_changes(root, small, batches, inputs.loss_fn, options.progress), small)
+        refitted = {name: (w[:, _columns(small, name)], bias) for name, (w, bias) in changes.items()}
+    plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
 
 
-def _spread(values: torch.Tensor | None, kept: np.ndarray) -> torch.Tensor:
-    """Numbers of the kept units as numbers of all units, with 0 for the others."""
-    spread = torch.zeros(len(kept))
-    if values is not None:
-        spread[torch.from_numpy(kept)] = values.float()
-    return spread
+def _stages(before: Plan, limits: Budget) -> list[Budget]:
+    """Limits on the way from what `before` keeps to the limits of a trim, which are the last ones.
+
+    Each stage keeps about half of what the stage before has kept. In the interim stages only parameters and FLOPs are
+    limited, because these limits say how far the way is.
+    """
+    anatomy = before.anatomy
+    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(before.sequence_length)}
+    kept = {"params": before.kept_params, "flops": before.kept_flops}
+    targets = {n: allowance(limit, wholes[n]) for n in wholes if (limit := getattr(limits, n)) is not None}
+    ratios = {name: min(1.0, max(target, 1) / max(kept[name], 1)) for name, target in targets.items()}
+    count = max([1, *(round(-math.log2(ratio)) for ratio in ratios.values())])
+    # A count of 1 would be read as a share.
+    ways = [{n: max(2, int(kept[n] * ratio ** (i / count))) for n, ratio in ratios.items()} for i in range(1, count)]
+    return [*(Budget(**way) for way in ways), limits]
 
 
-def _plan_of_merged(now: Anatomy, before: Plan, states: Mapping[str, np.ndarray]) -> Plan:
-    """The plan of the merged model, which does not have the units that `before` trims."""
-    own = {g.name: states[g.name][before.of(g) != TRIMMED] for g in before.anatomy.groups}
-    return Plan(now, tuple(own[g.name].astype(np.uint8).tobytes() for g in now.groups), before.targets, 1)
+@contextmanager
+def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
+    """Inside the block, the merged model computes without the units that `plan` trims, and with `changes` added.
+
+    `changes` are of all columns of the merged output projections (see `_add`).
+    """
+    with ExitStack() as restore:
+        for group in plan.anatomy.trimmable:
+            trimmed = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) == TRIMMED)))
+            if group.output not in changes and not len(trimmed):
+                continue
+            linear = linear_of(root, group.output)
+            restore.enter_context(reassigned(linear))
+            weight, bias = matrix(linear).detach(), bias_of(linear)
+            change, bias_change = changes.get(group.output, (torch.zeros(()), None))
+            weight = (weight.float() + change.to(weight.device)).index_fill(1, trimmed.to(weight.device), 0.0)
+            if bias is not None and bias_change is not None:
+                bias = bias.detach().float() + bias_change.to(bias.device)
+            assign(linear, weight, bias)
+        yield
+
+
+def _add(changes: Refitted, more: Refitted, plan: Plan) -> None:
+    """Adds changes of the columns that `plan` keeps (see `refit_changes`) to changes of all columns."""
+    for name, (weight, bias) in more.items():
+        group = next(g for g in plan.anatomy.trimmable if g.output == name)
+        width = len(group.sides[-1].positions(np.arange(group.size)))
+        wide = weight.new_zeros(weight.shape[0], width).index_copy(1, _columns(plan, name).to(weight.device), weight)
+        old, old_bias = changes.get(name, (torch.zeros_like(wide), None))
+        changes[name] = old + wide, bias if bias is None or old_bias is None else old_bias + bias
+
+
+def _columns(plan: Plan, output: str) -> torch.Tensor:
+    """The columns of an output projection that belong to the units which `plan` keeps."""
+    group = next(g for g in plan.anatomy.trimmable if g.output == output)
+    return torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) != TRIMMED)))
+
+
+def _of_all_units(found: Scores, present: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> Scores:
+    """Scores of the `present` units as scores of all units. Units that are not `kept` have 0."""
+
+    def spread(values: torch.Tensor | None, name: str) -> torch.Tensor:
+        everywhere = torch.zeros(len(present[name]))
+        if values is not None:
+            everywhere[torch.from_numpy(present[name])] = values.float()
+        return everywhere * torch.from_numpy(kept[name])
+
+    return replace(
+        found,
+        values={name: spread(found.values.get(name), name) for name in kept},
+        protected={name: spread(found.protected.get(name), name).bool() for name in kept},
+    )
+
+
+def _plan_of_merged(now: Anatomy, before: Plan, after: Plan) -> Plan:
+    """The plan `after` for the merged model, which does not have the units that `before` trims."""
+    own = {g.name: after.of(g)[before.of(g) != TRIMMED] for g in before.anatomy.groups}
+    return Plan(now, tuple(own[g.name].tobytes() for g in now.groups), before.targets, 1)
 
 
 def _same_everywhere(trim: Trim) -> Trim:

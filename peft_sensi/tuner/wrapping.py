@@ -5,6 +5,7 @@ Layers can also be rebuilt for another plan.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,15 +21,17 @@ from ..anatomy.modules import not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
-from ..layers.layer import layers_of
+from ..layers.layer import layers_of, move_hooks
 from ..layers.linear import SensiLinear
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
+from .carry import Before, carry_over
 from .config import SensiConfig
-from .slicing import Slices, slices_of
+from .slicing import Slices, config_after, slices_of
+from .stale import mark_stale
 from .targets import plan_of
 
 
@@ -66,6 +69,7 @@ def wrap_module(
                 if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
                     raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
                 layer.sensi_attributes.append((owner, attribute, per_unit))
+        move_hooks(layer.get_base_layer(), layer)
         replace_module(model, name, layer)
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
@@ -83,16 +87,38 @@ def save_whole(config: SensiConfig, names: list[str]) -> None:
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
 
 
+def wrap_head(model: nn.Module, heads: list[str], adapter_name: str, inference_mode: bool, active: bool) -> None:
+    """Wraps the task head as PEFT does for `modules_to_save`, but only the modules with exactly these paths.
+
+    PEFT itself wraps every module whose path ends with a name: a head called `out` would bring in all dropouts.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name in heads:
+        module = model.get_submodule(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(adapter_name)
+            module.set_adapter(module.active_adapter, inference_mode=inference_mode)
+        else:
+            wrapper = ModulesToSaveWrapper(module, adapter_name)
+            wrapper.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
+            replace_module(model, name, wrapper)
+    for parameter, requires_grad in flags:  # an adapter that is added changes no other
+        parameter.requires_grad_(requires_grad)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager
-def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any]) -> Iterator[None]:
+def replanned(
+    model: nn.Module, config: SensiConfig, adapter_name: str, plan: dict[str, Any], gated: bool
+) -> Iterator[None]:
     """Gives an adapter the plan of a checkpoint that is being loaded; its values start afresh.
 
-    If the block raises, the adapter has its old plan and values again.
+    `gated` says whether the checkpoint has gates, which means that its cuts are not finished. If the block raises, the
+    adapter has its old plan and values again.
     """
     root = root_of(model)
     layers = layers_of(root, adapter_name).values()
@@ -104,24 +130,43 @@ def replanned(model: nn.Module, config: SensiConfig, adapter_name: str, plan: di
         )
     with _rebuilding(root, config, adapter_name):
         config.plan = plan
-        _rebuild(root, config, adapter_name, slices_of(root, config, plan_of(root, config)))
+        found = plan_of(root, config)
+        if gated and config.past_cuts is not None:  # from before the cut
+            config.schedule, config.past_cuts = config.past_cuts, None
+        elif not gated and config.phase == "cut" and not found.exceeds(config.limits):  # from after the cut
+            config.past_cuts = config.schedule
+            _follow(config, config_after(config, found))
+        _rebuild(root, config, adapter_name, slices_of(root, config, found))
         yield
     logger.info("The checkpoint has another plan than this model was wrapped with: the layers follow the checkpoint.")
 
 
 def shrink(
-    model: nn.Module, config: SensiConfig, adapter_name: str, plan: Plan, refitted: Refitted | None = None
+    model: nn.Module,
+    config: SensiConfig,
+    adapter_name: str,
+    plan: Plan,
+    refitted: Refitted | None = None,
+    optimizer: Any = None,
 ) -> None:
     """Removes the units that `plan` trims from an adapter, and keeps all other trained values.
 
-    `refitted` are changes of output projections (see `in_place.refit_changes`).
+    `refitted` are changes of output projections (see `in_place.refit_changes`). With an `optimizer`, its parameters
+    stay the same objects and keep their state (see `carry.obstacle` for the optimizers that this works with).
+    Otherwise the parameters are new objects, and older optimizers are refused.
     """
     root = root_of(model)
-    with _rebuilding(root, config, adapter_name):
-        config.plan = plan.to_dict()
-        if config.phase == "cut":
-            config.schedule = None  # it is finished; the other phases can be stepped again in a further training
+    with _rebuilding(root, config, adapter_name) as before:
+        _follow(config, config_after(config, plan))
         _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
+        if optimizer is not None:
+            carry_over(optimizer, before, layers_of(root, adapter_name), adapter_name)
+
+
+def _follow(config: SensiConfig, other: SensiConfig) -> None:
+    """Takes the fields that say what an adapter consists of from another config."""
+    config.plan, config.schedule, config.also_train = other.plan, other.schedule, other.also_train
+    config.past_cuts = other.past_cuts
 
 
 def _rebuild(
@@ -145,7 +190,7 @@ def _rebuild(
         if keep_values and layer is not None:
             values = kept_parts(layer.own_parts(adapter_name), layer.sensi_slices[adapter_name], slice_)
         for part, change in zip(("weight", "bias"), (refitted or {}).get(name, ()), strict=False):
-            if change is not None:
+            if change is not None and change.numel():  # a removed sublayer has no columns
                 values[part] = values[part] + change.to(values[part])
         if layer is not None and layer.sensi_base_dropped:
             layer.reduce_base(adapter_name, slice_)
@@ -153,16 +198,17 @@ def _rebuild(
 
 
 @contextmanager
-def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[None]:
-    """Inside the block, the layers of one adapter may be rebuilt.
+def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[Before]:
+    """Inside the block, the layers of one adapter may be rebuilt. Gives what they were before.
 
     Afterwards the same adapters are active, and the same tensors require gradients. Tensors that did not exist before
-    require gradients if the adapter's other tensors did. If the block raises, the adapter is as it was before.
+    require gradients if the adapter's other tensors did. Optimizers that hold lost parameters are refused. If the
+    block raises, the adapter is as it was before.
     """
     layers = layers_of(root)
     if any(layer.merged for layer in layers.values()):
         raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
-    fields = config.plan, config.schedule
+    fields = copy.copy(config)
     own = layers_of(root, adapter_name)
     before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
     dropped = [layer.get_base_layer() for layer in own.values() if layer.sensi_base_dropped]
@@ -170,18 +216,20 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
     trained = any(flags.values()) or not flags
     try:
-        yield
-        for name, layer in layers_of(root).items():
-            for part, parameter in layer.own_parts(adapter_name).items():
+        yield before
+        now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
+        for name, parts in now.items():
+            for part, parameter in parts.items():
                 parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
     except BaseException:
-        config.plan, config.schedule = fields
+        _follow(config, fields)
         for base, parameters in bases:  # `reduce_base` may have replaced them
             base._parameters.update(parameters)
             update_features(base)
         for name, layer in layers_of(root).items():
             layer.discard_parts(adapter_name)
             if name not in layers:
+                move_hooks(layer, layer.get_base_layer())
                 replace_module(root, name, layer.get_base_layer())
             elif name in before:
                 layer.sensi_slices[adapter_name], parts = before[name]
@@ -189,6 +237,8 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
                     getattr(layer, f"sensi_{part}")[adapter_name] = parameter
             layer.update_parents()
         raise
+    there = {id(parameter) for parts in now.values() for parameter in parts.values()}
+    mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there and p.requires_grad)
 
 
 def drop_base(model: nn.Module, adapter_name: str) -> None:
@@ -205,11 +255,12 @@ def drop_base(model: nn.Module, adapter_name: str) -> None:
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
     """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head stays."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     with torch.no_grad():
         for name, value in head.items():
-            top, _, rest = name.partition(".")
-            wrapper = model.get_submodule(top)
-            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            top = next((path for path in wrappers if name.startswith(f"{path}.")), "")
+            rest = name.removeprefix(f"{top}.")
+            if (wrapper := wrappers.get(top)) is not None and adapter_name in wrapper.modules_to_save:
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
                 if (parameter := own.get(rest)) is None or parameter.shape != value.shape:
                     found = "no such parameter" if parameter is None else tuple(parameter.shape)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -116,11 +117,19 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
-def check_not_partitioned(model: nn.Module) -> None:
-    """Raises `SensiError` if FSDP or DeepSpeed ZeRO-3 has spread the weights over processes.
+def check_whole(model: nn.Module) -> None:
+    """Raises `SensiError` if FSDP or DeepSpeed ZeRO-3 has spread the weights over processes, or Accelerate offloads
+    them.
 
-    Units can be ranked only in a process that has whole weights.
+    Units can be ranked only in a process that has whole weights. A `device_map` without offloading is allowed.
     """
+    # PEFT takes the hooks off before it loads an adapter, but leaves the map.
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    mapped = "disk" in devices or ("cpu" in devices and len(devices) > 1)
+    if (mapped and any(p.is_meta for p in model.parameters())) or any(
+        _offloads(getattr(module, "_hf_hook", None)) for module in model.modules()
+    ):
+        raise offloaded()
     if is_sharded(model):
         raise SensiError("The model is sharded already (FSDP). Wrap it with the adapter first, then shard it.")
     if any(hasattr(p, "ds_id") for p in model.parameters()):
@@ -128,6 +137,19 @@ def check_not_partitioned(model: nn.Module) -> None:
             "The model was partitioned by DeepSpeed ZeRO-3, so no process has whole weights to rank or trim. Use "
             "ZeRO-1, ZeRO-2 or FSDP2 (see docs/multi_gpu.md)."
         )
+
+
+def offloaded() -> SensiError:
+    """The error for a model whose weights Accelerate keeps elsewhere."""
+    return SensiError(
+        "Parts of the model are offloaded to the CPU or to disk, so the model does not hold their weights. Load the "
+        "model without offloading: on the CPU (`device_map='cpu'`), or over enough GPUs (see docs/scale.md)."
+    )
+
+
+def _offloads(hook: Any) -> bool:
+    """Whether a hook of Accelerate keeps a module's weights elsewhere, and the module's own on `meta`."""
+    return any(_offloads(inner) for inner in getattr(hook, "hooks", ())) or bool(getattr(hook, "offload", False))
 
 
 def check_launcher(has_integers: bool) -> None:

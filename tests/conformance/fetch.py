@@ -49,9 +49,9 @@ def _fetch(peft: str, folder: Path) -> None:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=peft", *options]
             command += ["--quiet", "--disable-pip-version-check", f"--dest={work}", f"peft=={peft}"]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+                done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
             except subprocess.TimeoutExpired:
-                raise Unavailable(f"pip took more than 3 minutes to download peft {peft}.") from None
+                raise Unavailable(f"pip took more than half an hour to download peft {peft}.") from None
             output = done.stderr
             if done.returncode == 0:
                 break

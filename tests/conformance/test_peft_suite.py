@@ -38,12 +38,12 @@ pytestmark = pytest.mark.conformance
 
 # -- what PEFT's tests are run with: "whole" tunes its targets, "tune" a part of them, "trim" drops units -------------
 
-TUNE, TRIM = {"budget": {"trainable": 0.3}}, {"budget": 0.5}
+TUNE, TRIM = {"budget": {"trainable": 0.3}, "update": "dense"}, {"budget": 0.5}
 TRIM_TUNE = {"budget": {"params": 0.5, "trainable": 0.2}}
 BLOCKS = {"blocks": [models.Blocks.layout]}
 
 CUSTOM = [
-    ("MLP", "tune-all", {"budget": {"trainable": 0.5}}),
+    ("MLP", "tune-all", {"budget": {"trainable": 0.5}, "update": "dense"}),
     ("MLP", "tune-one", {"target_modules": ["lin0"], **TUNE}),
     ("MLP", "tune-saved", {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **TUNE}),
     ("MLP", "whole-one", {"target_modules": ["lin0"]}),

@@ -1,0 +1,76 @@
+"""Modules that an adapter trains and saves whole, such as the task head and norms, on a base of 16 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from torch.func import functional_call
+
+from ..anatomy.linears import has_codes, is_plain_embedding
+
+
+_SHORT = (torch.float16, torch.bfloat16)
+
+
+class SavedWhole(ModulesToSaveWrapper):
+    """PEFT's wrapper, with float32 copies ("masters") of 16-bit weights. Small steps would be lost in 16 bits.
+
+    The adapter's copy of the module holds the masters. Each forward pass rounds them to the dtype that the base's own
+    module has. So the merged model, which has this dtype, computes the same.
+    """
+
+    def update(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update(adapter_name, *args, **kwargs)
+        self.hold_masters(adapter_name)
+
+    def hold_masters(self, adapter_name: str) -> None:
+        """Makes the 16-bit weights of the adapter's copy float32."""
+        for parameter in self.modules_to_save[adapter_name].parameters():
+            if parameter.dtype in _SHORT and not has_codes(parameter):
+                parameter.data = parameter.data.float()
+
+    def rounded(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The masters in the 16-bit dtype of the base, by name; differentiable. Empty for a wider base."""
+        dtypes = {name: parameter.dtype for name, parameter in self.original_module.named_parameters()}
+        return {
+            name: parameter.to(dtypes[name])
+            for name, parameter in self.modules_to_save[adapter_name].named_parameters()
+            if dtypes.get(name) in _SHORT and parameter.dtype not in _SHORT
+        }
+
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__  # in printed models and in PEFT's messages
+
+    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active_adapters:
+            return self._forward_wrapped_passthrough(*args, **kwargs)
+        name = self.active_adapters[0]
+        module = self.modules_to_save[name]
+        if is_plain_embedding(module):  # rounding the rows that were looked up is the same, and cheaper
+            return module(*args, **kwargs).to(self.original_module.weight.dtype)
+        rounded = self.rounded(name)
+        return functional_call(module, rounded, args, kwargs) if rounded else module(*args, **kwargs)
+
+    def _getattr_wrapped(self, name: str, modules: Any) -> Any:
+        value = super()._getattr_wrapped(name, modules)
+        # The code of a model may compute with a weight of this module, or ask for its dtype.
+        return self.rounded(self.active_adapters[0]).get(name, value) if isinstance(value, nn.Parameter) else value
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        module: nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)
+        if module is not self.original_module:
+            with torch.no_grad():
+                for name, value in self.rounded(self.active_adapters[0]).items():
+                    module.get_parameter(name).data = value
+        return module
+
+
+def hold_masters(model: nn.Module, adapter_name: str) -> None:
+    """Gives the modules that this adapter saves whole float32 masters."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            module.__class__ = SavedWhole  # PEFT has made the wrapper, and nothing else of it changes
+            module.hold_masters(adapter_name)

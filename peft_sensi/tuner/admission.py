@@ -1,0 +1,139 @@
+"""What a base model must be like, so that an adapter can be added; checked before anything is scored or changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
+from ..anatomy.modules import base_of, embedding_of, head_parameters_outside_modules, is_bare, not_linear, task_head
+from ..anatomy.units import Anatomy
+from ..layers.layer import SensiLayer, base_is_dropped, layers_of
+from ..utils import replicas
+from ..utils.errors import SensiError
+from .config import SensiConfig
+from .targets import saved_whole
+
+
+def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> None:
+    """Raises `SensiError` if the model, as it is now, cannot take this adapter."""
+    layers = layers_of(model).values()
+    others = sorted({name for layer in layers for name in layer.sensi_slices} - {adapter_name})
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise SensiError(
+            f"An adapter cannot be called {adapter_name!r}: torch stores its parameters under this name, so the "
+            f"name must not be empty, contain a dot, or be the name of an attribute of modules."
+        )
+    if isinstance(model, PeftModel):
+        advice = "use `model.add_adapter(name, config)`" if others else "call `merge_and_unload()` or `unload()` first"
+        raise SensiError(f"The model is wrapped by PEFT already: {advice}.")
+    foreign = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SensiLayer)]
+    if foreign:
+        raise SensiError(
+            f"The model has an adapter of another PEFT method ({type(foreign[0]).__module__}). Merge or remove it "
+            f"first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of Transformers."
+        )
+    if any(layer.sensi_base_dropped for layer in layers):
+        raise base_is_dropped("add another adapter")
+    if not config.keep_base and others:
+        raise SensiError(
+            f"`keep_base=False` would drop the base values that the adapters {others} need: delete these "
+            f"adapters, or keep the base."
+        )
+    if config.compressed is not None and not config.inference_mode:
+        raise SensiError(
+            f"The adapter's values are compressed to {config.compressed}, so it can be used but not trained: load "
+            f"it without `is_trainable`, or train from the checkpoint that was compressed."
+        )
+    if any(layer.merged for layer in layers):
+        raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
+    replicas.check_whole(model)
+
+
+def check_plain(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises an error if one of these Linears or embeddings is more than a weight and a bias."""
+    for name in sorted(names):
+        module = base_of(model.get_submodule(name))
+        if (reason := obstacle(module)) is not None:
+            raise SensiError(
+                f"{name!r} cannot be adapted, because {reason}. Or leave its attention or FFN out as a whole, "
+                f"with `exclude_modules` and a budget that trims nothing, such as {{'trainable': 0.01}}."
+            )
+        if not (is_plain(module) or is_plain_embedding(module)):
+            raise not_linear(module)
+
+
+def check_saved(model: nn.Module, config: SensiConfig) -> None:
+    """Raises `SensiError` if a module that is to be saved whole cannot be copied."""
+    saved = saved_whole(model, config)
+    for name, module in model.named_modules():
+        reason = computed_by_hooks(module)
+        if reason is not None and saved(name):
+            raise SensiError(f"{name!r} cannot be trained and saved whole, because {reason}.")
+
+
+def leave_frozen(model: nn.Module, names: set[str], chosen: bool) -> set[str]:
+    """The Linears of `names` that the user has not frozen, if some are frozen and others are not.
+
+    Names that the user has `chosen` all stay. A base that is frozen as a whole is only a base for adapters: other
+    methods of PEFT expect it like that, and leave it like that.
+    """
+    trained = {name for name in names if _requires_grad(base_of(model.get_submodule(name)))}
+    frozen = sorted(names - trained)
+    if not trained or not frozen:
+        return names
+    what = f"{len(frozen)} modules were frozen before the wrap, such as {frozen[0]!r},"
+    if chosen:
+        warnings.warn(f"{what} but `target_modules` names them, so they are trained.", stacklevel=2)
+        return names
+    warnings.warn(f"{what} and stay frozen. To train them, name them in `target_modules`.", stacklevel=2)
+    return trained
+
+
+def is_partly_frozen(model: nn.Module, targets: Iterable[str]) -> bool:
+    """Whether a Linear that is to be tuned requires gradients: then what does not was frozen by the user."""
+    modules = [base_of(model.get_submodule(name)) for name in targets]
+    return any(_requires_grad(module) for module in modules if not is_quantized(module))
+
+
+def _requires_grad(module: nn.Module) -> bool:
+    return is_quantized(module) or any(parameter.requires_grad for parameter in module.parameters())
+
+
+def warn_of_frozen_linears(model: nn.Module, blocks: Anatomy, targets: Iterable[str], config: SensiConfig) -> None:
+    """Warns about Linears outside of the blocks that are not trained, if nothing in the model looks like its head."""
+    if not blocks.groups or task_head(model) or is_bare(model) or embedding_of(model, "output") is not None:
+        return
+    known = {*targets, *(name for group in blocks.groups for name in group.modules)}
+    linears = [name for name, module in model.named_modules() if isinstance(base_of(module), LINEARS)]
+    linears = [n for n in linears if not {"base_layer", "original_module", "modules_to_save"} & set(n.split("."))]
+    saved = saved_whole(model, config)
+    if left := [name for name in linears if name not in known and not saved(name)]:
+        warnings.warn(
+            f"The Linears outside of the blocks stay frozen, such as {left[0]!r}. If one is a new task head, name it "
+            f"in `modules_to_save`.",
+            stacklevel=2,
+        )
+
+
+def head_to_save(model: nn.Module) -> list[str]:
+    """The modules of the task head. Warns about parameters that look like a part of it and cannot be saved whole."""
+    heads = task_head(model)
+    if frozen := head_parameters_outside_modules(model):
+        warnings.warn(
+            f"{', '.join(map(repr, frozen[:3]))} {'are' if len(frozen) > 1 else 'is'} outside of the transformer and "
+            f"stays frozen: PEFT trains and saves whole modules, and no module of the task head holds it. If it is "
+            f"new, put it into a module of its own.",
+            stacklevel=2,
+        )
+    fixed = [head for head in heads if not any(p.requires_grad for p in model.get_submodule(head).parameters())]
+    if fixed and any(parameter.requires_grad for parameter in model.parameters()):
+        warnings.warn(
+            f"The task head {fixed[0]!r} was frozen before the wrap. An adapter trains the task head all the same.",
+            stacklevel=2,
+        )
+    return heads

@@ -1,0 +1,72 @@
+"""The calls of PEFT and Transformers that add an adapter leave the model as it was if they fail or are interrupted.
+
+`SensiModel` undoes its own work (see `utils.undo`). But PEFT and Transformers change the model before and after they
+call it: they set flags, wrap further modules, and read the weights. An error there would leave a model that has half
+an adapter. So these calls are wrapped, once. Calls for other methods, on models without our layers, are not affected.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from ..layers.layer import layers_of
+from ..utils.errors import SensiError
+from ..utils.undo import snapshot, surely
+from .config import SensiConfig
+
+
+def hook_entrances() -> None:
+    """Wraps the constructors, `add_adapter` and the loaders. A second call changes nothing."""
+    classes = [PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()]
+    for owner in (*classes, PeftAdapterMixin):
+        for name in ("__init__", "add_adapter", "load_adapter", "from_pretrained"):
+            original = vars(owner).get(name)
+            if original is None or (owner is PeftAdapterMixin and name == "__init__"):
+                continue
+            if isinstance(original, classmethod):
+                if not hasattr(original.__func__, "sensi_undoes"):
+                    setattr(owner, name, classmethod(_undoing(original.__func__)))
+            elif not hasattr(original, "sensi_undoes"):
+                setattr(owner, name, _undoing(original))
+
+
+def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The first module is the model: a constructor's `self` has no modules yet.
+        modules = (a for a in (*args, *kwargs.values()) if isinstance(a, nn.Module) and "_modules" in vars(a))
+        model = next(modules, None)
+        if model is None:
+            return function(*args, **kwargs)
+        # PEFT writes into the config that it gets, such as more `modules_to_save`. So it gets a copy.
+        args = tuple(_own(argument) for argument in args)
+        kwargs = {name: _own(argument) for name, argument in kwargs.items()}
+        configs = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, PeftConfig)]
+        is_ours = any(isinstance(config, SensiConfig) for config in configs)
+        if any(not isinstance(c, SensiConfig) and not c.is_prompt_learning for c in configs) and layers_of(model):
+            raise SensiError(
+                "The model has an adapter of peft_sensi, beside which no other PEFT method can change its layers. "
+                "Merge or remove it first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of "
+                "Transformers."
+            )
+        restore = snapshot(model)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            if is_ours or isinstance(error, SensiError) or layers_of(model):
+                surely(restore)
+            raise
+
+    call.sensi_undoes = function  # type: ignore[attr-defined]
+    return call
+
+
+def _own(argument: Any) -> Any:
+    return copy.deepcopy(argument) if isinstance(argument, SensiConfig) else argument

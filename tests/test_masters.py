@@ -1,0 +1,145 @@
+"""On a 16-bit base everything that is trained has float32 masters, so small steps move it as in float32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import TRIM, TUNE, logits, tiny_batches, tiny_model, wrap
+
+from peft_sensi import SensiConfig
+from peft_sensi.layers.saved import SavedWhole
+
+
+SHORT = [torch.bfloat16, torch.float16]
+EVERYTHING = {"also_train": ["norms", "pooler", "output_biases", "tokens"], "budget": 0.5}
+CASES = {
+    "default": TRIM | {"also_train": ["norms", "pooler", "output_biases"]},
+    "tokens": EVERYTHING | {"target_modules": ["query", "key", "value", "dense", "word_embeddings"]},
+    "biases": TUNE | {"also_train": ["biases"]},
+    "embeddings": {"budget": 1.0, "also_train": ["embeddings", "norms"]},
+    "a module of the user": TUNE | {"modules_to_save": ["pooler"]},
+}
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def steps(model: torch.nn.Module, count: int = 30, lr: float = 1e-4) -> dict[str, float]:
+    """The share of the values of each trained tensor that AdamW has moved."""
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0)
+    model.eval()  # no dropout, so that runs in two precisions can be compared
+    batches = tiny_batches(3, seed=3)
+    for step in range(count):
+        model(**batches[step % 3]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: float((p.detach() != before[n]).float().mean()) for n, p in trainable(model).items()}
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_small_steps_move_everything_as_in_float32(case, dtype):
+    options = CASES[case]
+    if "tokens" in options.get("also_train", ()):
+        options = options | {"calibration": tiny_batches(2), "priming_steps": 0}
+    moved = steps(wrap(tiny_model(dtype=dtype), **options))
+    expected = steps(wrap(tiny_model(), **options))
+    assert moved.keys() == expected.keys() and len(moved) > 3
+    for name, share in expected.items():
+        assert share == pytest.approx(moved[name], abs=0.15), name
+    whole = [share for name, share in moved.items() if "modules_to_save" in name and "_embeddings" not in name]
+    assert min(whole) > 0.5
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_values_move_by_the_same_amounts_as_in_float32(dtype):
+    """The masters start from the base's rounded weights, so the runs differ by the rounding of activations only."""
+    models = [wrap(tiny_model(dtype=dtype), **TRIM), wrap(tiny_model(dtype=dtype).float(), **TRIM)]
+    starts = [{n: p.detach().clone() for n, p in trainable(model).items()} for model in models]
+    for model in models:
+        steps(model)
+    for name, parameter in trainable(models[0]).items():
+        if "key.sensi_bias" in name:  # the softmax cancels this bias, so its gradient is noise
+            continue
+        assert parameter.dtype == torch.float32 and bool(torch.isfinite(parameter).all())
+        change = (parameter - starts[0][name]).detach()
+        expected = (trainable(models[1])[name] - starts[1][name]).detach()
+        assert torch.cosine_similarity(change.flatten(), expected.flatten(), dim=0) > 0.8, name
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_merged_models_compute_the_same_and_have_the_dtype_of_the_base(dtype):
+    model = wrap(tiny_model(dtype=dtype), **TRIM)
+    steps(model, 5, 1e-2)
+    outputs = logits(model)
+    assert outputs.dtype == dtype
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert torch.equal(logits(merged), outputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_model(dtype=dtype)))
+    assert torch.equal(logits(model), outputs)
+    assert all(p.dtype == dtype for p in model.unload().parameters())
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}], ids=str)
+def test_files_hold_the_masters(dtype, options, tmp_path):
+    model = wrap(tiny_model(dtype=dtype), **TRIM)
+    steps(model, 5, 1e-3)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert {t.dtype for n, t in tensors.items() if "sensi_plan" not in n} == {torch.float32}
+    again = PeftModel.from_pretrained(tiny_model(dtype=dtype), tmp_path, **options)
+    assert torch.equal(logits(again), logits(model))
+    whole = [p for n, p in again.named_parameters() if "modules_to_save" in n]
+    assert whole and all(p.dtype == torch.float32 for p in whole)
+    plain = tiny_model(dtype=dtype)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain), logits(model))
+    # Files of earlier versions hold these modules in the dtype of the base.
+    short = {n: t.to(dtype) if "sensi_" not in n else t for n, t in tensors.items()}
+    save_file(short, path)
+    older = PeftModel.from_pretrained(tiny_model(dtype=dtype), tmp_path, **options)
+    assert torch.equal(logits(older), logits(model))
+    assert all(p.dtype == torch.float32 for n, p in older.named_parameters() if "modules_to_save" in n)
+
+
+def test_a_second_adapter_has_masters_too():
+    model = wrap(tiny_model(dtype=torch.bfloat16), **TRIM)
+    first = logits(model)
+    model.add_adapter("second", SensiConfig(score="random", task_type="SEQ_CLS", **TRIM))
+    model.set_adapter("second")
+    moved = steps(model)
+    assert min(share for name, share in moved.items() if "modules_to_save" in name) > 0.5
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    assert torch.equal(logits(copy.deepcopy(model)), first)
+
+
+def test_a_float32_base_is_wrapped_as_peft_does():
+    model = wrap(tiny_model(), **TRIM)
+    wrappers = [m for m in model.modules() if isinstance(m, SavedWhole)]
+    assert wrappers and not any(m.rounded("default") for m in wrappers)
+
+
+def test_the_dtype_that_a_models_code_sees_is_that_of_the_base():
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), SensiConfig(score="random", task_type="SEQ_CLS", **TRIM))
+    head = model.base_model.model.classifier
+    assert head.weight.dtype == torch.bfloat16 and head.modules_to_save["default"].weight.dtype == torch.float32
+    assert head.weight.requires_grad and head.out_features == 3
+
+
+def test_masters_are_compiled_without_graph_breaks():
+    model = wrap(tiny_model(dtype=torch.bfloat16), **TRIM)
+    steps(model, 3, 1e-2)
+    outputs = logits(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), outputs)

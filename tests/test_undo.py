@@ -1,0 +1,262 @@
+"""A wrap or a load that fails, or that the user interrupts anywhere, leaves the model exactly as it was."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers.integrations.peft as transformers_peft
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from tiny import TRIM, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+
+import peft_sensi
+from peft_sensi import AnatomyError, SensiConfig, SensiError, compute_scores
+
+
+OPTIONS: dict[str, Any] = {"score": "taylor", "priming_steps": 1, "calibration_steps": 1, "task_type": "SEQ_CLS"}
+# The files whose lines are interrupted: everything that adds an adapter, ours and theirs.
+FOLDERS = tuple(str(Path(module.__file__).parent) for module in (peft, peft_sensi))
+
+
+def config(**changes) -> SensiConfig:
+    return SensiConfig(**{**OPTIONS, "calibration": tiny_batches(1), **TRIM, **changes})
+
+
+def contents(value: Any) -> Any:
+    """What an attribute is: its value if it is simple, its parts if it is a container, otherwise its identity."""
+    if isinstance(value, dict):
+        return [(key, contents(part)) for key, part in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [contents(part) for part in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
+
+
+def state(model: torch.nn.Module) -> dict[str, Any]:
+    """All attributes of all modules and of the config, hooks included, and the flags of all parameters."""
+    found = {f"{name}.{k}": contents(v) for name, m in model.named_modules() for k, v in vars(m).items()}
+    found |= {f"config.{k}": contents(v) for k, v in vars(model.config).items()}
+    return found | {f"{n} flag": (p.requires_grad, id(p.grad)) for n, p in model.named_parameters()}
+
+
+class Interrupt:
+    """Raises `KeyboardInterrupt` when the `at`-th line of the files above is about to run, and counts the lines."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.at, self.lines = at, 0
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: Any, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        return self._line if name.startswith(FOLDERS) or name == transformers_peft.__file__ else None
+
+    def _line(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self._line
+
+
+def peft_constructor(base, folder):
+    get_peft_model(base, config())
+
+
+def peft_loader(base, folder):
+    PeftModel.from_pretrained(base, folder)
+
+
+def transformers_adder(base, folder):
+    base.add_adapter(config())
+
+
+def transformers_loader(base, folder):
+    base.load_adapter(str(folder))
+
+
+def injection(base, folder):
+    inject_adapter_in_model(config(), base)
+
+
+ENTRANCES = [peft_constructor, peft_loader, transformers_adder, transformers_loader, injection]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapter")
+    trained(**TRIM).save_pretrained(path)
+    return path
+
+
+def partly_frozen() -> torch.nn.Module:
+    base = tiny_model()
+    base.bert.embeddings.requires_grad_(False)
+    return base
+
+
+def interrupt_everywhere(enter, folder, points: int) -> int:
+    """Interrupts one entrance at evenly spread lines, and at the last lines. Returns how often it was interrupted."""
+    for _ in range(2):  # the first call runs lines that no later call runs
+        with Interrupt() as whole:
+            enter(partly_frozen(), folder)
+    base = partly_frozen()
+    before, tensors = state(base), snapshot(base)
+    lines = whole.lines - 2 * (enter is injection)  # this function of PEFT cannot be hooked: it is imported by name
+    step, interrupts = max(1, lines // points), 0
+    for at in sorted({*range(1, lines, step), *range(lines - points // 4, lines)}):
+        with pytest.raises(KeyboardInterrupt), Interrupt(at):
+            enter(base, folder)
+        interrupts += 1
+        assert state(base) == before, f"line {at} of {lines}"
+    assert_same_tensors(snapshot(base), tensors)
+    enter(base, folder)  # and it can be wrapped after all
+    return interrupts
+
+
+@pytest.mark.parametrize("enter", ENTRANCES, ids=lambda enter: enter.__name__)
+def test_an_interrupt_leaves_the_model_as_it_was(enter, folder):
+    assert interrupt_everywhere(enter, folder, 8) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enter", ENTRANCES, ids=lambda enter: enter.__name__)
+def test_many_interrupts(enter, folder):
+    print(interrupt_everywhere(enter, folder, 120), "interrupts")
+
+
+@pytest.mark.parametrize("enter", [peft_constructor, transformers_adder, injection], ids=lambda enter: enter.__name__)
+def test_an_error_leaves_the_model_as_it_was(enter, monkeypatch):
+    """The error comes after everything is wrapped, in the last step of the injection."""
+    base = tiny_model()
+    base.config.problem_type = None
+    before = state(base)
+    monkeypatch.setattr("peft_sensi.tuner.model.set_head", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        enter(base, None)
+    assert state(base) == before
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        base.active_adapters()
+
+
+def test_an_interrupted_second_adapter_leaves_the_first_as_it_was():
+    for _ in range(2):
+        model = trained(**TRIM)
+        with Interrupt() as whole:
+            model.add_adapter("second", config())
+    model = trained(**TRIM)
+    before, outputs = state(model), logits(model)
+    for at in range(1, whole.lines, whole.lines // 8):
+        with pytest.raises(KeyboardInterrupt), Interrupt(at):
+            model.add_adapter("second", config())
+        assert state(model) == before, at
+    assert torch.equal(logits(model), outputs)
+
+
+def test_a_load_that_fails_after_the_injection(folder, monkeypatch):
+    base = tiny_model()
+    before = state(base)
+    monkeypatch.setattr("peft.peft_model.set_peft_model_state_dict", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        PeftModel.from_pretrained(base, folder)
+    assert state(base) == before
+
+
+def test_the_users_config_stays_as_it_was():
+    mine = config(modules_to_save=["pooler"])
+    before = {k: v for k, v in vars(mine).items() if k != "base_model_name_or_path"}
+    model = get_peft_model(tiny_model(), mine)
+    model.add_adapter("second", mine)
+    assert {k: v for k, v in vars(mine).items() if k != "base_model_name_or_path"} == before
+    assert mine.modules_to_save == ["pooler"]
+
+
+# -- what a forward pass with labels changes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["scores", "wrap"])
+def test_calibration_leaves_the_config_as_it_was(use):
+    model = tiny_model()
+    before = dict(vars(model.config))
+    if use == "scores":
+        compute_scores(model, tiny_batches(1), priming_steps=1, progress=False)
+    else:
+        get_peft_model(model, config())
+    assert dict(vars(model.config)) == before and model.config.problem_type is None
+
+
+def test_scoring_leaves_attributes_and_buffers_as_they_were():
+    """Models that resize their rotary embeddings register other buffers in their forward pass."""
+    model = tiny_model()
+    model.bert.seen, model.bert.lengths = 0, []
+    model.bert.register_buffer("table", torch.ones(2))
+
+    def count(module, args, output):
+        module.seen, module.table = module.seen + 1, torch.zeros(3)
+        module.lengths.append(module.seen)
+
+    handle = model.bert.register_forward_hook(count)
+    before = state(model)
+    compute_scores(model, tiny_batches(1), priming_steps=1, progress=False)
+    assert state(model) == before
+    model(**tiny_batches(1)[0])
+    assert model.bert.seen == 1 and len(model.bert.table) == 3
+    handle.remove()
+    assert not model.bert._forward_hooks
+
+
+# -- beside other tuners ----------------------------------------------------------------------------------------------
+
+
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["query"], "r": 2, "init_lora_weights": False, **changes})
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_a_model_with_lora_is_refused_before_it_is_scored(adapter_name, tmp_path):
+    model = get_peft_model(tiny_model(), lora())
+    outputs, before = logits(model), state(model)
+    batches = iter(tiny_batches(1))
+    with pytest.raises(SensiError, match="merge_and_unload"):
+        get_peft_model(model, config(calibration=batches), adapter_name=adapter_name)
+    assert next(batches)  # nothing was scored
+    assert state(model) == before and torch.equal(logits(model), outputs)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), outputs)
+
+
+@pytest.mark.parametrize("name", ["lora", "ours"])
+def test_lora_and_ours_are_refused_in_both_orders_in_transformers(name):
+    configs = {"lora": lora(), "ours": config()}
+    other = configs[{"lora": "ours", "ours": "lora"}[name]]
+    model = tiny_model()
+    model.add_adapter(configs[name], "first")
+    outputs, before = logits(model), state(model)
+    with pytest.raises(SensiError, match=r"delete_adapter|merge_and_unload"):
+        model.add_adapter(other, "second")
+    assert state(model) == before and torch.equal(logits(model), outputs)
+    if name == "ours":
+        train(model)
+
+
+def test_a_wrapped_model_is_not_wrapped_again():
+    model = wrap(tiny_model(), **TRIM)
+    before = state(model)
+    with pytest.raises(SensiError, match="add_adapter"):
+        get_peft_model(model, config(), adapter_name="second")
+    assert state(model) == before
+
+
+def test_a_model_of_an_unknown_kind_is_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(AnatomyError):
+        get_peft_model(model, SensiConfig(budget=0.5))
+    assert type(model[0]) is torch.nn.Linear and not hasattr(model, "peft_config")
