@@ -232,8 +232,12 @@ def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -
     dtype = max(set(floating), key=floating.count, default=torch.float32)
     # Copies: a model whose tensors are still mapped from the file would change, or the process end, if somebody writes
     # over this file.
-    copies = {id(tensor): tensor.clone() for tensor in state.values()}
-    values = {name: copies[id(tensor)] for name, tensor in state.items()}
+    # Copies of one name each: Transformers 5.3 does not tie parameters if it is given a value for each.
+    values, seen = dict[str, torch.Tensor](), set[int]()
+    for name, tensor in state.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            values[name] = tensor.clone()
     # `from_pretrained` also computes what is not in the file, such as the frequencies of rotary embeddings.
     try:
         model, info = Built.from_pretrained(
