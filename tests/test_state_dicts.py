@@ -157,7 +157,7 @@ def test_a_state_dict_without_a_plan_warns():
 def test_a_damaged_mark(entry):
     source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
     state = source.state_dict()
-    key = next(key for key in state if key.endswith("query._extra_state"))
+    key = next(key for key in state if key.endswith("query.plan_mark._extra_state"))
     state[key] = entry(state[key]) if callable(entry) else entry
     with pytest.raises(SensiLoadError, match="plan"):
         target.load_state_dict(state)

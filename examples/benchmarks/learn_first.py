@@ -22,7 +22,6 @@ import argparse
 import copy
 import itertools
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -202,27 +201,24 @@ def run_seed(rows: Rows, model_name: str, budgets: list[float], bf16: bool, ways
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line for each row, a column for each model and task: the dev metric, and its share of full fine-tuning's."""
+    """A line for each row, a column for each model and task: the dev metric, its share of full fine-tuning's gain with
+    the same seeds, and the number of seeds."""
     columns = list(dict.fromkeys((r["model"], r["task"]) for r in sorted(results, key=lambda r: r["model"])))
-    values: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
-    seconds: dict[str, list[float]] = defaultdict(list)
-    full = {(r["model"], r["task"], r["seed"]): r for r in results if r["method"] == "full"}
-    for result in results:
-        values[result["method"]][result["model"], result["task"]].append(result["dev"])
-        if (reference := full.get((result["model"], result["task"], result["seed"]))) is not None:
-            seconds[result["method"]].append(result["seconds"] / reference["seconds"])
-    header = ["way", *(f"{model}, {task}" for model, task in columns), "time"]
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    for row in values:
+    found = {(r["model"], r["task"], r["method"], r["seed"]): r["dev"] for r in results}
+    lines = ["| way | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
+    lines.append("| --- " * (1 + len(columns)) + "|")
+    for row in dict.fromkeys(r["method"] for r in results):
         cells = []
         for column in columns:
-            found, whole = values[row].get(column, []), values["full"].get(column, [])
-            constant = TASKS[column[1]].constant
-            kept = ""
-            if found and whole and row != "full":
-                kept = f" ({(sum(found) / len(found) - constant) / (sum(whole) / len(whole) - constant):.0%})"
-            cells.append(cell(found) + kept)
-        lines.append("| " + " | ".join([row, *cells, cell(seconds[row], ".2f")]) + " |")
+            seeds = [seed for *place, seed in found if place == [*column, row]]
+            values = [found[*column, row, seed] for seed in seeds]
+            text = cell(values)
+            wholes = [found[*column, "full", seed] for seed in seeds if (*column, "full", seed) in found]
+            if values and len(wholes) == len(values):
+                constant = TASKS[column[1]].constant * len(values)
+                text += f" ({(sum(values) - constant) / (sum(wholes) - constant):.0%} of {len(values)})"
+            cells.append(text)
+        lines.append("| " + " | ".join([row, *cells]) + " |")
     return "\n".join(lines)
 
 

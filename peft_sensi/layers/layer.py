@@ -16,13 +16,13 @@ from ..utils.errors import SensiError
 from ..utils.replicas import offloaded
 from .compression import PARTS, encode
 from .functional import Pair
-from .marks import EXTRA, Marked, check_marks, slice_mark, warn_of_no_mark
+from .marks import LAYER_MARK, check_marks, marks_to_tensor, slice_mark, warn_of_no_mark
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
 
 
-class SensiLayer(Marked, ComposedWeights):
+class SensiLayer(ComposedWeights):
     """The tensors of all adapters on one Linear (or embedding): for each kind of tensor a dict by adapter name.
 
     `out` and `in` are the sides of the kept part of the weight, `t` is the number of tuned rows or columns.
@@ -256,21 +256,22 @@ class SensiLayer(Marked, ComposedWeights):
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(device)
 
-    # -- plain state dicts --------------------------------------------------------------------------------------------
-
-    def _marks(self) -> dict[str, bytes]:
+    def marks(self) -> dict[str, bytes]:
         return {name: slice_mark(self.sensi_slices[name], plan) for name, plan in self.sensi_plans.items()}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + LAYER_MARK] = marks_to_tensor(self.marks())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
     ) -> None:
         self._sensi_fused.clear()
-        if (key := prefix + EXTRA) in state_dict:
-            check_marks(state_dict[key], self._marks(), key)  # before PyTorch writes a value into this layer
+        if (key := prefix + LAYER_MARK) in state_dict:
+            check_marks(state_dict[key], self.marks(), key)  # before PyTorch writes a value into this layer
         elif ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None):
             warn_of_no_mark(ours)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
-        missing[:] = [name for name in missing if name != key]  # has been warned of
 
     # -- internals ----------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,9 @@
 
 `torch.save(model.state_dict())`, `accelerate.save_state`, checkpoints of Lightning and copies with averaged weights
 know nothing of PEFT's two files. The values of an adapter have a meaning only together with its plan, which says to
-which units they belong. So each layer adds an entry `_extra_state` to the state dict, a hash of what its values mean,
-and refuses an entry that differs. A hash has the same size for every plan, so that loaders which fill existing tensors
-(DCP) can read it. The entry is a tensor, because safetensors holds nothing else.
+which units they belong. So each layer adds an entry `plan_mark._extra_state` to the state dict, a hash of what its
+values mean, and refuses an entry that differs. A hash has the same size for every plan, so that loaders which fill
+existing tensors (DCP) can read it. The entry is a tensor, because safetensors holds nothing else.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..utils.errors import SensiLoadError
 from .slices import Slice
 
 
 EXTRA = "_extra_state"  # the name that PyTorch gives to such an entry
+LAYER_MARK = f"plan_mark.{EXTRA}"  # in the layer (see `Mark`)
 _LENGTH = 32  # bytes of a SHA-256
 
 
@@ -78,15 +80,11 @@ def warn_of_no_mark(key: str) -> None:
     )
 
 
-class Marked:
-    """A module that adds marks to its plain state dict, and checks those of a state dict that is loaded."""
+class Mark(nn.Module):
+    """A layer's child that gives the layer's mark its name in state dicts. The layer writes and checks the entry.
 
-    def _marks(self) -> dict[str, bytes]:
-        """The marks by adapter."""
-        raise NotImplementedError
+    An entry of the layer itself would look like a part of the base's module to PEFT (`get_base_model_state_dict`).
+    """
 
-    def get_extra_state(self) -> torch.Tensor:
-        return marks_to_tensor(self._marks())
-
-    def set_extra_state(self, state: Any) -> None:
-        check_marks(state, self._marks(), EXTRA)
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Leaves the entry to the layer."""

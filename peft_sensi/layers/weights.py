@@ -15,6 +15,7 @@ from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
 from ..utils.errors import SensiLoadError
 from .compression import PARTS, decode
 from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
+from .marks import Mark
 from .slices import Slice, tensor_specs
 from .sources import Source
 from .updates import learned_mask, unpack_mask
@@ -34,6 +35,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.sensi_slices: dict[str, Slice] = {}
         # The mark of each adapter's plan (see `marks`).
         self.sensi_plans: dict[str, bytes] = {}
+        self.plan_mark = Mark()
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []

@@ -17,7 +17,7 @@ from ..anatomy.linears import is_quantized, not_mergeable
 from ..anatomy.modules import move_hooks, task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
-from ..layers.marks import EXTRA, Marked, check_marks, plan_mark
+from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
 from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -42,7 +42,7 @@ from .stale import check_wrapper
 from .wrapping import copy_saved_modules, drop_base, note_plan, replanned, root_of, set_head, wrap_head, wrap_module
 
 
-class SensiModel(AdapterOperations, Marked, BaseTuner):
+class SensiModel(AdapterOperations, BaseTuner):
     """Tunes, freezes or trims every unit of a pretrained model under a budget.
 
     Args:
@@ -301,18 +301,14 @@ class SensiModel(AdapterOperations, Marked, BaseTuner):
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
-    def _marks(self) -> dict[str, bytes]:
-        plans = {name: getattr(config, "plan", None) for name, config in self.peft_config.items()}
-        return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
     ) -> None:
         # All marks are compared before PyTorch writes the first value. Two plans may have no layer in common.
         checked: dict[str, Any] = {"": self, **layers_of(self)}
         for name, module in checked.items():
-            if (key := f"{prefix}{name}.{EXTRA}" if name else prefix + EXTRA) in state_dict:
-                check_marks(state_dict[key], module._marks(), key)
+            if (key := f"{prefix}{name}.{LAYER_MARK}" if name else prefix + EXTRA) in state_dict:
+                check_marks(state_dict[key], module.marks(), key)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
         missing[:] = [name for name in missing if name != prefix + EXTRA]  # the layers warn of it
 
@@ -321,6 +317,7 @@ class SensiModel(AdapterOperations, Marked, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(LAYER_MARK)}
         prefix = "base_model.model." if isinstance(model, PeftModel) else ""
         config.head_settings = head_settings(root_of(model))  # PEFT saves the config after the tensors
         tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config), config.scale)
@@ -342,6 +339,6 @@ class SensiModel(AdapterOperations, Marked, BaseTuner):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             check_state(tensors, model, adapter_name)
         # The plan has been compared, so the layers need not warn that these tensors have no marks.
-        tensors |= {f"{name}.{EXTRA}": layer.get_extra_state() for name, layer in layers_of(model).items()}
+        tensors |= {f"{name}.{LAYER_MARK}": marks_to_tensor(la.marks()) for name, la in layers_of(model).items()}
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors

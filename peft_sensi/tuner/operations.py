@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
+from ..layers.marks import EXTRA, check_marks, marks_to_tensor, plan_mark
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
@@ -158,3 +160,13 @@ class AdapterOperations:
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):
             raise base_is_dropped(action)
+
+    def marks(self) -> dict[str, bytes]:
+        plans = {name: getattr(config, "plan", None) for name, config in self.peft_config.items()}
+        return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
+
+    def get_extra_state(self) -> torch.Tensor:
+        return marks_to_tensor(self.marks())
+
+    def set_extra_state(self, state: Any) -> None:
+        check_marks(state, self.marks(), EXTRA)
