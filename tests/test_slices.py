@@ -150,7 +150,7 @@ def train_with_cuts(model: PeftModel) -> Schedule:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for batch in tiny_batches(6, seed=7):
-        schedule.step(optimizer)
+        schedule.step()  # without the optimizer, so that units stay masked until `finish`
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -196,7 +196,8 @@ def test_gradient_checkpointing(budget, rows, tmp_path, reentrant):
         trainer(model, rows, tmp_path, num_train_epochs=1, **options).train()
         states.append(state(model))
     for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4)
+        if "key.sensi_bias" not in name:  # it has no effect, so its gradient is noise, which AdamW makes large
+            torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_accumulation_equals_a_large_batch(rows, tmp_path):

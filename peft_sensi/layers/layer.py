@@ -16,7 +16,7 @@ from ..utils.errors import SensiError
 from ..utils.replicas import offloaded
 from .compression import PARTS, encode
 from .functional import Pair
-from .marks import LAYER_MARK, check_marks, marks_to_tensor, slice_mark, warn_of_no_mark
+from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
@@ -261,7 +261,8 @@ class SensiLayer(ComposedWeights):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + LAYER_MARK] = marks_to_tensor(self.marks())
+        if marks_are_written():
+            destination[prefix + LAYER_MARK] = marks_to_tensor(self.marks())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
@@ -269,7 +270,7 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused.clear()
         if (key := prefix + LAYER_MARK) in state_dict:
             check_marks(state_dict[key], self.marks(), key)  # before PyTorch writes a value into this layer
-        elif ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None):
+        elif marks_are_written() and (ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None)):
             warn_of_no_mark(ours)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
 

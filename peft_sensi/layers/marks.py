@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..utils.errors import SensiLoadError
@@ -78,6 +79,11 @@ def warn_of_no_mark(key: str) -> None:
         f"`save_pretrained`.",
         stacklevel=2,
     )
+
+
+def marks_are_written() -> bool:
+    """Whether state dicts get marks. Accelerate's FSDP takes every entry of a state dict for a parameter."""
+    return not parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 class Mark(nn.Module):

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
-from ..layers.marks import EXTRA, check_marks, marks_to_tensor, plan_mark
+from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tensor, plan_mark
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
@@ -165,8 +164,10 @@ class AdapterOperations:
         plans = {name: getattr(config, "plan", None) for name, config in self.peft_config.items()}
         return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
 
-    def get_extra_state(self) -> torch.Tensor:
-        return marks_to_tensor(self.marks())
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if marks_are_written():
+            destination[prefix + EXTRA] = marks_to_tensor(self.marks())
 
     def set_extra_state(self, state: Any) -> None:
         check_marks(state, self.marks(), EXTRA)
