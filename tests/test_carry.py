@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, wrap
+from tiny import assert_same_tensors, interrupted, logits, snapshot, tiny_batches, tiny_model, wrap
 from torch import nn, optim
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -344,18 +344,10 @@ def test_a_cut_that_fails_while_parameters_shrink_leaves_the_masks(where, monkey
         seen.update(snapshot(model), states=states_of(optimizer), config=settings(model))
         shrink(*args, **kwargs)
 
-    module, calls = wrapping if where == "wrap_module" else carry, []
-    inner = getattr(module, where)
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return inner(*args, **kwargs)
-
+    module = wrapping if where == "wrap_module" else carry
     with monkeypatch.context() as patch:
         patch.setattr(schedule, "shrink", watched)
-        patch.setattr(module, where, failing)
+        patch.setattr(module, where, interrupted(getattr(module, where)))
         with pytest.raises(KeyboardInterrupt):
             cut(model, optimizer)
     states, config = seen.pop("states"), seen.pop("config")

@@ -9,14 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_two
-from tiny import clone, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import clone, interrupted, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 from torch.utils.data import DataLoader
 
 from peft_sensi import Budget, BudgetError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import in_place, wrapping
 from peft_sensi.tuner.trim import _stages
-from peft_sensi.tuner.wrapping import wrap_module
 from peft_sensi.utils.states import TRIMMED, TUNED
 
 
@@ -201,16 +200,9 @@ def test_a_trim_draws_no_random_numbers():
 
 def test_a_trim_that_fails_while_layers_are_rebuilt(monkeypatch):
     model = learned(keep_base=False, budget={"params": 1.0, "trainable": 0.2})
-    expected, plan, calls = logits(model), model.base_model.plan(), []
-
-    def fail_at_the_sixth(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return wrap_module(*args, **kwargs)
-
+    expected, plan = logits(model), model.base_model.plan()
     with monkeypatch.context() as patch:
-        patch.setattr(wrapping, "wrap_module", fail_at_the_sixth)
+        patch.setattr(wrapping, "wrap_module", interrupted(wrapping.wrap_module))
         with pytest.raises(KeyboardInterrupt):
             model.base_model.trim(0.5, calibration=BATCHES)
     assert torch.equal(logits(model), expected) and model.base_model.plan() == plan

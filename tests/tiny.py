@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -192,3 +193,15 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 def clone(value: Any) -> Any:
     return copy.deepcopy(value)
+
+
+def interrupted(function: Callable[..., Any], at: int = 6) -> Callable[..., Any]:
+    """The function, with a Ctrl-C when it is called the `at`-th time."""
+    calls = count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call

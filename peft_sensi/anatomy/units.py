@@ -123,6 +123,10 @@ class Group:
         sides = [side for side in self.sides if side.module in targets]
         return sum(side.unit_params if with_bias else side.width * side.fan for side in sides)
 
+    def output_columns(self, units: np.ndarray) -> torch.Tensor:
+        """The columns (int64) of the output projection that belong to the units of a boolean mask `[units]`."""
+        return torch.from_numpy(self.sides[-1].positions(np.flatnonzero(units)))
+
     def zeros(self) -> torch.Tensor:
         """A float32 zero for each unit, on the CPU. Torch's default dtype and device have no influence."""
         return torch.zeros(self.size, dtype=torch.float32, device="cpu")

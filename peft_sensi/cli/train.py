@@ -229,7 +229,8 @@ def trim_for(
     run = Run(model, task, folder, training)
     before, start = run.evaluate(), time.perf_counter()
     if not isinstance(model, PeftModel):
-        run.model = get_peft_model(model, SensiConfig(budget=1.0, calibration=calibration, task_type="SEQ_CLS"))
+        config = SensiConfig(budget=1.0, calibration=calibration, task_type="SEQ_CLS", seed=training.seed)
+        run.model = get_peft_model(model, config)
     run.model.base_model.trim(limits, calibration, latency=latency)
     seconds = time.perf_counter() - start
     show(run.model.base_model.plan())

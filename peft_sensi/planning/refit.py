@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -138,7 +137,7 @@ def _refit_layer(
     originals: dict[Group, Values] = {}  # the kept columns of the base model's weights, and its biases
     for group in groups:
         weight, bias = matrix(linear_of(model, group.output)).detach(), bias_of(linear_of(model, group.output))
-        columns = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) != TRIMMED)))
+        columns = group.output_columns(plan.of(group) != TRIMMED)
         originals[group] = (
             weight[:, columns.to(weight.device)].float(),
             None if bias is None else bias.detach().float(),

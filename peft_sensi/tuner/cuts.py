@@ -116,8 +116,8 @@ def _add_change(
     """Adds the change of a refit to a trained output projection, on the columns of the units that `plan` keeps."""
 
     def columns(units: np.ndarray) -> torch.Tensor:
-        positions = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(units)))
-        return positions_in(layer.sensi_slices[adapter_name].tuned_positions, positions).to(weight.device)
+        slice_ = layer.sensi_slices[adapter_name]
+        return positions_in(slice_.tuned_positions, group.output_columns(units)).to(weight.device)
 
     weight, bias = layer.part("weight", adapter_name), layer.part("bias", adapter_name)
     kept = plan.of(group) != TRIMMED

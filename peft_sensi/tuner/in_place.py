@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -49,6 +48,12 @@ def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
                 layer.unmerge()
 
 
+def kept_columns(plan: Plan, output: str) -> torch.Tensor:
+    """The columns (int64) of an output projection that belong to the units which `plan` keeps."""
+    group = next(g for g in plan.anatomy.trimmable if g.output == output)
+    return group.output_columns(plan.of(group) != TRIMMED)
+
+
 def refit_changes(
     root: nn.Module, plan: Plan, batches: list[Mapping[str, Any]], loss_fn: LossFn | None, progress: bool
 ) -> Refitted:
@@ -63,8 +68,7 @@ def refit_changes(
         if layer.sensi_slices[layer.merged_adapters[-1]].sparsity is not None:
             continue
         base = layer.get_base_layer()
-        group = next(g for g in plan.anatomy.trimmable if g.output == name)
-        columns = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) != TRIMMED)))
+        columns = kept_columns(plan, name)
         before = matrix(base).detach().index_select(1, columns.to(weight.device)).float()
         changes[name] = (weight - before, None if bias is None else bias - base.bias.detach().float())
     return changes

@@ -161,6 +161,7 @@ class AdapterOperations:
             raise base_is_dropped(action)
 
     def marks(self) -> dict[str, bytes]:
+        """The mark of each adapter's plan, for plain state dicts (see `layers.marks`)."""
         plans = {name: getattr(config, "plan", None) for name, config in self.peft_config.items()}
         return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
 

@@ -53,7 +53,8 @@ def note_latency(config: Any, plan: Plan) -> None:
 def exceeds(plan: Plan, config: Any) -> bool:
     """Whether the plan keeps more than the config's limits allow."""
     read_latency(config)  # the user may have given a table to an adapter from a file
-    kept = {group: int((~plan.trimmed_units[group.name]).sum()) for group in plan.anatomy.trimmable}
+    trimmed = plan.trimmed_units
+    kept = {group: int((~trimmed[group.name]).sum()) for group in plan.anatomy.trimmable}
     costs = costs_of(config.limits, plan.anatomy, plan.sequence_length, config.tables)
     return any(cost.kept(kept) > allowance(getattr(config.limits, name), cost.whole) for name, cost in costs.items())
 

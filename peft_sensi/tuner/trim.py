@@ -22,6 +22,7 @@ from ..anatomy.units import Anatomy
 from ..layers.layer import layers_of
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
+from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..planning.trimmed import assign, reassigned
@@ -35,7 +36,7 @@ from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .decision import is_refitted
-from .in_place import merged_in_place, refit_changes
+from .in_place import kept_columns, merged_in_place, refit_changes
 from .predictions import read_latency
 from .targets import anatomy_of
 from .wrapping import shrink
@@ -174,8 +175,9 @@ def _decide(
                 after = after.without(wanted.trimmed_units)
                 small = _plan_of_merged(now, before, after)
                 if fits and batches is not None:
-                    _add(changes, refit_changes(root, small, batches, inputs.loss_fn, options.progress), small)
-        refitted = {name: (w[:, _columns(small, name)], bias) for name, (w, bias) in changes.items()}
+                    more = refit_changes(root, small, batches, inputs.loss_fn, options.progress)
+                    _add(root, changes, more, small)
+        refitted = {name: (w[:, kept_columns(small, name)], bias) for name, (w, bias) in changes.items()}
     plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
 
@@ -186,10 +188,10 @@ def _stages(before: Plan, limits: Budget) -> list[Budget]:
     Each stage keeps about half of what the stage before has kept. In the interim stages only parameters and FLOPs are
     limited, because these limits say how far the way is.
     """
-    anatomy = before.anatomy
-    wholes = {"params": anatomy.prunable_params, "flops": 2 * anatomy.prunable_macs(before.sequence_length)}
+    counted = Budget(params=limits.params, flops=limits.flops)
+    costs = costs_of(counted, before.anatomy, before.sequence_length, {})
+    targets = {name: allowance(getattr(limits, name), cost.whole) for name, cost in costs.items()}
     kept = {"params": before.kept_params, "flops": before.kept_flops}
-    targets = {n: allowance(limit, wholes[n]) for n in wholes if (limit := getattr(limits, n)) is not None}
     ratios = {name: min(1.0, max(target, 1) / max(kept[name], 1)) for name, target in targets.items()}
     count = max([1, *(round(-math.log2(ratio)) for ratio in ratios.values())])
     # A count of 1 would be read as a share.
@@ -205,7 +207,7 @@ def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
     """
     with ExitStack() as restore:
         for group in plan.anatomy.trimmable:
-            trimmed = torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) == TRIMMED)))
+            trimmed = group.output_columns(plan.of(group) == TRIMMED)
             if group.output not in changes and not len(trimmed):
                 continue
             linear = linear_of(root, group.output)
@@ -219,20 +221,14 @@ def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
         yield
 
 
-def _add(changes: Refitted, more: Refitted, plan: Plan) -> None:
+def _add(root: nn.Module, changes: Refitted, more: Refitted, plan: Plan) -> None:
     """Adds changes of the columns that `plan` keeps (see `refit_changes`) to changes of all columns."""
     for name, (weight, bias) in more.items():
-        group = next(g for g in plan.anatomy.trimmable if g.output == name)
-        width = len(group.sides[-1].positions(np.arange(group.size)))
-        wide = weight.new_zeros(weight.shape[0], width).index_copy(1, _columns(plan, name).to(weight.device), weight)
+        width = matrix(linear_of(root, name)).shape[1]
+        columns = kept_columns(plan, name).to(weight.device)
+        wide = weight.new_zeros(weight.shape[0], width).index_copy(1, columns, weight)
         old, old_bias = changes.get(name, (torch.zeros_like(wide), None))
         changes[name] = old + wide, bias if bias is None or old_bias is None else old_bias + bias
-
-
-def _columns(plan: Plan, output: str) -> torch.Tensor:
-    """The columns of an output projection that belong to the units which `plan` keeps."""
-    group = next(g for g in plan.anatomy.trimmable if g.output == output)
-    return torch.from_numpy(group.sides[-1].positions(np.flatnonzero(plan.of(group) != TRIMMED)))
 
 
 def _of_all_units(found: Scores, present: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> Scores:
