@@ -43,6 +43,19 @@ def test_a_trim_keeps_the_limit_and_shrinks_the_adapter(family):
     assert all(state in (TRIMMED, TUNED) for g in plan.anatomy.trimmable for state in plan.of(g))
 
 
+def test_the_scores_use_labels_that_the_trained_model_predicts():
+    changed = [{**batch, "labels": (batch["labels"] + 1) % 3} for batch in BATCHES]
+    options = {"score": "fisher", "refit": False}
+    plans = [learned().base_model.trim(0.5, calibration=batches, **options) for batches in (BATCHES, changed)]
+    assert plans[0] == plans[1]
+
+    def own_loss(model, batch):
+        return model(**batch).loss
+
+    plan = learned().base_model.trim(0.5, calibration=changed, loss_fn=own_loss, **options)
+    assert plan != plans[0]  # an own loss may read anything from the batch, which stays as it is
+
+
 def test_what_is_kept_goes_on_from_its_trained_values():
     model = learned()
     whole = clone(model)

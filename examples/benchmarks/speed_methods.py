@@ -187,8 +187,9 @@ METHODS = {
         ours=True,
         merges=True,
     ),
+    "tenth_low_rank": Method("trainable 0.1", _by_us(SensiConfig, budget={"trainable": 0.1}), ours=True, merges=True),
     "hundredth_low_rank": Method(
-        "trainable 0.01", _by_us(SensiConfig, budget={"trainable": 0.01}, update="low_rank"), ours=True, merges=True
+        "trainable 0.01", _by_us(SensiConfig, budget={"trainable": 0.01}), ours=True, merges=True
     ),
     "both": Method(
         "FLOPs 0.5, trainable 0.01, units",

@@ -28,7 +28,8 @@ from ..planning.refit import Refitted
 from ..planning.trimmed import assign, reassigned
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
-from ..scoring.criteria import METHODS
+from ..scoring.criteria import DATA_METHODS, METHODS
+from ..scoring.drawn_labels import draw_labels
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -159,7 +160,7 @@ def _decide(
         fits = is_refitted(root, config, now, config.refit if refits is None else refits)
         for interim in _stages(before, limits):
             with _closed(root, _plan_of_merged(now, before, after), changes):
-                found = score_units(root, now, batches, options)
+                found = score_units(root, now, _labeled_by(root, config, batches, options), options)
                 kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
                 scores = _of_all_units(found, present, kept)
                 wanted = make_plan(
@@ -180,6 +181,15 @@ def _decide(
         refitted = {name: (w[:, kept_columns(small, name)], bias) for name, (w, bias) in changes.items()}
     plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
+
+
+def _labeled_by(
+    root: nn.Module, config: SensiConfig, batches: list[Mapping[str, Any]] | None, options: ScoringOptions
+) -> list[Mapping[str, Any]] | None:
+    """The batches with labels drawn from the model's predictions, if they matter and the loss is the model's own."""
+    if batches is None or options.loss_fn is not None or options.score not in DATA_METHODS:
+        return batches
+    return draw_labels(root, batches, options.seed, per_token=config.task_type == "TOKEN_CLS")
 
 
 def _stages(before: Plan, limits: Budget) -> list[Budget]:

@@ -1,0 +1,92 @@
+"""Labels drawn from a trained model's own predictions, for the scores of a model that has fitted its training rows.
+
+The Fisher information is an expectation over labels that the model itself predicts. With the true labels of rows that
+the model has fitted, nearly all gradients vanish, and the few rows that it has not fitted decide the ranking (Kunstner
+et al. 2019, arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils import distributed
+from .calibration import device_of, to_device
+
+
+POSITIONS = {"start_positions": "start_logits", "end_positions": "end_logits"}  # of answers in a text
+
+
+def draw_labels(
+    model: nn.Module, batches: list[Mapping[str, Any]], seed: int, per_token: bool = False
+) -> list[Mapping[str, Any]]:
+    """The batches, with labels drawn from the distribution that the model predicts for each example.
+
+    - Classes: int64 `labels` `[examples]` beside `logits` `[examples, classes]`, and with `per_token` also
+      `[examples, tokens]` beside `[examples, tokens, classes]`; negative labels stay.
+    - Several classes at once: floating `labels` of the shape of `logits`, each 0 or 1.
+    - Numbers: floating `labels` `[examples]`; the prediction plus noise of a standard normal distribution, because the
+      squared error is the likelihood of such noise.
+    - Answers: `start_positions` and `end_positions`.
+
+    A batch with other labels stays as it is: in language models, labels are shifted or are inputs as well. The draws
+    depend on `seed` and on a batch's position among those of all processes.
+    """
+    positions = distributed.batch_positions(len(batches))
+    drawn = []
+    for place, batch in zip(positions, batches, strict=True):
+        generator = torch.Generator("cpu").manual_seed(seed + place)
+        drawn.append({**batch, **_drawn(model, batch, generator, per_token)})
+    return drawn
+
+
+def _drawn(
+    model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator, per_token: bool
+) -> dict[str, torch.Tensor]:
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) and not POSITIONS.keys() <= batch.keys():
+        return {}
+    try:
+        with torch.no_grad():
+            output: Any = model(**to_device(batch, device_of(model)))
+    except (TypeError, ValueError, AttributeError):
+        return {}  # the loss of this batch is computed next, and `calibration_loss` explains the error
+    if not isinstance(output, Mapping):
+        return {}
+    if not isinstance(labels, torch.Tensor):
+        if not all(isinstance(output.get(name), torch.Tensor) for name in POSITIONS.values()):
+            return {}
+        return {name: _positions(output[logits], batch, generator) for name, logits in POSITIONS.items()}
+    logits = output.get("logits")
+    if not isinstance(logits, torch.Tensor):
+        return {}
+    logits = logits.detach().float().cpu()
+    if labels.is_floating_point():
+        if labels.dim() == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
+            new = torch.bernoulli(logits.sigmoid(), generator=generator)
+        elif logits.shape in (labels.shape, (*labels.shape, 1)):
+            new = logits.reshape(labels.shape) + torch.randn(labels.shape, generator=generator)
+        else:
+            return {}
+        return {"labels": new.to(labels)}
+    if labels.shape != logits.shape[:-1] or labels.dim() != 1 + per_token or logits.shape[-1] < 2:
+        return {}
+    new = _classes(logits, generator).to(labels)
+    return {"labels": torch.where(labels < 0, labels, new)}
+
+
+def _classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One class for each row of `logits` (float32, `[..., classes]`)."""
+    chances = logits.softmax(-1)
+    return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
+
+
+def _positions(logits: torch.Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
+    """One token for each row of `logits` `[examples, tokens]`, never one of padding."""
+    logits, mask = logits.detach().float().cpu(), batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == logits.shape:
+        logits = logits.masked_fill(~mask.bool().cpu(), -torch.inf)
+    return _classes(logits, generator)

@@ -1,0 +1,81 @@
+"""Labels drawn from a model's predictions: they follow the predicted distribution, and other labels stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import LABELS, tiny_batches, tiny_model
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from peft_sensi.scoring.drawn_labels import draw_labels
+
+
+class Fixed(torch.nn.Module):
+    """A model with the same logits for every example."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, input_ids: torch.Tensor, **others: object) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.logits.expand(len(input_ids), *self.logits.shape))
+
+
+def many(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.ones(len(labels), 3, dtype=torch.long), "labels": labels}
+
+
+def test_classes_follow_the_predicted_distribution():
+    chances = torch.tensor([0.1, 0.7, 0.2])
+    [batch] = draw_labels(Fixed(chances.log()), [many(torch.zeros(4000, dtype=torch.long))], seed=0)
+    shares = torch.bincount(batch["labels"], minlength=3) / 4000
+    assert batch["labels"].dtype == torch.long and torch.allclose(shares, chances, atol=0.03)
+
+
+def test_several_classes_at_once_follow_their_own_chances():
+    chances = torch.tensor([0.1, 0.8])
+    [batch] = draw_labels(Fixed(chances.logit()), [many(torch.zeros(4000, 2))], seed=0)
+    assert set(batch["labels"].unique().tolist()) == {0.0, 1.0}
+    assert torch.allclose(batch["labels"].mean(0), chances, atol=0.03)
+
+
+def test_numbers_are_the_prediction_with_noise():
+    [batch] = draw_labels(Fixed(torch.tensor([5.0])), [many(torch.zeros(4000))], seed=0)
+    assert batch["labels"].shape == (4000,)
+    assert abs(batch["labels"].mean() - 5.0) < 0.1 and abs(batch["labels"].std() - 1.0) < 0.1
+
+
+def test_labels_that_are_ignored_stay_and_no_answer_is_in_the_padding():
+    [batch] = tiny_batches(1, task="TOKEN_CLS")
+    [drawn] = draw_labels(tiny_model(task="TOKEN_CLS"), [batch], seed=0, per_token=True)
+    assert torch.equal(drawn["labels"] < 0, batch["labels"] < 0)
+    assert drawn["labels"].max() < LABELS and not torch.equal(drawn["labels"], batch["labels"])
+
+    answers = tiny_batches(4, task="QUESTION_ANS")
+    for drawn in draw_labels(tiny_model(task="QUESTION_ANS"), answers, seed=0):
+        for name in ("start_positions", "end_positions"):
+            assert drawn["attention_mask"].gather(1, drawn[name][:, None]).all()
+
+
+@pytest.mark.parametrize("task", ["MASKED_LM", "TOKEN_CLS"])
+def test_labels_of_tokens_stay_unless_they_are_classes(task):
+    batches = tiny_batches(2, task=task)
+    for batch, drawn in zip(batches, draw_labels(tiny_model(task=task), batches, seed=0), strict=True):
+        assert torch.equal(drawn["labels"], batch["labels"])
+
+
+def test_one_class_and_batches_that_the_model_refuses_stay():
+    labels = torch.zeros(5, dtype=torch.long)
+    assert torch.equal(draw_labels(Fixed(torch.tensor([3.0])), [many(labels)], seed=0)[0]["labels"], labels)
+    refused = {"text": ["a"], "labels": labels}
+    assert draw_labels(tiny_model(), [refused], seed=0) == [refused]
+
+
+def test_draws_depend_on_the_seed_and_the_position_and_leave_the_random_state():
+    model, batches = tiny_model(), tiny_batches(1, size=64) * 2
+    state = torch.get_rng_state()
+    first, second = (b["labels"] for b in draw_labels(model, batches, seed=3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, draw_labels(model, batches, seed=3)[0]["labels"])
+    assert not torch.equal(first, draw_labels(model, batches, seed=4)[0]["labels"])
