@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from peft_sensi import Budget, BudgetError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import in_place, wrapping
-from peft_sensi.tuner.trim import _stages
+from peft_sensi.tuner.trim import REFIT_TOKENS, _enough, _stages
 from peft_sensi.utils.states import TRIMMED, TUNED
 
 
@@ -446,3 +446,11 @@ def test_a_phase_that_is_not_a_cut_stays(tmp_path):
         Schedule(one, 4, steps_per_epoch=2).step()
         counts.append(sum(p.numel() for p in one.parameters() if p.requires_grad))
     assert counts[0] == counts[1]
+
+
+def test_a_trim_refits_on_more_batches_than_it_scores_unless_they_are_long():
+    batches = tiny_batches(9)
+    assert _enough(batches, 3) == batches
+    long = [{"input_ids": torch.zeros(REFIT_TOKENS // 2, 1, dtype=torch.long)}] * 9
+    assert len(_enough(long, 1)) == 2 and len(_enough(long, 3)) == 3
+    assert len(_enough([{"pixel_values": torch.zeros(1, 3, 2, 2)}] * 9, 3)) == 3

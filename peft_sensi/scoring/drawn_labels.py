@@ -36,7 +36,7 @@ def draw_labels(
     depend on `seed` and on a batch's position among those of all processes.
     """
     positions = distributed.batch_positions(len(batches))
-    drawn = []
+    drawn: list[Mapping[str, Any]] = []
     for place, batch in zip(positions, batches, strict=True):
         generator = torch.Generator("cpu").manual_seed(seed + place)
         drawn.append({**batch, **_drawn(model, batch, generator, per_token)})

@@ -5,6 +5,7 @@ Scores the units of the adapted model, makes a plan, refits the kept weights by 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,10 @@ from .wrapping import shrink
 
 
 LEARNED_WHILE_PRIMING = ("mask", "movement")
+# A trim refits on more batches than it scores, because nothing else makes up for what it removes if no training
+# follows. The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
+REFIT_BATCHES = 3  # times `calibration_steps`, at most
+REFIT_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,9 @@ def _decide(
     after, changes = before, Refitted()  # `changes` are of all columns (see `_add`)
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
-        batches = None if inputs.calibration is None else materialize(inputs.calibration, options.calibration_steps)
+        steps = options.calibration_steps
+        batches = None if inputs.calibration is None else materialize(inputs.calibration, REFIT_BATCHES * steps)
+        to_refit = None if batches is None else _enough(batches, steps)
         root.eval()
         # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
         now = anatomy_of(root, config, before.targets)
@@ -175,8 +182,8 @@ def _decide(
                 )
                 after = after.without(wanted.trimmed_units)
                 small = _plan_of_merged(now, before, after)
-                if fits and batches is not None:
-                    more = refit_changes(root, small, batches, inputs.loss_fn, options.progress)
+                if fits and to_refit is not None:
+                    more = refit_changes(root, small, to_refit, inputs.loss_fn, options.progress)
                     _add(root, changes, more, small)
         refitted = {name: (w[:, kept_columns(small, name)], bias) for name, (w, bias) in changes.items()}
     plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
@@ -189,7 +196,15 @@ def _labeled_by(
     """The batches with labels drawn from the model's predictions, if they matter and the loss is the model's own."""
     if batches is None or options.loss_fn is not None or options.score not in DATA_METHODS:
         return batches
-    return draw_labels(root, batches, options.seed, per_token=config.task_type == "TOKEN_CLS")
+    scored = batches[: options.calibration_steps]
+    return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
+
+
+def _enough(batches: list[Mapping[str, Any]], least: int) -> list[Mapping[str, Any]]:
+    """The first `least` batches, and more of them as long as all have at most `REFIT_TOKENS` tokens."""
+    sizes = [ids.numel() if isinstance(ids := batch.get("input_ids"), torch.Tensor) else math.inf for batch in batches]
+    totals = list(itertools.accumulate(sizes))
+    return batches[: max(least, sum(total <= REFIT_TOKENS for total in totals))]
 
 
 def _stages(before: Plan, limits: Budget) -> list[Budget]:
