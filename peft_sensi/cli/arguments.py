@@ -39,10 +39,15 @@ BUDGET, DATA = "The budget", "The data"
 LABELED_TEXTS = option("--data", "FILE", "Labeled texts: .tsv, .csv, .json or .jsonl.", DATA)
 Model = Annotated[str, argument("MODEL", "The name of a model on the Hub, or a folder.")]
 Adapter = Annotated[str, argument("ADAPTER", "The name of an adapter on the Hub, or a folder.")]
-Repo = Annotated[str, argument("REPO", "The adapter's name on the Hub: user/name.")]
+AdapterOrMerged = Annotated[
+    str, argument("ADAPTER_OR_MERGED", "An adapter or a merged model: a folder, or its name on the Hub.")
+]
+Repo = Annotated[str, argument("REPO", "The name on the Hub: user/name.")]
 Json = Annotated[bool, option("--json", None, "Print one JSON value instead of tables.")]
 Debug = Annotated[bool, option("--debug", None, "Show Python's traceback after an error.")]
-Base = Annotated[str | None, option("--base", "MODEL", "Use this base model, not the one that the adapter names.")]
+Base = Annotated[
+    str | None, option("--base", "MODEL", "Use this base model. Default: the one that the adapter names.")
+]
 Params = Annotated[
     str | None,
     option("--budget --params", "LIMIT",
@@ -90,9 +95,12 @@ Bf16 = Annotated[
 ]
 Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0)]
 Results = Annotated[
-    Path | None, option("--results", "FILE", "Results for the card: metrics.json or another JSON file.")
+    Path | None,
+    option("--results", "FILE", "Results for the card, as JSON. Default: metrics.json of the adapter, if any."),
 ]
-License = Annotated[str | None, option("--license", "NAME", "The adapter's license for the card, such as apache-2.0.")]
+License = Annotated[
+    str | None, option("--license", "NAME", "The license for the card, such as apache-2.0. Default: none.")
+]
 
 
 def check_out(folder: Path) -> None:
