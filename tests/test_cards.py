@@ -25,7 +25,7 @@ METRICS = {
     "epochs": 3,
     "seed": 7,
     "recipe": None,
-    "data": {"train.tsv": "ab12", "/somewhere/test.tsv": "cd34"},
+    "data_sha256": {"train.tsv": "ab12", "/somewhere/test.tsv": "cd34"},
     "seconds": {"training": 61.2},
     "versions": {"peft_sensi": "0.1.0", "torch": "2.9.0"},
     "task": {"kind": "text", "max_length": 32, "text_columns": ["text"]},

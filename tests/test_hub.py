@@ -195,6 +195,7 @@ def private_folder(adapter, tmp_path) -> Path:
         "command": ["train", "--data", data],
         "folder": str(folder),
         "model": str(tmp_path / "SECRET-models" / "base"),
+        "data_sha256": {"data.tsv": "ab12"},
         "data": {"train": data, "other": [r"C:\Users\SECRET-bob\x.tsv", "~/SECRET/y.csv", "../SECRET/z.csv"]},
         "classes": ["/a/b", "good"],
         "note": f"read from {data}, twice",

@@ -23,6 +23,8 @@ _SETTINGS = {
     "batch_size": "batch size",
     "max_length": "longest input, in tokens",
     "class_weights": "class weights",
+    "early_stopping": "early stopping, epochs without progress",
+    "base_revision": "revision of the base",
     "bf16": "bfloat16",
     "seed": "seed",
 }
@@ -69,7 +71,7 @@ def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, label in _SETTINGS.items():
         value = known.get(key)
         if isinstance(value, (str, int, float)) and value not in (None, False):
-            rows.append((label, "yes" if value is True else f"{value:g}" if is_number(value) else value))
+            rows.append((label, "yes" if value is True else f"{value:g}" if is_number(value) else str(value)))
     seconds = metrics.get("seconds")
     if isinstance(seconds, Mapping) and is_number(seconds.get("training")):
         rows.append(("training time", f"{seconds['training']:,.0f} s"))
@@ -80,13 +82,11 @@ def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def data_names(metrics: Mapping[str, Any]) -> list[str]:
-    """The names of the data files or data sets, without their folders."""
-    found = metrics.get("data")
-    if isinstance(found, Mapping):
-        found = list(found)
-    names = found if isinstance(found, list) else [found]
+    """The names of the data files or data sets, without their folders. The last one was used for validation."""
+    found = metrics.get("data_sha256")
+    names = list(found) if isinstance(found, Mapping) else []
     # The name of a data set on the Hub has a slash, too, but no suffix.
-    return [Path(name).name if Path(name).suffix else name for name in names if isinstance(name, str) and name]
+    return [Path(name).name if Path(name).suffix else name for name in names]
 
 
 def model_index(metrics: Mapping[str, Any], task: str | None) -> list[EvalResult] | None:
