@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import adapter_commands, base_commands, measure
+from . import adapter_commands, base_commands, measure, training_commands
 from .terminal import one_line_errors
 
 
@@ -39,8 +39,8 @@ def about(
 # The order is that of `peft-sensi --help`.
 for function, example in (
     (base_commands.plan, "plan bert-base-uncased --data train.tsv --budget 0.5"),
-    (base_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
-    (base_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
+    (training_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
+    (training_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
     (measure.measure, "measure bert-base-uncased --batch-size 1 --sequence-length 128 --threads 1 --out table.json"),
     (adapter_commands.inspect, "inspect adapter --json"),
     (adapter_commands.merge, "merge adapter small-model"),

@@ -75,7 +75,8 @@ def text_columns(
 def _is_text(column: str, values: Sequence[Any], words: bool = False) -> bool:
     """Whether the values are texts of several words, or of any number of words with `words`."""
     texts = [value for value in values if isinstance(value, str) and value.strip()]
-    if not texts or any(not isinstance(value, str) for value in values if value is not None):
+    others = sum(not isinstance(value, str) for value in values if value is not None)
+    if len(texts) <= others:  # a few wrong rows are named later
         return False
     if _ID.search(column) or _CAMEL_ID.search(column) or all(is_number(text) for text in texts):
         return False
