@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import NAMES, save_adapter
 from hub_server import Hub
 from huggingface_hub import ModelCard, close_session, constants
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,11 +20,13 @@ from processes import PATIENCE
 from tiny import logits, tiny_batches, tiny_model, trained, wrap
 from typer.testing import CliRunner
 
-from peft_sensi import SensiError
+from peft_sensi import SensiError, load_merged
 from peft_sensi.cli.commands import app
+from peft_sensi.merging.hashes import hashes_of
 from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
 from peft_sensi.reporting.hub import push_folder
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
+from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
 
 
@@ -260,6 +263,33 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, adapter):
     hub.repos["me/mine"], hub.private["me/mine"] = {}, False
     result = run("push", adapter, "me/mine", "--private")
     assert result.exit_code == 1 and "exists and is public" in result.stderr and not hub.repos["me/mine"]
+
+
+def test_a_merged_model_is_pushed_and_loads_from_the_hub(hub, tmp_path):
+    save_adapter(tmp_path, names=NAMES)
+    folder = tmp_path / "merged"
+    for name, text in SECRETS.items():
+        if "vocab" not in name:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config["_name_or_path"] = str(tmp_path / "SECRET-models")
+    del config["peft_sensi_hash"]
+    config["peft_sensi_hash"] = hashes_of(config, folder / config["peft_sensi"]["weights"])
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.json").write_text(json.dumps({"model": str(tmp_path / "base"), "command": ["SECRET"]}))
+    result = run("push", folder, "me/small", "--private")
+    assert result.exit_code == 0 and not hub.strange, f"{hub.strange} {result.output}"
+    files = hub.repos["me/small"]
+    assert {"README.md", "config.json", "modeling_sensi_bertforsequenceclassification.py", "metrics.json",
+            "tokenizer.json", "tokenizer_config.json"} <= set(files) and hub.private["me/small"]  # fmt: skip
+    assert sum(name.endswith(".safetensors") for name in files) == 1 and not {*files} & {*SECRETS} - {"vocab.txt"}
+    assert all(b"SECRET" not in part and str(tmp_path).encode() not in part for part in hub.received)
+    for name, content in files.items():
+        (tmp_path / "again" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "again" / name).write_bytes(content)
+    assert load_merged(tmp_path / "again").config.id2label == dict(enumerate(NAMES))
+    assert open_saved("me/small").labels == NAMES  # downloads it
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,6 +105,11 @@ def export(
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
     saved, model = load_saved(adapter, base, json)
+    if not takes_texts(model):
+        raise SensiError(
+            f"The command exports models of texts, and {adapter} takes other inputs. In Python, give an example batch: "
+            f"peft_sensi.export_onnx(model, path, inputs=batch)."
+        )
     with step("exporting", show=not json):
         tokenizer = load_tokenizer(saved, base, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -190,13 +196,23 @@ def load_saved(name: str, base: str | None, json: bool) -> tuple[Any, Any]:
     """
     from ..reporting.saved import load_adapter
     from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
+    from ..tuner.checkpoint import WAY_OUT
 
     saved = open_saved(name)
     with step("loading the model", show=not json):
         if isinstance(saved, SavedMerged):
             return saved, load_whole(saved)
         check_base(saved, base)
-        return saved, load_adapter(saved, base)
+        try:
+            return saved, load_adapter(saved, base)
+        except SensiError as error:
+            advice = "Give the base that it was made for with --base."
+            raise SensiError(str(error).replace(WAY_OUT, advice)) from error
+
+
+def takes_texts(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "input_ids" in signature(inner.forward).parameters
 
 
 def check_base(saved: SavedAdapter, base: str | None) -> None:

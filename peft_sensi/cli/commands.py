@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import adapter_commands, base_commands, measure, training_commands
+from . import adapter_commands, base_commands, check, measure, prediction_commands, training_commands
 from .terminal import one_line_errors
 
 
@@ -41,8 +41,12 @@ for function, example in (
     (base_commands.plan, "plan bert-base-uncased --data train.tsv --budget 0.5"),
     (training_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
     (training_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
+    (prediction_commands.predict, "predict adapter new.csv --out predictions.csv"),
+    (prediction_commands.evaluate, "evaluate adapter test.csv"),
+    (prediction_commands.compare, "compare adapter-1 adapter-2 --data test.csv"),
     (measure.measure, "measure bert-base-uncased --batch-size 1 --sequence-length 128 --threads 1 --out table.json"),
     (adapter_commands.inspect, "inspect adapter --json"),
+    (check.check, "check adapter --base my-copy-of-the-base"),
     (adapter_commands.merge, "merge adapter small-model"),
     (adapter_commands.export, "export adapter model.onnx"),
     (adapter_commands.card, "card adapter --results metrics.json --license apache-2.0"),

@@ -24,7 +24,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
-from .results import metrics_of, model_index, results_table, training_rows
+from .results import metrics_of, model_index, results_table, task_record, training_rows
 from .saved import (
     TASKS,
     TOKENIZER_CONFIG,
@@ -107,7 +107,7 @@ def write_card(
         base=name,
         repo=repo or saved.name,
         head=Head(task_of(saved.config), count or len(names) or None, names, settings.get("problem_type"),
-                  metrics.get("task") or {}),
+                  task_record(metrics)),
         has_tokenizer=(saved.folder / TOKENIZER_CONFIG).is_file(),
         other_head=other_head,
         file_bytes=saved.file_bytes,
@@ -180,7 +180,7 @@ def merged_card(
     figures = merged_figures(saved)
     on_hub, shown = _base_words(base)
     auto_class, pipeline = TASKS.get(saved.task or "", (None, None))
-    head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), metrics.get("task") or {})
+    head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), task_record(metrics))
     facts = merged_facts(figures)
     origin = f", made from `{shown}`" if shown else ""
     tags = ["pruning", *([f"base_model:finetune:{on_hub}"] if on_hub else [])]

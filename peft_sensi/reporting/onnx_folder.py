@@ -11,7 +11,7 @@ from typing import Any
 from ..merging.onnx import ExportReport
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_atomically
-from .results import metrics_of
+from .results import metrics_of, task_record
 from .saved import SavedAdapter, task_of
 from .saved_merged import SavedMerged, tokenizer_of
 
@@ -46,7 +46,7 @@ def write_companions(
     `task` what the training has noted about the data.
     """
     file = report.file.path
-    record = metrics_of(saved.folder).get("task") or {}
+    record = dict(task_record(metrics_of(saved.folder)))
     task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
     names = config.id2label or {}
     labels = [str(names[i]) for i in sorted(names)]

@@ -35,6 +35,12 @@ def metrics_of(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / METRICS, optional=True)
 
 
+def task_record(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `metrics` says about the inputs and labels of the task; empty if it says nothing."""
+    record = metrics.get("task")
+    return record if isinstance(record, Mapping) else {}
+
+
 def results_table(results: Any) -> str:
     """Measured numbers as a Markdown table; see `write_card` for their forms and the errors. Empty for `None`."""
     if results is None:
@@ -65,8 +71,7 @@ def markdown(lines: Iterable[Sequence[Any]]) -> str:
 
 def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the adapter was trained: settings, data (names only), time, and versions of the packages."""
-    record = metrics.get("task") if isinstance(metrics.get("task"), Mapping) else {}
-    known = {**record, **metrics}  # type: ignore[dict-item]
+    known = {**task_record(metrics), **metrics}
     rows = [("data", ", ".join(f"`{name}`" for name in data_names(metrics)))]
     for key, label in _SETTINGS.items():
         value = known.get(key)

@@ -89,7 +89,8 @@ def _prediction(head: Head, model: str, tokenizer: str) -> list[str]:
     length = head.record.get("max_length")
     limit = f", max_length={length}" if isinstance(length, int) else ""
     options = f', truncation=True{limit}, return_tensors="pt"'
-    pair = len(head.record.get("text_columns") or ()) == 2
+    columns = head.record.get("text_columns")
+    pair = isinstance(columns, list) and len(columns) == 2
     inputs = '"Write the first text here.", "Write the second text here."' if pair else '"Write your text here."'
     outputs = [f"outputs = {model}(**batch)"]
     if head.task == "SEQ_CLS":

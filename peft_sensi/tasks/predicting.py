@@ -13,12 +13,12 @@ import numpy as np
 from ..utils.errors import SensiError
 from .kinds import decode
 from .labels import Labels, labels_of_head
+from .record import kind_of_model, saved_record
 from .task import Kind, Rows, collator_of, load_tokenizer
 
 
 # The outputs that each kind needs, by their names in Transformers.
 OUTPUTS = {"text": ("logits",), "words": ("logits",), "answers": ("start_logits", "end_logits")}
-KIND_OF = {"SEQ_CLS": "text", "TOKEN_CLS": "words", "QUESTION_ANS": "answers"}
 CHUNK = 1024  # inputs whose logits are in memory at the same time
 
 
@@ -106,7 +106,6 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
     import torch
 
     from ..reporting.onnx_folder import find_onnx
-    from ..reporting.results import metrics_of
     from ..reporting.saved import TOKENIZER_CONFIG, load_adapter, task_of
     from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
 
@@ -114,7 +113,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
         return _of_onnx(file)
     saved = open_saved(name)
     task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
-    kind = _checked(name, KIND_OF.get(task or ""), task)
+    kind = _checked(name, kind_of_model(task), task)
     if isinstance(saved, SavedMerged):
         model: Any = load_whole(saved)
         other = None
@@ -134,7 +133,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
             found = model(**{key: value.to(device) for key, value in batch.items() if key in accepted})
         return tuple(getattr(found, output).float().cpu().numpy() for output in OUTPUTS[kind])
 
-    record = metrics_of(saved.folder).get("task") or {}
+    record = saved_record(saved.folder)
     return Predictor(
         name, kind, _labels(kind, model.config), tokenizer, run, source, model.config, saved.file_bytes,
         model.num_parameters(), record,
