@@ -240,7 +240,7 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "cannot be loaded" in fails("plan", tmp_path / "no", "--score", "magnitude")
     assert "No such file" in fails("plan", base, "--data", tmp_path / "no.tsv")
     assert "no column 'x'" in fails("plan", base, "--data", data, "--text-column", "x")
-    assert "pictures are written as" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
+    assert "--plot writes .png, .svg" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
     assert "not a file of scores" in fails("plan", base, "--scores", adapter / "adapter_model.safetensors")
     assert "holds no adapter_config.json" in fails("inspect", tmp_path)
     assert "not found on the Hub" in fails("inspect", "nobody/nothing")

@@ -34,12 +34,13 @@ def from_squad(name: Any, value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         for number, article in enumerate(value["data"]):
             for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
                 for entry in paragraph["qas"]:
                     # If an impossible question has answers, they are only plausible, not correct.
                     given = [] if entry.get("is_impossible", False) else entry.get("answers")
                     pairs = None if given is None else [(a["text"], a["answer_start"]) for a in given]
                     title = f"{number} {article.get('title', '')}"
-                    misplaced += _add(rows, title, paragraph["context"], entry["question"], pairs, entry.get("id"))
+                    misplaced += _add(rows, title, context, entry["question"], pairs, entry.get("id"))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{name} is not in SQuAD format (data > paragraphs > context, qas > question, answers > text, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import answers, texts, words
 from .columns import label_columns, text_columns
-from .labels import DataError, Labels, find_labels, find_several, order_of_head, parts_of
+from .labels import DataError, Labels, find_labels, find_several, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .sources import Part, Source, read_source
 from .splitting import by_group, hold_out, sample
@@ -188,8 +188,8 @@ def _labels_for(
         found = find_labels(values, head.regression or options.regression)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{name}: not all labels are numbers, as the model's head predicts.") from None
-    if not found.names and head.names and not options.regression:
-        found = find_labels(values, False)
+    if found.regression and {name_of(value) for value in values} <= set(head.names):
+        found = Labels(list(head.names))
     return order_of_head(found, head.names, name)
 
 

@@ -83,7 +83,7 @@ def read_part(path: Path, kind: str | None, options: Options) -> Part:
         label = options.label_columns()
         columns = words.column_numbers(options.text_column, label[0] if label else None)
         return Part(str(path), "words", words.read_conll(path, *columns, encoding=options.encoding), [], content)
-    if suffix == ".json" or kind == "answers":
+    if suffix in (".json", ".jsonl", ".ndjson"):
         try:
             value = parse_json(read_text(path, encoding=options.encoding))
         except (ValueError, RecursionError) as error:

@@ -201,14 +201,17 @@ def limit_of(tokenizer: Any, max_length: int, config: Any = None) -> int:
     return limit
 
 
-def load_for(task: Task | str, model: str, labels: Labels | None = None, tokenizer: Any = None) -> Any:
-    """The base model in float32, with a fresh head for the task's labels.
+def load_for(
+    task: Task | str, model: str, labels: Labels | None = None, tokenizer: Any = None, dtype: str = "float32"
+) -> Any:
+    """The base model with a fresh head for the task's labels.
 
     Args:
         task: The task, or its kind.
         model: The name of a model on the Hub, or a folder.
         labels: The labels, if only the kind is given. `None` keeps the checkpoint's own head.
         tokenizer: Gives a decoder its padding token.
+        dtype: The dtype of the weights, or `"auto"` for that of the checkpoint.
     """
     import transformers
 
@@ -229,7 +232,10 @@ def load_for(task: Task | str, model: str, labels: Labels | None = None, tokeniz
             heads["problem_type"] = labels.problem_type
     # The checkpoint may have a head for other labels, which is replaced.
     auto = getattr(transformers, KINDS[kind][1])
-    base = load_pretrained(auto, model, ignore_mismatched_sizes=True, **heads).float()
+    if dtype == "float32":  # also for a merged model, which is loaded in its own dtype
+        base = load_pretrained(auto, model, ignore_mismatched_sizes=True, **heads).float()
+    else:
+        base = load_pretrained(auto, model, ignore_mismatched_sizes=True, dtype=dtype, **heads)
     config = base.config.get_text_config()
     if config.pad_token_id is None and tokenizer is not None:
         config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token that is not padding

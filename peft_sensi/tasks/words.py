@@ -173,13 +173,19 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
 
 def tags_of(labels: Labels, outputs: Any, rows: Rows) -> list[list[str]]:
     """The tags of all words of each sentence. Entities are read over words, also if windows divide a sentence."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
-    chosen = logits.argmax(-1) if logits.ndim == 3 else logits
     tags = [[OUTSIDE] * len(row["tokens"]) for row in rows.raw]
-    for (sentence, places), numbers in zip(rows.places, chosen, strict=True):
+    for (sentence, places), values in zip(
+        rows.places, outputs[0] if isinstance(outputs, tuple) else outputs, strict=True
+    ):
+        numbers = best_classes(values) if np.ndim(values) == 2 else values
         for position, word in places:
             tags[sentence][word] = labels.names[int(numbers[position])]
     return tags
+
+
+def best_classes(logits: Any) -> Any:
+    """The numbers of the most likely classes, from an array or tensor `[..., classes]` (or a tuple that starts so)."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
