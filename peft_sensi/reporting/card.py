@@ -21,7 +21,7 @@ from ..planning.plan import Plan, drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from ..utils.files import read_json
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
@@ -139,6 +139,7 @@ def new_card(
         else f"`{base or 'an unnamed base model'}`",
         sentence=_sentence(config, plan),
         picture=picture,
+        install=how_to_install(),
         model_class=auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel"),
         base_name=base or "path/to/the/base",
         base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
