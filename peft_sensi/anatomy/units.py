@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
+
+
+if TYPE_CHECKING:
+    import torch  # and in two methods: plans, and the tables that show them, do without PyTorch
 
 
 Kind = Literal["head", "neuron", "row", "token", "tensor"]
@@ -125,10 +128,14 @@ class Group:
 
     def output_columns(self, units: np.ndarray) -> torch.Tensor:
         """The columns (int64) of the output projection that belong to the units of a boolean mask `[units]`."""
+        import torch
+
         return torch.from_numpy(self.sides[-1].positions(np.flatnonzero(units)))
 
     def zeros(self) -> torch.Tensor:
         """A float32 zero for each unit, on the CPU. Torch's default dtype and device have no influence."""
+        import torch
+
         return torch.zeros(self.size, dtype=torch.float32, device="cpu")
 
     def as_one_unit(self) -> Group:

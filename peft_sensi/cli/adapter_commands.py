@@ -107,8 +107,8 @@ def export(
     saved, model = load_saved(adapter, base, json)
     if not takes_texts(model):
         raise SensiError(
-            f"The command exports models of texts, and {adapter} takes other inputs. In Python, give an example batch: "
-            f"peft_sensi.export_onnx(model, path, inputs=batch)."
+            f"The command exports models of texts, and {adapter} takes other inputs. In Python, call "
+            f"peft_sensi.export_onnx(model, path, inputs=batch) with an example batch."
         )
     with step("exporting", show=not json):
         tokenizer = load_tokenizer(saved, base, file.parent)

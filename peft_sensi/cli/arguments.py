@@ -10,16 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import recipes
 from ..planning.budget import Budget, nanoseconds
 from ..plotting.canvas import STYLES
-from ..scoring.criteria import METHODS
+from ..recipes import RECIPES
+from ..scoring.methods import METHODS
 from ..utils.errors import SensiError
-from ..utils.precision import bf16_pays
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
-Recipe = enum.StrEnum("Recipe", {name: name for name in recipes.RECIPES})  # type: ignore[misc]
+Recipe = enum.StrEnum("Recipe", {name: name for name in RECIPES})  # type: ignore[misc]
 Style = enum.StrEnum("Style", {name: name for name in STYLES})  # type: ignore[misc]
 ClassWeights = enum.StrEnum("ClassWeights", {"balanced": "balanced"})  # type: ignore[misc]
 FISHER, LIGHT = Score("fisher"), Style("light")
@@ -101,6 +100,8 @@ def check_rate(lr: float | None) -> None:
 
 def is_bf16(given: bool | None) -> bool:
     """Whether to train with bfloat16 mixed precision: as the option says, or else if it is faster here."""
+    from ..utils.precision import bf16_pays
+
     return bf16_pays() if given is None else given
 
 

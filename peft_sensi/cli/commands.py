@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import adapter_commands, base_commands, check, measure, prediction_commands, training_commands
+from . import adapter_commands, base_commands, check, measure, prediction_commands, sweep, training_commands
 from .terminal import one_line_errors
 
 
@@ -41,6 +41,7 @@ for function, example in (
     (base_commands.plan, "plan bert-base-uncased --data train.tsv --budget 0.5"),
     (training_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
     (training_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
+    (sweep.sweep, "sweep bert-base-uncased --data train.tsv --budgets 0.75 0.5 0.25 --out sweep"),
     (prediction_commands.predict, "predict adapter new.csv --out predictions.csv"),
     (prediction_commands.evaluate, "evaluate adapter test.csv"),
     (prediction_commands.compare, "compare adapter-1 adapter-2 --data test.csv"),
@@ -53,4 +54,6 @@ for function, example in (
     (adapter_commands.push, "push adapter me/my-adapter --private"),
     (base_commands.list_recipes, "recipes --json"),
 ):
-    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(one_line_errors(function))
+    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(
+        one_line_errors(function, loads=function is not base_commands.list_recipes)
+    )

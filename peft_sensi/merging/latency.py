@@ -10,7 +10,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,30 @@ def compare_latency(
         device = next(base.parameters()).device.type if runtime == "torch" else "cpu"
         whole, timings = time_variants(runs[0], {"merged": merged}, clock_for(threads, device), rounds)
     return timings["merged"].seconds * 1e3, whole.seconds * 1e3
+
+
+def time_models(
+    base: nn.Module,
+    models: Mapping[str, nn.Module],
+    *,
+    batch_size: int = 1,
+    sequence_length: int = 128,
+    rounds: int = 7,
+) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the base, and of each model by its name. Each model takes turns with the base, in PyTorch.
+
+    The errors are those of `measure_latency`. The models are in evaluation mode, and do not change.
+    """
+    with number_of_threads(None) as threads:
+        runs = {
+            name: start_run(model, batch_size=batch_size, length=sequence_length, decode=False)
+            for name, model in {"": base, **models}.items()
+        }
+        reference = runs.pop("")
+        variants = {name: partial(nullcontext, run) for name, run in runs.items()}
+        clock = clock_for(threads, next(base.parameters()).device.type)
+        whole, timings = time_variants(reference, variants, clock, rounds)
+    return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
 
 
 def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any], rounds: int = 7) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class Plan:
     def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:
         """Draws a map of the model. With scores, also draws the ranking of the units and the cut lines.
 
-        Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+        Needs matplotlib (the extra `plots`).
 
         Args:
             path: A file that ends in `.png`, `.svg` or `.pdf`.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from ..utils.files import write_atomically
 from ..utils.formatting import short_names, shortened
 from ..utils.states import FROZEN, TRIMMED, TUNED
@@ -57,7 +57,7 @@ def new_figure(height: float, look: Mapping[str, Any], headline: str = "") -> An
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SensiError("Pictures need matplotlib: `pip install 'peft-sensi[plots]'`.") from None
+        raise SensiError(f"Pictures need matplotlib: {how_to_install('plots')}") from None
     figure = Figure(figsize=(WIDTH, height), facecolor=look["background"])
     figure.text(LEFT, 1 - 0.16 / height, headline, color=look["ink"], weight="bold", va="top", size=9)
     return figure

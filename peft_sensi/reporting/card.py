@@ -20,7 +20,7 @@ from ..planning.plan import Plan, drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
@@ -221,8 +221,9 @@ def _fill(
         eval_results=evaluated,
     )  # fmt: skip
     return ModelCard.from_template(
-        data, template_path=str(TEMPLATE), title=title, training=training_rows(metrics), **parts
-    )
+        data, template_path=str(TEMPLATE), title=title, install=how_to_install(), training=training_rows(metrics),
+        **parts,
+    )  # fmt: skip
 
 
 def _base_words(base: str | None) -> tuple[str | None, str | None]:

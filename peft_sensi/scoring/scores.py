@@ -13,7 +13,7 @@ from ..plotting.plots import plot_scores
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, write_atomically
-from .criteria import METHODS
+from .methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Scores:
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
-        """Draws a heat map of the scores of all units. Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+        """Draws a heat map of the scores of all units. Needs matplotlib (the extra `plots`).
 
         Args:
             path: A file that ends in `.png`, `.svg` or `.pdf`.

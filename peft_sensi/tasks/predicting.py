@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from .kinds import decode
 from .labels import Labels, labels_of_head
 from .record import kind_of_model, saved_record
@@ -148,7 +148,7 @@ def _of_onnx(file: Path) -> Predictor:
     try:
         import onnxruntime
     except ImportError as error:
-        raise SensiError(f"{file} needs onnxruntime, which is not installed ({error}).") from error
+        raise SensiError(f"{file} needs onnxruntime ({error}): {how_to_install('onnx')}.") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..layers.compression import KINDS
 from ..layers.updates import SUPPORTS, UPDATES
-from ..scoring.criteria import METHODS
+from ..scoring.methods import METHODS
 from ..scoring.priming import OPTIMIZERS
 from ..scoring.scores import Scores
 from ..utils.checks import is_number, shown

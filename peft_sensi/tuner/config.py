@@ -23,7 +23,7 @@ from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.checks import check_foreign, check_types
-from ..utils.errors import SensiError, SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError, how_to_install
 from ..utils.files import find_weights, write_atomically
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .combinations import check_config
@@ -208,7 +208,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         if self.format_version != FORMAT_VERSION or isinstance(self.format_version, bool):
             raise SensiLoadError(
                 f"The adapter's format_version is {self.format_version!r}; this version of peft_sensi reads "
-                f"{FORMAT_VERSION}. Upgrade with `pip install -U peft-sensi`."
+                f"{FORMAT_VERSION}. Upgrade: {how_to_install(options='-U')}"
             )
         check_config(self)
         self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]
