@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +13,12 @@ from ..utils.errors import SensiError
 from ..utils.formatting import short_names, size_of
 from . import arguments as args
 from .arguments import argument, option
+from .loading import load_saved, takes_texts
 from .terminal import ascii_only, err, out, print_result, step
 
 
 # What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
 if TYPE_CHECKING:
-    from ..reporting.saved import SavedAdapter
     from ..reporting.uploads import Upload
 
 
@@ -54,7 +53,7 @@ def merge(
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Merge an adapter into its base. The result is a Transformers model with smaller matrices, for `load_merged`.
+    """Merge an adapter into its base. The result is a Transformers model with smaller matrices.
 
     The folder gets the tokenizer and the metrics of the adapter, too.
     """
@@ -97,7 +96,7 @@ def export(
     """Write the merged model as an ONNX file for any batch size and length, and check it in onnxruntime.
 
     The folder of the file also gets the tokenizer and NAME.json, with the labels, the longest input and what else a
-    program needs. `peft-sensi predict FOLDER` can use it.
+    program needs. The command predict can use the folder.
     """
     from ..merging.onnx import export_onnx
     from ..reporting.onnx_folder import load_tokenizer, write_companions
@@ -187,49 +186,6 @@ def push(
         print_result(json, {"repo": repo, "files": listed, "private": private}, f"{repo} would be {who}.")
     else:
         print_result(json, {"url": commit.commit_url, "repo": repo, "files": listed}, commit.commit_url)
-
-
-def load_saved(name: str, base: str | None, json: bool) -> tuple[Any, Any]:
-    """The adapter or merged model, opened and loaded.
-
-    Raises `SensiError`, with advice for the command, if the base of an adapter is not here.
-    """
-    from ..reporting.saved import load_adapter
-    from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
-    from ..tuner.checkpoint import WAY_OUT
-
-    saved = open_saved(name)
-    with step("loading the model", show=not json):
-        if isinstance(saved, SavedMerged):
-            return saved, load_whole(saved)
-        check_base(saved, base)
-        try:
-            return saved, load_adapter(saved, base)
-        except SensiError as error:
-            advice = "Give the base that it was made for with --base."
-            raise SensiError(str(error).replace(WAY_OUT, advice)) from error
-
-
-def takes_texts(model: Any) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "input_ids" in signature(inner.forward).parameters
-
-
-def check_base(saved: SavedAdapter, base: str | None) -> None:
-    """Raises `SensiError` if the base model's configuration cannot be loaded."""
-    from transformers import AutoConfig
-
-    from ..reporting.saved import load_pretrained
-
-    named = base or saved.base
-    if not named:
-        raise SensiError(f"{saved.name} does not name its base model: add --base with a folder or a name on the Hub.")
-    try:
-        load_pretrained(AutoConfig, named)
-    except SensiError as error:
-        where = "The model of --base" if base else f"The base model of {saved.name}"
-        advice = "check its name" if base else "add --base with its folder here, or its name on the Hub"
-        raise SensiError(f"{where}, {named}, was not found: {advice}. ({error})") from error
 
 
 def widths_table(groups: list[dict[str, Any]]) -> Any:

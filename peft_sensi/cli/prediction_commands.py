@@ -15,6 +15,7 @@ from . import arguments as args
 from .arguments import argument, option
 from .checks import check_file
 from .data_options import DATA_OPTIONS, task_options, with_data_options
+from .loading import load_predictor
 from .terminal import err, print_result, step
 
 
@@ -53,7 +54,6 @@ def predict(
     The columns of the file stay, and the prediction is in new ones. No labels are needed. --json with --out - writes
     JSON Lines.
     """
-    from ..tasks.predicting import open_predictor
     from ..utils.files import write_atomically
     from ..utils.progress import progress_bar
     from .prediction_files import SUFFIXES, write_records
@@ -65,8 +65,7 @@ def predict(
     if not to_stdout:
         check_file(out_file, "--out")
     quiet = json or to_stdout
-    with step("loading the model", show=not quiet):
-        predictor = open_predictor(model, base)
+    predictor = load_predictor(model, base, show=not quiet)
     rows, originals = rows_of(predictor, data, reading, show=not quiet)
     predicted = progress_bar(predictor.predictions(rows, batch_size), "predicting", len(rows.raw), show=not json)
     records = records_of(predictor, rows, originals, predicted, scores or suffix == ".jsonl")
@@ -89,10 +88,8 @@ def evaluate(
     debug: args.Debug = False,
 ) -> None:
     """Measure a model on labeled rows: each metric with its 95 % interval, and that of always the commonest answer."""
-    from ..tasks.predicting import open_predictor
 
-    with step("loading the model", show=not json):
-        predictor = open_predictor(model, base)
+    predictor = load_predictor(model, base, show=not json)
     task = labeled_rows(predictor, data, reading, show=not json)
     with step(f"predicting {len(task.train.raw):,} rows", show=not json):
         quality = task.measure(predictor.outputs(task.train, batch_size), task.train, None)
@@ -127,13 +124,11 @@ def compare(
 ) -> None:
     """Compare two models on the same labeled rows: metrics, size, and how sure the difference is."""
     from ..tasks.comparing import compare_rows
-    from ..tasks.predicting import open_predictor
 
     measured, outputs, sizes = [], [], []
     task: Any = None
     for name in (first, second):
-        with step(f"loading {name}", show=not json):
-            predictor = open_predictor(name, base)
+        predictor = load_predictor(name, base, show=not json)
         own = labeled_rows(predictor, data, reading, show=not json and task is None)
         if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")

@@ -47,7 +47,7 @@ def sweep(
     epochs: Annotated[float, option("--epochs", "N", "Passes over the data for each budget.", min=0)] = 3,
     lr: Annotated[
         float | None,
-        option("--lr", "RATE", "The peak learning rate. Default: what `train` takes for each budget."),
+        option("--lr", "RATE", "The peak learning rate. Default: that of the command train, for each budget."),
     ] = None,
     batch_size: args.BatchSize = 32,
     sequence_length: Annotated[
