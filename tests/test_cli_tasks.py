@@ -113,9 +113,9 @@ def test_class_weights_change_the_loss(work, tmp_path):
 
 def test_early_stopping_keeps_the_best_model(work, tmp_path):
     out = tmp_path / "out"
-    found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "2",
-                 "--epochs", "30", "--lr", "3e-3", "--batch-size", "8", "--out", out)  # fmt: skip
-    assert found["validation"]["accuracy"] == 1.0 and found["steps"] < 30 * 5
+    found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "9",
+                 "--epochs", "60", "--lr", "3e-3", "--batch-size", "8", "--out", out)  # fmt: skip
+    assert found["validation"]["accuracy"] == 1.0 and found["steps"] < 60 * 5
     assert not list(out.glob("checkpoint-*"))
 
 

@@ -217,8 +217,13 @@ def test_only_texts_are_taken_for_texts():
     assert columns_of("premise", "hypothesis", "label") == ("premise", "hypothesis")
     assert columns_of("word", "label", word="film") == ("word",)
     assert columns_of("a", "b", "text", "label") == ("text",)
+    assert columns_of("author", "text", "when", "label", author="Ann Lee", when="2020-01-01 10:00",
+                      text="a film about a city in ruins") == ("text",)  # fmt: skip
+    long = "where does the man in the film live"
+    assert columns_of("question", "sentence", "label", question=long, sentence=long) == ("question", "sentence")
     with pytest.raises(DataError, match="--text-column"):
         columns_of("a", "b", "c", "label")
+    assert label_columns("f", [{"meta.label": "x", "text": "y"}], []) == ["meta.label"]
     with pytest.raises(DataError, match="--label-column"):
         label_columns("f", [{"a": "x"}], [])
     assert label_columns("f", [{"Label": "x"}], []) == ["Label"]

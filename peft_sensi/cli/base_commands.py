@@ -107,8 +107,11 @@ def load_base(model: str, data: list[str] | None, needs_data: bool = True, **opt
 
     The model gets a fresh head for the labels of the data. `options` are those of `tasks.kinds.read_task`.
     """
+    from transformers import set_seed
+
     from ..tasks.task import load_for
 
+    set_seed(options["seed"])  # the fresh head is random
     if not data:
         if needs_data:
             raise SensiError(

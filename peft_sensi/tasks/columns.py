@@ -23,7 +23,9 @@ def label_columns(name: Any, rows: Sequence[dict[str, Any]], given: Sequence[str
     check_known(name, names, given, "--label-column")
     if given:
         return list(given)
-    usual = {column.strip().lower(): column for column in reversed(names)}
+    # A label inside of an object ("meta.label") has the name of its last part, too.
+    usual = {column.strip().lower().rpartition(".")[2]: column for column in reversed(names)}
+    usual |= {column.strip().lower(): column for column in reversed(names)}
     found = [usual[column] for column in LABEL_COLUMNS if column in usual]
     if not found:
         raise DataError(
@@ -54,8 +56,10 @@ def text_columns(
         # A column of single words is a text if there is no other.
         found = [c for c in others if _is_text(c, [row.get(c) for row in sample], words=True)]
     room = 1 if pair else 2
-    if len(found) > room:
-        usual = [column for column in found if column.strip().lower() in TEXT_COLUMNS]
+    usual = [column for column in found if column.strip().lower().rpartition(".")[2] in TEXT_COLUMNS]
+    # Beside a text, a short one (an author, a place) is hardly a part of the question.
+    is_short = [column for column in found if _mean_words([row.get(column) for row in sample]) < 4]
+    if len(found) > room or (len(usual) == 1 and len(found) > 1 and is_short == [c for c in found if c not in usual]):
         if len(usual) != 1:
             raise DataError(
                 f"{name}: name the column that holds the text with --text-column (and a second one with "
@@ -72,6 +76,11 @@ def text_columns(
     return columns, []
 
 
+def _mean_words(values: Sequence[Any]) -> float:
+    counts = [len(value.split()) for value in values if isinstance(value, str) and value.strip()]
+    return sum(counts) / max(1, len(counts))
+
+
 def _is_text(column: str, values: Sequence[Any], words: bool = False) -> bool:
     """Whether the values are texts of several words, or of any number of words with `words`."""
     texts = [value for value in values if isinstance(value, str) and value.strip()]
@@ -79,6 +88,8 @@ def _is_text(column: str, values: Sequence[Any], words: bool = False) -> bool:
     if len(texts) <= others:  # a few wrong rows are named later
         return False
     if _ID.search(column) or _CAMEL_ID.search(column) or all(is_number(text) for text in texts):
+        return False
+    if sum(any(letter.isalpha() for letter in text) for text in texts) * 2 < len(texts):  # dates, phone numbers
         return False
     if words:
         return True

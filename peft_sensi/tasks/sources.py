@@ -17,9 +17,12 @@ from .task import Options
 
 
 SPLITS = {
-    "train": re.compile(r"train", re.I),
-    "validation": re.compile(r"(valid|val\b|dev|eval)", re.I),
-    "test": re.compile(r"test", re.I),
+    name: re.compile(rf"(^|[^a-z])({words})([^a-z]|$)", re.IGNORECASE)
+    for name, words in {
+        "train": "train|training",
+        "validation": "validation|valid|val|dev|eval|evaluation",
+        "test": "test",
+    }.items()
 }
 
 
@@ -102,7 +105,7 @@ def _read_folder(folder: Path, kind: str | None, options: Options) -> Source:
     if not files:
         raise DataError(f"{folder} has no data files ({', '.join(SUFFIXES[:8])}) in it.")
     split: dict[str, list[Path]] = {
-        name: [path for path in files if pattern.match(path.name)] for name, pattern in SPLITS.items()
+        name: [path for path in files if pattern.search(path.name)] for name, pattern in SPLITS.items()
     }
     chosen = split["train"] or [path for path in files if path not in split["validation"] + split["test"]]
     if not chosen:
@@ -143,7 +146,7 @@ def _of_datasets(name: str, found: Any, options: Options) -> Source:
     wanted = options.split or ("train" if "train" in splits else next(iter(splits)))
     if wanted not in splits:
         raise DataError(f"{name} has no split {wanted!r}; it has {', '.join(splits)}. See --split.")
-    held = next((split for split in splits if SPLITS["validation"].match(split) and split != wanted), None)
+    held = next((split for split in splits if SPLITS["validation"].search(split) and split != wanted), None)
     notes = [f"{name}: split {wanted} for training" + (f", {held} for validation" if held else "") + " (--split)"]
     parts = [
         [Part(f"{name} ({split})", "table", rows := rows_of(splits[split]), [], digest(rows))] if split else []

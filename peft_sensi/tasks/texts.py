@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -91,6 +92,8 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
         raise DataError(f"All rows of {name} have the label {values[0]!r}: there is nothing to learn.")
     if len(labels.names) == 1:
         raise DataError(f"All rows of {name} have the label {labels.names[0]!r}: there is nothing to learn.")
+    if len(labels.names) > 2 and all(re.fullmatch(r"[+-]?\d+,\d+", label) for label in labels.names):
+        raise DataError(f"{name}: the labels in {shown} have decimal commas: write 3.5 for {labels.names[0]!r}.")
     if len(labels.names) > max(2, len(raw) // 2):
         raise DataError(
             f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "
