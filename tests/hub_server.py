@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Hub:
     """`repos[name][path]` is the content of a file, `commits` are messages, `strange` are unsupported requests.
 
-    `received` has every byte that arrived: request lines, headers and bodies, with base64 parts decoded as well.
+    `received` has every byte that arrived: request lines, headers and bodies, with base64 parts decoded as well. With
+    `refuse`, every request is answered by an error with this status.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -24,6 +25,7 @@ class Hub:
     commits: list[str] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
     received: list[bytes] = field(default_factory=list)
+    refuse: int | None = None
     url: str = ""
 
     def __enter__(self) -> Hub:
@@ -82,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.hub.refuse:
+            return self.answer({"error": "Invalid credentials"}, self.hub.refuse)
         path = self.path.partition("?")[0]
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/[\w.-]+)?", path):
             files = self.hub.repos.get(match[1])

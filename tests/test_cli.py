@@ -245,7 +245,7 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "no column 'x'" in fails("plan", base, "--data", data, "--text-column", "x")
     assert "--plot writes .png, .svg" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
     assert "not a file of scores" in fails("plan", base, "--scores", adapter / "adapter_model.safetensors")
-    assert "holds no adapter_config.json" in fails("inspect", tmp_path)
+    assert "holds neither of the two" in fails("inspect", tmp_path)
     assert "not found on the Hub" in fails("inspect", "nobody/nothing")
     assert "neither a folder nor" in fails("inspect", "a/b/c/d")
     assert "ends in .onnx" in fails("export", adapter, tmp_path / "model.pt")

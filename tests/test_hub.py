@@ -228,7 +228,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
-    result = run("push", private_folder, "me/mine")
+    with pytest.warns(UserWarning, match="does not name it: give its name on the Hub"):
+        result = run("push", private_folder, "me/mine")
     assert result.exit_code == 0 and not hub.strange, f"{hub.strange} {result.output}"
     files = hub.repos["me/mine"]
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "plan.png"}
@@ -250,7 +251,18 @@ def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
     assert "not uploaded: .env, README.md.bak, checkpoint-3/, credentials.json" in result.stderr
 
 
-def test_dry_run_lists_the_files_without_a_connection(hub, private_folder):
+def test_without_a_login_the_error_says_what_to_do(hub, adapter, monkeypatch):
+    hub.refuse = 401
+    result = run("push", adapter, "me/mine")
+    assert result.exit_code == 1 and "hf auth login" in " ".join(result.stderr.split()) and not hub.repos
+
+
+@pytest.mark.parametrize("base", [None, "me/never-seen"])
+def test_dry_run_lists_the_files_without_a_connection(hub, private_folder, base):
+    if base:
+        config = json.loads((private_folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = base
+        (private_folder / "adapter_config.json").write_text(json.dumps(config))
     before = {path: path.read_bytes() for path in private_folder.rglob("*") if path.is_file()}
     result = run("push", private_folder, "me/mine", "--dry-run")
     assert result.exit_code == 0 and not hub.received and not hub.repos, result.output

@@ -23,7 +23,9 @@ def check(
     with step("checking", show=not json):
         findings = list(check_saved(adapter, base))
     wrong = [finding for finding in findings if finding.status == WRONG]
-    table = records_table(["", "", ""], [[finding.what, finding.status, finding.text] for finding in findings])
+    table = records_table(
+        ["checked", "result", ""], [[finding.what, finding.status, finding.text] for finding in findings]
+    )
     verdict = f"{len(wrong)} of {len(findings)} checks failed." if wrong else "Nothing is wrong."
     print_result(json, {"ok": not wrong, "findings": [f.to_dict() for f in findings]}, table, Text(verdict))
     if wrong:

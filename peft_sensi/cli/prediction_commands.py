@@ -125,7 +125,8 @@ def compare(
     """Compare two models on the same labeled rows: metrics, size, and how sure the difference is."""
     from ..tasks.comparing import compare_rows
 
-    measured, outputs, sizes = [], [], []
+    measured, outputs = [], []
+    sizes: list[dict[str, Any]] = []
     task: Any = None
     for name in (first, second):
         predictor = load_predictor(name, base, show=not json)

@@ -10,7 +10,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,15 @@ def time_models(
             for name, model in {"": base, **models}.items()
         }
         reference = runs.pop("")
-        variants = {name: partial(nullcontext, run) for name, run in runs.items()}
+        variants = {name: partial(_ready, run) for name, run in runs.items()}
         clock = clock_for(threads, next(base.parameters()).device.type)
         whole, timings = time_variants(reference, variants, clock, rounds)
     return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
+
+
+@contextmanager
+def _ready(run: Run) -> Iterator[Run]:
+    yield run
 
 
 def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any], rounds: int = 7) -> dict[str, Any]:

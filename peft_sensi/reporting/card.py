@@ -182,12 +182,12 @@ def merged_card(
     auto_class, pipeline = TASKS.get(saved.task or "", (None, None))
     head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), task_record(metrics))
     facts = merged_facts(figures)
-    origin = f", made from `{shown}`" if shown else ""
+    origin = f"from `{shown}` " if shown else ""
     tags = ["pruning", *([f"base_model:finetune:{on_hub}"] if on_hub else [])]
     return _fill(
         repo, metrics, pipeline, license, tags, on_hub, library="transformers",
-        sentence=f"A {saved.architecture} with smaller matrices{origin} with `peft_sensi`: attention heads and "
-        f"neurons that matter least were removed. It has {facts['parameters']} parameters.",
+        sentence=f"A {saved.architecture} with smaller matrices, made {origin}with `peft_sensi`: the attention heads "
+        f"and neurons that matter least were removed. It has {facts['parameters']} parameters.",
         picture=None,
         code=merged_snippet(head, auto_class or saved.architecture, repo, saved.is_plain),
         budget=[],

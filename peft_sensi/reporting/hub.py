@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
@@ -18,6 +19,7 @@ from ..merging.foreign import CONFIG as MODEL_CONFIG
 from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
+from ..utils.files import read_json_object
 from .card import new_card, save_card, save_with_tags, write_card
 from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, is_repo, open_adapter, task_of
 from .saved_merged import SavedMerged
@@ -71,28 +73,56 @@ def push_folder(
     except HFValidationError as error:
         raise SensiError(f"{repo!r} is not a name for a repository: {str(error).splitlines()[0]}") from None
     with tempfile.TemporaryDirectory() as temporary:
-        upload = prepare_upload(saved, repo, Path(temporary), tags or [], **card)
+        with offline() if dry_run else contextlib.nullcontext():
+            upload = prepare_upload(saved, repo, Path(temporary), tags or [], **card)
         if dry_run:
             if announce is not None:
                 announce(upload, None)
             return None
         api = HfApi(token=token)
-        if "/" not in repo:
-            repo = f"{api.whoami()['name']}/{repo}"
-        visibility = _visibility(api, repo, private)
-        if announce is not None:
-            announce(upload, visibility)
-        api.create_repo(repo, private=private, exist_ok=True)
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        return api.create_commit(
-            repo,
-            [CommitOperationAdd(name, path) for name, path in sorted(upload.files.items())],
-            commit_message=commit_message or ("Upload model" if isinstance(saved, SavedMerged) else "Upload adapter"),
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        with login_advice(repo):
+            if "/" not in repo:
+                repo = f"{api.whoami()['name']}/{repo}"
+            visibility = _visibility(api, repo, private)
+            if announce is not None:
+                announce(upload, visibility)
+            api.create_repo(repo, private=private, exist_ok=True)
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            return api.create_commit(
+                repo,
+                [CommitOperationAdd(name, path) for name, path in sorted(upload.files.items())],
+                commit_message=commit_message
+                or ("Upload model" if isinstance(saved, SavedMerged) else "Upload adapter"),
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, nothing is read from the Hub or sent to it; what is in the cache is found."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def login_advice(repo: str) -> Iterator[None]:
+    """Makes the Hub's refusals say what to do."""
+    try:
+        yield
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 401)
+        if status not in (401, 403):
+            raise
+        raise SensiError(
+            f"The Hub does not let you write to {repo}: log in with `hf auth login` (or set HF_TOKEN), with a token "
+            f"that may write there. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def prepare_upload(
@@ -112,6 +142,12 @@ def prepare_upload(
         private = [str(name) for name in (saved.base, base) if name and not is_repo(str(name))]
         upload = collect(saved.folder, ADAPTER_FILES, private, target)
         upload.files[CONFIG] = public_config(saved.folder, base, target)
+        if saved.base and read_json_object(upload.files[CONFIG]).get("base_model_name_or_path") is None:
+            warnings.warn(
+                f"{Path(saved.base).name}, the base model, is a folder of this machine, so the upload does not name "
+                f"it: give its name on the Hub as `base` (--base).",
+                stacklevel=2,
+            )
     # The new card keeps what was written around our section, which `collect` has copied.
     written = write_card(saved, folder=target, repo=repo, base=base, **card)
     upload.files.update({path.name: path for path in written})

@@ -68,8 +68,8 @@ class Predictor:
             for number, values in enumerate(self.run(_collated(collate, [inputs[i] for i in places]))):
                 if start == 0:  # the longest inputs come first
                     found.append(np.full((len(order), *values.shape[1:]), -1e4, dtype=np.float32))
-                target = found[number]
-                target[(places, *(slice(size) for size in values.shape[1:]))] = values
+                index: Any = (places, *(slice(size) for size in values.shape[1:]))
+                found[number][index] = values
         return found[0] if len(found) == 1 else tuple(found)
 
     def predictions(self, rows: Rows, batch_size: int) -> Iterator[dict[str, Any]]:
