@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,10 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
-    with pytest.warns(UserWarning, match="does not name it: give its name on the Hub"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         result = run("push", private_folder, "me/mine")
+    assert "does not name it: give its name on the Hub" in result.stderr
     assert result.exit_code == 0 and not hub.strange, f"{hub.strange} {result.output}"
     files = hub.repos["me/mine"]
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "plan.png"}
