@@ -55,6 +55,15 @@ def test_the_file_says_what_the_model_says(family, tmp_path):
         np.testing.assert_allclose(run(tmp_path / "model.onnx", batch)[0], expected, atol=1e-4)
 
 
+def test_for_a_text_that_is_too_long_the_error_names_the_limit(family, tmp_path):
+    report = export_onnx(tiny_model(family), tmp_path / "model.onnx", int8=True)
+    for file in (report.file, report.int8):
+        ids = torch.full((1, report.longest + 1), 7)
+        run(file.path, {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])})
+        with pytest.raises(Exception, match=f"a text may have at most {report.longest} tokens"):
+            run(file.path, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 def test_trimmed_units_are_not_in_the_file(tmp_path):
     model = trained("bert", budget=0.5)
     small = export_onnx(model, tmp_path / "small.onnx").file.bytes

@@ -142,7 +142,7 @@ def compare(
     qualities = [quality for _, quality in measured]
     rows = [[metric, *(number(q.values.get(metric)) for q in qualities)] for metric in qualities[0].values]
     rows += [["parameters", *(human(s["parameters"]) if s["parameters"] else "-" for s in sizes)],
-             ["bytes", *(size_of(s["bytes"]) for s in sizes)]]  # fmt: skip
+             ["file", *(size_of(s["bytes"]) for s in sizes)]]  # fmt: skip
     figures = [
         {"model": name, "metrics": quality.values, "intervals": quality.intervals, **size}
         for name, quality, size in zip((first, second), qualities, sizes, strict=True)
