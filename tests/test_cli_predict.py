@@ -161,6 +161,13 @@ def test_evaluate_agrees_with_the_predictions(work):
     assert "the model's labels are bad, good, so" in fails("evaluate", work / "merged", other)
 
 
+def test_evaluate_takes_the_split_that_was_not_trained_on(work, tmp_path):
+    lines = (work / "test.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines[:4]))
+    assert json.loads(call("evaluate", work / "merged", tmp_path, "--json"))["rows"] == 4
+
+
 def test_compare_a_model_with_itself_and_with_another(work, tmp_path):
     data = ("--data", work / "test.jsonl", "--json")
     same = json.loads(call("compare", work / "adapter", work / "merged", *data))
@@ -205,9 +212,12 @@ def test_answers(tmp_path):
     assert [row["question"] for row in found] == ["the film is ?"] * 2
     for row, source in zip(found, rows, strict=True):
         assert row["answer"] and row["answer"] == source["context"][int(row["start"]) : int(row["end"])].strip()
-    metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.jsonl", *options, "--json"))[
-        "metrics"
-    ]
+    # What the training has noted is the default.
+    record = {"kind": "answers", "max_length": 30, "stride": 5, "max_answer_length": 30, "silent": False}
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps({"task": record}))
+    call("predict", tmp_path / "adapter", tmp_path / "rows.jsonl", "--out", tmp_path / "q.csv")
+    assert [row["answer"] for row in rows_in(tmp_path / "q.csv")] == [row["answer"] for row in found]
+    metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.jsonl", "--json"))["metrics"]
     assert metrics["exact_match"] == pytest.approx(np.mean([exact(row["answer"], "good") for row in found]))
 
 

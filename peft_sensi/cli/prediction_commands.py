@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +27,18 @@ if TYPE_CHECKING:
 
 
 _FORMAT = ("subset", "split", "encoding", "delimiter", "quotes")
-_INPUTS = {name: DATA_OPTIONS[name] for name in ("text_column", "pair_column", "max_length", "stride", *_FORMAT)}
-_LABELED = {name: DATA_OPTIONS[name] for name in DATA_OPTIONS if name != "task"}
+# What the training has noted is the default here.
+_TRAINED = {
+    "max_length": option("--max-length", "N", "Cut texts after this many tokens. Default: as in training.", args.DATA,
+                         min=2),
+    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training, "
+                     "or 128.", args.DATA, min=0),
+    "max_answer_length": option("--max-answer-length", "N", "The longest answer, in tokens. Default: as in training, "
+                                "or 30.", args.DATA, min=1),
+}  # fmt: skip
+_OPTIONS = DATA_OPTIONS | {name: (Annotated[int | None, entry], None) for name, entry in _TRAINED.items()}
+_INPUTS = {name: _OPTIONS[name] for name in ("text_column", "pair_column", *_TRAINED, *_FORMAT)}
+_LABELED = {name: _OPTIONS[name] for name in _OPTIONS if name != "task"}
 _USABLE = "An adapter, a merged model or an exported .onnx file: a path, or a name on the Hub."
 Usable = Annotated[str, argument("MODEL", _USABLE)]
 LabeledData = Annotated[
@@ -67,7 +78,10 @@ def predict(
     quiet = json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)
     rows, originals = rows_of(predictor, data, reading, show=not quiet)
-    predicted = progress_bar(predictor.predictions(rows, batch_size), "predicting", len(rows.raw), show=not json)
+    longest = reading["max_answer_length"]
+    predicted = progress_bar(
+        predictor.predictions(rows, batch_size, longest), "predicting", len(rows.raw), show=not json
+    )
     records = records_of(predictor, rows, originals, predicted, scores or suffix == ".jsonl")
     if to_stdout:
         write_records(None, suffix, records)
@@ -164,15 +178,14 @@ def rows_of(
     from ..tasks.sources import read_source
     from ..tasks.task import Options
 
-    options = {name: value for name, value in reading.items() if value is not None}
+    options = trained_lengths(predictor) | {name: value for name, value in reading.items() if value is not None}
     originals: list[dict[str, Any]] = []
     with step("reading the data", show=show):
         if predictor.kind == "text":
-            known = {name: value for name, value in options.items() if name != "max_length"}
+            known = {name: value for name, value in options.items() if name in _FORMAT}
             parts = read_source(data, predictor.kind, Options(**known)).train
             originals = [row for part in parts for row in part.rows]
             options = trained_columns(predictor, originals[0]) | options
-        options.setdefault("max_length", predictor.max_length)
         rows, notes = rows_for_prediction(predictor.kind, predictor.tokenizer, data, **options)
     for note in notes:
         err.print(Text(note, "dim"), soft_wrap=True)
@@ -180,18 +193,22 @@ def rows_of(
 
 
 def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool) -> Task:
-    """The labeled rows as a task, all of them in `train`. Columns are those of the training, if the file has them."""
+    """The labeled rows as a task, all of them in `train`.
+
+    Columns are those of the training, if the file has them. Of a folder or a data set with a split for validation, that
+    split is used if none is named, because the model may have been trained on the other one.
+    """
     from ..tasks.kinds import read_task
     from ..tasks.sources import read_source
     from ..tasks.task import Options
 
     given = {"task": None, **reading}
-    options = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
+    named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
+    options = trained_lengths(predictor) | named
     if predictor.kind == "text":
-        known = {name: value for name, value in options.items() if name in ("subset", "split", *_FORMAT)}
+        known = {name: value for name, value in options.items() if name in _FORMAT}
         first = read_source(data, predictor.kind, Options(**known)).train[0].rows[0]
         options = trained_columns(predictor, first, labels=True) | options
-    options.setdefault("max_length", predictor.max_length)
     with step("reading the data", show=show):
         task = read_task(
             predictor.source, data, kind=predictor.kind, config=predictor.config, validation_share=0.0,
@@ -199,7 +216,12 @@ def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, An
         )  # fmt: skip
     for line in task.doubts:
         err.print(Text(line, "dim"), soft_wrap=True)
-    return task
+    return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
+
+
+def trained_lengths(predictor: Predictor) -> dict[str, Any]:
+    """The options about lengths, as the training has noted them."""
+    return {name: predictor.record[name] for name in _TRAINED if isinstance(predictor.record.get(name), int)}
 
 
 def trained_columns(predictor: Predictor, row: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def write_card(
     if results is None and isinstance(metrics.get("validation"), Mapping):
         results = metrics
     if isinstance(saved, SavedMerged):
-        known = base or metrics.get("model")
+        known = base or (str(metrics["model"]) if metrics.get("model") else None)
         card = merged_card(saved, repo or saved.name, metrics, results_table(results), license, known)
         save_card(card, folder / CARD, {saved.name})
         return [folder / CARD]

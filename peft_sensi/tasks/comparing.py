@@ -62,7 +62,11 @@ def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any], seed: int = 0) -
     squared error for numbers.
     """
     kind = tasks[0].kind
-    found = [decode(kind, out, task.train, task.labels) for task, out in zip(tasks, outputs, strict=True)]
+    found = [
+        decode(kind, out, task.train, task.labels, task.record.get("max_answer_length", 30),
+               task.record.get("silent", False))
+        for task, out in zip(tasks, outputs, strict=True)
+    ]  # fmt: skip
     name, scored = _scored(tasks, found)
     difference = scored[1] - scored[0]
     generator = np.random.default_rng(seed)

@@ -50,12 +50,6 @@ class Predictor:
     parameters: int | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def max_length(self) -> int | None:
-        """The longest input in tokens that the model was trained with; `None` if nobody noted it."""
-        length = self.record.get("max_length")
-        return length if isinstance(length, int) else None
-
     def outputs(self, rows: Rows, batch_size: int) -> Any:
         """The logits of all inputs, in their order, padded to the longest: as `Task.metrics` takes them."""
         collate = collator_of(self.kind, self.tokenizer)
@@ -72,9 +66,15 @@ class Predictor:
                 found[number][index] = values
         return found[0] if len(found) == 1 else tuple(found)
 
-    def predictions(self, rows: Rows, batch_size: int) -> Iterator[dict[str, Any]]:
-        """One prediction for each raw row (see `kinds.decode`), computed while they are read."""
-        longest, silent = int(self.record.get("max_answer_length") or 30), bool(self.record.get("silent"))
+    def predictions(
+        self, rows: Rows, batch_size: int, max_answer_length: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """One prediction for each raw row (see `kinds.decode`), computed while they are read.
+
+        `max_answer_length` is that of the training by default.
+        """
+        longest = max_answer_length or int(self.record.get("max_answer_length") or 30)
+        silent = bool(self.record.get("silent"))
         for part in chunks(rows, max(CHUNK, batch_size)):
             yield from decode(self.kind, self.outputs(part, batch_size), part, self.labels, longest, silent)
 
