@@ -1,13 +1,13 @@
 """Tune a language model under a budget: any decoder, or a small Llama-shaped model made here; the data is a text file.
 
-    python examples/causal_lm.py --model meta-llama/Llama-3.2-1B --train_file train.txt --validation_file dev.txt \\
+    python examples/causal_lm.py --model meta-llama/Llama-3.2-1B --data train.txt --validation dev.txt \\
         --budget 0.5 --output_dir out
 
 Without a pretrained model, first train a small model from scratch (its byte-level tokenizer is trained on the text).
 Then tune it under a budget on another text:
 
-    python examples/causal_lm.py --method full --train_file general.txt --num_train_epochs 5 --output_dir small
-    python examples/causal_lm.py --model small --train_file special.txt --budget 0.5 --output_dir out
+    python examples/causal_lm.py --method full --data general.txt --num_train_epochs 5 --output_dir small
+    python examples/causal_lm.py --model small --data special.txt --budget 0.5 --output_dir out
 
 Files: .txt (documents separated by blank lines), or a format of text_classification.py with a text column. All options
 of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metrics.json` are written to `out`.

@@ -1,6 +1,6 @@
 """Tune an image classifier under a budget: any ViT, on scikit-learn's digits or on your own image files.
 
-    python examples/image_classification.py --model google/vit-base-patch16-224 --train_file train.csv --budget 0.5 \\
+    python examples/image_classification.py --model google/vit-base-patch16-224 --data train.csv --budget 0.5 \\
         --output_dir out
 
 Without a pretrained model, first train a small ViT from scratch on the digits (8 x 8 pixels). Then tune it under a
@@ -131,14 +131,14 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
             raise DataError(f"label {unknown[0]!r} of the validation rows does not occur in the training rows")
         labels = ClassLabel(names=names)
         return train.cast_column("label", labels), validation.cast_column("label", labels)
-    if data.validation_file is not None:
-        raise DataError("--validation_file needs a --train_file")
+    if data.validation is not None:
+        raise DataError("--validation needs a --data")
     digits = load_digits()
     # The values 0..16 become 0..240.
     rows = {"image": list((digits.images * 15).astype(np.uint8)), "label": digits.target.tolist()}
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     train, validation = hold_out(Dataset.from_dict(rows, features=features), data.validation_share, seed)
-    return sample(train, data.max_train_rows, seed), sample(validation, data.max_validation_rows, seed)
+    return sample(train, data.max_rows, seed), sample(validation, data.max_validation_rows, seed)
 
 
 def read_images(path: str, image_column: str, label_column: str) -> Dataset:

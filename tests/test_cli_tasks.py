@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from peft_sensi import Scores, load_merged
 from peft_sensi.cli import train as train_module
 from peft_sensi.cli.commands import app
+from peft_sensi.cli.run import Run
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
 
@@ -91,6 +92,9 @@ def test_answers_are_found(work, tmp_path):
     assert set(found["validation"]) == {"exact_match", "f1"} and found["rows"] == {"train": 36, "validation": 4}
     record = saved_record(tmp_path / "out")
     assert record["kind"] == "answers" and record["silent"] is True and record["stride"] == 4
+    trimmed = call("trim", tmp_path / "out", "--data", work / "squad.json", "--budget", "0.5", "--max-length", "24",
+                   "--stride", "4", "--out", tmp_path / "half")  # fmt: skip
+    assert set(trimmed["validation"]) == {"exact_match", "f1"}
 
 
 def test_rows_with_several_labels(work, tmp_path):
@@ -99,6 +103,9 @@ def test_rows_with_several_labels(work, tmp_path):
                  "--out", tmp_path / "out")  # fmt: skip
     assert found["classes"] == ["bad", "good", "rome", "york"] and "f1_micro" in found["validation"]
     assert found["task"]["problem_type"] == "multi_label_classification"
+    trimmed = call("trim", tmp_path / "out", "--data", work / "texts.jsonl", "--label-column", "tags", "--budget",
+                   "0.5", "--out", tmp_path / "half")  # fmt: skip
+    assert trimmed["classes"] == found["classes"] and "f1_micro" in trimmed["validation"]
 
 
 def test_class_weights_change_the_loss(work, tmp_path):
@@ -193,39 +200,71 @@ def test_a_second_run_does_not_replace_the_first(work, tmp_path):
 
 
 class CtrlC(TrainerCallback):
+    """Presses Ctrl-C in a step, counted over all trainings."""
+
     def __init__(self, step: int) -> None:
-        self.step = step
+        self.steps_left = step
 
     def on_step_begin(self, args, state, control, **others) -> None:
-        if state.global_step == self.step:
+        self.steps_left -= 1
+        if self.steps_left == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("options", [("--budget", "0.7"), ("--trainable", "0.1"), ("--recipe", "learners"),
-                                     ("--thorough", "--budget", "0.5")])  # fmt: skip
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_adapter_comes(options, work, tmp_path, monkeypatch):
+def interrupted(monkeypatch, step: int, *arguments) -> str:
+    """The output of a command that is interrupted in a step."""
+    trainer, press = Run.trainer, CtrlC(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
+        )
+        result = run(*arguments)
+    assert result.exit_code == 130, result.output
+    return result.output
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if not key.endswith("plan"):  # it has a mark of its own in each run
+            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+    values = [json.loads((folder / "metrics.json").read_text())["validation"] for folder in (a, b)]
+    assert values[0] == pytest.approx(values[1])
+    assert not list(b.glob("checkpoint-*")) and not (b / "unfinished.json").exists()
+
+
+INTERRUPTED = {
+    "trimmed": (("--budget", "0.7"), 7),
+    "low-rank": (("--trainable", "0.1"), 7),
+    "schedule": (("--recipe", "learners"), 7),
+    "thorough, first stage": (("--thorough", "--budget", "0.5"), 7),
+    "thorough, second stage": (("--thorough", "--budget", "0.5"), 20),  # a stage has 15 steps
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, work, tmp_path, monkeypatch):
+    options, step = INTERRUPTED[case]
     train = ("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "3", "--batch-size", "8")
     call(*train, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        trainer = train_module.Run.trainer
-        patch.setattr(
-            train_module.Run, "trainer",
-            lambda self, epochs=0.0, callbacks=None: trainer(self, epochs, [*(callbacks or []), CtrlC(6)]),
-        )  # fmt: skip
-        result = run(*train, "--out", tmp_path / "half")
-    assert result.exit_code == 130 and "--resume" in result.output
-    assert not (tmp_path / "half" / "adapter_model.safetensors").exists()
-    assert "--resume" in fails(*train, "--out", tmp_path / "half")
-    assert "--seed was 0" in fails(*train, "--out", tmp_path / "half", "--resume", "--seed", "3")
-    found = call(*train, "--out", tmp_path / "half", "--resume")
-    whole, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "half"))
-    assert whole.keys() == half.keys()
-    for key, value in whole.items():
-        if not key.endswith("plan"):  # it has a mark of its own in each run
-            torch.testing.assert_close(half[key], value, rtol=1e-4, atol=1e-5)
-    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    assert found["validation"] == pytest.approx(metrics["validation"])
-    assert not list((tmp_path / "half").glob("checkpoint-*")) and not (tmp_path / "half" / "unfinished.json").exists()
+    half = (*train, "--out", tmp_path / "half")
+    assert "--resume" in interrupted(monkeypatch, step, *half)
+    assert "--resume" in fails(*half)
+    assert "--seed was 0" in fails(*half, "--resume", "--seed", "3")
+    call(*half, "--resume")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
+    call("train", work / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT, "--out", tmp_path / "a")
+    trim = ("trim", tmp_path / "a", "--data", work / "texts.csv", "--budget", "0.5", "--heal-epochs", "2",
+            "--batch-size", "8")  # fmt: skip
+    whole = call(*trim, "--out", tmp_path / "whole")
+    interrupted(monkeypatch, 4, *trim, "--out", tmp_path / "half")
+    half = call(*trim, "--out", tmp_path / "half", "--resume")
+    assert half["validation_before"] == whole["validation_before"]
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
 
 
 # -- rates and progress -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from rich.text import Text
 from torch import nn
@@ -140,8 +141,9 @@ def _config(recipe: str | None, limits: Any, score: str, common: dict[str, Any])
 
 def save_scores(model: Any, folder: Path) -> None:
     """Saves the scores that a wrap or a trim has made, for other budgets and for another start."""
-    if (scores := model.base_model._sensi_scores.get("default")) is not None:
+    if (scores := model.base_model._sensi_scores.get("default")) is not None and not PartialState().process_index:
         scores.save(folder / SCORES)
+        err.print(Text(f"scores: {folder / SCORES} (--scores)", "dim"), soft_wrap=True)
 
 
 def trim_for(

@@ -284,6 +284,8 @@ def _labels_of_head(adapter: SavedAdapter, config: PretrainedConfig) -> int | No
     A model for an unlikely number of labels is built without weights. The parameter of its head that has this number
     of rows is the one whose rows are counted in the adapter's file.
     """
+    if _class_of(adapter).__name__.endswith("QuestionAnswering"):
+        return 2  # the start and the end; the base may have a head for other labels
     if not _class_of(adapter).__name__.endswith("Classification"):
         return None
     unlikely = 7919
