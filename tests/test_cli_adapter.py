@@ -76,7 +76,7 @@ def test_inspect_a_merged_model(folder):
     assert found["class"] == "BertForSequenceClassification" and found["labels"] == NAMES
     assert found["parameters"] < found["parameters_before"] and not found["loads_without_peft_sensi"]
     adapter = json.loads(call("inspect", folder / "adapter", "--json"))["plan"]["groups"]
-    kept = {group["name"]: group["tuned"] + group["frozen"] for group in adapter if group["kind"] != "token"}
+    kept = {group["name"]: group["size"] - group["trimmed"] for group in adapter if group["kind"] != "token"}
     assert {group["name"]: group["kept"] for group in found["groups"]} == kept
     text = call("inspect", folder / "merged")
     assert "load_merged" in text and max(map(len, text.splitlines())) <= 80

@@ -166,7 +166,7 @@ def test_a_decoder_with_grouped_heads_and_several_attentions_a_block_has_a_table
     values = {"sequence_length": 8, "always_trained": 0, "groups": dict.fromkeys(names, size)}
     assert [row.kind for row in rows_of(values)] == ["head", "head", "neuron", "head"]
     text = printed(plan_table(values))
-    assert "cross_heads" in text and text.count("1/2") == 4 and max(map(len, text.splitlines())) <= 80
+    assert "decoder cross" in text and text.count("1/2") == 4 and max(map(len, text.splitlines())) <= 80
     plot_plan(drawn_rows(values), tmp_path / "t5.png")
 
 

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..utils.formatting import human, short_repr
+from ..utils.states import KINDS
+
 
 if TYPE_CHECKING:
     import torch  # and in two methods: plans, and the tables that show them, do without PyTorch
@@ -60,7 +63,7 @@ class Side:
         return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """The units of one sublayer.
 
@@ -90,6 +93,8 @@ class Group:
     least: int = 0
     fixed: bool = False
     relative_rows: int = 0
+
+    __repr__ = short_repr
 
     @property
     def in_block(self) -> bool:
@@ -150,7 +155,7 @@ class Group:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Anatomy:
     """All groups of units of a model. The *prunable* part consists of the groups that can be trimmed.
 
@@ -160,6 +165,12 @@ class Anatomy:
     groups: tuple[Group, ...]
     total_params: int
     model_type: str = ""
+
+    def __repr__(self) -> str:
+        units = {kind: sum(g.size for g in self.groups if g.kind == kind) for kind in KINDS}
+        counts = ", ".join(f"{count:,} {KINDS[kind]}" for kind, count in units.items() if count)
+        prunable = f"{human(self.prunable_params)} of {human(self.total_params)} parameters prunable"
+        return f"<Anatomy of {self.model_type or 'a model'}: {counts or 'no units'}; {prunable}>"
 
     @cached_property
     def by_name(self) -> dict[str, Group]:

@@ -195,8 +195,8 @@ def rows_of(
 def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool) -> Task:
     """The labeled rows as a task, all of them in `train`.
 
-    Columns are those of the training, if the file has them. Of a folder or a data set with a split for validation, that
-    split is used if none is named, because the model may have been trained on the other one.
+    Columns are those of the training, if the file has them. If a folder or a data set has a split for validation, and
+    none is named, that split is used, because the model may have been trained on the other one.
     """
     from ..tasks.kinds import read_task
     from ..tasks.sources import read_source

@@ -240,7 +240,7 @@ def _budget(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]
         limit = getattr(config.limits, name)
         reached = "unknown without the base" if facts is None else facts.get(label)
         if limit is not None or (facts is not None and reached is not None):
-            reached = reached or "all: nothing can be trimmed"
+            reached = reached or "all: this adapter trims nothing"
             rows.append((label, "-" if limit is None else limit_words(limit), reached))
     for name in config.latency or {}:
         limit, predicted = getattr(config.limits, name), latency_facts(config.latency)[LABELS[name]]
@@ -287,7 +287,8 @@ def _sentence(config: SensiConfig, plan: Plan | None) -> str:
     if plan is None:
         facts = "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items())
         return f"{facts or 'its plan has no units'}."
-    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base)."
+    update = f": {plan.update_words}" if plan.update else ""
+    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base){update}."
     if not plan.trims:
         return trained
     return (
