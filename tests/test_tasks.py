@@ -163,6 +163,28 @@ def test_utf8_is_recognized(text):
         assert encoding_of(text.encode("utf-8")) == "utf-8"
 
 
+MAGIC = [
+    b"", b"\x1f\x8b\x08\x00", b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
+    b"text,label\n", b'{"a": ', b"[", gzip.compress(b"text,label\na,b\n")[:20],
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    start=st.sampled_from(MAGIC),
+    rest=st.binary(max_size=60),
+    suffix=st.sampled_from([".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".csv.gz"]),
+)
+def test_any_bytes_are_rows_or_a_data_error(start, rest, suffix, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes") / f"a{suffix}"
+    path.write_bytes(start + rest)
+    try:
+        rows = read_rows(path).rows
+    except (DataError, OSError):
+        return
+    assert rows and all(isinstance(row, dict) for row in rows)
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 
