@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from peft_sensi.tasks import answers, metrics, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
+from peft_sensi.tasks.kinds import kind_of
 from peft_sensi.tasks.labels import DataError, Labels, find_labels, order_of_head
 from peft_sensi.tasks.reading import Format, encoding_of, read_rows
 from peft_sensi.tasks.record import kind_of_model, labels_of_record, saved_record
@@ -160,6 +161,28 @@ def test_what_python_writes_is_read_back(rows, delimiter, tmp_path_factory):
 def test_utf8_is_recognized(text):
     if "\x00" not in text and not text.startswith("\ufeff"):
         assert encoding_of(text.encode("utf-8")) == "utf-8"
+
+
+MAGIC = [
+    b"", b"\x1f\x8b\x08\x00", b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
+    b"text,label\n", b'{"a": ', b"[", gzip.compress(b"text,label\na,b\n")[:20],
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    start=st.sampled_from(MAGIC),
+    rest=st.binary(max_size=60),
+    suffix=st.sampled_from([".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".csv.gz"]),
+)
+def test_any_bytes_are_rows_or_a_data_error(start, rest, suffix, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes") / f"a{suffix}"
+    path.write_bytes(start + rest)
+    try:
+        rows = read_rows(path).rows
+    except (DataError, OSError):
+        return
+    assert rows and all(isinstance(row, dict) for row in rows)
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -417,3 +440,42 @@ def test_a_record_from_anywhere_is_checked(tmp_path):
     assert saved_record(tmp_path) == {}
     assert kind_of_model("TOKEN_CLS") == "words" and kind_of_model(None, ["BertForQuestionAnswering"]) == "answers"
     assert kind_of_model("CAUSAL_LM") is None
+
+
+# -- data sets of the Hub ---------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-x"]))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": tags})
+    rows = datasets.Dataset.from_list([{"tokens": ["a", "b"], "ner_tags": [0, 1]}], features=features)
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.DatasetDict({"train": rows, "validation_matched": rows, "test": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = read_source("someone/things", None, Options(subset="small"))
+    assert asked == [(("someone/things", "small"), {"split": None})]
+    assert kind_of(found.train[0]) == "words" and len(found.validation) == 1
+    assert words.to_raw("f", found.train[0].rows, None, None)[0]["tags"] == ["O", "B-x"]
+    assert "split train for training, validation_matched for validation" in found.notes[0]
+    assert read_source("someone/things", None, Options(split="test")).train[0].name == "someone/things (test)"
+
+
+def test_questions_of_a_table():
+    rows = [
+        {"question": "what?", "context": "a red stone", "answers.text": ["red"], "answers.answer_start": [2]},
+        {"question": "who?", "context": "a red stone", "answers.text": [], "answers.answer_start": []},
+        {"question": "why?", "context": "a red stone", "answers.text": ["blue"], "answers.answer_start": [2]},
+    ]
+    raw, notes = answers.from_table("f", rows)
+    assert [row["answers"] for row in raw] == [["red"], []] and "skipped 1 answers" in notes[0]
+    open_ones, _ = answers.from_table("f", [{"question": "what?", "context": "a red stone"}])
+    assert "answers" not in open_ones[0]  # for a prediction
+    with pytest.raises(DataError, match="row 1 is not a question"):
+        answers.from_table("f", [{"question": "what?", "context": "x", "answers": [{"text": "x"}]}])
+    with pytest.raises(DataError, match="no column 'question'"):
+        answers.from_table("f", [{"context": "x"}])

@@ -77,8 +77,9 @@ def train(
 ) -> None:
     """Train an adapter under a budget: for classes, numbers, tags of words, or answers to questions.
 
-    The folder gets the adapter, the tokenizer, the names of the labels, metrics.json and the scores. Ctrl-C leaves a
-    checkpoint, from which --resume goes on.
+    The folder gets the adapter, the tokenizer, the names of the labels, metrics.json and the scores.
+
+    Ctrl-C leaves a checkpoint, from which --resume goes on.
     """
     from ..scoring.scores import Scores
     from .run import Training, check_training, resumed_state

@@ -13,6 +13,7 @@ import json
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ def unpacked(path: Path) -> bytes:
                 if len(files) != 1:
                     raise DataError(f"{path} holds {len(files)} files: unpack it and name the right one.")
                 return archive.read(files[0])
-    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(f"{path} cannot be unpacked: {error}.") from None
     return content
 
