@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 import peft_sensi
 import peft_sensi.cli.textdata as textdata
 from peft_sensi import Scores, SensiError, load_merged, recipes
-from peft_sensi.cli import arguments, main
+from peft_sensi.cli import main
 from peft_sensi.cli.arguments import limits_of, number
 from peft_sensi.cli.commands import app
+from peft_sensi.utils import precision
 from peft_sensi.utils.errors import how_to_install
 
 
@@ -162,7 +163,7 @@ def test_train_on_pairs_with_amounts_and_by_a_recipe(work):
 def test_precision_follows_the_hardware_unless_it_is_given(work, tmp_path, monkeypatch):
     train = ("train", work / "base", "--data", work / "data.tsv", "--budget", "1", "--epochs", "0.1", "--json")
     for pays in (True, False):
-        monkeypatch.setattr(arguments, "bf16_pays", lambda: pays)  # noqa: B023
+        monkeypatch.setattr(precision, "bf16_pays", lambda: pays)  # noqa: B023
         for given, expected in (((), pays), (("--bf16",), True), (("--no-bf16",), False)):
             assert json.loads(call(*train, *given, "--out", tmp_path))["bf16"] is expected
 
