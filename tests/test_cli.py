@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 import peft_sensi
 from peft_sensi import Scores, SensiError, load_merged, recipes
-from peft_sensi.cli import arguments, main
+from peft_sensi.cli import main
 from peft_sensi.cli.arguments import limits_of, number
 from peft_sensi.cli.commands import app
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.labels import DataError, find_labels
 from peft_sensi.tasks.reading import read_rows
+from peft_sensi.utils import precision
 from peft_sensi.utils.errors import how_to_install
 
 
@@ -166,7 +167,7 @@ def test_train_on_pairs_with_amounts_and_by_a_recipe(work):
 def test_precision_follows_the_hardware_unless_it_is_given(work, tmp_path, monkeypatch):
     train = ("train", work / "base", "--data", work / "data.tsv", "--budget", "1", "--epochs", "0.1", "--json")
     for pays in (True, False):
-        monkeypatch.setattr(arguments, "bf16_pays", lambda: pays)  # noqa: B023
+        monkeypatch.setattr(precision, "bf16_pays", lambda: pays)  # noqa: B023
         for given, expected in (((), pays), (("--bf16",), True), (("--no-bf16",), False)):
             assert json.loads(call(*train, *given, "--out", tmp_path, "--overwrite"))["bf16"] is expected
 

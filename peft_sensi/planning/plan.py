@@ -315,11 +315,13 @@ class Plan:
 
     def rows(self) -> list[Row]:
         """The groups as tables and pictures show them."""
-        groups, words = self.anatomy.groups, self.update_words
-        return [Row(g.name, (g.layer if g.in_block else "") or g.name, g.kind, self._shown(g), words) for g in groups]
+        words = self.update_words
+        return [
+            Row(g.name, (g.layer if g.in_block else "") or g.name, g.kind, self._shown(g, states), words)
+            for g, states in self._states()
+        ]
 
-    def _shown(self, group: Group) -> np.ndarray:
-        states = self.of(group)
+    def _shown(self, group: Group, states: np.ndarray) -> np.ndarray:
         return np.where(states == FROZEN, UPDATED, states).astype(np.uint8) if self.is_updated(group) else states
 
     def _ranking(self, scores: Mapping[str, Any], cost: str) -> Ranking:
@@ -333,7 +335,7 @@ class Plan:
         return Ranking(
             scores=np.concatenate([scores[group.name].double().numpy() for group in groups]) / unit_costs,
             costs=unit_costs,
-            states=np.concatenate([self._shown(group) for group in groups]),
+            states=np.concatenate([self._shown(group, self.of(group)) for group in groups]),
             cost="parameter" if cost == "params" else "FLOP",
             part="prunable" if groups[0].trimmable else "targeted",
         )

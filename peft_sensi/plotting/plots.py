@@ -250,11 +250,12 @@ def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], lo
     image = np.array([[part.mean() if len(part) else np.nan for part in line] for line in parts])
     positive = image[image > 0]
     low, high = (np.quantile(positive, 0.003), positive.max()) if len(positive) else (0.5, 1.0)
+    high = max(high, low * 1.0001)
     drawn = axes.imshow(
         np.maximum(image, low),
         aspect="auto",
         cmap=look["map"],
-        norm=LogNorm(low, max(high, low * 1.0001), clip=True),
+        norm=LogNorm(low, high, clip=True),
         interpolation="nearest",
         extent=(0, widest, len(lines) - 0.5, -0.5),
     )
@@ -278,7 +279,7 @@ def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], lo
     bar = axes.figure.colorbar(drawn, cax=below, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=look["soft"], length=2)
-    ticks, labels = canvas.log_ticks(*drawn.get_clim(), most=4)
+    ticks, labels = canvas.log_ticks(float(low), float(high), most=4)
     bar.set_ticks(ticks, labels=labels)
     bar.ax.minorticks_off()
     note = "score; ▸ marks an outlier unit, which is always kept" if marked else "score"
