@@ -166,9 +166,9 @@ def draw(points: list[dict[str, Any]], table: dict[str, Any], path: Path) -> Pat
     drawn = [point for point in points if point["value"] is not None]
     if not drawn:
         return None
-    sizes = {"share of the parameters": [point["parameters"] / table["base_parameters"] for point in drawn]}
+    sizes = {"share of the base's parameters": [point["parameters"] / table["base_parameters"] for point in drawn]}
     if table["base_ms"]:
-        sizes["share of the measured time"] = [point["ms"] / table["base_ms"] for point in drawn]
+        sizes["share of the base's measured time"] = [point["ms"] / table["base_ms"] for point in drawn]
     try:
         plot_sweep(
             path, table["metric"], [point["value"] for point in drawn], [point["interval"] for point in drawn],

@@ -25,7 +25,7 @@ def plot_sweep(
         values: The metric of each model.
         intervals: The lower and the upper bound of each value, or `None`.
         names: A short name of each model, written beside its point.
-        sizes: For each panel, what its horizontal axis shows, and the share of the base that each model has.
+        sizes: For each panel, the label of its horizontal axis, and the share of the base that each model has.
         style: `"light"` or `"dark"`.
 
     Raises:
@@ -48,7 +48,7 @@ def plot_sweep(
             axes.annotate(names[i], (shares[i], values[i]), xytext=(5, -9), textcoords="offset points", size=7,
                           color=look["ink"])  # fmt: skip
         axes.set_xlim(0, max(1.05, 1.05 * max(shares)))
-        axes.set_xlabel(f"{label} of the base" if "of the base" not in label else label, color=look["soft"])
+        axes.set_xlabel(label, color=look["soft"])
         if number == 0:
             axes.set_ylabel(metric, color=look["soft"])
     figure.subplots_adjust(left=canvas.LEFT + 0.02, right=canvas.RIGHT, bottom=0.18, top=0.86, wspace=0.18)
