@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
@@ -24,11 +23,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from peft_sensi.cli.textdata import DataError, read_rows
+from peft_sensi.tasks import metrics
+from peft_sensi.tasks.labels import DataError
+from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils.progress import progress_bar
 
-
-METRICS = Path(__file__).resolve().parent / "metrics"
 
 # TrainingArguments for a small encoder. Batches of texts of similar length need little padding.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -47,8 +46,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 def read_table(path: str | Path) -> Dataset:
-    """Reads a TSV, CSV, JSON (a list of objects) or JSON Lines file in the same way as the command `peft-sensi`."""
-    return Dataset.from_list(read_rows(path))
+    """Reads a table or JSON rows in the same way as the command `peft-sensi`."""
+    return Dataset.from_list(read_rows(path).rows)
 
 
 def check_columns(rows: Dataset, *names: str | None) -> None:
@@ -67,7 +66,7 @@ def hold_out(rows: Dataset, share: float, seed: int, group: str | None = None) -
     if not 0 < count < len(distinct):
         raise DataError(
             f"--validation_share {share} of {len(distinct)} {f'values of {group}' if group else 'rows'} leaves one "
-            f"part without rows: give a --validation_file, or another share"
+            f"part without rows: give --validation, or another share"
         )
     held_out = set(distinct[:count])
     sides = [[i for i, value in enumerate(groups) if (value in held_out) is side] for side in (False, True)]
@@ -109,21 +108,10 @@ def batches(dataset: Dataset, collator: Callable, batch_size: int = 32, seed: in
 # --- metrics and results ---------------------------------------------------------------------------------------------
 
 
-def load_metric(kind: str) -> evaluate.EvaluationModule:
-    """Loads a metric. `kind` is the name of a file in `examples/metrics`."""
-    return evaluate.load(str(METRICS / f"{kind}.py"))
-
-
-def metric_function(kind: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The function `compute_metrics` for Trainer. `kind` is "classification" or "regression"."""
-    metric = load_metric(kind)
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        predicted = np.squeeze(logits, axis=-1) if kind == "regression" else np.argmax(logits, axis=-1)
-        return metric.compute(predictions=predicted, references=prediction.label_ids)
-
-    return compute
+def class_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The function `compute_metrics` for a Trainer of a classifier."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return metrics.classes(np.argmax(logits, axis=-1), np.asarray(prediction.label_ids))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Tune an image classifier under a budget: any ViT, on scikit-learn's digits or on your own image files.
 
-    python examples/image_classification.py --model google/vit-base-patch16-224 --train_file train.csv --budget 0.5 \\
+    python examples/image_classification.py --model google/vit-base-patch16-224 --data train.csv --budget 0.5 \\
         --output_dir out
 
 Without a pretrained model, first train a small ViT from scratch on the digits (8 x 8 pixels). Then tune it under a
@@ -26,9 +26,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from sklearn.datasets import load_digits
 from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments, ViTConfig
+from transformers.hf_argparser import HfArg
 from transformers.image_processing_base import ImageProcessingMixin
 
-from common import DataError, check_columns, hold_out, metric_function, read_table, sample, write_json
+from common import DataError, check_columns, class_metrics, hold_out, read_table, sample, write_json
 from runner import FileOptions, MethodOptions, Task, parse, pretrained, readable_errors, run, split_files
 
 
@@ -54,10 +55,10 @@ class ImageModelOptions(MethodOptions):
 
 @dataclass
 class DataOptions(FileOptions):
-    train_file: str | None = field(default=None, metadata={"help": "Without it, scikit-learn's digits are used"})
-    validation_share: float = field(
-        default=0.2, metadata={"help": "The share that is held out without a validation file"}
+    data: str | None = HfArg(
+        default=None, aliases=["--train_file"], help="A file of names of images; without it, scikit-learn's digits"
     )
+    validation_share: float = field(default=0.2, metadata={"help": "The share that is held out without --validation"})
     image_column: str = "image"
     label_column: str = "label"
 
@@ -110,9 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
         train_set=train_rows.with_transform(encoder(pixels)),
         validation_set=validation_rows.with_transform(encoder(pixels)),
         collator=collate,
-        metrics=metric_function("classification"),
+        metrics=class_metrics,
         unit_of_cost={"pixel_values": torch.zeros(1, pixels.channels, pixels.size, pixels.size)},
-        details={"task": data.train_file or "digits", "classes": classes, "base": base},
+        details={"task": data.data or "digits", "classes": classes, "base": base},
     )
     run(task, options, training)
     if training.process_index == 0:
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
     """Rows with `image` and `label` (a `ClassLabel`). The classes are those of the training rows."""
-    if data.train_file is not None:
+    if data.data is not None:
         train, validation = split_files(
             data, lambda path: read_images(path, data.image_column, data.label_column), seed
         )
@@ -130,14 +131,14 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
             raise DataError(f"label {unknown[0]!r} of the validation rows does not occur in the training rows")
         labels = ClassLabel(names=names)
         return train.cast_column("label", labels), validation.cast_column("label", labels)
-    if data.validation_file is not None:
-        raise DataError("--validation_file needs a --train_file")
+    if data.validation is not None:
+        raise DataError("--validation needs a --data")
     digits = load_digits()
     # The values 0..16 become 0..240.
     rows = {"image": list((digits.images * 15).astype(np.uint8)), "label": digits.target.tolist()}
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     train, validation = hold_out(Dataset.from_dict(rows, features=features), data.validation_share, seed)
-    return sample(train, data.max_train_rows, seed), sample(validation, data.max_validation_rows, seed)
+    return sample(train, data.max_rows, seed), sample(validation, data.max_validation_rows, seed)
 
 
 def read_images(path: str, image_column: str, label_column: str) -> Dataset:

@@ -54,11 +54,11 @@ from common import (
     TRAINING_DEFAULTS,
     all_logits,
     batches,
+    class_metrics,
     flops,
     folder_bytes,
     inference_call,
     interleaved_medians,
-    metric_function,
     parameters,
     tokenize,
     trained_model,
@@ -221,7 +221,7 @@ def train(model: Any, task: Task, folder: Path, **changes: Any) -> tuple[Any, fl
 
 def held_out_accuracy(logits: torch.Tensor, task: Task) -> float:
     prediction = EvalPrediction(predictions=logits.numpy(), label_ids=task.test["labels"])
-    return metric_function("classification")(prediction)["accuracy"]
+    return class_metrics(prediction)["accuracy"]
 
 
 def report(results: dict[str, Result], task: Task) -> None:

@@ -6,6 +6,7 @@ Each script provides a `Task`: a base model, training and validation rows, and a
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -30,8 +31,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from peft_sensi import Budget, SensiConfig, SensiError
+from peft_sensi.tasks.kinds import read_task
+from peft_sensi.tasks.task import load_for
+from peft_sensi.tasks.words import best_classes
 from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import show_progress
 
@@ -75,15 +80,52 @@ class MethodOptions:
 
 @dataclass
 class FileOptions:
-    train_file: str | None = None
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Without it, a part of the training file is held out"}
+    """One file of rows for training, and perhaps one for validation."""
+
+    data: str | None = HfArg(default=None, aliases=["--train_file"], help="The file with the training rows")
+    validation: str | None = HfArg(
+        default=None, aliases=["--validation_file"], help="Without it, a part of the training rows is held out"
     )
     validation_share: float = field(
-        default=0.1, metadata={"help": "The share that is held out if there is no validation file"}
+        default=0.1, metadata={"help": "The share that is held out if there are no validation rows"}
     )
-    max_train_rows: int | None = None
+    max_rows: int | None = HfArg(default=None, aliases=["--max_train_rows"], help="At most so many training rows")
     max_validation_rows: int | None = None
+
+
+@dataclass
+class DataOptions:
+    """The options of `peft-sensi train` about the data, with the same names. See `peft_sensi.tasks.task.Options`."""
+
+    data: list[str] | None = HfArg(
+        default=None, aliases=["--train_file"], help="Files, folders or data sets with the training rows"
+    )
+    validation: list[str] | None = HfArg(
+        default=None, aliases=["--validation_file"], help="Without it, a part of the training rows is held out"
+    )
+    validation_share: float = field(default=0.1, metadata={"help": "The share that is held out"})
+    max_rows: int | None = HfArg(default=None, aliases=["--max_train_rows"], help="At most so many training rows")
+    max_validation_rows: int | None = None
+    text_column: str | None = field(default=None, metadata={"help": "The column of the (first) text, or of the words"})
+    pair_column: str | None = field(default=None, metadata={"help": "The column of the second text"})
+    label_column: list[str] | None = field(
+        default=None, metadata={"help": "The column of the labels, or several columns of 0 and 1"}
+    )
+    label_separator: str | None = field(default=None, metadata={"help": "Between the labels, if a row has several"})
+    regression: bool | None = field(
+        default=None, metadata={"help": "Whether labels are numbers, not classes; by default found from the labels"}
+    )
+    skip_unlabeled: bool = field(default=False, metadata={"help": "Leave out rows without a label"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text or window; by default 128, and 384 for answers"}
+    )
+    stride: int = field(default=128, metadata={"help": "Tokens that neighboring windows share, for answers"})
+    max_answer_length: int = field(default=30, metadata={"help": "Longest answer, in tokens"})
+    subset: str | None = field(default=None, metadata={"help": "The subset of a data set of the Hub"})
+    split: str | None = field(default=None, metadata={"help": "The split of a data set; by default train"})
+    encoding: str | None = field(default=None, metadata={"help": "The encoding of text files"})
+    delimiter: str | None = field(default=None, metadata={"help": "Between the cells of a table"})
+    quotes: bool | None = field(default=None, metadata={"help": "Whether double quotes enclose cells"})
 
 
 @dataclass
@@ -163,14 +205,47 @@ def split_files(
     data: FileOptions, read: Callable[[str], Dataset], seed: int, group: str | None = None
 ) -> tuple[Dataset, Dataset]:
     """Reads training and validation rows. Rows with the same value in the column `group` are held out together."""
-    if data.train_file is None:
-        raise DataError("give a --train_file")
-    train = read(data.train_file)
-    if data.validation_file is not None:
-        validation = read(data.validation_file)
+    if data.data is None:
+        raise DataError("give --data")
+    train = read(data.data)
+    if data.validation is not None:
+        validation = read(data.validation)
     else:
         train, validation = hold_out(train, data.validation_share, seed, group)
-    return sample(train, data.max_train_rows, seed), sample(validation, data.max_validation_rows, seed)
+    return sample(train, data.max_rows, seed), sample(validation, data.max_validation_rows, seed)
+
+
+def read_for(kind: str, model: str, dtype: str, data: DataOptions, seed: int) -> Task:
+    """Reads the data of a task as the command `peft-sensi` does, and says what was understood."""
+    if not data.data:
+        raise DataError("give --data")
+    options = {name: value for name, value in vars(data).items() if name not in ("data", "validation")}
+    task = read_task(model, data.data, data.validation, kind=kind, seed=seed, **options)
+    for line in (*task.lines, *(f"note: {doubt}" for doubt in task.doubts)):
+        print(line, file=sys.stderr)
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        values = task.metrics(prediction.predictions, task.validation)
+        return {name: math.nan if value is None else value for name, value in values.items()}
+
+    rows = {name: Dataset.from_list(part.inputs) for name, part in (("t", task.train), ("v", task.validation))}
+    return Task(
+        task_type=task.task_type,
+        load_base=lambda: load_for(task, model, dtype=dtype),
+        train_set=rows["t"],
+        validation_set=rows["v"],
+        collator=task.collator,
+        metrics=metrics,
+        unit_of_cost=typical_length(rows["t"]),
+        tokenizer=task.tokenizer,
+        reduce_logits=(lambda logits, labels: best_classes(logits)) if kind == "words" else None,
+        details={
+            "task": task.record,
+            "data": data.data,
+            "classes": task.labels.names,
+            "raw_rows": {"train": len(task.train.raw), "validation": len(task.validation.raw)},
+        },
+    )
 
 
 def pretrained(auto_class: Any, name: str, **options: Any) -> Any:

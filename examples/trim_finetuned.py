@@ -1,7 +1,7 @@
 """Make a fine-tuned text classifier smaller, and say what is kept without training and after some training.
 
     python examples/trim_finetuned.py --model my-finetuned-model \\
-        --train_file train.tsv --validation_file dev.tsv --budgets 0.5 0.25 --heal_epochs 1 --output_dir out
+        --data train.tsv --validation dev.tsv --budgets 0.5 0.25 --heal_epochs 1 --output_dir out
 
 The model must have a trained head for the labels of the files. For each budget, the script wraps it with
 `SensiConfig(budget=1.0)`, which keeps everything, and calls `trim(...)`, which scores, plans and refits. It evaluates
@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import get_peft_model
-from text_classification import DataOptions, text_task
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
 from peft_sensi import Budget, SensiConfig
 
 from common import DataError, batches, plan_figures, write_json
-from runner import OrderedTrainer, Task, parse, pretrained, readable_errors, share_or_count
+from runner import DataOptions, OrderedTrainer, Task, parse, pretrained, read_for, readable_errors, share_or_count
 
 
 @dataclass
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     budgets = [share_or_count(budget) for budget in options.budgets]
     for budget in budgets:
         Budget.parse(budget)
-    task = text_task(options.model, options.dtype, data, training.seed)
+    task = read_for("text", options.model, options.dtype, data, training.seed)
     classes = task.details["classes"]
     outputs = pretrained(AutoConfig, options.model).num_labels
     if outputs != (len(classes) or 1):

@@ -13,13 +13,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Hub:
-    """`repos[name][path]` is the content of a file, `commits` are messages, `strange` are unsupported requests."""
+    """`repos[name][path]` is the content of a file, `commits` are messages, `strange` are unsupported requests.
+
+    `received` has every byte that arrived: request lines, headers and bodies, with base64 parts decoded as well. With
+    `refuse`, every request is answered by an error with this status.
+    """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
+    received: list[bytes] = field(default_factory=list)
+    refuse: int | None = None
     url: str = ""
 
     def __enter__(self) -> Hub:
@@ -53,7 +59,18 @@ class _Handler(BaseHTTPRequestHandler):
     def missing(self, code: str) -> None:
         self.answer({"error": code}, 404, {"X-Error-Code": code})
 
+    def parse_request(self) -> bool:
+        fine = super().parse_request()
+        self.hub.received.append(self.raw_requestline + bytes(getattr(self, "headers", "")))
+        return fine
+
     def body(self) -> bytes:
+        body = self.read_body()
+        decoded = (base64.b64decode(text + b"===") for text in re.findall(rb'"([A-Za-z0-9+/]{16,}=*)"', body))
+        self.hub.received.extend([body, *decoded])
+        return body
+
+    def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
             parts = []
             while size := int(self.rfile.readline(), 16):
@@ -67,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.hub.refuse:
+            return self.answer({"error": "Invalid credentials"}, self.hub.refuse)
         path = self.path.partition("?")[0]
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/[\w.-]+)?", path):
             files = self.hub.repos.get(match[1])
@@ -87,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.missing("EntryNotFound")
             etag = hashlib.sha256(files[match[2]]).hexdigest()
             return self.answer(files[match[2]], headers={"ETag": f'"{etag}"', "X-Repo-Commit": self.sha(match[1])})
+        if path == "/api/whoami-v2":
+            return self.answer({"name": "me", "type": "user"})
         self.hub.strange.append(f"{self.command} {self.path}")
         self.missing("EntryNotFound")
 

@@ -19,9 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    EvalPrediction,
     PreTrainedTokenizerFast,
 )
+
+from peft_sensi.tasks import answers, words
+from peft_sensi.tasks import metrics as metrics_of
+from peft_sensi.tasks.kinds import read_task
+from peft_sensi.tasks.labels import Labels
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -107,11 +111,11 @@ def write_sentences(path: Path, count: int = 40) -> Path:
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_precision_follows_the_hardware_unless_it_is_given(pays, tmp_path, monkeypatch):
-    runner, classification = importlib.import_module("runner"), importlib.import_module("text_classification")
+    runner = importlib.import_module("runner")
     monkeypatch.setattr(runner, "bf16_pays", lambda device: pays)
     for given, expected in (("", pays), ("--bf16 true", True), ("--bf16 false", False), ("--fp16 true", False)):
         arguments = ["--model", "any", "--output_dir", str(tmp_path), "--use_cpu", *given.split()]
-        *_, training = runner.parse("", classification.DataOptions, arguments=arguments)
+        *_, training = runner.parse("", runner.DataOptions, arguments=arguments)
         assert training.bf16 is expected
 
 
@@ -181,7 +185,7 @@ def test_token_classification(encoder, tmp_path):
     metrics = run("token_classification", "--model", encoder, "--train_file", file, "--budget", 0.5,
                   "--output_dir", tmp_path / "out")  # fmt: skip
     check(metrics, trims=True)
-    assert metrics["tags"] == ["O", "B-person", "B-place", "I-place"]
+    assert metrics["classes"] == ["O", "B-person", "B-place", "I-place"]
 
 
 def test_tags_are_learned(encoder, tmp_path):
@@ -196,35 +200,34 @@ def test_tags_are_learned(encoder, tmp_path):
 
 @pytest.mark.parametrize("max_length", [6, 7, 11, 64])
 def test_every_word_is_labeled_once_over_all_windows(max_length, encoder, tmp_path):
-    script = importlib.import_module("token_classification")
     path = tmp_path / "rows.conll"
     # The third word of the first sentence is a control character, for which the tokenizer produces no token.
     path.write_text("red O\nabcdefgh B-x\n\x07 I-x\nblue I-x\n\nstone O\n\n-DOCSTART- -X- O\n\nzz S-y\nabc I-x\n")
-    rows = script.read_conll(path, 0, -1)
-    assert [len(tokens) for tokens in rows["tokens"]] == [4, 1, 2]
+    raw = words.read_conll(path, 0, -1)
+    assert [len(row["tokens"]) for row in raw] == [4, 1, 2]
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    tags = ["O", "B-x", "I-x", "S-y"]
-    encoded, places = script.windows(rows, tokenizer, tags, max_length)
-    assert len(encoded) == len(places)
-    flat = [place for window in places for place in window]
+    labels = Labels(["O", "B-x", "I-x", "S-y"])
+    rows, longest, cut = words.encode(raw, labels, tokenizer, max_length)
+    flat = [(sentence, int(word)) for sentence, places in rows.places for _, word in places]
     assert flat == [(0, 0), (0, 1), (0, 3), (1, 0), (2, 0), (2, 1)]
-    for window, found in zip(encoded, places, strict=True):
+    assert (cut > 0) is (max_length < 12) and longest >= 12
+    for window, (sentence, places) in zip(rows.inputs, rows.places, strict=True):
         assert len(window["labels"]) == len(window["input_ids"]) <= max_length
-        labeled = [i for i, label in enumerate(window["labels"]) if label != -100]
-        for position, (sentence, word) in zip(labeled, found, strict=True):
+        assert [i for i, label in enumerate(window["labels"]) if label != -100] == places[:, 0].tolist()
+        for position, word in places:
             first = tokenizer.convert_ids_to_tokens(window["input_ids"][position])
-            assert rows["tokens"][sentence][word].startswith(first)  # the first sub-word
-            assert tags[window["labels"][position]] == rows["tags"][sentence][word]
+            assert raw[sentence]["tokens"][word].startswith(first)  # the first sub-word
+            assert labels.names[window["labels"][position]] == raw[sentence]["tags"][word]
     # With all labels predicted correctly, everything is found except words without a token.
-    width = max(len(labels) for labels in encoded["labels"])
-    labels = np.array([[*row, *[-100] * (width - len(row))] for row in encoded["labels"]])
-    scores = script.entity_metrics(rows, places, tags)(EvalPrediction(labels, labels))
+    width = max(len(row["labels"]) for row in rows.inputs)
+    right = np.array([[*row["labels"], *[-100] * (width - len(row["labels"]))] for row in rows.inputs])
+    scores = words.measure(labels, right, rows, None).values
     assert scores["recall"] == 2 / 3  # without its middle word, the entity (x, 1, 4) is found as two parts
     assert scores["tag_accuracy"] == 6 / 7
 
 
 def test_entities():
-    entities = load_metric_module("token_classification").entities
+    entities = metrics_of.entities
     assert entities("B-x I-x O B-x B-x I-y".split()) == [("x", 0, 2), ("x", 3, 4), ("x", 4, 5), ("y", 5, 6)]
     assert entities("I-x I-x O I-x B-x".split()) == [("x", 0, 2), ("x", 3, 4), ("x", 4, 5)]  # IOB1
     assert entities("S-x B-x E-x E-x B-y I-y E-y".split()) == [("x", 0, 1), ("x", 1, 3), ("x", 3, 4), ("y", 4, 7)]
@@ -233,20 +236,10 @@ def test_entities():
     assert entities([]) == entities(["O"]) == []
 
 
-def load_metric_module(name: str):
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location(f"{name}_metric", EXAMPLES / "metrics" / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_entity_scores():
-    common = importlib.import_module("common")
     found = [["B-x", "I-x", "O"], ["B-x", "O"], ["O"]]
     right = [["B-x", "O", "O"], ["B-x", "O"], ["B-y"]]
-    scores = common.load_metric("token_classification").compute(predictions=found, references=right)
+    scores = metrics_of.words(metrics_of.word_counts(found, right))
     assert scores == {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "tag_accuracy": 4 / 6}
 
 
@@ -276,44 +269,45 @@ def test_question_answering(encoder, tmp_path):
     metrics = run("question_answering", "--model", encoder, "--train_file", file, "--budget", 0.5, "--max_length", 32,
                   "--stride", 8, "--output_dir", tmp_path / "out", "--max_steps", 12)  # fmt: skip
     check(metrics, trims=True)
-    assert metrics["questions"]["train"] + metrics["questions"]["validation"] == 54
+    assert metrics["raw_rows"]["train"] + metrics["raw_rows"]["validation"] == 54
     # PEFT drops token types, so the saved tokenizer must not produce them.
     assert "token_type_ids" in AutoTokenizer.from_pretrained(encoder)("red", "blue")
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert set(saved("red", "blue")) == {"input_ids", "attention_mask"}
 
 
+def read_squad(path: Path) -> list[dict]:
+    return answers.from_squad(path, json.loads(path.read_text()))[0]
+
+
 @pytest.mark.parametrize(("max_length", "stride"), [(24, 3), (32, 8), (33, 15), (64, 0)])
 def test_labels_of_windows_are_the_answers(max_length, stride, encoder, tmp_path):
-    script = importlib.import_module("question_answering")
-    rows = script.read_squad(write_questions(tmp_path / "rows.json"))
-    found = script.windows(rows, AutoTokenizer.from_pretrained(encoder), max_length, stride)
-    assert max(len(ids) for ids in found.inputs["input_ids"]) <= max_length
-    assert len(found.inputs) > len(rows) or max_length == 64
+    raw = read_squad(write_questions(tmp_path / "rows.json"))
+    rows, longest, cut = answers.encode(raw, AutoTokenizer.from_pretrained(encoder), max_length, stride)
+    assert longest == max(len(row["input_ids"]) for row in rows.inputs) <= max_length
+    assert (len(rows) > len(raw) and cut > 0) or max_length == 64
     answered = set()
-    starts = np.full((len(found.rows), max_length), -5.0)
+    starts = np.full((len(rows), max_length), -5.0)
     ends = starts.copy()
-    for window, (row, places) in enumerate(zip(found.rows, found.spans, strict=True)):
-        first, last = found.inputs[window]["start_positions"], found.inputs[window]["end_positions"]
+    for window, (number, places) in enumerate(rows.places):
+        first, last = rows[window]["start_positions"], rows[window]["end_positions"]
         starts[window, first] = ends[window, last] = 5.0
         if last:
-            context, answer = rows[row]["context"], rows[row]["answers"][0]
+            context, answer = raw[number]["context"], raw[number]["answers"][0]
             assert context[places[first, 0] : places[last, 1]] == answer.strip()
-            answered.add(row)
-    with_answers = {i for i, answers in enumerate(rows["answers"]) if answers}
+            answered.add(number)
+    with_answers = {i for i, row in enumerate(raw) if row["answers"]}
     assert answered == with_answers
     # Logits that point at the labels give every answer, in the words of the original text.
-    metric = script.answer_metrics(rows, found, 30, may_be_silent=True)
-    scores = metric(EvalPrediction((starts, ends), None))
-    assert scores == {"exact_match": 1.0, "f1": 1.0}
-    texts = script.answer_texts(rows["context"], found, starts, ends, 30, may_be_silent=True)
-    assert [text for i, text in enumerate(texts) if i not in with_answers] == [""] * (len(rows) - len(with_answers))
-    never_silent = script.answer_texts(rows["context"], found, starts, ends, 30)
-    assert all(never_silent)
+    quality = answers.measure((starts, ends), rows, 30, silent=True)
+    assert quality.values == {"exact_match": 1.0, "f1": 1.0}
+    assert quality.baseline["f1"] == pytest.approx(1 - len(with_answers) / len(raw))
+    found = [row["answer"] for row in answers.decode((starts, ends), rows, 30, silent=True)]
+    assert [text for i, text in enumerate(found) if i not in with_answers] == [""] * (len(raw) - len(with_answers))
+    assert all(row["answer"] for row in answers.decode((starts, ends), rows, 30))
 
 
 def test_best_span_is_the_best_of_all():
-    script = importlib.import_module("question_answering")
     generator = np.random.default_rng(0)
     for _ in range(50):
         starts, ends = generator.normal(size=(2, 12))
@@ -321,31 +315,26 @@ def test_best_span_is_the_best_of_all():
         longest = int(generator.integers(1, 6))
         spans = [(starts[i] + ends[j], i, j) for i in range(12) for j in range(i, min(12, i + longest))
                  if places[i, 0] >= 0 and places[j, 0] >= 0]  # fmt: skip
-        score, first, last = script.best_span(places, starts, ends, longest)
+        score, first, last = answers.best_span(places, starts, ends, longest)
         assert (score, first, last) == max(spans, default=(-np.inf, 0, 0))
 
 
 def test_answer_scores():
-    module = load_metric_module("question_answering")
-    assert module.exact("The  City!", "city") == 1.0
-    assert module.f1("red city", "the red stone") == 0.5
-    assert module.f1("", "") == 1.0 and module.f1("red", "") == 0.0
-    common = importlib.import_module("common")
-    scores = common.load_metric("question_answering").compute(
-        predictions=["red", "", "blue"], references=[["green", "red city"], [], ["red"]]
-    )
-    assert scores["exact_match"] == pytest.approx(1 / 3)
-    assert scores["f1"] == pytest.approx((2 / 3 + 1) / 3)
+    assert metrics_of.exact("The  City!", "city") == 1.0
+    assert metrics_of.f1("red city", "the red stone") == 0.5
+    assert metrics_of.f1("", "") == 1.0 and metrics_of.f1("red", "") == 0.0
+    scores = metrics_of.answer_scores(["red", "", "blue"], [["green", "red city"], [], ["red"]])
+    found = metrics_of.answers(scores)
+    assert found["exact_match"] == pytest.approx(1 / 3) and found["f1"] == pytest.approx((2 / 3 + 1) / 3)
 
 
-def test_misplaced_answers_are_left_out_and_counted(tmp_path, capsys):
-    script = importlib.import_module("question_answering")
+def test_misplaced_answers_are_left_out_and_counted(tmp_path):
     path = write_questions(tmp_path / "rows.json", 4)
     content = json.loads(path.read_text())
     content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
-    path.write_text(json.dumps(content))
-    assert len(script.read_squad(path)) == 8  # of 9
-    assert "skipped 1 answers" in capsys.readouterr().err
+    rows, notes = answers.from_squad(path, content)
+    assert len(rows) == 8  # of 9
+    assert "skipped 1 answers" in notes[0]
 
 
 # --- language models -------------------------------------------------------------------------------------------------
@@ -437,15 +426,15 @@ def test_a_missing_file_is_one_line(script, encoder, tmp_path):
 
 ROWS = ["--train_file", "rows.tsv"]
 WRONG = {
-    "no file": ("text_classification", [], "--train_file"),
+    "no file": ("text_classification", [], "--data"),
     "label column": ("text_classification", [*ROWS, "--label_column", "lable"], "no column 'lable'"),
     "contradiction": ("text_classification", [*ROWS, "--budget", 0.5, "--params", 0.5], "--params"),
     "budget for full": ("text_classification", [*ROWS, "--method", "full", "--flops", 0.5], "flops"),
     "impossible budget": ("text_classification", ["--train_file", "nowhere.tsv", "--budget", 1.5], "1.5"),
-    "tag column": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 4],
+    "tag column": ("token_classification", ["--train_file", "rows.conll", "--label_column", 4],
                    "line 1: there is no column 4"),
-    "not tags": ("token_classification", ["--train_file", "rows.conll", "--tag_column", 0], "'ad' is not a tag"),
-    "not SQuAD": ("question_answering", ROWS, "line 1"),
+    "not tags": ("token_classification", ["--train_file", "rows.conll", "--label_column", 0], "'ad' is not a tag"),
+    "not SQuAD": ("question_answering", ROWS, "SQuAD format"),
     "other JSON": ("question_answering", ["--train_file", "other.json"], "not in SQuAD format"),
     "stride": ("question_answering", ["--train_file", "rows.json", "--stride", 40], "--stride 40"),
     "empty text": ("causal_lm", ["--train_file", "empty.txt"], "no text"),
@@ -453,7 +442,7 @@ WRONG = {
     "vocabulary": ("causal_lm", ["--train_file", "text.txt", "--vocab_size", 100], "257"),
     "image column": ("image_classification", ROWS, "no column 'image'"),
     "no model there": ("causal_lm", ["--train_file", "text.txt", "--model", "nowhere"], "--model nowhere"),
-    "one row": ("causal_lm", ["--train_file", "one.txt"], "--validation_file"),
+    "one row": ("causal_lm", ["--train_file", "one.txt"], "--validation"),
 }  # fmt: skip
 
 
@@ -485,9 +474,9 @@ def test_the_exit_status_is_not_zero_and_there_is_no_traceback(tmp_path):
     assert "nowhere.txt" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_articles_are_held_out_whole(tmp_path):
-    script = importlib.import_module("question_answering")
-    rows = script.read_squad(write_questions(tmp_path / "rows.json"))
-    train, validation = importlib.import_module("common").hold_out(rows, 0.25, 0, "article")
-    assert not set(train["article"]) & set(validation["article"])
-    assert len(set(validation["article"])) == 6 and len(train) + len(validation) == len(rows)
+def test_articles_are_held_out_whole(encoder, tmp_path):
+    file = write_questions(tmp_path / "rows.json")
+    task = read_task(str(encoder), file, validation_share=0.25, max_length=32, stride=8)
+    train, validation = ({row["article"] for row in part.raw} for part in (task.train, task.validation))
+    assert not train & validation and len(validation) == 6
+    assert len(task.train.raw) + len(task.validation.raw) == len(read_squad(file))

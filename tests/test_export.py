@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from peft_sensi import SensiError, export_onnx
 from peft_sensi.merging import onnx as export_module
+from peft_sensi.utils.errors import how_to_install
 
 
 onnx = pytest.importorskip("onnx")
@@ -51,6 +53,15 @@ def test_the_file_says_what_the_model_says(family, tmp_path):
         with torch.no_grad():
             expected = model(**batch).logits.numpy()
         np.testing.assert_allclose(run(tmp_path / "model.onnx", batch)[0], expected, atol=1e-4)
+
+
+def test_for_a_text_that_is_too_long_the_error_names_the_limit(family, tmp_path):
+    report = export_onnx(tiny_model(family), tmp_path / "model.onnx", int8=True)
+    for file in (report.file, report.int8):
+        ids = torch.full((1, report.longest + 1), 7)
+        run(file.path, {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])})
+        with pytest.raises(Exception, match=f"a text may have at most {report.longest} tokens"):
+            run(file.path, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def test_trimmed_units_are_not_in_the_file(tmp_path):
@@ -196,7 +207,7 @@ def test_without_the_extra(bert, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SensiError, match=r"pip install 'peft-sensi\[onnx\]'"):
+    with pytest.raises(SensiError, match=re.escape(how_to_install("onnx"))):
         export_onnx(bert, tmp_path / "model.onnx")
 
 

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from folders import NAMES, save_adapter
 from hub_server import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, close_session, constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import PATIENCE
 from tiny import logits, tiny_batches, tiny_model, trained, wrap
+from typer.testing import CliRunner
 
-from peft_sensi import SensiError
+from peft_sensi import SensiError, load_merged
+from peft_sensi.cli.commands import app
+from peft_sensi.merging.hashes import hashes_of
 from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
+from peft_sensi.reporting.hub import push_folder
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
+from peft_sensi.reporting.saved_merged import open_saved
+from peft_sensi.reporting.uploads import local_paths, scrubbed
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +42,10 @@ def adapter(tmp_path_factory) -> Path:
     model = wrap(base, budget={"params": 0.5, "trainable": 0.06})
     model.save_pretrained(folder / "adapter")
     return folder / "adapter"
+
+
+def run(*arguments) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def python_block(text: str) -> str:
@@ -119,23 +133,27 @@ def run(*arguments):
     except SystemExit as end:
         assert not end.code, end.code
 
-run("push", {adapter!r}, "me/two", "--license", "apache-2.0", "--json")
+run("push", {adapter!r}, "me/two", "--license", "apache-2.0", "--base", {base!r}, "--json")
 run("inspect", "me/two", "--json", "--base", {base!r})
 """
+
+
+def with_hub(hub: Hub, code: str, home: Path) -> subprocess.CompletedProcess:
+    """Runs Python code in a process that knows this Hub only."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                          timeout=PATIENCE)  # fmt: skip
 
 
 def test_upload_download_load(adapter, tmp_path):
     (adapter / "optimizer.pt").write_bytes(b"pickle")
     with Hub() as hub:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join(sys.path),
-        }  # fmt: skip
-        environment = {k: v for k, v in environment.items() if not k.lower().endswith("_proxy")}
         script = PUSH.format(tests=str(Path(__file__).parent), adapter=str(adapter), base=str(adapter.parent / "base"))
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
+        done = with_hub(hub, script, tmp_path)
         assert done.returncode == 0, f"{hub.strange} {done.stderr[-3000:]}"
     one, two = hub.repos["me/one"], hub.repos["me/two"]
     assert hub.private == {"me/one": True, "me/two": False} and "first" in hub.commits
@@ -151,6 +169,170 @@ def test_upload_download_load(adapter, tmp_path):
     assert inspected["plan"]["params_share"] <= 0.5 and inspected["file_bytes"] == len(
         two["adapter_model.safetensors"]
     )
+
+
+SECRETS = {
+    "credentials.json": '{"token": "SECRET-1"}',
+    ".env": "KEY=SECRET-2",
+    "notes.txt": "SECRET-3",
+    "optimizer.pt": "SECRET-4",
+    "training_args.bin": "SECRET-5",
+    "other.safetensors": "SECRET-6",
+    "checkpoint-3/trainer_state.json": '{"secret": "SECRET-7"}',
+    "vocab.txt": "SECRET-8",  # not of a tokenizer: there is no tokenizer_config.json
+    "README.md.bak": "SECRET-9",
+}
+
+
+@pytest.fixture
+def private_folder(adapter, tmp_path) -> Path:
+    """An adapter in a folder with secrets, whose own files name this machine's folders everywhere."""
+    folder = shutil.copytree(adapter, tmp_path / "SECRET-customer" / "run")
+    for name, text in SECRETS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(shutil.copytree(adapter.parent / "base", tmp_path / "SECRET-models/base"))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    data = str(tmp_path / "SECRET-customer" / "data.tsv")
+    metrics = {
+        "command": ["train", "--data", data],
+        "folder": str(folder),
+        "model": str(tmp_path / "SECRET-models" / "base"),
+        "data_sha256": {"data.tsv": "ab12"},
+        "data": {"train": data, "other": [r"C:\Users\SECRET-bob\x.tsv", "~/SECRET/y.csv", "../SECRET/z.csv"]},
+        "classes": ["/a/b", "good"],
+        "note": f"read from {data}, twice",
+        "validation": {"accuracy": 0.5},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    text = f"Trained on {data} in `{folder}` by file:///home/SECRET-bob/train.py.\n"
+    (folder / "README.md").write_text(f"---\nbase_model: {folder}\n---\n# Mine\n\n{text}")
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process knows."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with Hub() as hub:
+        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+                            "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": True,
+                            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+                            }.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        close_session()
+        yield hub
+    close_session()
+
+
+def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run("push", private_folder, "me/mine")
+    assert "does not name it: give its name on the Hub" in result.stderr
+    assert result.exit_code == 0 and not hub.strange, f"{hub.strange} {result.output}"
+    files = hub.repos["me/mine"]
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "plan.png"}
+    assert len(hub.received) > 5
+    for part in hub.received:
+        assert b"SECRET" not in part and str(tmp_path).encode() not in part, part[:2000]
+    metrics = json.loads(files["metrics.json"])
+    assert "command" not in metrics and "folder" not in metrics and metrics["classes"] == ["/a/b", "good"]
+    assert metrics["model"] == "base" and metrics["data"] == {
+        "train": "data.tsv",
+        "other": ["x.tsv", "y.csv", "z.csv"],
+    }
+    assert metrics["note"] == "read from path/to/data.tsv, twice"
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    assert "Trained on path/to/data.tsv in `path/to` by path/to/train.py." in files["README.md"].decode()
+    lines = result.stderr.splitlines()
+    places = [i for i, line in enumerate(lines) for what in ("adapter_config.json ", "uploading") if what in line]
+    assert places == sorted(places) and "me/mine is new: everybody can see it" in result.stderr
+    assert "not uploaded: .env, README.md.bak, checkpoint-3/, credentials.json" in result.stderr
+
+
+def test_without_a_login_the_error_says_what_to_do(hub, adapter, monkeypatch):
+    hub.refuse = 401
+    result = run("push", adapter, "me/mine")
+    assert result.exit_code == 1 and "hf auth login" in " ".join(result.stderr.split()) and not hub.repos
+
+
+@pytest.mark.parametrize("base", [None, "me/never-seen"])
+def test_dry_run_lists_the_files_without_a_connection(hub, private_folder, base):
+    if base:
+        config = json.loads((private_folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = base
+        (private_folder / "adapter_config.json").write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in private_folder.rglob("*") if path.is_file()}
+    result = run("push", private_folder, "me/mine", "--dry-run")
+    assert result.exit_code == 0 and not hub.received and not hub.repos, result.output
+    assert "adapter_model.safetensors" in result.stdout and "public" in result.stdout
+    assert "not uploaded: .env" in result.stdout
+    assert {path: path.read_bytes() for path in private_folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, adapter):
+    hub.repos["me/mine"], hub.private["me/mine"] = {}, False
+    result = run("push", adapter, "me/mine", "--private")
+    assert result.exit_code == 1 and "exists and is public" in result.stderr and not hub.repos["me/mine"]
+
+
+def test_a_merged_model_is_pushed_and_loads_from_the_hub(hub, tmp_path):
+    save_adapter(tmp_path, names=NAMES)
+    folder = tmp_path / "merged"
+    for name, text in SECRETS.items():
+        if "vocab" not in name:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config["_name_or_path"] = str(tmp_path / "SECRET-models")
+    del config["peft_sensi_hash"]
+    config["peft_sensi_hash"] = hashes_of(config, folder / config["peft_sensi"]["weights"])
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.json").write_text(json.dumps({"model": str(tmp_path / "base"), "command": ["SECRET"]}))
+    result = run("push", folder, "me/small", "--private")
+    assert result.exit_code == 0 and not hub.strange, f"{hub.strange} {result.output}"
+    files = hub.repos["me/small"]
+    assert {"README.md", "config.json", "modeling_sensi_bertforsequenceclassification.py", "metrics.json",
+            "tokenizer.json", "tokenizer_config.json"} <= set(files) and hub.private["me/small"]  # fmt: skip
+    assert sum(name.endswith(".safetensors") for name in files) == 1 and not {*files} & {*SECRETS} - {"vocab.txt"}
+    assert all(b"SECRET" not in part and str(tmp_path).encode() not in part for part in hub.received)
+    for name, content in files.items():
+        (tmp_path / "again" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "again" / name).write_bytes(content)
+    assert load_merged(tmp_path / "again").config.id2label == dict(enumerate(NAMES))
+    assert open_saved("me/small").labels == NAMES  # downloads it
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("/srv/data/train.tsv", "train.tsv"),
+        (r"D:\data\train.tsv", "train.tsv"),
+        ("me/model", "me/model"),
+        ("good/bad", "good/bad"),
+        ("</s>", "</s>"),
+        ("/", "/"),
+        ("1/2", "1/2"),
+        ("https://hf.co/home/x", "https://hf.co/home/x"),
+        ("see /Users/bob/thesis/a.py", "see path/to/a.py"),
+    ],
+)
+def test_only_paths_are_taken_out_of_texts(text, public):
+    assert scrubbed({"a": [text], "labels": ["/x/y"]}, local_paths()) == {"a": [public], "labels": ["/x/y"]}
+
+
+def test_a_path_in_the_header_of_the_weights_is_refused(adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapter, tmp_path / "run")
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt", "source": str(tmp_path / "x")})
+    with pytest.raises(SensiError, match="__metadata__"):
+        push_folder(open_adapter(folder), "me/mine", dry_run=True)
 
 
 def _values(text: str) -> list[str]:

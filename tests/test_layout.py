@@ -21,12 +21,14 @@ FLOORS = [
     {"tuner"},
     {"merging", "recipes"},
     {"reporting"},
+    {"tasks"},
     {"cli"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 WITHOUT_TORCH = ["planning.budget", "planning.plan", "planning.packing", "planning.allocate", "planning.ladders",
                  "planning.costs", "anatomy.latency", "anatomy.latency_points", "merging.latency_graphs",
-                 "utils.timing", "cli.device"]  # fmt: skip
+                 "utils.timing", "cli.device", "tasks.kinds", "tasks.texts", "tasks.words", "tasks.answers",
+                 "tasks.metrics", "tasks.sources", "tasks.reading"]  # fmt: skip
 LONGEST_FILE = 350
 
 # By the name of the module, without `peft_sensi.`; a package has the name of its folder.
@@ -73,14 +75,16 @@ def test_imports_are_found():
 def test_only_known_packages():
     assert {package_of(module) for module in FILES} == set(FLOOR)
     visible = [p for p in ROOT.iterdir() if p.name not in ("__pycache__", "py.typed")]
-    assert len(visible) <= 12, sorted(p.name for p in visible)
+    assert len(visible) <= 13, sorted(p.name for p in visible)
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_point_down(module):
     own = package_of(module)
     for other in sorted(GRAPH[module]):
-        assert other, f"{module} imports the top of the package, which imports everything"
+        if not other:
+            assert module == "cli.terminal", f"{module} imports the top of the package, which imports everything"
+            continue
         package = package_of(other)
         assert package == own or FLOOR[package] < FLOOR[own], f"{module} imports {other}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
@@ -43,21 +44,27 @@ def test_lines_are_rare_and_can_be_switched_off(monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_a_trainer_writes_lines_to_a_pipe(rows, tmp_path, monkeypatch, capsys):
-    stream = io.StringIO()
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_trainer_shows_step_loss_and_time_left(kind, rows, tmp_path, monkeypatch, capsys):
+    stream = kind()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "report_to": []}
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=False, **options)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=False, logging_steps=1, **options)
     trainer = Trainer(tiny_model(), arguments, train_dataset=rows, eval_dataset=rows)
     show_progress(trainer)
     trainer.train()
     trainer.predict(rows)
-    assert "eval_loss" in (printed := capsys.readouterr().out) and "train_runtime" not in printed
+    assert capsys.readouterr().out == ""  # stdout is for results
     text = stream.getvalue()
-    assert "\r" not in text
-    assert [f"{step}/4" in text for step in range(5)] == 5 * [True]
-    assert sum("evaluation:   0%" in line for line in text.splitlines()) == 3
+    states = text.replace("\r", "\n").splitlines()
+    assert any(re.search(r"[1-4]/4 \[.*<.*loss \d", line) for line in states), states
+    assert any(re.search(r"epoch [\d.]+: loss \d", line.strip()) for line in states)  # of the evaluation
+    assert "train_runtime" not in text
+    if kind is io.StringIO:
+        assert "\r" not in text
+        assert [f"{step}/4" in text for step in range(5)] == 5 * [True]
+        assert sum("evaluation:   0%" in line for line in states) == 3
 
 
 def test_a_trainer_without_bars_gets_none(rows, tmp_path):

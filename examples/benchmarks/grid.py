@@ -28,10 +28,11 @@ from transformers import (
 from transformers.utils import logging
 
 from peft_sensi import Schedule
+from peft_sensi.tasks import metrics
 from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import progress_bar
 
-from common import flops, folder_bytes, load_metric, parameters, write_json
+from common import flops, folder_bytes, parameters, write_json
 
 
 def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def score(model: nn.Module, data: Data, split: str) -> float:
             labels += batch["labels"].tolist()
             predicted += output.logits.argmax(-1).tolist()
     if data.task.kind == "text":
-        return load_metric("classification").compute(predictions=predicted, references=labels)[data.task.metric]
+        return metrics.classes(np.array(predicted), np.array(labels))[data.task.metric]
     places = np.argsort(data.order(split))
     in_order: Any
     if data.task.kind == "words":

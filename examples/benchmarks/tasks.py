@@ -23,8 +23,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import question_answering
-from token_classification import OUTSIDE, entity_metrics, read_conll, windows
+from peft_sensi.tasks import answers, words
+from peft_sensi.tasks.labels import Labels
+from peft_sensi.tasks.reading import parse_json, read_text
+from peft_sensi.tasks.task import Rows, load_tokenizer
 
 from common import hold_out, read_table, sample, tokenize
 
@@ -133,33 +135,42 @@ def load_task(task: Task, folder: Path, model: str, seed: int) -> Data:
 
 
 def _load_words(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
-    train = read_conll(folder / task.name / "train.conll", 0, -1).train_test_split(test_size=task.held_out, seed=0)
-    rows = {
-        "train": train["train"],
-        "held_out": train["test"],
-        "dev": read_conll(folder / task.name / task.dev, 0, -1),
+    files = {
+        name: words.read_conll(folder / task.name / file)
+        for name, file in (("train", "train.conll"), ("dev", task.dev))
     }
-    found = sorted({tag for part in rows.values() for row in part["tags"] for tag in row} - {OUTSIDE})
-    tags = [OUTSIDE, *found]
-    if len(tags) != task.classes:
-        raise ValueError(f"{folder / task.name}: expected {task.classes} tags, found {len(tags)}")
+    train = Dataset.from_list(files["train"]).train_test_split(test_size=task.held_out, seed=0)
+    parts = {"train": train["train"].to_list(), "held_out": train["test"].to_list(), "dev": files["dev"]}
+    labels = words.labels_of(*parts.values())
+    if len(labels.names) != task.classes:
+        raise ValueError(f"{folder / task.name}: expected {task.classes} tags, found {len(labels.names)}")
     encoded, metrics = {}, {}
-    for name, part in rows.items():
-        encoded[name], places = windows(part, tokenizer, tags, max_length=128)
-        metrics[name] = entity_metrics(part, places, tags)
+    for name, part in parts.items():
+        rows, _, _ = words.encode(part, labels, tokenizer, 128)
+        encoded[name] = Dataset.from_list(rows.inputs)
+        metrics[name] = _metric_of_words(labels, rows)
     return Data(task, **encoded, collator=DataCollatorForTokenClassification(tokenizer), seed=seed, metrics=metrics)
 
 
+def _metric_of_words(labels: Labels, rows: Rows) -> Callable[[EvalPrediction], dict[str, Any]]:
+    return lambda prediction: words.measure(labels, prediction.predictions, rows, None).values
+
+
 def _load_answers(task: Task, folder: Path, model: str, seed: int) -> Data:
-    # The tokenizer has the options of `question_answering.main`. Windows share more tokens than an answer has.
-    tokenizer = AutoTokenizer.from_pretrained(
-        model, padding_side="right", model_input_names=["input_ids", "attention_mask"]
+    # Windows share more tokens than an answer has.
+    tokenizer = load_tokenizer("answers", model)
+    file = folder / task.name / task.dev
+    rows, dev = hold_out(
+        Dataset.from_list(answers.from_squad(file, parse_json(read_text(file)))[0]), 0.3, seed=0, group="article"
     )
-    rows, dev = hold_out(question_answering.read_squad(folder / task.name / task.dev), 0.3, seed=0, group="article")
     train, held_out = hold_out(rows, 0.15, seed=0, group="article")
     encoded, metrics = {}, {}
     for name, part in (("train", train), ("held_out", held_out), ("dev", dev)):
-        found = question_answering.windows(part, tokenizer, max_length=256, stride=31)
-        encoded[name] = found.inputs
-        metrics[name] = question_answering.answer_metrics(part, found, max_answer_length=30, may_be_silent=False)
+        found, _, _ = answers.encode(part.to_list(), tokenizer, 256, 31)
+        encoded[name] = Dataset.from_list(found.inputs)
+        metrics[name] = _metric_of_answers(found)
     return Data(task, **encoded, collator=DataCollatorWithPadding(tokenizer), seed=seed, metrics=metrics)
+
+
+def _metric_of_answers(rows: Rows) -> Callable[[EvalPrediction], dict[str, Any]]:
+    return lambda prediction: answers.measure(prediction.predictions, rows, 30, silent=False).values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal, cast
 
@@ -143,6 +144,22 @@ def input_embedding(model: nn.Module) -> str | None:
     if table is None or not is_plain_embedding(table := base_of(table)) or is_shared(model, table):
         return None
     return next((name for name, module in model.named_modules() if base_of(module) is table), None)
+
+
+# The last parts of the names that tables of positions have in Transformers.
+_POSITIONS = re.compile(r"(.*\.)?(position_embeddings?|wpe|embed_positions)")
+
+
+def positions_of(model: nn.Module) -> tuple[str, int] | None:
+    """Name of the table of learned positions, and the longest input in tokens. `None` if the model has no such table.
+
+    Some families do not use the first rows: OPT and BART two of them (`offset`), RoBERTa those up to its padding.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name):
+            first = module.padding_idx + 1 if module.padding_idx is not None else int(getattr(module, "offset", 0))
+            return name, module.weight.shape[0] - first
+    return None
 
 
 def is_shared(model: nn.Module, table: nn.Module) -> bool:

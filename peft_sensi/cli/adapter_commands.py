@@ -1,31 +1,43 @@
-"""The commands that start from a saved adapter: `inspect`, `merge`, `export`, `card` and `push`."""
+"""The commands that start from a saved adapter or a merged model: `inspect`, `merge`, `export`, `card` and `push`."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from ..merging.onnx import export_onnx
-from ..merging.save import save_merged
-from ..reporting.card import write_card
-from ..reporting.facts import adapter_facts, adapter_figures
-from ..reporting.hub import push_folder
-from ..reporting.saved import SavedAdapter, load_adapter, open_adapter, plan_without_weights
-from ..reporting.tables import facts_table, legend, plan_table
+from ..reporting.tables import facts_table, legend, plan_table, records_table
 from ..utils.errors import SensiError
-from ..utils.formatting import size_of
+from ..utils.formatting import short_names, size_of
 from . import arguments as args
 from .arguments import argument, option
-from .terminal import ascii_only, err, print_result, step
+from .loading import load_saved, takes_texts
+from .terminal import ascii_only, err, out, print_result, step
 
 
-def inspect(adapter: args.Adapter, base: args.Base = None, json: args.Json = False, debug: args.Debug = False) -> None:
-    """Show what is in an adapter. No weights are loaded; shares need the base model's configuration."""
-    saved = open_adapter(adapter)
+# What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
+if TYPE_CHECKING:
+    from ..reporting.uploads import Upload
+
+
+def inspect(
+    adapter: args.AdapterOrMerged, base: args.Base = None, json: args.Json = False, debug: args.Debug = False
+) -> None:
+    """Show what is in an adapter or a merged model.
+
+    No weights are loaded. The shares of an adapter need the base model's configuration.
+    """
+    from ..reporting.facts import adapter_facts, adapter_figures
+    from ..reporting.saved import plan_without_weights
+    from ..reporting.saved_merged import SavedMerged, merged_facts, merged_figures, open_saved
+
+    saved = open_saved(adapter)
+    if isinstance(saved, SavedMerged):
+        figures = merged_figures(saved)
+        print_result(json, figures, facts_table(merged_facts(figures)), widths_table(figures["groups"]))
+        return
     plan = plan_without_weights(saved, base)
     shown = saved.config.plan if plan is None else plan
     tables = facts_table(adapter_facts(saved, plan)), plan_table(shown, ascii_only()), legend(shown, ascii_only())
@@ -41,18 +53,24 @@ def merge(
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Merge an adapter into its base: the result is a Transformers model with smaller matrices, for `load_merged`."""
-    from transformers import AutoTokenizer
+    """Merge an adapter into its base. The result is a Transformers model with smaller matrices.
+
+    The folder gets the tokenizer and the metrics of the adapter, too.
+    """
+    from ..merging.save import save_merged
+    from ..reporting.saved import METRICS
+    from ..reporting.saved_merged import SavedMerged, tokenizer_of
 
     saved, model = load_saved(adapter, base, json)
+    if isinstance(saved, SavedMerged):
+        raise SensiError(f"{adapter} is a merged model already.")
     with step("merging", show=not json):
         small = model.merge_and_unload()
         plain = save_merged(small, folder)
-        for source in (str(saved.folder), base or saved.base):
-            # A missing tokenizer has many errors, and the merged model is already saved.
-            with contextlib.suppress(Exception):
-                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-                break
+        if (tokenizer := tokenizer_of(saved, base)) is not None:
+            tokenizer.save_pretrained(folder)
+        if (saved.folder / METRICS).is_file():
+            (folder / METRICS).write_bytes((saved.folder / METRICS).read_bytes())
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print_result(
@@ -67,29 +85,46 @@ def merge(
 
 
 def export(
-    adapter: args.Adapter,
+    adapter: args.AdapterOrMerged,
     file: Annotated[Path, argument("OUT.onnx", "The file to write.")],
     int8: Annotated[bool, option("--int8", None, "Also write a copy with 8-bit weights, OUT.int8.onnx.")] = False,
-    opset: Annotated[int, option("--opset", "N", "The version of ONNX's operators.", min=14)] = 17,
+    opset: Annotated[int, option("--opset", "N", "The version of ONNX's operators, from 14 to 20.", min=14)] = 17,
     base: args.Base = None,
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Write the merged model as an ONNX file for any batch size and length, and check it in onnxruntime."""
+    """Write the merged model as an ONNX file for any batch size and length, and check it in onnxruntime.
+
+    The folder of the file also gets the tokenizer and NAME.json, with the labels, the longest input and what else a
+    program needs. The command predict can use the folder.
+    """
+    from ..merging.onnx import export_onnx
+    from ..reporting.onnx_folder import load_tokenizer, write_companions
+
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
-    _, model = load_saved(adapter, base, json)
+    saved, model = load_saved(adapter, base, json)
+    if not takes_texts(model):
+        raise SensiError(
+            f"The command exports models of texts, and {adapter} takes other inputs. In Python, call "
+            f"peft_sensi.export_onnx(model, path, inputs=batch) with an example batch."
+        )
     with step("exporting", show=not json):
+        tokenizer = load_tokenizer(saved, base, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         report = export_onnx(model, file, int8=int8, opset=opset)
-    print_result(json, asdict(report), str(report))
+        companions = write_companions(saved, model.config, tokenizer, report)
+    lines = [str(report), *(f"beside it: {path.name}" for path in companions)]
+    print_result(json, asdict(report) | {"beside": [str(path) for path in companions]}, *lines)
 
 
 def card(
-    adapter: args.Adapter,
+    adapter: args.AdapterOrMerged,
     results: args.Results = None,
     license: args.License = None,
-    repo: Annotated[str | None, option("--repo", "REPO", "The adapter's name on the Hub.")] = None,
+    repo: Annotated[
+        str | None, option("--repo", "REPO", "The name on the Hub, for the title and the code. Default: the folder's.")
+    ] = None,
     folder: Annotated[
         Path | None, option("--out", "FOLDER", "The folder for the card. Default: the adapter's.")
     ] = None,
@@ -97,8 +132,11 @@ def card(
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Write the model card (README.md and a picture of the plan) into an adapter's folder."""
-    saved = open_adapter(adapter)
+    """Write the model card of an adapter or a merged model: README.md and, for an adapter, a picture of the plan."""
+    from ..reporting.card import write_card
+    from ..reporting.saved_merged import open_saved
+
+    saved = open_saved(adapter)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
@@ -107,26 +145,56 @@ def card(
 
 
 def push(
-    adapter: args.Adapter,
+    adapter: args.AdapterOrMerged,
     repo: args.Repo,
     private: Annotated[bool, option("--private", None, "Create a private repository.")] = False,
+    dry_run: Annotated[
+        bool, option("--dry-run", None, "Only list what would be uploaded. Needs no connection.")
+    ] = False,
     results: args.Results = None,
     license: args.License = None,
-    message: Annotated[str, option("--message", "TEXT", "The message of the commit.")] = "Upload adapter",
+    message: Annotated[
+        str | None, option("--message", "TEXT", "The message of the commit. Default: Upload adapter, or Upload model.")
+    ] = None,
     base: args.Base = None,
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Upload an adapter with its model card to the Hub (log in first: hf auth login)."""
-    saved = open_adapter(adapter)
-    with step(f"uploading to {repo}", show=not json):
+    """Upload an adapter or a merged model with its model card to the Hub (log in first: hf auth login).
+
+    Only the files of the model, its tokenizer, card and metrics are uploaded, without paths of this machine.
+    """
+    from ..reporting.hub import push_folder
+    from ..reporting.saved_merged import open_saved
+
+    listed: list[str] = []
+
+    def announce(upload: Upload, visibility: str | None) -> None:
+        listed.extend(upload.files)
+        for line in [*upload.lines(), *([visibility] if visibility else [])]:
+            if not json:
+                (out if dry_run else err).print(Text(line), soft_wrap=True)
+
+    saved = open_saved(adapter)
+    with step(f"uploading to {repo}", show=not json and not dry_run):
         commit = push_folder(
-            saved, repo, private=private or None, commit_message=message, results=results, license=license, base=base
-        )
-    print_result(json, {"url": commit.commit_url, "repo": repo}, commit.commit_url)
+            saved, repo, private=private or None, commit_message=message, results=results, license=license, base=base,
+            dry_run=dry_run, announce=announce,
+        )  # fmt: skip
+    if dry_run:
+        who = "private" if private else "public, unless it exists and is private: --private creates a private one"
+        print_result(json, {"repo": repo, "files": listed, "private": private}, f"{repo} would be {who}.")
+    else:
+        print_result(json, {"url": commit.commit_url, "repo": repo, "files": listed}, commit.commit_url)
 
 
-def load_saved(adapter: str, base: str | None, json: bool) -> tuple[SavedAdapter, Any]:
-    saved = open_adapter(adapter)
-    with step("loading the model", show=not json):
-        return saved, load_adapter(saved, base)
+def widths_table(groups: list[dict[str, Any]]) -> Any:
+    """Kept and former numbers of heads and neurons, one line for each block."""
+    names = short_names(group["name"].rpartition(".")[0] for group in groups)
+    kinds = list(dict.fromkeys(group["kind"] for group in groups))
+    lines: dict[str, dict[str, str]] = {}
+    for group in groups:
+        line = lines.setdefault(names[group["name"].rpartition(".")[0]], {})
+        line[group["kind"]] = f"{group['kept']:,}/{group['size']:,}"
+    rows = [[name, *(line.get(kind, "") for kind in kinds)] for name, line in lines.items()]
+    return records_table(["block", *(f"{kind}s" for kind in kinds)], rows)

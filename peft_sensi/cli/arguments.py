@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import enum
 import re
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .. import recipes
-from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget, nanoseconds
 from ..plotting.canvas import STYLES
-from ..scoring.criteria import METHODS
+from ..recipes import RECIPES
+from ..scoring.methods import METHODS
 from ..utils.errors import SensiError
-from ..utils.precision import bf16_pays
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
-Recipe = enum.StrEnum("Recipe", {name: name for name in recipes.RECIPES})  # type: ignore[misc]
+Recipe = enum.StrEnum("Recipe", {name: name for name in RECIPES})  # type: ignore[misc]
 Style = enum.StrEnum("Style", {name: name for name in STYLES})  # type: ignore[misc]
+ClassWeights = enum.StrEnum("ClassWeights", {"balanced": "balanced"})  # type: ignore[misc]
 FISHER, LIGHT = Score("fisher"), Style("light")
 
 
@@ -36,13 +34,17 @@ def argument(metavar: str, help: str) -> Any:
 
 
 BUDGET, DATA = "The budget", "The data"
-LABELED_TEXTS = option("--data", "FILE", "Labeled texts: .tsv, .csv, .json or .jsonl.", DATA)
 Model = Annotated[str, argument("MODEL", "The name of a model on the Hub, or a folder.")]
 Adapter = Annotated[str, argument("ADAPTER", "The name of an adapter on the Hub, or a folder.")]
-Repo = Annotated[str, argument("REPO", "The adapter's name on the Hub: user/name.")]
+AdapterOrMerged = Annotated[
+    str, argument("ADAPTER_OR_MERGED", "An adapter or a merged model: a folder, or its name on the Hub.")
+]
+Repo = Annotated[str, argument("REPO", "The name on the Hub: user/name.")]
 Json = Annotated[bool, option("--json", None, "Print one JSON value instead of tables.")]
 Debug = Annotated[bool, option("--debug", None, "Show Python's traceback after an error.")]
-Base = Annotated[str | None, option("--base", "MODEL", "Use this base model, not the one that the adapter names.")]
+Base = Annotated[
+    str | None, option("--base", "MODEL", "Use this base model. Default: the one that the adapter names.")
+]
 Params = Annotated[
     str | None,
     option("--budget --params", "LIMIT",
@@ -71,55 +73,35 @@ Ranking = Annotated[Score, option("--score", "NAME", "Rank by fisher, taylor, ma
 SavedScores = Annotated[
     Path | None, option("--scores", "FILE", "Use the scores in this file, which `plan --save-scores` wrote.")
 ]
-TextColumn = Annotated[
-    str | None,
-    option("--text-column", "NAME", "The column with the text. Default: the one or two columns of texts.", DATA),
-]
-PairColumn = Annotated[str | None, option("--pair-column", "NAME", "The column with the second text.", DATA)]
-LabelColumn = Annotated[
-    str | None,
-    option("--label-column", "NAME", "The column with the label. Default: label, or a similar name.", DATA),
-]
-Regression = Annotated[bool, option("--regression", None, "Predict the labels as numbers, not as classes.", DATA)]
-MaxLength = Annotated[int, option("--max-length", "N", "Cut texts after this many tokens.", DATA, min=2)]
-MaxRows = Annotated[int | None, option("--max-rows", "N", "Use this many rows, chosen at random.", DATA, min=2)]
 BatchSize = Annotated[int, option("--batch-size", "N", "Rows in each batch.", min=1)]
 Bf16 = Annotated[
     bool | None,
     option("--bf16/--no-bf16", None, "Train with bfloat16 mixed precision. Default: if that is faster here."),
 ]
+Overwrite = Annotated[bool, option("--overwrite", None, "Replace the results of another run in the folder.")]
+Resume = Annotated[
+    bool, option("--resume", None, "Go on with a training that was interrupted, with the same options.")
+]
 Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0)]
 Results = Annotated[
-    Path | None, option("--results", "FILE", "Results for the card: metrics.json or another JSON file.")
+    Path | None,
+    option("--results", "FILE", "Results for the card, as JSON. Default: metrics.json of the adapter, if any."),
 ]
-License = Annotated[str | None, option("--license", "NAME", "The adapter's license for the card, such as apache-2.0.")]
+License = Annotated[
+    str | None, option("--license", "NAME", "The license for the card, such as apache-2.0. Default: none.")
+]
 
 
-def check_out(folder: Path) -> None:
-    """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder."""
-    if folder.exists() and not folder.is_dir():
-        raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
-    if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
-        raise SensiError(
-            f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
-            f"another folder as --out."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise SensiError(f"Nothing can be written to {folder}: {error}.") from None
-
-
-def check_rate(lr: float | None, default: float) -> float:
-    """The learning rate of `--lr`, or the default without it."""
+def check_rate(lr: float | None) -> None:
+    """Raises `SensiError` if the learning rate of `--lr` is not a positive number."""
     if lr is not None and not 0 < lr < float("inf"):
         raise SensiError(f"--lr must be a positive number, got {lr}.")
-    return default if lr is None else lr
 
 
 def is_bf16(given: bool | None) -> bool:
     """Whether to train with bfloat16 mixed precision: as the option says, or else if it is faster here."""
+    from ..utils.precision import bf16_pays
+
     return bf16_pays() if given is None else given
 
 

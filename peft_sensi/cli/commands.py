@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import adapter_commands, base_commands, measure
+from . import adapter_commands, base_commands, check, measure, prediction_commands, sweep, training_commands
 from .terminal import one_line_errors
 
 
@@ -39,14 +39,21 @@ def about(
 # The order is that of `peft-sensi --help`.
 for function, example in (
     (base_commands.plan, "plan bert-base-uncased --data train.tsv --budget 0.5"),
-    (base_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
-    (base_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
+    (training_commands.train, "train bert-base-uncased --data train.tsv --budget 0.5 --out adapter"),
+    (training_commands.trim, "trim my-finetuned-model --data train.tsv --budget 0.5 --heal-epochs 1 --out adapter"),
+    (sweep.sweep, "sweep bert-base-uncased --data train.tsv --budgets 0.75 0.5 0.25 --out sweep"),
+    (prediction_commands.predict, "predict adapter new.csv --out predictions.csv"),
+    (prediction_commands.evaluate, "evaluate adapter test.csv"),
+    (prediction_commands.compare, "compare adapter-1 adapter-2 --data test.csv"),
     (measure.measure, "measure bert-base-uncased --batch-size 1 --sequence-length 128 --threads 1 --out table.json"),
     (adapter_commands.inspect, "inspect adapter --json"),
+    (check.check, "check adapter --base my-copy-of-the-base"),
     (adapter_commands.merge, "merge adapter small-model"),
     (adapter_commands.export, "export adapter model.onnx"),
     (adapter_commands.card, "card adapter --results metrics.json --license apache-2.0"),
     (adapter_commands.push, "push adapter me/my-adapter --private"),
     (base_commands.list_recipes, "recipes --json"),
 ):
-    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(one_line_errors(function))
+    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(
+        one_line_errors(function, loads=function is not base_commands.list_recipes)
+    )

@@ -184,6 +184,35 @@ def compare_latency(
     return timings["merged"].seconds * 1e3, whole.seconds * 1e3
 
 
+def time_models(
+    base: nn.Module,
+    models: Mapping[str, nn.Module],
+    *,
+    batch_size: int = 1,
+    sequence_length: int = 128,
+    rounds: int = 7,
+) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the base, and of each model by its name. Each model takes turns with the base, in PyTorch.
+
+    The errors are those of `measure_latency`. The models are in evaluation mode, and do not change.
+    """
+    with number_of_threads(None) as threads:
+        runs = {
+            name: start_run(model, batch_size=batch_size, length=sequence_length, decode=False)
+            for name, model in {"": base, **models}.items()
+        }
+        reference = runs.pop("")
+        variants = {name: partial(_ready, run) for name, run in runs.items()}
+        clock = clock_for(threads, next(base.parameters()).device.type)
+        whole, timings = time_variants(reference, variants, clock, rounds)
+    return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
+
+
+@contextmanager
+def _ready(run: Run) -> Iterator[Run]:
+    yield run
+
+
 def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any], rounds: int = 7) -> dict[str, Any]:
     """Compares the prediction of an adapter (its `record`) with the merged model's time on this machine, as JSON.
 

@@ -23,8 +23,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.modules import unwrapped
-from ..utils.errors import SensiError
+from ..anatomy.modules import positions_of, unwrapped
+from ..utils.errors import SensiError, how_to_install
 from .onnx_graph import move_graph, pack, parts, quantize
 from .save import merged_copy
 
@@ -60,16 +60,22 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: the names of inputs and outputs, the opset, the file and its int8 copy, if there is one."""
+    """What was written: the names of inputs and outputs, the opset, the file and its int8 copy, if there is one.
+
+    `longest` is the number of tokens of the longest input; `None` if the model has no table of positions.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     opset: int
     file: ExportedFile
     int8: ExportedFile | None = None
+    longest: int | None = None
 
     def __str__(self) -> str:
         lines = [f"opset {self.opset}, inputs {', '.join(self.inputs)}, outputs {', '.join(self.outputs)}"]
+        if self.longest is not None:
+            lines.append(f"texts have at most {self.longest:,} tokens")
         return "\n".join([*lines, *(str(file) for file in (self.file, self.int8) if file is not None)])
 
 
@@ -87,6 +93,8 @@ def export_onnx(
     """Writes a model as an ONNX file, after onnxruntime has computed the same outputs from it as the model.
 
     The names of the labels are in the file's metadata, as `id2label` (JSON), unless they are only `LABEL_0` and so on.
+    So is the longest input, as `max_length`. For a longer text, onnxruntime's error contains this number, because the
+    node that fails is named after it.
 
     Args:
         model: A `PeftModel` with an adapter of this package, or a Transformers model. It does not change: a copy is
@@ -110,9 +118,7 @@ def export_onnx(
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise SensiError(
-            f"`export_onnx` needs onnx and onnxruntime ({error}): pip install 'peft-sensi[onnx]'."
-        ) from error
+        raise SensiError(f"`export_onnx` needs onnx and onnxruntime ({error}): {how_to_install('onnx')}") from error
     path = Path(path)
     if path.suffix != ".onnx":
         raise SensiError(f"`path` must end in .onnx, got {str(path)!r}.")
@@ -143,7 +149,8 @@ def export_onnx(
     with tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name:
         folder, small = Path(name), None
         _trace(merged, examples[0], expected, folder / "draft.onnx", opset)
-        is_external = pack(folder / "draft.onnx", folder / path.name, external_data, merged.config.id2label)
+        table = positions_of(merged)
+        is_external = pack(folder / "draft.onnx", folder / path.name, external_data, merged.config.id2label, table)
         file = _measure(folder / path.name, path, names, examples, expected, reference, batches)
         if not file.difference <= tolerance:
             raise SensiError(
@@ -159,7 +166,7 @@ def export_onnx(
             small = _measure(small_draft, small_path, names, examples, expected, reference, batches)
             move_graph(small_draft, small_path)
         move_graph(folder / path.name, path)
-    return ExportReport(names, tuple(expected[0]), opset, file, small)
+    return ExportReport(names, tuple(expected[0]), opset, file, small, table[1] if table else None)
 
 
 def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) -> list[dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import move_files
 
@@ -14,14 +15,32 @@ from ..utils.files import move_files
 LARGEST_PROTOBUF = 2**31 - 2**20
 
 
-def pack(draft: Path, path: Path, external: bool | None, labels: Mapping[int, str] | None = None) -> bool:
-    """Writes the draft as one file, or as two: the graph and its weights. Returns whether there are two."""
+def pack(
+    draft: Path,
+    path: Path,
+    external: bool | None,
+    labels: Mapping[int, str] | None = None,
+    positions: tuple[str, int] | None = None,
+) -> bool:
+    """Writes the draft as one file, or as two: the graph and its weights. Returns whether there are two.
+
+    `labels` and the longest input become metadata. `positions` is the name of the table of positions and the longest
+    input, in tokens.
+    """
     import onnx
 
     graph = onnx.load(draft)
+    metadata = {}
     if labels and any(name != f"LABEL_{i}" for i, name in labels.items()):
-        entry = graph.metadata_props.add()
-        entry.key, entry.value = "id2label", json.dumps(labels)
+        metadata["id2label"] = json.dumps(labels)
+    if positions:
+        metadata["max_length"] = str(positions[1])
+        _name_after_limit(graph.graph, *positions)
+    known = {entry.key for entry in graph.metadata_props}
+    for key, value in metadata.items():
+        if key not in known:
+            entry = graph.metadata_props.add()
+            entry.key, entry.value = key, value
     weights = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
     if not (weights >= LARGEST_PROTOBUF if external is None else external):
         onnx.save_model(graph, path)
@@ -30,6 +49,19 @@ def pack(draft: Path, path: Path, external: bool | None, labels: Mapping[int, st
     name = f"{path.stem}-{secrets.token_hex(8)}.onnx_data"
     onnx.save_model(graph, path, save_as_external_data=True, all_tensors_to_one_file=True, location=name)
     return True
+
+
+def _name_after_limit(graph: Any, table: str, longest: int) -> None:
+    """Names the nodes that read the table of positions, and those that use their output, after the longest input.
+
+    One of them fails for a longer text, and onnxruntime's error contains the node's name.
+    """
+    inputs = {tensor.name for tensor in graph.initializer if tensor.name.endswith(f"{table}.weight")}
+    readers = [node for node in graph.node if inputs & set(node.input)]
+    outputs = {name for node in readers for name in node.output}
+    users = [node for node in graph.node if outputs & set(node.input)]
+    for number, node in enumerate([*readers, *users]):
+        node.name = f"a text may have at most {longest} tokens ({node.op_type} {number})"
 
 
 def without_weights(path: Path, location: str, smallest: int) -> tuple[bytes, int]:

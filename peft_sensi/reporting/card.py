@@ -7,36 +7,48 @@ between our two comments is replaced; what others wrote around it stays.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
 
 from ..anatomy.latency import LABELS, latency_facts
 from ..planning.plan import Plan, drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
-from ..utils.errors import SensiError
-from ..utils.files import read_json
+from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
-from .saved import TASKS, SavedAdapter, base_config, plan_without_weights, short_fingerprint, task_of
+from .results import metrics_of, model_index, results_table, task_record, training_rows
+from .saved import (
+    TASKS,
+    TOKENIZER_CONFIG,
+    SavedAdapter,
+    base_config,
+    head_settings_of,
+    is_repo,
+    load_pretrained,
+    plan_without_weights,
+    short_fingerprint,
+    task_of,
+)
+from .saved_merged import SavedMerged, merged_facts, merged_figures
+from .snippets import Head, adapter_snippet, merged_snippet
+from .uploads import CARD, PICTURE
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-PICTURE = "plan.png"
 BUDGET_LABELS = {"params": "prunable parameters kept", "flops": "prunable FLOPs kept", "trainable": "trained values"}
 BEGIN, END = "<!-- peft_sensi: generated", "<!-- peft_sensi: end -->"
 
 
 def write_card(
-    saved: SavedAdapter,
+    saved: SavedAdapter | SavedMerged,
     *,
     results: str | Path | Mapping[str, Any] | list | None = None,
     license: str | None = None,
@@ -46,50 +58,66 @@ def write_card(
     repo: str | None = None,
     folder: Path | None = None,
 ) -> list[Path]:
-    """Writes README.md and, if matplotlib is installed, a picture of the plan. Returns the paths of both.
+    """Writes README.md and, for an adapter and if matplotlib is installed, a picture of the plan. Returns their paths.
 
     Args:
-        saved: The adapter that the card is about.
+        saved: The adapter or the merged model that the card is about.
         results: Measured numbers: a mapping (with a key `validation`, only the numbers in it are shown), a list of
-            records, or the path of a JSON file with one of them.
-        license: The adapter's license, for the metadata.
+            records, or the path of a JSON file with one of them. Default: `metrics.json` of the folder, if there is
+            one. The training, too, is described from there.
+        license: The license of the adapter or the model, for the metadata.
         base: Name or folder of the base model, if not the one that the adapter names.
         plan: The adapter's plan with its costs. By default it is computed from the base model's config, if possible.
         scores: The scores of the units, for a picture of the ranking. Adapters do not contain them.
-        repo: The adapter's name on the Hub, for the title and the example.
+        repo: The name on the Hub, for the title and the example. Default: the name of the folder.
         folder: Where the files are written. Default: the adapter's folder.
 
     Raises:
         SensiError: `results` contains no numbers, or a file of results cannot be read.
     """
     folder = folder or saved.folder
+    metrics = metrics_of(saved.folder)
+    if results is None and isinstance(metrics.get("validation"), Mapping):
+        results = metrics
+    if isinstance(saved, SavedMerged):
+        known = base or (str(metrics["model"]) if metrics.get("model") else None)
+        card = merged_card(saved, repo or saved.name, metrics, results_table(results), license, known)
+        save_card(card, folder / CARD, {saved.name})
+        return [folder / CARD]
     plan = plan or plan_without_weights(saved, base)
-    written = [folder / "README.md"]
+    written = [folder / CARD]
     with suppress(SensiError):  # no matplotlib
         if plan is not None:
             plan.plot(folder / PICTURE, scores=scores)
         else:
             plot_plan(drawn_rows(saved.config.plan), folder / PICTURE)
         written.append(folder / PICTURE)
-    name, base_license, num_labels = base or saved.base, None, None
+    name, base_license = base or saved.base, None
+    settings, count, other_head = head_settings_of(saved), None, False
     with suppress(SensiError, OSError, ValueError):  # the base model's config cannot be loaded
-        num_labels = base_config(saved, base).num_labels
+        count = base_config(saved, base).num_labels
+        other_head = load_pretrained(AutoConfig, str(name)).num_labels != count
     with suppress(Exception):  # no card, no license in it, no network: the adapter's card is written all the same
-        source = Path(str(name)) / "README.md" if Path(str(name)).is_dir() else str(name)
+        source = Path(str(name)) / CARD if Path(str(name)).is_dir() else str(name)
         base_license = ModelCard.load(source).data.get("license") if name else None
+    names = settings.get("labels") or []
     card = new_card(
         saved.config,
         plan,
         base=name,
-        repo=repo or saved.folder.name,
+        repo=repo or saved.name,
+        head=Head(task_of(saved.config), count or len(names) or None, names, settings.get("problem_type"),
+                  task_record(metrics)),
+        has_tokenizer=(saved.folder / TOKENIZER_CONFIG).is_file(),
+        other_head=other_head,
         file_bytes=saved.file_bytes,
         picture=PICTURE if len(written) > 1 else None,
         results=results_table(results),
+        metrics=metrics,
         license=license,
         base_license=base_license,
-        num_labels=num_labels,
-    )
-    save_card(card, folder / "README.md")
+    )  # fmt: skip
+    save_card(card, folder / CARD, {saved.name, saved.folder.resolve().name})
     return written
 
 
@@ -99,55 +127,38 @@ def new_card(
     *,
     base: str | None,
     repo: str,
+    head: Head,
+    has_tokenizer: bool = False,
+    other_head: bool = False,
     file_bytes: int | None = None,
     picture: str | None = None,
     results: str = "",
+    metrics: Mapping[str, Any] | None = None,
     license: str | None = None,
     base_license: str | None = None,
-    num_labels: int | None = None,
 ) -> ModelCard:
-    """Fills in the template. Without a plan, the card contains numbers of units instead of shares."""
-    task = task_of(config) or ""
-    auto_class, pipeline = TASKS.get(task, (None, None))
-    on_hub = base if base and is_repo(base) else None
-    # Only the last part of a path is shown: the rest helps nobody and may be private.
-    base = on_hub or (f"path/to/{Path(base).name}" if base else None)
+    """Fills in the template for an adapter. Without a plan, the card contains numbers of units instead of shares."""
+    auto_class, pipeline = TASKS.get(head.task or "", (None, None))
+    on_hub, shown = _base_words(base)
     trims = plan.trims if plan is not None else any(row.count(TRIMMED) for row in rows_of(config.plan))
-    data = ModelCardData(
-        library_name="peft",
-        base_model=on_hub,
-        license=license,
-        pipeline_tag=pipeline,
-        tags=sorted({"peft_sensi", "fine-tuning", *(["pruning"] if trims else []),
-                     *([f"base_model:adapter:{on_hub}"] if on_hub else [])}),
+    tags = [*(["pruning"] if trims else []), *([f"base_model:adapter:{on_hub}"] if on_hub else [])]
+    model_class = auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel")
+    code = adapter_snippet(
+        head, model_class, shown or "path/to/the/base", repo, repo if has_tokenizer else shown or "path/to/the/base",
+        "a plain model with smaller matrices" if trims else "a plain model", other_head,
     )  # fmt: skip
     fingerprint = short_fingerprint(config)
-    facts, budget = None if plan is None else plan.facts(human), []
-    for name, label in BUDGET_LABELS.items():
-        limit = getattr(config.limits, name)
-        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
-        budget.append((label, "-" if limit is None else limit_words(limit), reached))
-    for name in config.latency or {}:
-        limit, predicted = getattr(config.limits, name), latency_facts(config.latency)[LABELS[name]]
-        budget.append((LABELS[name], "-" if limit is None else limit_words(limit), predicted))
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        title=repo.rpartition("/")[2] or repo,
-        base_words=f"[{on_hub}](https://huggingface.co/{on_hub})"
-        if on_hub
-        else f"`{base or 'an unnamed base model'}`",
-        sentence=_sentence(config, plan),
+    link = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{shown or 'an unnamed base model'}`"
+    return _fill(
+        repo, metrics or {}, pipeline, license, tags, on_hub,
+        sentence=f"An adapter for {link}, made with `peft_sensi`, a method for "
+        f"[PEFT](https://github.com/huggingface/peft): {_sentence(config, plan)}",
         picture=picture,
-        model_class=auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel"),
-        base_name=base or "path/to/the/base",
-        base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
-        repo=repo,
-        merged_words="a plain model with smaller matrices" if trims else "a plain model",
-        budget=budget,
+        code=code,
+        budget=_budget(config, plan),
         results=results,
         provenance=[
-            ("base model", f"`{base or 'unknown'}`"),
+            ("base model", f"`{shown or 'unknown'}`"),
             ("license of the base", base_license or "see the base model's card"),
             ("license of the adapter", license or "not stated"),
             ("fingerprint of the base", f"`{fingerprint}`" if fingerprint else "none"),
@@ -158,11 +169,90 @@ def new_card(
             ),
             *([("size", size_of(file_bytes))] if file_bytes else []),
         ],
-    )
+        closing="The fingerprint describes the base's weights. Loading the adapter on another base is an error.",
+    )  # fmt: skip
 
 
-def save_card(card: ModelCard, path: Path) -> None:
-    """Saves the card. If there is one already, its metadata and the text around our section stay."""
+def merged_card(
+    saved: SavedMerged, repo: str, metrics: Mapping[str, Any], results: str, license: str | None, base: str | None
+) -> ModelCard:
+    """Fills in the template for a merged model."""
+    figures = merged_figures(saved)
+    on_hub, shown = _base_words(base)
+    auto_class, pipeline = TASKS.get(saved.task or "", (None, None))
+    head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), task_record(metrics))
+    facts = merged_facts(figures)
+    origin = f"from `{shown}` " if shown else ""
+    tags = ["pruning", *([f"base_model:finetune:{on_hub}"] if on_hub else [])]
+    return _fill(
+        repo, metrics, pipeline, license, tags, on_hub, library="transformers",
+        sentence=f"A {saved.architecture} with smaller matrices, made {origin}with `peft_sensi`: the attention heads "
+        f"and neurons that matter least were removed. It has {facts['parameters']} parameters.",
+        picture=None,
+        code=merged_snippet(head, auto_class or saved.architecture, repo, saved.is_plain),
+        budget=[],
+        results=results,
+        provenance=[
+            *([("base model", f"`{shown}`")] if shown else []),
+            ("license", license or "not stated"),
+            ("size", facts["file"]),
+            ("loads with", facts["loads with"]),
+        ],
+        closing="",
+    )  # fmt: skip
+
+
+def _fill(
+    repo: str,
+    metrics: Mapping[str, Any],
+    pipeline: str | None,
+    license: str | None,
+    tags: list[str],
+    base: str | None,
+    *,
+    library: str = "peft",
+    **parts: Any,
+) -> ModelCard:
+    title = repo.rpartition("/")[2] or repo
+    evaluated = model_index(metrics, pipeline)
+    data = ModelCardData(
+        library_name=library, base_model=base, license=license, pipeline_tag=pipeline,
+        tags=sorted({"peft_sensi", "fine-tuning", *tags}), model_name=title if evaluated else None,
+        eval_results=evaluated,
+    )  # fmt: skip
+    return ModelCard.from_template(
+        data, template_path=str(TEMPLATE), title=title, install=how_to_install(), training=training_rows(metrics),
+        **parts,
+    )  # fmt: skip
+
+
+def _base_words(base: str | None) -> tuple[str | None, str | None]:
+    """The base's name on the Hub, if it has one, and the name to show."""
+    on_hub = base if base and is_repo(base) else None
+    # Only the last part of a path is shown: the rest helps nobody and may be private.
+    return on_hub, on_hub or (f"path/to/{Path(base).name}" if base else None)
+
+
+def _budget(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]]:
+    """What was asked and reached, without lines that say nothing."""
+    facts, rows = None if plan is None else plan.facts(human), []
+    for name, label in BUDGET_LABELS.items():
+        limit = getattr(config.limits, name)
+        reached = "unknown without the base" if facts is None else facts.get(label)
+        if limit is not None or (facts is not None and reached is not None):
+            reached = reached or "all: this adapter trims nothing"
+            rows.append((label, "-" if limit is None else limit_words(limit), reached))
+    for name in config.latency or {}:
+        limit, predicted = getattr(config.limits, name), latency_facts(config.latency)[LABELS[name]]
+        rows.append((LABELS[name], "-" if limit is None else limit_words(limit), predicted))
+    return rows
+
+
+def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) -> None:
+    """Saves the card. If there is one already, its metadata and the text around our section stay.
+
+    So does its title, unless it is one of `former_titles`, which an earlier save has given it.
+    """
     try:
         old: Any = ModelCard.load(path) if path.is_file() else None
     except (ValueError, OSError):  # the file is not a card, and is replaced
@@ -170,67 +260,35 @@ def save_card(card: ModelCard, path: Path) -> None:
     if old is not None:
         section = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
         ours = section.search(card.text)[0]  # type: ignore[index]
+        title, old_title = (re.search(r"^# (.+)$", text, re.MULTILINE) for text in (card.text, old.text))
+        if title and old_title and old_title[1].strip() in former_titles:
+            old.text = old.text.replace(old_title[0], title[0], 1)
         replaced, count = section.subn(lambda _: ours, old.text, count=1)
         card.text = replaced if count else f"{old.text.rstrip()}\n\n{ours}\n"  # a new section belongs at the end
         merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
-        tags = {*(old.data.get("tags") or []), *(card.data.get("tags") or [])}
-        # PEFT writes the base's name even if it is a path on this machine, and the Hub refuses such metadata.
-        paths = {tag for tag in tags if tag.startswith("base_model:") and not is_repo(tag.rpartition(":")[2])}
-        merged["tags"] = sorted(tags - paths)
-        if not is_repo(str(merged.get("base_model") or "")):
-            merged.pop("base_model", None)
+        merged["tags"] = [*(old.data.get("tags") or []), *(card.data.get("tags") or [])]
         card.data = ModelCardData(**merged)
+    save_with_tags(card, path)
+
+
+def save_with_tags(card: ModelCard, path: Path, tags: Iterable[str] = ()) -> None:
+    """Saves the card, with these tags as well as its own. A base that is a folder of this machine is not named.
+
+    PEFT writes the base's name even if it is a path, which nobody else has, and the Hub refuses such metadata.
+    """
+    own = {*(card.data.get("tags") or []), *tags}
+    card.data.tags = sorted(t for t in own if not t.startswith("base_model:") or is_repo(t.rpartition(":")[2]))  # type: ignore[attr-defined]
+    if not is_repo(str(card.data.get("base_model") or "")):
+        card.data.base_model = None  # type: ignore[attr-defined]
     card.save(path)
-
-
-def results_table(results: Any) -> str:
-    """Measured numbers as a Markdown table; see `write_card` for their forms and the errors. Empty for `None`."""
-    if results is None:
-        return ""
-    source = results
-    if isinstance(results, (str, Path)):
-        results = read_json(results)
-    if isinstance(results, Mapping):
-        numbers = results["validation"] if isinstance(results.get("validation"), Mapping) else results
-        rows = [(name, _cell(value)) for name, value in numbers.items() if _is_number(value)]
-        counts = results.get("rows")
-        if isinstance(counts, Mapping):
-            rows += [(f"{name} rows", _cell(value)) for name, value in counts.items() if _is_number(value)]
-        header = ["measure", "value"]
-    else:
-        records = [record for record in results if isinstance(record, Mapping)] if isinstance(results, list) else []
-        header = list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, str) or _is_number(v)))
-        rows = [tuple(_cell(record.get(name)) for name in header) for record in records]  # type: ignore[misc]
-    if not rows:
-        raise SensiError(f"There are no numbers for the card in {source!r:.80}.")
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else f"{value:,}" if _is_number(value) else str(value)
-
-
-def is_repo(name: str) -> bool:
-    """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).is_dir()
 
 
 def _sentence(config: SensiConfig, plan: Plan | None) -> str:
     if plan is None:
         facts = "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items())
         return f"{facts or 'its plan has no units'}."
-    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base)."
+    update = f": {plan.update_words}" if plan.update else ""
+    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base){update}."
     if not plan.trims:
         return trained
     return (

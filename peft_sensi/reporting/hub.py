@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import re
 import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
+from ..merging.foreign import CONFIG as MODEL_CONFIG
+from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
-from .card import PICTURE, new_card, save_card, write_card
-from .saved import SavedAdapter, open_adapter
+from ..utils.files import read_json_object
+from .card import new_card, save_card, save_with_tags, write_card
+from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, is_repo, open_adapter, task_of
+from .saved_merged import SavedMerged
+from .snippets import Head
+from .uploads import CARD, PICTURE, Upload, collect, local_paths, public_config, renew_hash, without_paths
 
 
-# Files that are uploaded. Pickles are not: optimizer states and training arguments stay on this machine. The patterns
-# do not match in subfolders, which may be a Trainer's checkpoints.
-UPLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md", PICTURE)
+# Everything that an upload may contain. `metrics.json` is what the command `train` writes.
+ADAPTER_FILES = (CONFIG, WEIGHTS, *TOKENIZER_FILES, METRICS, CARD, PICTURE)
+# Is called before anything is sent, with the files and a sentence that says who can see the repository, if known.
+Announce = Callable[[Upload, str | None], None]
 
 
 def push_folder(
-    saved: SavedAdapter,
+    saved: SavedAdapter | SavedMerged,
     repo: str,
     *,
     private: bool | None = None,
@@ -33,55 +43,142 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    dry_run: bool = False,
+    announce: Announce | None = None,
     tags: list[str] | None = None,
     **card: Any,
 ) -> Any:
-    """Uploads an adapter's files and a new model card in one commit. The folder does not change.
+    """Uploads the files of an adapter or a merged model and a new model card, in one commit.
+
+    Only files with known names are uploaded, without local paths in them (see `uploads`). The folder does not change.
 
     Args:
-        saved: The adapter.
+        saved: The adapter or the merged model.
         repo: The repository, `user/name`. It is created if it does not exist.
         private: Whether a new repository is private. `None` is the account's default.
         commit_message, commit_description, token, revision, create_pr: As in `HfApi.create_commit`.
+        dry_run: Only calls `announce`, without a connection.
+        announce: Is called before anything is sent.
         tags: Further tags for the card.
         card: Further arguments for `write_card`.
 
     Returns:
-        A `huggingface_hub.CommitInfo`.
+        A `huggingface_hub.CommitInfo`; `None` after a dry run.
 
     Raises:
-        SensiError: `repo` cannot be the name of a repository.
+        SensiError: `repo` cannot be the name of a repository, or is public although `private` is `True`.
     """
-    api = HfApi(token=token)
     try:
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        validate_repo_id(repo)
     except HFValidationError as error:
         raise SensiError(f"{repo!r} is not a name for a repository: {str(error).splitlines()[0]}") from None
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo, branch=revision, exist_ok=True)
-    files = {path.name: path for pattern in UPLOADED for path in saved.folder.glob(pattern)}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        readme = folder / "README.md"
-        if readme.name in files:  # the new card keeps what was written around our section
-            shutil.copyfile(files[readme.name], readme)
-        files |= {path.name: path for path in write_card(saved, folder=folder, repo=repo, **card)}
-        if tags:
-            _add_tags(readme, tags)
-        return api.create_commit(
-            repo,
-            [CommitOperationAdd(name, path) for name, path in sorted(files.items())],
-            commit_message=commit_message or "Upload adapter",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
+        with offline() if dry_run else contextlib.nullcontext():
+            upload = prepare_upload(saved, repo, Path(temporary), tags or [], **card)
+        if dry_run:
+            if announce is not None:
+                announce(upload, None)
+            return None
+        api = HfApi(token=token)
+        with login_advice(repo):
+            if "/" not in repo:
+                repo = f"{api.whoami()['name']}/{repo}"
+            visibility = _visibility(api, repo, private)
+            if announce is not None:
+                announce(upload, visibility)
+            api.create_repo(repo, private=private, exist_ok=True)
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            return api.create_commit(
+                repo,
+                [CommitOperationAdd(name, path) for name, path in sorted(upload.files.items())],
+                commit_message=commit_message
+                or ("Upload model" if isinstance(saved, SavedMerged) else "Upload adapter"),
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, nothing is read from the Hub or sent to it; what is in the cache is found."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def login_advice(repo: str) -> Iterator[None]:
+    """Makes the Hub's refusals say what to do."""
+    try:
+        yield
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 401)
+        if status not in (401, 403):
+            raise
+        raise SensiError(
+            f"The Hub does not let you write to {repo}: log in with `hf auth login` (or set HF_TOKEN), with a token "
+            f"that may write there. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def prepare_upload(
+    saved: SavedAdapter | SavedMerged,
+    repo: str,
+    target: Path,
+    tags: Iterable[str] = (),
+    base: str | None = None,
+    **card: Any,
+) -> Upload:
+    """The files as they are uploaded. Those that differ from the folder's are written to `target`."""
+    if isinstance(saved, SavedMerged):
+        private = [base] if base and not is_repo(base) else []
+        upload = collect(saved.folder, merged_files(saved), private, target)
+        renew_hash(upload.files[MODEL_CONFIG], saved.folder / saved.weights)
+    else:
+        private = [str(name) for name in (saved.base, base) if name and not is_repo(str(name))]
+        upload = collect(saved.folder, ADAPTER_FILES, private, target)
+        upload.files[CONFIG] = public_config(saved.folder, base, target)
+        if saved.base and read_json_object(upload.files[CONFIG]).get("base_model_name_or_path") is None:
+            warnings.warn(
+                f"{Path(saved.base).name}, the base model, is a folder of this machine, so the upload does not name "
+                f"it: give its name on the Hub as `base` (--base).",
+                stacklevel=2,
+            )
+    # The new card keeps what was written around our section, which `collect` has copied.
+    written = write_card(saved, folder=target, repo=repo, base=base, **card)
+    upload.files.update({path.name: path for path in written})
+    readme = upload.files[CARD]
+    save_with_tags(ModelCard.load(readme), readme, tags)
+    text = without_paths(readme.read_text(encoding="utf-8"), local_paths(saved.folder, *private))
+    readme.write_text(text, encoding="utf-8")
+    return upload
+
+
+def merged_files(saved: SavedMerged) -> list[str]:
+    """The names of all files that belong to a merged model."""
+    modules = {str(name).partition(".")[0] for name in (saved.values.get("auto_map") or {}).values()}
+    code = [f"{name}.py" for name in sorted(modules) if re.fullmatch(r"modeling_sensi_\w+", name)]
+    return [MODEL_CONFIG, saved.weights, *code, "generation_config.json", *TOKENIZER_FILES, METRICS, CARD, PICTURE]
+
+
+def _visibility(api: HfApi, repo: str, private: bool | None) -> str:
+    """Who can see the repository. Raises `SensiError` if it is public, but was asked to be private."""
+    try:
+        is_private = api.repo_info(repo).private
+    except RepositoryNotFoundError:
+        if private is None:
+            return f"{repo} is new: everybody can see it, unless your account makes new repositories private."
+        return f"{repo} is new: {'only you can see it (private)' if private else 'everybody can see it (public)'}."
+    if private and not is_private:
+        raise SensiError(
+            f"{repo} exists and is public, and an upload does not make it private: change that in the settings of the "
+            f"repository, or give another name. Nothing was uploaded."
         )
-
-
-def _add_tags(readme: Path, tags: list[str]) -> None:
-    card: Any = ModelCard.load(readme)
-    card.data.tags = sorted({*(card.data.tags or []), *tags})
-    card.save(readme)
+    return f"{repo} exists: {'it is private' if is_private else 'everybody can see it (public)'}."
 
 
 def hook_cards() -> None:
@@ -102,12 +199,14 @@ def hook_cards() -> None:
             name = self.active_adapters[0]
             config, plan = self.peft_config[name], self.base_model.plan(name)
             base = config.base_model_name_or_path or self.base_model.model.__dict__.get("name_or_path")
-            labels = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
-            card: Any = new_card(config, plan, base=base, repo=path.parent.name, num_labels=labels)
+            settings = head_settings(self.base_model.model) or {}
+            count = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
+            head = Head(task_of(config), count, settings.get("labels", []), settings.get("problem_type"))
+            card: Any = new_card(config, plan, base=base, repo=path.parent.resolve().name, head=head)
             save_card(card, path)
             tags = card.data.tags or []
         update_original(self, output_dir)
-        _add_tags(path, tags)  # PEFT has replaced them
+        save_with_tags(ModelCard.load(path), path, tags)  # PEFT has replaced them
 
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the adapter with its model card. The arguments are those of Transformers' `push_to_hub`.

@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -27,9 +28,19 @@ from ..tuner.targets import plan_of
 from ..utils.checks import PROBLEM_TYPES
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
+from ..utils.formatting import short_repr
 
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, METRICS = "adapter_config.json", "adapter_model.safetensors", "metrics.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# The files that the tokenizers of Transformers save (`vocab_files_names`), and those that all of them have in common.
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "prophetnet.tokenizer", "byte_maps.json", "emoji.json",
+    "entity_vocab.json", "normalizer.json", "vocab-src.json", "vocab-tgt.json", "word_pronunciation.json",
+    "word_shape.json",
+)  # fmt: skip
 # For each of PEFT's task types: the auto class, and the Hub's name of the task.
 TASKS = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
@@ -41,17 +52,21 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SavedAdapter:
     """The config of an adapter and the header of its weights file. The weights are not in memory.
 
-    `tensors` maps each tensor's name to its dtype, as safetensors spells it (`"F32"`), and its shape.
+    `name` is that of the repository on the Hub, or of the folder. `tensors` maps each tensor's name to its dtype, as
+    safetensors spells it (`"F32"`), and its shape.
     """
 
+    name: str
     folder: Path
     config: SensiConfig
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     file_bytes: int
+
+    __repr__ = short_repr
 
     @property
     def base(self) -> str | None:
@@ -78,7 +93,7 @@ def open_adapter(name: str | Path) -> SavedAdapter:
     """
     folder = Path(name)
     if not folder.is_dir():
-        files = ["*.json", WEIGHTS, "*.txt", "README.md", "*.png"]
+        files = [CONFIG, WEIGHTS, METRICS, "config.json", *TOKENIZER_FILES, "README.md", "*.png"]
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=files))
         except HFValidationError:
@@ -96,7 +111,8 @@ def open_adapter(name: str | Path) -> SavedAdapter:
     with open_safetensors(folder / WEIGHTS) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
         tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    return SavedAdapter(folder, config, tensors, (folder / WEIGHTS).stat().st_size)
+    shown = folder.resolve().name if Path(name).is_dir() else str(name)
+    return SavedAdapter(shown, folder, config, tensors, (folder / WEIGHTS).stat().st_size)
 
 
 def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan | None:
@@ -110,12 +126,21 @@ def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan
         return None
 
 
+def is_repo(name: str) -> bool:
+    """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()
+
+
 def is_adapter(name: str) -> bool:
     """Whether a folder, or a repository of the Hub, holds an adapter and not a whole model."""
-    return _file_in(name, CONFIG) is not None
+    return file_in(name, CONFIG) is not None
 
 
-def _file_in(name: str, file: str) -> Path | None:
+def file_in(name: str, file: str) -> Path | None:
     """A file of a folder, or of a repository of the Hub; `None` if it is not there."""
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).exists() else None
@@ -183,7 +208,7 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 
 def _merged_folder(name: str) -> Path | None:
     """The folder of a merged model that stock loaders cannot load; `None` for other models."""
-    file = _file_in(name, "config.json")
+    file = file_in(name, "config.json")
     if file is None or read_json_object(file, optional=True).get(RECORD_KEY) is None:
         return None
     if Path(name).is_dir():
@@ -223,7 +248,7 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     if not (name := base or adapter.base):
         raise SensiError("The adapter does not name its base model: give it as `base` (`--base`).")
     config = load_pretrained(AutoConfig, name)
-    saved = _head_settings(adapter)
+    saved = head_settings_of(adapter)
     if count := _labels_of_head(adapter, config):
         if len(names := saved.get("labels") or []) == count:
             config.id2label = dict(enumerate(names))
@@ -237,7 +262,7 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     return config
 
 
-def _head_settings(adapter: SavedAdapter) -> dict[str, Any]:
+def head_settings_of(adapter: SavedAdapter) -> dict[str, Any]:
     """`SensiConfig.head_settings`, or what adapters of the first versions have in a `config.json` beside them.
 
     Only plain values of known fields are used: a file cannot choose what is built.
@@ -262,6 +287,8 @@ def _labels_of_head(adapter: SavedAdapter, config: PretrainedConfig) -> int | No
     A model for an unlikely number of labels is built without weights. The parameter of its head that has this number
     of rows is the one whose rows are counted in the adapter's file.
     """
+    if _class_of(adapter).__name__.endswith("QuestionAnswering"):
+        return 2  # the start and the end; the base may have a head for other labels
     if not _class_of(adapter).__name__.endswith("Classification"):
         return None
     unlikely = 7919

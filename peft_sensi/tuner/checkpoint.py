@@ -64,6 +64,8 @@ _SAMPLED_ROWS = 4
 _TOLERANCE = 0.0025  # for the mean over all rows, if no base was quantized
 _LARGEST = 0.012  # for each row
 _TOLERANCE_QUANTIZED = 0.25
+# The end of the error for another base. The command replaces it.
+WAY_OUT = "If you are sure, load the config first, set `config.fingerprint = None`, and pass it as `config=`."
 
 
 def meaning(config: Any) -> dict[str, Any]:
@@ -201,9 +203,8 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
     found = fingerprint(model, anatomy, expected["shapes"])
     if found is None:
         return
-    way_out = "If you are sure, load the config first, set `config.fingerprint = None`, and pass it as `config=`."
     if found["shapes"] != dict(expected["shapes"]) or len(found["marks"]) != len(expected["marks"]):
-        raise SensiLoadError(f"The adapter was made for a base model with other layers or shapes. {way_out}")
+        raise SensiLoadError(f"The adapter was made for a base model with other layers or shapes. {WAY_OUT}")
     pairs = zip(found["marks"], expected["marks"], strict=True)
     differences = [abs(a - b) for a, b in pairs if not math.isnan(a)]
     count, wide = max(1, len(differences)), bool(found.get("quantized") or expected.get("quantized"))
@@ -215,7 +216,7 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
             f"The adapter was made for another base model: shapes agree, but the weights do not (distance "
             f"{distance:.4f}, largest {largest:.4f}; the same base in {'any' if wide else '16 bits or more'} has at "
             f"most {tolerance:.4f}{'' if wide else f' and {_LARGEST}'}). This also happens if one of the two is a "
-            f"fine-tuned copy of the other, or if an earlier version made the adapter on a quantized base. {way_out}"
+            f"fine-tuned copy of the other, or if an earlier version made the adapter on a quantized base. {WAY_OUT}"
         )
 
 

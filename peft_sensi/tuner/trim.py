@@ -29,8 +29,9 @@ from ..planning.refit import Refitted
 from ..planning.trimmed import assign, reassigned
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
-from ..scoring.criteria import DATA_METHODS, METHODS
+from ..scoring.criteria import DATA_METHODS
 from ..scoring.drawn_labels import draw_labels
+from ..scoring.methods import METHODS
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError

@@ -53,8 +53,16 @@ class TrainerProgress(ProgressCallback):
         self.current_step = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-        if "train_runtime" not in logs:  # the summary at the end would be one more line on stdout
-            super().on_log(args, state, control, logs, **others)
+        """Shows the loss beside the bar, and an evaluation as a line. Both go to stderr."""
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}", refresh=False)
+        kept = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+        texts = [f"{name} {value:.4g}" for name, value in kept.items() if name not in timing]
+        if texts:
+            self.training_bar.write(f"epoch {logs.get('epoch', 0):.3g}: {', '.join(texts)}", file=sys.stderr)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **others: Any

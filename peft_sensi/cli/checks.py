@@ -1,0 +1,104 @@
+"""Checks that come before anything slow: the files that will be written, what they need, and the smallest budget."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import BudgetError, SensiError
+
+
+PICTURES = (".png", ".svg", ".pdf")
+UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
+
+
+def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
+    """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder.
+
+    Raises:
+        SensiError: The folder holds a model, or an adapter that neither `overwrite` nor `resume` allows to change; or
+            nothing can be written to it.
+    """
+    from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
+
+    if folder.exists() and not folder.is_dir():
+        raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
+    if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
+        raise SensiError(
+            f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
+            f"another folder as --out."
+        )
+    own = [name for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.json", UNFINISHED)
+           if (folder / name).exists()]  # fmt: skip
+    if own and not overwrite and not resume:
+        ways = "give another --out, or replace it with --overwrite"
+        if UNFINISHED in own:
+            ways = "go on with --resume, or start again with --overwrite"
+        raise SensiError(f"{folder} has the results of another run ({own[0]}): {ways}.")
+    if resume and UNFINISHED not in own:
+        raise SensiError(f"{folder} has no interrupted training to go on with: leave out --resume.")
+    _check_folder(folder, "--out")
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Checks that a file can be written. Creates its folder."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise SensiError(f"{path} is a folder: {option} needs the path of a file.")
+    _check_folder(path.parent, option)
+
+
+def check_picture(path: Path | None, option: str = "--plot") -> None:
+    """Checks that a picture can be drawn, and written to this file."""
+    if path is None:
+        return
+    if path.suffix.lower() not in PICTURES:
+        raise SensiError(
+            f"{path}: {option} writes {', '.join(PICTURES)}, not {path.suffix or 'a name without ending'}."
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SensiError(f"{option} needs matplotlib: pip install matplotlib") from None
+    check_file(path, option)
+
+
+def check_budget(anatomy: Any, limits: Mapping[str, Any] | None) -> None:
+    """Raises `BudgetError` if not even the smallest plan fits the limits. Limits on latencies are checked later."""
+    import numpy as np
+
+    from ..planning.allocate import make_plan
+
+    counts = {name: limit for name, limit in (limits or {}).items() if name in ("params", "flops", "trainable")}
+    if not counts or not anatomy.groups:
+        return
+    generator = np.random.default_rng(0)
+    try:
+        make_plan(anatomy, {group.name: generator.random(group.size) + 0.5 for group in anatomy.groups}, counts)
+    except BudgetError as error:
+        if set(counts) == {"trainable"} or "`trainable`" in str(error):
+            raise BudgetError(
+                f"{str(error).replace('`trainable` limit', 'limit --trainable')} Give a larger one."
+            ) from None
+        what, _, _ = str(error).partition(" Raise the budget")
+        options = " or ".join(f"--{'budget' if name == 'params' else name}" for name in counts)
+        raise BudgetError(f"{what} Give a larger {options}.") from None
+
+
+def check_latency_tables(paths: Iterable[Path] | None) -> None:
+    """Raises the error of a table that cannot be read."""
+    from ..anatomy.latency import LatencyTable
+
+    for path in paths or ():
+        LatencyTable.load(path)
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SensiError(f"{option}: nothing can be written to {folder}: {error}.") from None

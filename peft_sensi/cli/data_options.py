@@ -1,0 +1,150 @@
+"""The options about the data, which the commands share. The example scripts have options of the same names."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from ..tasks.task import KINDS
+from .arguments import DATA, option
+
+
+Kind = enum.StrEnum("Kind", {name: name for name in KINDS})  # type: ignore[misc]
+FORMAT = "The format of the data"
+
+LABELED = option(
+    "--data", "FILE", "Labeled rows: a file, a folder of files, or a data set of the Hub. May be repeated.", DATA
+)
+DATA_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "task": (
+        Annotated[Kind | None,
+                  option("--task", "KIND", "text (a class or a number per row), words (a tag per word) or answers (to "
+                         "questions about texts). Default: what the data is for.", DATA)],
+        None,
+    ),
+    "text_column": (
+        Annotated[str | None,
+                  option("--text-column", "NAME", "The column with the text. Default: the one or two columns of "
+                         "texts. In files of words: a number, counted from 0.", DATA)],
+        None,
+    ),
+    "pair_column": (
+        Annotated[str | None, option("--pair-column", "NAME", "The column with the second text.", DATA)], None
+    ),
+    "label_column": (
+        Annotated[list[str] | None,
+                  option("--label-column", "NAME", "The column with the label. Default: label, or a similar name. "
+                         "Repeated: columns of 0 and 1, one for each label.", DATA)],
+        None,
+    ),
+    "label_separator": (
+        Annotated[str | None,
+                  option("--label-separator", "TEXT", "Rows can have several labels, with this text between them.",
+                         DATA)],
+        None,
+    ),
+    "regression": (
+        Annotated[bool, option("--regression", None, "Predict the labels as numbers, not as classes.", DATA)], False
+    ),
+    "skip_unlabeled": (
+        Annotated[bool, option("--skip-unlabeled", None, "Leave out rows without a label.", DATA)], False
+    ),
+    "max_length": (
+        Annotated[int | None,
+                  option("--max-length", "N", "Cut texts after this many tokens. Default: 128, and windows of 384 for "
+                         "answers.", DATA, min=2)],
+        None,
+    ),
+    "stride": (
+        Annotated[int, option("--stride", "N", "Tokens that neighboring windows share, for answers.", DATA, min=0)],
+        128,
+    ),
+    "max_answer_length": (
+        Annotated[int, option("--max-answer-length", "N", "The longest answer, in tokens.", DATA, min=1)], 30
+    ),
+    "max_rows": (
+        Annotated[int | None, option("--max-rows", "N", "Use this many rows, chosen at random.", DATA, min=2)], None
+    ),
+    "subset": (
+        Annotated[str | None, option("--subset", "NAME", "The subset of a data set of the Hub.", FORMAT)], None
+    ),
+    "split": (
+        Annotated[str | None, option("--split", "NAME", "The split of a data set. Default: train.", FORMAT)], None
+    ),
+    "encoding": (
+        Annotated[str | None, option("--encoding", "NAME", "The encoding of text files. Default: recognized.",
+                  FORMAT)],
+        None,
+    ),
+    "delimiter": (
+        Annotated[str | None,
+                  option("--delimiter", "TEXT", "Between the cells: one character, or tab. Default: recognized.",
+                         FORMAT)],
+        None,
+    ),
+    "quotes": (
+        Annotated[bool | None,
+                  option("--quotes/--no-quotes", None, "Whether double quotes enclose cells. Default: recognized.",
+                         FORMAT)],
+        None,
+    ),
+}  # fmt: skip
+VALIDATION_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "validation": (
+        Annotated[list[str] | None,
+                  option("--validation", "FILE", "Validation rows, as for --data. Default: a part of the data.",
+                         DATA)],
+        None,
+    ),
+    "validation_share": (
+        Annotated[float,
+                  option("--validation-share", "SHARE", "The part of the data that is held out without --validation.",
+                         DATA, min=0, max=0.9)],
+        0.1,
+    ),
+    "max_validation_rows": (
+        Annotated[int | None,
+                  option("--max-validation-rows", "N", "Use this many validation rows, chosen at random.", DATA,
+                         min=1)],
+        None,
+    ),
+}  # fmt: skip
+
+
+def with_data_options(names: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of a table, and calls it with their values as one dict, its argument `reading`.
+
+    So a command lists its own options only, and a new option about the data appears in all commands.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            command(reading={name: given.pop(name) for name in names}, **given)
+
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in names.items()
+        ]
+        others = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.parameters.items()
+            if name != "reading"
+        ]
+        wrapper.__signature__ = own.replace(parameters=[*others, *shared])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*others, *shared)} | {"return": None}
+        return wrapper
+
+    return decorate
+
+
+def task_options(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `tasks.kinds.read_task` from the values of the options."""
+    options = dict(reading)
+    task = options.pop("task")
+    return {**options, "kind": task.value if task else None, "regression": options["regression"] or None}

@@ -1,0 +1,83 @@
+"""Loads adapters and merged models for the commands. Errors have advice for the command, not for Python."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..utils.errors import SensiError
+from .terminal import step
+
+
+if TYPE_CHECKING:
+    from ..reporting.saved import SavedAdapter
+    from ..tasks.predicting import Predictor
+
+
+def load_saved(name: str, base: str | None, json: bool) -> tuple[Any, Any]:
+    """The adapter or merged model, opened and loaded. Raises `SensiError`."""
+    from ..reporting.saved import load_adapter
+    from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
+
+    saved = open_saved(name)
+    with step("loading the model", show=not json):
+        if isinstance(saved, SavedMerged):
+            return saved, load_whole(saved)
+        check_base(saved, base)
+        with command_advice():
+            return saved, load_adapter(saved, base)
+
+
+def load_predictor(name: str, base: str | None, show: bool = True) -> Predictor:
+    """The adapter, merged model or ONNX file, ready to predict. Raises `SensiError`."""
+    from ..reporting.onnx_folder import find_onnx
+    from ..reporting.saved import SavedAdapter
+    from ..reporting.saved_merged import open_saved
+    from ..tasks.predicting import open_predictor
+
+    with step(f"loading {name}", show=show):
+        if find_onnx(Path(name)) is None:
+            saved = open_saved(name)
+            if isinstance(saved, SavedAdapter):
+                check_base(saved, base)
+        with command_advice():
+            return open_predictor(name, base)
+
+
+@contextlib.contextmanager
+def command_advice() -> Iterator[None]:
+    """In errors about another base, replaces the advice for Python."""
+    from ..tuner.checkpoint import WAY_OUT
+
+    try:
+        yield
+    except SensiError as error:
+        if WAY_OUT not in str(error):
+            raise
+        raise SensiError(str(error).replace(WAY_OUT, "Give the base that it was made for with --base.")) from error
+
+
+def takes_texts(model: Any) -> bool:
+    """Whether the model, or the base of the adapter, takes token ids."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "input_ids" in signature(inner.forward).parameters
+
+
+def check_base(saved: SavedAdapter, base: str | None) -> None:
+    """Raises `SensiError` if the base model's configuration cannot be loaded."""
+    from transformers import AutoConfig
+
+    from ..reporting.saved import load_pretrained
+
+    named = base or saved.base
+    if not named:
+        raise SensiError(f"{saved.name} does not name its base model: add --base with a folder or a name on the Hub.")
+    try:
+        load_pretrained(AutoConfig, named)
+    except SensiError as error:
+        where = "The model of --base" if base else f"The base model of {saved.name}"
+        advice = "check its name" if base else "add --base with its folder here, or its name on the Hub"
+        raise SensiError(f"{where}, {named}, was not found: {advice}. ({error})") from error

@@ -1,0 +1,268 @@
+"""The commands that use a finished model on data: `predict`, `evaluate` and `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.text import Text
+
+from ..reporting.tables import facts_table, records_table
+from ..utils.errors import SensiError
+from ..utils.formatting import human, size_of
+from . import arguments as args
+from .arguments import argument, option
+from .checks import check_file
+from .data_options import DATA_OPTIONS, task_options, with_data_options
+from .loading import load_predictor
+from .terminal import err, print_result, step
+
+
+if TYPE_CHECKING:
+    from ..tasks.metrics import Quality
+    from ..tasks.predicting import Predictor
+    from ..tasks.task import Rows, Task
+
+
+_FORMAT = ("subset", "split", "encoding", "delimiter", "quotes")
+# What the training has noted is the default here.
+_TRAINED = {
+    "max_length": option("--max-length", "N", "Cut texts after this many tokens. Default: as in training.", args.DATA,
+                         min=2),
+    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training, "
+                     "or 128.", args.DATA, min=0),
+    "max_answer_length": option("--max-answer-length", "N", "The longest answer, in tokens. Default: as in training, "
+                                "or 30.", args.DATA, min=1),
+}  # fmt: skip
+_OPTIONS = DATA_OPTIONS | {name: (Annotated[int | None, entry], None) for name, entry in _TRAINED.items()}
+_INPUTS = {name: _OPTIONS[name] for name in ("text_column", "pair_column", *_TRAINED, *_FORMAT)}
+_LABELED = {name: _OPTIONS[name] for name in _OPTIONS if name != "task"}
+_USABLE = "An adapter, a merged model or an exported .onnx file: a path, or a name on the Hub."
+Usable = Annotated[str, argument("MODEL", _USABLE)]
+LabeledData = Annotated[
+    list[str], argument("DATA...", "Labeled rows: files, folders of files, or data sets of the Hub.")
+]
+
+
+@with_data_options(_INPUTS)
+def predict(
+    model: Usable,
+    data: Annotated[list[str], argument("DATA...", "Rows to predict: files, folders, or data sets of the Hub.")],
+    reading: dict[str, Any],
+    out_file: Annotated[
+        Path, option("--out", "FILE", "The predictions: .csv, .tsv or .jsonl, or - for CSV on stdout.")
+    ] = Path("-"),
+    scores: Annotated[bool, option("--scores", None, "Also write the score of each class, for texts.")] = False,
+    base: args.Base = None,
+    batch_size: args.BatchSize = 32,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Predict classes, numbers, tags of words, or answers, for each row of a file, in its order.
+
+    The columns of the file stay, and the prediction is in new ones. No labels are needed. --json with --out - writes
+    JSON Lines.
+    """
+    from ..utils.files import write_atomically
+    from ..utils.progress import progress_bar
+    from .prediction_files import SUFFIXES, write_records
+
+    to_stdout = str(out_file) == "-"
+    suffix = (".jsonl" if json else ".csv") if to_stdout else out_file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise SensiError(f"{out_file}: predictions are written as {', '.join(SUFFIXES)}, or to stdout for -.")
+    if not to_stdout:
+        check_file(out_file, "--out")
+    quiet = json or to_stdout
+    predictor = load_predictor(model, base, show=not quiet)
+    rows, originals = rows_of(predictor, data, reading, show=not quiet)
+    longest = reading["max_answer_length"]
+    predicted = progress_bar(
+        predictor.predictions(rows, batch_size, longest), "predicting", len(rows.raw), show=not json
+    )
+    records = records_of(predictor, rows, originals, predicted, scores or suffix == ".jsonl")
+    if to_stdout:
+        write_records(None, suffix, records)
+        return
+    write_atomically(out_file, lambda path: write_records(Path(path), suffix, records))
+    count = len(rows.raw)
+    print_result(json, {"file": str(out_file), "rows": count}, f"{out_file}: {count:,} rows")
+
+
+@with_data_options(_LABELED)
+def evaluate(
+    model: Usable,
+    data: LabeledData,
+    reading: dict[str, Any],
+    base: args.Base = None,
+    batch_size: args.BatchSize = 32,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Measure a model on labeled rows: each metric with its 95 % interval, and that of always the commonest answer."""
+
+    predictor = load_predictor(model, base, show=not json)
+    task = labeled_rows(predictor, data, reading, show=not json)
+    with step(f"predicting {len(task.train.raw):,} rows", show=not json):
+        quality = task.measure(predictor.outputs(task.train, batch_size), task.train, None)
+    for remark in quality.remarks:
+        err.print(Text.assemble(("warning: ", "yellow"), remark.replace("validation rows", "rows")), soft_wrap=True)
+    rows = [
+        [name, number(value), interval(quality, name), number(quality.baseline.get(name))]
+        for name, value in quality.values.items()
+    ]
+    print_result(
+        json,
+        {
+            "model": model, "data_sha256": task.hashes, "rows": len(task.train.raw), "metrics": quality.values,
+            "baseline": quality.baseline, "intervals": quality.intervals, "remarks": quality.remarks,
+        },
+        records_table(["metric", "value", "95 % interval", "always the commonest answer"], rows),
+    )  # fmt: skip
+
+
+@with_data_options(_LABELED)
+def compare(
+    first: Annotated[str, argument("A", _USABLE)],
+    second: Annotated[str, argument("B", _USABLE)],
+    reading: dict[str, Any],
+    data: Annotated[
+        list[str], option("--data", "FILE", "Labeled rows, which both predict. May be repeated.", args.DATA)
+    ],
+    base: args.Base = None,
+    batch_size: args.BatchSize = 32,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Compare two models on the same labeled rows: metrics, size, and how sure the difference is."""
+    from ..tasks.comparing import compare_rows
+
+    measured, outputs = [], []
+    sizes: list[dict[str, Any]] = []
+    task: Any = None
+    for name in (first, second):
+        predictor = load_predictor(name, base, show=not json)
+        own = labeled_rows(predictor, data, reading, show=not json and task is None)
+        if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
+            raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
+        task = task or own
+        with step(f"predicting with {name}", show=not json):
+            outputs.append(predictor.outputs(own.train, batch_size))
+        measured.append((own, own.measure(outputs[-1], own.train, None)))
+        sizes.append({"parameters": predictor.parameters, "bytes": predictor.bytes})
+    result = compare_rows([own for own, _ in measured], outputs)
+    qualities = [quality for _, quality in measured]
+    rows = [[metric, *(number(q.values.get(metric)) for q in qualities)] for metric in qualities[0].values]
+    rows += [["parameters", *(human(s["parameters"]) if s["parameters"] else "-" for s in sizes)],
+             ["file", *(size_of(s["bytes"]) for s in sizes)]]  # fmt: skip
+    figures = [
+        {"model": name, "metrics": quality.values, "intervals": quality.intervals, **size}
+        for name, quality, size in zip((first, second), qualities, sizes, strict=True)
+    ]
+    facts = {label: str(value) for label, value in result.facts().items()}
+    print_result(
+        json,
+        {"models": figures, "rows": len(task.train.raw), "difference": result.to_dict()},
+        records_table(["", "A", "B"], rows),
+        facts_table({"A": first, "B": second} | facts),
+    )
+
+
+def rows_of(
+    predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool
+) -> tuple[Rows, list[dict[str, Any]]]:
+    """Tokenized rows, and the rows of a table as they are in the file (empty for words and answers)."""
+    from ..tasks.kinds import rows_for_prediction
+    from ..tasks.sources import read_source
+    from ..tasks.task import Options
+
+    options = trained_lengths(predictor) | {name: value for name, value in reading.items() if value is not None}
+    originals: list[dict[str, Any]] = []
+    with step("reading the data", show=show):
+        if predictor.kind == "text":
+            known = {name: value for name, value in options.items() if name in _FORMAT}
+            parts = read_source(data, predictor.kind, Options(**known)).train
+            originals = [row for part in parts for row in part.rows]
+            options = trained_columns(predictor, originals[0]) | options
+        rows, notes = rows_for_prediction(predictor.kind, predictor.tokenizer, data, **options)
+    for note in notes:
+        err.print(Text(note, "dim"), soft_wrap=True)
+    return rows, originals
+
+
+def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool) -> Task:
+    """The labeled rows as a task, all of them in `train`.
+
+    Columns are those of the training, if the file has them. If a folder or a data set has a split for validation, and
+    none is named, that split is used, because the model may have been trained on the other one.
+    """
+    from ..tasks.kinds import read_task
+    from ..tasks.sources import read_source
+    from ..tasks.task import Options
+
+    given = {"task": None, **reading}
+    named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
+    options = trained_lengths(predictor) | named
+    if predictor.kind == "text":
+        known = {name: value for name, value in options.items() if name in _FORMAT}
+        first = read_source(data, predictor.kind, Options(**known)).train[0].rows[0]
+        options = trained_columns(predictor, first, labels=True) | options
+    with step("reading the data", show=show):
+        task = read_task(
+            predictor.source, data, kind=predictor.kind, config=predictor.config, validation_share=0.0,
+            head=None if predictor.kind == "answers" else predictor.labels, **options,
+        )  # fmt: skip
+    for line in task.doubts:
+        err.print(Text(line, "dim"), soft_wrap=True)
+    return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
+
+
+def trained_lengths(predictor: Predictor) -> dict[str, Any]:
+    """The options about lengths, as the training has noted them."""
+    return {name: predictor.record[name] for name in _TRAINED if isinstance(predictor.record.get(name), int)}
+
+
+def trained_columns(predictor: Predictor, row: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
+    """The options about columns with the names of the training, if all of these columns are in the row."""
+    texts = list(predictor.record.get("text_columns") or ())
+    found: dict[str, Any] = {}
+    if texts and all(name in row for name in texts):
+        found = dict(zip(("text_column", "pair_column"), texts, strict=False))
+    columns = list(predictor.record.get("label_columns") or ())
+    if labels and columns and all(name in row for name in columns):
+        found["label_column"] = columns
+    if labels and (separator := predictor.record.get("label_separator")) is not None:
+        found["label_separator"] = separator
+    return found
+
+
+def records_of(
+    predictor: Predictor, rows: Rows, originals: list[dict[str, Any]], predicted: Any, scores: bool
+) -> Iterator[dict[str, Any]]:
+    """One record for each row: the columns of the file, or what identifies a sentence or question; the prediction."""
+    for number, (raw, found) in enumerate(zip(rows.raw, predicted, strict=True)):
+        if predictor.kind == "text":
+            values = {"prediction": next(found[key] for key in ("label", "labels", "value") if key in found)}
+            if "score" in found:
+                values["score"] = found["score"]
+            if scores and "scores" in found:
+                values["scores"] = found["scores"]
+            own = originals[number]
+        elif predictor.kind == "words":
+            own, values = {"row": raw["row"]}, found
+        else:
+            own = {name: raw[name] for name in ("row", "id", "question") if name in raw}
+            values = found
+        # A column of the file is never replaced.
+        yield own | {(f"predicted_{name}" if name in own else name): value for name, value in values.items()}
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def interval(quality: Quality, name: str) -> str:
+    bounds = quality.intervals.get(name)
+    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"

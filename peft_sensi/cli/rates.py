@@ -1,0 +1,34 @@
+"""A wrapped model goes in; the peak learning rate that suits what the wrap chose comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+SCALED_RANK, MASK, WHOLE = 2e-3, 3e-3, 5e-5
+# For the values that start from pretrained ones: at least this share of the base's values is trained, and the rate.
+BY_SHARE = ((0.25, 1e-4), (0.02, 3e-4), (0.0, 2e-3))
+
+
+def default_rate(model: Any) -> float:
+    """The default of --lr for a model with an adapter.
+
+    The rates are those at which the rows of `docs/quality.md` and `docs/results-systems.md` were measured, rounded. A
+    low-rank update with the default scale needs the same rate at every rank. Dense units, and low-rank terms with
+    `scale=1`, need higher rates the fewer values are trained.
+    """
+    config = model.active_peft_config
+    if "mask" in config.parts:
+        return MASK
+    if config.parts == ["low_rank"] and config.scale not in (None, 1.0):
+        return SCALED_RANK
+    share = model.base_model.plan().trainable_share
+    return next(rate for least, rate in BY_SHARE if share >= least)
+
+
+def rate_line(rate: float, model: Any) -> str:
+    """What the default was chosen for, in words for the user."""
+    config, share = model.active_peft_config, model.base_model.plan().trainable_share
+    names = {"low_rank": "low-rank", "dense": "dense", "mask": "mask", "sparse": "sparse"}
+    update = " + ".join(names.get(part, part) for part in config.parts)
+    return f"learning rate {rate:g}, the default for a {update} update of {share:.1%} of the base (--lr)"

@@ -1,0 +1,275 @@
+"""An adapter, its task and a folder go in; the adapter is trained, evaluated and saved there, with metrics.json.
+
+Ctrl-C ends a training after the step that is running, with a checkpoint; `--resume` goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.text import Text
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..reporting.facts import plan_figures
+from ..tasks.metrics import Quality
+from ..tasks.task import Task
+from ..tasks.weights import balanced_weights, weighted_loss
+from ..utils.errors import SensiError
+from ..utils.files import read_json_object, write_atomically
+from ..utils.progress import show_progress
+from .checks import UNFINISHED
+from .rates import WHOLE, default_rate
+from .terminal import err
+
+
+PACKAGES = ("peft-sensi", "peft", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options of the command about training. `lr` is `None` for the default, see `rates`."""
+
+    epochs: float
+    lr: float | None
+    batch_size: int
+    bf16: bool
+    seed: int
+    class_weights: str | None = None
+    early_stopping: int | None = None
+
+
+def check_training(task: Task, training: Training) -> None:
+    """Raises `SensiError` if the data does not allow what the options of the training ask for."""
+    if training.class_weights:
+        balanced_weights(task)
+    if training.early_stopping and not len(task.validation):
+        raise SensiError("--early-stopping needs validation rows: give --validation, or a --validation-share above 0.")
+
+
+class Run:
+    """An adapter and its task, and the folder in which it is saved after each training.
+
+    `state` says what was done before the current training, for `--resume`: `options` of the command, and figures.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        folder: Path,
+        training: Training,
+        state: Mapping[str, Any],
+        is_whole: bool = False,
+    ) -> None:
+        self.model, self.task, self.folder, self.training = model, task, folder, training
+        self.state, self.is_whole = dict(state), is_whole
+        self.seconds = float(self.state.get("seconds", 0.0))
+
+    @property
+    def rate(self) -> float:
+        if self.training.lr is not None:
+            return self.training.lr
+        return WHOLE if self.is_whole else default_rate(self.model)
+
+    def trainer(self, epochs: float = 0.0, callbacks: list[Any] | None = None) -> Trainer:
+        options, stops = self.training, self.training.early_stopping if epochs else None
+        best = {
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": self.task.main_metric,
+            "save_total_limit": 1,
+        }
+        arguments = TrainingArguments(
+            str(self.folder),
+            num_train_epochs=epochs,
+            learning_rate=self.rate,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=2 * options.batch_size,
+            warmup_steps=0.1,
+            bf16=options.bf16,
+            use_cpu=not torch.accelerator.is_available(),  # otherwise TrainingArguments refuses bf16 on a CPU
+            seed=options.seed,
+            logging_strategy="steps",
+            logging_steps=0.02,  # a number below 1 is a share of all steps
+            logging_first_step=True,
+            report_to="none",
+            disable_tqdm=False,
+            remove_unused_columns=False,
+            **(best if stops else {"save_strategy": "no"}),  # type: ignore[arg-type]
+        )
+        trainer = Trainer(
+            self.model,
+            arguments,
+            train_dataset=self.task.train,  # type: ignore[arg-type]
+            eval_dataset=self.task.validation if stops else None,  # type: ignore[arg-type]
+            data_collator=self.task.collator,
+            processing_class=self.task.tokenizer,
+            compute_loss_func=weighted_loss(self.task) if options.class_weights else None,
+            compute_metrics=self._compute_metrics if stops else None,
+            callbacks=[*(callbacks or []), *([EarlyStoppingCallback(stops)] if stops else [])],
+        )
+        show_progress(trainer)
+        return trainer
+
+    def _compute_metrics(self, outcome: Any) -> dict[str, float]:
+        values = self.task.metrics(outcome.predictions, self.task.validation)
+        return {name: -1.0 if value is None else value for name, value in values.items()}  # undefined is worst
+
+    def train(self, epochs: float, callbacks: list[Any] | None = None, stage: str = "train") -> None:
+        """Trains, and saves the adapter. A stage that was interrupted goes on from its checkpoint.
+
+        Raises:
+            SensiError: Values are not finite. Nothing is saved then.
+            KeyboardInterrupt: Ctrl-C was pressed. A checkpoint was written.
+        """
+        checkpoint = get_last_checkpoint(str(self.folder)) if self.state.get("stage") == stage else None
+        if checkpoint is None:
+            remove_checkpoints(self.folder)
+        self.state |= {"stage": stage, "seconds": self.seconds}
+        self._write(UNFINISHED, self.state)
+        start = time.perf_counter()
+        stop = StopAfterStep()
+        trainer = self.trainer(epochs, [*(callbacks or []), stop])
+        with stop.instead_of_interrupts():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        self.seconds += time.perf_counter() - start
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+            raise SensiError(
+                "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
+            )
+        self.steps = trainer.state.global_step
+        trainer.save_model()  # before anything else can go wrong
+
+    def evaluate(self) -> Quality:
+        """The quality on the validation rows; without such rows, it is empty and says so."""
+        if not len(self.task.validation):
+            return Quality({}, remarks=["There are no validation rows, so the quality is not known."])
+        outcome = self.trainer().predict(self.task.validation)  # type: ignore[arg-type]
+        return self.task.quality(outcome.predictions, self.task.validation)
+
+    def write_metrics(self, base: Any, **more: Any) -> dict[str, Any]:
+        """Writes `metrics.json`, and removes what an interrupted training needs.
+
+        Returns the metrics; `{}` except in process 0. `base` is the config of the base model.
+        """
+        if PartialState().process_index:
+            return {}
+        # Loaders take a folder with this file, of a run of an older version, for a whole model.
+        (self.folder / "config.json").unlink(missing_ok=True)
+        plan = self.model.base_model.plan()
+        result = {
+            **more,
+            "rows": {"train": len(self.task.train.raw), "validation": len(self.task.validation.raw)},
+            "classes": self.task.labels.names,
+            "task": self.task.record,
+            "learning_rate": self.rate,
+            "batch_size": self.training.batch_size,
+            "class_weights": self.training.class_weights,
+            "early_stopping": self.training.early_stopping,
+            "seed": self.training.seed,
+            "bf16": self.training.bf16,
+            "trained_values": plan.trainable_params,
+            "plan": plan_figures(plan),
+            "weight_bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
+            "versions": versions(),
+            "data_sha256": {Path(name).name: found for name, found in self.task.hashes.items()},
+            "base_revision": getattr(base, "_commit_hash", None),
+            "folder": str(self.folder),
+            "command": sys.argv[1:],
+        }
+        (self.folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody needs with the adapter
+        self._write("metrics.json", result)
+        remove_checkpoints(self.folder)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        return result
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        if PartialState().process_index == 0:
+            text = json.dumps(value, indent=2, default=str)
+            write_atomically(self.folder / name, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an interrupted training in this folder had done. Raises `SensiError` if its options were others."""
+    state = read_json_object(folder / UNFINISHED)
+    now = json.loads(json.dumps(options, default=str))
+    before = state.get("options", {})
+    if changed := [name for name in now if now[name] != before.get(name)]:
+        name = changed[0]
+        raise SensiError(
+            f"--resume goes on with the same options, but {name} was {before.get(name)!r} and is {now[name]!r}."
+        )
+    if get_last_checkpoint(str(folder)) is None:
+        raise SensiError(
+            f"{folder} has no checkpoint, because the training was interrupted too early: use --overwrite."
+        )
+    return state
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints of an earlier training in this folder."""
+    if PartialState().process_index == 0:
+        for path in folder.glob("checkpoint-*"):
+            if path.is_dir() and (path / "trainer_state.json").is_file():
+                shutil.rmtree(path)
+
+
+class StopAfterStep(TrainerCallback):
+    """Ctrl-C ends the training after the running step, with a checkpoint. A second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def instead_of_interrupts(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there, signals can be handled
+            yield
+            return
+        old = signal.signal(signal.SIGINT, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, old)
+
+    def _request(self, *_: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        err.print("stopping after this step, and writing a checkpoint; Ctrl-C again stops at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.requested:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        # Not `should_training_stop`: what belongs to the end of a training (a cut, the best model) must not happen.
+        if self.requested:
+            text = f"saved step {state.global_step} of {state.max_steps}; the same command with --resume goes on"
+            err.print(Text(text), soft_wrap=True)
+            raise KeyboardInterrupt
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,195 @@
+"""The command `sweep`: one ranking, several budgets, and what each of them costs and saves."""
+
+from __future__ import annotations
+
+import copy
+import json as jsonlib
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ..planning.budget import Budget
+from ..reporting.tables import records_table
+from ..utils.errors import SensiError
+from ..utils.formatting import human
+from . import arguments as args
+from .arguments import option
+from .base_commands import load_base, plan_renderables
+from .checks import check_budget, check_out
+from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
+from .terminal import err, print_result, step
+
+
+TABLE, PICTURE, SCORES = "sweep.json", "sweep.png", "scores.safetensors"
+
+
+@with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
+def sweep(
+    model: args.Model,
+    reading: dict[str, Any],
+    data: Annotated[list[str], LABELED],
+    budgets: Annotated[
+        str,
+        option(
+            "--budgets",
+            "LIMITS",
+            "Budgets, such as 0.75 0.5 0.25: shares of the parameters of heads and neurons "
+            "to keep. 1 is the whole model.",
+            args.BUDGET,
+        ),
+    ],
+    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapters, the table and the picture.")],
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    score: args.Ranking = args.FISHER,
+    epochs: Annotated[float, option("--epochs", "N", "Passes over the data for each budget.", min=0)] = 3,
+    lr: Annotated[
+        float | None,
+        option("--lr", "RATE", "The peak learning rate. Default: that of the command train, for each budget."),
+    ] = None,
+    batch_size: args.BatchSize = 32,
+    sequence_length: Annotated[
+        int, option("--sequence-length", "N", "Tokens of the sequence whose time is measured.", min=1)
+    ] = 128,
+    rounds: Annotated[int, option("--rounds", "N", "How often the models take turns when they are timed.", min=1)] = 7,
+    overwrite: args.Overwrite = False,
+    bf16: args.Bf16 = None,
+    seed: args.Seed = 0,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Train under several budgets with one ranking, and show the metric over size and over measured time.
+
+    Heads and neurons are ranked once. Each budget gets an adapter of its own in the folder, beside a table
+    (sweep.json) and a picture (sweep.png).
+    """
+    from ..anatomy.build import build_anatomy
+    from .run import Training
+    from .train import score_for, train_for
+
+    limits = budgets_of([budgets, *(more or [])])
+    args.check_rate(lr)
+    folders = {limit: out_folder / f"{limit:g}" for limit in limits}
+    for folder in folders.values():
+        check_out(folder, overwrite)
+    base, task = load_base(model, data, seed=seed, **task_options(reading))
+    if not len(task.validation):
+        raise SensiError("A sweep compares validation results: give --validation, or a --validation-share above 0.")
+    check_budget(build_anatomy(base), {"params": min(limits)})
+    training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed)
+    with step("ranking heads and neurons", show=not json):
+        ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed)
+        ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
+    results = []
+    for limit, folder in folders.items():
+        err.print(Text(f"budget {limit:g}", "bold"))
+        results.append(train_for(
+            copy.deepcopy(base), task, folder, training, limits={"params": limit}, recipe=None, score=score.value,
+            scores=ranking, thorough=False, state={"options": {"sweep": limits}},
+            show=lambda plan: None if json else err.print(*plan_renderables(plan)),
+        ))  # fmt: skip
+    if not all(results):
+        return  # another process prints
+    points = [point_of(limit, result, task.main_metric) for limit, result in zip(limits, results, strict=True)]
+    whole = add_times(points, [str(folder) for folder in folders.values()], base, sequence_length, rounds, json)
+    table = {"model": model, "metric": task.main_metric, "base_parameters": base.num_parameters(), "base_ms": whole,
+             "sequence_length": sequence_length, "points": points}  # fmt: skip
+    from ..utils.files import write_atomically
+
+    text = jsonlib.dumps(table, indent=2) + "\n"
+    write_atomically(out_folder / TABLE, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    lines = [f"table: {out_folder / TABLE}"]
+    if (picture := draw(points, table, out_folder / PICTURE)) is not None:
+        lines.append(f"picture: {picture}")
+    print_result(json, table, points_table(points, table), *lines)
+
+
+def budgets_of(texts: list[str]) -> list[float | int]:
+    """The budgets in the texts, between blanks or commas, the largest first. Raises `SensiError`."""
+    parts = [part for text in texts for part in re.split(r"[,\s]+", text) if part]
+    limits = {args.number("budgets", part) for part in parts}
+    if not limits:
+        raise SensiError("--budgets needs at least one share, such as 0.75 0.5 0.25.")
+    for limit in limits:
+        Budget.parse({"params": limit})
+    return sorted(limits, key=lambda limit: (limit > 1, limit), reverse=True)
+
+
+def point_of(limit: float | int, result: dict[str, Any], metric: str) -> dict[str, Any]:
+    """One line of the table, from the metrics of a training."""
+    return {
+        "budget": limit,
+        "folder": result["folder"],
+        "value": result["validation"].get(metric),
+        "interval": result["validation_interval"].get(metric),
+        "metrics": result["validation"],
+    }
+
+
+def add_times(
+    points: list[dict[str, Any]], folders: list[str], base: Any, length: int, rounds: int, quiet: bool
+) -> float | None:
+    """Adds the parameters and the time of each merged model to its point. Returns the base's time in milliseconds.
+
+    The models take turns, one sequence at a time. On a machine that is too busy, times are `None`, with a warning.
+    """
+    import torch
+
+    from ..anatomy.modules import positions_of
+    from ..merging.latency import time_models
+    from ..reporting.saved import load_adapter, open_adapter
+
+    models = {}
+    for point, folder in zip(points, folders, strict=True):
+        merged: Any = load_adapter(open_adapter(folder)).merge_and_unload()
+        point |= {"parameters": merged.num_parameters(), "ms": None}
+        models[folder] = merged.float().cpu().eval()
+    if (table := positions_of(base)) is not None:
+        length = min(length, table[1])
+    try:
+        with step("measuring times", show=not quiet), torch.no_grad():
+            whole, times = time_models(base.float().cpu().eval(), models, sequence_length=length, rounds=rounds)
+    except SensiError as error:
+        err.print(Text.assemble(("warning: ", "yellow"), f"no times: {error}"), soft_wrap=True)
+        return None
+    for point, folder in zip(points, folders, strict=True):
+        point["ms"] = times[folder]
+    return whole
+
+
+def draw(points: list[dict[str, Any]], table: dict[str, Any], path: Path) -> Path | None:
+    """Draws the picture, if matplotlib is installed and there is something to draw."""
+    from ..plotting.sweeps import plot_sweep
+
+    drawn = [point for point in points if point["value"] is not None]
+    if not drawn:
+        return None
+    sizes = {"share of the base's parameters": [point["parameters"] / table["base_parameters"] for point in drawn]}
+    if table["base_ms"]:
+        sizes["share of the base's measured time"] = [point["ms"] / table["base_ms"] for point in drawn]
+    try:
+        plot_sweep(
+            path, table["metric"], [point["value"] for point in drawn], [point["interval"] for point in drawn],
+            [f"{point['budget']:g}" for point in drawn], sizes,
+        )  # fmt: skip
+    except SensiError as error:  # no matplotlib
+        err.print(Text(f"no picture: {error}", "dim"), soft_wrap=True)
+        return None
+    return path
+
+
+def points_table(points: list[dict[str, Any]], table: dict[str, Any]) -> Any:
+    rows = []
+    for point in points:
+        value, bounds = point["value"], point["interval"]
+        share, ms = point["parameters"] / table["base_parameters"], point["ms"]
+        rows.append([
+            f"{point['budget']:g}",
+            f"{human(point['parameters'])} ({share:.1%})",
+            "-" if ms is None else f"{ms:.3g} ms ({ms / table['base_ms']:.1%})",
+            "undefined" if value is None else f"{value:.4f}",
+            "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}",
+        ])  # fmt: skip
+    return records_table(["budget", "parameters", "time", table["metric"], "95 % interval"], rows)

@@ -1,0 +1,230 @@
+"""The commands that train: `train` and `trim`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.text import Text
+
+from ..reporting.tables import facts_table, records_table
+from ..utils.errors import SensiError
+from ..utils.formatting import size_of
+from . import arguments as args
+from .arguments import option
+from .base_commands import load_base, plan_renderables, read_data
+from .checks import check_latency_tables, check_out
+from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
+from .terminal import err, print_result, step
+
+
+# What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
+
+
+@with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
+def train(
+    model: args.Model,
+    reading: dict[str, Any],
+    data: Annotated[list[str], LABELED],
+    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapter.")],
+    budget: args.Params = None,
+    flops: args.Flops = None,
+    latency: args.Latency = None,
+    decode_latency: args.DecodeLatency = None,
+    latency_table: args.LatencyTables = None,
+    trainable: args.Trainable = None,
+    recipe: Annotated[
+        args.Recipe | None, option("--recipe", "NAME", "A published method that `peft-sensi recipes` lists.")
+    ] = None,
+    score: Annotated[
+        args.Score | None, option("--score", "NAME", "How units are ranked, as in `peft-sensi plan`. Default: fisher.")
+    ] = None,
+    scores: args.SavedScores = None,
+    thorough: Annotated[
+        bool,
+        option("--thorough", None, "Train the whole model, then trim it, then train as long again: for hard tasks."),
+    ] = False,
+    epochs: Annotated[float, option("--epochs", "N", "Passes over the data.", min=0)] = 3,
+    lr: Annotated[
+        float | None,
+        option(
+            "--lr",
+            "RATE",
+            "The peak learning rate. Default: 2e-3 for a low-rank update, 1e-4 for dense units (3e-4 if they are "
+            "less than a quarter of the base), 3e-3 for masks, 5e-5 with --thorough.",
+        ),
+    ] = None,
+    batch_size: args.BatchSize = 32,
+    class_weights: Annotated[
+        args.ClassWeights | None,
+        option("--class-weights", "balanced", "Let all classes count the same in the loss, however rare."),
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        option(
+            "--early-stopping",
+            "N",
+            "Evaluate after each epoch, stop after N epochs without progress, and keep the best model.",
+            min=1,
+        ),
+    ] = None,
+    overwrite: args.Overwrite = False,
+    resume: args.Resume = False,
+    bf16: args.Bf16 = None,
+    seed: args.Seed = 0,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Train an adapter under a budget: for classes, numbers, tags of words, or answers to questions.
+
+    The folder gets the adapter, the tokenizer, the names of the labels, metrics.json and the scores.
+
+    Ctrl-C leaves a checkpoint, from which --resume goes on.
+    """
+    from ..scoring.scores import Scores
+    from .run import Training, check_training, resumed_state
+    from .train import train_for
+
+    limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
+    if thorough and (recipe is not None or trainable is not None or scores is not None):
+        raise SensiError("--thorough trains the whole model first: leave out --recipe, --trainable and --scores.")
+    if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
+        raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
+    if recipe not in (None, "sensi_bert") and limits is not None:
+        raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget and other limits.")
+    if recipe is not None and score is not None:
+        raise SensiError(f"The recipe {recipe} has its own way to rank units: leave out --score.")
+    if thorough and early_stopping:
+        raise SensiError("--thorough trains for a fixed number of epochs: leave out --early-stopping.")
+    args.check_rate(lr)
+    check_latency_tables(latency_table)
+    check_out(out_folder, overwrite, resume)
+    options = {
+        "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
+        "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed, "--bf16": bf16,
+        "--class-weights": class_weights, "--early-stopping": early_stopping, "the options about the data": reading,
+    }  # fmt: skip
+    state = resumed_state(out_folder, options) if resume else {"options": options}
+    training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights, early_stopping)
+    ranking = None if scores is None else Scores.load(scores)
+    base, task = load_base(model, data, seed=seed, **task_options(reading))
+    check_training(task, training)
+    result = train_for(
+        base, task, out_folder, training, limits=limits, thorough=thorough, latency=latency_table,
+        recipe=recipe.value if recipe else None, score=(score or args.FISHER).value, scores=ranking, state=state,
+        show=lambda plan: err.print(*plan_renderables(plan)),
+    )  # fmt: skip
+    if not result:
+        return  # another process prints
+    facts = quality_facts(result) | {
+        "validation rows": f"{result['rows']['validation']:,}",
+        "trained values": f"{result['trained_values']:,}",
+        "adapter": size_of(result["weight_bytes"]),
+        "training": f"{result['seconds']['training']:.0f} s",
+    }
+    for remark in result["validation_remarks"]:
+        err.print(Text.assemble(("warning: ", "yellow"), remark), soft_wrap=True)
+    print_result(json, result, facts_table(facts), f"saved in {out_folder}")
+
+
+@with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
+def trim(
+    model: Annotated[str, args.argument("MODEL_OR_ADAPTER", "A fine-tuned model, or an adapter of `train`.")],
+    reading: dict[str, Any],
+    data: Annotated[list[str], LABELED],
+    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the trimmed adapter.")],
+    budget: args.Params = None,
+    flops: args.Flops = None,
+    latency: args.Latency = None,
+    decode_latency: args.DecodeLatency = None,
+    latency_table: args.LatencyTables = None,
+    heal_epochs: Annotated[
+        float, option("--heal-epochs", "N", "Passes over the data after the trim; 0 for no training.", min=0)
+    ] = 0,
+    lr: Annotated[
+        float | None, option("--lr", "RATE", "The peak learning rate after the trim. Default: 5e-5.")
+    ] = None,
+    overwrite: args.Overwrite = False,
+    resume: args.Resume = False,
+    base: args.Base = None,
+    batch_size: args.BatchSize = 32,
+    bf16: args.Bf16 = None,
+    seed: args.Seed = 0,
+    json: args.Json = False,
+    debug: args.Debug = False,
+) -> None:
+    """Make a trained model smaller: a fine-tuned model, or an adapter that `train` has made.
+
+    Shows the quality before the trim, after it without any training, and after --heal-epochs of training.
+    """
+    import transformers
+    from transformers import AutoConfig
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..reporting.saved import base_config, is_adapter, load_adapter, load_pretrained, open_adapter, task_of
+    from ..tasks.labels import labels_of_head
+    from ..tasks.record import kind_of_model, saved_record
+    from ..tasks.task import KINDS
+    from .run import Training, resumed_state
+    from .train import trim_for
+
+    limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
+    args.check_rate(lr)
+    check_latency_tables(latency_table)
+    check_out(out_folder, overwrite, resume)
+    options = {
+        "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
+        "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16,
+        "the options about the data": reading,
+    }  # fmt: skip
+    state = resumed_state(out_folder, options) if resume else {"options": options}
+    saved = open_adapter(model) if is_adapter(model) else None
+    config: Any = load_pretrained(AutoConfig, model) if saved is None else base_config(saved, base)
+    wanted = task_options(reading)
+    record = {} if saved is None else saved_record(saved.folder)
+    known = kind_of_model(None if saved is None else task_of(saved.config), config.architectures)
+    wanted["kind"] = wanted["kind"] or known
+    wanted["label_separator"] = wanted["label_separator"] or record.get("label_separator")
+    is_regressor = config.problem_type == "regression" or config.num_labels == 1
+    names = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
+    head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
+    task = read_data(
+        model if saved is None else str(saved.folder), data, seed=seed, head=head, config=config,
+        **wanted | {"regression": is_regressor or wanted["regression"]},
+    )  # fmt: skip
+    with step("loading the model"):
+        if resume:
+            saved = open_adapter(str(get_last_checkpoint(str(out_folder))))
+            trained: Any = load_adapter(saved, base, is_trainable=True)
+        elif saved is not None:
+            trained = load_adapter(saved, base, is_trainable=True)
+        else:
+            trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model).float()
+    training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed)
+    result = trim_for(
+        trained, task, out_folder, training, name=model, limits=limits, latency=latency_table, state=state,
+        show=lambda plan: err.print(*plan_renderables(plan)),
+    )  # fmt: skip
+    if not result:
+        return  # another process prints
+    measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
+    if heal_epochs:
+        measured[f"after {heal_epochs:g} epochs"] = "validation"
+    rows = [
+        [when, *("undefined" if value is None else f"{value:.4f}" for value in result[key].values())]
+        for when, key in measured.items()
+    ]
+    table = records_table(["", *result["validation"]], rows)
+    print_result(json, result, table, f"saved in {out_folder}")
+
+
+def quality_facts(result: dict[str, Any]) -> dict[str, str]:
+    """The metrics with their intervals and baselines, as texts by name."""
+    facts = {}
+    for name, value in result["validation"].items():
+        low, high = result["validation_interval"].get(name, (None, None))
+        constant = result["validation_baseline"].get(name)
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        baseline = "" if constant is None else f", always the most frequent: {constant:.4f}"
+        facts[name] = "undefined" if value is None else f"{value:.4f}{interval}{baseline}"
+    return facts

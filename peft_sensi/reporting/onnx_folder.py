@@ -1,0 +1,112 @@
+"""The files beside an ONNX file, with which a program can use it: the tokenizer, and `NAME.json`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..merging.onnx import ExportReport
+from ..utils.errors import SensiError
+from ..utils.files import read_json_object, write_atomically
+from .results import metrics_of, task_record
+from .saved import SavedAdapter, task_of
+from .saved_merged import SavedMerged, tokenizer_of
+
+
+MADE_BY = "peft_sensi"
+# What is predicted, for PEFT's task types.
+_KINDS = {"SEQ_CLS": "text", "TOKEN_CLS": "words", "QUESTION_ANS": "answers"}
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raises `SensiError` if the folder has files of another tokenizer, which would be lost."""
+    if tokenizer is None or not folder.is_dir():
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for new in Path(temporary).iterdir():
+            old = folder / new.name
+            if old.is_file() and old.read_bytes() != new.read_bytes():
+                raise SensiError(
+                    f"{old} belongs to another tokenizer and would be replaced: write the ONNX file into a folder of "
+                    f"its own."
+                )
+
+
+def write_companions(
+    saved: SavedAdapter | SavedMerged, config: Any, tokenizer: Any, report: ExportReport
+) -> list[Path]:
+    """Writes the tokenizer and `NAME.json` beside `NAME.onnx`. Returns the path of `NAME.json`, then the tokenizer's.
+
+    `NAME.json` has what a program must know: `kind` (`text`, `words` or `answers`), `labels`, `problem_type`,
+    `max_length` in tokens, names of `inputs` and `outputs`, the name of the `int8` file, the model's class, and as
+    `task` what the training has noted about the data.
+    """
+    file = report.file.path
+    record = dict(task_record(metrics_of(saved.folder)))
+    task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
+    names = config.id2label or {}
+    labels = [str(names[i]) for i in sorted(names)]
+    limits = [record.get("max_length"), report.longest, getattr(tokenizer, "model_max_length", None)]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**6]
+    values = {
+        "made_by": MADE_BY,
+        "version": _version(),
+        "kind": _KINDS.get(task or ""),
+        "model_class": (config.architectures or [None])[0],
+        "labels": [] if config.problem_type == "regression" or task not in ("SEQ_CLS", "TOKEN_CLS") else labels,
+        "problem_type": config.problem_type,
+        "max_length": min(known, default=None),
+        "inputs": list(report.inputs),
+        "outputs": list(report.outputs),
+        "opset": report.opset,
+        "int8": report.int8.path.name if report.int8 else None,
+        "task": record,
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    target = file.with_suffix(".json")
+    write_atomically(target, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    written = [target]
+    if tokenizer is not None and file.parent.resolve() != saved.folder.resolve():
+        written += [Path(name) for name in tokenizer.save_pretrained(file.parent) if Path(name).is_file()]
+    return written
+
+
+def read_companion(file: Path) -> dict[str, Any]:
+    """The values of `NAME.json` beside `NAME.onnx` or `NAME.int8.onnx`. Raises `SensiError` if there is none."""
+    path = file.parent / f"{file.name.removesuffix('.onnx').removesuffix('.int8')}.json"
+    values = read_json_object(path, optional=True)
+    if values.get("made_by") != MADE_BY:
+        raise SensiError(f"{path} is missing: `peft-sensi export` writes it beside the ONNX file. Export it again.")
+    return values
+
+
+def find_onnx(place: Path) -> Path | None:
+    """The ONNX file that `place` is or that the folder holds; `None` if there is none, or a model of another form."""
+    if place.is_file():
+        return place if place.suffix == ".onnx" else None
+    if not place.is_dir() or any((place / name).exists() for name in ("config.json", "adapter_config.json")):
+        return None
+    found = sorted(path for path in place.glob("*.onnx") if not path.name.endswith(".int8.onnx"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise SensiError(f"{place} holds several ONNX files ({names}): give the path of one of them.")
+    return found[0] if found else None
+
+
+def load_tokenizer(saved: SavedAdapter | SavedMerged, base: str | None, folder: Path) -> Any:
+    """The tokenizer for `write_companions`, after `check_tokenizer`."""
+    tokenizer = tokenizer_of(saved, base)
+    if folder.resolve() != saved.folder.resolve():
+        check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def _version() -> str | None:
+    try:
+        return version("peft-sensi")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,118 @@
+"""What `metrics.json` says about a training goes in; tables and metadata for a model card come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..utils.errors import SensiError
+from ..utils.files import read_json, read_json_object
+from .saved import METRICS
+
+
+# The settings of a training that a card shows, by their names in `metrics.json`. Those that are missing, `None` or
+# `False` there are left out.
+_SETTINGS = {
+    "recipe": "recipe",
+    "thorough": "trained whole first (`--thorough`)",
+    "epochs": "epochs",
+    "learning_rate": "learning rate",
+    "batch_size": "batch size",
+    "max_length": "longest input, in tokens",
+    "class_weights": "class weights",
+    "early_stopping": "early stopping, epochs without progress",
+    "base_revision": "revision of the base",
+    "bf16": "bfloat16",
+    "seed": "seed",
+}
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """What the command wrote into `metrics.json`; empty if there is no such file, or something else in it."""
+    return read_json_object(folder / METRICS, optional=True)
+
+
+def task_record(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `metrics` says about the inputs and labels of the task; empty if it says nothing."""
+    record = metrics.get("task")
+    return record if isinstance(record, Mapping) else {}
+
+
+def results_table(results: Any) -> str:
+    """Measured numbers as a Markdown table; see `write_card` for their forms and the errors. Empty for `None`."""
+    if results is None:
+        return ""
+    source = results
+    if isinstance(results, (str, Path)):
+        results = read_json(results)
+    if isinstance(results, Mapping):
+        numbers = results["validation"] if isinstance(results.get("validation"), Mapping) else results
+        rows = [(name, cell(value)) for name, value in numbers.items() if is_number(value)]
+        counts = results.get("rows")
+        if isinstance(counts, Mapping):
+            rows += [(f"{name} rows", cell(value)) for name, value in counts.items() if is_number(value)]
+        header = ["measure", "value"]
+    else:
+        records = [record for record in results if isinstance(record, Mapping)] if isinstance(results, list) else []
+        header = list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, str) or is_number(v)))
+        rows = [tuple(cell(record.get(name)) for name in header) for record in records]  # type: ignore[misc]
+    if not rows:
+        raise SensiError(f"There are no numbers for the card in {source!r:.80}.")
+    return markdown([header, ["---"] * len(header), *rows])
+
+
+def markdown(lines: Iterable[Sequence[Any]]) -> str:
+    """Rows as a Markdown table. The first is the header, the second the line below it."""
+    return "\n".join(f"| {' | '.join(str(value).replace('|', '/') for value in line)} |" for line in lines)
+
+
+def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the adapter was trained: settings, data (names only), time, and versions of the packages."""
+    known = {**task_record(metrics), **metrics}
+    rows = [("data", ", ".join(f"`{name}`" for name in data_names(metrics)))]
+    for key, label in _SETTINGS.items():
+        value = known.get(key)
+        if isinstance(value, (str, int, float)) and value not in (None, False):
+            rows.append((label, "yes" if value is True else f"{value:g}" if is_number(value) else str(value)))
+    seconds = metrics.get("seconds")
+    if isinstance(seconds, Mapping) and is_number(seconds.get("training")):
+        rows.append(("training time", f"{seconds['training']:,.0f} s"))
+    versions = metrics.get("versions")
+    if isinstance(versions, Mapping):
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return [(label, value) for label, value in rows if value]
+
+
+def data_names(metrics: Mapping[str, Any]) -> list[str]:
+    """The names of the data files or data sets, without their folders. The last one was used for validation."""
+    found = metrics.get("data_sha256")
+    names = list(found) if isinstance(found, Mapping) else []
+    # The name of a data set on the Hub has a slash, too, but no suffix.
+    return [Path(name).name if Path(name).suffix else name for name in names]
+
+
+def model_index(metrics: Mapping[str, Any], task: str | None) -> list[EvalResult] | None:
+    """The validation results in the form of the Hub's `model-index`; `None` without results or without a task."""
+    numbers = metrics.get("validation")
+    if task is None or not isinstance(numbers, Mapping):
+        return None
+    data = (data_names(metrics) or ["not named"])[-1]
+    results = [
+        EvalResult(task, Path(data).stem if Path(data).suffix else data, data, name, round(value, 6))
+        for name, value in numbers.items()
+        if is_number(value)
+    ]
+    return results or None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if is_number(value) else str(value)

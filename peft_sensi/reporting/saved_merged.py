@@ -1,0 +1,184 @@
+"""A merged folder goes in; what its files contain comes out, without the weights, or the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from ..anatomy.build import build_anatomy
+from ..anatomy.widths import RECORD_KEY, on_meta
+from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
+from ..merging.hashes import check_hashes
+from ..merging.load import load_merged, without_weights
+from ..utils.errors import SensiLoadError
+from ..utils.files import open_safetensors, read_json_object
+from ..utils.formatting import human, size_of
+from .saved import METRICS, TOKENIZER_FILES, SavedAdapter, file_in, is_adapter, load_pretrained, open_adapter
+
+
+_ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+            "ForQuestionAnswering": "QUESTION_ANS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
+            "Model": "FEATURE_EXTRACTION"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedMerged:
+    """A merged model on disk: its config and the header of its weights file. The weights are not in memory.
+
+    Attributes:
+        name: The name of the repository on the Hub, or of the folder.
+        folder: Where the files are.
+        values: The object in `config.json`.
+        weights: The name of the weights file.
+        tensors: Each tensor's dtype, as safetensors spells it, and its shape.
+        file_bytes: The size of the weights file.
+    """
+
+    name: str
+    folder: Path
+    values: dict[str, Any]
+    weights: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    file_bytes: int
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model class."""
+        record = self.values.get(RECORD_KEY) or {}
+        return str(record.get("architecture") or next(iter(self.values.get("architectures") or ()), ""))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether any `from_pretrained` loads it."""
+        return RECORD_KEY not in self.values
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's task type."""
+        return next((task for ending, task in _ENDINGS.items() if self.architecture.endswith(ending)), None)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes; empty if nobody named them."""
+        names = self.values.get("id2label")
+        found = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
+        return [] if all(name.startswith("LABEL_") for name in found) else found
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+
+def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
+    """Reads the config and the tensors' names and shapes of an adapter or a merged model, in a folder or on the Hub.
+
+    Raises:
+        SensiLoadError: There is neither an adapter of this package nor a merged model, or it is not complete, or the
+            files of a merged model do not belong together.
+    """
+    if is_adapter(str(name)):
+        return open_adapter(name)
+    file = file_in(str(name), CONFIG)
+    values = {} if file is None else read_json_object(file)
+    if file is None or not (RECORD_KEY in values or values.get("saved_by") == "peft_sensi"):
+        if not Path(name).is_dir():
+            return open_adapter(name)  # raises the error that says why it was not found
+        found = f"a model that peft_sensi has not merged ({CONFIG})" if file else "neither of the two"
+        raise SensiLoadError(
+            f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
+        )
+    record = values.get(RECORD_KEY)
+    if record is not None:
+        check_record(record)
+    weights = str((record or {}).get("weights") or values.get("transformers_weights") or WEIGHTS)
+    folder, shown = file.parent, str(name)
+    if Path(name).is_dir():
+        folder, shown = Path(name), Path(name).resolve().name
+    else:
+        wanted = [CONFIG, weights, METRICS, "generation_config.json", *TOKENIZER_FILES, "README.md", "*.png"]
+        folder = Path(snapshot_download(str(name), allow_patterns=wanted))
+    if not (folder / weights).is_file():
+        raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {CONFIG} names.")
+    if record is not None or "transformers_weights" in values:  # as in `load_merged`
+        try:
+            check_hashes(folder, values, folder / weights)
+        except ValueError as error:
+            raise SensiLoadError(str(error)) from None
+    with open_safetensors(folder / weights) as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}
+        tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    return SavedMerged(shown, folder, values, weights, tensors, (folder / weights).stat().st_size)
+
+
+def load_whole(model: SavedMerged) -> PreTrainedModel:
+    """The merged model, in evaluation mode."""
+    return load_merged(model.folder)
+
+
+def empty_models(model: SavedMerged) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model and, with the full widths of its config, the model before it was trimmed; both without weights.
+
+    In a plain checkpoint, the config has the new widths, and both are the same.
+    """
+    cls = architecture_of(model.architecture)
+    config = load_pretrained(AutoConfig, str(model.folder))
+    whole = copy.deepcopy(config)
+    vars(whole).pop(RECORD_KEY, None)
+    return without_weights(cls, config), on_meta(cls, whole)
+
+
+def merged_figures(model: SavedMerged) -> dict[str, Any]:
+    """What is known about a merged model, as a JSON value. `groups` has the units of each sublayer."""
+    small, whole = empty_models(model)
+    before = sum(parameter.numel() for parameter in whole.parameters())
+    sizes = {group.name: group.size for group in build_anatomy(small).groups if group.in_block}
+    groups = [
+        {"name": group.name, "kind": group.kind, "size": group.size, "kept": sizes.get(group.name, 0)}
+        for group in build_anatomy(whole).groups
+        if group.in_block
+    ]
+    return {
+        "folder": str(model.folder),
+        "class": model.architecture,
+        "task_type": model.task,
+        "labels": model.labels,
+        "parameters": model.parameters,
+        "parameters_before": None if model.is_plain else before,
+        "file_bytes": model.file_bytes,
+        "loads_without_peft_sensi": model.is_plain,
+        "groups": groups,
+    }
+
+
+def merged_facts(figures: dict[str, Any]) -> dict[str, str]:
+    """The most important figures of a merged model as texts, by label."""
+    count, before = figures["parameters"], figures["parameters_before"]
+    facts = {
+        "model class": figures["class"],
+        "task": figures["task_type"] or "unknown",
+        "classes": ", ".join(figures["labels"]) or "without names",
+        "parameters": human(count) + (f" of {human(before)} ({count / before:.1%})" if before else ""),
+        "file": size_of(figures["file_bytes"]),
+        "loads with": "AutoModel...from_pretrained, without peft_sensi"
+        if figures["loads_without_peft_sensi"]
+        else "peft_sensi.load_merged(folder), or trust_remote_code=True",
+    }
+    if not str(figures["task_type"]).endswith("_CLS"):
+        facts.pop("classes")
+    return facts
+
+
+def tokenizer_of(saved: SavedAdapter | SavedMerged, base: str | None = None) -> Any:
+    """The tokenizer beside the model, or that of its base; `None` if there is none."""
+    for source in (str(saved.folder), base or (saved.base if isinstance(saved, SavedAdapter) else None)):
+        # A missing tokenizer has many errors.
+        with contextlib.suppress(Exception):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return None

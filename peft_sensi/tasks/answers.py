@@ -1,0 +1,207 @@
+"""Questions about texts go in; windows for a model that finds answers, its metrics and the texts of answers come out.
+
+Files are in the format of SQuAD 1.1 or 2.0 (data > paragraphs > context, qas > question, answers > text,
+answer_start), or tables with the columns question, context and answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import metrics
+from .labels import DataError
+from .metrics import Quality
+from .task import Rows
+
+
+def is_squad(value: Any) -> bool:
+    """Whether a JSON value has the form of a SQuAD file."""
+    articles = value.get("data") if isinstance(value, dict) else None
+    return (
+        isinstance(articles, list)
+        and bool(articles)
+        and all(isinstance(article, dict) and "paragraphs" in article for article in articles)
+    )
+
+
+def from_squad(name: Any, value: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row per question, and a note about answers that are not at their `answer_start`, which are left out."""
+    rows: list[dict[str, Any]] = []
+    misplaced = 0
+    try:
+        for number, article in enumerate(value["data"]):
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for entry in paragraph["qas"]:
+                    # If an impossible question has answers, they are only plausible, not correct.
+                    given = [] if entry.get("is_impossible", False) else entry.get("answers")
+                    pairs = None if given is None else [(a["text"], a["answer_start"]) for a in given]
+                    title = f"{number} {article.get('title', '')}"
+                    misplaced += _add(rows, title, context, entry["question"], pairs, entry.get("id"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{name} is not in SQuAD format (data > paragraphs > context, qas > question, answers > text, "
+            f"answer_start): {type(error).__name__} {error}."
+        ) from None
+    return _checked(name, rows), _note(name, misplaced)
+
+
+def from_table(name: Any, table: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """As `from_squad`, from rows with question, context and answers (or answers.text and answers.answer_start)."""
+    rows: list[dict[str, Any]] = []
+    misplaced = 0
+    names = list(table[0])
+    if missing := [column for column in ("question", "context") if column not in names]:
+        raise DataError(
+            f"{name} has no column {missing[0]!r}; it has {', '.join(names)}. Questions need a file in SQuAD format, "
+            f"or the columns question, context and answers."
+        )
+    for number, row in enumerate(table, start=1):
+        answers = row.get("answers") or {key: row.get(f"answers.{key}") for key in ("text", "answer_start")}
+        try:
+            if isinstance(answers, list):
+                pairs: Any = [(a["text"], a["answer_start"]) for a in answers]
+            elif answers["text"] is None:
+                pairs = None if "answers" not in row else []
+            else:
+                pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+            misplaced += _add(rows, row["context"], row["context"], row["question"], pairs, row.get("id"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{name}: row {number} is not a question with answers > text, answer_start: {error}."
+            ) from None
+    return _checked(name, rows), _note(name, misplaced)
+
+
+def _add(rows: list[dict[str, Any]], article: str, context: str, question: str, pairs: Any, id: Any) -> int:
+    """Adds a question, unless all of its answers are misplaced. Returns the number of misplaced answers."""
+    right = [(t, at) for t, at in pairs or [] if t.strip() and context[at : at + len(t)] == t]
+    if not pairs or right:
+        row = {"row": len(rows) + 1, "article": article, "context": context, "question": question.strip()}
+        known = {} if pairs is None else {"answers": [text for text, _ in right], "starts": [at for _, at in right]}
+        rows.append(row | known | ({} if id is None else {"id": id}))
+    return len(pairs or []) - len(right)
+
+
+def _note(name: Any, misplaced: int) -> list[str]:
+    return [f"{name}: skipped {misplaced} answers that are not at their `answer_start`"] if misplaced else []
+
+
+def _checked(name: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not rows:
+        raise DataError(f"{name} has no questions.")
+    return rows
+
+
+def encode(raw: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, stride: int) -> tuple[Rows, int, int]:
+    """Windows over the contexts, each with its question and the token positions of the first answer.
+
+    If a window does not contain the whole answer, its positions are those of its first token, such as [CLS]. A
+    question may take half of a window; a longer question is cut. Also returns the longest input in tokens and the
+    number of contexts with several windows.
+    """
+    longest_question = max_length // 2 - tokenizer.num_special_tokens_to_add(pair=True)
+    if not 0 <= stride < max_length - max_length // 2 or longest_question < 1:
+        raise DataError(f"--stride {stride} must be less than half of the window of {max_length} tokens.")
+    found = Rows([], list(raw))
+    if not raw:
+        return found, 0, 0
+    encoded = tokenizer(
+        [shortened(row["question"], tokenizer, longest_question) for row in raw],
+        [row["context"] for row in raw],
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    samples, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+    for window, sample in enumerate(samples):
+        in_text = np.array([part == 1 for part in encoded.sequence_ids(window)])
+        places = np.where(in_text[:, None], np.array(offsets[window]), -1)
+        row = {key: values[window] for key, values in encoded.items()}
+        if (answers := raw[sample].get("answers")) is not None:
+            first, last = answer_tokens(places, answers[0], raw[sample]["starts"][0]) if answers else (0, 0)
+            row |= {"start_positions": first, "end_positions": last}
+        found.inputs.append(row)
+        found.places.append((sample, places))
+    windows = np.bincount(samples, minlength=len(raw))
+    return found, max(len(row["input_ids"]) for row in found.inputs), int((windows > 1).sum())
+
+
+def shortened(question: str, tokenizer: Any, tokens: int) -> str:
+    encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    return question if len(offsets) <= tokens else question[: offsets[tokens - 1][1]]
+
+
+def answer_tokens(places: np.ndarray, answer: str, start: int) -> tuple[int, int]:
+    """First and last token of an answer; (0, 0) if the window does not contain the whole answer."""
+    start += len(answer) - len(answer.lstrip())
+    end = start + len(answer.strip())
+    # Some tokenizers include the space before a word in its token. Therefore all tokens that overlap the answer count.
+    touched = np.flatnonzero((places[:, 0] < end) & (places[:, 1] > start) & (places[:, 0] >= 0))
+    if not len(touched):
+        return 0, 0
+    first, last = int(touched[0]), int(touched[-1])
+    return (first, last) if places[first, 0] <= start and places[last, 1] >= end else (0, 0)
+
+
+def describe(raw: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    silent = sum(not row.get("answers") for row in raw)
+    texts = len({row["context"] for row in raw})
+    return [f"{len(raw):,} questions about {texts:,} texts, {silent:,} of them without an answer"], []
+
+
+def may_be_silent(raw: Sequence[dict[str, Any]]) -> bool:
+    """Whether some questions have no answer, so that the model learns to give none."""
+    return any(not row["answers"] for row in raw)
+
+
+def measure(outputs: Any, rows: Rows, max_answer_length: int, silent: bool) -> Quality:
+    """The quality of the two logits `[windows, tokens]`. The baseline is to give no answer to any question."""
+    references = [row["answers"] for row in rows.raw]
+    texts = [found["answer"] for found in decode(outputs, rows, max_answer_length, silent)]
+    scores = metrics.answer_scores(texts, references)
+    nothing = metrics.answers(metrics.answer_scores([""] * len(references), references))
+    values, intervals = metrics.measured(
+        lambda i: metrics.answers(scores[i]), len(scores), {"exact_match": len(scores)}
+    )
+    return Quality(values, nothing, intervals)
+
+
+def decode(outputs: Any, rows: Rows, max_answer_length: int = 30, silent: bool = False) -> list[dict[str, Any]]:
+    """For each question, `answer` (cut from the text; empty for none), `score`, and `start` and `end` in characters.
+
+    An answer is the span with the highest sum of its two logits over all windows; `score` is that sum. With `silent`,
+    the answer is empty if in every window "no answer" has a higher sum than the best span of the text.
+    """
+    starts, ends = outputs[:2]
+    best: list[tuple[float, int, int]] = [(-np.inf, 0, 0)] * len(rows.raw)
+    silence = [np.inf] * len(rows.raw)
+    for (row, places), start_logits, end_logits in zip(rows.places, starts, ends, strict=True):
+        silence[row] = min(silence[row], float(start_logits[0] + end_logits[0]))
+        score, first, last = best_span(places, start_logits, end_logits, max_answer_length)
+        if score > best[row][0]:
+            best[row] = score, int(places[first, 0]), int(places[last, 1])
+    found = []
+    for raw, (score, start, end), none in zip(rows.raw, best, silence, strict=True):
+        if not np.isfinite(score) or (silent and none > score):
+            found.append({"answer": "", "score": none, "start": None, "end": None})
+        else:
+            found.append({"answer": raw["context"][start:end].strip(), "score": score, "start": start, "end": end})
+    return found
+
+
+def best_span(places: np.ndarray, starts: np.ndarray, ends: np.ndarray, longest: int) -> tuple[float, int, int]:
+    """Score, first token and last token of the best span. The score is minus infinity if the window has no text."""
+    text = np.flatnonzero(places[:, 0] >= 0)
+    if not len(text):
+        return -np.inf, 0, 0
+    length = text[None, :] - text[:, None]
+    scores = np.where((length >= 0) & (length < longest), starts[text][:, None] + ends[text][None, :], -np.inf)
+    first, last = np.unravel_index(int(scores.argmax()), scores.shape)
+    return float(scores[first, last]), int(text[first]), int(text[last])

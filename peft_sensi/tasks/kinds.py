@@ -1,0 +1,271 @@
+"""One door for all kinds of tasks: reads data for training, evaluation and prediction, and decodes outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import answers, texts, words
+from .columns import label_columns, text_columns
+from .labels import DataError, Labels, find_labels, find_several, name_of, order_of_head, parts_of
+from .metrics import Quality
+from .sources import Part, Source, read_source
+from .splitting import by_group, hold_out, sample
+from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of
+
+
+Data = str | Path | Iterable[str | Path]
+
+
+def read_task(
+    model: str,
+    data: Data,
+    validation: Data | None = None,
+    *,
+    kind: Kind | None = None,
+    head: Labels | None = None,
+    config: Any = None,
+    **options: Any,
+) -> Task:
+    """Reads the data of a training or an evaluation for a model's tokenizer.
+
+    Args:
+        model: The name of a model on the Hub, or the folder of a model or an adapter.
+        data: Files, folders or data sets. Their rows are for training, except those of a split for validation.
+        validation: The same for validation. `None`: the data's own split, or else `validation_share` of its rows.
+        kind: What is predicted. `None` is recognized from the file.
+        head: The labels of a trained head (`labels_of_head`): the labels of the file then get the same numbers.
+        config: The config of the base model, if `model` is the folder of an adapter.
+        **options: See `Options`. For an evaluation of all rows, set `validation_share=0` and use `task.train`.
+
+    Raises:
+        DataError: The data cannot be used. The message names the file, the row, and the option that settles it.
+    """
+    wanted = Options(**options)
+    source = read_source(data, kind, wanted)
+    if validation is not None:
+        other = read_source(validation, kind, replace(wanted, split=None))
+        source = Source(source.train, other.train, source.notes + other.notes)
+    kind = kind or kind_of(source.train[0])
+    tokenizer = load_tokenizer(kind, model, config)
+    limit = limit_of(tokenizer, wanted.max_length or KINDS[kind][2], _config_of(model, config, tokenizer))
+    read = {"text": _read_texts, "words": _read_words, "answers": _read_answers}[kind]
+    task = read(source, wanted, head, tokenizer, limit)
+    notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
+    task.doubts[:0] = notes
+    task.hashes = {part.name: part.sha256 for part in (*source.train, *source.validation)}
+    return task
+
+
+def rows_for_prediction(
+    kind: str, tokenizer: Any, data: Data, *, max_length: int | None = None, **options: Any
+) -> tuple[Rows, list[str]]:
+    """Tokenized rows for a prediction, and notes about the data. Labels are not needed, and not read.
+
+    Args:
+        kind: `"text"`, `"words"` or `"answers"`.
+        tokenizer: From `load_tokenizer`.
+        data: As in `read_task`. All of its rows are read, in their order.
+        max_length: Longest input in tokens.
+        **options: See `Options`: `text_column`, `pair_column`, `stride` and those about the format.
+    """
+    wanted = Options(**options)
+    limit = limit_of(tokenizer, max_length or KINDS[kind][2])
+    source = read_source(data, kind, wanted)
+    parts = source.train
+    notes = [*source.notes, *(note for part in parts for note in part.notes)]
+    if kind == "text":
+        _only(parts, "table", kind)
+        columns, doubts = text_columns(parts[0].name, parts[0].rows, [], wanted.text_column, wanted.pair_column)
+        raw = [row for part in parts for row in texts.to_raw(part.name, part.rows, columns, [], wanted)[0]]
+        return texts.encode(parts[0].name, raw, None, tokenizer, limit)[0], notes + doubts
+    if kind == "words":
+        raw = [row for part in parts for row in _sentences(part, wanted, needs_tags=False)]
+        return words.encode(raw, None, tokenizer, limit)[0], notes
+    raw = [row for part in parts for row in _questions(part)]
+    return answers.encode(raw, tokenizer, limit, wanted.stride)[0], notes
+
+
+def decode(
+    kind: str, outputs: Any, rows: Rows, labels: Labels, max_answer_length: int = 30, silent: bool = False
+) -> list[dict[str, Any]]:
+    """Readable predictions, one dict per raw row, from a model's logits (see `Task.metrics`).
+
+    For texts, `label`, `score` and `scores`; or `labels` and `scores`; or `value`. For words, `tags`, `scores` and
+    `entities`. For answers, `answer`, `score`, `start` and `end`. No PyTorch is needed.
+    """
+    if kind == "answers":
+        return answers.decode(outputs, rows, max_answer_length, silent)
+    return (texts.decode if kind == "text" else words.decode)(labels, outputs, rows)
+
+
+def kind_of(part: Part) -> Kind:
+    """The kind of task that the rows are for."""
+    if part.form in ("words", "answers"):
+        return part.form  # type: ignore[return-value]
+    names, first = set(part.rows[0]), part.rows[0]
+    if {"question", "context"} <= names and names & {"answers", "answers.text"}:
+        return "answers"
+    if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS):
+        return "words"
+    return "text"
+
+
+def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
+    """The config of the base model, if the tokenizer does not know the model's longest input."""
+    if config is not None or tokenizer.model_max_length <= 10**6:
+        return config
+    from transformers import AutoConfig
+
+    from ..reporting.saved import load_pretrained
+
+    return load_pretrained(AutoConfig, model)
+
+
+def _only(parts: Sequence[Part], form: str, kind: str) -> None:
+    for part in parts:
+        if part.form != form:
+            raise DataError(f"{part.name} has {part.form}, not rows for --task {kind}: use --task {part.form}.")
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
+    _only([*source.train, *source.validation], "table", "text")
+    first = source.train[0]
+    label = label_columns(first.name, first.rows, options.label_columns())
+    columns, doubts = text_columns(first.name, first.rows, label, options.text_column, options.pair_column)
+    notes: list[str] = []
+
+    def raw_of(parts: Sequence[Part], at_most: int | None) -> list[dict[str, Any]]:
+        found = []
+        for part in parts:
+            if missing := [name for name in (*columns, *label) if name not in part.rows[0]]:
+                raise DataError(f"{part.name} has no column {missing[0]!r}; it has {', '.join(part.rows[0])}.")
+            rows, left_out = texts.to_raw(part.name, part.rows, columns, label, options)
+            found += rows
+            notes.extend(f"{part.name}: {note}" for note in left_out)
+        return [found[i] for i in sample(len(found), at_most, options.seed)]
+
+    train, held = raw_of(source.train, options.max_rows), raw_of(source.validation, options.max_validation_rows)
+    labels = _labels_for(first.name, train, label, options, head)
+    lines, more = texts.describe(labels, train)
+    if not source.validation and options.validation_share:
+        strata = [None if labels.regression else str((parts_of(row["label"], labels.separator) or [""])[0])
+                  for row in train]  # fmt: skip
+        kept, out = hold_out(strata, options.validation_share, options.seed)
+        train, held = [train[i] for i in kept], [train[i] for i in out]
+    (rows, longest, cut), (held_rows, _, cut_too) = (
+        texts.encode(name, part, labels, tokenizer, limit)
+        for name, part in ((first.name, train), (source.validation[0].name if source.validation else first.name, held))
+    )
+    known = {(row["text"], row.get("pair")) for row in train}
+    if again := sum((row["text"], row.get("pair")) in known for row in held):
+        more.append(f"{again:,} of the validation texts are also among the training texts")
+    empty = sum(not row["text"].strip() for row in (*train, *held))
+    size = f"longest text {longest:,} tokens, {cut + cut_too:,} cut at {limit} (--max-length), {empty:,} empty"
+    described = [f"{_count(rows, held_rows, 'rows')}; text in {' + '.join(columns)}, labels in {', '.join(label)}"]
+    record = record_of("text", labels, options, limit, text_columns=list(columns), label_columns=label)
+    return Task(
+        "text", tokenizer, labels, rows, held_rows, partial(texts.measure, labels), [*described, *lines, size],
+        [*notes, *doubts, *more], record,
+    )  # fmt: skip
+
+
+def _labels_for(
+    name: str, raw: list[dict[str, Any]], columns: list[str], options: Options, head: Labels | None
+) -> Labels:
+    if head is None:
+        return texts.labels_of(name, raw, columns, options)
+    values = [row["label"] for row in raw]
+    if head.several:
+        return order_of_head(find_several(values, options.label_separator), head.names, name)
+    try:
+        found = find_labels(values, head.regression or options.regression)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{name}: not all labels are numbers, as the model's head predicts.") from None
+    if found.regression and {name_of(value) for value in values} <= set(head.names):
+        found = Labels(list(head.names))
+    return order_of_head(found, head.names, name)
+
+
+def _count(rows: Rows, held: Rows, what: str) -> str:
+    return f"{len(rows.raw):,} {what}" + (f" and {len(held.raw):,} for validation" if len(held) else "")
+
+
+# -- words and answers ------------------------------------------------------------------------------------------------
+
+
+def _sentences(part: Part, options: Options, needs_tags: bool = True) -> list[dict[str, Any]]:
+    if part.form == "words":
+        return part.rows
+    _only([part], "table", "words")
+    label = options.label_columns()
+    return words.to_raw(part.name, part.rows, options.text_column, label[0] if label else None, needs_tags)
+
+
+def _read_words(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
+    train, held = (
+        [row for part in parts for row in _sentences(part, options)] for parts in (source.train, source.validation)
+    )
+    train, held = _chosen(train, held, options)
+    labels = words.labels_of(train, held)
+    if head is not None:
+        labels = order_of_head(labels, head.names, source.train[0].name)
+    lines, doubts = words.describe(labels, train)
+    if not source.validation and options.validation_share:
+        strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
+        kept, out = hold_out(strata, options.validation_share, options.seed)
+        train, held = [train[i] for i in kept], [train[i] for i in out]
+    rows, longest, cut = words.encode(train, labels, tokenizer, limit)
+    held_rows, _, cut_too = words.encode(held, labels, tokenizer, limit)
+    size = f"longest sentence {longest:,} tokens, {cut + cut_too:,} in several windows of {limit} (--max-length)"
+    record = record_of("words", labels, options, limit)
+    measure = partial(words.measure, labels)
+    described = [_count(rows, held_rows, "sentences"), *lines, size]
+    return Task("words", tokenizer, labels, rows, held_rows, measure, described, doubts, record)
+
+
+def _questions(part: Part, needs_answers: bool = False) -> list[dict[str, Any]]:
+    rows = part.rows
+    if part.form != "answers":
+        _only([part], "table", "answers")
+        rows, notes = answers.from_table(part.name, part.rows)
+        part.notes += notes
+    if needs_answers and (open_ones := [row["row"] for row in rows if "answers" not in row]):
+        raise DataError(f"{part.name}: question {open_ones[0]} has no `answers`; an empty list means no answer.")
+    return rows
+
+
+def _read_answers(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
+    train, held = (
+        [row for part in parts for row in _questions(part, needs_answers=True)]
+        for parts in (source.train, source.validation)
+    )
+    train, held = _chosen(train, held, options)
+    lines, doubts = answers.describe(train)
+    if not source.validation and options.validation_share:
+        kept, out = by_group([row["article"] for row in train], options.validation_share, options.seed)
+        train, held = [train[i] for i in kept], [train[i] for i in out]
+    silent = answers.may_be_silent(train)
+    rows, longest, cut = answers.encode(train, tokenizer, limit, options.stride)
+    held_rows, _, cut_too = answers.encode(held, tokenizer, limit, options.stride)
+    size = f"longest input {longest:,} tokens, {cut + cut_too:,} in several windows of {limit} (--max-length)"
+    record = record_of("answers", Labels([]), options, limit, silent=silent)
+    described = [_count(rows, held_rows, "questions"), *lines, size]
+
+    def measure(outputs: Any, measured: Rows, _: Rows | None) -> Quality:
+        return answers.measure(outputs, measured, options.max_answer_length, silent)
+
+    return Task("answers", tokenizer, Labels([]), rows, held_rows, measure, described, doubts, record)
+
+
+def _chosen(train: list, held: list, options: Options) -> tuple[list, list]:
+    """The rows that `max_rows` and `max_validation_rows` leave."""
+    parts = (train, options.max_rows), (held, options.max_validation_rows)
+    kept = [[rows[i] for i in sample(len(rows), at_most, options.seed)] for rows, at_most in parts]
+    return kept[0], kept[1]

@@ -1,0 +1,170 @@
+"""The values of a label column go in; the labels of a task come out: classes, several labels per row, or numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..utils.errors import SensiError
+
+
+FEW = 20  # whole numbers that are written with a fraction (4.0) are classes if there are at most so many of them
+
+
+class DataError(SensiError):
+    """A data file cannot be read, or does not contain what the options say."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a task.
+
+    Attributes:
+        names: Names of the classes, in the order of their numbers. Empty for numbers.
+        several: Whether a row can have several of the classes, or none (multi-label).
+        separator: The text between the labels of a cell, if a row can have several.
+    """
+
+    names: list[str]
+    several: bool = False
+    separator: str | None = None
+
+    @property
+    def regression(self) -> bool:
+        return not self.names
+
+    @property
+    def problem_type(self) -> str:
+        """The problem type of a Transformers config."""
+        if self.regression:
+            return "regression"
+        return "multi_label_classification" if self.several else "single_label_classification"
+
+    def encode(self, value: Any) -> int | float | list[float]:
+        """The number that the model predicts for a value of the label column; for several labels, a list of 0 and 1.
+
+        Raises `KeyError`, `ValueError` or `TypeError` for a value that is not a label of this task.
+        """
+        if self.regression:
+            return finite(value)
+        if not self.several:
+            return self._number(value)
+        chosen = {self._number(part) for part in parts_of(value, self.separator)}
+        return [float(i in chosen) for i in range(len(self.names))]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    def _number(self, value: Any) -> int:
+        return self._numbers[name_of(value)]
+
+
+def labels_of_head(names: Sequence[str], problem_type: str | None = None) -> Labels:
+    """The labels of a trained head: the names of its classes (empty for a regressor) and its config's problem type."""
+    return Labels(list(names), problem_type == "multi_label_classification")
+
+
+def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels:
+    """Decides whether the values of a label column are classes or numbers to predict.
+
+    Numbers with a fraction ("3.8") are numbers to predict. Whole numbers ("1") are classes; those that are written
+    with a fraction ("1.0") are classes if there are few of them. `regression` overrides this. Raises `TypeError` or
+    `ValueError` for values that are neither.
+    """
+    numeric = all(is_number(value) for value in values)
+    whole = numeric and all(finite(value).is_integer() for value in values)
+    names = {name_of(value) for value in values}
+    if regression is None:
+        floats = any("." in str(value) or "e" in str(value).lower() for value in values)
+        regression = numeric and (not whole or (floats and len(names) > FEW))
+    if regression:
+        for value in values:
+            finite(value)
+        return Labels([])
+    # Numbers are sorted as numbers: 2 comes before 10.
+    return Labels(sorted(names, key=int if whole else None))
+
+
+def find_several(values: Sequence[Any], separator: str | None) -> Labels:
+    """The classes of rows that can have several labels, in one cell (with a separator) or in a list."""
+    names = {name_of(part) for value in values for part in parts_of(value, separator)}
+    return Labels(sorted(names), several=True, separator=separator)
+
+
+def order_of_head(labels: Labels, head: Sequence[str], data: Any) -> Labels:
+    """The labels of a file, in the order that the head of a trained model has them. `head` is empty for a regressor.
+
+    Raises:
+        DataError: The file has labels that the head does not know, or numbers where the head has classes.
+    """
+    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in head)  # then both have the order of the numbers
+    if labels.regression == bool(head) or (unnamed and len(labels.names) > len(head)):
+        found = f"{len(labels.names)} classes" if labels.names else "numbers"
+        raise DataError(f"{data} has {found} as labels, but the model's head has {len(head) or 1} outputs.")
+    if unnamed:
+        # Without "0", it is not known whether the numbers in the file start at 0 or at 1.
+        whole = "0" in labels.names and all(name.isdecimal() and int(name) < len(head) for name in labels.names)
+        if not whole and len(labels.names) != len(head):
+            raise DataError(
+                f"{data} has {len(labels.names)} classes as labels, but the model's head has {len(head)} outputs."
+            )
+        names = [str(i) for i in range(len(head))] if whole else labels.names
+        return Labels(names if head else [], labels.several, labels.separator)
+    if unknown := [name for name in labels.names if name not in head]:
+        raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {', '.join(head)}.")
+    return Labels(list(head), labels.several, labels.separator)
+
+
+def name_of(value: Any) -> str:
+    """The name of a class: without blanks around it, and without the fraction of a whole number (1.0 is 1)."""
+    text = str(value).strip()
+    if re.fullmatch(r"[+-]?\d+\.0+", text):
+        return text.partition(".")[0]
+    return text
+
+
+def parts_of(value: Any, separator: str | None) -> list[Any]:
+    """The labels of one row: the items of a list, or the parts of a text. An empty text has none."""
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    text = "" if value is None else str(value)
+    parts = text.split(separator) if separator else [text]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def is_number(value: Any) -> bool:
+    try:
+        finite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, bool)
+
+
+def finite(value: Any) -> float:
+    """`float(value)`. Raises `ValueError` for NaN and infinity too, because a loss cannot be computed from them."""
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value!r} is not finite")
+    return number
+
+
+def is_missing(value: Any, numbers: bool) -> bool:
+    """Whether a label is missing. Among numbers, the text "nan" stands for a missing label, too."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return True
+    nan = isinstance(value, float) or (numbers and isinstance(value, str) and value.strip().lower() == "nan")
+    return nan and not math.isfinite(float(value))
+
+
+def counts_of(labels: Labels, encoded: Iterable[Any]) -> Counter[str]:
+    """How many rows have each class, by its name."""
+    counts = Counter(dict.fromkeys(labels.names, 0))
+    for value in encoded:
+        numbers = [i for i, chosen in enumerate(value) if chosen] if labels.several else [value]
+        counts.update(labels.names[number] for number in numbers)
+    return counts

@@ -1,0 +1,212 @@
+"""Predictions and correct answers go in; metrics come out, each with its baseline and its 95 % interval.
+
+Everything here is NumPy: predictions can be measured where there is no PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+RESAMPLES = 400  # of a bootstrap
+Values = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Metrics (`None` if undefined), those of a constant answer, 95 % intervals, and sentences about their limits."""
+
+    values: Values
+    baseline: Values = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "validation": self.values,
+            "validation_baseline": self.baseline,
+            "validation_interval": {name: list(interval) for name, interval in self.intervals.items()},
+            "validation_remarks": self.remarks,
+        }
+
+
+def measured(
+    measure: Callable[[np.ndarray], Values], rows: int, shares: Mapping[str, int] | None = None, seed: int = 0
+) -> tuple[Values, dict[str, tuple[float, float]]]:
+    """The metrics of all rows and their 95 % intervals.
+
+    Args:
+        measure: Computes the metrics from an int array of row numbers, which may contain a row several times.
+        rows: The number of rows: texts, sentences or questions.
+        shares: For metrics that are shares of independent rows, the number of these rows. They have Wilson's interval,
+            which is right for shares near 0 and 1 too. All other intervals are bootstrapped over rows.
+        seed: The seed of the bootstrap.
+    """
+    values = measure(np.arange(rows))
+    intervals = {name: wilson(float(values[name] or 0), n) for name, n in (shares or {}).items() if n}
+    others = [name for name, value in values.items() if name not in intervals and value is not None]
+    if others and rows > 1:
+        generator = np.random.default_rng(seed)
+        samples = [measure(generator.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+        for name in others:
+            found = [value for sample in samples if (value := sample[name]) is not None]
+            if found:
+                low, high = np.quantile(found, [0.025, 0.975])
+                intervals[name] = float(low), float(high)
+    return values, intervals
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` rows (Wilson 1927)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
+    """Accuracy, macro F1 and Matthews correlation of class numbers `[rows]`.
+
+    Macro F1 is the mean over the classes that are predicted or expected, as in scikit-learn. The Matthews correlation
+    is 0 if all predictions, or all correct classes, are equal.
+    """
+    count = int(max(predicted.max(initial=0), expected.max(initial=0))) + 1
+    table = np.bincount(expected * count + predicted, minlength=count * count).reshape(count, count).astype(float)
+    right, found, true, total = np.diag(table), table.sum(0), table.sum(1), table.sum()
+    present = found + true > 0
+    covariance = right.sum() * total - found @ true
+    spread = math.sqrt((total**2 - found @ found) * (total**2 - true @ true))
+    return {
+        "accuracy": float(right.sum() / total),
+        "f1_macro": float((2 * right[present] / (found + true)[present]).mean()),
+        "matthews_correlation": float(covariance / spread) if spread else 0.0,
+    }
+
+
+def several_classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
+    """Micro and macro F1 of bool arrays `[rows, classes]`, and the accuracy: the share of rows without any error."""
+    right = (predicted & expected).sum(0)
+    both = predicted.sum(0) + expected.sum(0)
+    present = both > 0
+    return {
+        "accuracy": float((predicted == expected).all(1).mean()),
+        "f1_micro": float(2 * right.sum() / both.sum()) if both.sum() else 1.0,
+        "f1_macro": float((2 * right[present] / both[present]).mean()) if present.any() else 1.0,
+    }
+
+
+def numbers(predicted: np.ndarray, expected: np.ndarray) -> Values:
+    """Pearson's and Spearman's correlation, and the mean squared error.
+
+    A correlation is `None` if all correct numbers, or all predictions, are equal.
+    """
+    from scipy.stats import rankdata
+
+    varied = len(np.unique(predicted)) > 1 and len(np.unique(expected)) > 1
+
+    def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+        return float(np.corrcoef(a, b)[0, 1]) if varied else None
+
+    return {
+        "pearson": correlation(predicted, expected),
+        "spearman": correlation(rankdata(predicted), rankdata(expected)),
+        "mse": float(np.mean((predicted - expected) ** 2)),
+    }
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def word_counts(predicted: Iterable[Sequence[str]], expected: Iterable[Sequence[str]]) -> np.ndarray:
+    """For each sentence: right, predicted and expected entities; right tags; words. An int array `[sentences, 5]`."""
+    rows = []
+    for guesses, tags in zip(predicted, expected, strict=True):
+        found, true = set(entities(guesses)), set(entities(tags))
+        right = sum(guess == tag for guess, tag in zip(guesses, tags, strict=True))
+        rows.append((len(found & true), len(found), len(true), right, len(tags)))
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def words(counts: np.ndarray) -> Values:
+    """Precision, recall and F1 of entities, and the share of right tags, from `word_counts`; micro averages.
+
+    An entity is right if its type, first word and last word are right. If there is nothing to find, finding nothing is
+    right.
+    """
+    right, found, true, tags, total = (int(n) for n in counts.sum(0))
+    return {
+        "precision": right / found if found else 0.0,
+        "recall": right / true if true else 0.0,
+        "f1": 2 * right / (found + true) if found or true else 1.0,
+        "tag_accuracy": tags / total if total else 1.0,
+    }
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(type, first word, word after the last) of each entity of one sentence.
+
+    This is the convention of the CoNLL-2000 script. An entity begins at B- (or S-, U-), and at I- (or E-, L-) if no
+    entity of the same type is open. Therefore IOB1, IOB2, IOBES and BILOU can be read, and so can inconsistent
+    predictions of a model.
+    """
+    found = []
+    kind: str | None = None
+    start = 0
+    for position, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        if kind is not None and not (prefix in ("I", "E", "L") and name == kind):
+            found.append((kind, start, position))
+            kind = None
+        if kind is None and tag != "O":
+            kind, start = name, position
+        if prefix in ("E", "L", "S", "U") and kind is not None:
+            found.append((kind, start, position + 1))
+            kind = None
+    return found
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def answer_scores(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """Exact match and F1 of each question, float `[questions, 2]`; the best of its references counts.
+
+    The right answer to a question without references is the empty text (Rajpurkar et al. 2016, 2018).
+    """
+    pairs = [(text, list(answers) or [""]) for text, answers in zip(predicted, references, strict=True)]
+    rows = [[max(measure(text, a) for a in answers) for measure in (exact, f1)] for text, answers in pairs]
+    return np.array(rows, dtype=float).reshape(-1, 2)
+
+
+def answers(scores: np.ndarray) -> Values:
+    """Exact match and F1 in 0..1: the means of `answer_scores`."""
+    return {"exact_match": float(scores[:, 0].mean()), "f1": float(scores[:, 1].mean())}
+
+
+def normalized(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation and English articles."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def exact(predicted: str, answer: str) -> float:
+    return float(normalized(predicted) == normalized(answer))
+
+
+def f1(predicted: str, answer: str) -> float:
+    """F1 of the two bags of words."""
+    found, expected = normalized(predicted), normalized(answer)
+    if not found or not expected:
+        return float(found == expected)
+    common = sum((Counter(found) & Counter(expected)).values())
+    return 2 * common / (len(found) + len(expected))

@@ -1,0 +1,329 @@
+"""A file in; its rows out, and notes about what was recognized: compression, encoding, delimiter and quotes.
+
+`read_rows` reads tables: .tsv, .csv and .txt with any delimiter, .json, .jsonl, .parquet and .arrow, also compressed.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .labels import DataError
+
+
+DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
+TEXT_SUFFIXES = (".tsv", ".csv", ".txt", ".tab")
+SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".conll", ".iob", ".bio")
+_UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ": lzma.decompress,
+}
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the user says about a file. `None` means that it is recognized."""
+
+    encoding: str | None = None
+    delimiter: str | None = None
+    quotes: bool | None = None
+
+
+@dataclass
+class Table:
+    """The rows of a file, as dicts from columns to values, and sentences about what was recognized and left out."""
+
+    rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a file name in lower case, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in (".gz", ".bz2", ".xz", ".zip"):
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_rows(path: str | Path, form: Format | None = None) -> Table:
+    """The rows of a table or of JSON objects.
+
+    Cells of text files stay strings: a text such as "1984", "null" or "NA" is not read as a number or a missing value.
+    Objects inside of JSON rows become columns such as "meta.label".
+
+    Raises:
+        DataError: The file has another form, is empty, or its rows do not fit the header.
+    """
+    path, form = Path(path), form or Format()
+    kind = suffix_of(path)
+    if kind not in SUFFIXES:
+        raise DataError(
+            f"{path} cannot be read: data files end in {', '.join(SUFFIXES[:8])}, and may be compressed (.gz)."
+        )
+    notes: list[str] = []
+    try:
+        if kind in (".parquet", ".arrow"):
+            rows = [flat(row) for row in _read_arrow(path, kind)]
+        else:
+            text = read_text(path, notes, form.encoding)
+            rows = _read_table(path, text, kind, form, notes) if kind in TEXT_SUFFIXES else _read_json(path, text)
+    except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as {kind}: {error}.") from None
+    if not rows:
+        raise DataError(f"{path} has no rows.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is not an object with named values: {row!r:.60}.")
+    return Table(rows, notes)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, notes: list[str] | None = None, encoding: str | None = None) -> str:
+    """The text of a file, unpacked and decoded. What is not UTF-8 is noted."""
+    content = unpacked(path)
+    used = encoding or encoding_of(content)
+    try:
+        text = content.decode(used)
+    except LookupError:
+        raise DataError(f"--encoding {encoding}: Python knows no encoding of this name.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not {used} text ({error.reason} at byte {error.start}): see --encoding.") from None
+    if notes is not None and used not in ("utf-8", "utf-8-sig"):
+        notes.append(f"{path.name} was read as {used} (--encoding)")
+    return text.removeprefix("\ufeff")
+
+
+def unpacked(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        for magic, unpack in _UNPACK.items():
+            if content.startswith(magic):
+                return unpack(content)
+        if content.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                files = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+                if len(files) != 1:
+                    raise DataError(f"{path} holds {len(files)} files: unpack it and name the right one.")
+                return archive.read(files[0])
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}.") from None
+    return content
+
+
+def encoding_of(content: bytes) -> str:
+    """UTF-8 if the bytes are that, UTF-16 if every second byte is zero, else the Latin encoding of Windows."""
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            return encoding
+    start = content[:4096]
+    for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if len(start) >= 4 and start[offset::2].count(0) > len(start) // 4:
+            return encoding
+    try:
+        content.decode("utf-8")
+        return "utf-8"
+    except UnicodeDecodeError:
+        pass
+    try:
+        content.decode("cp1252")
+        return "cp1252"
+    except UnicodeDecodeError:
+        return "latin-1"
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]) -> list[dict[str, Any]]:
+    given = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(form.delimiter or "", form.delimiter)
+    if given is not None and len(given) != 1:
+        raise DataError(f"--delimiter {form.delimiter}: give one character, or tab.")
+    expected = "," if kind == ".csv" else "\t"
+    delimiter = given or _delimiter_of(text, expected)
+    quotes = form.quotes if form.quotes is not None else _has_quotes(text, delimiter)
+    if given is None and delimiter != expected:
+        notes.append(f"{path.name}: columns are separated by {DELIMITERS[delimiter]} (--delimiter)")
+    if '"' in text and delimiter == "\t":
+        part = "enclose cells" if quotes else "are part of the text"
+        notes.append(f"{path.name}: double quotes {part} (--{'no-' if quotes else ''}quotes for the other way)")
+    header, *lines = _cells(text, delimiter, quotes) or [(1, [])]
+    names = [name.strip() for name in header[1]]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path} has two columns {twice[0]!r}.")
+    rows: list[dict[str, Any]] = []
+    repeated = empty = 0
+    for line, cells in lines:
+        if [cell.strip() for cell in cells] == names:
+            repeated += 1
+        elif not any(cell.strip() for cell in cells):
+            empty += 1
+        elif len(cells) != len(names):
+            other = "" if given else " Perhaps the columns are separated otherwise: see --delimiter and --quotes."
+            raise DataError(f"{path}: row {len(rows) + 1} (line {line}) has {len(cells)} cells, but the header has "
+                            f"{len(names)}: it has more or fewer cells than the header.{other}")  # fmt: skip
+        else:
+            rows.append(dict(zip(names, cells, strict=True)))
+    if repeated:
+        notes.append(f"{path.name}: left out {repeated} repeated header{'s' * (repeated > 1)}")
+    if empty:
+        notes.append(f"{path.name}: left out {empty} empty row{'s' * (empty > 1)}")
+    return rows
+
+
+def _cells(text: str, delimiter: str, quotes: bool, limit: int | None = None) -> list[tuple[int, list[str]]]:
+    """The lines of a table that are not blank: number of the (last) line, and its cells."""
+    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    old = csv.field_size_limit(2**31 - 1)  # texts may be long: the tokenizer cuts them later
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+        found = []
+        for cells in reader:
+            if cells:
+                found.append((reader.line_num, cells))
+            if limit is not None and len(found) >= limit:
+                break
+        return found
+    finally:
+        csv.field_size_limit(old)
+
+
+def _delimiter_of(text: str, expected: str) -> str:
+    """The delimiter with which the first rows have as many cells as the header, and more than one.
+
+    The delimiter of the file's suffix wins unless it gives one column or rows that do not fit.
+    """
+    best, most = expected, (0.0, 0)
+    for delimiter in (expected, *(d for d in DELIMITERS if d != expected)):
+        tables = [_cells(text, delimiter, quotes, 200) for quotes in (False, True)]
+        for rows in tables:
+            width = len(rows[0][1]) if rows else 0
+            fitting = sum(len(cells) == width for _, cells in rows) / max(1, len(rows))
+            quality = (round(fitting, 2), min(width, 2))
+            if width > 1 and quality > most:
+                best, most = delimiter, quality
+    return best
+
+
+def _has_quotes(text: str, delimiter: str) -> bool:
+    """Whether double quotes enclose cells. In files with tabs they often are a part of the text, as in GLUE."""
+    if '"' not in text:
+        return True
+    if delimiter != "\t":
+        return True
+    plain, quoted = (_cells(text, delimiter, quotes) for quotes in (False, True))
+    fits = [len({len(cells) for _, cells in rows}) == 1 for rows in (plain, quoted)]
+    if fits[0] != fits[1]:
+        return fits[1]
+    cells = [cell for _, row in plain for cell in row if '"' in cell]
+    whole = all(re.fullmatch('"([^"]|"")*"', cell) for cell in cells)
+    # Cells that need no quotes have some in a file that was written with quotes around every text.
+    escaped = any('""' in cell[1:-1] for cell in cells)
+    header = all(cell.startswith('"') and cell.endswith('"') for cell in plain[0][1])
+    return whole and (escaped or header)
+
+
+# -- JSON and Arrow ---------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = json_rows(path, parse_json(text))
+    return [flat(row) if isinstance(row, dict) else row for row in rows]
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, or the list of the values of JSON Lines."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        # Not splitlines(): it also splits at characters such as U+2028, which JSON strings may contain.
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        if len(lines) < 2 and not text.lstrip().startswith("{"):
+            raise
+        values = []
+        for number, line in lines:
+            try:
+                values.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg} (column {error.colno})") from None
+        return values
+
+
+def json_rows(path: Path, value: Any) -> list[Any]:
+    """The list of rows in a JSON value: the value itself, the only list of objects inside, or columns of values."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise DataError(f"{path} has no list of rows.")
+    if value and all(isinstance(column, list) for column in value.values()):
+        columns: dict[str, Sequence[Any]] = value
+        lists = [name for name, column in columns.items() if column and all(isinstance(x, dict) for x in column)]
+        if len(lists) == 1 and len(columns) == 1:
+            return list(columns[lists[0]])
+        if not lists and len({len(column) for column in columns.values()}) == 1:
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if value and all(isinstance(column, dict) for column in value.values()):
+        keys = [list(column) for column in value.values()]
+        if len(value) > 1 and all(own == keys[0] for own in keys) and all(key.isdecimal() for key in keys[0]):
+            return [{name: column[key] for name, column in value.items()} for key in keys[0]]  # pandas' to_json
+    found = _lists_of_objects(value)
+    if len(found) == 1:
+        return found[0][1]
+    if not found:
+        return [value]  # JSON Lines with one line
+    names = ", ".join(name for name, _ in found)
+    raise DataError(f"{path} has several lists of rows ({names}): write the right one to a file of its own.")
+
+
+def _lists_of_objects(value: dict[str, Any], above: str = "") -> list[tuple[str, list[Any]]]:
+    found = []
+    for name, item in value.items():
+        if isinstance(item, list) and item and all(isinstance(row, dict) for row in item):
+            found.append((above + name, item))
+        elif isinstance(item, dict):
+            found += _lists_of_objects(item, f"{above}{name}.")
+    return found
+
+
+def flat(row: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A row without objects inside: {"meta": {"label": 1}} becomes {"meta.label": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[f"{above}{name}"] = value
+    return found
+
+
+def _read_arrow(path: Path, kind: str) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    content = io.BytesIO(unpacked(path))
+    try:
+        if kind == ".parquet":
+            return pyarrow.parquet.read_table(content).to_pylist()
+        try:
+            return pyarrow.ipc.open_stream(content).read_all().to_pylist()
+        except pyarrow.ArrowInvalid:
+            content.seek(0)
+            return pyarrow.ipc.open_file(content).read_all().to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,48 @@
+"""The folder of an adapter goes in; what its training has recorded about the task comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import read_json_object
+from .labels import Labels
+from .task import KINDS
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "max_length": (int,), "stride": (int,), "max_answer_length": (int,), "silent": (bool,), "problem_type": (str,),
+    "label_separator": (str, type(None)), "labels": (list,), "text_columns": (list,), "label_columns": (list,),
+}  # fmt: skip
+
+
+def saved_record(folder: str | Path) -> dict[str, Any]:
+    """The record of the task in a folder's `metrics.json`, as `record_of` made it; `{}` if there is none.
+
+    Entries of another type than expected are left out, because the file may come from anywhere.
+    """
+    record = read_json_object(Path(folder) / "metrics.json", optional=True).get("task")
+    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+        return {}
+    return {"kind": record["kind"]} | {name: value for name, value in record.items() if _fits(name, value)}
+
+
+def _fits(name: str, value: Any) -> bool:
+    kinds = _TYPES.get(name, ())
+    if isinstance(value, list):
+        return list in kinds and all(isinstance(item, str) for item in value)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def labels_of_record(record: dict[str, Any]) -> Labels:
+    """The labels in a record."""
+    several = record.get("problem_type") == "multi_label_classification"
+    return Labels(list(record.get("labels", [])), several, record.get("label_separator"))
+
+
+def kind_of_model(task_type: str | None, architectures: list[str] | None = None) -> str | None:
+    """The kind of an adapter's task type, or of a model's class (`BertForTokenClassification`); `None` if unknown."""
+    by_type = {KINDS[kind][0]: kind for kind in KINDS}
+    by_class = {KINDS[kind][1].removeprefix("AutoModel"): kind for kind in KINDS}
+    ends = [kind for end, kind in by_class.items() if any(name.endswith(end) for name in architectures or [])]
+    return by_type.get(task_type or "") or (ends[0] if ends else None)

@@ -1,0 +1,176 @@
+"""The names of files, folders and data sets go in; their rows come out, as parts for training and for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import answers, words
+from .labels import DataError
+from .reading import SUFFIXES, Format, flat, parse_json, read_rows, read_text, suffix_of
+from .task import Options
+
+
+SPLITS = {
+    name: re.compile(rf"(^|[^a-z])({words})([^a-z]|$)", re.IGNORECASE)
+    for name, words in {
+        "train": "train|training",
+        "validation": "validation|valid|val|dev|eval|evaluation",
+        "test": "test",
+    }.items()
+}
+
+
+@dataclass
+class Part:
+    """The rows of one file or split.
+
+    `form` says what the rows are: `"table"` (columns and values), `"words"` (sentences with tags) or `"answers"`
+    (questions about texts). `name` is for messages.
+    """
+
+    name: str
+    form: str
+    rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    sha256: str = ""
+
+
+@dataclass
+class Source:
+    """All parts of the data. `validation` is empty if the source has no split for it."""
+
+    train: list[Part]
+    validation: list[Part] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_source(data: str | Path | Iterable[str | Path], kind: str | None, options: Options) -> Source:
+    """Reads a file, several files, a folder of files, a saved `datasets` folder, or a data set of the Hub.
+
+    Raises:
+        DataError: Says which of them cannot be read, and why.
+    """
+    names = [data] if isinstance(data, str | Path) else list(data)
+    found = Source([])
+    for name in names:
+        source = _read_one(name, kind, options)
+        found.train += source.train
+        found.validation += source.validation
+        found.notes += source.notes
+    return found
+
+
+def _read_one(name: str | Path, kind: str | None, options: Options) -> Source:
+    path = Path(name)
+    if path.is_dir():
+        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            return _of_datasets(str(name), _load_from_disk(path), options)
+        return _read_folder(path, kind, options)
+    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and suffix_of(path) not in SUFFIXES:
+        return _of_datasets(str(name), _load_from_hub(str(name), options), options)
+    return Source([read_part(path, kind, options)])
+
+
+def read_part(path: Path, kind: str | None, options: Options) -> Part:
+    """The rows of one file."""
+    form = Format(options.encoding, options.delimiter, options.quotes)
+    suffix = suffix_of(path)
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    if suffix in (".conll", ".iob", ".bio") or (kind == "words" and suffix in words.CONLL_SUFFIXES):
+        label = options.label_columns()
+        columns = words.column_numbers(options.text_column, label[0] if label else None)
+        return Part(str(path), "words", words.read_conll(path, *columns, encoding=options.encoding), [], content)
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        try:
+            value = parse_json(read_text(path, encoding=options.encoding))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} cannot be read as {suffix}: {error}.") from None
+        if answers.is_squad(value) or (kind == "answers" and suffix == ".json" and isinstance(value, dict)):
+            rows, notes = answers.from_squad(path, value)
+            return Part(str(path), "answers", rows, notes, content)
+    table = read_rows(path, form)
+    return Part(str(path), "table", table.rows, table.notes, content)
+
+
+def _read_folder(folder: Path, kind: str | None, options: Options) -> Source:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and suffix_of(path) in SUFFIXES)
+    if not files:
+        raise DataError(f"{folder} has no data files ({', '.join(SUFFIXES[:8])}) in it.")
+    split: dict[str, list[Path]] = {
+        name: [path for path in files if pattern.search(path.name)] for name, pattern in SPLITS.items()
+    }
+    chosen = split["train"] or [path for path in files if path not in split["validation"] + split["test"]]
+    if not chosen:
+        raise DataError(f"{folder} has no file for training: name the file itself with --data.")
+    names = ", ".join(path.name for path in chosen)
+    notes = [f"{folder}: training rows are in {names}"]
+    if split["validation"]:
+        notes.append(f"{folder}: validation rows are in {', '.join(path.name for path in split['validation'])}")
+    used = {*chosen, *split["validation"]}
+    if left := [path.name for path in files if path not in used]:
+        notes.append(f"{folder}: not read: {', '.join(left)} (--data or --validation with the path of a file)")
+    parts = [[read_part(path, kind, options) for path in paths] for paths in (chosen, split["validation"])]
+    return Source(parts[0], parts[1], notes)
+
+
+def _load_from_disk(folder: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} cannot be read as a folder of `datasets`: {error}.") from None
+
+
+def _load_from_hub(name: str, options: Options) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, options.subset, split=None)
+    except Exception as error:  # the classes of network errors depend on the Hub library's HTTP client
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{name} is neither a file nor a folder, and as a data set of the Hub: {reason}") from None
+
+
+def _of_datasets(name: str, found: Any, options: Options) -> Source:
+    """The training and validation rows of a `Dataset` or `DatasetDict`."""
+    splits: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
+    wanted = options.split or ("train" if "train" in splits else next(iter(splits)))
+    if wanted not in splits:
+        raise DataError(f"{name} has no split {wanted!r}; it has {', '.join(splits)}. See --split.")
+    held = next((split for split in splits if SPLITS["validation"].search(split) and split != wanted), None)
+    notes = [f"{name}: split {wanted} for training" + (f", {held} for validation" if held else "") + " (--split)"]
+    parts = [
+        [Part(f"{name} ({split})", "table", rows := rows_of(splits[split]), [], digest(rows))] if split else []
+        for split in (wanted, held)
+    ]
+    return Source(parts[0], parts[1], notes)
+
+
+def rows_of(dataset: Any) -> list[dict[str, Any]]:
+    """The rows of a `Dataset`, with the names of classes instead of their numbers. A hidden label (-1) is `None`."""
+    names: dict[str, Sequence[str]] = {}
+    for column, feature in dataset.features.items():
+        inner = getattr(feature, "feature", feature)
+        if (found := getattr(inner, "names", None)) is not None:
+            names[column] = found
+    rows = dataset.to_list()
+    for row in rows:
+        for column, classes in names.items():
+            value = row[column]
+            named = [classes[i] for i in value] if isinstance(value, list) else None
+            row[column] = named if named is not None else classes[value] if value is not None and value >= 0 else None
+    return [flat(row) for row in rows]
+
+
+def digest(rows: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of rows that are not from one file."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

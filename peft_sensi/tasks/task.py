@@ -1,0 +1,250 @@
+"""What all kinds of tasks share: tokenized rows, the options about the data, and the task itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from .labels import DataError, Labels
+from .metrics import Quality
+
+
+Kind = Literal["text", "words", "answers"]
+# For each kind: PEFT's task type, the auto class, and the tokens of an input or window unless the user says otherwise.
+KINDS: dict[str, tuple[str, str, int]] = {
+    "text": ("SEQ_CLS", "AutoModelForSequenceClassification", 128),
+    "words": ("TOKEN_CLS", "AutoModelForTokenClassification", 128),
+    "answers": ("QUESTION_ANS", "AutoModelForQuestionAnswering", 384),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options about the data. The command and the example scripts have options of the same names.
+
+    Attributes:
+        text_column, pair_column: The columns of the texts. For words: the column of the words; in a file without a
+            header its number, counted from 0 (-1 is the last one).
+        label_column: The column of the labels, or several columns of 0 and 1, one for each label.
+        regression: Whether labels are numbers to predict. `None`: found from the labels.
+        label_separator: The text between the labels of a cell, if rows can have several labels.
+        skip_unlabeled: Whether rows without a label are left out; otherwise they are an error.
+        max_length: Longest input in tokens. `None`: the default of the kind, in `KINDS`.
+        stride: How many tokens neighboring windows of a long text share (answers only).
+        max_answer_length: The longest answer, in tokens.
+        max_rows, max_validation_rows: At most so many rows, chosen at random.
+        validation_share: The share of the rows that is held out if there are no validation rows.
+        subset, split: The subset and the split of a data set of the Hub.
+        encoding, delimiter, quotes: The format of text files; `None` is recognized.
+        seed: The seed of all random choices.
+    """
+
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | Sequence[str] | None = None
+    regression: bool | None = None
+    label_separator: str | None = None
+    skip_unlabeled: bool = False
+    max_length: int | None = None
+    stride: int = 128
+    max_answer_length: int = 30
+    max_rows: int | None = None
+    max_validation_rows: int | None = None
+    validation_share: float = 0.1
+    subset: str | None = None
+    split: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    quotes: bool | None = None
+    seed: int = 0
+
+    def label_columns(self) -> list[str]:
+        if self.label_column is None:
+            return []
+        return [self.label_column] if isinstance(self.label_column, str) else list(self.label_column)
+
+
+@dataclass
+class Rows(Sequence):
+    """Tokenized rows, and what they were made from.
+
+    Attributes:
+        inputs: Inputs of the model for each row or window, as lists of numbers; with labels if the file has them.
+        raw: The rows of the file: `{"row", "text", "pair"?, "label"?}`, `{"row", "tokens", "tags"?}`, or
+            `{"row", "question", "context", "answers"?, "starts"?, "article"?}`. `row` counts from 1.
+        places: For each of the inputs, the number of its raw row and an int array. Words: `[labeled, 2]` of positions
+            of tokens and numbers of words. Answers: `[tokens, 2]` of starts and ends in the context, -1 outside of it.
+    """
+
+    inputs: list[dict[str, Any]]
+    raw: list[dict[str, Any]]
+    places: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.inputs[index]
+
+
+@dataclass
+class Task:
+    """Files as a task for a model's tokenizer.
+
+    Attributes:
+        kind: `"text"`, `"words"` or `"answers"`.
+        tokenizer: The model's tokenizer, with a padding token.
+        labels: The labels. Those of answers have no names.
+        train, validation: Tokenized rows. Those of `validation` are not trained on.
+        measure: Computes the metrics from the outputs and the rows.
+        lines: What was recognized, for the user.
+        doubts: What may be wrong, for the user, each with the option that settles it.
+        record: What a later prediction must know besides the adapter, as a JSON value.
+        hashes: SHA-256 of each data file, by its name.
+    """
+
+    kind: Kind
+    tokenizer: Any
+    labels: Labels
+    train: Rows
+    validation: Rows
+    measure: Callable[[Any, Rows, Rows | None], Quality]
+    lines: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's task type."""
+        return KINDS[self.kind][0]
+
+    @property
+    def collator(self) -> Any:
+        return collator_of(self.kind, self.tokenizer)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric by which trainings are compared."""
+        if self.kind != "text":
+            return "f1"
+        return "spearman" if self.labels.regression else "f1_micro" if self.labels.several else "accuracy"
+
+    def batches(self, batch_size: int, seed: int) -> Any:
+        """Batches of the training rows in a random order that depends on `seed` only."""
+        from torch.utils.data import DataLoader
+
+        order = list(self.train.inputs)
+        random.Random(seed).shuffle(order)
+        return DataLoader(order, batch_size=batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
+
+    def metrics(self, outputs: Any, rows: Rows) -> dict[str, float | None]:
+        """The metrics of a model's outputs for `rows`, as Trainer's `predict` returns them.
+
+        `outputs` are logits: `[rows, classes]` for texts, `[windows, tokens, classes]` for words, and a pair of
+        `[windows, tokens]` (start, end) for answers. `None` stands for a metric that is undefined.
+        """
+        return self.quality(outputs, rows).values
+
+    def quality(self, outputs: Any, rows: Rows) -> Quality:
+        """The metrics, the metrics of always giving the most frequent answer in training, and 95 % intervals."""
+        return self.measure(outputs, rows, self.train)
+
+
+def collator_of(kind: str, tokenizer: Any) -> Any:
+    """Pads rows to a batch of tensors."""
+    from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+    return (DataCollatorForTokenClassification if kind == "words" else DataCollatorWithPadding)(tokenizer)
+
+
+def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
+    """The tokenizer of a model or adapter, as the kind of task needs it. `config` is the base's, if it is known.
+
+    Raises:
+        DataError: The kind needs a fast tokenizer, and the model has none.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ..reporting.saved import load_pretrained
+
+    options: dict[str, Any] = {}
+    if kind == "answers":
+        # Positions count from the left. PEFT 0.21's model for question answering drops `token_type_ids`, but the
+        # merged model would use them. Therefore the tokenizer does not produce them. Both settings are saved with it.
+        options = {"padding_side": "right", "model_input_names": ["input_ids", "attention_mask"]}
+    elif kind == "words":
+        config = config or load_pretrained(AutoConfig, model)
+        options = {"add_prefix_space": True} if config.model_type in BYTE_LEVEL else {}
+    tokenizer = load_pretrained(AutoTokenizer, model, **options)
+    if kind != "text" and not tokenizer.is_fast:
+        raise DataError(f"{model} has no fast tokenizer, which is needed to find words and answers in a text.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# With words as input, these byte-level tokenizers must be told that a space comes before each word.
+BYTE_LEVEL = ("bloom", "deberta", "gpt2", "longformer", "modernbert", "roberta")
+
+
+def limit_of(tokenizer: Any, max_length: int, config: Any = None) -> int:
+    """`max_length`, or the model's own limit if that is smaller."""
+    limit = min(max_length, tokenizer.model_max_length)
+    if tokenizer.model_max_length > 10**6 and config is not None:  # a placeholder: the limit is not known to it
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        limit = min(limit, most or limit)
+    return limit
+
+
+def load_for(
+    task: Task | str, model: str, labels: Labels | None = None, tokenizer: Any = None, dtype: str = "float32"
+) -> Any:
+    """The base model with a fresh head for the task's labels.
+
+    Args:
+        task: The task, or its kind.
+        model: The name of a model on the Hub, or a folder.
+        labels: The labels, if only the kind is given. `None` keeps the checkpoint's own head.
+        tokenizer: Gives a decoder its padding token.
+        dtype: The dtype of the weights, or `"auto"` for that of the checkpoint.
+    """
+    import transformers
+
+    from ..reporting.saved import load_pretrained
+
+    kind = task if isinstance(task, str) else task.kind
+    if isinstance(task, Task):
+        labels, tokenizer = task.labels, task.tokenizer
+    heads: dict[str, Any] = {}
+    if kind == "answers":
+        heads = {"num_labels": 2}
+    elif labels is not None and labels.regression:
+        heads = {"num_labels": 1, "problem_type": "regression"}
+    elif labels is not None:
+        names = dict(enumerate(labels.names))
+        heads = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        if labels.several:
+            heads["problem_type"] = labels.problem_type
+    # The checkpoint may have a head for other labels, which is replaced.
+    auto = getattr(transformers, KINDS[kind][1])
+    if dtype == "float32":  # also for a merged model, which is loaded in its own dtype
+        base = load_pretrained(auto, model, ignore_mismatched_sizes=True, **heads).float()
+    else:
+        base = load_pretrained(auto, model, ignore_mismatched_sizes=True, dtype=dtype, **heads)
+    config = base.config.get_text_config()
+    if config.pad_token_id is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token that is not padding
+    return base
+
+
+def record_of(kind: str, labels: Labels, options: Options, max_length: int, **more: Any) -> dict[str, Any]:
+    """What a later prediction must know: kind, columns, labels and lengths."""
+    kept = ("stride", "max_answer_length") if kind == "answers" else ()
+    values: Mapping[str, Any] = {name: asdict(options)[name] for name in kept}
+    known = {"labels": labels.names, "problem_type": labels.problem_type, "label_separator": labels.separator}
+    return {"kind": kind, "max_length": max_length, **({} if kind == "answers" else known), **values, **more}

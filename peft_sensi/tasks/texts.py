@@ -1,0 +1,205 @@
+"""Rows with one or two texts and a label go in; inputs of a classifier or regressor, its metrics and labels out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import metrics
+from .labels import DataError, Labels, counts_of, find_labels, find_several, is_missing, is_number, name_of
+from .metrics import Quality
+from .task import Options, Rows
+
+
+MANY = 25  # a table of so many classes is cut
+
+
+def to_raw(
+    name: Any, rows: Sequence[dict[str, Any]], columns: Sequence[str], labels: Sequence[str], options: Options
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows with `text`, `pair` (for two texts) and `label`, and notes about rows that were left out.
+
+    Raises:
+        DataError: Names the first row without a label, or with something else than a text.
+    """
+    found: list[dict[str, Any]] = []
+    missing, notes = [], []
+    values = [[row.get(column) for column in labels] for row in rows]
+    numbers = any(is_number(value) for row in values for value in row)
+    for number, (row, cells) in enumerate(zip(rows, values, strict=True), start=1):
+        texts = [row.get(column) for column in columns]
+        for column, text in zip(columns, texts, strict=True):
+            if text is not None and not isinstance(text, str):
+                raise DataError(f"{name}: row {number} has no text in {column!r}, but {text!r:.60} (--text-column).")
+        raw: dict[str, Any] = {"row": number, **dict(zip(("text", "pair"), [t or "" for t in texts], strict=False))}
+        if labels:
+            empty_is_none = options.label_separator is not None and len(labels) == 1
+            if any(is_missing(value, numbers) for value in cells) and not (empty_is_none and cells[0] is not None):
+                missing.append(number)
+                continue
+            raw["label"] = _several_of(name, number, labels, cells) if len(labels) > 1 else cells[0]
+        found.append(raw)
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        if not options.skip_unlabeled:
+            raise DataError(
+                f"{name}: row {missing[0]}{more} has no label in {', '.join(map(repr, labels))}. Fill it in, or leave "
+                f"such rows out with --skip-unlabeled."
+            )
+        notes.append(f"left out {len(missing):,} rows without a label, the first is row {missing[0]}")
+    if not found:
+        raise DataError(f"{name}: no row has a label in {', '.join(map(repr, labels))} (--label-column).")
+    return found, notes
+
+
+def _several_of(name: Any, number: int, columns: Sequence[str], cells: Sequence[Any]) -> list[str]:
+    """The names of the columns that are 1 in a row."""
+    chosen = []
+    for column, cell in zip(columns, cells, strict=True):
+        text = name_of(cell).lower()
+        if text not in ("0", "1", "true", "false"):
+            raise DataError(f"{name}: row {number} has {cell!r} in {column!r}; several --label-column need 0 or 1.")
+        if text in ("1", "true"):
+            chosen.append(column)
+    return chosen
+
+
+def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], options: Options) -> Labels:
+    """The labels of training rows. Raises `DataError` if they cannot be learned."""
+    values = [row["label"] for row in raw]
+    shown = ", ".join(map(repr, columns))
+    if len(columns) > 1:
+        return Labels(list(columns), several=True)
+    if options.label_separator is not None or any(isinstance(value, list | tuple) for value in values):
+        labels = find_several(values, options.label_separator)
+        if not labels.names:
+            raise DataError(f"{name}: no row has a label in {shown} (--label-column).")
+        return labels
+    try:
+        labels = find_labels(values, options.regression)
+    except (TypeError, ValueError, OverflowError):
+        why = (
+            "not all labels are numbers, as --regression needs" if options.regression else "neither names nor numbers"
+        )
+        raise DataError(f"{name}: the labels in {shown}: {why}.") from None
+    if options.regression and not all(is_number(value) for value in values):
+        raise DataError(f"{name}: not all labels in {shown} are numbers, as --regression needs.")
+    if labels.regression and len({float(value) for value in values}) == 1:
+        raise DataError(f"All rows of {name} have the label {values[0]!r}: there is nothing to learn.")
+    if len(labels.names) == 1:
+        raise DataError(f"All rows of {name} have the label {labels.names[0]!r}: there is nothing to learn.")
+    if len(labels.names) > 2 and all(re.fullmatch(r"[+-]?\d+,\d+", label) for label in labels.names):
+        raise DataError(f"{name}: the labels in {shown} have decimal commas: write 3.5 for {labels.names[0]!r}.")
+    if len(labels.names) > max(2, len(raw) // 2):
+        raise DataError(
+            f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "
+            f"not the label: name the right column with --label-column, or predict numbers with --regression."
+        )
+    return labels
+
+
+def encode(
+    name: Any, raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int
+) -> tuple[Rows, int, int]:
+    """Tokenized rows, the longest text in tokens, and the number of texts that were cut.
+
+    Raises:
+        DataError: A row has a label that is not one of `labels`.
+    """
+    if not raw:
+        return Rows([], []), 0, 0
+    pairs = [row.get("pair") for row in raw] if "pair" in raw[0] else None
+    texts = [row["text"] for row in raw]
+    encoded = tokenizer(texts, pairs, truncation=False, verbose=False)
+    inputs = [{key: values[i] for key, values in encoded.items()} for i in range(len(raw))]
+    lengths = [len(row["input_ids"]) for row in inputs]
+    for i in [i for i, length in enumerate(lengths) if length > max_length]:
+        inputs[i] = dict(tokenizer(texts[i], pairs and pairs[i], truncation=True, max_length=max_length))
+    for row, values in zip(raw, inputs, strict=True):
+        if labels is None or "label" not in row:
+            continue
+        try:
+            values["labels"] = labels.encode(row["label"])
+        except (KeyError, ValueError, TypeError):
+            one = "a number" if labels.regression else f"one of {', '.join(labels.names[:8])}"
+            raise DataError(
+                f"{name}: the label {row['label']!r} of row {row['row']} is not {one}, as in training."
+            ) from None
+    return Rows(inputs, list(raw)), max(lengths), sum(length > max_length for length in lengths)
+
+
+def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """A line about the classes and how many rows each has, and doubts about the labels."""
+    values = [row["label"] for row in raw]
+    doubts: list[str] = []
+    if labels.regression:
+        found = [float(value) for value in values]
+        return [f"labels: numbers from {min(found):g} to {max(found):g}, mean {np.mean(found):.4g}"], doubts
+    counts = counts_of(labels, (labels.encode(value) for value in values))
+    shown = ", ".join(f"{label} {count:,}" for label, count in list(counts.items())[:MANY])
+    more = f", and {len(counts) - MANY:,} more" if len(counts) > MANY else ""
+    what = "labels, several in a row" if labels.several else "classes"
+    if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
+        doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
+    if stray := sum(isinstance(value, str) and value != value.strip() for value in values):
+        doubts.append(f"blanks around {stray:,} labels were removed")
+    alike = Counter(label.casefold() for label in labels.names)
+    if same := [label for label in labels.names if alike[label.casefold()] > 1]:
+        doubts.append(f"the classes {', '.join(map(repr, same[:4]))} differ in capitals only: are they the same?")
+    rare = [label for label, count in counts.items() if count == 1]
+    if rare and len(rare) < len(labels.names):
+        doubts.append(f"{len(rare)} of the classes have one row only, such as {rare[0]!r}")
+    return [f"{len(labels.names)} {what}: {shown}{more}"], doubts
+
+
+def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:
+    """The quality of logits `[rows, classes]`, or of numbers `[rows, 1]`."""
+    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    expected = np.array([row["labels"] for row in rows.inputs])
+    trained = [row["labels"] for row in train.inputs] if train is not None and len(train) else list(expected)
+    remarks = []
+    if labels.regression:
+        predicted, constant = logits.reshape(-1), np.full(len(expected), np.mean(trained))
+        function: Any = metrics.numbers
+    elif labels.several:
+        predicted, expected = logits > 0, expected > 0.5
+        constant = np.broadcast_to(np.mean(np.array(trained), 0) > 0.5, expected.shape)
+        function = metrics.several_classes
+    else:
+        predicted, function = logits.argmax(-1), metrics.classes
+        constant = np.full(len(expected), Counter(trained).most_common(1)[0][0])
+        if len(set(expected.tolist())) == 1:
+            remarks.append(
+                f"All {len(expected):,} validation rows have the class {labels.names[int(expected[0])]!r}, so the "
+                f"metrics say nothing about the other classes: give more rows, or --validation."
+            )
+    shares = {} if labels.regression else {"accuracy": len(expected)}
+    values, intervals = metrics.measured(lambda i: function(predicted[i], expected[i]), len(expected), shares)
+    return Quality(values, function(constant, expected), intervals, remarks)
+
+
+def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
+    """For each row, `label` and `scores` (one per class); `labels` for several; `value` for numbers."""
+    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    found: list[dict[str, Any]] = []
+    for row in logits.reshape(len(rows), -1):
+        if labels.regression:
+            found.append({"value": float(row[0])})
+            continue
+        scores = 1 / (1 + np.exp(-row)) if labels.several else softmax(row)
+        by_name = dict(zip(labels.names, scores.tolist(), strict=True))
+        if labels.several:
+            found.append({"labels": [name for name, score in by_name.items() if score > 0.5], "scores": by_name})
+        else:
+            found.append({"label": labels.names[int(row.argmax())], "score": float(scores.max()), "scores": by_name})
+    return found
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)

@@ -1,0 +1,210 @@
+"""Sentences of words with tags go in; windows of tokens for a model that tags words, its metrics and tags come out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import metrics
+from .columns import check_known
+from .labels import DataError, Labels
+from .metrics import Quality
+from .reading import read_text
+from .task import Rows
+from .texts import softmax
+
+
+OUTSIDE = "O"
+IGNORED = -100  # the label of positions without a loss
+CONLL_SUFFIXES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".tab")
+WORD_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner")
+
+
+def read_conll(
+    path: str | Path, token_column: int = 0, tag_column: int | None = -1, encoding: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows with `tokens` and `tags`, one row per sentence; without `tags` if `tag_column` is `None`.
+
+    An empty line, a line without a word, or a -DOCSTART- line ends a sentence.
+    """
+    sentences: list[dict[str, Any]] = []
+    tokens: list[str] = []
+    tags: list[str] = []
+    # Split only at "\n", because U+0085, U+2028 and similar characters can be tokens.
+    lines = read_text(Path(path), encoding=encoding).split("\n")
+    for number, line in enumerate([*lines, ""], start=1):
+        cells = line.rstrip("\r").split("\t") if "\t" in line else line.split()
+        if not line.strip() or not cells[0] or cells[0] == "-DOCSTART-":
+            if tokens:
+                tagged = {} if tag_column is None else {"tags": tags}
+                sentences.append({"row": len(sentences) + 1, "tokens": tokens, **tagged})
+            tokens, tags = [], []
+            continue
+        for column, option in ((token_column, "--text-column"), (tag_column, "--label-column")):
+            if column is not None and not -len(cells) <= column < len(cells):
+                raise DataError(
+                    f"{path}, line {number}: there is no column {column} among {len(cells)} ({option}): "
+                    f"{line.strip()!r:.60}"
+                )
+        tokens.append(cells[token_column].strip())
+        if tag_column is not None:
+            tag = cells[tag_column].strip()
+            check_tag(tag, f"{path}, line {number}")
+            tags.append(tag)
+    if not sentences:
+        raise DataError(f"{path} has no sentences.")
+    return sentences
+
+
+def check_tag(tag: Any, place: str) -> None:
+    prefix, dash, kind = str(tag).partition("-")
+    if tag != OUTSIDE and not (prefix in "BIESLU" and len(prefix) == 1 and dash and kind):
+        raise DataError(f"{place}: {tag!r} is not a tag such as O, B-person or I-person (--label-column).")
+
+
+def column_numbers(text: str | None, label: str | None) -> tuple[int, int]:
+    """The columns of a file without a header, from --text-column and --label-column."""
+    for option, value in (("--text-column", text), ("--label-column", label)):
+        if value is not None and not re.fullmatch(r"-?\d+", value):
+            raise DataError(f"{option} {value}: a file of words has no header, so give a column's number, such as 0.")
+    return int(text or 0), int(label or -1)
+
+
+def to_raw(
+    name: Any, rows: Sequence[dict[str, Any]], text: str | None, label: str | None, needs_tags: bool = True
+) -> list[dict[str, Any]]:
+    """Sentences from a table with a list of words and a list of tags in each row."""
+    names = list(rows[0])
+    check_known(name, names, [text] if text else [], "--text-column")
+    check_known(name, names, [label] if label else [], "--label-column")
+    text = text or next((column for column in WORD_COLUMNS if column in names), None)
+    label = label or next((column for column in TAG_COLUMNS if column in names), None)
+    if text is None or (label is None and needs_tags):
+        option = "words with --text-column" if text is None else "tags with --label-column"
+        raise DataError(f"{name}: name the column that holds the {option}; there are {', '.join(names)}.")
+    found = []
+    for number, row in enumerate(rows, start=1):
+        tokens, tags = row.get(text), None if label is None else row.get(label)
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise DataError(f"{name}: row {number} has no list of words in {text!r}.")
+        if tags is not None or needs_tags:
+            if not isinstance(tags, list) or len(tags) != len(tokens):
+                raise DataError(f"{name}: row {number} has not one tag for each word in {label!r}.")
+            for tag in tags:
+                check_tag(tag, f"{name}, row {number}")
+        if tokens:
+            found.append({"row": number, "tokens": tokens, **({} if tags is None else {"tags": tags})})
+    if not found:
+        raise DataError(f"{name} has no sentences.")
+    return found
+
+
+def labels_of(*parts: Sequence[dict[str, Any]]) -> Labels:
+    """The tags of all rows. A tag that only validation rows have cannot be learned, but must count as missed."""
+    return Labels([OUTSIDE, *sorted({tag for rows in parts for row in rows for tag in row["tags"]} - {OUTSIDE})])
+
+
+def encode(
+    raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int, name: Any = "the data"
+) -> tuple[Rows, int, int]:
+    """Windows over the sentences, the longest sentence in tokens, and the number of sentences with several windows.
+
+    The first sub-word of a word gets its tag. A word for which the tokenizer produces no token (such as a lone
+    variation selector) has no position.
+    """
+    index = None if labels is None else {tag: i for i, tag in enumerate(labels.names)}
+    found = Rows([], list(raw))
+    if not raw:
+        return found, 0, 0
+    encoded = tokenizer(
+        [row["tokens"] for row in raw],
+        is_split_into_words=True,
+        truncation=True,
+        max_length=max_length,
+        return_overflowing_tokens=True,
+    )
+    samples = encoded.pop("overflow_to_sample_mapping")
+    before: tuple[int, int] | None = None  # a word can continue in the next window
+    for window, sentence in enumerate(samples):
+        places = []
+        for position, word in enumerate(encoded.word_ids(window)):
+            if word is not None and (sentence, word) != before:
+                before = (sentence, word)
+                places.append((position, word))
+        row = {key: values[window] for key, values in encoded.items()}
+        tags = raw[sentence].get("tags")
+        if index is not None and tags is not None:
+            row["labels"] = [IGNORED] * len(row["input_ids"])
+            for position, word in places:
+                if tags[word] not in index:
+                    raise DataError(f"{name}: row {raw[sentence]['row']} has the tag {tags[word]!r}, not in training.")
+                row["labels"][position] = index[tags[word]]
+        found.inputs.append(row)
+        found.places.append((sentence, np.array(places, dtype=np.int64).reshape(-1, 2)))
+    lengths: Counter[int] = Counter()
+    for sentence, row in zip(samples, found.inputs, strict=True):
+        lengths[sentence] += len(row["input_ids"])
+    return found, max(lengths.values()), sum(count > 1 for count in Counter(samples).values())
+
+
+def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """A line about the entities of each type, and doubts about the tags."""
+    kinds = Counter(kind for row in raw for kind, _, _ in metrics.entities(row["tags"]))
+    words, tagged = sum(len(row["tokens"]) for row in raw), sum(tag != OUTSIDE for row in raw for tag in row["tags"])
+    shown = ", ".join(f"{kind} {count:,}" for kind, count in sorted(kinds.items())) or "none"
+    doubts = [] if tagged else ["no word has a tag other than O, so there is nothing to find (--label-column)"]
+    return [f"{words:,} words, {tagged:,} in entities: {shown}"], doubts
+
+
+def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:
+    """The quality of logits `[windows, tokens, classes]`, or of class numbers `[windows, tokens]`."""
+    expected = [row["tags"] for row in rows.raw]
+    counts = metrics.word_counts(tags_of(labels, outputs, rows), expected)
+    baseline = metrics.words(metrics.word_counts([[OUTSIDE] * len(tags) for tags in expected], expected))
+    values, intervals = metrics.measured(lambda i: metrics.words(counts[i]), len(counts))
+    remarks = [] if counts[:, 2].any() else ["The validation rows have no entities, so precision and F1 say nothing."]
+    return Quality(values, baseline, intervals, remarks)
+
+
+def tags_of(labels: Labels, outputs: Any, rows: Rows) -> list[list[str]]:
+    """The tags of all words of each sentence. Entities are read over words, also if windows divide a sentence."""
+    tags = [[OUTSIDE] * len(row["tokens"]) for row in rows.raw]
+    for (sentence, places), values in zip(
+        rows.places, outputs[0] if isinstance(outputs, tuple) else outputs, strict=True
+    ):
+        numbers = best_classes(values) if np.ndim(values) == 2 else values
+        for position, word in places:
+            tags[sentence][word] = labels.names[int(numbers[position])]
+    return tags
+
+
+def best_classes(logits: Any) -> Any:
+    """The numbers of the most likely classes, from an array or tensor `[..., classes]` (or a tuple that starts so)."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
+    """For each sentence, `tokens`, `tags`, `scores` and `entities` (type, text, first and last word)."""
+    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    tags = tags_of(labels, logits, rows)
+    scores: list[list[float | None]] = [[None] * len(row["tokens"]) for row in rows.raw]
+    for (sentence, places), values in zip(rows.places, logits, strict=True):
+        for position, word in places:
+            scores[sentence][word] = float(softmax(values[position]).max())
+    return [
+        {
+            "tokens": row["tokens"],
+            "tags": found,
+            "scores": certain,
+            "entities": [
+                {"type": kind, "text": " ".join(row["tokens"][first:end]), "first": first, "last": end - 1}
+                for kind, first, end in metrics.entities(found)
+            ],
+        }
+        for row, found, certain in zip(rows.raw, tags, scores, strict=True)
+    ]

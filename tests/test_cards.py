@@ -1,0 +1,126 @@
+"""Cards: what they say, and that the code in them runs and prints what a reader expects."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from folders import NAMES, save_adapter
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from peft_sensi.cli.commands import app
+from peft_sensi.reporting.card import write_card
+from peft_sensi.reporting.saved_merged import open_saved
+
+
+METRICS = {
+    "model": "me/base",
+    "validation": {"accuracy": 0.875, "f1_macro": 0.5},
+    "rows": {"train": 54, "validation": 6},
+    "learning_rate": 1e-4,
+    "epochs": 3,
+    "seed": 7,
+    "recipe": None,
+    "data_sha256": {"train.tsv": "ab12", "/somewhere/test.tsv": "cd34"},
+    "seconds": {"training": 61.2},
+    "versions": {"peft_sensi": "0.1.0", "torch": "2.9.0"},
+    "task": {"kind": "text", "max_length": 32, "text_columns": ["text"]},
+}
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cards")
+    save_adapter(folder, names=NAMES, metrics=METRICS)
+    (folder / "merged" / "metrics.json").write_text(json.dumps(METRICS))
+    return folder
+
+
+def execute(card: Path, place: Path, capsys, monkeypatch) -> str:
+    """Runs the Python of a card where a reader would, and returns what it prints."""
+    code = card.read_text().split("```python\n")[1].split("```")[0]
+    assert str(place) not in code
+    monkeypatch.chdir(place)
+    exec(compile(code.replace("path/to/base", "base"), str(card), "exec"), {})
+    return capsys.readouterr().out
+
+
+def test_a_card_needs_no_arguments_and_says_what_was_done(folder):
+    run("card", folder / "adapter")
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    text = card.text
+    assert text.strip().startswith("# adapter\n") and "| accuracy | 0.875 |" in text
+    for line in ("| data | `train.tsv`, `test.tsv` |", "| epochs | 3 |", "| learning rate | 0.0001 |", "| seed | 7 |",
+                 "| training time | 61 s |", "| versions | peft_sensi 0.1.0, torch 2.9.0 |"):  # fmt: skip
+        assert line in text, line
+    assert "recipe" not in text and "None" not in text and "/somewhere" not in text
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert card.data.model_name == "adapter" and results["accuracy"].metric_value == 0.875
+    assert results["accuracy"].dataset_name == "test.tsv" and results["accuracy"].task_type == "text-classification"
+
+
+def test_the_title_is_the_name_of_the_repository(folder, tmp_path, monkeypatch):
+    run("card", folder / "adapter", "--repo", "me/reviews", "--out", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "\n# reviews\n" in text and 'PeftModel.from_pretrained(base, "me/reviews")' in text
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")  # with the card that saving has written
+    run("card", tmp_path / "adapter", "--repo", "me/reviews")
+    assert "\n# reviews\n" in (tmp_path / "adapter" / "README.md").read_text()
+    monkeypatch.chdir(folder / "adapter")
+    run("card", ".", "--out", tmp_path / "here")
+    assert "\n# adapter\n" in (tmp_path / "here" / "README.md").read_text()
+
+
+def test_a_card_has_no_empty_tables(tmp_path):
+    save_adapter(tmp_path)
+    write_card(open_saved(tmp_path / "adapter"))
+    lines = (tmp_path / "adapter" / "README.md").read_text().splitlines()
+    tables = [i for i, line in enumerate(lines) if line.startswith("| ---")]
+    assert tables and all(lines[i + 1].startswith("| ") for i in tables)
+    assert "## Training" not in lines and "## Results" not in lines and "\n\n\n" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize("which", ["adapter", "merged"])
+def test_whoever_loads_as_the_card_says_sees_the_names_of_classes(folder, which, capsys, monkeypatch):
+    run("card", folder / which)
+    printed = execute(folder / which / "README.md", folder, capsys, monkeypatch)
+    assert printed.strip().splitlines()[-1] in NAMES
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "problem", "kind"),
+    [
+        ("SEQ_CLS", None, "regression", float),
+        ("SEQ_CLS", ["a", "b"], "multi_label_classification", list),
+        ("TOKEN_CLS", ["O", "B-x", "I-x"], None, list),
+        ("QUESTION_ANS", None, None, str),
+    ],
+)
+def test_the_code_of_other_tasks_runs(tmp_path, task, names, problem, kind, capsys, monkeypatch):
+    save_adapter(tmp_path, task, names, problem)
+    for which in ("adapter", "merged"):
+        write_card(open_saved(tmp_path / which))
+        printed = execute(tmp_path / which / "README.md", tmp_path, capsys, monkeypatch).strip()
+        value = printed if kind is str else kind(eval(printed))
+        assert isinstance(value, kind)
+        if task == "TOKEN_CLS":
+            assert {name for _, name in value} <= set(names)
+
+
+def test_the_card_of_a_merged_model(folder):
+    run("card", folder / "merged", "--license", "mit")
+    card = ModelCard.load(folder / "merged" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.base_model == "me/base"
+    assert "base_model:finetune:me/base" in card.data.tags and "| accuracy | 0.875 |" in card.text
+    assert "load_merged" in card.text and "PeftModel" not in card.text and os.fspath(folder) not in card.text
+    assert "BertForSequenceClassification with smaller matrices" in card.text

@@ -1,0 +1,103 @@
+"""The commands after a training, on adapters and merged folders: advice for the command, and folders that go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import typer.core
+import typer.main
+from folders import NAMES, save_adapter
+from tiny import tiny_model
+from typer.testing import CliRunner
+
+from peft_sensi.cli.commands import app
+from peft_sensi.cli.data_options import DATA_OPTIONS, VALIDATION_OPTIONS
+
+
+def run(*arguments):
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
+
+
+def call(*arguments) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments, status: int = 1) -> str:
+    result = run(*arguments)
+    assert result.exit_code == status and "Traceback" not in result.output, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(folder, names=NAMES, metrics={"model": "me/base", "validation": {"accuracy": 0.5}})
+    return folder
+
+
+def without_base(folder: Path, target: Path, name: str | None) -> Path:
+    copy = shutil.copytree(folder / "adapter", target)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "predict", "evaluate"])
+@pytest.mark.parametrize("name", ["nobody/nothing", "/not/here", None])
+def test_a_machine_without_the_base_is_told_of_the_option(folder, tmp_path, command, name):
+    adapter = without_base(folder, tmp_path / "adapter", name)
+    other = {"merge": tmp_path / "out", "export": tmp_path / "m.onnx"}.get(command, tmp_path / "data.csv")
+    (tmp_path / "data.csv").write_text("text,label\ngood film,good\n")
+    assert "--base" in fails(command, adapter, other)
+    if command != "export" or name is None:
+        call(command, adapter, other, "--base", folder / "base")
+
+
+def test_advice_is_for_the_command(folder, tmp_path):
+    tiny_model(seed=5).save_pretrained(tmp_path / "other")
+    for command in (("merge", tmp_path / "out"), ("export", tmp_path / "m.onnx"), ("predict", tmp_path / "x.csv")):
+        (tmp_path / "x.csv").write_text("text\ngood film\n")
+        text = fails(command[0], folder / "adapter", command[1], "--base", tmp_path / "other")
+        assert "another base" in text and "with --base" in text and "`" not in text
+    assert "merged model already" in fails("merge", folder / "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_a_merged_model(folder):
+    found = json.loads(call("inspect", folder / "merged", "--json"))
+    assert found["class"] == "BertForSequenceClassification" and found["labels"] == NAMES
+    assert found["parameters"] < found["parameters_before"] and not found["loads_without_peft_sensi"]
+    adapter = json.loads(call("inspect", folder / "adapter", "--json"))["plan"]["groups"]
+    kept = {group["name"]: group["size"] - group["trimmed"] for group in adapter if group["kind"] != "token"}
+    assert {group["name"]: group["kept"] for group in found["groups"]} == kept
+    text = call("inspect", folder / "merged")
+    assert "load_merged" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_merged_folder_has_what_the_next_command_needs(folder, tmp_path):
+    call("merge", folder / "adapter", tmp_path / "small")
+    assert {"tokenizer.json", "metrics.json", "config.json"} <= {path.name for path in (tmp_path / "small").iterdir()}
+    call("card", tmp_path / "small")
+    assert "| accuracy | 0.5 |" in (tmp_path / "small" / "README.md").read_text()
+    assert "adapter" not in call("push", tmp_path / "small", "me/small", "--dry-run")
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "merge", "export", "card", "push", "predict", "evaluate",
+                                     "compare", "sweep"])  # fmt: skip
+def test_help_is_plain_and_names_every_default(command):
+    text = call(command, "--help")
+    assert f"Example: peft-sensi {command}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80 and not re.search(r"`|SensiConfig|kwargs|None\b", text), text
+    options = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    shared = {*DATA_OPTIONS, *VALIDATION_OPTIONS}
+    for each in options:
+        if isinstance(each, typer.core.TyperOption) and each.name not in shared and each.default is None:
+            assert each.required or "efault" in each.help or each.is_flag, f"{command}: {each.name} has no default"

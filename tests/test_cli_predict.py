@@ -1,0 +1,242 @@
+"""`predict`, `evaluate` and `compare` on adapters, merged models and ONNX files, for every kind of task."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import save_adapter
+from typer.testing import CliRunner
+
+from peft_sensi.cli.commands import app
+from peft_sensi.tasks.comparing import mcnemar
+from peft_sensi.tasks.metrics import exact
+from peft_sensi.tasks.predicting import chunks, open_predictor
+from peft_sensi.tasks.task import Rows
+
+
+TEXTS = ["the film is good", "a bad plot", "", "the story is very very very very poor", "fine"] * 3
+TAGS = ["O", "B-x", "I-x"]
+
+
+def run(*arguments, **environment):
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", **environment})
+    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
+
+
+def call(*arguments) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 1 and "Traceback" not in result.output, result.output
+    return " ".join(result.output.split())
+
+
+def rows_in(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    record = {"kind": "text", "max_length": 9, "text_columns": ["text"], "label_columns": ["label"],
+              "labels": ["bad", "good", "so"], "problem_type": "single_label_classification"}  # fmt: skip
+    save_adapter(folder, names=["bad", "good", "so"], metrics={"task": record})
+    (folder / "merged" / "metrics.json").write_text(json.dumps({"task": record}))
+    rows = [{"id": f"r{i}", "text": text, "score": i} for i, text in enumerate(TEXTS)]
+    with (folder / "new.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "text", "score"])
+        writer.writeheader()
+        writer.writerows(rows)
+    labeled = [{"text": text, "label": ("good", "bad", "so")[i % 3]} for i, text in enumerate(TEXTS)]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, labeled)))
+    return folder
+
+
+def expected(work: Path) -> list[str]:
+    """What the merged model says of one text at a time, without padding and without this package's tokenized rows."""
+    predictor = open_predictor(str(work / "merged"))
+    found = []
+    for text in TEXTS:
+        ids = predictor.tokenizer([text], truncation=True, max_length=9, return_tensors="pt")
+        with torch.no_grad():
+            (logits,) = predictor.run(ids)
+        found.append(predictor.labels.names[int(logits[0].argmax())])
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_the_rows_and_their_order_stay(work, tmp_path, suffix):
+    out = tmp_path / f"deep/pred{suffix}"
+    call("predict", work / "adapter", work / "new.csv", "--out", out, "--batch-size", "4")
+    found = [json.loads(line) for line in out.read_text().splitlines()] if suffix == ".jsonl" else rows_in(out)
+    assert [row["id"] for row in found] == [f"r{i}" for i in range(len(TEXTS))]
+    assert [row["text"] for row in found] == TEXTS
+    assert [row["prediction"] for row in found] == expected(work)
+    # The file has a column of this name already.
+    assert [str(row["score"]) for row in found] == [str(i) for i in range(len(TEXTS))]
+    assert all(1 / 3 <= float(row["predicted_score"]) <= 1 for row in found)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_adapter_merged_and_onnx_say_the_same(work, tmp_path):
+    pytest.importorskip("onnxruntime")
+    found = json.loads(call("export", work / "adapter", tmp_path / "onnx" / "model.onnx", "--int8", "--json"))
+    names = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert {"model.onnx", "model.int8.onnx", "model.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert found["longest"] == 40
+    beside = json.loads((tmp_path / "onnx" / "model.json").read_text())
+    assert beside["labels"] == ["bad", "good", "so"] and beside["max_length"] == 9 and beside["kind"] == "text"
+    predicted = {}
+    for model in (work / "adapter", work / "merged", tmp_path / "onnx", tmp_path / "onnx" / "model.onnx"):
+        call("predict", model, work / "new.csv", "--out", tmp_path / "p.csv", "--scores")
+        rows = rows_in(tmp_path / "p.csv")
+        assert [row["prediction"] for row in rows] == expected(work)
+        predicted[model] = [[float(row[f"scores_{name}"]) for name in ("bad", "good", "so")] for row in rows]
+    first, *others = predicted.values()
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-4)
+    call("predict", tmp_path / "onnx" / "model.int8.onnx", work / "new.csv", "--out", tmp_path / "p.csv")
+    (tmp_path / "onnx" / "model.json").unlink()
+    assert "Export it again" in fails("predict", tmp_path / "onnx", work / "new.csv")
+
+
+def test_a_text_that_is_too_long_for_an_onnx_file_is_named_as_the_reason(work, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    call("export", work / "merged", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map["max_length"] == "40"
+    ids = np.full((1, 41), 7)
+    with pytest.raises(Exception, match="a text may have at most 40 tokens"):
+        session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": 0 * ids})
+    # Another tokenizer in the folder is not replaced.
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert "another tokenizer" in fails("export", work / "merged", tmp_path / "model.onnx")
+    assert (tmp_path / "tokenizer_config.json").read_text() == "{}"
+
+
+def test_predictions_on_stdout_can_be_piped(work):
+    result = run("predict", work / "merged", work / "new.csv")
+    lines = list(csv.DictReader(result.stdout.splitlines()))
+    assert [row["prediction"] for row in lines] == expected(work)
+    lines = run("predict", work / "merged", work / "new.csv", "--json").stdout.splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == expected(work)
+
+
+def test_a_failed_prediction_leaves_the_old_file(work, tmp_path, monkeypatch):
+    out = tmp_path / "pred.csv"
+    out.write_text("old")
+    from peft_sensi.tasks import predicting
+
+    def broken(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(predicting.Predictor, "outputs", broken)
+    assert "no space left" in fails("predict", work / "merged", work / "new.csv", "--out", out)
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+    assert "predictions are written as" in fails("predict", work / "merged", work / "new.csv", "--out", "p.txt")
+
+
+def test_evaluate_agrees_with_the_predictions(work):
+    found = json.loads(call("evaluate", work / "merged", work / "test.jsonl", "--json"))
+    truth = [("good", "bad", "so")[i % 3] for i in range(len(TEXTS))]
+    right = np.mean([a == b for a, b in zip(expected(work), truth, strict=True)])
+    assert found["metrics"]["accuracy"] == pytest.approx(right) and found["rows"] == len(TEXTS)
+    low, high = found["intervals"]["accuracy"]
+    assert low <= right <= high and found["baseline"]["accuracy"] == pytest.approx(1 / 3)
+    text = call("evaluate", work / "adapter", work / "test.jsonl")
+    assert "accuracy" in text and "95 %" in text and max(map(len, text.splitlines())) <= 80
+    other = work / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": text, "label": i % 2 and "yes" or "no"})
+                               for i, text in enumerate(TEXTS)))  # fmt: skip
+    assert "the model's labels are bad, good, so" in fails("evaluate", work / "merged", other)
+
+
+def test_evaluate_takes_the_split_that_was_not_trained_on(work, tmp_path):
+    lines = (work / "test.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines[:4]))
+    assert json.loads(call("evaluate", work / "merged", tmp_path, "--json"))["rows"] == 4
+
+
+def test_compare_a_model_with_itself_and_with_another(work, tmp_path):
+    data = ("--data", work / "test.jsonl", "--json")
+    same = json.loads(call("compare", work / "adapter", work / "merged", *data))
+    assert same["difference"]["same"] == 1.0 and same["difference"]["mean"] == 0.0 and same["difference"]["p"] == 1.0
+    assert same["models"][0]["metrics"] == same["models"][1]["metrics"]
+    text = call("compare", work / "adapter", work / "merged", *data[:2])
+    assert "parameters" in text and "McNemar" in text
+    save_adapter(tmp_path, names=["x", "y", "z"])
+    assert "labels are x, y, z" in fails("compare", work / "merged", tmp_path / "merged", *data[:2])
+
+
+def test_mcnemar():
+    """A textbook example: 5 against 15 discordant pairs."""
+    assert mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4) and mcnemar(0, 0) == 1.0 and mcnemar(3, 3) == 1.0
+
+
+def test_words(tmp_path):
+    save_adapter(tmp_path, "TOKEN_CLS", TAGS)
+    sentences = [["the", "film", "is"], ["good"] * 60, ["a", "plot"]]
+    lines = "\n\n".join("\n".join(f"{word} {TAGS[i % 3]}" for i, word in enumerate(words)) for words in sentences)
+    (tmp_path / "rows.conll").write_text(lines)
+    call("predict", tmp_path / "merged", tmp_path / "rows.conll", "--out", tmp_path / "p.jsonl", "--batch-size", "2")
+    found = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in found] == sentences
+    assert [len(row["tags"]) for row in found] == [3, 60, 2] and {tag for row in found for tag in row["tags"]} <= {
+        *TAGS
+    }
+    metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.conll", "--json"))["metrics"]
+    right = sum(tag == TAGS[i % 3] for row in found for i, tag in enumerate(row["tags"]))
+    assert metrics["tag_accuracy"] == pytest.approx(right / 65)
+
+
+def test_answers(tmp_path):
+    save_adapter(tmp_path, "QUESTION_ANS")
+    context = "the story is very good . " * 12
+    rows = [{"question": "the film is ?", "context": text, "answers": {"text": ["good"], "answer_start": [at]}}
+            for text, at in ((context, 18), ("a good plot", 2))]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--max-length", "30", "--stride", "5")
+    call("predict", tmp_path / "merged", tmp_path / "rows.jsonl", "--out", tmp_path / "p.csv", *options)
+    found = rows_in(tmp_path / "p.csv")
+    assert [row["question"] for row in found] == ["the film is ?"] * 2
+    for row, source in zip(found, rows, strict=True):
+        assert row["answer"] and row["answer"] == source["context"][int(row["start"]) : int(row["end"])].strip()
+    # What the training has noted is the default.
+    record = {"kind": "answers", "max_length": 30, "stride": 5, "max_answer_length": 30, "silent": False}
+    (tmp_path / "adapter" / "metrics.json").write_text(json.dumps({"task": record}))
+    call("predict", tmp_path / "adapter", tmp_path / "rows.jsonl", "--out", tmp_path / "q.csv")
+    assert [row["answer"] for row in rows_in(tmp_path / "q.csv")] == [row["answer"] for row in found]
+    metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.jsonl", "--json"))["metrics"]
+    assert metrics["exact_match"] == pytest.approx(np.mean([exact(row["answer"], "good") for row in found]))
+
+
+def test_numbers(tmp_path):
+    save_adapter(tmp_path, problem="regression")
+    rows = [{"text": text, "label": i / 7} for i, text in enumerate(TEXTS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    call("predict", tmp_path / "merged", tmp_path / "rows.jsonl", "--out", tmp_path / "p.csv")
+    found = [float(row["prediction"]) for row in rows_in(tmp_path / "p.csv")]
+    metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.jsonl", "--json"))["metrics"]
+    truth = [row["label"] for row in rows]
+    assert metrics["mse"] == pytest.approx(np.mean((np.array(found) - truth) ** 2), rel=1e-4)
+
+
+def test_windows_of_a_row_stay_together():
+    owners = [0, 0, 1, 2, 2, 2, 3]
+    rows = Rows([{"input_ids": [i]} for i in range(7)], [{"row": i} for i in range(4)],
+                [(owner, np.zeros(1)) for owner in owners])  # fmt: skip
+    parts = list(chunks(rows, 2))
+    assert [[place for place, _ in part.places] for part in parts] == [[0, 0], [0, 1, 1, 1], [0]]
+    assert [raw for part in parts for raw in part.raw] == rows.raw
+    assert [row for part in parts for row in part.inputs] == rows.inputs

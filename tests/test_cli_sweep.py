@@ -1,0 +1,72 @@
+"""`sweep`: one ranking, several budgets, one table and one picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from folders import save_tokenizer
+from tiny import tiny_model
+from typer.testing import CliRunner
+
+from peft_sensi import SensiError
+from peft_sensi.cli import train
+from peft_sensi.cli.commands import app
+from peft_sensi.cli.sweep import budgets_of
+from peft_sensi.plotting.sweeps import plot_sweep
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_model(num_labels=2).save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    rows = [f"the film is {('bad', 'good')[i % 2]}{' very' * (i % 3)}\t{('no', 'yes')[i % 2]}" for i in range(40)]
+    (folder / "data.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+def run(*arguments):
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
+
+
+def test_one_ranking_serves_all_budgets(work, monkeypatch):
+    calls, compute = [], train.compute_scores
+    monkeypatch.setattr(train, "compute_scores", lambda *a, **k: calls.append(1) or compute(*a, **k))
+    out = work / "out"
+    arguments = ("sweep", work / "base", "--data", work / "data.tsv", "--budgets", "0.5", "0.8", "--out", out,
+                 "--epochs", "1", "--batch-size", "8", "--validation-share", "0.3", "--rounds", "2")  # fmt: skip
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert calls == [1] and found == json.loads((out / "sweep.json").read_text())
+    assert [point["budget"] for point in found["points"]] == [0.8, 0.5] and found["metric"] == "accuracy"
+    large, small = found["points"]
+    assert small["parameters"] < large["parameters"] < found["base_parameters"]
+    assert (found["base_ms"] is None) == (small["ms"] is None)
+    for point in found["points"]:
+        metrics = json.loads((out / f"{point['budget']:g}" / "metrics.json").read_text())
+        assert (
+            metrics["validation"]["accuracy"] == point["value"] and metrics["plan"]["params_share"] <= point["budget"]
+        )
+        assert point["interval"][0] <= point["value"] <= point["interval"][1]
+    assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG" and (out / "scores.safetensors").is_file()
+    again = run(*arguments)
+    assert again.exit_code == 1 and "--overwrite" in again.output and calls == [1]
+
+
+def test_budgets_are_read_before_anything_slow(work):
+    assert budgets_of(["0.25,0.75", "50%"]) == [0.75, 0.5, 0.25]
+    for wrong in ("half", "2.5", "0"):
+        with pytest.raises(SensiError):
+            budgets_of([wrong])
+    result = run("sweep", "nowhere", "--data", work / "data.tsv", "--budgets", "0", "--out", work / "no")
+    assert result.exit_code == 1 and "share in (0, 1]" in " ".join(result.output.split())
+    assert not (work / "no").exists()
+
+
+def test_the_picture_needs_no_times(tmp_path):
+    plot_sweep(tmp_path / "s.svg", "F1", [0.9, 0.8], [(0.85, 0.95), None], ["0.5", "0.25"], {"share": [0.7, 0.5]})
+    assert "F1 under each budget" in (tmp_path / "s.svg").read_text()

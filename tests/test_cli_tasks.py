@@ -1,0 +1,297 @@
+"""The command `train` for every kind of task, and that it neither loses work nor does work in vain."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_config
+from transformers import AutoModel, BertTokenizerFast, TrainerCallback
+from typer.testing import CliRunner
+
+from peft_sensi import Scores, load_merged
+from peft_sensi.cli import train as train_module
+from peft_sensi.cli.commands import app
+from peft_sensi.cli.run import Run
+from peft_sensi.reporting.saved import open_adapter
+from peft_sensi.tasks.record import saved_record
+
+
+WORDS = "the city of is in lives and red green blue stone ann bob york rome who where good bad".split()
+SHORT = ["--epochs", "1", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A tiny encoder with a tokenizer, and a file for each kind of task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder / "base")
+    AutoModel.from_config(tiny_config("bert")).save_pretrained(folder / "base")
+    generator = random.Random(0)
+    names, places = ["ann", "bob"], ["york", "rome"]
+    sentences, articles, texts = [], [], []
+    for i in range(40):
+        name, place = generator.choice(names), generator.choice(places)
+        sentences.append(f"{name} B-person\nlives O\nin O\n{place} B-place\n" + "red O\n" * (i % 3))
+        context = f"the stone is red . {name} lives in {place} and the city is {generator.choice(WORDS[7:10])}"
+        answer = {"text": place, "answer_start": context.index(place)}
+        qas = [{"id": str(i), "question": f"where lives {name}", "answers": [answer] if i % 5 else []}]
+        articles.append({"title": str(i), "paragraphs": [{"context": context, "qas": qas}]})
+        word = ("bad", "good")[i % 4 == 0]
+        texts.append({"sentence": f"the {place} is {word}", "label": word, "tags": [word, place]})
+    (folder / "rows.conll").write_text("\n".join(sentences))
+    (folder / "squad.json").write_text(json.dumps({"data": articles}))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in texts))
+    (folder / "texts.csv").write_text("sentence,label\n" + "".join(f"{r['sentence']},{r['label']}\n" for r in texts))
+    return folder
+
+
+def run(*arguments):
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
+
+
+def call(*arguments) -> dict:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def fails(*arguments) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 1 and "Traceback" not in result.output, result.output
+    return " ".join(result.output.split())
+
+
+# -- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_tagged(work, tmp_path):
+    found = call("train", work / "base", "--data", work / "rows.conll", "--budget", "0.7", "--epochs", "12", "--lr",
+                 "3e-3", "--batch-size", "8", "--out", tmp_path / "out")  # fmt: skip
+    assert found["validation"]["f1"] > 0.9 and found["rows"] == {"train": 36, "validation": 4}
+    adapter = open_adapter(tmp_path / "out")
+    assert str(adapter.config.task_type).endswith("TOKEN_CLS")
+    assert saved_record(tmp_path / "out")["labels"] == ["O", "B-person", "B-place"]
+    assert adapter.config.head_settings["labels"] == ["O", "B-person", "B-place"]
+    trimmed = call("trim", tmp_path / "out", "--data", work / "rows.conll", "--budget", "0.5", "--out", tmp_path / "b")
+    assert set(trimmed["validation"]) == set(found["validation"])
+
+
+def test_answers_are_found(work, tmp_path):
+    found = call("train", work / "base", "--data", work / "squad.json", "--budget", "0.7", *SHORT, "--max-length",
+                 "24", "--stride", "4", "--out", tmp_path / "out")  # fmt: skip
+    assert set(found["validation"]) == {"exact_match", "f1"} and found["rows"] == {"train": 36, "validation": 4}
+    record = saved_record(tmp_path / "out")
+    assert record["kind"] == "answers" and record["silent"] is True and record["stride"] == 4
+    trimmed = call("trim", tmp_path / "out", "--data", work / "squad.json", "--budget", "0.5", "--max-length", "24",
+                   "--stride", "4", "--out", tmp_path / "half")  # fmt: skip
+    assert set(trimmed["validation"]) == {"exact_match", "f1"}
+
+
+def test_rows_with_several_labels(work, tmp_path):
+    options = ("--label-column", "tags", "--budget", "0.7", *SHORT)
+    found = call("train", work / "base", "--data", work / "texts.jsonl", *options, "--class-weights", "balanced",
+                 "--out", tmp_path / "out")  # fmt: skip
+    assert found["classes"] == ["bad", "good", "rome", "york"] and "f1_micro" in found["validation"]
+    assert found["task"]["problem_type"] == "multi_label_classification"
+    trimmed = call("trim", tmp_path / "out", "--data", work / "texts.jsonl", "--label-column", "tags", "--budget",
+                   "0.5", "--out", tmp_path / "half")  # fmt: skip
+    assert trimmed["classes"] == found["classes"] and "f1_micro" in trimmed["validation"]
+
+
+def test_class_weights_change_the_loss(work, tmp_path):
+    options = ("train", work / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT)
+    call(*options, "--out", tmp_path / "plain")
+    call(*options, "--class-weights", "balanced", "--out", tmp_path / "weighted")
+    plain, weighted = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "weighted"))
+    assert any(not torch.equal(plain[key], weighted[key]) for key in plain if plain[key].is_floating_point())
+    answers = ("--data", work / "squad.json", "--max-length", "24", "--stride", "4", "--out", tmp_path / "no")
+    assert "--class-weights" in fails("train", work / "base", *answers, "--class-weights", "balanced")
+
+
+def test_early_stopping_keeps_the_best_model(work, tmp_path):
+    out = tmp_path / "out"
+    found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "9",
+                 "--epochs", "60", "--lr", "3e-3", "--batch-size", "8", "--out", out)  # fmt: skip
+    assert found["validation"]["accuracy"] == 1.0 and found["steps"] < 60 * 5
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_data_set_on_disk(work, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in (work / "texts.jsonl").read_text().splitlines()]
+    set_ = datasets.Dataset.from_list([{"sentence": row["sentence"], "label": row["label"]} for row in rows])
+    datasets.DatasetDict({"train": set_, "validation": set_}).save_to_disk(tmp_path / "set")
+    found = call("train", work / "base", "--data", tmp_path / "set", "--budget", "1", *SHORT, "--out", tmp_path / "o")
+    assert found["rows"] == {"train": 40, "validation": 40}
+
+
+def test_metrics_record_where_they_come_from(work, tmp_path):
+    found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT, "--out", tmp_path)
+    assert set(found["validation_interval"]) <= set(found["validation"]) == set(found["validation_baseline"])
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0] or found["versions"]["torch"]
+    assert len(found["data_sha256"]["texts.csv"]) == 64 and found["base_revision"] is None
+    assert found["task"]["text_columns"] == ["sentence"] and found["learning_rate"] == 1e-4
+
+
+def test_a_hold_out_of_one_class_is_said(work, tmp_path):
+    (tmp_path / "one.csv").write_text("sentence,label\nthe city is bad,bad\nthe stone is bad,bad\n")
+    result = run("train", work / "base", "--data", work / "texts.csv", "--validation", tmp_path / "one.csv",
+                 "--budget", "1", *SHORT, "--out", tmp_path / "out")  # fmt: skip
+    assert result.exit_code == 0
+    assert "All 2 validation rows have the class 'bad'" in " ".join(result.output.split())
+
+
+# -- before anything slow ---------------------------------------------------------------------------------------------
+
+
+def test_outputs_and_budgets_are_checked_before_the_scoring(work, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was scored")
+
+    monkeypatch.setattr(train_module, "compute_scores", never)
+    plan = ("plan", work / "base", "--data", work / "texts.csv")
+    assert "--plot" in fails(*plan, "--budget", "0.5", "--plot", tmp_path / "a.bmp")
+    assert "is a folder" in fails(*plan, "--budget", "0.5", "--save-scores", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "nothing can be written" in fails(*plan, "--budget", "0.5", "--save-scores", tmp_path / "file" / "s.st")
+    small = fails(*plan, "--budget", "50")
+    assert "too small" in small and "Give a larger --budget." in small and "min_units" not in small
+    assert "--trainable" in fails(*plan, "--trainable", "3")
+    assert "nowhere.json" in fails(*plan, "--latency", "0.5", "--latency-table", tmp_path / "nowhere.json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib" in fails(*plan, "--budget", "0.5", "--plot", tmp_path / "a.png")
+
+
+def test_scores_are_saved_even_if_the_plan_fails(work, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("later")
+
+    monkeypatch.setattr(train_module, "plan_for", broken)
+    steps = ("--priming-steps", "1", "--calibration-steps", "1", "--batch-size", "8")
+    text = fails("plan", work / "base", "--data", work / "texts.csv", "--budget", "0.5", *steps, "--save-scores",
+                 tmp_path / "s.st")  # fmt: skip
+    assert "later" in text and Scores.load(tmp_path / "s.st").method == "fisher"
+
+
+def test_a_second_run_does_not_replace_the_first(work, tmp_path):
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT, "--out", tmp_path)
+    call(*train)
+    assert Scores.load(tmp_path / "scores.safetensors").values
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert "--overwrite" in fails(*train, "--seed", "1")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    call(*train, "--seed", "1", "--overwrite")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before
+    assert "no interrupted training" in fails("train", work / "base", "--data", work / "texts.csv", "--out",
+                                              work / "new", "--resume")  # fmt: skip
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+
+class CtrlC(TrainerCallback):
+    """Presses Ctrl-C in a step, counted over all trainings."""
+
+    def __init__(self, step: int) -> None:
+        self.steps_left = step
+
+    def on_step_begin(self, args, state, control, **others) -> None:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(monkeypatch, step: int, *arguments) -> str:
+    """The output of a command that is interrupted in a step."""
+    trainer, press = Run.trainer, CtrlC(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
+        )
+        result = run(*arguments)
+    assert result.exit_code == 130, result.output
+    return result.output
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if not key.endswith("plan"):  # it has a mark of its own in each run
+            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+    values = [json.loads((folder / "metrics.json").read_text())["validation"] for folder in (a, b)]
+    assert values[0] == pytest.approx(values[1])
+    assert not list(b.glob("checkpoint-*")) and not (b / "unfinished.json").exists()
+
+
+INTERRUPTED = {
+    "trimmed": (("--budget", "0.7"), 7),
+    "low-rank": (("--trainable", "0.1"), 7),
+    "schedule": (("--recipe", "learners"), 7),
+    "thorough, first stage": (("--thorough", "--budget", "0.5"), 7),
+    "thorough, second stage": (("--thorough", "--budget", "0.5"), 20),  # a stage has 15 steps
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, work, tmp_path, monkeypatch):
+    options, step = INTERRUPTED[case]
+    train = ("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "3", "--batch-size", "8")
+    call(*train, "--out", tmp_path / "whole")
+    half = (*train, "--out", tmp_path / "half")
+    assert "--resume" in interrupted(monkeypatch, step, *half)
+    assert "--resume" in fails(*half)
+    assert "--seed was 0" in fails(*half, "--resume", "--seed", "3")
+    call(*half, "--resume")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
+    call("train", work / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT, "--out", tmp_path / "a")
+    trim = ("trim", tmp_path / "a", "--data", work / "texts.csv", "--budget", "0.5", "--heal-epochs", "2",
+            "--batch-size", "8")  # fmt: skip
+    whole = call(*trim, "--out", tmp_path / "whole")
+    interrupted(monkeypatch, 4, *trim, "--out", tmp_path / "half")
+    half = call(*trim, "--out", tmp_path / "half", "--resume")
+    assert half["validation_before"] == whole["validation_before"]
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+# -- rates and progress -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "rate"), [
+    (("--budget", "0.7"), 1e-4), (("--trainable", "0.1"), 2e-3), (("--recipe", "binary_mask"), 3e-3),
+    (("--budget", "0.5", "--thorough"), 5e-5), (("--budget", "0.7", "--lr", "1e-3"), 1e-3),
+])  # fmt: skip
+def test_the_default_rate_follows_the_update(options, rate, work, tmp_path):
+    found = call("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "0.2", "--batch-size",
+                 "8", "--out", tmp_path)  # fmt: skip
+    assert found["learning_rate"] == rate
+
+
+def test_a_pipe_gets_steps_loss_and_time_left(work, tmp_path, monkeypatch):
+    from peft_sensi.utils import progress
+
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    result = run("train", work / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT, "--out", tmp_path)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("training:")]
+    assert result.exit_code == 0 and any("5/5" in line for line in lines)
+    assert any("loss" in line and "<" in line for line in lines) and "\r" not in result.stderr
+
+
+def test_a_merged_tagger_loads(work, tmp_path):
+    call("train", work / "base", "--data", work / "rows.conll", "--budget", "0.5", *SHORT, "--out", tmp_path / "a")
+    assert run("merge", tmp_path / "a", tmp_path / "m").exit_code == 0
+    model = load_merged(tmp_path / "m")
+    assert list(model.config.id2label.values()) == ["O", "B-person", "B-place"]

@@ -1,0 +1,481 @@
+"""Data as it really comes: files of every form, columns and labels, splits, metrics, and decoded predictions."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_sensi.tasks import answers, metrics, texts, words
+from peft_sensi.tasks.columns import label_columns, text_columns
+from peft_sensi.tasks.kinds import kind_of
+from peft_sensi.tasks.labels import DataError, Labels, find_labels, order_of_head
+from peft_sensi.tasks.reading import Format, encoding_of, read_rows
+from peft_sensi.tasks.record import kind_of_model, labels_of_record, saved_record
+from peft_sensi.tasks.sources import read_source
+from peft_sensi.tasks.splitting import by_group, hold_out, sample
+from peft_sensi.tasks.task import Options, Rows
+
+
+ROWS = [
+    {"text": "a fine film", "label": "good"},
+    {"text": "prée, naïve", "label": "bad"},
+    {"text": "it is so; really", "label": "good"},
+]
+
+
+def table(delimiter: str = ",", header: bool = True, quoting: int = csv.QUOTE_MINIMAL) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter, quoting=quoting, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return file.getvalue()
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("rows.csv", content)
+    return file.getvalue()
+
+
+FILES = {
+    "plain.csv": table().encode(),
+    "tabs.tsv": table("\t").encode(),
+    "semicolons.csv": table(";").encode(),
+    "bars.csv": table("|").encode(),
+    "tabs-named.csv": table("\t").encode(),
+    "commas-named.tsv": table(",").encode(),
+    "mark.csv": table().encode("utf-8-sig"),
+    "utf16.csv": table().encode("utf-16"),
+    "utf16-without-mark.csv": table().encode("utf-16-le"),
+    "latin.csv": table().encode("latin-1"),
+    "windows.csv": table().replace("\n", "\r\n").encode(),
+    "quoted.tsv": table("\t", quoting=csv.QUOTE_ALL).encode(),
+    "packed.csv.gz": gzip.compress(table().encode()),
+    "packed.csv.bz2": bz2.compress(table().encode()),
+    "packed.csv.zip": zipped(table().encode()),
+    "packed-inside.csv": gzip.compress(table().encode()),
+    "blank-lines.csv": table().replace("\n", "\n\n").encode(),
+    "list.json": json.dumps(ROWS).encode(),
+    "lines.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+    "lines-named.json": "\n".join(map(json.dumps, ROWS)).encode(),
+    "list-named.jsonl": json.dumps(ROWS, indent=1).encode(),
+    "nested.json": json.dumps({"version": 1, "data": {"rows": ROWS}}).encode(),
+    "columns.json": json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}).encode(),
+    "pandas.json": json.dumps({key: {str(i): r[key] for i, r in enumerate(ROWS)} for key in ROWS[0]}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_same_rows_from_every_form(name, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name])
+    assert read_rows(tmp_path / name).rows == ROWS
+
+
+def test_parquet_and_arrow(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    frame.to_feather(tmp_path / "rows.arrow")
+    assert read_rows(tmp_path / "rows.parquet").rows == read_rows(tmp_path / "rows.arrow").rows == ROWS
+
+
+def test_what_was_recognized_is_noted(tmp_path):
+    def notes(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return " ".join(read_rows(tmp_path / name).notes)
+
+    assert notes("a.csv", FILES["plain.csv"]) == ""
+    assert "cp1252 (--encoding)" in notes("b.csv", FILES["latin.csv"])
+    assert "semicolons (--delimiter)" in notes("c.csv", FILES["semicolons.csv"])
+    assert "part of the text (--quotes" in notes("d.tsv", b'text\tlabel\nsay "hi\t1\n')
+    twice = notes("e.tsv", b"text\tlabel\na b\t1\ntext\tlabel\nc d\t0\n \t \n")
+    assert "1 repeated header" in twice and "1 empty row" in twice
+
+
+def test_quotes_in_files_with_tabs(tmp_path):
+    def rows(text: str, **form) -> list[str]:
+        (tmp_path / "a.tsv").write_text(text)
+        return [row["text"] for row in read_rows(tmp_path / "a.tsv", Format(**form)).rows]
+
+    glue = 'text\tlabel\n"odd" film\t1\n"whole"\t0\nan open " one\t1\n'
+    assert rows(glue) == ['"odd" film', '"whole"', 'an open " one']
+    pandas = 'text\tlabel\n"say ""hi"""\t1\nplain\t0\n"two\nlines"\t1\n'
+    assert rows(pandas) == ['say "hi"', "plain", "two\nlines"]
+    assert rows('text\tlabel\n"whole"\t0\n"x"\t1\n', quotes=True) == ["whole", "x"]
+
+
+WRONG = {
+    "cells.csv": (b"text,label\na,b,c\n", "row 1 (line 2) has 3 cells"),
+    "twice.csv": (b"text,text\na,b\n", "two columns 'text'"),
+    "empty.csv": (b"text,label\n", "no rows"),
+    "nothing.csv": (b"", "no rows"),
+    "number.json": (b"5", "no list of rows"),
+    "numbers.json": (b"[1, 2]", "row 1 is not an object"),
+    "broken.jsonl": (b'{"a": 1}\n{"a": \n', "line 2"),
+    "two.json": (b'{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of rows (train, test)"),
+    "cut.csv.gz": (gzip.compress(b"text,label\na,b\n" * 99)[:40], "cannot be unpacked"),
+    "no.parquet": (b"PAR1", "cannot be read as .parquet"),
+    "letter.doc": (b"x", "data files end in"),
+    "deep.json": (b"[" * 100_000, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_that_cannot_be_read_is_named(name, tmp_path):
+    content, message = WRONG[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path / name)
+    assert message in str(caught.value) and name in str(caught.value)
+
+
+cells = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(lambda text: text.strip() == text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(cells, cells), min_size=2, max_size=6), delimiter=st.sampled_from(",;\t|"))
+def test_what_python_writes_is_read_back(rows, delimiter, tmp_path_factory):
+    rows = [row for row in rows if row != ("text", "label")] or [("a", "b")]
+    path = tmp_path_factory.mktemp("rows") / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([("text", "label"), *rows])
+    found = read_rows(path, Format(encoding="utf-8", delimiter=delimiter, quotes=True)).rows
+    assert [(row["text"], row["label"]) for row in found] == rows
+
+
+@given(st.text(max_size=200))
+def test_utf8_is_recognized(text):
+    if "\x00" not in text and not text.startswith("\ufeff"):
+        assert encoding_of(text.encode("utf-8")) == "utf-8"
+
+
+MAGIC = [
+    b"", b"\x1f\x8b\x08\x00", b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
+    b"text,label\n", b'{"a": ', b"[", gzip.compress(b"text,label\na,b\n")[:20],
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    start=st.sampled_from(MAGIC),
+    rest=st.binary(max_size=60),
+    suffix=st.sampled_from([".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".csv.gz"]),
+)
+def test_any_bytes_are_rows_or_a_data_error(start, rest, suffix, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes") / f"a{suffix}"
+    path.write_bytes(start + rest)
+    try:
+        rows = read_rows(path).rows
+    except (DataError, OSError):
+        return
+    assert rows and all(isinstance(row, dict) for row in rows)
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_files(tmp_path):
+    for name in ("train-1.csv", "train-2.csv", "dev.csv", "test.csv"):
+        (tmp_path / name).write_text(table())
+    (tmp_path / "notes.md").write_text("no data")
+    found = read_source(tmp_path, None, Options())
+    assert [len(part.rows) for part in found.train] == [3, 3] and len(found.validation) == 1
+    assert "not read: test.csv" in " ".join(found.notes) and all(part.sha256 for part in found.train)
+
+
+def test_several_files_are_all_read(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(table())
+    assert (
+        sum(len(part.rows) for part in read_source([tmp_path / "a.csv", tmp_path / "b.csv"], None, Options()).train)
+        == 6
+    )
+
+
+def test_a_saved_data_set_with_names_of_classes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = datasets.Dataset.from_list([{"text": "a film", "label": 1}, {"text": "b", "label": -1}], features=features)
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "set")
+    found = read_source(tmp_path / "set", None, Options())
+    assert [row["label"] for row in found.train[0].rows] == ["good", None] and len(found.validation[0].rows) == 2
+    with pytest.raises(DataError, match="--split"):
+        read_source(tmp_path / "set", None, Options(split="dev"))
+
+
+def test_what_is_nowhere_is_named():
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        read_source("nobody/nothing", None, Options())
+
+
+# -- columns and labels -----------------------------------------------------------------------------------------------
+
+
+def columns_of(*names: str, **more) -> tuple[str, ...]:
+    words = {"text": "a fine film", "id": "r-17", "label": "1", "source": "web", "amount": "7", "url": "http://a.b/c"}
+    rows = [{name: more.get(name, words.get(name, "two words")) for name in names} for _ in range(30)]
+    return text_columns("f", rows, ["label"], None, None)[0]
+
+
+def test_only_texts_are_taken_for_texts():
+    assert columns_of("id", "text", "label") == ("text",)
+    assert columns_of("doc_id", "text", "label", doc_id="a b c") == ("text",)
+    assert columns_of("source", "text", "amount", "url", "label") == ("text",)
+    assert columns_of("premise", "hypothesis", "label") == ("premise", "hypothesis")
+    assert columns_of("word", "label", word="film") == ("word",)
+    assert columns_of("a", "b", "text", "label") == ("text",)
+    assert columns_of("author", "text", "when", "label", author="Ann Lee", when="2020-01-01 10:00",
+                      text="a film about a city in ruins") == ("text",)  # fmt: skip
+    long = "where does the man in the film live"
+    assert columns_of("question", "sentence", "label", question=long, sentence=long) == ("question", "sentence")
+    with pytest.raises(DataError, match="--text-column"):
+        columns_of("a", "b", "c", "label")
+    assert label_columns("f", [{"meta.label": "x", "text": "y"}], []) == ["meta.label"]
+    with pytest.raises(DataError, match="--label-column"):
+        label_columns("f", [{"a": "x"}], [])
+    assert label_columns("f", [{"Label": "x"}], []) == ["Label"]
+
+
+def test_labels_are_classes_or_numbers():
+    assert find_labels(["1.0", "2.0", "10.0"]).names == ["1", "2", "10"]
+    assert find_labels([1.0, 2.0]).names == ["1", "2"]
+    assert find_labels([float(i) for i in range(100)]).regression
+    assert find_labels(["3.5", "2"]).regression and not find_labels(["a", "2"]).regression
+    assert find_labels([" good", "good ", "bad"]).names == ["bad", "good"]
+    assert find_labels([True, False]).names == ["False", "True"]
+    assert find_labels(["1", "2"], regression=True).regression
+
+
+def test_several_labels_of_a_row():
+    labels = Labels(["a", "b", "c"], several=True, separator=";")
+    assert labels.encode("a; c") == [1.0, 0.0, 1.0] and labels.encode("") == [0.0, 0.0, 0.0]
+    assert labels.encode(["b"]) == [0.0, 1.0, 0.0]
+    with pytest.raises(KeyError):
+        labels.encode("a;d")
+    rows = [{"text": "x", "toxic": "1", "rude": "0"}, {"text": "y", "toxic": "0", "rude": "0"}]
+    raw, _ = texts.to_raw("f", rows, ["text"], ["toxic", "rude"], Options())
+    assert [row["label"] for row in raw] == [["toxic"], []]
+    assert texts.labels_of("f", raw, ["toxic", "rude"], Options()).names == ["toxic", "rude"]
+    with pytest.raises(DataError, match="row 2 has 'x'"):
+        texts.to_raw("f", [rows[0], {"text": "y", "toxic": "x", "rude": "0"}], ["text"], ["toxic", "rude"], Options())
+
+
+def test_missing_labels_are_named_or_left_out():
+    rows = [{"text": "a", "label": "1"}, {"text": "b", "label": " "}, {"text": "c", "label": None}]
+    with pytest.raises(DataError, match=r"row 2 \(and 1 more\) has no label.*--skip-unlabeled"):
+        texts.to_raw("f", rows, ["text"], ["label"], Options())
+    raw, notes = texts.to_raw("f", rows, ["text"], ["label"], Options(skip_unlabeled=True))
+    assert [row["row"] for row in raw] == [1] and "left out 2 rows" in notes[0]
+
+
+def test_labels_get_the_order_of_a_head():
+    assert order_of_head(Labels(["a", "b"]), ["b", "a", "c"], "f").names == ["b", "a", "c"]
+    assert order_of_head(Labels(["x", "y"]), ["LABEL_0", "LABEL_1"], "f").names == ["x", "y"]
+    assert order_of_head(Labels(["0", "2"]), ["LABEL_0", "LABEL_1", "LABEL_2"], "f").names == ["0", "1", "2"]
+    for labels, head in ((["1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]), (["d"], ["a"]), ([], ["a"]), (["a"], [])):
+        with pytest.raises(DataError):
+            order_of_head(Labels(labels), head, "f")
+
+
+def test_doubts_about_labels_are_said():
+    def doubts(*values) -> str:
+        raw = [{"label": value} for value in values]
+        return " ".join(texts.describe(find_labels(values), raw)[1])
+
+    assert "--regression" in doubts("1", "2", "3", "1", "2", "3")
+    assert "blanks around 1 labels" in doubts("a ", "b", "a", "b")
+    assert "capitals" in doubts("Good", "good", "Good", "good")
+    assert "one row only" in doubts("a", "a", "b")
+    assert doubts("a", "b", "a", "b") == ""
+
+
+# -- splitting --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), min_size=12, max_size=120), st.floats(0.1, 0.5), st.integers(0, 3))
+def test_every_class_is_held_out_in_its_share(classes, share, seed):
+    train, held = hold_out(classes, share, seed)
+    assert sorted([*train, *held]) == list(range(len(classes))) and held
+    assert (train, held) == hold_out(classes, share, seed)
+    for name in set(classes):
+        count, out = classes.count(name), sum(classes[i] == name for i in held)
+        assert out <= count - 1 and abs(out - share * count) < 2
+
+
+def test_too_few_rows_to_hold_out():
+    for rows in ([0], [0, 1, 2]):
+        with pytest.raises(DataError, match="--validation"):
+            hold_out(rows, 0.3, 0)
+
+
+def test_groups_stay_together():
+    groups = [i // 3 for i in range(30)]
+    train, held = by_group(groups, 0.2, 1)
+    assert len(held) == 6 and not {groups[i] for i in train} & {groups[i] for i in held}
+    assert sample(5, None, 0) == list(range(5)) and len(sample(5, 3, 0)) == 3
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_classes_equal_those_of_sklearn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    for classes in (2, 5):
+        for _ in range(20):
+            predicted, expected = generator.integers(classes, size=(2, 13))
+            found = metrics.classes(predicted, expected)
+            assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(expected, predicted))
+            f1 = sklearn.f1_score(expected, predicted, average="macro", zero_division=0)
+            assert found["f1_macro"] == pytest.approx(f1)
+            assert found["matthews_correlation"] == pytest.approx(sklearn.matthews_corrcoef(expected, predicted))
+            a, b = predicted[:12].reshape(-1, 4) > 0, expected[:12].reshape(-1, 4) > 0
+            several = metrics.several_classes(a, b)
+            assert several["f1_micro"] == pytest.approx(sklearn.f1_score(b, a, average="micro", zero_division=0))
+            assert several["accuracy"] == pytest.approx(sklearn.accuracy_score(b, a))
+
+
+def test_metrics_of_classes_that_are_never_predicted_or_never_right():
+    found = metrics.classes(np.array([0, 0, 1, 3, 1]), np.array([0, 1, 1, 2, 1]))
+    # F1 of the classes: 2/3, 4/5, 0 (never predicted), 0 (never right).
+    assert found["accuracy"] == pytest.approx(3 / 5) and found["f1_macro"] == pytest.approx((2 / 3 + 4 / 5) / 4)
+
+
+def test_metrics_of_numbers():
+    found = metrics.numbers(np.array([1.0, 2.0, 4.0]), np.array([10.0, 20.0, 40.0]))
+    assert found["pearson"] == pytest.approx(1) and found["spearman"] == pytest.approx(1)
+    assert metrics.numbers(np.ones(3), np.arange(3.0))["pearson"] is None
+
+
+def text_rows(labels: list[int]) -> Rows:
+    return Rows([{"labels": label} for label in labels], [{"text": "x"} for _ in labels])
+
+
+def test_one_class_is_never_a_perfect_result_without_saying_so():
+    labels, logits = Labels(["bad", "good"]), np.tile([0.0, 1.0], (6, 1))
+    quality = texts.measure(labels, logits, text_rows([1] * 6), text_rows([1] * 40 + [0] * 10))
+    assert quality.values["accuracy"] == quality.baseline["accuracy"] == 1.0
+    assert "All 6 validation rows have the class 'good'" in quality.remarks[0]
+    low, high = quality.intervals["accuracy"]
+    assert low == pytest.approx(0.6097, abs=1e-3) and high == pytest.approx(1)  # Wilson's interval of 6 of 6
+    assert texts.measure(labels, logits, text_rows([1, 0] * 3), None).remarks == []
+
+
+def test_intervals_contain_the_value_and_shrink():
+    labels, generator = Labels(["a", "b"]), np.random.default_rng(0)
+    widths = []
+    for rows in (40, 4000):
+        logits, classes = generator.normal(size=(rows, 2)), generator.integers(2, size=rows)
+        quality = texts.measure(labels, logits, text_rows(list(classes)), None)
+        for name, (low, high) in quality.intervals.items():
+            assert low <= quality.values[name] <= high
+        widths.append({name: high - low for name, (low, high) in quality.intervals.items()})
+    assert all(widths[1][name] < widths[0][name] / 5 for name in ("accuracy", "f1_macro", "matthews_correlation"))
+
+
+# -- predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_decoded_texts():
+    rows = Rows([{}, {}], [{}, {}])
+    first, second = texts.decode(Labels(["a", "b"]), np.array([[0.0, 2.0], [3.0, 0.0]]), rows)
+    assert first["label"] == "b" and first["score"] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert second["label"] == "a" and sum(second["scores"].values()) == pytest.approx(1)
+    several = texts.decode(Labels(["a", "b"], several=True), np.array([[1.0, 2.0], [-1.0, -2.0]]), rows)
+    assert [row["labels"] for row in several] == [["a", "b"], []]
+    assert texts.decode(Labels([]), np.array([[1.5], [2.0]]), rows)[0] == {"value": 1.5}
+
+
+def test_decoded_words():
+    rows = Rows([{}], [{"row": 1, "tokens": ["Ann", "in", "New", "York"]}],
+                [(0, np.array([[1, 0], [3, 1], [4, 2], [5, 3]]))])  # fmt: skip
+    labels, logits = Labels(["O", "B-x", "I-x"]), np.full((1, 7, 3), -9.0)
+    for position, tag in ((1, 1), (3, 0), (4, 1), (5, 2)):
+        logits[0, position, tag] = 9.0
+    (found,) = words.decode(labels, logits, rows)
+    assert found["tags"] == ["B-x", "O", "B-x", "I-x"] and min(found["scores"]) > 0.99
+    assert [entity["text"] for entity in found["entities"]] == ["Ann", "New York"]
+
+
+def test_decoded_answers():
+    raw = [{"row": 1, "context": "the red stone", "question": "?"}]
+    places = np.array([[-1, -1], [0, 3], [4, 7], [8, 13]])
+    starts, ends = np.array([[0.0, 0, 5, 0]]), np.array([[0.0, 0, 0, 5]])
+    (found,) = answers.decode((starts, ends), Rows([{}], raw, [(0, places)]))
+    assert found == {"answer": "red stone", "score": 10.0, "start": 4, "end": 13}
+    (none,) = answers.decode((starts + [[20, 0, 0, 0]], ends), Rows([{}], raw, [(0, places)]), silent=True)
+    assert none["answer"] == "" and none["start"] is None
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_from_anywhere_is_checked(tmp_path):
+    def saved(task) -> dict:
+        (tmp_path / "metrics.json").write_text(json.dumps({"task": task}))
+        return saved_record(tmp_path)
+
+    good = {"kind": "text", "max_length": 64, "labels": ["a", "b"], "label_separator": None,
+            "problem_type": "multi_label_classification"}  # fmt: skip
+    assert saved(good) == good and labels_of_record(good).several
+    assert saved({"kind": "text", "max_length": "64", "labels": [1], "stride": True, "other": 1}) == {"kind": "text"}
+    assert saved({"kind": "evil"}) == saved([]) == saved(None) == {}
+    (tmp_path / "metrics.json").unlink()
+    assert saved_record(tmp_path) == {}
+    assert kind_of_model("TOKEN_CLS") == "words" and kind_of_model(None, ["BertForQuestionAnswering"]) == "answers"
+    assert kind_of_model("CAUSAL_LM") is None
+
+
+# -- data sets of the Hub ---------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-x"]))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": tags})
+    rows = datasets.Dataset.from_list([{"tokens": ["a", "b"], "ner_tags": [0, 1]}], features=features)
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.DatasetDict({"train": rows, "validation_matched": rows, "test": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = read_source("someone/things", None, Options(subset="small"))
+    assert asked == [(("someone/things", "small"), {"split": None})]
+    assert kind_of(found.train[0]) == "words" and len(found.validation) == 1
+    assert words.to_raw("f", found.train[0].rows, None, None)[0]["tags"] == ["O", "B-x"]
+    assert "split train for training, validation_matched for validation" in found.notes[0]
+    assert read_source("someone/things", None, Options(split="test")).train[0].name == "someone/things (test)"
+
+
+def test_questions_of_a_table():
+    rows = [
+        {"question": "what?", "context": "a red stone", "answers.text": ["red"], "answers.answer_start": [2]},
+        {"question": "who?", "context": "a red stone", "answers.text": [], "answers.answer_start": []},
+        {"question": "why?", "context": "a red stone", "answers.text": ["blue"], "answers.answer_start": [2]},
+    ]
+    raw, notes = answers.from_table("f", rows)
+    assert [row["answers"] for row in raw] == [["red"], []] and "skipped 1 answers" in notes[0]
+    open_ones, _ = answers.from_table("f", [{"question": "what?", "context": "a red stone"}])
+    assert "answers" not in open_ones[0]  # for a prediction
+    with pytest.raises(DataError, match="row 1 is not a question"):
+        answers.from_table("f", [{"question": "what?", "context": "x", "answers": [{"text": "x"}]}])
+    with pytest.raises(DataError, match="no column 'question'"):
+        answers.from_table("f", [{"context": "x"}])
