@@ -164,7 +164,8 @@ def test_utf8_is_recognized(text):
 
 
 MAGIC = [
-    b"", b"\x1f\x8b\x08\x00", b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
+    b"", b"\x1f\x8b\x08\x00",
+    b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
     b"text,label\n", b'{"a": ', b"[", gzip.compress(b"text,label\na,b\n")[:20],
 ]  # fmt: skip
 
