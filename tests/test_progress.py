@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 
@@ -32,6 +33,15 @@ def test_a_pipe_gets_lines_and_a_terminal_gets_a_bar(kind, monkeypatch):
         lines = text.splitlines()
         assert "\r" not in text and [line[: line.index("%")].split() for line in lines][0] == ["scores:", "0"]
         assert len(lines) == 4 and "3/3" in lines[-1]
+
+
+def test_a_terminal_without_a_width_gets_a_bar(monkeypatch):
+    stream = Terminal()
+    stream.fileno = lambda: 2
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    assert list(progress_bar(range(3), "scores")) == [0, 1, 2]
+    assert "scores:   0%" in stream.getvalue()
 
 
 def test_lines_are_rare_and_can_be_switched_off(monkeypatch):

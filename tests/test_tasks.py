@@ -19,7 +19,7 @@ from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.kinds import kind_of
 from peft_sensi.tasks.labels import DataError, Labels, find_labels, order_of_head
 from peft_sensi.tasks.reading import Format, encoding_of, read_rows
-from peft_sensi.tasks.record import kind_of_model, labels_of_record, saved_record
+from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
 from peft_sensi.tasks.task import Options, Rows
@@ -164,7 +164,8 @@ def test_utf8_is_recognized(text):
 
 
 MAGIC = [
-    b"", b"\x1f\x8b\x08\x00", b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
+    b"", b"\x1f\x8b\x08\x00",
+    b"BZh9", b"\xfd7zXZ\x00", b"PK\x03\x04", b"\xff\xfe", b"\xff\xfe\x00\x00", b"PAR1", b"ARROW1",
     b"text,label\n", b'{"a": ', b"[", gzip.compress(b"text,label\na,b\n")[:20],
 ]  # fmt: skip
 
@@ -433,7 +434,7 @@ def test_a_record_from_anywhere_is_checked(tmp_path):
 
     good = {"kind": "text", "max_length": 64, "labels": ["a", "b"], "label_separator": None,
             "problem_type": "multi_label_classification"}  # fmt: skip
-    assert saved(good) == good and labels_of_record(good).several
+    assert saved(good) == good
     assert saved({"kind": "text", "max_length": "64", "labels": [1], "stride": True, "other": 1}) == {"kind": "text"}
     assert saved({"kind": "evil"}) == saved([]) == saved(None) == {}
     (tmp_path / "metrics.json").unlink()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import read_json_object
-from .labels import Labels
 from .task import KINDS
 
 
@@ -32,12 +31,6 @@ def _fits(name: str, value: Any) -> bool:
     if isinstance(value, list):
         return list in kinds and all(isinstance(item, str) for item in value)
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-
-
-def labels_of_record(record: dict[str, Any]) -> Labels:
-    """The labels in a record."""
-    several = record.get("problem_type") == "multi_label_classification"
-    return Labels(list(record.get("labels", [])), several, record.get("label_separator"))
 
 
 def kind_of_model(task_type: str | None, architectures: list[str] | None = None) -> str | None:

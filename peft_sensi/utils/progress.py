@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -25,10 +27,19 @@ def progress_bar(
 
     A pipe or a file gets lines instead of a bar, because the carriage returns of a bar would make one endless line.
     """
-    lines: dict[str, Any] = {}
+    how: dict[str, Any] = {}
     if not (sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)):
-        lines = {"file": Lines(), "mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
-    return tqdm(items, desc=what, total=total, leave=False, disable=not show, **lines)
+        how = {"file": Lines(), "mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
+    elif _has_no_width():
+        how = {"ncols": 80, "nrows": 24}
+    return tqdm(items, desc=what, total=total, leave=False, disable=not show, **how)
+
+
+def _has_no_width() -> bool:
+    """Whether the terminal says that it has no columns, as in some containers: tqdm would show nothing."""
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns == 0
+    return False
 
 
 class Lines:
