@@ -3,6 +3,8 @@
 `SensiModel` undoes its own work (see `utils.undo`). But PEFT and Transformers change the model before and after they
 call it: they set flags, wrap further modules, and read the weights. An error there would leave a model that has half
 an adapter. So these calls are wrapped, once. Calls for other methods, on models without our layers, are not affected.
+
+Transformers' `resize_token_embeddings` is wrapped for another reason: it would fail on embeddings with an adapter.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
 from ..utils.errors import SensiError
 from ..utils.undo import snapshot, surely
@@ -23,7 +27,7 @@ from .config import SensiConfig
 
 
 def hook_entrances() -> None:
-    """Wraps the constructors, `add_adapter` and the loaders. A second call changes nothing."""
+    """Wraps the constructors, `add_adapter`, the loaders, and the resizing. A second call changes nothing."""
     classes = [PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()]
     for owner in (*classes, PeftAdapterMixin):
         for name in ("__init__", "add_adapter", "load_adapter", "from_pretrained"):
@@ -35,6 +39,10 @@ def hook_entrances() -> None:
                     setattr(owner, name, classmethod(_undoing(original.__func__)))
             elif not hasattr(original, "sensi_undoes"):
                 setattr(owner, name, _undoing(original))
+    if not hasattr(PreTrainedModel.resize_token_embeddings, "sensi_refuses"):
+        PreTrainedModel.resize_token_embeddings = _checked_resize(  # type: ignore[method-assign]
+            PreTrainedModel.resize_token_embeddings
+        )
 
 
 def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,3 +78,27 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _own(argument: Any) -> Any:
     return copy.deepcopy(argument) if isinstance(argument, SensiConfig) else argument
+
+
+def _checked_resize(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`resize_token_embeddings` that changes nothing if an adapter trains a part of the embeddings."""
+
+    @functools.wraps(function)
+    def call(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        tables = [embedding_of(self, "input"), embedding_of(self, "output")]
+        adapted = [table for table in tables if table is not None and base_of(table) is not table]
+        if adapted and layers_of(self):
+            rows = len(base_of(adapted[0]).weight)  # type: ignore[arg-type]
+            size = rows if new_num_tokens is None else new_num_tokens
+            if size + -size % (pad_to_multiple_of or 1) != rows:
+                raise SensiError(
+                    f"The adapter trains rows of the embeddings, so their number ({rows}) cannot change now. Resize "
+                    f"the base model first, then wrap it; a saved adapter can be loaded on a resized base, because "
+                    f"tokens are known by their number. After `merge_and_unload()`, the model can be resized too."
+                )
+        return function(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    call.sensi_refuses = function  # type: ignore[attr-defined]
+    return call
