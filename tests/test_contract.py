@@ -32,6 +32,7 @@ from tiny import (
     TUNE,
     assert_same_tensors,
     logits,
+    needs_loader,
     snapshot,
     tiny_batches,
     tiny_model,
@@ -978,6 +979,7 @@ def test_adapters_that_train_other_parts_in_transformers():
     assert torch.equal(logits(model), first_logits)
 
 
+@needs_loader
 @pytest.mark.parametrize(
     "options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}], ids=str
 )
@@ -990,6 +992,7 @@ def test_load_adapter_of_transformers(saved, options):
     assert bool(trainable) == bool(options.get("is_trainable"))
 
 
+@needs_loader
 def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_folder)
     model.add_adapter(SensiConfig(score="magnitude", task_type="SEQ_CLS", **budget))
@@ -1010,6 +1013,7 @@ def test_the_wrong_base_is_refused_by_transformers_too(saved):
     assert is_plain(base)
 
 
+@needs_loader
 @pytest.mark.parametrize("fault", ["missing", "nan"])
 @pytest.mark.parametrize("part", ["sensi_weight", "sensi_bias", "sensi_up", "sensi_values", "classifier.weight"])
 @pytest.mark.parametrize("how", ["folder", "tensors"])
@@ -1036,6 +1040,16 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
     for _ in range(2):  # it is refused again and again
         with pytest.raises(SensiLoadError, match="lack|NaN"):
             logits(model)
+
+
+def test_a_loader_of_transformers_that_reads_nothing_is_refused(saved):
+    """Before version 5.18, `load_adapter` matches no name of this file for BERT, and only prints a report."""
+    config, tensors = PeftConfig.from_pretrained(saved[1]), load_file(saved[1] / "adapter_model.safetensors")
+    base = tiny_model()
+    before = logits(base)
+    with pytest.raises(SensiLoadError, match=r"has read nothing.*`PeftModel.from_pretrained`"):
+        base.load_adapter(peft_config=config, adapter_state_dict={f"unknown.{n}": t for n, t in tensors.items()})
+    assert is_plain(base) and torch.equal(logits(base), before)
 
 
 def test_a_fresh_adapter_from_the_config_of_a_file(saved):

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +22,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
-from ..utils.errors import SensiError
+from ..layers.weights import untouched
+from ..utils.errors import SensiError, SensiLoadError
 from ..utils.undo import snapshot, surely
 from .config import SensiConfig
 
@@ -66,7 +68,10 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         restore = snapshot(model)
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if function.__name__ == "load_adapter" and not isinstance(model, PeftModel):
+                _check_filled(model)
+            return result
         except BaseException as error:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
                 surely(restore)
@@ -74,6 +79,19 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.sensi_undoes = function  # type: ignore[attr-defined]
     return call
+
+
+def _check_filled(model: nn.Module) -> None:
+    """Raises `SensiLoadError` if Transformers' `load_adapter` has read no tensor of the adapter that it added."""
+    layers = [layer for layer in layers_of(model).values() if layer.sensi_peers]
+    added = {name for layer in layers for name in layer.sensi_unchecked}
+    tensors = [p for layer in layers for name in added for p in layer.own_parts(name).values()]
+    if tensors and all(map(untouched, tensors)):
+        raise SensiLoadError(
+            f"Transformers {transformers.__version__} has read nothing of this adapter. Before version 5.18, its "
+            f"`load_adapter` knows the names in an adapter's file only for some models: use a newer version, or "
+            f"`PeftModel.from_pretrained`."
+        )
 
 
 def _own(argument: Any) -> Any:
