@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -1050,6 +1051,18 @@ def test_a_loader_of_transformers_that_reads_nothing_is_refused(saved):
     with pytest.raises(SensiLoadError, match=r"has read nothing.*`PeftModel.from_pretrained`"):
         base.load_adapter(peft_config=config, adapter_state_dict={f"unknown.{n}": t for n, t in tensors.items()})
     assert is_plain(base) and torch.equal(logits(base), before)
+
+
+@needs_loader
+def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
+    assert not tiny_model().load_adapter(str(saved[1])).unexpected_keys, "the plan is no surprise"
+    folder = shutil.copytree(saved[1], tmp_path / "folder")
+    spoil(folder, lambda tensors: tensors.update({"base_model.model.bert.stray.weight": torch.ones(1)}))
+    base = tiny_model()
+    assert {key.removeprefix("base_model.model.") for key in base.load_adapter(str(folder)).unexpected_keys} == {
+        "bert.stray.weight"
+    }
+    assert "_load_pretrained_model" not in vars(base), "the reader is the class's again"
 
 
 def test_a_fresh_adapter_from_the_config_of_a_file(saved):

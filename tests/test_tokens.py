@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_undo import state
-from tiny import VOCABULARY, assert_same_tensors, logits, needs_loader, snapshot, tiny_batches, tiny_model, train
+from tiny import (
+    VOCABULARY,
+    assert_same_tensors,
+    clone,
+    logits,
+    needs_loader,
+    snapshot,
+    tiny_batches,
+    tiny_model,
+    train,
+)
 from torch import nn
 
 from peft_sensi import (
@@ -387,3 +399,14 @@ def test_a_merged_model_is_resized_saved_and_wrapped_again(size, make, tmp_path)
     assert torch.equal(logits(again, KNOWN), logits(model, KNOWN))
     if size > VOCABULARY:
         assert get_peft_model(again, SensiConfig(**fields)).base_model.plan().trims
+
+
+def test_a_field_of_lora_that_trl_asks_for():
+    """TRL reads and sets it if `chat_template_path` adds tokens. `hasattr`, as PEFT uses it, must say no."""
+    config = SensiConfig(budget=0.5)
+    for each in (config, clone(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(SensiError, match="before the wrap"):
+            assert each.trainable_token_indices is None
+        assert not hasattr(each, "trainable_token_indices") and getattr(each, "trainable_token_indices", 1) == 1
+        with pytest.raises(AttributeError, match="no attribute 'other'"):
+            assert each.other

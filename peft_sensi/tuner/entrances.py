@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -25,6 +26,7 @@ from ..layers.layer import layers_of
 from ..layers.weights import untouched
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.undo import snapshot, surely
+from .checkpoint import PLAN_KEY
 from .config import SensiConfig
 
 
@@ -68,10 +70,12 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         restore = snapshot(model)
         try:
-            result = function(*args, **kwargs)
-            if function.__name__ == "load_adapter" and not isinstance(model, PeftModel):
+            if function.__name__ == "load_adapter" and isinstance(model, PreTrainedModel):
+                with _plan_expected(model):
+                    result = function(*args, **kwargs)
                 _check_filled(model)
-            return result
+                return result
+            return function(*args, **kwargs)
         except BaseException as error:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
                 surely(restore)
@@ -79,6 +83,31 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.sensi_undoes = function  # type: ignore[attr-defined]
     return call
+
+
+@contextmanager
+def _plan_expected(model: Any) -> Iterator[None]:
+    """Inside the block, Transformers does not report the plan in an adapter's file as an unexpected tensor.
+
+    The config of the file has told the plan already. Other unexpected tensors are reported. The model's own lists of
+    names that are ignored have no effect on adapters, so the result of its reader is changed.
+    """
+    name = "_load_pretrained_model"
+    read = getattr(model, name, None)
+
+    def without_plan(*args: Any, **kwargs: Any) -> Any:
+        result = read(*args, **kwargs)  # type: ignore[misc]
+        unexpected = result[0].unexpected_keys
+        for key in [key for key in unexpected if PLAN_KEY in key.split(".")]:
+            unexpected.remove(key)
+        return result
+
+    if read is not None:
+        vars(model)[name] = without_plan
+    try:
+        yield
+    finally:
+        vars(model).pop(name, None)
 
 
 def _check_filled(model: nn.Module) -> None:
