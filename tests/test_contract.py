@@ -1054,6 +1054,22 @@ def test_a_loader_of_transformers_that_reads_nothing_is_refused(saved):
 
 
 @needs_loader
+def test_a_second_adapter_of_transformers_is_active_as_a_whole(saved):
+    """The task head and the norms too, not only the layers."""
+    expected, folder = saved
+    base = tiny_model()
+    base.load_adapter(str(folder))
+    base.load_adapter(str(folder), "second")
+    assert base.active_adapters() == ["second"] and torch.equal(logits(base), expected)
+    base.set_adapter("default")
+    assert torch.equal(logits(base), expected)
+    base.add_adapter(SensiConfig(budget=1.0, score="magnitude", task_type="SEQ_CLS", update="dense"), "third")
+    wrappers = [module for module in base.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    assert all(w.active_adapters == ["third"] for w in wrappers if "third" in w.modules_to_save)
+    assert all(p.requires_grad for n, p in base.named_parameters() if "modules_to_save.third" in n)
+
+
+@needs_loader
 def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
     assert not tiny_model().load_adapter(str(saved[1])).unexpected_keys, "the plan is no surprise"
     folder = shutil.copytree(saved[1], tmp_path / "folder")
