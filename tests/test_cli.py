@@ -679,7 +679,7 @@ def test_merge_of_an_adapter_with_added_tokens(work, tmp_path, how):
 
 
 def test_an_adapter_whose_plan_has_no_units_has_a_card(adapter, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save_file
 
     from peft_sensi.tuner.checkpoint import PLAN_KEY, plan_to_tensor
 
@@ -687,7 +687,7 @@ def test_an_adapter_whose_plan_has_no_units_has_a_card(adapter, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["plan"]["groups"] = {}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load((folder / "adapter_model.safetensors").read_bytes())
     tensors[f"base_model.model.{PLAN_KEY}"] = plan_to_tensor(config["plan"])
     save_file(tensors, folder / "adapter_model.safetensors")
     call("card", folder)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from safetensors.torch import load_file, save_file
-from tiny import BOTH, TRIM, TUNE, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from safetensors.torch import load, load_file, save_file
+from tiny import BOTH, TRIM, TUNE, logits, needs_loader, snapshot, tiny_batches, tiny_model, train, trained, wrap
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
 from peft_sensi.layers.compression import BLOCK, decode, encode, sizes
@@ -165,6 +165,7 @@ def test_every_load_gives_the_same_model(case, kind, options, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
+@needs_loader
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"adapter_name": "other"}], ids=str)
 def test_load_adapter_of_transformers(case, kind, options, tmp_path):
     model = compressed(kind, **case)
@@ -252,7 +253,7 @@ def test_checkpoints_of_another_form_are_refused(stored, running, tmp_path):
 def test_broken_codes_are_refused(tmp_path):
     compressed("int8", **TRIM).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     name = next(n for n in tensors if n.endswith("sensi_scales"))
     tensors[name][0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})

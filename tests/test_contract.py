@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from peft import (
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from tiny import (
     BOTH,
     TRIM,
     TUNE,
     assert_same_tensors,
     logits,
+    needs_loader,
     snapshot,
     tiny_batches,
     tiny_model,
@@ -560,7 +562,7 @@ def test_half_precision_is_reloaded_exactly(budget, dtype, tmp_path):
 
 def spoil(folder: Path, change) -> None:
     path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     change(tensors)
     save_file(tensors, path)
 
@@ -978,6 +980,7 @@ def test_adapters_that_train_other_parts_in_transformers():
     assert torch.equal(logits(model), first_logits)
 
 
+@needs_loader
 @pytest.mark.parametrize(
     "options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}], ids=str
 )
@@ -990,6 +993,7 @@ def test_load_adapter_of_transformers(saved, options):
     assert bool(trainable) == bool(options.get("is_trainable"))
 
 
+@needs_loader
 def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_folder)
     model.add_adapter(SensiConfig(score="magnitude", task_type="SEQ_CLS", **budget))
@@ -1010,6 +1014,7 @@ def test_the_wrong_base_is_refused_by_transformers_too(saved):
     assert is_plain(base)
 
 
+@needs_loader
 @pytest.mark.parametrize("fault", ["missing", "nan"])
 @pytest.mark.parametrize("part", ["sensi_weight", "sensi_bias", "sensi_up", "sensi_values", "classifier.weight"])
 @pytest.mark.parametrize("how", ["folder", "tensors"])
@@ -1036,6 +1041,44 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
     for _ in range(2):  # it is refused again and again
         with pytest.raises(SensiLoadError, match="lack|NaN"):
             logits(model)
+
+
+def test_a_loader_of_transformers_that_reads_nothing_is_refused(saved):
+    """Before version 5.18, `load_adapter` matches no name of this file for BERT, and only prints a report."""
+    config, tensors = PeftConfig.from_pretrained(saved[1]), load_file(saved[1] / "adapter_model.safetensors")
+    base = tiny_model()
+    before = logits(base)
+    with pytest.raises(SensiLoadError, match=r"has read nothing.*`PeftModel.from_pretrained`"):
+        base.load_adapter(peft_config=config, adapter_state_dict={f"unknown.{n}": t for n, t in tensors.items()})
+    assert is_plain(base) and torch.equal(logits(base), before)
+
+
+@needs_loader
+def test_a_second_adapter_of_transformers_is_active_as_a_whole(saved):
+    """The task head and the norms too, not only the layers."""
+    expected, folder = saved
+    base = tiny_model()
+    base.load_adapter(str(folder))
+    base.load_adapter(str(folder), "second")
+    assert base.active_adapters() == ["second"] and torch.equal(logits(base), expected)
+    base.set_adapter("default")
+    assert torch.equal(logits(base), expected)
+    base.add_adapter(SensiConfig(budget=1.0, score="magnitude", task_type="SEQ_CLS", update="dense"), "third")
+    wrappers = [module for module in base.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    assert all(w.active_adapters == ["third"] for w in wrappers if "third" in w.modules_to_save)
+    assert all(p.requires_grad for n, p in base.named_parameters() if "modules_to_save.third" in n)
+
+
+@needs_loader
+def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
+    assert not tiny_model().load_adapter(str(saved[1])).unexpected_keys, "the plan is no surprise"
+    folder = shutil.copytree(saved[1], tmp_path / "folder")
+    spoil(folder, lambda tensors: tensors.update({"base_model.model.bert.stray.weight": torch.ones(1)}))
+    base = tiny_model()
+    assert {key.removeprefix("base_model.model.") for key in base.load_adapter(str(folder)).unexpected_keys} == {
+        "bert.stray.weight"
+    }
+    assert "_load_pretrained_model" not in vars(base), "the reader is the class's again"
 
 
 def test_a_fresh_adapter_from_the_config_of_a_file(saved):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from test_contract import is_plain
 from test_trainer import state, trainer, wrapped
 from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, train, trained, wrap
@@ -204,7 +204,7 @@ def test_files_from_before_the_mark_are_loaded(tmp_path):
     model = trained(**TRIM)
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     key = "base_model.model.sensi_plan"
     plan = json.loads(tensors[key].numpy().tobytes())
     assert plan.pop("config")
@@ -281,7 +281,7 @@ def test_broken_scores_are_refused(name, tmp_path):
     compute_scores(tiny_model(), score="magnitude").save(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     BAD_SCORES[name](tensors)
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(SensiLoadError, match="scores.safetensors"):

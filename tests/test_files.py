@@ -19,7 +19,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from test_contract import assert_is_base, edit_config, first, is_plain, spoil
-from tiny import TRIM, assert_same_tensors, clone, logits, snapshot, tiny_model, train, trained, wrap
+from tiny import TRIM, assert_same_tensors, clone, logits, needs_loader, snapshot, tiny_model, train, trained, wrap
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
 
@@ -220,6 +220,7 @@ def test_auto_classes_check_the_pair(folder, tmp_path):
         AutoPeftModelForSequenceClassification.from_pretrained(folder)
 
 
+@needs_loader
 @pytest.mark.parametrize("part", ["sensi_places", "sensi_values"])
 def test_transformers_loads_past_our_hooks_but_nothing_bad_is_used(sparse, part):
     def change(tensors: dict) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from processes import PATIENCE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
 from torch import nn
 from transformers import (
@@ -390,7 +390,7 @@ def test_foreign_configs_are_refused(case, folder):
 def test_damaged_weights_are_refused(folder):
     rewrite(folder)
     path = weights_file(folder)
-    whole, tensors = path.read_bytes(), load_file(path)
+    whole, tensors = path.read_bytes(), load(path.read_bytes())
     name = "bert.encoder.layer.0.output.dense.weight"
     changes = {
         "lacks": {k: v for k, v in tensors.items() if k != name},
@@ -634,7 +634,9 @@ def test_an_edited_config_is_refused(form, edit, both_forms, remote, tmp_path):
 @pytest.mark.parametrize("form", ["record", "plain"])
 def test_changed_tensors_are_refused(form, change, both_forms, remote, tmp_path):
     folder = shutil.copytree(both_forms[form], tmp_path / "folder")
-    save_file(TENSORS[change](load_file(weights_file(folder))), weights_file(folder), metadata={"format": "pt"})
+    save_file(
+        TENSORS[change](load(weights_file(folder).read_bytes())), weights_file(folder), metadata={"format": "pt"}
+    )
     with pytest.raises(SensiLoadError, match="tensors of the weights file were changed"):
         load_merged(folder)
     if form == "record":
@@ -649,7 +651,9 @@ def test_without_the_hash_a_lost_tensor_is_refused_by_the_modeling_file(both_for
     assert torch.equal(logits(load_merged(folder)), expected)
     assert torch.equal(logits(remote(folder)), expected)
     save_file(
-        TENSORS["a tensor less"](load_file(weights_file(folder))), weights_file(folder), metadata={"format": "pt"}
+        TENSORS["a tensor less"](load(weights_file(folder).read_bytes())),
+        weights_file(folder),
+        metadata={"format": "pt"},
     )
     with pytest.raises(OSError, match=r"lacks the tensor 'classifier\.bias'"):
         remote(folder)
@@ -682,17 +686,17 @@ def test_a_model_of_the_modeling_file_can_be_saved_wrapped_and_trimmed(both_form
     cls, config = type(model), type(model.config)
     assert save_merged(model, tmp_path / "again") is False
     assert (type(model), type(model.config)) == (cls, config)
-    for load in (load_merged, remote):
-        assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    for loader in (load_merged, remote):
+        assert torch.equal(logits(loader(tmp_path / "again")), logits(model))
     assert type(load_merged(tmp_path / "again")) is BertForSequenceClassification
     adapted = wrap(model, budget=0.6)
     train(adapted)
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "own")
     save_merged(merged, tmp_path / "ours")
-    for load in (load_merged, remote):
+    for loader in (load_merged, remote):
         for folder in ("own", "ours"):
-            assert_same_tensors(snapshot(load(tmp_path / folder)), snapshot(merged))
+            assert_same_tensors(snapshot(loader(tmp_path / folder)), snapshot(merged))
 
 
 def test_a_loaded_model_knows_its_folder_and_generation_settings(both_forms, tmp_path):

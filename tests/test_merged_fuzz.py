@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from test_merged import trained_llama, weights_file, wrapped_decoder
 from tiny import logits, trained
 
@@ -62,7 +62,7 @@ def change_config(draw: random.Random, config: dict[str, Any]) -> None:
 
 def change_tensors(draw: random.Random, path: Path) -> None:
     """Drops, renames, doubles, reshapes, converts or spoils one tensor, or damages the file itself."""
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     name = draw.choice(sorted(tensors))
     tensor, kind = tensors[name], draw.randrange(8)
     if kind == 0:
@@ -169,8 +169,8 @@ def run_seeds(seeds: range, originals: dict, remote: Any, place: Path) -> collec
         loaders = [("ours", load_merged, SensiLoadError)]
         if form == "record" and kept == "kept":
             loaders.append(("remote", remote, Exception))
-        for name, load, errors in loaders:
-            found = outcome(load, errors, folder, expected)
+        for name, loader, errors in loaders:
+            found = outcome(loader, errors, folder, expected)
             counts[name, kept, found.split(":")[0]] += 1
             # Who removes the hash, or makes it again, may describe another model, even one that does not run.
             # The hash does not cover values, and the modeling file does not look at them.

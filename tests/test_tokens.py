@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import VOCABULARY, assert_same_tensors, snapshot, tiny_batches, tiny_model, train
+from test_undo import state
+from tiny import (
+    VOCABULARY,
+    assert_same_tensors,
+    clone,
+    logits,
+    needs_loader,
+    snapshot,
+    tiny_batches,
+    tiny_model,
+    train,
+)
 from torch import nn
 
-from peft_sensi import SensiConfig, SensiError, SensiLoadError, build_anatomy, compute_scores
+from peft_sensi import (
+    SensiConfig,
+    SensiError,
+    SensiLoadError,
+    build_anatomy,
+    compute_scores,
+    load_merged,
+    save_merged,
+)
 from peft_sensi.anatomy.modules import input_embedding
 from peft_sensi.layers.embedding import SensiEmbedding
+from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.scoring.gates import gate_gradients
 from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.utils.states import TUNED
@@ -247,7 +269,7 @@ def test_cuts_during_training_keep_the_tokens():
 
 
 @pytest.mark.parametrize("size", [VOCABULARY + 1, VOCABULARY + 64, VOCABULARY - 1, 50])
-@pytest.mark.parametrize("transformers", [False, True], ids=["peft", "transformers"])
+@pytest.mark.parametrize("transformers", [False, pytest.param(True, marks=needs_loader)], ids=["peft", "transformers"])
 def test_a_base_with_another_number_of_tokens(size, transformers, tmp_path):
     """Some tools resize the embeddings to the tokenizer before they load an adapter. Tokens are known by number."""
     model = wrapped(tiny_model())
@@ -285,3 +307,106 @@ def test_another_base_with_another_number_of_tokens_is_refused(tmp_path):
     base.resize_token_embeddings(VOCABULARY + 1)
     with pytest.raises(SensiLoadError, match="another base model"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+# -- another number of tokens after the wrap -------------------------------------------------------------------------
+
+
+KNOWN = {k: v for k, v in few_tokens(1)[0].items() if k != "labels"}  # tokens that are there in every size
+
+
+def untied(task: str = "MASKED_LM") -> nn.Module:
+    return tiny_model(task=task, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "fields"),
+    [
+        (VOCABULARY + 8, "PeftModel", {}),
+        (VOCABULARY - 4, "the model inside", {}),
+        (None, "add_adapter", {}),
+        (VOCABULARY - 4, "PeftModel", {"also_train": ["norms", "embeddings"]}),
+    ],
+)
+def test_embeddings_with_trained_rows_cannot_be_resized(size, how, fields):
+    if how == "add_adapter":
+        model = inner = tiny_model()
+        inner.add_adapter(SensiConfig(budget=0.5, calibration=few_tokens(), priming_steps=0, **fields))
+    else:
+        model = wrapped(tiny_model(), **fields)
+        inner = model.base_model.model
+        model = model if how == "PeftModel" else inner
+    train(model)
+    before, expected = state(inner), logits(model, KNOWN)
+    pad = {"pad_to_multiple_of": 48} if size is None else {}
+    with pytest.raises(SensiError, match="Resize the base model first"):
+        model.resize_token_embeddings(size, mean_resizing=False, **pad)
+    assert state(inner) == before and torch.equal(logits(model, KNOWN), expected)
+
+
+def test_a_trained_output_layer_cannot_be_resized_either():
+    fields = {
+        "calibration": tiny_batches(task="MASKED_LM"),
+        "priming_steps": 0,
+        "exclude_modules": ["word_embeddings"],
+    }
+    model = get_peft_model(untied(), SensiConfig(budget=0.5, target_modules=["query", "dense", "decoder"], **fields))
+    assert isinstance(model.get_output_embeddings(), SensiLayer) and type(model.get_input_embeddings()) is nn.Embedding
+    with pytest.raises(SensiError, match="Resize the base model first"):
+        model.resize_token_embeddings(VOCABULARY + 8)
+    assert len(model.get_input_embeddings().weight) == VOCABULARY, "Transformers would have changed it already"
+
+
+def test_resizing_to_the_same_number_of_tokens_changes_nothing():
+    model = wrapped(tiny_model())
+    for arguments in ((), (VOCABULARY,), (VOCABULARY - 3, 8), (None, 8)):
+        assert model.resize_token_embeddings(*arguments) is table_of(model)
+
+
+@pytest.mark.parametrize(
+    ("size", "mean_resizing"), [(VOCABULARY + 8, False), (VOCABULARY + 8, True), (VOCABULARY - 4, True)]
+)
+@pytest.mark.parametrize(
+    "make", [tiny_model, lambda: tiny_model(task="MASKED_LM"), untied], ids=["cls", "tied", "untied"]
+)
+def test_embeddings_that_no_adapter_trains_are_resized(size, mean_resizing, make, tmp_path):
+    base = make()
+    task = "SEQ_CLS" if base.get_output_embeddings() is None else "MASKED_LM"
+    config = SensiConfig(
+        budget=0.5, calibration=tiny_batches(task=task), priming_steps=0, exclude_modules=["word_embeddings"]
+    )
+    model = get_peft_model(base, config)
+    before, width = logits(model, KNOWN), None if task == "SEQ_CLS" else min(size, VOCABULARY)
+    model.resize_token_embeddings(size, mean_resizing=mean_resizing)
+    outputs = logits(model, KNOWN)
+    torch.testing.assert_close(outputs[..., :width], before[..., :width])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = make()
+    base.resize_token_embeddings(size, mean_resizing=False)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path), KNOWN)[..., :width], outputs[..., :width])
+
+
+@pytest.mark.parametrize("size", [VOCABULARY + 8, VOCABULARY - 4])
+@pytest.mark.parametrize("make", [tiny_model, untied], ids=["cls", "untied"])
+def test_a_merged_model_is_resized_saved_and_wrapped_again(size, make, tmp_path):
+    base = make()
+    batches = few_tokens() if base.get_output_embeddings() is None else tiny_batches(task="MASKED_LM")
+    fields = {"budget": 0.5, "calibration": batches, "priming_steps": 0}
+    model = get_peft_model(base, SensiConfig(**fields)).merge_and_unload()
+    model.resize_token_embeddings(size)
+    save_merged(model, tmp_path)
+    again = load_merged(tmp_path)
+    assert torch.equal(logits(again, KNOWN), logits(model, KNOWN))
+    if size > VOCABULARY:
+        assert get_peft_model(again, SensiConfig(**fields)).base_model.plan().trims
+
+
+def test_a_field_of_lora_that_trl_asks_for():
+    """TRL reads and sets it if `chat_template_path` adds tokens. `hasattr`, as PEFT uses it, must say no."""
+    config = SensiConfig(budget=0.5)
+    for each in (config, clone(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(SensiError, match="before the wrap"):
+            assert each.trainable_token_indices is None
+        assert not hasattr(each, "trainable_token_indices") and getattr(each, "trainable_token_indices", 1) == 1
+        with pytest.raises(AttributeError, match="no attribute 'other'"):
+            assert each.other

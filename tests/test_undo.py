@@ -11,7 +11,18 @@ import pytest
 import torch
 import transformers.integrations.peft as transformers_peft
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from tiny import TRIM, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import (
+    TRIM,
+    assert_same_tensors,
+    logits,
+    needs_loader,
+    snapshot,
+    tiny_batches,
+    tiny_model,
+    train,
+    trained,
+    wrap,
+)
 
 import peft_sensi
 from peft_sensi import AnatomyError, SensiConfig, SensiError, compute_scores
@@ -87,7 +98,9 @@ def injection(base, folder):
     inject_adapter_in_model(config(), base)
 
 
-ENTRANCES = [peft_constructor, peft_loader, transformers_adder, transformers_loader, injection]
+ENTRANCES = [
+    peft_constructor, peft_loader, transformers_adder, pytest.param(transformers_loader, marks=needs_loader), injection
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

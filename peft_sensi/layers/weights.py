@@ -106,11 +106,12 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
             if adapter_name in wrapper.modules_to_save:  # type: ignore[operator]
                 whole = wrapper.modules_to_save[adapter_name].named_parameters()  # type: ignore[index]
                 tensors |= {f"{name} of a {type(wrapper.original_module).__name__}": p for name, p in whole}
-        untouched = [n for n, p in tensors.items() if getattr(p, "_sensi_start", None) == p._version]
-        if 0 < len(untouched) < len(tensors):
+        missing = [name for name, parameter in tensors.items() if untouched(parameter)]
+        if 0 < len(missing) < len(tensors):
             raise SensiLoadError(
-                f"The weights that were loaded lack {untouched[0]!r} ({len(untouched)} tensors missing). The file is "
-                f"incomplete: use another copy of it."
+                f"The weights that were loaded lack {missing[0]!r} ({len(missing)} tensors missing). The file is "
+                f"incomplete, or this is Transformers' `load_adapter` before version 5.18, which leaves out modules "
+                f"that are saved whole: use another copy of the file, or `PeftModel.from_pretrained`."
             )
         for name, parameter in tensors.items():
             if ".sensi_" not in name and parameter.is_floating_point():
@@ -312,3 +313,8 @@ def in_base_order(slice_: Slice, pair: Pair) -> Pair:
         weight = weight.index_select(slice_.dim, order)
         bias = bias if bias is None or slice_.dim == 1 else bias.index_select(0, order)
     return weight, bias
+
+
+def untouched(parameter: torch.Tensor) -> bool:
+    """Whether a loader has left a tensor as it was at `ComposedWeights.note_start`. Unknown tensors are not."""
+    return getattr(parameter, "_sensi_start", None) == parameter._version

@@ -95,7 +95,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     config = copy.deepcopy(model.config)
     for key in (RECORD_KEY, HASH_KEY):
         vars(config).pop(key, None)
-    widths = compare(model, on_meta(type(model), config))
+    empty = on_meta(type(model), config)
+    widths = compare(model, empty)
     edits = expressed(model, widths)
     plain = edits is not None
     config.update(edits or {})
@@ -105,7 +106,9 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as name:
         temporary = Path(name)
         # Transformers writes dtypes, tied weights and generation settings in the form that it reads.
-        type(model).save_pretrained(model, temporary, max_shard_size=2**62, save_original_format=plain)
+        type(model).save_pretrained(
+            model, temporary, state_dict=_state_to_save(model, empty), max_shard_size=2**62, save_original_format=plain
+        )
         saved = read_json_object(temporary / CONFIG)  # `save_pretrained` sets fields in the model's own config
         config.save_pretrained(temporary)
         values = read_json_object(temporary / CONFIG)
@@ -138,6 +141,21 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         if path.name != weights and (path.name == WEIGHTS or OWN_WEIGHTS.fullmatch(path.name)):
             path.unlink(missing_ok=True)
     return plain
+
+
+def _state_to_save(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict, with a copy of each tensor that is shared here but not in a new model of this config.
+
+    Transformers writes a shared tensor once. It would be missing in the file for a model that does not share it: for
+    example, `resize_token_embeddings` gives two biases of BERT the same tensor, also if nothing is tied.
+    """
+    state, first = dict[str, torch.Tensor](), dict[int, str]()
+    own = empty.state_dict(keep_vars=True)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(tensor), name)
+        tied = own.get(name) is own.get(other)
+        state[name] = tensor.detach() if tied else tensor.detach().clone()
+    return state
 
 
 def _check_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.checks import check_foreign, check_types
-from ..utils.errors import SensiError, SensiLoadError, how_to_install
+from ..utils.errors import MissingFieldError, SensiError, SensiLoadError, how_to_install
 from ..utils.files import find_weights, write_atomically
 from ..utils.formatting import short_repr
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
@@ -337,6 +337,11 @@ class SensiConfig(_InputAttributes, PeftConfig):
     tables = {}  # type: Any  # the latency tables by the limit's name, in a process that has them
     # Says which adapter the config describes; a copy of the config has the same. `None` before the wrap.
     adapter_id = None  # type: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "trainable_token_indices":  # TRL sets it for the new tokens of a `chat_template_path`
+            raise MissingFieldError(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:
         # Generators and data loaders with workers cannot be copied, so the copy shares them.

@@ -3,27 +3,35 @@
 `SensiModel` undoes its own work (see `utils.undo`). But PEFT and Transformers change the model before and after they
 call it: they set flags, wrap further modules, and read the weights. An error there would leave a model that has half
 an adapter. So these calls are wrapped, once. Calls for other methods, on models without our layers, are not affected.
+
+Transformers' `resize_token_embeddings` is wrapped for another reason: it would fail on embeddings with an adapter.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
-from ..utils.errors import SensiError
+from ..layers.weights import untouched
+from ..utils.errors import SensiError, SensiLoadError
 from ..utils.undo import snapshot, surely
+from .checkpoint import PLAN_KEY
 from .config import SensiConfig
 
 
 def hook_entrances() -> None:
-    """Wraps the constructors, `add_adapter` and the loaders. A second call changes nothing."""
+    """Wraps the constructors, `add_adapter`, the loaders, and the resizing. A second call changes nothing."""
     classes = [PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()]
     for owner in (*classes, PeftAdapterMixin):
         for name in ("__init__", "add_adapter", "load_adapter", "from_pretrained"):
@@ -35,6 +43,10 @@ def hook_entrances() -> None:
                     setattr(owner, name, classmethod(_undoing(original.__func__)))
             elif not hasattr(original, "sensi_undoes"):
                 setattr(owner, name, _undoing(original))
+    if not hasattr(PreTrainedModel.resize_token_embeddings, "sensi_refuses"):
+        PreTrainedModel.resize_token_embeddings = _checked_resize(  # type: ignore[method-assign]
+            PreTrainedModel.resize_token_embeddings
+        )
 
 
 def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +70,11 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         restore = snapshot(model)
         try:
+            if function.__name__ == "load_adapter" and isinstance(model, PreTrainedModel):
+                with _plan_expected(model):
+                    result = function(*args, **kwargs)
+                _check_filled(model)
+                return result
             return function(*args, **kwargs)
         except BaseException as error:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
@@ -68,5 +85,67 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@contextmanager
+def _plan_expected(model: Any) -> Iterator[None]:
+    """Inside the block, Transformers does not report the plan in an adapter's file as an unexpected tensor.
+
+    The config of the file has told the plan already. Other unexpected tensors are reported. The model's own lists of
+    names that are ignored have no effect on adapters, so the result of its reader is changed.
+    """
+    name = "_load_pretrained_model"
+    read = getattr(model, name, None)
+
+    def without_plan(*args: Any, **kwargs: Any) -> Any:
+        result = read(*args, **kwargs)  # type: ignore[misc]
+        unexpected = result[0].unexpected_keys
+        for key in [key for key in unexpected if PLAN_KEY in key.split(".")]:
+            unexpected.remove(key)
+        return result
+
+    if read is not None:
+        vars(model)[name] = without_plan
+    try:
+        yield
+    finally:
+        vars(model).pop(name, None)
+
+
+def _check_filled(model: nn.Module) -> None:
+    """Raises `SensiLoadError` if Transformers' `load_adapter` has read no tensor of the adapter that it added."""
+    layers = [layer for layer in layers_of(model).values() if layer.sensi_peers]
+    added = {name for layer in layers for name in layer.sensi_unchecked}
+    tensors = [p for layer in layers for name in added for p in layer.own_parts(name).values()]
+    if tensors and all(map(untouched, tensors)):
+        raise SensiLoadError(
+            f"Transformers {transformers.__version__} has read nothing of this adapter. Before version 5.18, its "
+            f"`load_adapter` knows the names in an adapter's file only for some models: use a newer version, or "
+            f"`PeftModel.from_pretrained`."
+        )
+
+
 def _own(argument: Any) -> Any:
     return copy.deepcopy(argument) if isinstance(argument, SensiConfig) else argument
+
+
+def _checked_resize(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`resize_token_embeddings` that changes nothing if an adapter trains a part of the embeddings."""
+
+    @functools.wraps(function)
+    def call(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        tables = [embedding_of(self, "input"), embedding_of(self, "output")]
+        adapted = [table for table in tables if table is not None and base_of(table) is not table]
+        if adapted and layers_of(self):
+            rows = len(base_of(adapted[0]).weight)  # type: ignore[arg-type]
+            size = rows if new_num_tokens is None else new_num_tokens
+            if size + -size % (pad_to_multiple_of or 1) != rows:
+                raise SensiError(
+                    f"The adapter trains rows of the embeddings, so their number ({rows}) cannot change now. Resize "
+                    f"the base model first, then wrap it; a saved adapter can be loaded on a resized base, because "
+                    f"tokens are known by their number. After `merge_and_unload()`, the model can be resized too."
+                )
+        return function(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    call.sensi_refuses = function  # type: ignore[attr-defined]
+    return call

@@ -171,6 +171,10 @@ class SensiModel(AdapterOperations, BaseTuner):
         companions = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
+        for wrapper in companions:  # a second adapter is active before those of the first have a copy for it
+            names = [name for name in self.active_adapters if name in wrapper._get_available_adapters()]
+            if len(names) == 1 and wrapper.active_adapters != names:
+                wrapper.set_adapter(names, inference_mode=config.inference_mode)
         if config.from_file and config.weights_file is None:  # Transformers reads the file, and calls no hook
             layers = layers_of(model, adapter_name)
             for layer in layers.values():

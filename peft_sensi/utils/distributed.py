@@ -42,17 +42,20 @@ def start() -> int:
         return 1
     if not dist.is_initialized():
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-        by_mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
-        announced = get_int_from_env(("WORLD_SIZE", *by_mpi), 1)
+        by_mpi = ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD") if on_cpu else ()
+        announced = get_int_from_env(("WORLD_SIZE", *(f"{name}_SIZE" for name in by_mpi)), 1)
         if announced < 2:
             return 1
-        if by_mpi or "LOCAL_RANK" in os.environ:
+        # Lightning sets LOCAL_RANK before it knows the other variables, and starts the group itself later.
+        has_rank = any(name in os.environ for name in ("RANK", *(f"{name}_RANK" for name in by_mpi)))
+        if has_rank and (on_cpu or "LOCAL_RANK" in os.environ):
             PartialState(cpu=on_cpu)
         if not dist.is_initialized():
             raise SensiError(
                 f"WORLD_SIZE is {announced}, but there is no process group, so the processes would choose different "
                 f"units. Start them with `accelerate launch` or `torchrun`, or call "
-                f"`torch.distributed.init_process_group` first."
+                f"`torch.distributed.init_process_group` first. In Lightning, wrap the model in `configure_model`, "
+                f"which runs after Lightning has started the group."
             )
     return dist.get_world_size()
 

@@ -30,6 +30,18 @@ class SensiLoadError(SensiError):
     """A file is damaged, has unexpected content, or does not belong to this base model."""
 
 
+class MissingFieldError(SensiError, AttributeError):
+    """Other libraries ask for a field of LoRA, which this method does not have. `getattr` with a default works."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"SensiConfig has no {name!r}, with which LoRA trains new tokens. Here, the tokens of the calibration "
+            f"data are trained, with `also_train=['tokens']` if there are other limits. So leave out TRL's "
+            f"`chat_template_path`: add the tokens and resize the model before the wrap (`trl.clone_chat_template` "
+            f"does both), and let `calibration` contain the new tokens."
+        )
+
+
 def how_to_install(extra: str = "", options: str = "") -> str:
     """The shell command that installs this package, with an extra such as `onnx` and options such as `--no-deps`.
 
