@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+    "SECURITY.md": "security.md",
     "peft_sensi/tuner/FORMAT.md": "format.md",
 }
 # The target of a Markdown link, or of an image or link in HTML; without its anchor. Addresses with a scheme are left.
