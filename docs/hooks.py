@@ -7,6 +7,8 @@ rewritten here. A link to a file that the site does not have stays as it is, and
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 from pathlib import Path
@@ -24,6 +26,7 @@ OUTSIDE = {
     "SECURITY.md": "security.md",
     "peft_sensi/tuner/FORMAT.md": "format.md",
 }
+NOTEBOOK, NOTEBOOK_PAGE = ROOT / "examples" / "tour.ipynb", "tour.md"
 # The target of a Markdown link, or of an image or link in HTML; without its anchor. Addresses with a scheme are left.
 TARGET = re.compile(r'(?<=\]\()[^)#:\s]+(?=[)#])|(?<=src=")[^":]+(?=")|(?<=srcset=")[^":]+(?=")')
 # Docstrings name public objects as Hugging Face's do: [`SensiConfig`].
@@ -33,12 +36,33 @@ REFERENCE = re.compile(r"\[<code>(\w+)</code>\]")
 def on_files(files: Files, config: Any) -> Files:
     for source, address in OUTSIDE.items():
         files.append(File.generated(config, address, abs_src_path=str(ROOT / source)))
+    text, pictures = read_notebook(NOTEBOOK)
+    for address, content in {NOTEBOOK_PAGE: text, **pictures}.items():
+        files.append(File.generated(config, address, content=content))
     return files
+
+
+def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """The cells of a notebook and what they printed as Markdown, and the pictures that they showed by file name."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures)}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![]({name})")
+            elif text := "".join(output.get("text") or data.get("text/plain") or ()):
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts), pictures
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     addresses = {file.abs_src_path: file.src_uri for file in files if file.abs_src_path}
-    return with_links_of_site(markdown, page.file.abs_src_path, addresses)
+    addresses[str(NOTEBOOK)] = NOTEBOOK_PAGE
+    return with_links_of_site(markdown, page.file.abs_src_path or str(NOTEBOOK), addresses)
 
 
 def with_links_of_site(markdown: str, source: str, addresses: dict[str, str]) -> str:

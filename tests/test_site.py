@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -49,3 +51,18 @@ def test_links_to_files_of_the_repository_become_links_of_the_site(hooks, page, 
     addresses = {str(ROOT / source): address for source, address in hooks.OUTSIDE.items()}
     addresses |= {str(ROOT / "docs" / name): name for name in ("faq.md", "safety.md", "a.png", "b.png")}
     assert hooks.with_links_of_site(text, str(ROOT / page), addresses) == expected
+
+
+def test_a_notebook_becomes_a_page_with_what_it_printed_and_showed(hooks, tmp_path):
+    picture = base64.b64encode(b"a picture").decode()
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+        {"cell_type": "code", "source": ["f()"], "outputs": [{"output_type": "stream", "text": ["one\n", "two\n"]}]},
+        {"cell_type": "code", "source": ["g()"], "outputs": [{"data": {"image/png": picture, "text/plain": ["no"]}}]},
+        {"cell_type": "code", "source": ["h()"], "outputs": [{"data": {"text/plain": ["[1]"]}}]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    text, pictures = hooks.read_notebook(tmp_path / "a.ipynb")
+    code = "# Title\ntext\n\n```python\nf()\n```\n\n```text\none\ntwo\n```\n\n```python\ng()\n```\n\n![](a-0.png)"
+    assert text == f"{code}\n\n```python\nh()\n```\n\n```text\n[1]\n```"
+    assert pictures == {"a-0.png": b"a picture"}

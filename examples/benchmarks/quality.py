@@ -90,7 +90,8 @@ def main() -> None:
         plot_budgets(budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning")
     elif options.command == "front":
         of = " and ".join(name.upper() for name in shown)
-        axes = {"xlabel": "FLOPs of heads and neurons that are left", "ylabel": f"metric, mean of {of}"}
+        metric = " or ".join(sorted({result["metric"] for result in results}))
+        axes = {"xlabel": "FLOPs of heads and neurons that are left", "ylabel": f"{metric}, mean of {of}"}
         plot_front(front_series(results, FRONT), options.picture, FRONT["full"], style=options.style, **axes)
     else:
         text = quality_table(results)
