@@ -36,6 +36,8 @@ REFERENCE = re.compile(r"\[<code>(\w+)</code>\]")
 def on_files(files: Files, config: Any) -> Files:
     for source, address in OUTSIDE.items():
         files.append(File.generated(config, address, abs_src_path=str(ROOT / source)))
+    for path in sorted((ROOT / "examples").glob("*.py")):  # not pages: a link shows the file itself
+        files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
     text, pictures = read_notebook(NOTEBOOK)
     for address, content in {NOTEBOOK_PAGE: text, **pictures}.items():
         files.append(File.generated(config, address, content=content))
@@ -48,14 +50,17 @@ def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed, shown = "", []
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{path.stem}-{len(pictures)}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![]({name})")
-            elif text := "".join(output.get("text") or data.get("text/plain") or ()):
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                shown.append(f"![]({name})")
+            else:
+                printed += "".join(output.get("text") or data.get("text/plain") or ())
+        parts += [f"```text\n{printed.rstrip()}\n```"] if printed else []
+        parts += shown
     return "\n\n".join(parts), pictures
 
 

@@ -6,10 +6,13 @@ Every function returns a [`SensiConfig`] and passes further keyword arguments on
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .tuner.config import SensiConfig
 from .utils.errors import SensiError
+
+
+if TYPE_CHECKING:
+    from .tuner.config import SensiConfig
 
 
 QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]
@@ -47,7 +50,7 @@ def sensi_bert(
     if (when := cuts[trim]) is not None:
         kwargs["schedule"] = {"phase": "cut", "start": when[0], "end": when[1], "cuts": when[2]}
     score = score or ("mask" if when is None else "fisher")
-    return SensiConfig(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
+    return _config(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
 
 
 def far(
@@ -72,7 +75,7 @@ def far(
     if training_steps is not None:
         kwargs["priming_steps"] = max(1, round(priming * training_steps))
     also_train = ["norms", "output_biases", "pooler", *(["embeddings"] if embeddings else [])]
-    return SensiConfig(retention=retention, score=score, also_train=also_train, **kwargs)
+    return _config(retention=retention, score=score, also_train=also_train, **kwargs)
 
 
 def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiConfig:
@@ -84,10 +87,10 @@ def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiC
     also_train = ["biases", "norms"]
     if not priming_epochs:
         kwargs.setdefault("scale", 1.0)  # as in the update with priming, whose rate is that of its dense part
-        return SensiConfig(update="low_rank", rank=rank, also_train=also_train, **kwargs)
+        return _config(update="low_rank", rank=rank, also_train=also_train, **kwargs)
     # With retention 0 no neuron is tuned, so attention is the dense part.
     schedule = {"phase": "freeze_dense", "epochs": priming_epochs}
-    return SensiConfig(
+    return _config(
         update="dense+low_rank", rank=rank, retention=0.0, also_train=also_train, schedule=schedule, **kwargs
     )
 
@@ -125,7 +128,7 @@ def dsee(
         }
     elif mask is not None:
         raise SensiError(f"`mask` must be 'unstructured', 'structured' or None, got {mask!r}.")
-    return SensiConfig(update="low_rank+sparse", rank=rank, sparse=sparse, support=support, **kwargs)
+    return _config(update="low_rank+sparse", rank=rank, sparse=sparse, support=support, **kwargs)
 
 
 def l0_close(
@@ -133,7 +136,7 @@ def l0_close(
 ) -> SensiConfig:
     """L0-close fine-tuning (arXiv 2004.14129): tune only the Linears, or the layers, that priming moves most.
 
-    `model.base_model.explain()` shows which of them were chosen.
+    `model.explain()` shows which of them were chosen.
 
     Args:
         share: Limit on the parameters of the tuned Linears, as a share of the base's. Default: 0.25, if `layers` is
@@ -144,16 +147,22 @@ def l0_close(
     if layers is None and share is None:
         share = 0.25
     budget = None if share is None else {"trainable": share}
-    return SensiConfig(granularity="tensor", budget=budget, tuned_layers=layers, score=score, **kwargs)
+    return _config(granularity="tensor", budget=budget, tuned_layers=layers, score=score, **kwargs)
 
 
 def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:
     """Binary masks over frozen weights (arXiv 2004.14129): only the mask and the task head are trained.
 
-    The mask removes the share `sparsity` of each matrix's weights. `model.base_model.compress("bits")` stores it as
+    The mask removes the share `sparsity` of each matrix's weights. `model.compress("bits")` stores it as
     one bit for each weight.
     """
-    return SensiConfig(granularity="weight", update="mask", sparsity=sparsity, **kwargs)
+    return _config(granularity="weight", update="mask", sparsity=sparsity, **kwargs)
+
+
+def _config(**kwargs: Any) -> SensiConfig:
+    from .tuner.config import SensiConfig  # here, because the command lists the recipes without PEFT
+
+    return SensiConfig(**kwargs)
 
 
 RECIPES = {f.__name__: f for f in (sensi_bert, far, learners, dsee, l0_close, binary_mask)}

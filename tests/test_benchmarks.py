@@ -236,10 +236,11 @@ def test_noisy_tasks_are_shown_but_decide_nothing(grid):
     runs = [run("trec6", "full", 0.9), run("cola", "full", 0.5), run("trec6", "trim 0.5 ours", 0.9)]
     line = tables.quality_table([*runs, run("cola", "trim 0.5 ours", 0.1)]).splitlines()[3]
     assert "0.900 | 0.100 | 100.0% |" in line
-    assert len(tables.budgets_series([*runs, run("cola", "trim 0.5 ours", 0.1)])) == 1
+    drawn = tables.budgets_series([*runs, run("cola", "trim 0.5 ours", 0.1)])
+    assert [record["method"] for record in drawn] == ["full fine-tuning", "peft_sensi"]
     # A row without all tasks of `ours` is not drawn.
     runs += [run("sst2", "full", 0.9), run("sst2", "trim 0.5 ours", 0.8), run("trec6", "trim 0.5 random", 0.9)]
-    assert {record["method"] for record in tables.budgets_series(runs)} == {"ours"}
+    assert {record["method"] for record in tables.budgets_series(runs)} == {"full fine-tuning", "peft_sensi"}
 
 
 def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(grid):
@@ -257,7 +258,9 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     kept = {(r["method"], r["seed"]): r["retention"] for r in tables.retentions(runs)}
     assert ("full", 1) in kept and kept["trim 0.25 ours", 0] == 0
     assert kept["trim 0.5 ours", 0] == pytest.approx((0.8 - 0.276) / (0.8 - 0.276))
-    assert [r["budget"] for r in tables.budgets_series(runs)] == [0.5, 0.25]
+    drawn = tables.budgets_series([*runs, run("tune 0.01 LoRA", 0.8), run("tune 0.01 SHiRA", 0.8)])
+    assert [r["budget"] for r in drawn if "budget" in r] == [0.5, 0.25]
+    assert {r["method"] for r in drawn if "budget" not in r} == {"full fine-tuning", "LoRA, 1% trained"}
     lines = tables.quality_table(runs).splitlines()
     assert lines[2].startswith("| full |") and lines[3].startswith("| trim 0.5 ours |")
     lines = tables.quality_table([*runs, run("full, embeddings frozen", 0.9)]).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from peft_sensi import SensiError, export_onnx
 from peft_sensi.merging import onnx as export_module
+from peft_sensi.utils.errors import how_to_install
 
 
 onnx = pytest.importorskip("onnx")
@@ -196,7 +198,7 @@ def test_without_the_extra(bert, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SensiError, match=r"pip install 'peft-sensi\[onnx\]'"):
+    with pytest.raises(SensiError, match=re.escape(how_to_install("onnx"))):
         export_onnx(bert, tmp_path / "model.onnx")
 
 

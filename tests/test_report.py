@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from peft_sensi.plotting.canvas import STYLES
 from peft_sensi.plotting.plots import plot_plan
 from peft_sensi.reporting.facts import group_counts, plan_figures
 from peft_sensi.reporting.tables import Bar, facts_table, legend, plan_table
+from peft_sensi.utils.errors import how_to_install
 from peft_sensi.utils.formatting import human, short_names, shortened
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED, Row
 
@@ -164,7 +166,7 @@ def test_a_decoder_with_grouped_heads_and_several_attentions_a_block_has_a_table
     values = {"sequence_length": 8, "always_trained": 0, "groups": dict.fromkeys(names, size)}
     assert [row.kind for row in rows_of(values)] == ["head", "head", "neuron", "head"]
     text = printed(plan_table(values))
-    assert "cross_heads" in text and text.count("1/2") == 4 and max(map(len, text.splitlines())) <= 80
+    assert "decoder cross" in text and text.count("1/2") == 4 and max(map(len, text.splitlines())) <= 80
     plot_plan(drawn_rows(values), tmp_path / "t5.png")
 
 
@@ -296,7 +298,7 @@ def test_without_matplotlib_one_line_says_what_to_install(plan, tmp_path, monkey
     monkeypatch.setattr(builtins, "__import__", missing)
     for name in [n for n in sys.modules if n.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SensiError, match=r"peft-sensi\[plots\]"):
+    with pytest.raises(SensiError, match=re.escape(how_to_install("plots"))):
         plan.plot(tmp_path / "a.png")
 
 

@@ -28,7 +28,6 @@ from peft_sensi import (
 )
 from peft_sensi.scoring.calibration import ScoringOptions, preserved
 from peft_sensi.scoring.compute import score_units
-from peft_sensi.scoring.criteria import METHODS
 from peft_sensi.scoring.gates import (
     find_weighting,
     gate_gradients,
@@ -38,6 +37,7 @@ from peft_sensi.scoring.gates import (
 )
 from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.scoring.head import start_head_at_prior
+from peft_sensi.scoring.methods import METHODS
 from peft_sensi.scoring.priming import _some_examples, primed
 
 

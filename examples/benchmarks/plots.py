@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,20 @@ def plot_budgets(
     reference: str | None = None,
     xlabel: str = "",
     ylabel: str = "",
+    runs: str = "runs",
 ) -> None:
-    """Draws accuracy over budget: one line a method, through the means over its runs, with the range of the runs.
+    """Draws accuracy over budget: one line a method, through the means over its runs.
+
+    A bar at a mean is one standard error of this mean long, up and down. A mean of a single run has no bar.
 
     Args:
         results: One record for each run, or a JSON file with a list of records. A record names its `method`. A record
-            without a number `x`, such as full fine-tuning, is drawn as a horizontal line.
+            without a number `x`, such as full fine-tuning, is drawn as a horizontal line, with its bar on the right.
         path: A file that ends in `.png`, `.svg` or `.pdf`.
         x, y: Names of the fields with the budget and with the measured value. A name with dots, such as
             `validation.accuracy`, looks into nested records.
         reference: The method that the others are compared with. It comes first, in the color of the text.
+        runs: What the runs of a mean are, for the note about the bars.
 
     Raises:
         SensiError: No record has the fields, no method is called `reference`, the file is not JSON, or matplotlib is
@@ -45,30 +49,34 @@ def plot_budgets(
     if reference is not None and reference not in methods:
         raise SensiError(f"There is no method {reference!r} in the results; there are {', '.join(methods)}.")
     figure = new_figure(3.6, look)
-    axes = figure.add_axes((0.095, 0.135, 0.66, 0.755))
+    axes = figure.add_axes((0.095, 0.135, 0.66, 0.73))
     style_axes(axes, look)
     axes.grid(axis="y", color=look["line"], linewidth=0.5)
     axes.set_axisbelow(True)
-    budgets = [budget for runs in methods.values() for budget in runs if budget is not None]
-    # Methods lie side by side at each budget, so that the ranges of their runs do not hide each other.
+    budgets = [budget for by_budget in methods.values() for budget in by_budget if budget is not None]
+    # Methods lie side by side at each budget, so that their bars do not hide each other.
     gap = 0.008 * (max(budgets) - min(budgets)) if budgets else 0.0
+    right = max(budgets, default=1.0) + 5 * gap
     names = sorted(methods, key=lambda name: name != reference)
     colors = iter(look["methods"] * (1 + len(names) // len(look["methods"])))
     handles: list[tuple[float, Any]] = []
+    has_bars = False
     for index, name in enumerate(names):
-        runs = methods[name]
+        by_budget = methods[name]
         dash, marker = line_style(index)
         options = {"color": look["ink"] if name == reference else next(colors), "linestyle": dash, "label": name}
         aside = gap * (index - (len(names) - 1) / 2)
-        if None in runs:
-            mean = float(np.mean(runs.pop(None)))
+        for budget, values in by_budget.items():
+            place, mean, error = right if budget is None else budget, float(np.mean(values)), standard_error(values)
+            if error:
+                ends = [mean - error, mean + error]
+                axes.plot([place + aside] * 2, ends, color=options["color"], linewidth=1.0, alpha=0.7)
+                has_bars = True
+        if None in by_budget:
+            mean = float(np.mean(by_budget.pop(None)))
             handles.append((mean, axes.axhline(mean, linewidth=1.2, **options)))
-        for budget, values in runs.items():
-            if len(values) > 1:
-                ends = [min(values), max(values)]
-                axes.plot([budget + aside] * 2, ends, color=options["color"], linewidth=1.0, alpha=0.7)
-        if runs:
-            means = {budget: float(np.mean(values)) for budget, values in sorted(runs.items())}
+        if by_budget:
+            means = {budget: float(np.mean(values)) for budget, values in sorted(by_budget.items())}
             places = [budget + aside for budget in means]
             (line,) = axes.plot(places, list(means.values()), marker=marker, markersize=5, linewidth=1.4, **options)
             handles.append((float(np.mean(list(means.values()))), line))
@@ -89,7 +97,15 @@ def plot_budgets(
     )
     title = f"{ylabel or y} over {xlabel or x}"
     figure.text(0.095, 0.975, title, color=look["ink"], weight="bold", va="top", size=9)
+    if has_bars:
+        note = f"Bars: one standard error of the mean over {runs}, up and down."
+        figure.text(0.095, 0.915, note, color=look["soft"], va="top", size=7)
     save_figure(figure, path)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of the mean of independent values; 0 for a single one."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def plot_front(

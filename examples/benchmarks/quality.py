@@ -87,7 +87,12 @@ def main() -> None:
     shown = TASKS if options.command == "run" else options.tasks
     results = [result for result in read_results(options.results) if result["task"] in shown]
     if options.command == "plot":
-        plot_budgets(budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning")
+        tasks = ", ".join(name for name in TASKS if any(result["task"] == name for result in results))
+        plot_budgets(
+            budgets_series(results), options.picture, y="retention", ylabel="retention of full fine-tuning",
+            xlabel="share of the prunable parameters kept", reference="full fine-tuning",
+            runs=f"tasks ({tasks}) and seeds",
+        )  # fmt: skip
     elif options.command == "front":
         of = " and ".join(name.upper() for name in shown)
         metric = " or ".join(sorted({result["metric"] for result in results}))

@@ -121,10 +121,12 @@ def deciding_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records for `plots.plot_budgets`: retention of each trimming run over its budget.
+    """Records for `plots.plot_budgets`: retention of each trimming run over its budget, of full fine-tuning and LoRA.
 
-    Only rows with all tasks of `ours` are used, because means over different tasks cannot be compared.
+    Only rows with all tasks of `ours` are used, because means over different tasks cannot be compared. Full
+    fine-tuning and LoRA keep the whole model, so their records have no budget.
     """
+    whole = {"full": "full fine-tuning", "tune 0.01 LoRA": "LoRA, 1% trained"}
     runs = deciding_runs(retentions(results))
     tasks: dict[str, set[str]] = defaultdict(set)
     for run in runs:
@@ -134,7 +136,10 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kind, _, rest = run["method"].partition(" ")
         budget, _, name = rest.partition(" ")
         if kind == "trim" and tasks[run["method"]] >= tasks[f"trim {budget} ours"]:
-            records.append({"budget": float(budget), "method": name, "retention": run["retention"]})
+            label = name.replace("ours", "peft_sensi")
+            records.append({"budget": float(budget), "method": label, "retention": run["retention"]})
+        elif run["method"] in whole and tasks[run["method"]] == tasks["full"]:
+            records.append({"method": whole[run["method"]], "retention": run["retention"]})
     return records
 
 

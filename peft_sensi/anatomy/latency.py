@@ -22,6 +22,7 @@ import numpy as np
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object, write_atomically
+from ..utils.formatting import data_frame, html_table
 
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ class SublayerTimes:
     spread_ms: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyTable:
     """The latency of a model on one device, for one shape of its input. `measure_latency` makes it.
+
+    `print(table)` shows all times, and `table.to_frame()` is a table of them for pandas.
 
     Attributes:
         phase: `prefill`: one pass over whole sequences. `decode`: one step with a cache of `sequence_length` tokens.
@@ -175,6 +178,28 @@ class LatencyTable:
             return cls.from_dict(read_json_object(path))
         except SensiLoadError as error:
             raise SensiLoadError(f"{path}: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"<LatencyTable of {self.model}, {conditions(asdict(self))}: {self.whole_ms:.3f} ms>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [kind.shape, f"{kind.groups}", f"{count:,}", f"{ms:.3f}"]
+            for kind in self.sublayers
+            for count, ms in zip(kind.counts, kind.ms, strict=True)
+        ]
+        return html_table(["sublayer", "in the model", "units kept", "ms"], rows, caption=repr(self))
+
+    def to_frame(self) -> Any:
+        """The measurements as a pandas DataFrame: `shape`, `groups`, `kept`, `ms` and `spread_ms`.
+
+        Raises `SensiError` if pandas is not installed.
+        """
+        return data_frame([
+            {"shape": kind.shape, "groups": kind.groups, "kept": count, "ms": ms, "spread_ms": spread}
+            for kind in self.sublayers
+            for count, ms, spread in zip(kind.counts, kind.ms, kind.spread_ms, strict=True)
+        ])  # fmt: skip
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..utils.errors import AnatomyError
+from ..utils.formatting import short_repr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockLayout:
     """Where a transformer layer keeps its heads and neurons: one row of the table in `families`.
 
@@ -59,6 +60,8 @@ class BlockLayout:
     cross: bool = False
     relative: str = ""
     repeats: int | tuple[str, ...] = 1
+
+    __repr__ = short_repr
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockLayout:

@@ -10,10 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
+
+from ..utils.formatting import human, short_repr
+from ..utils.states import KINDS
+
+
+if TYPE_CHECKING:
+    import torch  # and in two methods: plans, and the tables that show them, do without PyTorch
 
 
 Kind = Literal["head", "neuron", "row", "token", "tensor"]
@@ -57,7 +63,7 @@ class Side:
         return (self.offset + units[:, None] * self.width + np.arange(self.width)).reshape(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """The units of one sublayer.
 
@@ -87,6 +93,8 @@ class Group:
     least: int = 0
     fixed: bool = False
     relative_rows: int = 0
+
+    __repr__ = short_repr
 
     @property
     def in_block(self) -> bool:
@@ -125,10 +133,14 @@ class Group:
 
     def output_columns(self, units: np.ndarray) -> torch.Tensor:
         """The columns (int64) of the output projection that belong to the units of a boolean mask `[units]`."""
+        import torch
+
         return torch.from_numpy(self.sides[-1].positions(np.flatnonzero(units)))
 
     def zeros(self) -> torch.Tensor:
         """A float32 zero for each unit, on the CPU. Torch's default dtype and device have no influence."""
+        import torch
+
         return torch.zeros(self.size, dtype=torch.float32, device="cpu")
 
     def as_one_unit(self) -> Group:
@@ -143,7 +155,7 @@ class Group:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Anatomy:
     """All groups of units of a model. The *prunable* part consists of the groups that can be trimmed.
 
@@ -153,6 +165,12 @@ class Anatomy:
     groups: tuple[Group, ...]
     total_params: int
     model_type: str = ""
+
+    def __repr__(self) -> str:
+        units = {kind: sum(g.size for g in self.groups if g.kind == kind) for kind in KINDS}
+        counts = ", ".join(f"{count:,} {KINDS[kind]}" for kind, count in units.items() if count)
+        prunable = f"{human(self.prunable_params)} of {human(self.total_params)} parameters prunable"
+        return f"<Anatomy of {self.model_type or 'a model'}: {counts or 'no units'}; {prunable}>"
 
     @cached_property
     def by_name(self) -> dict[str, Group]:

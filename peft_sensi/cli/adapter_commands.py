@@ -5,16 +5,10 @@ from __future__ import annotations
 import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from ..merging.onnx import export_onnx
-from ..merging.save import save_merged
-from ..reporting.card import write_card
-from ..reporting.facts import adapter_facts, adapter_figures
-from ..reporting.hub import push_folder
-from ..reporting.saved import SavedAdapter, load_adapter, open_adapter, plan_without_weights
 from ..reporting.tables import facts_table, legend, plan_table
 from ..utils.errors import SensiError
 from ..utils.formatting import size_of
@@ -23,8 +17,16 @@ from .arguments import argument, option
 from .terminal import ascii_only, err, print_result, step
 
 
+# What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
+if TYPE_CHECKING:
+    from ..reporting.saved import SavedAdapter
+
+
 def inspect(adapter: args.Adapter, base: args.Base = None, json: args.Json = False, debug: args.Debug = False) -> None:
     """Show what is in an adapter. No weights are loaded; shares need the base model's configuration."""
+    from ..reporting.facts import adapter_facts, adapter_figures
+    from ..reporting.saved import open_adapter, plan_without_weights
+
     saved = open_adapter(adapter)
     plan = plan_without_weights(saved, base)
     shown = saved.config.plan if plan is None else plan
@@ -43,6 +45,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: the result is a Transformers model with smaller matrices, for `load_merged`."""
     from transformers import AutoTokenizer
+
+    from ..merging.save import save_merged
 
     saved, model = load_saved(adapter, base, json)
     with step("merging", show=not json):
@@ -76,6 +80,8 @@ def export(
     debug: args.Debug = False,
 ) -> None:
     """Write the merged model as an ONNX file for any batch size and length, and check it in onnxruntime."""
+    from ..merging.onnx import export_onnx
+
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
     _, model = load_saved(adapter, base, json)
@@ -98,6 +104,9 @@ def card(
     debug: args.Debug = False,
 ) -> None:
     """Write the model card (README.md and a picture of the plan) into an adapter's folder."""
+    from ..reporting.card import write_card
+    from ..reporting.saved import open_adapter
+
     saved = open_adapter(adapter)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +127,9 @@ def push(
     debug: args.Debug = False,
 ) -> None:
     """Upload an adapter with its model card to the Hub (log in first: hf auth login)."""
+    from ..reporting.hub import push_folder
+    from ..reporting.saved import open_adapter
+
     saved = open_adapter(adapter)
     with step(f"uploading to {repo}", show=not json):
         commit = push_folder(
@@ -127,6 +139,8 @@ def push(
 
 
 def load_saved(adapter: str, base: str | None, json: bool) -> tuple[SavedAdapter, Any]:
+    from ..reporting.saved import load_adapter, open_adapter
+
     saved = open_adapter(adapter)
     with step("loading the model", show=not json):
         return saved, load_adapter(saved, base)

@@ -11,17 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import recipes
-from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
 from ..planning.budget import Budget, nanoseconds
 from ..plotting.canvas import STYLES
-from ..scoring.criteria import METHODS
+from ..recipes import RECIPES
+from ..scoring.methods import METHODS
 from ..utils.errors import SensiError
-from ..utils.precision import bf16_pays
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
-Recipe = enum.StrEnum("Recipe", {name: name for name in recipes.RECIPES})  # type: ignore[misc]
+Recipe = enum.StrEnum("Recipe", {name: name for name in RECIPES})  # type: ignore[misc]
 Style = enum.StrEnum("Style", {name: name for name in STYLES})  # type: ignore[misc]
 FISHER, LIGHT = Score("fisher"), Style("light")
 
@@ -97,6 +95,8 @@ License = Annotated[str | None, option("--license", "NAME", "The adapter's licen
 
 def check_out(folder: Path) -> None:
     """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder."""
+    from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
+
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
     if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
@@ -120,6 +120,8 @@ def check_rate(lr: float | None, default: float) -> float:
 
 def is_bf16(given: bool | None) -> bool:
     """Whether to train with bfloat16 mixed precision: as the option says, or else if it is faster here."""
+    from ..utils.precision import bf16_pays
+
     return bf16_pays() if given is None else given
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from .. import recipes
-from ..planning.plan import Plan
-from ..reporting.facts import plan_figures
+from ..recipes import RECIPES
 from ..reporting.tables import facts_table, legend, plan_table, records_table
-from ..scoring.criteria import DATA_METHODS
-from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from ..utils.formatting import human, size_of
 from . import arguments as args
@@ -20,7 +16,9 @@ from .arguments import option
 from .terminal import ascii_only, err, print_result, step
 
 
-# `train` and `textdata` are imported inside the functions: Trainer and scikit-learn take a second to import.
+# What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
 
 
 def plan(
@@ -60,6 +58,9 @@ def plan(
 
     All heads and neurons are ranked together. The best ones stay in the model, and the best of these are tuned.
     """
+    from ..reporting.facts import plan_figures
+    from ..scoring.criteria import DATA_METHODS
+    from ..scoring.scores import Scores
     from .train import plan_for, score_for
 
     limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
@@ -141,6 +142,7 @@ def train(
 
     The folder gets the adapter, the tokenizer, the names of the labels, a model card and metrics.json.
     """
+    from ..scoring.scores import Scores
     from .train import Training, train_for
 
     limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
@@ -251,7 +253,7 @@ def trim(
 
 def list_recipes(json: args.Json = False, debug: args.Debug = False) -> None:
     """List the published methods that are built in."""
-    lines = {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in recipes.RECIPES.items()}
+    lines = {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in RECIPES.items()}
     print_result(
         json,
         [{"name": name, "what": what} for name, what in lines.items()],

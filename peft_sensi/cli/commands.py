@@ -49,4 +49,6 @@ for function, example in (
     (adapter_commands.push, "push adapter me/my-adapter --private"),
     (base_commands.list_recipes, "recipes --json"),
 ):
-    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(one_line_errors(function))
+    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(
+        one_line_errors(function, loads=function is not base_commands.list_recipes)
+    )

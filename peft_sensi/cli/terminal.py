@@ -16,23 +16,28 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+def one_line_errors(command: Callable[..., None], loads: bool = True) -> Callable[..., None]:
     """Turns an exception of a command into one line on stderr and exit status 1.
 
-    The traceback is printed before that line if the command was called with `debug=True`.
+    The traceback is printed before that line if the command was called with `debug=True`. `loads` says whether the
+    command needs PyTorch and PEFT, which are then imported first.
     """
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        quiet_libraries()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # instead of an error for a character that the terminal lacks
         try:
+            if loads:
+                load_libraries()
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -48,7 +53,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             expected = isinstance(error, (SensiError, OSError, ImportError))
             text = " ".join(str(error).split()) or "no reason was given"
             if isinstance(error, ModuleNotFoundError):
-                text += ": pip install 'peft-sensi[cli]'"
+                text += f": {how_to_install('cli')}"
             line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
             err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
             raise typer.Exit(1) from None
@@ -56,13 +61,19 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def load_libraries() -> None:
+    """Imports PyTorch and PEFT, which takes seconds, and registers the method. A terminal shows a spinner."""
+    import peft_sensi
+
+    with err.status("starting") if err.is_terminal else contextlib.nullcontext():
+        peft_sensi.register()
+        quiet_libraries()
+
+
 def quiet_libraries() -> None:
     """Hides messages of other libraries that a user of the command cannot act on. Prints each warning in one line."""
     from transformers.utils import logging
 
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # instead of an error for a character that the terminal lacks
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # `step` reports the loading of weights
     warnings.simplefilter("ignore", FutureWarning)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths
 from ..utils.checks import is_number, shown
-from ..utils.errors import SensiLoadError
+from ..utils.errors import SensiLoadError, how_to_install
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -46,8 +46,8 @@ def check_record(record: Any) -> None:
     version = record.get("format_version")
     if version != RECORD_VERSION or isinstance(version, bool):
         raise SensiLoadError(
-            f"{where} has the format_version {version!r}; this version of peft_sensi reads {RECORD_VERSION}. Upgrade "
-            f"with `pip install -U peft-sensi`."
+            f"{where} has the format_version {version!r}; this version of peft_sensi reads {RECORD_VERSION}. "
+            f"Upgrade: {how_to_install(options='-U')}"
         )
     shapes, attributes = record.get("shapes"), record.get("attributes")
     if not isinstance(shapes, dict) or not all(

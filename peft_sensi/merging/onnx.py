@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.modules import unwrapped
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from .onnx_graph import move_graph, pack, parts, quantize
 from .save import merged_copy
 
@@ -110,9 +110,7 @@ def export_onnx(
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise SensiError(
-            f"`export_onnx` needs onnx and onnxruntime ({error}): pip install 'peft-sensi[onnx]'."
-        ) from error
+        raise SensiError(f"`export_onnx` needs onnx and onnxruntime ({error}): {how_to_install('onnx')}") from error
     path = Path(path)
     if path.suffix != ".onnx":
         raise SensiError(f"`path` must end in .onnx, got {str(path)!r}.")

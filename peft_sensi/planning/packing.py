@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..anatomy.units import Group
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
+from ..utils.states import FROZEN, TRIMMED
 
 
 def pack_mask(mask: np.ndarray) -> str:
@@ -74,3 +76,37 @@ def check_plan_dict(values: Any) -> None:
             raise SensiLoadError(
                 f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}."
             )
+
+
+def states_for(group: Group, entry: Mapping[str, Any]) -> np.ndarray:
+    """The states of a model's group, uint8 of shape `[units]`, from its entry in a plan's dict.
+
+    Raises `SensiLoadError` if the entry does not fit the group.
+    """
+    if entry["size"] != group.size and group.kind != "token":
+        raise SensiLoadError(
+            f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
+        )
+    state = unpack_group(group.name, entry)
+    if len(state) != group.size:  # a vocabulary that was resized: tokens are known by their number
+        if (state[group.size :] != FROZEN).any():
+            raise SensiLoadError(
+                f"The plan tunes the token {group.size + np.argmax(state[group.size :] != FROZEN)} of "
+                f"{group.name!r}, but this base model has only {group.size} tokens."
+            )
+        state = np.pad(state[: group.size], (0, max(0, group.size - len(state))), constant_values=FROZEN)
+    kept = state != TRIMMED
+    if not group.trimmable and not kept.all():
+        reason = "only heads and neurons can be trimmed"
+        if group.fixed:
+            reason = (
+                "this group cannot be trimmed in this model (is it quantized?): load the adapter on the base "
+                "model that it was made for"
+            )
+        raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}.")
+    if kept.sum() < group.least:
+        raise SensiLoadError(
+            f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
+            f"{group.least}."
+        )
+    return state

@@ -13,16 +13,18 @@ from ..anatomy.latency import LIMITS, LatencyTable, latency_facts
 from ..anatomy.units import Anatomy, Group
 from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.formatting import human
-from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, Row
-from .packing import check_plan_dict, pack_mask, unpack_group, unpack_states
+from ..utils.formatting import data_frame, find_name, html_table, human, short_names, text_table, wrapped
+from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, UPDATED, Row
+from .packing import check_plan_dict, pack_mask, states_for
+from .rows import drawn_rows, rows_of, units_by_kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The state of every unit (head, neuron, row or token) of a model.
 
-    Plans are immutable and comparable, and `str(plan)` is `plan.summary()`.
+    Plans are immutable and comparable. `print(plan)` shows `plan.summary()`, `plan["...layer.0.heads"]` are the states
+    of a group, and `plan.to_frame()` is a table of the groups for pandas.
 
     Attributes:
         anatomy: The groups of units of the base model, and what a unit of each costs.
@@ -34,6 +36,8 @@ class Plan:
             example). The task head is not counted.
         latency: What latency tables predict, by the limit's name (see `LatencyTable.record`). It is empty without a
             table, and has no influence on whether two plans are equal.
+        update: What the matrices of `targets` have beside tuned units, in words: `low-rank, rank 8`, for example. It
+            is empty for a dense update, and has no influence on whether two plans are equal either.
 
     All FLOPs are those of one sequence, 2 for each multiply-accumulate operation. The *prunable* part of a model
     consists of the heads and neurons that can be trimmed.
@@ -45,6 +49,7 @@ class Plan:
     sequence_length: int
     always_trained: int = 0
     latency: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    update: str = field(default="", compare=False)
 
     def predicted(self, tables: Mapping[str, LatencyTable]) -> Plan:
         """The same plan with the predictions of these tables (by the limit's name), and without any others.
@@ -61,6 +66,13 @@ class Plan:
     def of(self, group: Group) -> np.ndarray:
         """The states of a group's units, uint8 of shape `[group.size]`, read-only."""
         return np.frombuffer(self.states[self.anatomy.groups.index(group)], dtype=np.uint8)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The states of the group with this name, or with the only name that ends so: uint8 of shape `[units]`.
+
+        Raises `SensiError` if there is no such group.
+        """
+        return self.of(self.anatomy.by_name[find_name(name, self.anatomy.by_name, "plan")])
 
     def _states(self) -> list[tuple[Group, np.ndarray]]:
         return [(g, np.frombuffer(s, dtype=np.uint8)) for g, s in zip(self.anatomy.groups, self.states, strict=True)]
@@ -102,13 +114,14 @@ class Plan:
 
     @property
     def params_share(self) -> float:
-        """Share of the prunable parameters that is kept."""
-        return self.kept_params / max(1, self.anatomy.prunable_params)
+        """Share of the prunable parameters that is kept; 1 if nothing can be trimmed at this granularity."""
+        return self.kept_params / self.anatomy.prunable_params if self.anatomy.prunable_params else 1.0
 
     @property
     def flops_share(self) -> float:
-        """Share of the prunable FLOPs that is kept."""
-        return self.kept_flops / max(1, 2 * self.anatomy.prunable_macs(self.sequence_length))
+        """Share of the prunable FLOPs that is kept; 1 if nothing can be trimmed at this granularity."""
+        whole = 2 * self.anatomy.prunable_macs(self.sequence_length)
+        return self.kept_flops / whole if whole else 1.0
 
     @property
     def model_params_share(self) -> float:
@@ -120,6 +133,17 @@ class Plan:
     def trainable_share(self) -> float:
         """Trained values as a share of all base parameters."""
         return self.trainable_params / max(1, self.anatomy.total_params)
+
+    def is_updated(self, group: Group) -> bool:
+        """Whether the matrices of a group have an update beside tuned units, such as a low-rank one."""
+        return bool(self.update) and group.kind != "token" and not self.targets.isdisjoint(group.modules)
+
+    @property
+    def update_words(self) -> str:
+        """The update and the number of matrices that have it: `low-rank, rank 8, on 72 matrices`. May be empty."""
+        groups = [group for group, kept, _ in self._counts() if kept and self.is_updated(group)]
+        matrices = {module for group in groups for module in group.modules} & self.targets
+        return f"{self.update}, on {len(matrices):,} matrices" if self.update else ""
 
     def figures(self) -> dict[str, int | float]:
         """All figures of the plan, as a JSON value. Every text, table and report about a plan reads them here.
@@ -166,39 +190,75 @@ class Plan:
         for group, _, tuned in self._counts():
             if group.kind == "token":
                 facts["tokens trained"] = f"{tuned:,} of {group.size:,}"
+        if self.update:
+            facts["matrices trained"] = self.update_words
         facts["trained values"] = (
             f"{count['trainable_params']} ({share['trainable_share']} of the base), beside the task head"
         )
         return facts
 
-    def summary(self) -> str:
-        """A table with one line for each group (units, kept, tuned, shares of parameters), followed by `facts`."""
-        lines = [f"{COLUMNS} {'of prunable':>12} {'of model':>9}"]
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows of the table of groups. Without tuned units, there is no column of them."""
+        names = short_names(group.name for group in self.anatomy.groups)
         prunable, total = max(1, self.anatomy.prunable_params), max(1, self.anatomy.total_params)
+        tunes = any(tuned for *_, tuned in self._counts())
+        rows = []
         for group, kept, tuned in self._counts():
             params = kept * group.unit_params
+            counts = [f"{n:,}" for n in (group.size, kept, tuned)[: 2 + tunes]]
             share = f"{params / prunable:.2%}" if group.trimmable else "-"
-            lines.append(f"{_columns(group, kept, tuned)} {share:>12} {params / total:>9.2%}")
-        return "\n".join([*lines, *(f"{name}: {value}" for name, value in self.facts().items())])
+            rows.append([names[group.name], *counts, share, f"{params / total:.2%}"])
+        return ["group", "units", "kept", *["tuned"][:tunes], "prunable", "model"], rows
+
+    def summary(self) -> str:
+        """A table with one line for each group, followed by `facts`, in lines of at most 80 characters.
+
+        Its columns are the group, its units, how many are kept and tuned, and the kept parameters as shares of the
+        prunable part and of the model.
+        """
+        return wrapped([*text_table(*self._table()), *(f"{name}: {value}" for name, value in self.facts().items())])
 
     __str__ = summary
+
+    def __repr__(self) -> str:
+        return f"<Plan of {len(self.anatomy.groups)} groups: {self.line()}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), caption=self.line())
+
+    def to_frame(self) -> Any:
+        """The groups as a pandas DataFrame. Raises `SensiError` if pandas is not installed.
+
+        The columns are `group`, `block`, `kind`, `units`, `kept`, `tuned`, `trimmable`, `unit_params`, `kept_params`
+        and `kept_flops` (of one sequence).
+        """
+        rows = {row.name: row for row in rows_of(self)}
+        return data_frame([
+            {"group": g.name, "block": rows[g.name].block, "kind": g.kind, "units": g.size, "kept": kept,
+             "tuned": tuned, "trimmable": g.trimmable, "unit_params": g.unit_params,
+             "kept_params": kept * g.unit_params, "kept_flops": 2 * kept * g.unit_macs(self.sequence_length)}
+            for g, kept, tuned in self._counts()
+        ])  # fmt: skip
 
     def explain(self, scores: Mapping[str, np.ndarray]) -> str:
         """A table of the groups with their mean score per 1000 parameters, the largest first."""
         density = {g.name: 1e3 * float(scores[g.name].sum()) / (g.size * g.unit_params) for g in self.anatomy.groups}
-        lines = [f"{'score / 1000 params':>19}  {COLUMNS}"]
-        for group, kept, tuned in sorted(self._counts(), key=lambda counts: -density[counts[0].name]):
-            lines.append(f"{density[group.name]:>19.3e}  {_columns(group, kept, tuned)}")
-        return "\n".join(lines)
+        names = short_names(density)
+        rows = [
+            [names[group.name], f"{density[group.name]:.3e}", *(f"{n:,}" for n in (group.size, kept, tuned))]
+            for group, kept, tuned in sorted(self._counts(), key=lambda counts: -density[counts[0].name])
+        ]
+        return "\n".join(text_table(["group", "score/1k params", "units", "kept", "tuned"], rows))
 
     def line(self) -> str:
         """The most important figures in one line, for a log."""
         units = {kind: counts for kind, counts in units_by_kind(self).items() if kind in ("head", "neuron")}
         kept = ", ".join(f"{c['kept']} of {c['size']} {KINDS[kind]}" for kind, c in units.items())
         times = [f"{self.latency[n]['predicted_ms']:.3g} ms {n}, " for n in LIMITS.values() if n in self.latency]
+        shares = f"{self.params_share:.1%} of prunable parameters, {self.flops_share:.1%} of prunable FLOPs, "
         return (
-            f"{f'kept {kept}; ' if kept else ''}{''.join(times)}{self.params_share:.1%} of prunable parameters, "
-            f"{self.flops_share:.1%} of prunable FLOPs, {self.trainable_params:,} trained values"
+            f"{f'kept {kept}; ' if kept else ''}{''.join(times)}{shares if self.anatomy.trimmable else ''}"
+            f"{self.trainable_params:,} trained values{f' ({self.update_words})' if self.update else ''}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,40 +284,13 @@ class Plan:
         for group in anatomy.groups:
             if group.name not in groups:
                 raise SensiLoadError(f"The plan says nothing about {group.name!r}, which this base model has.")
-            entry = groups[group.name]
-            if entry["size"] != group.size and group.kind != "token":
-                raise SensiLoadError(
-                    f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
-                )
-            state = unpack_group(group.name, entry)
-            if len(state) != group.size:  # a vocabulary that was resized: tokens are known by their number
-                if (state[group.size :] != FROZEN).any():
-                    raise SensiLoadError(
-                        f"The plan tunes the token {group.size + np.argmax(state[group.size :] != FROZEN)} of "
-                        f"{group.name!r}, but this base model has only {group.size} tokens."
-                    )
-                state = np.pad(state[: group.size], (0, max(0, group.size - len(state))), constant_values=FROZEN)
-            kept = state != TRIMMED
-            if not group.trimmable and not kept.all():
-                reason = "only heads and neurons can be trimmed"
-                if group.fixed:
-                    reason = (
-                        "this group cannot be trimmed in this model (is it quantized?): load the adapter on the base "
-                        "model that it was made for"
-                    )
-                raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}.")
-            if kept.sum() < group.least:
-                raise SensiLoadError(
-                    f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
-                    f"{group.least}."
-                )
-            states.append(state.tobytes())
+            states.append(states_for(group, groups[group.name]).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
     def plot(self, path: str | os.PathLike, scores: Any = None, style: str = "light", cost: str = "params") -> None:
         """Draws a map of the model. With scores, also draws the ranking of the units and the cut lines.
 
-        Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+        Needs matplotlib (the extra `plots`).
 
         Args:
             path: A file that ends in `.png`, `.svg` or `.pdf`.
@@ -272,11 +305,22 @@ class Plan:
         if cost not in ("params", "flops"):
             raise SensiError(f"`cost` must be 'params' or 'flops', got {cost!r}.")
         headline = f"{human(self.trainable_params)} values trained"
+        tokens = sum(tuned for group, _, tuned in self._counts() if group.kind == "token")
+        note = f"{tokens:,} tokens are tuned, too" if tokens else ""
         if self.trims:
             shares = f"{self.params_share:.1%} of prunable parameters and {self.flops_share:.1%} of their FLOPs"
             headline = f"{shares} kept; {headline}"
         ranking = None if scores is None else self._ranking(scores.values, cost)
-        plot_plan(drawn_rows(self), path, headline, ranking, style)
+        plot_plan(drawn_rows(self), path, headline, ranking, style, note)
+
+    def rows(self) -> list[Row]:
+        """The groups as tables and pictures show them."""
+        groups, words = self.anatomy.groups, self.update_words
+        return [Row(g.name, (g.layer if g.in_block else "") or g.name, g.kind, self._shown(g), words) for g in groups]
+
+    def _shown(self, group: Group) -> np.ndarray:
+        states = self.of(group)
+        return np.where(states == FROZEN, UPDATED, states).astype(np.uint8) if self.is_updated(group) else states
 
     def _ranking(self, scores: Mapping[str, Any], cost: str) -> Ranking:
         """The units that the budget is about: the trimmable ones, or all scored ones if no unit is trimmable."""
@@ -289,46 +333,7 @@ class Plan:
         return Ranking(
             scores=np.concatenate([scores[group.name].double().numpy() for group in groups]) / unit_costs,
             costs=unit_costs,
-            states=np.concatenate([self.of(group) for group in groups]),
+            states=np.concatenate([self._shown(group) for group in groups]),
             cost="parameter" if cost == "params" else "FLOP",
             part="prunable" if groups[0].trimmable else "targeted",
         )
-
-
-COLUMNS = f"{'group':<44} {'units':>7} {'kept':>7} {'tuned':>7}"
-
-
-def _columns(group: Group, kept: int, tuned: int) -> str:
-    name = group.name if len(group.name) <= 44 else "…" + group.name[-43:]
-    return f"{name:<44} {group.size:>7} {kept:>7} {tuned:>7}"
-
-
-def rows_of(plan: Plan | Mapping[str, Any]) -> list[Row]:
-    """One `Row` for each group of a plan, or of the dict in an adapter's config. Raises `SensiLoadError`."""
-    if isinstance(plan, Plan):
-        states = plan._states()
-        return [Row(g.name, (g.layer if g.trimmable else "") or g.name, g.kind, s) for g, s in states]
-    rows = []
-    for name, values in unpack_states(plan).items():
-        block, _, last = name.rpartition(".")
-        # The dict does not contain the kinds of the groups.
-        kind = next((kind for kind in ("head", "neuron", "token") if last.endswith(KINDS[kind])), "")
-        rows.append(Row(name, block if kind else name, kind or ("tensor" if len(values) == 1 else "row"), values))
-    return rows
-
-
-def drawn_rows(plan: Plan | Mapping[str, Any]) -> list[Row]:
-    """`rows_of` without the tokens: there are so many of them that the other units would not be visible."""
-    rows = rows_of(plan)
-    return [row for row in rows if row.kind != "token"] or rows
-
-
-def units_by_kind(plan: Plan | Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """For each kind of unit the numbers of all units (`size`), of `kept` ones and of `tuned` ones."""
-    units: dict[str, dict[str, int]] = {}
-    for row in rows_of(plan):
-        counts = units.setdefault(row.kind, {"size": 0, "kept": 0, "tuned": 0})
-        counts["size"] += row.size
-        counts["kept"] += row.count(FROZEN, TUNED)
-        counts["tuned"] += row.count(TUNED)
-    return units

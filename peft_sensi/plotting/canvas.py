@@ -1,11 +1,12 @@
 """What all pictures share: two styles, the figure, labels of blocks, and saving.
 
-The three states differ in lightness first (tuned is dark, trimmed is pale), so that black and white prints show them.
+The states differ in lightness first (tuned is dark, trimmed is pale), so that black and white prints show them.
 Their hues come from the palette of Okabe and Ito, which color-blind readers can tell apart.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from ..utils.files import write_atomically
 from ..utils.formatting import short_names, shortened
-from ..utils.states import FROZEN, TRIMMED, TUNED
+from ..utils.states import FROZEN, TRIMMED, TUNED, UPDATED
 
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -27,7 +28,7 @@ STYLES: dict[str, dict[str, Any]] = {
         "line": "#c8c8c8",
         "fill": "#ececec",
         "map": "cividis_r",
-        "states": {TUNED: "#0072b2", FROZEN: "#efb54a", TRIMMED: "#f4f4f4"},
+        "states": {TUNED: "#0072b2", UPDATED: "#2ba782", FROZEN: "#efb54a", TRIMMED: "#f4f4f4"},
         "methods": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a67c00", "#1a1a1a"),
     },
     "dark": {
@@ -37,7 +38,7 @@ STYLES: dict[str, dict[str, Any]] = {
         "line": "#4a525a",
         "fill": "#252b32",
         "map": "cividis",
-        "states": {TUNED: "#7cc8f5", FROZEN: "#a8741a", TRIMMED: "#1d2329"},
+        "states": {TUNED: "#7cc8f5", UPDATED: "#22a07a", FROZEN: "#845a12", TRIMMED: "#1d2329"},
         "methods": ("#56b4e9", "#f08a3c", "#2fc79a", "#e39bc6", "#f0e442", "#f0f0f0"),
     },
 }
@@ -57,7 +58,7 @@ def new_figure(height: float, look: Mapping[str, Any], headline: str = "") -> An
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SensiError("Pictures need matplotlib: `pip install 'peft-sensi[plots]'`.") from None
+        raise SensiError(f"Pictures need matplotlib: {how_to_install('plots')}") from None
     figure = Figure(figsize=(WIDTH, height), facecolor=look["background"])
     figure.text(LEFT, 1 - 0.16 / height, headline, color=look["ink"], weight="bold", va="top", size=9)
     return figure
@@ -111,6 +112,27 @@ def count_ticks(axes: Any, most: int) -> None:
     ticks = [most * i // parts for i in range(parts + 1)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlim(0, most)
+
+
+def log_ticks(low: float, high: float, most: int = 5) -> tuple[list[float], list[str]]:
+    """At most `most` ticks between two positive numbers on a logarithmic axis, and their labels.
+
+    Matplotlib labels all multiples of a power of ten if there are few powers, and prints them over each other.
+    """
+    powers = [10.0**n for n in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    ticks: list[float] = []
+    for steps in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        ticks = [step * power for power in powers for step in steps if low <= step * power <= high]
+        if len(ticks) >= 3:
+            break
+    else:
+        ticks = [float(tick) for tick in np.geomspace(low, high, 3)]
+    ticks = ticks[:: -(-len(ticks) // most)]
+    for digits in range(2, 9):
+        labels = [f"{float(f'{tick:.{digits}g}'):g}" for tick in ticks]
+        if len(set(labels)) == len(ticks):
+            break
+    return ticks, labels
 
 
 def block_labels(names: Sequence[str], blocks: Sequence[str]) -> list[str]:

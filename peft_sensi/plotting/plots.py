@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.errors import SensiError
-from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
+from ..utils.states import KINDS, STATES, TRIMMED, TUNED, UPDATED, Row, shown_states
 from . import canvas
 
 
@@ -21,7 +21,7 @@ class Ranking:
     Attributes:
         scores: Score of each unit, divided by the unit's cost.
         costs: Cost of each unit.
-        states: State of each unit (uint8): trimmed, frozen or tuned.
+        states: State of each unit (uint8), as in `Row`.
         cost: What the costs count, `parameter` or `FLOP`.
         part: Which units are shown, `prunable` or `targeted` ones.
     """
@@ -39,11 +39,12 @@ def plot_plan(
     headline: str = "What the adapter does with each unit",
     ranking: Ranking | None = None,
     style: str = "light",
+    note: str = "",
 ) -> None:
     """Draws a map of the model, with one line for each block: a square for each head, a bar for the neurons.
 
-    `rows` are the groups of units. Below the map comes the `ranking` of all units with the cut lines, if there is one.
-    `Plan.plot` has the other arguments and the errors.
+    `rows` are the groups of units, and the `note` says what they leave out. Below the map comes the `ranking` of all
+    units with the cut lines, if there is one. `Plan.plot` has the other arguments and the errors.
     """
     look = canvas.look_of(style)
     if not any(row.size for row in rows):
@@ -69,17 +70,20 @@ def plot_plan(
         axes.spines[["left", "bottom"]].set_visible(False)
     if ranking is not None:
         _draw_ranking(figure.add_subplot(grid[1]), ranking, look)
-    _add_legend(figure, rows, look)
+    _add_legend(figure, rows, look, note)
     canvas.save_figure(figure, path)
 
 
 def _counts(rows: Sequence[Row]) -> str:
     """The title of a panel: how many units there are, are kept and are tuned."""
-    tuned, frozen, trimmed = (sum(row.count(state) for row in rows) for state in (TUNED, FROZEN, TRIMMED))
-    counts = [f"{tuned + frozen:,} kept"] if trimmed or not frozen else []
-    counts += [f"{tuned:,} tuned"] if frozen else []
+    size, kept, tuned, updated = (
+        sum(counts) for counts in zip(*((r.size, r.kept, r.count(TUNED), r.count(UPDATED)) for r in rows), strict=True)
+    )
+    counts = [f"{kept:,} kept"] if kept < size or tuned == kept else []
+    counts += [f"{updated:,} {shown_states(rows)[UPDATED].partition(',')[0]}"] if updated else []
+    counts += [f"{tuned:,} tuned"] if 0 < tuned < kept else []
     kind = rows[0].kind if len({row.kind for row in rows}) == 1 else "row"
-    return f"{tuned + frozen + trimmed:,} {KINDS[kind]}: {', '.join(counts)}"
+    return f"{size:,} {KINDS[kind]}: {', '.join(counts) or 'all frozen'}"
 
 
 def _draw_squares(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
@@ -98,7 +102,7 @@ def _draw_squares(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> No
 def _draw_bars(axes: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
     """One bar for each group, with a section for each state."""
     start = np.zeros(len(rows))
-    for state in (TUNED, FROZEN, TRIMMED):
+    for state in STATES:
         widths = np.array([row.count(state) for row in rows])
         color = look["states"][state]
         edge = look["line"] if state == TRIMMED else color
@@ -113,7 +117,7 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
     scores, states = ranking.scores[order], ranking.states[order]
     shares = ranking.costs[order] / ranking.costs.sum()
     edges = np.append(0.0, np.cumsum(shares))
-    canvas.style_axes(axes, look, "The ranking and its cuts", pad=13)
+    canvas.style_axes(axes, look, f"The ranking of {len(scores):,} {ranking.part} units and its cuts", pad=13)
     positive = scores[scores > 0]
     if len(positive):
         lowest = positive.min()
@@ -122,7 +126,10 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
         axes.stairs(curve, edges, baseline=None, color=look["ink"], linewidth=1.1)
         axes.set_yscale("log")
         # A few units far below the others must not flatten the rest of the curve.
-        axes.set_ylim(np.quantile(positive, 0.002) / 2, positive.max() * 3)
+        limits = float(np.quantile(positive, 0.002)) / 2, float(positive.max()) * 3
+        axes.set_ylim(limits)
+        axes.set_yticks(*canvas.log_ticks(*limits))
+        axes.minorticks_off()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylabel(f"score per {ranking.cost}", color=look["soft"])
@@ -130,7 +137,7 @@ def _draw_ranking(axes: Any, ranking: Ranking, look: Mapping[str, Any]) -> None:
     axes.set_xlabel(xlabel, color=look["soft"], labelpad=2)
     _draw_strip(axes, edges, states, look)
     cuts = {"tuned": shares[states == TUNED].sum(), "kept": shares[states != TRIMMED].sum()}
-    if not (states == FROZEN).any() or not (states == TUNED).any():
+    if not 0 < cuts["tuned"] < cuts["kept"]:
         del cuts["tuned"]  # there is one cut only: either all kept units are tuned or none is
     # Dashed vertical lines with their names. Labels of lines that are close are moved apart.
     cuts = {name: x for name, x in cuts.items() if x < 0.9995}
@@ -160,7 +167,7 @@ def _draw_strip(axes: Any, edges: np.ndarray, states: np.ndarray, look: Mapping[
     strip = axes.inset_axes((0, -0.13, 1, 0.1))
     bins = np.linspace(0, 1, 181)
     below = np.zeros(180)
-    for state in (TUNED, FROZEN, TRIMMED):
+    for state in STATES:
         # The units of this state up to each edge, as a share of all. The differences say how far they fill each bin.
         up_to = np.append(0.0, np.cumsum(np.diff(edges) * (states == state)))
         filled = np.diff(np.interp(bins, edges, up_to)) * 180
@@ -172,18 +179,20 @@ def _draw_strip(axes: Any, edges: np.ndarray, states: np.ndarray, look: Mapping[
     axes.tick_params(axis="x", pad=15, length=0)
 
 
-def _add_legend(figure: Any, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
+def _add_legend(figure: Any, rows: Sequence[Row], look: Mapping[str, Any], note: str) -> None:
     from matplotlib.patches import Patch
 
-    present = [state for state in STATES if any(row.count(state) for row in rows)]
     handles = [
-        Patch(facecolor=look["states"][s], edgecolor=look["line"], linewidth=0.6, label=STATES[s]) for s in present
+        Patch(facecolor=look["states"][state], edgecolor=look["line"], linewidth=0.6, label=name)
+        for state, name in shown_states(rows).items()
     ]
+    if note:
+        handles.append(Patch(facecolor="none", edgecolor="none", label=note))
     figure.legend(
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(canvas.LEFT, 1 - 0.34 / figure.get_figheight()),
-        ncols=3,
+        ncols=5,
         frameon=False,
         fontsize=7.5,
         labelcolor=look["ink"],
@@ -205,8 +214,8 @@ def plot_scores(
     """Draws a heat map of the scores on a logarithmic scale: one line for each block, its best unit on the left.
 
     `scores` has one number for each unit of each group. Groups outside of blocks (rows of single Linears) are left
-    out if there are blocks. The groups in `outliers` have an outlier unit and get a mark. `Scores.plot` has the other
-    arguments and the errors.
+    out if there are blocks, and the headline says so. The groups in `outliers` have an outlier unit and get a mark.
+    `Scores.plot` has the other arguments and the errors.
     """
     look = canvas.look_of(style)
     sorted_scores = {name: np.sort(values)[::-1] for name, values in scores.items() if len(values)}
@@ -217,10 +226,13 @@ def plot_scores(
         for kind in ("head", "neuron")
     }
     panels = {kind: names for kind, names in panels.items() if names} or {"": list(sorted_scores)}
+    drawn = {kind: sum(len(sorted_scores[name]) for name in names) for kind, names in panels.items()}
+    if left_out := sum(map(len, sorted_scores.values())) - sum(drawn.values()):
+        headline += f"; {left_out:,} units outside of blocks are not drawn"
     size = canvas.panel_height(max(map(len, panels.values()))) + 1.4
     figure = canvas.new_figure(size, look, headline)
     grid = figure.add_gridspec(left=canvas.LEFT, right=canvas.RIGHT, top=1 - 0.6 / size, bottom=0.8 / size)
-    titles = {kind: f"{KINDS.get(kind, 'units')}, each block's best on the left" for kind in panels}
+    titles = {kind: f"{drawn[kind]:,} {KINDS.get(kind, 'units')}, each block's best on the left" for kind in panels}
     texts = {kind: (titles[kind], names, [n.rpartition(".")[0] for n in names]) for kind, names in panels.items()}
     for axes, names in zip(canvas.add_panels(figure, grid[0], texts, look), panels.values(), strict=True):
         marked = [line for line, name in enumerate(names) if name in outliers]
@@ -266,6 +278,8 @@ def _draw_heat(axes: Any, lines: Sequence[np.ndarray], marked: Sequence[int], lo
     bar = axes.figure.colorbar(drawn, cax=below, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=look["soft"], length=2)
+    ticks, labels = canvas.log_ticks(*drawn.get_clim(), most=4)
+    bar.set_ticks(ticks, labels=labels)
     bar.ax.minorticks_off()
     note = "score; ▸ marks an outlier unit, which is always kept" if marked else "score"
     bar.ax.set_xlabel(note, color=look["soft"], size=7.5, labelpad=2)

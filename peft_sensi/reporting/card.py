@@ -21,7 +21,7 @@ from ..planning.plan import Plan, drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, how_to_install
 from ..utils.files import read_json
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
@@ -125,7 +125,7 @@ def new_card(
     facts, budget = None if plan is None else plan.facts(human), []
     for name, label in BUDGET_LABELS.items():
         limit = getattr(config.limits, name)
-        reached = "unknown without the base" if facts is None else facts.get(label, "all: nothing can be trimmed")
+        reached = "unknown without the base" if facts is None else facts.get(label, "all: this adapter trims nothing")
         budget.append((label, "-" if limit is None else limit_words(limit), reached))
     for name in config.latency or {}:
         limit, predicted = getattr(config.limits, name), latency_facts(config.latency)[LABELS[name]]
@@ -139,6 +139,7 @@ def new_card(
         else f"`{base or 'an unnamed base model'}`",
         sentence=_sentence(config, plan),
         picture=picture,
+        install=how_to_install(),
         model_class=auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel"),
         base_name=base or "path/to/the/base",
         base_options=f", num_labels={num_labels or '...'}" if task in ("SEQ_CLS", "TOKEN_CLS") else "",
@@ -230,7 +231,8 @@ def _sentence(config: SensiConfig, plan: Plan | None) -> str:
     if plan is None:
         facts = "; ".join(f"{name}: {what}" for name, what in unit_facts(config.plan).items())
         return f"{facts or 'its plan has no units'}."
-    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base)."
+    update = f": {plan.update_words}" if plan.update else ""
+    trained = f"{plan.trainable_params:,} values were trained ({plan.trainable_share:.2%} of the base){update}."
     if not plan.trims:
         return trained
     return (

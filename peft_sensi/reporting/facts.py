@@ -89,11 +89,14 @@ def adapter_facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
 
 
 def unit_facts(plan: Plan | Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of kept and tuned units, by kind."""
-    return {
-        KINDS[kind]: f"{counts['kept']:,} of {counts['size']:,} kept, {counts['tuned']:,} tuned"
-        for kind, counts in units_by_kind(plan).items()
-    }
+    """The numbers of kept and tuned units, by kind. Where no unit is tuned (low-rank updates), only the kept ones."""
+    units = units_by_kind(plan)
+    tunes = any(counts["tuned"] for counts in units.values())
+    facts = {}
+    for kind, counts in units.items():
+        tuned = f", {counts['tuned']:,} tuned" if tunes else ""
+        facts[KINDS[kind]] = f"{counts['kept']:,} of {counts['size']:,} kept{tuned}"
+    return facts
 
 
 def limit_words(limit: float | int | str) -> str:

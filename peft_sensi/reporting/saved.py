@@ -27,6 +27,7 @@ from ..tuner.targets import plan_of
 from ..utils.checks import PROBLEM_TYPES
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
+from ..utils.formatting import short_repr
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,7 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SavedAdapter:
     """The config of an adapter and the header of its weights file. The weights are not in memory.
 
@@ -52,6 +53,8 @@ class SavedAdapter:
     config: SensiConfig
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     file_bytes: int
+
+    __repr__ = short_repr
 
     @property
     def base(self) -> str | None:

@@ -1,6 +1,6 @@
 """A plan or a list of facts goes in; tables for a terminal, drawn by rich, come out.
 
-Each of the three states has its own character, so nothing is lost without color (`NO_COLOR`, pipes).
+Each of the states has its own character, so nothing is lost without color (`NO_COLOR`, pipes).
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from rich.text import Text
 
 from ..planning.plan import Plan, drawn_rows
 from ..utils.formatting import short_names, shortened
-from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, Row
+from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, UPDATED, Row, shown_states
 
 
 # Characters with and without Unicode, and the color.
-GLYPHS = {TUNED: ("█", "#", "blue"), FROZEN: ("▒", "=", "yellow"), TRIMMED: ("·", ".", "bright_black")}
+GLYPHS = {
+    TUNED: ("█", "#", "blue"), UPDATED: ("▓", "+", "green"), FROZEN: ("▒", "=", "yellow"),
+    TRIMMED: ("·", ".", "bright_black"),
+}  # fmt: skip
 
 
 @dataclass
 class Bar:
-    """The shares of a group's three states, as a bar of 4 to 16 characters. rich chooses the width."""
+    """The shares of a group's states, as a bar of 4 to 16 characters. rich chooses the width."""
 
     row: Row
     ascii_only: bool = False
@@ -35,7 +38,7 @@ class Bar:
         return Measurement(4, 16)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield self.text(options.max_width) if options.max_width >= 4 else Text()  # too narrow for three states
+        yield self.text(options.max_width) if options.max_width >= 4 else Text()  # too narrow for all states
 
     def text(self, width: int) -> Text:
         """Each state that occurs gets at least one character."""
@@ -54,14 +57,14 @@ def _characters(state: int, count: int, ascii_only: bool) -> tuple[str, str]:
 
 
 def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Table:
-    """A table with one line for each block: its numbers of kept and tuned units, and a bar of the three states.
+    """A table with one line for each block: its numbers of kept and tuned units, and a bar of the states.
 
     `plan` is a `Plan`, or the dict in an adapter's config. The column of tuned units is left out if all kept units are
     tuned, or none.
     """
     table, rows = _table(), drawn_rows(plan)
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
-    both = any(row.count(FROZEN) for row in rows) and any(row.count(TUNED) for row in rows)
+    both = any(row.count(FROZEN, UPDATED) for row in rows) and any(row.count(TUNED) for row in rows)
     table.add_column("block", no_wrap=True)
     for kind in kinds:
         for header in [f"{KINDS[kind]} kept", "tuned"][: 1 + both]:
@@ -71,7 +74,7 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Tabl
         cells: list[Any] = [Text(label)]
         for kind in kinds:
             row = line.get(kind)
-            counts = [f"{row.count(TUNED, FROZEN):,}/{row.size:,}", f"{row.count(TUNED):,}"] if row else ["", ""]
+            counts = [f"{row.kept:,}/{row.size:,}", f"{row.count(TUNED):,}"] if row else ["", ""]
             cells += [*counts[: 1 + both], Bar(row, ascii_only) if row else ""]
         table.add_row(*cells)
     return table
@@ -80,9 +83,8 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Tabl
 def legend(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Text:
     """The characters of the states that occur in the plan, and their names."""
     text, rows = Text(), drawn_rows(plan)
-    for state, name in STATES.items():
-        if any(row.count(state) for row in rows):
-            text.append(*_characters(state, 2, ascii_only)).append(f" {name}   ")
+    for state, name in shown_states(rows).items():
+        text.append(*_characters(state, 2, ascii_only)).append(f" {name}   ")
     return text
 
 
@@ -122,7 +124,8 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, dict[str, Row]]]:
     for row in rows:
         line = last_line.get(row.block)
         if line is None or row.kind in line:
-            label = names[row.block] if line is None else f"{names[row.block]} {row.name.rpartition('.')[2]}"
+            second = row.name.rpartition(".")[2].removesuffix(KINDS[row.kind]).strip("_") or KINDS[row.kind]
+            label = names[row.block] if line is None else f"{names[row.block]} {second}"
             line = last_line[row.block] = {}
             lines.append((shortened(label, width), line))
         line[row.kind] = row

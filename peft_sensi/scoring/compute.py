@@ -16,7 +16,7 @@ from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
-from .criteria import CRITERIA, METHODS
+from .criteria import CRITERIA
 from .scores import Scores
 
 
@@ -63,8 +63,8 @@ def compute_scores(
         SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0. Or the weights are
             sharded or offloaded.
     """
-    if score not in METHODS:
-        raise SensiError(f"`score` must be one of {', '.join(METHODS)}, got {score!r}.")
+    if score not in CRITERIA:
+        raise SensiError(f"`score` must be one of {', '.join(CRITERIA)}, got {score!r}.")
     replicas.check_whole(model)
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress

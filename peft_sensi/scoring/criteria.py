@@ -4,7 +4,7 @@ In the formulas, a gate is a factor on the activation of a unit, fixed at 1 (see
 `i`, and `g_i = dL_i / dgate`. A plan divides scores by the units' costs. Scores that do not grow with the size of a
 unit (mask, random) are therefore multiplied by the unit's number of parameters.
 
-To add a criterion, write one function and add one line to `CRITERIA`.
+To add a criterion, write one function, and add one line to `CRITERIA` and its name to `methods.METHODS`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,6 @@ CRITERIA = {
     "mask": Criterion(mask, needs_priming=True),
     "movement": Criterion(movement, needs_priming=True),
 }
-METHODS = tuple(CRITERIA)
 DATA_METHODS = tuple(name for name, criterion in CRITERIA.items() if criterion.needs_data)
 
 

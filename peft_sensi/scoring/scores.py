@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,12 +14,15 @@ from ..plotting.plots import plot_scores
 from ..utils.checks import shown
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, write_atomically
-from .criteria import METHODS
+from ..utils.formatting import data_frame, find_name, html_table, short_names
+from .methods import METHODS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """The sensitivity of each unit. One `Scores` serves many budgets, and many runs: see `save` and `load`.
+
+    `scores["...layer.0.heads"]` are the scores of a group, and `scores.to_frame()` is a table of all units for pandas.
 
     Attributes:
         values: `{group: [units]}`, float32; a larger value means a more sensitive unit.
@@ -33,6 +37,42 @@ class Scores:
     sequence_length: int | None = None
     protected: dict[str, torch.Tensor] = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The scores of the group with this name, or with the only name that ends so: float32 of shape `[units]`.
+
+        Raises `SensiError` if there is no such group.
+        """
+        return self.values[find_name(name, self.values, "table of scores")]
+
+    def __repr__(self) -> str:
+        units = sum(map(len, self.values.values()))
+        marked = sum(int(marks.sum()) for marks in self.protected.values())
+        length = f", {self.sequence_length} tokens" if self.sequence_length else ""
+        outliers = f", {marked} outlier units" if marked else ""
+        return f"<Scores by {self.method} of {units:,} units in {len(self.values)} groups{outliers}{length}>"
+
+    def _repr_html_(self) -> str:
+        names = short_names(self.values)
+        rows = [
+            [names[name], f"{len(v):,}", *(f"{x:.3e}" for x in (v.min(), v.mean(), v.max()))]
+            for name, v in self.values.items()
+            if len(v)
+        ]
+        return html_table(["group", "units", "least", "mean", "most"], rows, caption=repr(self))
+
+    def to_frame(self) -> Any:
+        """The units as a pandas DataFrame: `group`, `unit` (its index), `score` and `protected`.
+
+        Raises `SensiError` if pandas is not installed.
+        """
+        return data_frame([
+            {"group": name, "unit": unit, "score": score, "protected": protected}
+            for name, values in self.values.items()
+            for unit, (score, protected) in enumerate(
+                zip(values.tolist(), self.protected.get(name, torch.zeros(len(values)).bool()).tolist(), strict=True)
+            )
+        ])  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, under a temporary name first. Raises `SensiError` if the disk is full."""
@@ -68,7 +108,7 @@ class Scores:
         return cls(method=method, sequence_length=length, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
-        """Draws a heat map of the scores of all units. Needs matplotlib (`pip install 'peft-sensi[plots]'`).
+        """Draws a heat map of the scores of all units. Needs matplotlib (the extra `plots`).
 
         Args:
             path: A file that ends in `.png`, `.svg` or `.pdf`.
@@ -80,7 +120,7 @@ class Scores:
         """
         values = {name: scores.double().numpy() for name, scores in self.values.items()}
         outliers = [name for name, marks in self.protected.items() if marks.any()]
-        plot_scores(values, path, f"Sensitivity of every unit, score = {self.method}", outliers, style)
+        plot_scores(values, path, f"Sensitivity of each unit, score = {self.method}", outliers, style)
 
 
 _KINDS = ("values", "protected", "head")

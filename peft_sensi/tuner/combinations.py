@@ -10,7 +10,7 @@ from typing import Any
 
 from ..layers.compression import KINDS
 from ..layers.updates import SUPPORTS, UPDATES
-from ..scoring.criteria import METHODS
+from ..scoring.methods import METHODS
 from ..scoring.priming import OPTIMIZERS
 from ..scoring.scores import Scores
 from ..utils.checks import is_number, shown
@@ -127,7 +127,7 @@ def _reasons(c: Any) -> dict[str, Any]:
             "tokens" in also and c.score == "movement"
         ),
         # -- run-time inputs and stored fields
-        "`compressed` describes a finished adapter: call `model.base_model.compress(...)` instead.": (
+        "`compressed` describes a finished adapter: call `model.compress(...)` instead.": (
             c.compressed is not None and c.plan is None
         ),
         "`loss_fn` has no effect without `calibration`.": c.loss_fn is not None and c.calibration is None,

@@ -23,8 +23,9 @@ from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.checks import check_foreign, check_types
-from ..utils.errors import SensiError, SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError, how_to_install
 from ..utils.files import find_weights, write_atomically
+from ..utils.formatting import short_repr
 from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
 from .combinations import check_config
 from .predictions import read_latency
@@ -94,7 +95,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         schedule: One phase of the training as a dict, such as `{"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 4}`
             (see [`Schedule`]). Give [`SensiCallback`] to `Trainer`, or call `Schedule.step` in your own loop.
         compressed: How the finished adapter is stored: `None` (float32), `"bfloat16"`, `"int8"` or `"bits"`. Call
-            `model.base_model.compress(...)` instead of setting it.
+            `model.compress(...)` instead of setting it.
         target_modules: Modules that may be tuned: a list of names, a regular expression or `"all-linear"`, as in PEFT.
             `None`: the Linears of all known blocks, or all Linears of an unknown model.
         exclude_modules: Modules that may not be tuned: a list of names or a regular expression.
@@ -184,6 +185,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
     scores: InitVar[Scores | None] = None
     loss_fn: InitVar[Any] = None
 
+    __repr__ = short_repr  # a plan and a fingerprint have thousands of characters
+
     def __post_init__(self, calibration: Any, scores: Scores | None, loss_fn: Any) -> None:
         # PEFT's loaders pass the string from the file. Everybody else leaves `peft_type` alone.
         self.from_file = type(self.peft_type) is str
@@ -208,7 +211,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         if self.format_version != FORMAT_VERSION or isinstance(self.format_version, bool):
             raise SensiLoadError(
                 f"The adapter's format_version is {self.format_version!r}; this version of peft_sensi reads "
-                f"{FORMAT_VERSION}. Upgrade with `pip install -U peft-sensi`."
+                f"{FORMAT_VERSION}. Upgrade: {how_to_install(options='-U')}"
             )
         check_config(self)
         self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]

@@ -47,6 +47,7 @@ from .targets import (
     check_targets,
     default_also_train,
     default_update,
+    described,
     name_targets,
     targets_of,
 )
@@ -123,7 +124,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
                 decision = replace(decision, plan=plan, slices=slices_of(model, config, plan))
         config.plan = decision.plan.to_dict()
         note_latency(config, decision.plan)
-        logger.info("%s", decision.plan.line())
+        logger.info("%s", described(decision.plan, config).line())
     if not decision.slices:
         raise SensiError(
             "The plan neither tunes nor trims anything in the targeted modules, so there is nothing to adapt: target "

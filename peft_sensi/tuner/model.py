@@ -56,7 +56,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         >>> from peft import get_peft_model
         >>> from peft_sensi import SensiConfig
         >>> model = get_peft_model(base, SensiConfig(budget=0.5, calibration=batches, task_type="SEQ_CLS"))
-        >>> print(model.base_model.plan())
+        >>> print(model.plan())
         ```
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,12 +16,15 @@ from ..scoring.scores import Scores
 from ..utils.errors import SensiError
 from .combinations import compressed_kinds
 from .config import RunInputs, SensiConfig
-from .targets import targets_of
+from .targets import described, targets_of
 from .trim import trim_adapter
 
 
 class AdapterOperations:
-    """The part of `SensiModel` that is not PEFT's contract."""
+    """The part of `SensiModel` that is not PEFT's contract.
+
+    A `PeftModel` passes these calls on, so `model.plan()` and `model.base_model.plan()` are the same.
+    """
 
     peft_config: dict[str, SensiConfig]
     model: nn.Module
@@ -37,8 +39,7 @@ class AdapterOperations:
         """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
         self._check_name(adapter_name)
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
-        plan = Plan.from_dict(config.plan, anatomy, targets_of(self.model, config))
-        return replace(plan, latency=config.latency or {})
+        return described(Plan.from_dict(config.plan, anatomy, targets_of(self.model, config)), config)
 
     def explain(self, adapter_name: str = "default") -> str:
         """A table of the plan's groups, sorted by their scores. Raises `SensiError` if no scores are known."""

@@ -83,8 +83,20 @@ def anatomy_of(model: nn.Module, config: SensiConfig, targets: frozenset[str]) -
 def plan_of(model: nn.Module, config: SensiConfig) -> Plan:
     """The plan that a config holds in packed form. Raises `SensiLoadError` if it does not fit this model."""
     targets = targets_of(model, config)
-    plan = Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets)
-    return replace(plan, latency=config.latency or {})
+    return described(Plan.from_dict(config.plan, anatomy_of(model, config, targets), targets), config)
+
+
+def described(plan: Plan, config: SensiConfig) -> Plan:
+    """The plan with what only the config knows: predicted latencies, and the update beside tuned units in words."""
+    names = {"low_rank": "low-rank", "sparse": "sparse", "mask": "binary mask"}
+    parts = [part for part in config.parts if part in names]
+    sizes = {
+        "low_rank": f"rank {config.rank}",
+        "sparse": f"{config.sparse} values each",
+        "mask": f"{100 * (config.sparsity or 0):.3g}% of the weights removed",
+    }
+    words = ", ".join([" + ".join(names[part] for part in parts), *(sizes[part] for part in parts)])
+    return replace(plan, latency=config.latency or {}, update=words)
 
 
 def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str], anatomy: Anatomy) -> None:

@@ -28,7 +28,7 @@ from ..planning.refit import Refitted
 from ..planning.trimmed import assign, reassigned
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
-from ..scoring.criteria import METHODS
+from ..scoring.methods import METHODS
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError

@@ -1,8 +1,17 @@
-"""Numbers and module paths as short text for tables, pictures and messages."""
+"""Numbers, module paths, tables and objects as short text for terminals, notebooks, pictures and messages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import html
+import re
+import reprlib
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from .errors import SensiError
 
 
 def human(number: float) -> str:
@@ -39,6 +48,70 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def shortened(label: str, width: int) -> str:
-    """Shortens a label to `width` characters. The first word, which names the block, and the end stay."""
-    first = label.partition(" ")[0][: width // 2]
+    """Shortens a label to `width` characters. The first word, a number after it (the block) and the end stay."""
+    first = re.match(r"\S*(?: \d+(?= ))?", label)[0][: width // 2]  # type: ignore[index]
     return label if len(label) <= width else f"{first} …{label[len(first) + 2 - width :]}"
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = 60) -> list[str]:
+    """The lines of a table: the first column on the left, the others on the right of their cells.
+
+    Labels in the first column are shortened (not below 12 characters), so that no line is longer than `width`.
+    """
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[0] = min(widths[0], max(12, width - sum(widths[1:]) - 2 * len(widths) + 2))
+    return [
+        f"{shortened(line[0], widths[0]):<{widths[0]}}"
+        + "".join(f"  {cell:>{size}}" for cell, size in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    ]
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """The same table in HTML, for notebooks."""
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<p>{html.escape(caption)}</p><table><tr>{header}</tr>{body}</table>"
+
+
+def wrapped(lines: Iterable[str], width: int = 80) -> str:
+    """Lines of text, where those that are longer than `width` are continued on an indented line."""
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False) for line in lines)
+
+
+def data_frame(records: Sequence[Mapping[str, Any]]) -> Any:
+    """A pandas DataFrame with one row for each record. Raises `SensiError` if pandas is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        raise SensiError("`to_frame` needs pandas: pip install pandas") from None
+    return pandas.DataFrame.from_records(list(records))
+
+
+def find_name(name: str, names: Iterable[str], where: str) -> str:
+    """The name that is equal to `name`, or else the only one that ends with it. Raises `SensiError`."""
+    names = list(names)
+    found = [n for n in names if n == name] or [n for n in names if n.endswith(f".{name}")]
+    if len(found) != 1:
+        near = found or difflib.get_close_matches(str(name), names, cutoff=0.0)
+        raise SensiError(
+            f"The {where} has {'several groups' if found else 'no group'} {name!r}. Similar names: {near[:3]}."
+        )
+    return found[0]
+
+
+def short_repr(value: Any) -> str:
+    """A dataclass as one line, with the fields that differ from their defaults. Long values are cut."""
+    parts = []
+    for field in fields(value):
+        own = getattr(value, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.repr and (own is not default and type(own) is not type(default) or own != default):
+            parts.append(f"{field.name}={_SHORT.repr(own)}")
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxset, _SHORT.maxtuple = 1, 3, 3, 2, 3
+_SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 80, 80, 300

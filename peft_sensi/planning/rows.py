@@ -1,0 +1,39 @@
+"""The groups of a plan, or of the dict in an adapter's config, as `Row`s for tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..utils.states import KINDS, TUNED, Row
+from .packing import unpack_states
+
+
+def rows_of(plan: Any) -> list[Row]:
+    """One `Row` for each group of a `Plan`, or of the dict in an adapter's config. Raises `SensiLoadError`."""
+    if not isinstance(plan, Mapping):
+        return plan.rows()
+    rows = []
+    for name, values in unpack_states(plan).items():
+        block, _, last = name.rpartition(".")
+        # The dict does not contain the kinds of the groups.
+        kind = next((kind for kind in ("head", "neuron", "token") if last.endswith(KINDS[kind])), "")
+        rows.append(Row(name, block if kind else name, kind or ("tensor" if len(values) == 1 else "row"), values))
+    return rows
+
+
+def drawn_rows(plan: Any) -> list[Row]:
+    """`rows_of` without the tokens: there are so many of them that the other units would not be visible."""
+    rows = rows_of(plan)
+    return [row for row in rows if row.kind != "token"] or rows
+
+
+def units_by_kind(plan: Any) -> dict[str, dict[str, int]]:
+    """For each kind of unit the numbers of all units (`size`), of `kept` ones and of `tuned` ones."""
+    units: dict[str, dict[str, int]] = {}
+    for row in rows_of(plan):
+        counts = units.setdefault(row.kind, {"size": 0, "kept": 0, "tuned": 0})
+        counts["size"] += row.size
+        counts["kept"] += row.kept
+        counts["tuned"] += row.count(TUNED)
+    return units
