@@ -12,7 +12,7 @@ PINS := pyproject.toml constraints.txt
 # Idle threads sleep instead of spinning. On a shared machine, a spinning thread takes a core that another thread needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow lint format types
+.PHONY: demo test slow lint format types docs
 .NOTPARALLEL:
 
 demo: $(VENV)/.stamp-demo
@@ -38,6 +38,10 @@ format: $(VENV)/.stamp-lint
 
 types: $(VENV)/.stamp-dev
 	$(VENV)/bin/mypy
+
+# The site, in site/. Broken links, broken anchors and pages without a place in the navigation are errors.
+docs: $(VENV)/.stamp-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 $(VENV)/.stamp-python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else None'

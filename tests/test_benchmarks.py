@@ -321,3 +321,25 @@ def test_adalora_loses_ranks_while_it_trains(grid, encoder, tmp_path):  # noqa: 
     grid.train(data, methods.Method(build, 1e-3), str(encoder), 1e-3, 0)
     config = built[0].peft_config["default"]
     assert config.target_r * len(config.rank_pattern) >= sum(map(sum, config.rank_pattern.values())) > 0
+
+
+def test_the_picture_of_the_readme_has_rows_with_all_tasks(grid, tmp_path):
+    import plots
+    import tables
+
+    def run(task, method, dev, seed=0, flops=0.5):
+        return {"task": task, "method": method, "dev": dev, "held_out": 0.5, "rate": 1e-4, "seed": seed,
+                "flops_share": flops}  # fmt: skip
+
+    runs = [run(task, "full", dev, seed, 1.0) for task in ("trec6", "sst2") for seed, dev in enumerate((0.8, 0.9))]
+    runs += [
+        run("trec6", "trim 0.5 ours", 0.7),
+        run("sst2", "trim 0.5 ours", 0.9),
+        run("trec6", "trim 0.25 ours", 0.9),
+    ]
+    series = tables.front_series(runs, {"full": "all", "trim ours": "ours"})
+    (all_of_it,) = series["all"]
+    assert all_of_it == pytest.approx((1.0, 0.85, 0.05 / 2**0.5))  # the errors of the tasks are independent
+    assert [point[:2] for point in series["ours"]] == [pytest.approx((0.5, 0.8))]
+    plots.plot_front(series, tmp_path / "front.png", "all", xlabel="x", ylabel="y")
+    assert (tmp_path / "front.png").stat().st_size > 5000

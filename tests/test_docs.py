@@ -1,9 +1,8 @@
-"""Runs every Python block of the documentation, page by page, from top to bottom.
+"""Runs every Python block of the documentation exactly as it is written, page by page, from top to bottom.
 
-The blocks of a page share one namespace. It starts with the names that a reader is assumed to have (`base`,
-`train_batches`, `train_rows`, `eval_rows`, `Trainer`, `TrainingArguments`, `args`). The models that blocks load by
-name are tiny random models, saved under these names in the folder where the blocks run. A block that cannot run is
-marked `no-run`.
+The blocks of a page share one namespace, which is empty at first: a reader can paste them in this order. The names of
+the Hub lead to tiny random models and a few made-up rows in a cache (`hub_cache`). The names of folders that a reader
+is assumed to have (`my-finetuned-model`) are folders where the blocks run. A block that cannot run is marked `no-run`.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_cache
 import pytest
 import torch
-from conftest import Rows
-from tiny import tiny_batches, tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FILES += sorted((ROOT / "peft_sensi").rglob("*.md"))
 FILES = [
     path for path in FILES if path.name != "card_template.md"
@@ -45,41 +44,50 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=40, **special)
 
 
+FOLDERS = {"my-finetuned-model": "bert", "llama-1b": "llama"}
+ON_THE_HUB = {
+    "bert-base-uncased": "bert",
+    "distilbert-base-uncased": "distilbert",
+    "sentence-transformers/all-MiniLM-L6-v2": "bert",
+}
+
+
+def save_model(family: str, folder: Path) -> None:
+    """A tiny model of this family with its tokenizer."""
+    if family == "llama":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(folder)
+    else:
+        tiny_model(family, num_labels=2).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
-def named_models(tmp_path_factory) -> Path:
-    """A folder with tiny models under the names that the documentation uses."""
-    folder = tmp_path_factory.mktemp("models")
-    names = {"bert-base-uncased": "bert", "distilbert-base-uncased": "distilbert", "my-finetuned-model": "bert"}
-    for name, family in names.items():
-        tiny_model(family, num_labels=2).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(folder / "llama-1b")
-    make_tokenizer().save_pretrained(folder / "llama-1b")
-    return folder
+def cache(tmp_path_factory) -> Path:
+    """A cache of the Hub, and a folder `folders` with models, under the names that the documentation uses."""
+    cache = tmp_path_factory.mktemp("cache")
+    for name, family in FOLDERS.items():
+        save_model(family, cache / "folders" / name)
+    for name, family in ON_THE_HUB.items():
+        save_model(family, cache / "saved" / name)
+        hub_cache.add_model(cache, name, cache / "saved" / name)
+    rows = [
+        {"idx": i, "sentence": " ".join(f"w{(7 * i + j) % 60}" for j in range(3 + i % 4)), "label": i % 2}
+        for i in range(40)
+    ]
+    hub_cache.add_dataset(cache, "stanfordnlp/sst2", {"train": rows, "validation": rows[:8]})
+    return cache
 
 
 @pytest.fixture
-def namespace(named_models, tmp_path, monkeypatch) -> dict:
-    for path in named_models.iterdir():
+def namespace(cache, tmp_path, monkeypatch) -> dict:
+    hub_cache.use(cache, monkeypatch)
+    for path in (cache / "folders").iterdir():
         (tmp_path / path.name).symlink_to(path)
-    rows = [f"{' '.join(f'w{(7 * i + j) % 60}' for j in range(5))}\t{'yes' if i % 2 else 'no'}" for i in range(40)]
-    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
-    args = TrainingArguments("trainer", max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
-                             disable_tqdm=True, save_strategy="no")  # fmt: skip
-    return {
-        "__name__": "docs",
-        "base": tiny_model(num_labels=2),
-        "train_batches": [batch | {"labels": batch["labels"] % 2} for batch in tiny_batches(4)],
-        "train_rows": [row | {"labels": row["labels"] % 2} for row in Rows(16)],
-        "eval_rows": [row | {"labels": row["labels"] % 2} for row in Rows(8, seed=1)],
-        "Trainer": Trainer,
-        "TrainingArguments": TrainingArguments,
-        "args": args,
-    }
+    return {"__name__": "docs"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if blocks(path)], ids=lambda path: path.name)

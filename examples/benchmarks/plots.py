@@ -1,4 +1,4 @@
-"""The picture of accuracy over budget. Needs matplotlib."""
+"""The pictures of accuracy over budget, and of accuracy over FLOPs. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -106,6 +106,47 @@ def plot_budgets(
 def standard_error(values: Sequence[float]) -> float:
     """The standard error of the mean of independent values; 0 for a single one."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def plot_front(
+    series: Mapping[str, Iterable[tuple[float, ...]]],
+    path: str | os.PathLike,
+    reference: str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    style: str = "light",
+) -> None:
+    """Draws a measured value over the share of the FLOPs, with standard errors: one line for each method, by name.
+
+    Args:
+        series: For each method its points `(share of the FLOPs, value, standard error)`.
+        path: A file that ends in `.png`, `.svg` or `.pdf`.
+        reference: The method whose value is also drawn as a horizontal line.
+        style: `light` or `dark`.
+    """
+    look = look_of(style)
+    figure = new_figure(3.1, look)
+    axes = figure.add_axes((0.095, 0.15, 0.875, 0.815))
+    style_axes(axes, look)
+    axes.grid(axis="y", color=look["line"], linewidth=0.5)
+    axes.set_axisbelow(True)
+    names = sorted(series, key=lambda name: name == reference)
+    for index, name in enumerate(names):
+        x, values, errors = zip(*sorted(series[name]), strict=True)
+        color = look["ink"] if name == reference else look["methods"][index % len(look["methods"])]
+        dash, marker = line_style(index)
+        axes.errorbar(x, values, errors, color=color, linestyle=dash, marker=marker, markersize=6, elinewidth=1.0)
+        if name == reference:
+            axes.axhline(values[0], color=color, linewidth=0.8, linestyle=":")
+        side = {"xytext": (9, -4), "ha": "left"} if x[0] < 0.8 else {"xytext": (-9, -9), "ha": "right"}
+        axes.annotate(name, (x[0], values[0]), **side, textcoords="offset points", color=color, size=9)
+    axes.set_xlim(0, 1.04)
+    axes.set_xlabel(xlabel, color=look["ink"])
+    axes.set_ylabel(ylabel, color=look["ink"])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    save_figure(figure, path)
 
 
 def line_style(index: int) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
     python examples/benchmarks/quality.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
     python examples/benchmarks/quality.py table --page docs/quality.md
     python examples/benchmarks/quality.py plot docs/accuracy.png
+    python examples/benchmarks/quality.py front docs/front.png --tasks trec6 sst2
 
 The learning rate of a row is the one with the best metric on held-out training rows, with seed 0. The other seeds run
 only at this rate. Runs that have a result are not repeated.
@@ -16,8 +17,8 @@ from pathlib import Path
 from grid import run_all
 from methods import TRIMMING, TUNING, Method, blocks_only, full, started
 from pages import write_part
-from plots import plot_budgets
-from tables import best_rates, budgets_series, quality_table, read_results
+from plots import plot_budgets, plot_front
+from tables import best_rates, budgets_series, front_series, quality_table, read_results
 from tasks import TASKS
 
 
@@ -25,6 +26,13 @@ RESULTS = Path(__file__).resolve().parent / "results" / "quality"
 RATES = [5e-5, 1.5e-4, 3e-4]
 # Variants of full fine-tuning: the differences from `ours` that have nothing to do with units.
 FULL = {"full, embeddings frozen": blocks_only, "full, head started": started(full)}
+# The rows of the picture in the README, and their names there.
+FRONT = {
+    "trim ours": "peft_sensi",
+    "trim random, refitted": "random ranking",
+    "tune LoRA": "LoRA",
+    "full": "full fine-tuning",
+}
 KINDS = {"trim": (TRIMMING, [0.5, 0.25, 0.1]), "tune": (TUNING, [0.1, 0.01, 0.001])}
 
 
@@ -44,7 +52,7 @@ def rows(kind: str, names: list[str] | None, budgets: list[float] | None) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    run, table, plot = (commands.add_parser(name) for name in ("run", "table", "plot"))
+    run, table, plot, front = (commands.add_parser(name) for name in ("run", "table", "plot", "front"))
     run.add_argument("--model", required=True)
     run.add_argument("--data", type=Path, required=True)
     run.add_argument("--kind", choices=KINDS, default="trim")
@@ -54,14 +62,16 @@ def main() -> None:
     run.add_argument(
         "--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from, with seed 0"
     )
-    plot.add_argument("picture", type=Path)
+    for command in (plot, front):
+        command.add_argument("picture", type=Path)
+    front.add_argument("--style", choices=("light", "dark"), default="light")
     for command in (run, table):
         command.add_argument(
             "--page",
             type=Path,
             help="Markdown page with the markers `quality: begin` and `end`; the table is written between them",
         )
-    for command in (run, table, plot):
+    for command in (run, table, plot, front):
         command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
         command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -83,6 +93,11 @@ def main() -> None:
             xlabel="share of the prunable parameters kept", reference="full fine-tuning",
             runs=f"tasks ({tasks}) and seeds",
         )  # fmt: skip
+    elif options.command == "front":
+        of = " and ".join(name.upper() for name in shown)
+        metric = " or ".join(sorted({result["metric"] for result in results}))
+        axes = {"xlabel": "FLOPs of heads and neurons that are left", "ylabel": f"{metric}, mean of {of}"}
+        plot_front(front_series(results, FRONT), options.picture, FRONT["full"], style=options.style, **axes)
     else:
         text = quality_table(results)
         print(text)

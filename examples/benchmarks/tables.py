@@ -143,6 +143,30 @@ def budgets_series(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
+def front_series(results: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, list[tuple[float, ...]]]:
+    """Points for `plots.plot_front`: `(share of the FLOPs, metric, its standard error)` of each row, by shown name.
+
+    The metric is the mean over the tasks of the means over seeds. Only rows with all tasks are used.
+
+    Args:
+        names: The shown name for each row's name without its budget (`trim 0.5 ours` is `trim ours`).
+    """
+    runs = at_best_rates(results)
+    tasks = {run["task"] for run in runs}
+    series: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for row in sorted({run["method"] for run in runs}, key=_by_kind_and_budget):
+        kind, _, name = row.partition(" ")
+        shown = names.get(f"{kind} {name.partition(' ')[2]}".strip())
+        mine = [run for run in runs if run["method"] == row]
+        if shown is None or {run["task"] for run in mine} != tasks:
+            continue
+        cells = [mean_and_error([run["dev"] for run in mine if run["task"] == task]) for task in sorted(tasks)]
+        error = math.sqrt(sum(error**2 for _, error in cells)) / len(cells)
+        mean = statistics.fmean(mean for mean, _ in cells)
+        series[shown].append((statistics.fmean(run["flops_share"] for run in mine), mean, error))
+    return dict(series)
+
+
 def quality_table(results: list[dict[str, Any]]) -> str:
     """The metric per task, and the mean retention in percent, with its standard error over tasks and seeds.
 
