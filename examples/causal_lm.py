@@ -16,7 +16,6 @@ of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metric
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import DataError, check_columns, read_table
+from common import DataError, check_columns, load_metric, read_table
 from runner import FileOptions, MethodOptions, Task, parse, pretrained, readable_errors, run, split_files
 
 
@@ -183,11 +182,9 @@ def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
     predicted, likelihood = prediction.predictions
     right = np.asarray(prediction.label_ids)[:, 1:]
     counted = right != IGNORED
-    mean = float(np.mean(likelihood[counted]))
-    return {
-        "perplexity": math.exp(min(-mean, 700.0)),  # exp of the mean over all tokens; a larger exponent overflows
-        "next_token_accuracy": float(np.mean(predicted[counted] == right[counted])),
-    }
+    return load_metric("language_modeling").compute(
+        predictions=predicted[counted], references=right[counted], log_likelihoods=likelihood[counted]
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
@@ -23,11 +24,12 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from peft_sensi.tasks import metrics
 from peft_sensi.tasks.labels import DataError
 from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils.progress import progress_bar
 
+
+METRICS = Path(__file__).resolve().parent / "metrics"
 
 # TrainingArguments for a small encoder. Batches of texts of similar length need little padding.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -108,10 +110,16 @@ def batches(dataset: Dataset, collator: Callable, batch_size: int = 32, seed: in
 # --- metrics and results ---------------------------------------------------------------------------------------------
 
 
+def load_metric(kind: str) -> evaluate.EvaluationModule:
+    """Loads a metric. `kind` is the name of a file in `examples/metrics`."""
+    return evaluate.load(str(METRICS / f"{kind}.py"))
+
+
 def class_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """The function `compute_metrics` for a Trainer of a classifier."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return metrics.classes(np.argmax(logits, axis=-1), np.asarray(prediction.label_ids))
+    predicted = np.argmax(logits, axis=-1)
+    return load_metric("classification").compute(predictions=predicted, references=prediction.label_ids)
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from .run import Run, Training
 from .terminal import err
 
 
+CALIBRATION = 72  # batches; a trim refits on so many, and a wrap reads fewer
 SCORES = "scores.safetensors"  # in the folder of the adapter
 
 
@@ -83,7 +84,7 @@ def train_for(
     whole model is trained, then trimmed, then trained as long again. `state` is that of an interrupted training, or
     has its `options` only. Returns what `metrics.json` contains, and an empty dict in all processes but the first.
     """
-    calibration = list(task.batches(training.batch_size, training.seed))[:64]
+    calibration = list(task.batches(training.batch_size, training.seed))[:CALIBRATION]
     seed, base, name = training.seed, model.config, model.name_or_path
     loss_fn = weighted_model_loss(task) if training.class_weights else None
     state, start = dict(state), time.perf_counter()
@@ -163,7 +164,7 @@ def trim_for(
     Returns what `metrics.json` contains: the quality before the trim, after it, and after the training. `state` is as
     in `train_for`; `model` then is the adapter of the checkpoint.
     """
-    calibration = list(task.batches(training.batch_size, training.seed))[:64]
+    calibration = list(task.batches(training.batch_size, training.seed))[:CALIBRATION]
     set_seed(training.seed)
     run = Run(model, task, folder, training, state, is_whole=True)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()

@@ -5,7 +5,6 @@ Everything here is NumPy: predictions can be measured where there is no PyTorch.
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
@@ -64,11 +63,12 @@ def measured(
     return values, intervals
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count` rows (Wilson 1927)."""
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -77,31 +77,32 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
     """Accuracy, macro F1 and Matthews correlation of class numbers `[rows]`.
 
-    Macro F1 is the mean over the classes that are predicted or expected, as in scikit-learn. The Matthews correlation
-    is 0 if all predictions, or all correct classes, are equal.
+    Macro F1 is the mean over the classes that are predicted or expected. The Matthews correlation is 0 if all
+    predictions, or all correct classes, are equal.
     """
-    count = int(max(predicted.max(initial=0), expected.max(initial=0))) + 1
-    table = np.bincount(expected * count + predicted, minlength=count * count).reshape(count, count).astype(float)
-    right, found, true, total = np.diag(table), table.sum(0), table.sum(1), table.sum()
-    present = found + true > 0
-    covariance = right.sum() * total - found @ true
-    spread = math.sqrt((total**2 - found @ found) * (total**2 - true @ true))
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    varied = len(np.unique(predicted)) > 1 and len(np.unique(expected)) > 1
     return {
-        "accuracy": float(right.sum() / total),
-        "f1_macro": float((2 * right[present] / (found + true)[present]).mean()),
-        "matthews_correlation": float(covariance / spread) if spread else 0.0,
+        "accuracy": float(accuracy_score(expected, predicted)),
+        "f1_macro": float(f1_score(expected, predicted, average="macro", zero_division=0.0)),
+        "matthews_correlation": float(matthews_corrcoef(expected, predicted)) if varied else 0.0,
     }
 
 
 def several_classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
-    """Micro and macro F1 of bool arrays `[rows, classes]`, and the accuracy: the share of rows without any error."""
-    right = (predicted & expected).sum(0)
-    both = predicted.sum(0) + expected.sum(0)
-    present = both > 0
+    """Micro and macro F1 of bool arrays `[rows, classes]`, and the accuracy: the share of rows without any error.
+
+    Macro F1 is the mean over the classes that are predicted or expected. Without any such class, both are 1.
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    if not (predicted.any() or expected.any()):
+        return {"accuracy": 1.0, "f1_micro": 1.0, "f1_macro": 1.0}
     return {
-        "accuracy": float((predicted == expected).all(1).mean()),
-        "f1_micro": float(2 * right.sum() / both.sum()) if both.sum() else 1.0,
-        "f1_macro": float((2 * right[present] / both[present]).mean()) if present.any() else 1.0,
+        "accuracy": float(accuracy_score(expected, predicted)),
+        "f1_micro": float(f1_score(expected, predicted, average="micro")),
+        "f1_macro": float(f1_score(expected, predicted, average="macro", zero_division=np.nan)),
     }
 
 
@@ -110,16 +111,12 @@ def numbers(predicted: np.ndarray, expected: np.ndarray) -> Values:
 
     A correlation is `None` if all correct numbers, or all predictions, are equal.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import pearsonr, spearmanr
 
     varied = len(np.unique(predicted)) > 1 and len(np.unique(expected)) > 1
-
-    def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-        return float(np.corrcoef(a, b)[0, 1]) if varied else None
-
     return {
-        "pearson": correlation(predicted, expected),
-        "spearman": correlation(rankdata(predicted), rankdata(expected)),
+        "pearson": float(pearsonr(predicted, expected).statistic) if varied else None,
+        "spearman": float(spearmanr(predicted, expected).statistic) if varied else None,
         "mse": float(np.mean((predicted - expected) ** 2)),
     }
 
