@@ -46,7 +46,7 @@ from common import write_json
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
-RATE, FAST_RATE = 5e-5, 1e-4  # of the whole model, and of a model that is trimmed before or while it learns
+RATE, FAST_RATE = 5e-5, 1e-4  # of a model that learns as a whole, and of one that is trimmed before
 
 
 class Rows:
@@ -126,7 +126,7 @@ def late(run: Seed, budgets: list[float]) -> None:
         if run.rows.missing(row := f"late to {budget:g}{words}"):
             schedule = recipes.sensi_bert(budget, trim="late").schedule
             model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
-            run.rows.add(row, model, seconds + run.fit(model, epochs, FAST_RATE))
+            run.rows.add(row, model, seconds + run.fit(model, epochs, RATE))
 
 
 def trimmed(run: Seed, budgets: list[float]) -> None:
