@@ -12,7 +12,7 @@ PINS := pyproject.toml constraints.txt
 # Idle threads sleep instead of spinning. On a shared machine, a spinning thread takes a core that another thread needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow lint format types docs
+.PHONY: demo test slow floors lint format types docs
 .NOTPARALLEL:
 
 demo: $(VENV)/.stamp-demo
@@ -27,6 +27,10 @@ test: $(VENV)/.stamp-dev
 # Thousands of mutated files, hundreds of kills, every family. This takes an hour on a small machine.
 slow: $(VENV)/.stamp-dev
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The same tests with the lowest versions that pyproject.toml allows, in an environment of their own. Not in CI.
+floors: $(VENV)-floors/.stamp
+	$(VENV)-floors/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/ruff check .
@@ -68,4 +72,12 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch
 	@echo "Installing this package and what its tests need ..."
 	@$(SAY_ALIVE) $(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# torch is the one of constraints.txt: the lowest one has no build for CPUs on PyPI.
+$(VENV)-floors/.stamp: $(PINS)
+	$(PYTHON) -m venv $(VENV)-floors
+	sed -n '/^dependencies/,/^]/s/^ *"\([a-z]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch=' > $(VENV)-floors/versions.txt
+	grep '^torch==' constraints.txt >> $(VENV)-floors/versions.txt
+	@$(SAY_ALIVE) $(VENV)-floors/bin/python -m pip install --quiet --no-compile --constraint $(VENV)-floors/versions.txt --editable '.[dev]'
 	touch $@

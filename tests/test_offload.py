@@ -52,6 +52,33 @@ def test_a_wrapped_model_that_is_offloaded_later_says_so(settings):
         logits(model)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_what_else_a_wrapped_model_can_do_when_it_is_offloaded(kind, tmp_path):
+    """PEFT loads the weights of each layer while it merges or unloads it."""
+    expected, base = logits(trained(**TRIM)), logits(tiny_model())
+
+    def fresh() -> PeftModel:
+        model = trained(**TRIM)
+        if kind == "cpu":
+            return cpu_offload(model, execution_device=torch.device("cpu"))
+        return disk_offload(model, str(tmp_path / "off"), execution_device=torch.device("cpu"))
+
+    assert torch.equal(logits(fresh().merge_and_unload()), expected)
+    assert torch.equal(logits(fresh().unload()), base)
+    model = fresh()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    second = SensiConfig(score="magnitude", task_type="SEQ_CLS", **TRIM)
+    for action in (
+        lambda: model.base_model.trim(0.25),
+        lambda: model.add_adapter("second", second),
+        lambda: model.set_adapter("default") or logits(model),
+    ):
+        with pytest.raises(SensiError, match="offloaded.*device_map='cpu'"):
+            action()
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, {"bert": "cpu", "classifier": "cpu"}], ids=str)
 def test_a_device_map_without_offloading_works(device_map):
     batches = tiny_batches()
