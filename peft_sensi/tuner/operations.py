@@ -80,8 +80,10 @@ class AdapterOperations:
             budget: Limits on `params`, `flops`, `latency` or `decode_latency`, as in `SensiConfig`. Shares are of the
                 base model's heads and neurons (or of its latency), so `trim(0.5)` and then `trim(0.25)` keeps a
                 quarter of the base.
-            calibration: Batches with labels, for the scores and the refit. Without them the score falls back to
-                magnitude with a warning, and nothing is refitted.
+            calibration: Batches with labels. The first `calibration_steps` of the config are scored, with labels drawn
+                from the model's predictions (see `scoring.drawn_labels`; not with a `loss_fn`, nor for language
+                models). The refit reads up to three times as many. Without them the score falls back to magnitude
+                with a warning, and nothing is refitted.
             adapter_name: The adapter, which must be the only active one.
             loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
