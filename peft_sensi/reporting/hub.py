@@ -206,7 +206,9 @@ def hook_cards() -> None:
             save_card(card, path)
             tags = card.data.tags or []
         update_original(self, output_dir)
-        save_with_tags(ModelCard.load(path), path, tags)  # PEFT has replaced them
+        written: Any = ModelCard.load(path)  # PEFT has replaced the tags; a local base stays named, as PEFT does it
+        written.data.tags = sorted({*(written.data.tags or []), *tags})
+        written.save(path)
 
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the adapter with its model card. The arguments are those of Transformers' `push_to_hub`.
