@@ -151,11 +151,23 @@ def test_the_readme_quotes_the_table(grid):
     results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / "quality")
     rows = tables.quality_table([r for r in results if r["task"] in ("trec6", "sst2")]).splitlines()
     readme = (ROOT / "README.md").read_text().splitlines()
-    for start, method in (("| `SensiConfig(budget=...)` |", "ours"), ("| random ranking;", "random, refitted")):
-        quoted = next(line for line in readme if line.startswith(start)).split("|")[2:-1]
-        for budget, share in zip(("0.6", "0.5", "0.4", "0.25", "0.1"), quoted, strict=True):
-            row = next(row for row in rows if row.startswith(f"| trim {budget} {method} |"))
-            assert share.strip() == row.split("|")[4].partition("±")[0].strip().replace("%", " %"), (method, budget)
+    quoted = {
+        "full fine-tuning": "full",
+        "LoRA, 1 % of the values": "tune 0.01 LoRA",
+        "`budget=0.5`": "trim 0.5 ours",
+        "`budget=0.25`": "trim 0.25 ours",
+        "`budget=0.1`": "trim 0.1 ours",
+        "`budget=0.5`, random ranking": "trim 0.5 random, refitted",
+    }
+    for label, method in quoted.items():
+        _, _, *shown = cells(next(line for line in readme if line.startswith(f"| {label} |")))
+        expected = cells(next(row for row in rows if row.startswith(f"| {method} |")))[1:4]
+        assert shown == [cell.partition("±")[0].strip().replace("%", " %") for cell in expected], label
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_words_are_scored_as_entities_of_whole_sentences(grid, encoder, tmp_path):  # noqa: F811
