@@ -328,15 +328,13 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
         write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
 
-    # No annotations, so that these are not fields. `from_file`: the values beside the config must match its plan; the
-    # plan of a config that was made in this process may be replaced by that of a checkpoint. `file_mark` and
-    # `file_meaning` are `config_mark` and `meaning` (see `checkpoint`) of the file's content.
+    # No annotations, so that these are not fields. `from_file`: the values beside the config must match its plan, which
+    # a checkpoint may replace otherwise. `file_mark`, `file_meaning`: `config_mark` and `meaning` of the file's content.
     from_file = False
     file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None  # type: Any
     tables = {}  # type: Any  # the latency tables by the limit's name, in a process that has them
-    # Says which adapter the config describes; a copy of the config has the same. `None` before the wrap.
-    adapter_id = None  # type: Any
+    adapter_id = None  # type: Any  # the same in copies of the config; `None` before the wrap
 
     def __getattr__(self, name: str) -> Any:
         if name == "trainable_token_indices":  # TRL sets it for the new tokens of a `chat_template_path`
