@@ -328,8 +328,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
         write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
 
-    # No annotations, so that these are not fields. `from_file`: the values beside the config must match its plan, which
-    # a checkpoint may replace otherwise. `file_mark`, `file_meaning`: `config_mark` and `meaning` of the file's content.
+    # No annotations, so these are no fields. `from_file`: the values beside the config must match its plan, which a
+    # checkpoint may replace otherwise. `file_mark`, `file_meaning`: `config_mark` and `meaning` of the file.
     from_file = False
     file_name = CONFIG_NAME
     file_mark = file_meaning = weights_file = None  # type: Any
