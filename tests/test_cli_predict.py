@@ -13,6 +13,7 @@ from folders import save_adapter
 from typer.testing import CliRunner
 
 from peft_sensi.cli.commands import app
+from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.tasks.comparing import mcnemar
 from peft_sensi.tasks.metrics import exact
 from peft_sensi.tasks.predicting import chunks, open_predictor
@@ -124,6 +125,37 @@ def test_a_text_that_is_too_long_for_an_onnx_file_is_named_as_the_reason(work, t
     assert (tmp_path / "tokenizer_config.json").read_text() == "{}"
 
 
+def test_files_with_other_columns(work, tmp_path):
+    (tmp_path / "a.csv").write_text("text\na bad plot\n")
+    (tmp_path / "b.csv").write_text("text,place\nthe film is very very very very good,Rome\n")
+    (tmp_path / "c.csv").write_text("comment\na bad plot\n")
+    out = tmp_path / "p.csv"
+    result = run("predict", work / "adapter", tmp_path / "a.csv", tmp_path / "b.csv", "--out", out)
+    assert "1 cut at 9 (--max-length)" in result.output and "note:" not in result.output
+    assert [row["place"] for row in rows_in(out)] == ["", "Rome"], "a column of the second file is lost"
+    message = fails("predict", work / "adapter", tmp_path / "a.csv", tmp_path / "c.csv", "--out", out)
+    assert "c.csv has no column 'text'; it has comment" in message
+    result = run("predict", work / "adapter", tmp_path / "c.csv", "--out", out)
+    assert "text in comment" in result.output and "the training has read text" in result.output
+    result = run("predict", work / "adapter", tmp_path / "c.csv", "--text-column", "comment", "--out", out)
+    assert "the training has read" not in result.output
+    message = fails("predict", work / "adapter", tmp_path / "no.csv", "--out", out)
+    assert message.endswith("no.csv: No such file or directory.") and "Errno" not in message
+
+
+def test_evaluate_says_what_it_has_read(work):
+    result = run("evaluate", work / "adapter", work / "test.jsonl")
+    assert "text in text, labels in label" in result.output and "3 classes: bad 5, good 5, so 5" in result.output
+
+
+def test_several_labels_in_a_table_can_be_read_back(tmp_path):
+    records = [{"labels": ["very good", "so"]}, {"labels": ["a|b"]}, {"labels": []}]
+    write_records(tmp_path / "a.csv", ".csv", records, "|")
+    assert [row["labels"] for row in rows_in(tmp_path / "a.csv")] == ["very good|so", '["a|b"]', ""]
+    write_records(tmp_path / "b.csv", ".csv", records)
+    assert [row["labels"] for row in rows_in(tmp_path / "b.csv")] == ['["very good", "so"]', "a|b", ""]
+
+
 def test_predictions_on_stdout_can_be_piped(work):
     result = run("predict", work / "merged", work / "new.csv")
     lines = list(csv.DictReader(result.stdout.splitlines()))
@@ -195,6 +227,14 @@ def test_words(tmp_path):
     assert [len(row["tags"]) for row in found] == [3, 60, 2] and {tag for row in found for tag in row["tags"]} <= {
         *TAGS
     }
+    # Predictions need no tags, and read none.
+    bare = "\n\n".join("\n".join(f"{word} NN" for word in words) for words in sentences)
+    (tmp_path / "bare.conll").write_text(bare)
+    (tmp_path / "bare.jsonl").write_text("\n".join(json.dumps({"tokens": s, "tags": []}) for s in sentences))
+    for name in ("bare.conll", "bare.jsonl"):
+        call("predict", tmp_path / "merged", tmp_path / name, "--out", tmp_path / "q.jsonl", "--batch-size", "2")
+        assert (tmp_path / "q.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
+    assert "bare.conll, line 1: 'NN' is not a tag" in fails("evaluate", tmp_path / "merged", tmp_path / "bare.conll")
     metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.conll", "--json"))["metrics"]
     right = sum(tag == TAGS[i % 3] for row in found for i, tag in enumerate(row["tags"]))
     assert metrics["tag_accuracy"] == pytest.approx(right / 65)

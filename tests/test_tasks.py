@@ -84,6 +84,16 @@ def test_the_same_rows_from_every_form(name, tmp_path):
     assert read_rows(tmp_path / name).rows == ROWS
 
 
+def test_a_column_that_the_first_row_lacks_is_found(tmp_path):
+    rows = [{"text": "a fine film"}, {"text": "so bad", "label": "bad", "more": {"year": 3}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_rows(tmp_path / "a.jsonl").rows
+    assert found[0] == {"text": "a fine film", "label": None, "more.year": None}
+    assert label_columns("a", found, []) == ["label"]
+    with pytest.raises(DataError, match=r"row 1 has no label in 'label'.*--skip-unlabeled"):
+        texts.to_raw("a", found, ["text"], ["label"], Options())
+
+
 def test_parquet_and_arrow(tmp_path):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(ROWS)
@@ -122,6 +132,7 @@ WRONG = {
     "twice.csv": (b"text,text\na,b\n", "two columns 'text'"),
     "empty.csv": (b"text,label\n", "no rows"),
     "nothing.csv": (b"", "no rows"),
+    "nothing.jsonl": (b" \n", "no rows"),
     "number.json": (b"5", "no list of rows"),
     "numbers.json": (b"[1, 2]", "row 1 is not an object"),
     "broken.jsonl": (b'{"a": 1}\n{"a": \n', "line 2"),
@@ -476,6 +487,8 @@ def test_questions_of_a_table():
     assert [row["answers"] for row in raw] == [["red"], []] and "skipped 1 answers" in notes[0]
     open_ones, _ = answers.from_table("f", [{"question": "what?", "context": "a red stone"}])
     assert "answers" not in open_ones[0]  # for a prediction
+    unknown = [{"question": "what?", "context": "a red stone", "answers": None}]
+    assert "answers" not in answers.from_table("f", unknown)[0][0]  # not known is not the same as no answer
     with pytest.raises(DataError, match="row 1 is not a question"):
         answers.from_table("f", [{"question": "what?", "context": "x", "answers": [{"text": "x"}]}])
     with pytest.raises(DataError, match="no column 'question'"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.text import Text
-
 from ..recipes import RECIPES
 from ..reporting.tables import facts_table, legend, plan_table, records_table
 from ..utils.errors import SensiError
@@ -15,7 +13,7 @@ from . import arguments as args
 from .arguments import option
 from .checks import check_budget, check_file, check_latency_tables, check_picture
 from .data_options import DATA_OPTIONS, LABELED, task_options, with_data_options
-from .terminal import ascii_only, err, print_result, step
+from .terminal import ascii_only, print_result, print_understood, step
 
 
 # What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
@@ -131,10 +129,7 @@ def read_data(model: str, data: list[str], **options: Any) -> Any:
 
     with step("reading the data"):
         task = read_task(model, data, **options)
-    for line in task.lines:
-        err.print(Text(line, "dim"), soft_wrap=True)
-    for doubt in task.doubts:
-        err.print(Text.assemble(("note: ", "yellow"), doubt), soft_wrap=True)
+    print_understood(task.lines, task.doubts)
     return task
 
 

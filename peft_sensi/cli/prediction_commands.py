@@ -17,7 +17,7 @@ from .arguments import argument, option
 from .checks import check_file
 from .data_options import DATA_OPTIONS, task_options, with_data_options
 from .loading import load_predictor
-from .terminal import err, print_result, step
+from .terminal import err, print_result, print_understood, step
 
 
 if TYPE_CHECKING:
@@ -82,11 +82,12 @@ def predict(
     predicted = progress_bar(
         predictor.predictions(rows, batch_size, longest), "predicting", len(rows.raw), show=not json
     )
+    separator = predictor.record.get("label_separator") or " "
     records = records_of(predictor, rows, originals, predicted, scores or suffix == ".jsonl")
     if to_stdout:
-        write_records(None, suffix, records)
+        write_records(None, suffix, records, separator)
         return
-    write_atomically(out_file, lambda path: write_records(Path(path), suffix, records))
+    write_atomically(out_file, lambda path: write_records(Path(path), suffix, records, separator))
     count = len(rows.raw)
     print_result(json, {"file": str(out_file), "rows": count}, f"{out_file}: {count:,} rows")
 
@@ -106,7 +107,9 @@ def evaluate(
     predictor = load_predictor(model, base, show=not json)
     task = labeled_rows(predictor, data, reading, show=not json)
     with step(f"predicting {len(task.train.raw):,} rows", show=not json):
-        quality = task.measure(predictor.outputs(task.train, batch_size), task.train, None)
+        outputs = predictor.outputs(task.train, batch_size)
+    with step("computing metrics and their intervals", show=not json):
+        quality = task.measure(outputs, task.train, None)
     for remark in quality.remarks:
         err.print(Text.assemble(("warning: ", "yellow"), remark.replace("validation rows", "rows")), soft_wrap=True)
     rows = [
@@ -175,6 +178,7 @@ def rows_of(
 ) -> tuple[Rows, list[dict[str, Any]]]:
     """Tokenized rows, and the rows of a table as they are in the file (empty for words and answers)."""
     from ..tasks.kinds import rows_for_prediction
+    from ..tasks.reading import same_columns
     from ..tasks.sources import read_source
     from ..tasks.task import Options
 
@@ -184,11 +188,10 @@ def rows_of(
         if predictor.kind == "text":
             known = {name: value for name, value in options.items() if name in _FORMAT}
             parts = read_source(data, predictor.kind, Options(**known)).train
-            originals = [row for part in parts for row in part.rows]
+            originals = same_columns([row for part in parts for row in part.rows])
             options = trained_columns(predictor, originals[0]) | options
-        rows, notes = rows_for_prediction(predictor.kind, predictor.tokenizer, data, **options)
-    for note in notes:
-        err.print(Text(note, "dim"), soft_wrap=True)
+        rows, lines, doubts = rows_for_prediction(predictor.kind, predictor.tokenizer, data, **options)
+    print_understood(lines, [*doubts, *untrained_columns(predictor, options)])
     return rows, originals
 
 
@@ -214,8 +217,7 @@ def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, An
             predictor.source, data, kind=predictor.kind, config=predictor.config, validation_share=0.0,
             head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
-    for line in task.doubts:
-        err.print(Text(line, "dim"), soft_wrap=True)
+    print_understood(task.lines, [*task.doubts, *untrained_columns(predictor, options)])
     return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
 
 
@@ -238,10 +240,19 @@ def trained_columns(predictor: Predictor, row: Mapping[str, Any], labels: bool =
     return found
 
 
+def untrained_columns(predictor: Predictor, options: Mapping[str, Any]) -> list[str]:
+    """A doubt, if the data has not the columns of texts that the training has read, and none are named."""
+    texts = predictor.record.get("text_columns")
+    if not texts or "text_column" in options:
+        return []
+    return [f"the training has read {' + '.join(texts)}, which the data does not have (--text-column)"]
+
+
 def records_of(
     predictor: Predictor, rows: Rows, originals: list[dict[str, Any]], predicted: Any, scores: bool
 ) -> Iterator[dict[str, Any]]:
     """One record for each row: the columns of the file, or what identifies a sentence or question; the prediction."""
+    known = [name for name in ("row", "id", "question") if any(name in raw for raw in rows.raw)]
     for number, (raw, found) in enumerate(zip(rows.raw, predicted, strict=True)):
         if predictor.kind == "text":
             values = {"prediction": next(found[key] for key in ("label", "labels", "value") if key in found)}
@@ -253,7 +264,7 @@ def records_of(
         elif predictor.kind == "words":
             own, values = {"row": raw["row"]}, found
         else:
-            own = {name: raw[name] for name in ("row", "id", "question") if name in raw}
+            own = {name: raw.get(name) for name in known}
             values = found
         # A column of the file is never replaced.
         yield own | {(f"predicted_{name}" if name in own else name): value for name, value in values.items()}

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -51,7 +51,10 @@ def one_line_errors(command: Callable[..., None], loads: bool = True) -> Callabl
             if kwargs.get("debug"):
                 traceback.print_exc()
             expected = isinstance(error, (SensiError, OSError, ImportError))
-            text = " ".join(str(error).split()) or "no reason was given"
+            reason = str(error)
+            if isinstance(error, OSError) and error.filename is not None and error.strerror:
+                reason = f"{error.filename}: {error.strerror}."  # without Python's number of the error
+            text = " ".join(reason.split()) or "no reason was given"
             if isinstance(error, ModuleNotFoundError):
                 text += f": {how_to_install('cli')}"
             line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
@@ -94,6 +97,14 @@ def step(what: str, show: bool = True) -> Iterator[None]:
         yield
     if show:
         err.print(Text(f"{what}: {time.perf_counter() - start:.1f} s", "dim"))
+
+
+def print_understood(lines: Sequence[str], doubts: Sequence[str]) -> None:
+    """Says on stderr what was understood about data, and what may be wrong about it."""
+    for line in lines:
+        err.print(Text(line, "dim"), soft_wrap=True)
+    for doubt in doubts:
+        err.print(Text.assemble(("note: ", "yellow"), doubt), soft_wrap=True)
 
 
 def print_result(as_json: bool, value: Mapping[str, Any] | list[Any], *parts: Any) -> None:

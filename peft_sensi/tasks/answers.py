@@ -65,7 +65,7 @@ def from_table(name: Any, table: Sequence[dict[str, Any]]) -> tuple[list[dict[st
             if isinstance(answers, list):
                 pairs: Any = [(a["text"], a["answer_start"]) for a in answers]
             elif answers["text"] is None:
-                pairs = None if "answers" not in row else []
+                pairs = None if row.get("answers") is None else []
             else:
                 pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
             misplaced += _add(rows, row["context"], row["context"], row["question"], pairs, row.get("id"))

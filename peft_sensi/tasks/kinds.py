@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import answers, texts, words
-from .columns import label_columns, text_columns
+from .columns import known, label_columns, text_columns
 from .labels import DataError, Labels, find_labels, find_several, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .sources import Part, Source, read_source
@@ -62,8 +62,8 @@ def read_task(
 
 def rows_for_prediction(
     kind: str, tokenizer: Any, data: Data, *, max_length: int | None = None, **options: Any
-) -> tuple[Rows, list[str]]:
-    """Tokenized rows for a prediction, and notes about the data. Labels are not needed, and not read.
+) -> tuple[Rows, list[str], list[str]]:
+    """Tokenized rows for a prediction, what was recognized, and what may be wrong. Labels are not needed, nor read.
 
     Args:
         kind: `"text"`, `"words"` or `"answers"`.
@@ -74,19 +74,22 @@ def rows_for_prediction(
     """
     wanted = Options(**options)
     limit = limit_of(tokenizer, max_length or KINDS[kind][2])
-    source = read_source(data, kind, wanted)
+    source = read_source(data, kind, wanted, labeled=False)
     parts = source.train
     notes = [*source.notes, *(note for part in parts for note in part.notes)]
     if kind == "text":
         _only(parts, "table", kind)
         columns, doubts = text_columns(parts[0].name, parts[0].rows, [], wanted.text_column, wanted.pair_column)
+        for part in parts:
+            _check_columns(part, columns)
         raw = [row for part in parts for row in texts.to_raw(part.name, part.rows, columns, [], wanted)[0]]
-        return texts.encode(parts[0].name, raw, None, tokenizer, limit)[0], notes + doubts
+        rows, longest, cut = texts.encode(parts[0].name, raw, None, tokenizer, limit)
+        return rows, [f"text in {' + '.join(columns)}, {_size(raw, longest, cut, limit)}"], [*notes, *doubts]
     if kind == "words":
         raw = [row for part in parts for row in _sentences(part, wanted, needs_tags=False)]
-        return words.encode(raw, None, tokenizer, limit)[0], notes
+        return words.encode(raw, None, tokenizer, limit)[0], [], notes
     raw = [row for part in parts for row in _questions(part)]
-    return answers.encode(raw, tokenizer, limit, wanted.stride)[0], notes
+    return answers.encode(raw, tokenizer, limit, wanted.stride)[0], [], notes
 
 
 def decode(
@@ -128,7 +131,13 @@ def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
 def _only(parts: Sequence[Part], form: str, kind: str) -> None:
     for part in parts:
         if part.form != form:
-            raise DataError(f"{part.name} has {part.form}, not rows for --task {kind}: use --task {part.form}.")
+            raise DataError(f"{part.name} has rows for the task {part.form}, not for the task {kind}.")
+
+
+def _check_columns(part: Part, columns: Sequence[str]) -> None:
+    """All files have the columns that were found in the first one."""
+    if missing := [name for name in columns if name not in part.rows[0]]:
+        raise DataError(f"{part.name} has no column {missing[0]!r}; it has {known(list(part.rows[0]))}.")
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -144,8 +153,7 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
     def raw_of(parts: Sequence[Part], at_most: int | None) -> list[dict[str, Any]]:
         found = []
         for part in parts:
-            if missing := [name for name in (*columns, *label) if name not in part.rows[0]]:
-                raise DataError(f"{part.name} has no column {missing[0]!r}; it has {', '.join(part.rows[0])}.")
+            _check_columns(part, [*columns, *label])
             rows, left_out = texts.to_raw(part.name, part.rows, columns, label, options)
             found += rows
             notes.extend(f"{part.name}: {note}" for note in left_out)
@@ -166,14 +174,18 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
     known = {(row["text"], row.get("pair")) for row in train}
     if again := sum((row["text"], row.get("pair")) in known for row in held):
         more.append(f"{again:,} of the validation texts are also among the training texts")
-    empty = sum(not row["text"].strip() for row in (*train, *held))
-    size = f"longest text {longest:,} tokens, {cut + cut_too:,} cut at {limit} (--max-length), {empty:,} empty"
+    size = _size([*train, *held], longest, cut + cut_too, limit)
     described = [f"{_count(rows, held_rows, 'rows')}; text in {' + '.join(columns)}, labels in {', '.join(label)}"]
     record = record_of("text", labels, options, limit, text_columns=list(columns), label_columns=label)
     return Task(
         "text", tokenizer, labels, rows, held_rows, partial(texts.measure, labels), [*described, *lines, size],
         [*notes, *doubts, *more], record,
     )  # fmt: skip
+
+
+def _size(raw: Sequence[dict[str, Any]], longest: int, cut: int, limit: int) -> str:
+    empty = sum(not row["text"].strip() for row in raw)
+    return f"longest text {longest:,} tokens, {cut:,} cut at {limit} (--max-length), {empty:,} empty"
 
 
 def _labels_for(

@@ -76,10 +76,11 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
     notes: list[str] = []
     try:
         if kind in (".parquet", ".arrow"):
-            rows = [flat(row) for row in _read_arrow(path, kind)]
+            rows = _read_arrow(path, kind)
         else:
             text = read_text(path, notes, form.encoding)
-            rows = _read_table(path, text, kind, form, notes) if kind in TEXT_SUFFIXES else _read_json(path, text)
+            is_table = kind in TEXT_SUFFIXES
+            rows = _read_table(path, text, kind, form, notes) if is_table else json_rows(path, parse_json(text))
     except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
         if isinstance(error, DataError):
             raise
@@ -89,7 +90,7 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} is not an object with named values: {row!r:.60}.")
-    return Table(rows, notes)
+    return Table(flat_rows(rows), notes)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -242,13 +243,10 @@ def _has_quotes(text: str, delimiter: str) -> bool:
 # -- JSON and Arrow ---------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, text: str) -> list[dict[str, Any]]:
-    rows = json_rows(path, parse_json(text))
-    return [flat(row) if isinstance(row, dict) else row for row in rows]
-
-
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, or the list of the values of JSON Lines."""
+    """The value of a JSON text, or the list of the values of JSON Lines. A blank text has no values."""
+    if not text.strip():
+        return []
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -299,6 +297,19 @@ def _lists_of_objects(value: dict[str, Any], above: str = "") -> list[tuple[str,
         elif isinstance(item, dict):
             found += _lists_of_objects(item, f"{above}{name}.")
     return found
+
+
+def flat_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without objects inside (see `flat`), all with the same columns. What a row lacks is `None`."""
+    return same_columns([flat(row) for row in rows])
+
+
+def same_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with all columns that any of them has. What a row lacks is `None`."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    if all(len(row) == len(names) for row in rows):
+        return rows
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def flat(row: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import answers, words
 from .labels import DataError
-from .reading import SUFFIXES, Format, flat, parse_json, read_rows, read_text, suffix_of
+from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, read_text, suffix_of
 from .task import Options
 
 
@@ -50,8 +50,12 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def read_source(data: str | Path | Iterable[str | Path], kind: str | None, options: Options) -> Source:
+def read_source(
+    data: str | Path | Iterable[str | Path], kind: str | None, options: Options, labeled: bool = True
+) -> Source:
     """Reads a file, several files, a folder of files, a saved `datasets` folder, or a data set of the Hub.
+
+    Without `labeled`, files of words need no tags, and those that they have are not read.
 
     Raises:
         DataError: Says which of them cannot be read, and why.
@@ -59,33 +63,34 @@ def read_source(data: str | Path | Iterable[str | Path], kind: str | None, optio
     names = [data] if isinstance(data, str | Path) else list(data)
     found = Source([])
     for name in names:
-        source = _read_one(name, kind, options)
+        source = _read_one(name, kind, options, labeled)
         found.train += source.train
         found.validation += source.validation
         found.notes += source.notes
     return found
 
 
-def _read_one(name: str | Path, kind: str | None, options: Options) -> Source:
+def _read_one(name: str | Path, kind: str | None, options: Options, labeled: bool) -> Source:
     path = Path(name)
     if path.is_dir():
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return _of_datasets(str(name), _load_from_disk(path), options)
-        return _read_folder(path, kind, options)
+        return _read_folder(path, kind, options, labeled)
     if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and suffix_of(path) not in SUFFIXES:
         return _of_datasets(str(name), _load_from_hub(str(name), options), options)
-    return Source([read_part(path, kind, options)])
+    return Source([read_part(path, kind, options, labeled)])
 
 
-def read_part(path: Path, kind: str | None, options: Options) -> Part:
-    """The rows of one file."""
+def read_part(path: Path, kind: str | None, options: Options, labeled: bool = True) -> Part:
+    """The rows of one file. `labeled` is as in `read_source`."""
     form = Format(options.encoding, options.delimiter, options.quotes)
     suffix = suffix_of(path)
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     if suffix in (".conll", ".iob", ".bio") or (kind == "words" and suffix in words.CONLL_SUFFIXES):
         label = options.label_columns()
-        columns = words.column_numbers(options.text_column, label[0] if label else None)
-        return Part(str(path), "words", words.read_conll(path, *columns, encoding=options.encoding), [], content)
+        token, tag = words.column_numbers(options.text_column, label[0] if label else None)
+        rows = words.read_conll(path, token, tag if labeled else None, encoding=options.encoding)
+        return Part(str(path), "words", rows, [], content)
     if suffix in (".json", ".jsonl", ".ndjson"):
         try:
             value = parse_json(read_text(path, encoding=options.encoding))
@@ -100,7 +105,7 @@ def read_part(path: Path, kind: str | None, options: Options) -> Part:
     return Part(str(path), "table", table.rows, table.notes, content)
 
 
-def _read_folder(folder: Path, kind: str | None, options: Options) -> Source:
+def _read_folder(folder: Path, kind: str | None, options: Options, labeled: bool) -> Source:
     files = sorted(path for path in folder.iterdir() if path.is_file() and suffix_of(path) in SUFFIXES)
     if not files:
         raise DataError(f"{folder} has no data files ({', '.join(SUFFIXES[:8])}) in it.")
@@ -117,7 +122,7 @@ def _read_folder(folder: Path, kind: str | None, options: Options) -> Source:
     used = {*chosen, *split["validation"]}
     if left := [path.name for path in files if path not in used]:
         notes.append(f"{folder}: not read: {', '.join(left)} (--data or --validation with the path of a file)")
-    parts = [[read_part(path, kind, options) for path in paths] for paths in (chosen, split["validation"])]
+    parts = [[read_part(path, kind, options, labeled) for path in paths] for paths in (chosen, split["validation"])]
     return Source(parts[0], parts[1], notes)
 
 
@@ -168,7 +173,7 @@ def rows_of(dataset: Any) -> list[dict[str, Any]]:
             value = row[column]
             named = [classes[i] for i in value] if isinstance(value, list) else None
             row[column] = named if named is not None else classes[value] if value is not None and value >= 0 else None
-    return [flat(row) for row in rows]
+    return flat_rows(rows)
 
 
 def digest(rows: Sequence[dict[str, Any]]) -> str:

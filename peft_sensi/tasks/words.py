@@ -78,27 +78,31 @@ def column_numbers(text: str | None, label: str | None) -> tuple[int, int]:
 def to_raw(
     name: Any, rows: Sequence[dict[str, Any]], text: str | None, label: str | None, needs_tags: bool = True
 ) -> list[dict[str, Any]]:
-    """Sentences from a table with a list of words and a list of tags in each row."""
+    """Sentences from a table with a list of words and, if tags are needed, a list of tags in each row."""
     names = list(rows[0])
     check_known(name, names, [text] if text else [], "--text-column")
     check_known(name, names, [label] if label else [], "--label-column")
     text = text or next((column for column in WORD_COLUMNS if column in names), None)
-    label = label or next((column for column in TAG_COLUMNS if column in names), None)
+    if needs_tags:
+        label = label or next((column for column in TAG_COLUMNS if column in names), None)
     if text is None or (label is None and needs_tags):
         option = "words with --text-column" if text is None else "tags with --label-column"
         raise DataError(f"{name}: name the column that holds the {option}; there are {', '.join(names)}.")
     found = []
     for number, row in enumerate(rows, start=1):
-        tokens, tags = row.get(text), None if label is None else row.get(label)
+        tokens = row.get(text)
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise DataError(f"{name}: row {number} has no list of words in {text!r}.")
-        if tags is not None or needs_tags:
+        tagged = {}
+        if label is not None:
+            tags = row.get(label)
             if not isinstance(tags, list) or len(tags) != len(tokens):
                 raise DataError(f"{name}: row {number} has not one tag for each word in {label!r}.")
             for tag in tags:
                 check_tag(tag, f"{name}, row {number}")
+            tagged = {"tags": tags}
         if tokens:
-            found.append({"row": number, "tokens": tokens, **({} if tags is None else {"tags": tags})})
+            found.append({"row": number, "tokens": tokens, **tagged})
     if not found:
         raise DataError(f"{name} has no sentences.")
     return found
