@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from folders import NAMES, save_adapter
+from hub_cache import add_model, use
 from huggingface_hub import ModelCard
+from tiny import tiny_model, wrap
 from typer.testing import CliRunner
 
+from peft_sensi import save_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.reporting.card import write_card
-from peft_sensi.reporting.saved_merged import open_saved
+from peft_sensi.reporting.saved_merged import SavedMerged, open_saved
 
 
 METRICS = {
@@ -123,4 +126,39 @@ def test_the_card_of_a_merged_model(folder):
     assert card.data.library_name == "transformers" and card.data.base_model == "me/base"
     assert "base_model:finetune:me/base" in card.data.tags and "| accuracy | 0.875 |" in card.text
     assert "load_merged" in card.text and "PeftModel" not in card.text and os.fspath(folder) not in card.text
-    assert "BertForSequenceClassification with smaller matrices" in card.text
+    assert "BertForSequenceClassification, made from `me/base` with `peft_sensi`: the attention heads" in card.text
+    assert "pruning" in card.data.tags
+
+
+def test_the_card_of_a_merged_model_that_was_not_trimmed_does_not_say_so(tmp_path):
+    save_merged(wrap(tiny_model(), budget=None, update="low_rank", rank=2), tmp_path / "merged")
+    run("card", tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert "an adapter was merged into its weights" in card.text and "smaller" not in card.text
+    assert "pruning" not in card.data.tags
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "MarianMTModel"])
+def test_the_task_of_a_merged_encoder_decoder_is_known(name):
+    assert SavedMerged("x", Path(), {"architectures": [name]}, "", {}, 0).task == "SEQ_2_SEQ_LM"
+
+
+def test_a_card_of_an_adapter_on_the_hub_is_not_written_into_the_cache(folder, tmp_path, monkeypatch):
+    add_model(tmp_path / "cache", "me/reviews", folder / "adapter")
+    use(tmp_path / "cache", monkeypatch)
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    result = CliRunner().invoke(app, ["card", "me/reviews"])
+    assert result.exit_code == 1 and "give a folder for the card with --out" in result.stderr
+    run("card", "me/reviews", "--out", tmp_path / "here")
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()} == before
+    assert "\n# reviews\n" in (tmp_path / "here" / "README.md").read_text()
+
+
+def test_a_base_in_a_folder_of_another_system_is_named_without_its_path(folder, tmp_path):
+    copy = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "D:\\clients\\acme\\small-bert"
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    run("card", copy)
+    text = (copy / "README.md").read_text()
+    assert "path/to/small-bert" in text and "acme" not in text

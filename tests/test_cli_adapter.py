@@ -11,7 +11,8 @@ import pytest
 import typer.core
 import typer.main
 from folders import NAMES, save_adapter
-from tiny import tiny_model
+from tiny import tiny_model, wrap
+from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 from peft_sensi.cli.commands import app
@@ -101,3 +102,16 @@ def test_help_is_plain_and_names_every_default(command):
     for each in options:
         if isinstance(each, typer.core.TyperOption) and each.name not in shared and each.default is None:
             assert each.required or "efault" in each.help or each.is_flag, f"{command}: {each.name} has no default"
+
+
+def test_a_model_of_images_is_loaded(tmp_path):
+    """Its input embedding is a convolution over patches, which has no rows for tokens."""
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16,
+                       patch_size=8)  # fmt: skip
+    base = ViTForImageClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    wrap(base, budget=0.5, task_type=None).save_pretrained(tmp_path / "adapter")
+    assert json.loads(call("check", tmp_path / "adapter", "--json"))["ok"]
+    call("merge", tmp_path / "adapter", tmp_path / "small")
+    assert json.loads(call("check", tmp_path / "small", "--json"))["ok"]

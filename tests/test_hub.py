@@ -94,6 +94,23 @@ def test_what_somebody_wrote_into_the_card_stays(adapter):
     assert "| method | accuracy |" in again.text and "| sensi | 0.9 |" in again.text
 
 
+@pytest.mark.parametrize(
+    "text", [b"---\nlicense: [\n---\nMine", b"---\n- a\n---\nMine", "Mine: \xe9".encode("latin-1")]
+)
+def test_a_card_that_cannot_be_read_stays_and_loses_no_weights(adapter, tmp_path, text):
+    folder = shutil.copytree(adapter, tmp_path / "run")
+    (folder / "README.md").write_bytes(text)
+    for command in (["card", folder], ["push", folder, "me/mine", "--dry-run"]):
+        result = run(*command)
+        line = result.stderr.splitlines()[-1]
+        assert result.exit_code == 1 and f"{folder / 'README.md'} cannot be read as a model card" in line
+        assert "--debug" not in line
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="cannot be read as a model card"):
+        trained(budget=0.5).save_pretrained(folder)
+    assert (folder / "README.md").read_bytes() == text and (folder / "adapter_model.safetensors").is_file()
+
+
 def test_cards_of_other_methods_are_pefts_own(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
@@ -200,6 +217,7 @@ def private_folder(adapter, tmp_path) -> Path:
         "folder": str(folder),
         "model": str(tmp_path / "SECRET-models" / "base"),
         "data_sha256": {"data.tsv": "ab12"},
+        "hashes": {data: "cd34"},
         "data": {"train": data, "other": [r"C:\Users\SECRET-bob\x.tsv", "~/SECRET/y.csv", "../SECRET/z.csv"]},
         "classes": ["/a/b", "good"],
         "note": f"read from {data}, twice",
@@ -245,6 +263,7 @@ def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
         "train": "data.tsv",
         "other": ["x.tsv", "y.csv", "z.csv"],
     }
+    assert metrics["hashes"] == {"data.tsv": "cd34"}
     assert metrics["note"] == "read from path/to/data.tsv, twice"
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     assert "Trained on path/to/data.tsv in `path/to` by path/to/train.py." in files["README.md"].decode()

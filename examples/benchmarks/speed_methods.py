@@ -187,9 +187,12 @@ METHODS = {
         ours=True,
         merges=True,
     ),
-    "tenth_low_rank": Method("trainable 0.1", _by_us(SensiConfig, budget={"trainable": 0.1}), ours=True, merges=True),
+    # The update is the default with other scores than the random ones of `_by_us`.
+    "tenth_low_rank": Method(
+        "trainable 0.1", _by_us(SensiConfig, budget={"trainable": 0.1}, update="low_rank"), ours=True, merges=True
+    ),
     "hundredth_low_rank": Method(
-        "trainable 0.01", _by_us(SensiConfig, budget={"trainable": 0.01}), ours=True, merges=True
+        "trainable 0.01", _by_us(SensiConfig, budget={"trainable": 0.01}, update="low_rank"), ours=True, merges=True
     ),
     "both": Method(
         "FLOPs 0.5, trainable 0.01, units",

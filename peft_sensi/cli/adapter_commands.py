@@ -77,10 +77,12 @@ def merge(
         json,
         {"folder": str(folder), "parameters": count, "bytes": size, "loads_without_peft_sensi": plain},
         f"{folder}: {count:,} parameters, {size_of(size)}",
-        "All layers have the same widths: AutoModel...from_pretrained loads it, without peft_sensi."
-        if plain
-        else "Layers have different widths: load it with peft_sensi.load_merged(folder),\n"
-        "or, without peft_sensi, with trust_remote_code=True.",
+        Text(
+            "All layers have the same widths: AutoModel...from_pretrained loads it, without peft_sensi."
+            if plain
+            else "Layers have different widths: load it with peft_sensi.load_merged(folder), or, without peft_sensi, "
+            "with trust_remote_code=True."
+        ),
     )
 
 
@@ -126,7 +128,7 @@ def card(
         str | None, option("--repo", "REPO", "The name on the Hub, for the title and the code. Default: the folder's.")
     ] = None,
     folder: Annotated[
-        Path | None, option("--out", "FOLDER", "The folder for the card. Default: the adapter's.")
+        Path | None, option("--out", "FOLDER", "The folder for the card. Default: that of the model.")
     ] = None,
     base: args.Base = None,
     json: args.Json = False,
@@ -137,6 +139,8 @@ def card(
     from ..reporting.saved_merged import open_saved
 
     saved = open_saved(adapter)
+    if folder is None and not Path(adapter).is_dir():  # its files are in the cache, where nothing may be changed
+        raise SensiError(f"{adapter} is on the Hub: give a folder for the card with --out.")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
@@ -183,7 +187,7 @@ def push(
         )  # fmt: skip
     if dry_run:
         who = "private" if private else "public, unless it exists and is private: --private creates a private one"
-        print_result(json, {"repo": repo, "files": listed, "private": private}, f"{repo} would be {who}.")
+        print_result(json, {"repo": repo, "files": listed, "private": private}, Text(f"{repo} would be {who}."))
     else:
         print_result(json, {"url": commit.commit_url, "repo": repo, "files": listed}, commit.commit_url)
 

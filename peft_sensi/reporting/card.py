@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
+from yaml import YAMLError
 
 from ..anatomy.latency import LABELS, latency_facts
 from ..planning.plan import Plan, drawn_rows, rows_of
@@ -24,7 +25,7 @@ from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
-from .results import metrics_of, model_index, results_table, task_record, training_rows
+from .results import is_number, metrics_of, model_index, results_table, task_record, training_rows
 from .saved import (
     TASKS,
     TOKENIZER_CONFIG,
@@ -39,7 +40,7 @@ from .saved import (
 )
 from .saved_merged import SavedMerged, merged_facts, merged_figures
 from .snippets import Head, adapter_snippet, merged_snippet
-from .uploads import CARD, PICTURE
+from .uploads import CARD, PICTURE, last_part
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -183,11 +184,18 @@ def merged_card(
     head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), task_record(metrics))
     facts = merged_facts(figures)
     origin = f"from `{shown}` " if shown else ""
-    tags = ["pruning", *([f"base_model:finetune:{on_hub}"] if on_hub else [])]
+    # The config of a plain checkpoint has the present widths only. Then the record of its training may tell.
+    plan = metrics.get("plan")
+    share = plan.get("params_share") if isinstance(plan, Mapping) else None
+    is_smaller = any(group["kept"] < group["size"] for group in figures["groups"]) or (is_number(share) and share < 1)
+    done = "an adapter was merged into its weights"
+    if is_smaller:
+        done = "the attention heads and neurons that matter least were removed, so its matrices are smaller"
+    tags = [*(["pruning"] if is_smaller else []), *([f"base_model:finetune:{on_hub}"] if on_hub else [])]
     return _fill(
         repo, metrics, pipeline, license, tags, on_hub, library="transformers",
-        sentence=f"A {saved.architecture} with smaller matrices, made {origin}with `peft_sensi`: the attention heads "
-        f"and neurons that matter least were removed. It has {facts['parameters']} parameters.",
+        sentence=f"A {saved.architecture}, made {origin}with `peft_sensi`: {done}. It has {facts['parameters']} "
+        f"parameters.",
         picture=None,
         code=merged_snippet(head, auto_class or saved.architecture, repo, saved.is_plain),
         budget=[],
@@ -230,7 +238,7 @@ def _base_words(base: str | None) -> tuple[str | None, str | None]:
     """The base's name on the Hub, if it has one, and the name to show."""
     on_hub = base if base and is_repo(base) else None
     # Only the last part of a path is shown: the rest helps nobody and may be private.
-    return on_hub, on_hub or (f"path/to/{Path(base).name}" if base else None)
+    return on_hub, on_hub or (f"path/to/{last_part(base)}" if base else None)
 
 
 def _budget(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]]:
@@ -251,13 +259,11 @@ def _budget(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]
 def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) -> None:
     """Saves the card. If there is one already, its metadata and the text around our section stay.
 
-    So does its title, unless it is one of `former_titles`, which an earlier save has given it.
+    So does its title, unless it is one of `former_titles`, which an earlier save has given it. Raises `SensiError` if
+    the file cannot be read as a card; it does not change then.
     """
-    try:
-        old: Any = ModelCard.load(path) if path.is_file() else None
-    except (ValueError, OSError):  # the file is not a card, and is replaced
-        old = None
-    if old is not None:
+    if path.is_file():
+        old = load_card(path)
         section = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
         ours = section.search(card.text)[0]  # type: ignore[index]
         title, old_title = (re.search(r"^# (.+)$", text, re.MULTILINE) for text in (card.text, old.text))
@@ -269,6 +275,18 @@ def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) 
         merged["tags"] = [*(old.data.get("tags") or []), *(card.data.get("tags") or [])]
         card.data = ModelCardData(**merged)
     save_with_tags(card, path)
+
+
+def load_card(path: Path) -> Any:
+    """The model card in a file. Raises `SensiError` if it is not one, so that nothing replaces what somebody wrote."""
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, OSError, YAMLError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SensiError(
+            f"{path} cannot be read as a model card ({reason}), and was not changed: correct the metadata between its "
+            f"two lines ---, save it as UTF-8, or move it away."
+        ) from error
 
 
 def save_with_tags(card: ModelCard, path: Path, tags: Iterable[str] = ()) -> None:

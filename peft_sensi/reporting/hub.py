@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -20,7 +20,7 @@ from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
-from .card import new_card, save_card, save_with_tags, write_card
+from .card import load_card, new_card, save_card, save_with_tags, write_card
 from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, is_repo, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
@@ -134,6 +134,8 @@ def prepare_upload(
     **card: Any,
 ) -> Upload:
     """The files as they are uploaded. Those that differ from the folder's are written to `target`."""
+    if (saved.folder / CARD).is_file():
+        load_card(saved.folder / CARD)  # an error names this file and not its copy
     if isinstance(saved, SavedMerged):
         private = [base] if base and not is_repo(base) else []
         upload = collect(saved.folder, merged_files(saved), private, target)
@@ -152,7 +154,7 @@ def prepare_upload(
     written = write_card(saved, folder=target, repo=repo, base=base, **card)
     upload.files.update({path.name: path for path in written})
     readme = upload.files[CARD]
-    save_with_tags(ModelCard.load(readme), readme, tags)
+    save_with_tags(load_card(readme), readme, tags)
     text = without_paths(readme.read_text(encoding="utf-8"), local_paths(saved.folder, *private))
     readme.write_text(text, encoding="utf-8")
     return upload
@@ -195,6 +197,12 @@ def hook_cards() -> None:
         if not isinstance(self.base_model, SensiModel):
             return update_original(self, output_dir)
         path, tags = Path(output_dir) / "README.md", list[str]()
+        if path.is_file():
+            try:
+                load_card(path)
+            except SensiError as error:  # PEFT writes the card before the weights, so an error would lose them
+                warnings.warn(str(error), stacklevel=3)
+                return None
         with contextlib.suppress(SensiError, IndexError):  # a card that fails must not make the save fail
             name = self.active_adapters[0]
             config, plan = self.peft_config[name], self.base_model.plan(name)
@@ -206,7 +214,7 @@ def hook_cards() -> None:
             save_card(card, path)
             tags = card.data.tags or []
         update_original(self, output_dir)
-        written: Any = ModelCard.load(path)  # PEFT has replaced the tags; a local base stays named, as PEFT does it
+        written: Any = load_card(path)  # PEFT has replaced the tags; a local base stays named, as PEFT does it
         written.data.tags = sorted({*(written.data.tags or []), *tags})
         written.save(path)
 

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -161,8 +162,9 @@ def load_adapter(adapter: SavedAdapter, base: str | None = None, is_trainable: b
     # The base may have a head for other labels. The adapter contains its own head.
     name = base or str(adapter.base)
     model = load_pretrained(_class_of(adapter), name, config=config, ignore_mismatched_sizes=True)
-    embedding: Any = embedding_of(model, "input")
-    if embedding is not None and (rows := _tokens_of(adapter, model, embedding)) > embedding.weight.shape[0]:
+    embedding = embedding_of(model, "input")  # for images, it is a convolution over patches
+    is_table = isinstance(embedding, nn.Embedding)
+    if is_table and (rows := _tokens_of(adapter, model, embedding)) > embedding.weight.shape[0]:
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(rows)
     return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=is_trainable).eval()

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.widths import RECORD_KEY, on_meta
@@ -62,6 +63,8 @@ class SavedMerged:
     @property
     def task(self) -> str | None:
         """PEFT's task type."""
+        if self.architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():  # Marian's class ends in Model
+            return "SEQ_2_SEQ_LM"
         return next((task for ending, task in _ENDINGS.items() if self.architecture.endswith(ending)), None)
 
     @property
@@ -102,7 +105,8 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
     if Path(name).is_dir():
         folder, shown = Path(name), Path(name).resolve().name
     else:
-        wanted = [CONFIG, weights, METRICS, "generation_config.json", *TOKENIZER_FILES, "README.md", "*.png"]
+        code = "modeling_sensi_*.py"  # is not executed, but an upload of the model to another repository needs it
+        wanted = [CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, "README.md", "*.png"]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted))
     if not (folder / weights).is_file():
         raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {CONFIG} names.")

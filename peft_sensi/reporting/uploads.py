@@ -59,7 +59,7 @@ def collect(folder: Path, names: Iterable[str], private_paths: Iterable[str], ta
     `private_paths` are further paths that no text may contain, such as the base model's folder.
 
     Raises:
-        SensiError: A file that should be JSON is none, or the header of a weights file contains a local path.
+        SensiError: A file that should be JSON or UTF-8 is not, or the header of a weights file contains a local path.
     """
     paths = local_paths(folder, *private_paths)
     files: dict[str, Path] = {}
@@ -75,7 +75,7 @@ def collect(folder: Path, names: Iterable[str], private_paths: Iterable[str], ta
                 values.pop(key, None)
             files[name] = _write(target / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         elif path.suffix in _TEXTS:
-            files[name] = _write(target / name, without_paths(path.read_text(encoding="utf-8"), paths))
+            files[name] = _write(target / name, without_paths(_read(path), paths))
         elif path.suffix == ".safetensors":
             _check_header(path, paths)
     left_out = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
@@ -111,15 +111,17 @@ def local_paths(*more: str | Path) -> list[str]:
 
 
 def scrubbed(value: Any, paths: list[str]) -> Any:
-    """A JSON value whose strings have no local paths: of a path, only the last part is left."""
+    """A JSON value whose strings and keys have no local paths: of a path, only the last part is left."""
     if isinstance(value, dict):
-        return {key: v if _NAMES.fullmatch(str(key)) else scrubbed(v, paths) for key, v in value.items()}
+        return {
+            scrubbed(key, paths): v if _NAMES.fullmatch(str(key)) else scrubbed(v, paths) for key, v in value.items()
+        }
     if isinstance(value, list):
         return [scrubbed(item, paths) for item in value]
     if not isinstance(value, str):
         return value
     if _is_path(value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        return last_part(value)
     return without_paths(value, paths)
 
 
@@ -129,10 +131,15 @@ def without_paths(text: str, paths: list[str]) -> str:
     pattern = re.compile(rf"(?<![\w.])(?:file://)?(?:{known})(?![\w-])(?P<rest>[^\s\"'`)\]<>]*)")
 
     def shorten(match: re.Match) -> str:
-        name = re.split(r"[/\\]", match["rest"].rstrip("/\\"))[-1]
+        name = last_part(match["rest"])
         return f"path/to/{name}" if name else "path/to"
 
     return pattern.sub(shorten, text)
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder, also if the path is of another operating system."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def _is_path(text: str) -> bool:
@@ -152,6 +159,13 @@ def _check_header(path: Path, paths: list[str]) -> None:
     texts = header.get("__metadata__", {})
     if scrubbed(texts, paths) != texts:
         raise SensiError(f"The header of {path} contains a path of this machine in `__metadata__`: save it again.")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SensiError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
 
 
 def _write(path: Path, text: str) -> Path:
