@@ -187,7 +187,8 @@ def merged_card(
     # The config of a plain checkpoint has the present widths only. Then the record of its training may tell.
     plan = metrics.get("plan")
     share = plan.get("params_share") if isinstance(plan, Mapping) else None
-    is_smaller = any(group["kept"] < group["size"] for group in figures["groups"]) or (is_number(share) and share < 1)
+    is_smaller = any(group["kept"] < group["size"] for group in figures["groups"])
+    is_smaller |= is_number(share) and float(share or 0) < 1
     done = "an adapter was merged into its weights"
     if is_smaller:
         done = "the attention heads and neurons that matter least were removed, so its matrices are smaller"

@@ -162,9 +162,8 @@ def load_adapter(adapter: SavedAdapter, base: str | None = None, is_trainable: b
     # The base may have a head for other labels. The adapter contains its own head.
     name = base or str(adapter.base)
     model = load_pretrained(_class_of(adapter), name, config=config, ignore_mismatched_sizes=True)
-    embedding = embedding_of(model, "input")  # for images, it is a convolution over patches
-    is_table = isinstance(embedding, nn.Embedding)
-    if is_table and (rows := _tokens_of(adapter, model, embedding)) > embedding.weight.shape[0]:
+    table = embedding_of(model, "input")  # for images, it is a convolution over patches
+    if isinstance(table, nn.Embedding) and (rows := _tokens_of(adapter, model, table)) > table.weight.shape[0]:
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(rows)
     return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=is_trainable).eval()
