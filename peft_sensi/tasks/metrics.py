@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 
-RESAMPLES = 400  # of a bootstrap
+RESAMPLES = 200  # of a bootstrap
 Values = dict[str, float | None]
 
 
