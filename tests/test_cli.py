@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import call, fails, run
 from tiny import tiny_config, tiny_model, wrap
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
@@ -58,24 +59,6 @@ def adapter(work) -> Path:
     call("train", work / "base", "--data", work / "data.tsv", "--budget", "0.5", "--trainable", "0.2", "--epochs", "1",
          "--batch-size", "16", "--lr", "1e-3", "--out", work / "adapter")  # fmt: skip
     return work / "adapter"
-
-
-def run(*arguments, **environment):
-    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", **environment})
-    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
-
-
-def call(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(*arguments, status: int = 1) -> str:
-    result = run(*arguments)
-    assert result.exit_code == status, result.output
-    assert "Traceback" not in result.output
-    return " ".join(result.output.split())
 
 
 def without_head_settings(folder: Path) -> None:

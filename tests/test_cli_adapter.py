@@ -10,30 +10,13 @@ from pathlib import Path
 import pytest
 import typer.core
 import typer.main
+from command import call, fails
 from folders import NAMES, save_adapter
 from tiny import tiny_model, wrap
 from transformers import ViTConfig, ViTForImageClassification
-from typer.testing import CliRunner
 
 from peft_sensi.cli.commands import app
 from peft_sensi.cli.data_options import DATA_OPTIONS, VALIDATION_OPTIONS
-
-
-def run(*arguments):
-    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
-    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
-
-
-def call(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(*arguments, status: int = 1) -> str:
-    result = run(*arguments)
-    assert result.exit_code == status and "Traceback" not in result.output, result.output
-    return " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")

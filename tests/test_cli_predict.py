@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import call, fails, run
 from folders import save_adapter
-from typer.testing import CliRunner
 
-from peft_sensi.cli.commands import app
 from peft_sensi.cli.prediction_files import write_records
+from peft_sensi.tasks import sources
 from peft_sensi.tasks.comparing import mcnemar
 from peft_sensi.tasks.metrics import exact
 from peft_sensi.tasks.predicting import chunks, open_predictor
@@ -22,23 +22,6 @@ from peft_sensi.tasks.task import Rows
 
 TEXTS = ["the film is good", "a bad plot", "", "the story is very very very very poor", "fine"] * 3
 TAGS = ["O", "B-x", "I-x"]
-
-
-def run(*arguments, **environment):
-    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", **environment})
-    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
-
-
-def call(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 1 and "Traceback" not in result.output, result.output
-    return " ".join(result.output.split())
 
 
 def rows_in(path: Path) -> list[dict[str, str]]:
@@ -87,6 +70,14 @@ def test_the_rows_and_their_order_stay(work, tmp_path, suffix):
     assert [str(row["score"]) for row in found] == [str(i) for i in range(len(TEXTS))]
     assert all(1 / 3 <= float(row["predicted_score"]) <= 1 for row in found)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize(("command", "file"), [("predict", "new.csv"), ("evaluate", "test.jsonl")])
+def test_a_file_is_read_once(work, monkeypatch, command, file):
+    calls, read = [], sources.read_part
+    monkeypatch.setattr(sources, "read_part", lambda *a, **k: calls.append(1) or read(*a, **k))
+    call(command, work / "merged", work / file)
+    assert calls == [1]
 
 
 def test_adapter_merged_and_onnx_say_the_same(work, tmp_path):

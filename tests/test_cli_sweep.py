@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from command import run
 from folders import save_tokenizer
 from tiny import tiny_model
-from typer.testing import CliRunner
 
 from peft_sensi import SensiError
 from peft_sensi.cli import train
-from peft_sensi.cli.commands import app
 from peft_sensi.cli.sweep import budgets_of
 from peft_sensi.plotting.sweeps import plot_sweep
 
@@ -25,11 +24,6 @@ def work(tmp_path_factory) -> Path:
     rows = [f"the film is {('bad', 'good')[i % 2]}{' very' * (i % 3)}\t{('no', 'yes')[i % 2]}" for i in range(40)]
     (folder / "data.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
     return folder
-
-
-def run(*arguments):
-    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
-    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
 
 
 def test_one_ranking_serves_all_budgets(work, monkeypatch):

@@ -9,16 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
+import command
 import pytest
 import torch
+from command import fails, run
 from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoModel, BertTokenizerFast, TrainerCallback
-from typer.testing import CliRunner
 
 from peft_sensi import Scores, load_merged
 from peft_sensi.cli import train as train_module
-from peft_sensi.cli.commands import app
 from peft_sensi.cli.run import Run
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
@@ -54,21 +54,8 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*arguments):
-    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
-    return runner.invoke(app, [str(argument) for argument in arguments], prog_name="peft-sensi")
-
-
 def call(*arguments) -> dict:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def fails(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 1 and "Traceback" not in result.output, result.output
-    return " ".join(result.output.split())
+    return json.loads(command.call(*arguments, "--json"))
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .terminal import err, print_result, print_understood, step
 if TYPE_CHECKING:
     from ..tasks.metrics import Quality
     from ..tasks.predicting import Predictor
+    from ..tasks.sources import Source
     from ..tasks.task import Rows, Task
 
 
@@ -103,7 +104,6 @@ def evaluate(
     debug: args.Debug = False,
 ) -> None:
     """Measure a model on labeled rows: each metric with its 95 % interval, and that of always the commonest answer."""
-
     predictor = load_predictor(model, base, show=not json)
     task = labeled_rows(predictor, data, reading, show=not json)
     with step(f"predicting {len(task.train.raw):,} rows", show=not json):
@@ -179,18 +179,16 @@ def rows_of(
     """Tokenized rows, and the rows of a table as they are in the file (empty for words and answers)."""
     from ..tasks.kinds import rows_for_prediction
     from ..tasks.reading import same_columns
-    from ..tasks.sources import read_source
-    from ..tasks.task import Options
 
     options = trained_lengths(predictor) | {name: value for name, value in reading.items() if value is not None}
     originals: list[dict[str, Any]] = []
+    source: Any = data
     with step("reading the data", show=show):
         if predictor.kind == "text":
-            known = {name: value for name, value in options.items() if name in _FORMAT}
-            parts = read_source(data, predictor.kind, Options(**known)).train
-            originals = same_columns([row for part in parts for row in part.rows])
+            source = read_tables(data, options)
+            originals = same_columns([row for part in source.train for row in part.rows])
             options = trained_columns(predictor, originals[0]) | options
-        rows, lines, doubts = rows_for_prediction(predictor.kind, predictor.tokenizer, data, **options)
+        rows, lines, doubts = rows_for_prediction(predictor.kind, predictor.tokenizer, source, **options)
     print_understood(lines, [*doubts, *untrained_columns(predictor, options)])
     return rows, originals
 
@@ -202,23 +200,29 @@ def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, An
     none is named, that split is used, because the model may have been trained on the other one.
     """
     from ..tasks.kinds import read_task
-    from ..tasks.sources import read_source
-    from ..tasks.task import Options
 
     given = {"task": None, **reading}
     named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
     options = trained_lengths(predictor) | named
-    if predictor.kind == "text":
-        known = {name: value for name, value in options.items() if name in _FORMAT}
-        first = read_source(data, predictor.kind, Options(**known)).train[0].rows[0]
-        options = trained_columns(predictor, first, labels=True) | options
+    source: Any = data
     with step("reading the data", show=show):
+        if predictor.kind == "text":
+            source = read_tables(data, options)
+            options = trained_columns(predictor, source.train[0].rows[0], labels=True) | options
         task = read_task(
-            predictor.source, data, kind=predictor.kind, config=predictor.config, validation_share=0.0,
+            predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
             head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
     print_understood(task.lines, [*task.doubts, *untrained_columns(predictor, options)])
     return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
+
+
+def read_tables(data: list[str], options: Mapping[str, Any]) -> Source:
+    """The tables of texts. Their columns are needed to choose the options with which they become a task."""
+    from ..tasks.sources import read_source
+    from ..tasks.task import Options
+
+    return read_source(data, "text", Options(**{name: options[name] for name in _FORMAT if name in options}))
 
 
 def trained_lengths(predictor: Predictor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .splitting import by_group, hold_out, sample
 from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of
 
 
-Data = str | Path | Iterable[str | Path]
+Data = str | Path | Iterable[str | Path] | Source
 
 
 def read_task(
@@ -34,7 +34,8 @@ def read_task(
 
     Args:
         model: The name of a model on the Hub, or the folder of a model or an adapter.
-        data: Files, folders or data sets. Their rows are for training, except those of a split for validation.
+        data: Files, folders or data sets, or what `read_source` has read of them. Their rows are for training, except
+            those of a split for validation.
         validation: The same for validation. `None`: the data's own split, or else `validation_share` of its rows.
         kind: What is predicted. `None` is recognized from the file.
         head: The labels of a trained head (`labels_of_head`): the labels of the file then get the same numbers.
@@ -45,9 +46,9 @@ def read_task(
         DataError: The data cannot be used. The message names the file, the row, and the option that settles it.
     """
     wanted = Options(**options)
-    source = read_source(data, kind, wanted)
+    source = _source_of(data, kind, wanted)
     if validation is not None:
-        other = read_source(validation, kind, replace(wanted, split=None))
+        other = _source_of(validation, kind, replace(wanted, split=None))
         source = Source(source.train, other.train, source.notes + other.notes)
     kind = kind or kind_of(source.train[0])
     tokenizer = load_tokenizer(kind, model, config)
@@ -74,7 +75,7 @@ def rows_for_prediction(
     """
     wanted = Options(**options)
     limit = limit_of(tokenizer, max_length or KINDS[kind][2])
-    source = read_source(data, kind, wanted, labeled=False)
+    source = _source_of(data, kind, wanted, labeled=False)
     parts = source.train
     notes = [*source.notes, *(note for part in parts for note in part.notes)]
     if kind == "text":
@@ -115,6 +116,10 @@ def kind_of(part: Part) -> Kind:
     if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS):
         return "words"
     return "text"
+
+
+def _source_of(data: Data, kind: str | None, options: Options, labeled: bool = True) -> Source:
+    return data if isinstance(data, Source) else read_source(data, kind, options, labeled)
 
 
 def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
