@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import read_json_object, write_atomically
+from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import data_frame, html_table
 
 
@@ -168,8 +167,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the table as JSON, under a temporary name first. Raises `SensiError` if that fails."""
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
-        write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:

@@ -12,6 +12,7 @@ from ..utils.errors import BudgetError, SensiError
 
 PICTURES = (".png", ".svg", ".pdf")
 UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
+SCORES = "scores.safetensors"  # what `train`, `trim` and `sweep` save for other budgets
 
 
 def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
@@ -21,17 +22,18 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
         SensiError: The folder holds a model, or an adapter that neither `overwrite` nor `resume` allows to change; or
             nothing can be written to it.
     """
-    from ..merging.foreign import OTHER_WEIGHTS, WEIGHTS
+    from ..merging.foreign import OTHER_WEIGHTS
+    from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
+    from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
-    if found := [name for name in (WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
+    if found := [name for name in (MODEL_WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
         raise SensiError(
             f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
             f"another folder as --out."
         )
-    own = [name for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.json", UNFINISHED)
-           if (folder / name).exists()]  # fmt: skip
+    own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED) if (folder / name).exists()]
     if own and not overwrite and not resume:
         ways = "give another --out, or replace it with --overwrite"
         if UNFINISHED in own:

@@ -7,21 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.text import Text
-
 from ..reporting.tables import facts_table, records_table
 from ..utils.errors import SensiError
-from ..utils.formatting import human, size_of
+from ..utils.formatting import human, interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import argument, option
 from .checks import check_file
 from .data_options import DATA_OPTIONS, task_options, with_data_options
 from .loading import load_predictor
-from .terminal import err, print_result, print_understood, step
+from .terminal import print_result, print_understood, print_warning, step
 
 
 if TYPE_CHECKING:
-    from ..tasks.metrics import Quality
     from ..tasks.predicting import Predictor
     from ..tasks.sources import Source
     from ..tasks.task import Rows, Task
@@ -111,9 +108,9 @@ def evaluate(
     with step("computing metrics and their intervals", show=not json):
         quality = task.measure(outputs, task.train, None)
     for remark in quality.remarks:
-        err.print(Text.assemble(("warning: ", "yellow"), remark.replace("validation rows", "rows")), soft_wrap=True)
+        print_warning(remark.replace("validation rows", "rows"))
     rows = [
-        [name, number(value), interval(quality, name), number(quality.baseline.get(name))]
+        [name, metric_text(value), interval_text(quality.intervals.get(name)), metric_text(quality.baseline.get(name))]
         for name, value in quality.values.items()
     ]
     print_result(
@@ -157,7 +154,7 @@ def compare(
         sizes.append({"parameters": predictor.parameters, "bytes": predictor.bytes})
     result = compare_rows([own for own, _ in measured], outputs)
     qualities = [quality for _, quality in measured]
-    rows = [[metric, *(number(q.values.get(metric)) for q in qualities)] for metric in qualities[0].values]
+    rows = [[metric, *(metric_text(q.values.get(metric)) for q in qualities)] for metric in qualities[0].values]
     rows += [["parameters", *(human(s["parameters"]) if s["parameters"] else "-" for s in sizes)],
              ["file", *(size_of(s["bytes"]) for s in sizes)]]  # fmt: skip
     figures = [
@@ -272,12 +269,3 @@ def records_of(
             values = found
         # A column of the file is never replaced.
         yield own | {(f"predicted_{name}" if name in own else name): value for name, value in values.items()}
-
-
-def number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def interval(quality: Quality, name: str) -> str:
-    bounds = quality.intervals.get(name)
-    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"

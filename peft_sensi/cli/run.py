@@ -27,11 +27,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..reporting.facts import plan_figures
+from ..reporting.saved import METRICS, WEIGHTS
 from ..tasks.metrics import Quality
 from ..tasks.task import Task
 from ..tasks.weights import balanced_weights, weighted_loss
 from ..utils.errors import SensiError
-from ..utils.files import read_json_object, write_atomically
+from ..utils.files import read_json_object, write_text_atomically
 from ..utils.progress import show_progress
 from .checks import UNFINISHED
 from .rates import WHOLE, default_rate
@@ -187,7 +188,7 @@ class Run:
             "bf16": self.training.bf16,
             "trained_values": plan.trainable_params,
             "plan": plan_figures(plan),
-            "weight_bytes": (self.folder / "adapter_model.safetensors").stat().st_size,
+            "weight_bytes": (self.folder / WEIGHTS).stat().st_size,
             "versions": versions(),
             "data_sha256": {Path(name).name: found for name, found in self.task.hashes.items()},
             "base_revision": getattr(base, "_commit_hash", None),
@@ -195,15 +196,14 @@ class Run:
             "command": sys.argv[1:],
         }
         (self.folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody needs with the adapter
-        self._write("metrics.json", result)
+        self._write(METRICS, result)
         remove_checkpoints(self.folder)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return result
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         if PartialState().process_index == 0:
-            text = json.dumps(value, indent=2, default=str)
-            write_atomically(self.folder / name, lambda path: Path(path).write_text(text, encoding="utf-8"))
+            write_text_atomically(self.folder / name, json.dumps(value, indent=2, default=str))
 
 
 def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,17 @@ from rich.text import Text
 from ..planning.budget import Budget
 from ..reporting.tables import records_table
 from ..utils.errors import SensiError
-from ..utils.formatting import human
+from ..utils.files import write_text_atomically
+from ..utils.formatting import human, interval_text, metric_text
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables
-from .checks import check_budget, check_out
+from .checks import SCORES, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
-from .terminal import err, print_result, step
+from .terminal import err, print_result, print_warning, step
 
 
-TABLE, PICTURE, SCORES = "sweep.json", "sweep.png", "scores.safetensors"
+TABLE, PICTURE = "sweep.json", "sweep.png"
 
 
 @with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
@@ -96,10 +97,7 @@ def sweep(
     whole = add_times(points, [str(folder) for folder in folders.values()], base, sequence_length, rounds, json)
     table = {"model": model, "metric": task.main_metric, "base_parameters": base.num_parameters(), "base_ms": whole,
              "sequence_length": sequence_length, "points": points}  # fmt: skip
-    from ..utils.files import write_atomically
-
-    text = jsonlib.dumps(table, indent=2) + "\n"
-    write_atomically(out_folder / TABLE, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_text_atomically(out_folder / TABLE, jsonlib.dumps(table, indent=2) + "\n")
     lines = [f"table: {out_folder / TABLE}"]
     if (picture := draw(points, table, out_folder / PICTURE)) is not None:
         lines.append(f"picture: {picture}")
@@ -152,7 +150,7 @@ def add_times(
         with step("measuring times", show=not quiet), torch.no_grad():
             whole, times = time_models(base.float().cpu().eval(), models, sequence_length=length, rounds=rounds)
     except SensiError as error:
-        err.print(Text.assemble(("warning: ", "yellow"), f"no times: {error}"), soft_wrap=True)
+        print_warning(f"no times: {error}")
         return None
     for point, folder in zip(points, folders, strict=True):
         point["ms"] = times[folder]
@@ -189,7 +187,7 @@ def points_table(points: list[dict[str, Any]], table: dict[str, Any]) -> Any:
             f"{point['budget']:g}",
             f"{human(point['parameters'])} ({share:.1%})",
             "-" if ms is None else f"{ms:.3g} ms ({ms / table['base_ms']:.1%})",
-            "undefined" if value is None else f"{value:.4f}",
-            "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}",
+            metric_text(value),
+            interval_text(bounds),
         ])  # fmt: skip
     return records_table(["budget", "parameters", "time", table["metric"], "95 % interval"], rows)

@@ -83,7 +83,7 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        err.print(Text.assemble(("warning: ", "yellow"), " ".join(str(message).split())), soft_wrap=True)
+        print_warning(" ".join(str(message).split()))
 
     warnings.showwarning = show
 
@@ -97,6 +97,10 @@ def step(what: str, show: bool = True) -> Iterator[None]:
         yield
     if show:
         err.print(Text(f"{what}: {time.perf_counter() - start:.1f} s", "dim"))
+
+
+def print_warning(text: str) -> None:
+    err.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
 
 def print_understood(lines: Sequence[str], doubts: Sequence[str]) -> None:

@@ -25,14 +25,13 @@ from ..tasks.task import Task
 from ..tasks.weights import weighted_model_loss
 from ..tuner.config import SensiConfig
 from ..tuner.schedule import SensiCallback
-from .checks import check_budget
+from .checks import SCORES, check_budget
 from .rates import rate_line
 from .run import Run, Training
 from .terminal import err
 
 
 CALIBRATION = 72  # batches; a trim refits on so many, and a wrap reads fewer
-SCORES = "scores.safetensors"  # in the folder of the adapter
 
 
 def score_for(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, **options: Any) -> Scores:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.text import Text
-
 from ..reporting.tables import facts_table, records_table
 from ..utils.errors import SensiError
-from ..utils.formatting import size_of
+from ..utils.formatting import metric_text, size_of
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables, read_data
 from .checks import check_latency_tables, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
-from .terminal import err, print_result, step
+from .terminal import err, print_result, print_warning, step
 
 
 # What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
@@ -123,7 +121,7 @@ def train(
         "training": f"{result['seconds']['training']:.0f} s",
     }
     for remark in result["validation_remarks"]:
-        err.print(Text.assemble(("warning: ", "yellow"), remark), soft_wrap=True)
+        print_warning(remark)
     print_result(json, result, facts_table(facts), f"saved in {out_folder}")
 
 
@@ -210,10 +208,7 @@ def trim(
     measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
     if heal_epochs:
         measured[f"after {heal_epochs:g} epochs"] = "validation"
-    rows = [
-        [when, *("undefined" if value is None else f"{value:.4f}" for value in result[key].values())]
-        for when, key in measured.items()
-    ]
+    rows = [[when, *map(metric_text, result[key].values())] for when, key in measured.items()]
     table = records_table(["", *result["validation"]], rows)
     print_result(json, result, table, f"saved in {out_folder}")
 
@@ -225,6 +220,6 @@ def quality_facts(result: dict[str, Any]) -> dict[str, str]:
         low, high = result["validation_interval"].get(name, (None, None))
         constant = result["validation_baseline"].get(name)
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        baseline = "" if constant is None else f", always the most frequent: {constant:.4f}"
-        facts[name] = "undefined" if value is None else f"{value:.4f}{interval}{baseline}"
+        baseline = "" if constant is None else f", always the most frequent: {metric_text(constant)}"
+        facts[name] = metric_text(value) + ("" if value is None else interval + baseline)
     return facts

@@ -23,7 +23,7 @@ from ..anatomy.latency import FORMAT, LatencyTable
 from ..anatomy.latency_points import Kind, point_name, table_from
 from ..utils.checks import shown
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import read_json_object, write_atomically
+from ..utils.files import read_json_object, write_text_atomically
 from ..utils.timing import Run, clock_for, processor_name, time_variants
 
 
@@ -108,7 +108,7 @@ def write_graphs(folder: Path, described: Mapping[str, Any], kinds: list[Kind]) 
     """Writes `graphs.json`. `described` has all of its keys except `format` and `kinds`."""
     listed = [{"shape": k.shape, "groups": k.groups, "units": k.units, "counts": list(k.counts)} for k in kinds]
     text = json.dumps({"format": GRAPHS_FORMAT, **described, "kinds": listed}, indent=1) + "\n"
-    write_atomically(folder / GRAPHS, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text_atomically(folder / GRAPHS, text)
 
 
 def read_graphs(folder: str | os.PathLike) -> tuple[dict[str, Any], list[Kind]]:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ..merging.hashes import HASH_KEY
 from ..planning.measuring import example_inputs
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from .results import metrics_of
-from .saved import CONFIG, TOKENIZER_CONFIG, SavedAdapter, load_adapter, load_pretrained
+from .saved import CONFIG, TOKENIZER_CONFIG, WEIGHTS, SavedAdapter, load_adapter, load_pretrained
 from .saved_merged import SavedMerged, load_whole, open_saved, tokenizer_of
 
 
@@ -50,9 +51,9 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
         yield Finding("files", WRONG, str(error))
         return
     is_merged = isinstance(saved, SavedMerged)
-    weights = saved.folder / (saved.weights if isinstance(saved, SavedMerged) else "adapter_model.safetensors")
+    weights = saved.folder / (saved.weights if isinstance(saved, SavedMerged) else WEIGHTS)
     if is_merged:
-        hashed = "peft_sensi_hash" in saved.values  # type: ignore[union-attr]
+        hashed = HASH_KEY in saved.values  # type: ignore[union-attr]
         text = "config.json and the weights are those that were saved"
         yield Finding("files", OK if hashed else NOTE, text if hashed else "the folder has no hash to compare with")
     else:

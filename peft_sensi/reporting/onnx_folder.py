@@ -10,7 +10,7 @@ from typing import Any
 
 from ..merging.onnx import ExportReport
 from ..utils.errors import SensiError
-from ..utils.files import read_json_object, write_atomically
+from ..utils.files import read_json_object, write_text_atomically
 from .results import metrics_of, task_record
 from .saved import SavedAdapter, task_of
 from .saved_merged import SavedMerged, tokenizer_of
@@ -66,9 +66,8 @@ def write_companions(
         "int8": report.int8.path.name if report.int8 else None,
         "task": record,
     }
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     target = file.with_suffix(".json")
-    write_atomically(target, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_text_atomically(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     written = [target]
     if tokenizer is not None and file.parent.resolve() != saved.folder.resolve():
         written += [Path(name) for name in tokenizer.save_pretrained(file.parent) if Path(name).is_file()]

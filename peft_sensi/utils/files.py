@@ -54,6 +54,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     flush(path.parent)
 
 
+def write_text_atomically(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file as UTF-8, as `write_atomically` does."""
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
 def move_files(files: Sequence[Path], folder: Path) -> None:
     """Moves files into a folder on the same disk, in the given order. Existing files of these names are replaced.
 

@@ -28,6 +28,16 @@ def size_of(count: float) -> str:
     return f"{human(count)}{'B' if count >= 1000 else ' B'}"
 
 
+def metric_text(value: float | None) -> str:
+    """A metric with four digits. `None` is one that is undefined."""
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def interval_text(bounds: Sequence[float] | None) -> str:
+    """The lower and the upper bound of a metric, with three digits; empty if it has no interval."""
+    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """The parts in which paths differ from each other.
 
