@@ -34,6 +34,7 @@ from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
 from .predictions import read_latency
+from .rescoring import enough, labeled_by
 from .slicing import config_after, trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
@@ -64,7 +65,7 @@ def close_units(
         with preserved(root), merged_in_place(root, adapter_name):
             root.eval()
             options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
-            scores = score_units(root, anatomy, batches, options)
+            scores = score_units(root, anatomy, labeled_by(root, config, batches, options), options)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
     length = plan_of(root, config).sequence_length
     plan = make_plan(
@@ -107,7 +108,8 @@ def _refitted(
         return {}
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
-        return refit_changes(root, before.without(wanted.trimmed_units), batches, loss_fn, progress=False)
+        to_refit = enough(batches, config.calibration_steps)
+        return refit_changes(root, before.without(wanted.trimmed_units), to_refit, loss_fn, progress=False)
 
 
 def _add_change(

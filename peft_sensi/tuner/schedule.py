@@ -41,6 +41,7 @@ from .carry import obstacle
 from .config import SensiConfig
 from .cuts import close_units, open_units
 from .predictions import exceeds
+from .rescoring import REFIT_BATCHES
 from .slicing import config_after, slices_of
 from .wrapping import root_of, shrink
 
@@ -97,7 +98,7 @@ class Schedule:
         self.batches: list[Mapping[str, Any]] | None = None
         with distributed.synchronized("preparing the schedule"):
             if calibration is not None and self.phase["phase"] == "cut":
-                self.batches = materialize(calibration, self.config.calibration_steps)
+                self.batches = materialize(calibration, REFIT_BATCHES * self.config.calibration_steps)
             self.switches = self._switches(total_steps, steps_per_epoch)
         self.done_steps = 0
         if isinstance(self.model, PeftModel):  # no other kind of model has the guard

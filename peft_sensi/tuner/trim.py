@@ -5,7 +5,6 @@ Scores the units of the adapted model, makes a plan, refits the kept weights by 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,8 +28,6 @@ from ..planning.refit import Refitted
 from ..planning.trimmed import assign, reassigned
 from ..scoring.calibration import ScoringOptions, materialize, preserved
 from ..scoring.compute import score_units
-from ..scoring.criteria import DATA_METHODS
-from ..scoring.drawn_labels import draw_labels
 from ..scoring.methods import METHODS
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
@@ -41,15 +38,12 @@ from .cuts import recounted
 from .decision import is_refitted
 from .in_place import kept_columns, merged_in_place, refit_changes
 from .predictions import read_latency
+from .rescoring import REFIT_BATCHES, enough, labeled_by
 from .targets import anatomy_of
 from .wrapping import shrink
 
 
 LEARNED_WHILE_PRIMING = ("mask", "movement")
-# A trim refits on more batches than it scores, because nothing else makes up for what it removes if no training
-# follows. The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
-REFIT_BATCHES = 3  # times `calibration_steps`, at most
-REFIT_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ def _decide(
         # Inside `preserved`, because a shuffling data loader draws random numbers.
         steps = options.calibration_steps
         batches = None if inputs.calibration is None else materialize(inputs.calibration, REFIT_BATCHES * steps)
-        to_refit = None if batches is None else _enough(batches, steps)
+        to_refit = None if batches is None else enough(batches, steps)
         root.eval()
         # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
         now = anatomy_of(root, config, before.targets)
@@ -168,7 +162,7 @@ def _decide(
         fits = is_refitted(root, config, now, config.refit if refits is None else refits)
         for interim in _stages(before, limits):
             with _closed(root, _plan_of_merged(now, before, after), changes):
-                found = score_units(root, now, _labeled_by(root, config, batches, options), options)
+                found = score_units(root, now, labeled_by(root, config, batches, options), options)
                 kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
                 scores = _of_all_units(found, present, kept)
                 wanted = make_plan(
@@ -189,23 +183,6 @@ def _decide(
         refitted = {name: (w[:, kept_columns(small, name)], bias) for name, (w, bias) in changes.items()}
     plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
-
-
-def _labeled_by(
-    root: nn.Module, config: SensiConfig, batches: list[Mapping[str, Any]] | None, options: ScoringOptions
-) -> list[Mapping[str, Any]] | None:
-    """The batches with labels drawn from the model's predictions, if they matter and the loss is the model's own."""
-    if batches is None or options.loss_fn is not None or options.score not in DATA_METHODS:
-        return batches
-    scored = batches[: options.calibration_steps]
-    return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
-
-
-def _enough(batches: list[Mapping[str, Any]], least: int) -> list[Mapping[str, Any]]:
-    """The first `least` batches, and more of them as long as all have at most `REFIT_TOKENS` tokens."""
-    sizes = [ids.numel() if isinstance(ids := batch.get("input_ids"), torch.Tensor) else math.inf for batch in batches]
-    totals = list(itertools.accumulate(sizes))
-    return batches[: max(least, sum(total <= REFIT_TOKENS for total in totals))]
 
 
 def _stages(before: Plan, limits: Budget) -> list[Budget]:

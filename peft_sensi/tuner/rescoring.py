@@ -1,0 +1,40 @@
+"""The batches with which a trained model is scored and refitted: for a trim, and for cuts during a training."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..scoring.calibration import ScoringOptions
+from ..scoring.criteria import DATA_METHODS
+from ..scoring.drawn_labels import draw_labels
+from .config import SensiConfig
+
+
+# A trained model is refitted on more batches than it is scored with, because little or no training follows that could
+# make up for what is removed. The limit on tokens bounds memory: the hidden states of all these tokens are held at the
+# same time.
+REFIT_BATCHES = 3  # times `calibration_steps`, at most
+REFIT_TOKENS = 65_536
+
+
+def labeled_by(
+    root: nn.Module, config: SensiConfig, batches: list[Mapping[str, Any]] | None, options: ScoringOptions
+) -> list[Mapping[str, Any]] | None:
+    """The batches with labels drawn from the model's predictions, if they matter and the loss is the model's own."""
+    if batches is None or options.loss_fn is not None or options.score not in DATA_METHODS:
+        return batches
+    scored = batches[: options.calibration_steps]
+    return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
+
+
+def enough(batches: list[Mapping[str, Any]], least: int) -> list[Mapping[str, Any]]:
+    """The first `least` batches, and more of them as long as all have at most `REFIT_TOKENS` tokens."""
+    sizes = [ids.numel() if isinstance(ids := batch.get("input_ids"), torch.Tensor) else math.inf for batch in batches]
+    totals = list(itertools.accumulate(sizes))
+    return batches[: max(least, sum(total <= REFIT_TOKENS for total in totals))]
