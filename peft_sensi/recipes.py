@@ -38,13 +38,13 @@ def sensi_bert(
             beside the weights.
         granularity: `"tensor"` keeps or removes whole sublayers.
         trim: When the model is trimmed: `"after warm-up"` is after the first tenth of the training, `"in cuts"` is in
-            four cuts until the middle of the training, and `"late"` is once, after 40 %, when the model has learned
+            four cuts until the middle of the training, and `"late"` is once, after 60 %, when the model has learned
             the task. Late is best for hard tasks.
 
     Raises:
         SensiError: If `trim` is none of these.
     """
-    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4), "late": (0.4, 0.4, 1)}
+    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4), "late": (0.6, 0.6, 1)}
     if trim not in cuts:
         raise SensiError(f"`trim` must be one of {', '.join(cuts)}, got {trim!r}.")
     if (when := cuts[trim]) is not None:
