@@ -1,4 +1,4 @@
-"""A fresh task head starts at the prior of the labels, or as priming left it."""
+"""A fresh task head starts as priming left it, and at the prior of the labels if that explains most of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_model, wrap
 from torch import nn
 
 from peft_sensi import compute_scores
+from peft_sensi.scoring.calibration import ScoringOptions
+from peft_sensi.scoring.priming import primed
 
 
 def fresh(**changes) -> nn.Module:
@@ -27,11 +29,11 @@ def log_prior(batches) -> torch.Tensor:
     return (counts / counts.sum()).log()
 
 
-def skewed(count: int = 3) -> list[dict[str, torch.Tensor]]:
-    batches = tiny_batches(count)
-    for batch in batches:
-        batch["labels"] = torch.tensor([0, 0, 0, 2])
-    return batches
+def skewed(count: int = 3, labels=(0, 0, 0, 0)) -> list[dict[str, torch.Tensor]]:
+    return [{**batch, "labels": torch.tensor(labels)} for batch in tiny_batches(count)]
+
+
+EVEN = (0, 0, 0, 2)  # more than half of the largest entropy
 
 
 OPTIONS = [
@@ -50,6 +52,32 @@ def test_without_priming_a_fresh_head_starts_at_the_log_prior(options):
     torch.testing.assert_close(head(model).bias.detach(), log_prior(batches))
     assert torch.equal(head(model).weight, fresh().classifier.weight)
     assert_same_tensors(snapshot(model.base_model.model.classifier.original_module), snapshot(fresh().classifier))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_head_starts_without_the_prior_of_classes_that_all_occur(options):
+    model = wrap(fresh(), **{"budget": 0.5, "calibration": skewed(labels=EVEN), **options})
+    assert not head(model).bias.any()
+
+
+@pytest.mark.parametrize(("labels", "starts_at_prior"), [((0, 0, 0, 0), True), (EVEN, False)], ids=["uneven", "even"])
+def test_priming_itself_starts_at_the_prior(labels, starts_at_prior):
+    batches = skewed(labels=labels)
+    scores = compute_scores(fresh(), batches, priming_steps=4, priming_lr=1e-6, progress=False)
+    expected = log_prior(batches) if starts_at_prior else torch.zeros(3)
+    torch.testing.assert_close(scores.head["classifier.bias"], expected, atol=1e-4, rtol=0)
+
+
+def test_what_priming_adds_to_the_prior_stays():
+    batches = skewed(labels=EVEN)
+    model = fresh()
+    options = ScoringOptions(priming_steps=4, priming_lr=1e-2, progress=False)
+    torch.manual_seed(options.seed)
+    with primed(model, batches, options):
+        learned = model.classifier.bias.detach() - log_prior(batches)
+    scores = compute_scores(fresh(), batches, priming_steps=4, priming_lr=1e-2, progress=False)
+    assert learned.abs().min() > 1e-3
+    torch.testing.assert_close(scores.head["classifier.bias"], learned)
 
 
 def test_without_priming_the_head_of_a_regression_starts_at_the_mean():

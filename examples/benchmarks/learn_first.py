@@ -5,9 +5,9 @@
 
 For each model, task and seed, `--ways` selects from:
 
-- `full`: full fine-tuning, and `longer`: with twice the epochs.
+- `full`: full fine-tuning, and `longer`: with twice the epochs. `prior`: its head starts at the prior of the labels.
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning.
-- `late`: one training of as many epochs, trimmed on the way; and of a third more, which take as long as `full`.
+- `late`: one training of as many epochs, trimmed on the way.
 - `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=1.0)`, then `trim(...)`, no training after.
 - `healed`: `trimmed`, then one epoch. `taught` is the same; half of its loss is the distance to the fine-tuned model.
 - `thorough`: `SensiConfig(budget=1.0)` is trained like full fine-tuning; then `trim(...)`; then no training
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import time
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
@@ -41,6 +40,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from peft_sensi import SensiConfig, recipes
+from peft_sensi.scoring.head import start_head_at_prior
 
 from common import write_json
 
@@ -113,6 +113,13 @@ def longer(run: Seed, budgets: list[float]) -> None:
         run.rows.add(row, model, run.fit(model, 2 * run.epochs, RATE))
 
 
+def prior(run: Seed, budgets: list[float]) -> None:
+    if run.rows.missing(row := "full, head at the prior"):
+        model = run.base()
+        start_head_at_prior(model, list(run.data.calibration()))
+        run.rows.add(row, model, run.fit(model, run.epochs, RATE))
+
+
 def fast(run: Seed, budgets: list[float]) -> None:
     for budget in budgets:
         if run.rows.missing(row := f"fast to {budget:g}"):
@@ -121,12 +128,11 @@ def fast(run: Seed, budgets: list[float]) -> None:
 
 
 def late(run: Seed, budgets: list[float]) -> None:
-    lengths = {"": run.epochs, ", a third more epochs": run.epochs * 4 // 3}
-    for budget, (words, epochs) in itertools.product(budgets, lengths.items()):
-        if run.rows.missing(row := f"late to {budget:g}{words}"):
+    for budget in budgets:
+        if run.rows.missing(row := f"late to {budget:g}"):
             schedule = recipes.sensi_bert(budget, trim="late").schedule
             model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
-            run.rows.add(row, model, seconds + run.fit(model, epochs, RATE))
+            run.rows.add(row, model, seconds + run.fit(model, run.epochs, RATE))
 
 
 def trimmed(run: Seed, budgets: list[float]) -> None:
@@ -171,7 +177,7 @@ def thorough(run: Seed, budgets: list[float]) -> None:
             run.rows.add(names[budget, count], healed, seconds_there + more)
 
 
-WAYS = {way.__name__: way for way in (full, trimmed, healed, taught, late, thorough, fast, longer)}
+WAYS = {way.__name__: way for way in (full, trimmed, healed, taught, late, thorough, fast, longer, prior)}
 
 
 def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn.Module) -> torch.Tensor:

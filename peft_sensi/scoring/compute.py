@@ -17,6 +17,7 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
 from .criteria import CRITERIA
+from .head import head_to_train
 from .scores import Scores
 
 
@@ -103,4 +104,5 @@ def score_units(
     # Dropout during priming is random: with the same data and seed, the plan is the same.
     torch.manual_seed(options.seed + distributed.rank())
     found = CRITERIA[method].function(model, anatomy, batches, options)
-    return Scores(found.values, method, length, found.protected, found.head)
+    head = head_to_train(model, batches, found.head) if found.head and batches is not None else {}
+    return Scores(found.values, method, length, found.protected, head)

@@ -29,7 +29,7 @@ class Scores:
         method: The criterion, or `none` if the units were not ranked.
         sequence_length: Mean padded length of the calibration batches, in tokens.
         protected: `{group: [units]}`, bool: outlier neurons and heads, which no plan should cut (see `outliers`).
-        head: Parameters of the task head after priming, by their names in the base model.
+        head: Parameters from which the task head starts after priming, by their names in the base model.
     """
 
     values: dict[str, torch.Tensor]

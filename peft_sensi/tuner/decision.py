@@ -31,7 +31,7 @@ from ..planning.refit import Refitted, refit
 from ..scoring.calibration import image_tokens, materialize, preserved
 from ..scoring.compute import score_units
 from ..scoring.criteria import only_seen
-from ..scoring.head import head_at_prior
+from ..scoring.head import head_to_train
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -239,8 +239,7 @@ def decide(
     if is_refitted(model, config, anatomy, config.refit) and batches is not None and plan.trims:
         model.eval()
         refitted = refit(model, plan, batches[: config.calibration_steps], inputs.loss_fn, distributed.rank() == 0)
-    # Without priming, the head's first steps would be spent on the prior.
-    head = scores.head or (head_at_prior(model, batches) if batches is not None else {})
+    head = scores.head or (head_to_train(model, batches) if batches is not None else {})
     ranked = scores if scores.method != "none" else None
     return Decision(plan, slices_of(model, config, plan), refitted, head, ranked)
 
