@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from peft_sensi import Budget, BudgetError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import in_place, wrapping
-from peft_sensi.tuner.trim import REFIT_TOKENS, _enough, _stages
+from peft_sensi.tuner.rescoring import REFIT_TOKENS, enough
+from peft_sensi.tuner.trim import _stages
 from peft_sensi.utils.states import TRIMMED, TUNED
 
 
@@ -399,7 +400,7 @@ def test_keeping_everything_needs_no_scores(monkeypatch):
 
 def test_the_recipe_cuts_late():
     config = recipes.sensi_bert(0.5, trim="late")
-    assert config.schedule == {"phase": "cut", "start": 0.4, "end": 0.4, "cuts": 1} and config.score == "fisher"
+    assert config.schedule == {"phase": "cut", "start": 0.6, "end": 0.6, "cuts": 1} and config.score == "fisher"
     with pytest.raises(SensiError, match="refit"):
         SensiConfig(budget=0.5, schedule={**LATE, "refit": "yes"})
 
@@ -450,7 +451,7 @@ def test_a_phase_that_is_not_a_cut_stays(tmp_path):
 
 def test_a_trim_refits_on_more_batches_than_it_scores_unless_they_are_long():
     batches = tiny_batches(9)
-    assert _enough(batches, 3) == batches
+    assert enough(batches, 3) == batches
     long = [{"input_ids": torch.zeros(REFIT_TOKENS // 2, 1, dtype=torch.long)}] * 9
-    assert len(_enough(long, 1)) == 2 and len(_enough(long, 3)) == 3
-    assert len(_enough([{"pixel_values": torch.zeros(1, 3, 2, 2)}] * 9, 3)) == 3
+    assert len(enough(long, 1)) == 2 and len(enough(long, 3)) == 3
+    assert len(enough([{"pixel_values": torch.zeros(1, 3, 2, 2)}] * 9, 3)) == 3
