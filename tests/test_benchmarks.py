@@ -236,7 +236,7 @@ def test_answers_are_scored_as_texts_of_whole_articles(grid, encoder, tmp_path):
     rows = learn_first.Rows(tmp_path / "results", {"model": "tiny", "task": "mlqa_en", "seed": 0, "bf16": False}, data)
     learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=["trimmed", "taught", "late"])
     results = tables.read_results(tmp_path / "results")
-    assert len(results) == 4 and all(0 <= r["dev"] <= 1 for r in results)
+    assert len(results) == 3 and all(0 <= r["dev"] <= 1 for r in results)
 
 
 def test_noisy_tasks_are_shown_but_decide_nothing(grid):
