@@ -5,10 +5,10 @@
 
 `promise` measures a table for each model, runtime, batch size and number of threads, plans for each share of the
 untrimmed latency (with random scores: the time does not depend on which units are kept), merges, and times the merged
-model and the base in turns. DistilBERT and the small Llama have random weights. `accuracy` trains each task under
-limits on `params`, `flops` and `latency`, and models with fewer layers, times the merged models, and draws accuracy
-over measured latency. Every result is a JSON file of its own, and finished ones are not repeated. `--quick` checks
-that everything runs, with a tiny model.
+model and the base in turns. DistilBERT and the small Llama have random weights. `accuracy` fine-tunes a model on each
+task, trims it under limits on `params`, `flops` and `latency` without training after, and fine-tunes models with fewer
+layers. It times the merged models, and draws accuracy over measured latency. Every result is a JSON file of its own,
+and finished ones are not repeated. `--quick` checks that everything runs, with a tiny model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import argparse
 import copy
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from learn_first import FAST_RATE, Rows, Seed
+from learn_first import RATE, Rows, Seed
 from pages import write_part
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from plots import plot_budgets
 from tables import read_results
 from tasks import TASKS, load_task
@@ -114,28 +116,64 @@ def accuracy(options: argparse.Namespace) -> None:
     for seed, task in itertools.product(options.seeds, options.tasks):
         common = {"model": name, "task": task, "seed": seed}
         data = load_task(TASKS[task], options.data, folder, seed)
-        run = Seed(Rows(options.results / "accuracy", common, data), folder, False)
+        run = Seed(Rows(options.results / "accuracy", common, data), folder, options.bf16)
         file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
-        for method, share in itertools.product((*("params", "flops", "latency"), "layers"), options.shares):
-            path = run.rows.path(row := f"{method} {share}")
-            if path.exists():
+        whole = run.base().eval()
+        for method, share in itertools.product(("full", "params", "flops", "latency", "layers"), options.shares):
+            share = 1.0 if method == "full" else share
+            if not run.rows.missing(row := f"{method} {share}"):
                 continue
-            base = run.base().eval()
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                measure_latency(base, rounds=options.rounds, **where).save(file)
-            whole = copy.deepcopy(base)
-            if method == "layers":
-                model, seconds = run.wrapped(fewer_layers(base, share), budget=1.0)
-            else:
-                table = LatencyTable.load(file)
-                model, seconds = run.wrapped(base, budget={method: share}, latency=table, min_units=0)
-            run.rows.add(row, model, seconds + run.fit(model, run.epochs, FAST_RATE))
-            merged_ms, base_ms = compare_latency(
-                model.merge_and_unload().eval(), whole, rounds=options.rounds, **where
-            )
-            record = json.loads(path.read_text())
-            write_json(path, {**record, "method": method, "limit": share, "latency": merged_ms / base_ms})
+                measure_latency(copy.deepcopy(whole), rounds=options.rounds, **where).save(file)
+            model = _model_within(run, method, share, LatencyTable.load(file))
+            run.rows.add(row, model, 0.0)
+            record = {**json.loads(run.rows.path(row).read_text()), "method": method}
+            if method == "full":
+                write_json(run.rows.path(row), record)
+                continue
+            merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            own, base = compare_latency(merged.eval(), copy.deepcopy(whole), rounds=options.rounds, **where)
+            write_json(run.rows.path(row), {**record, "limit": share, "latency": own / base})
+
+
+def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> Any:
+    """The fine-tuned model, trimmed under one limit and not trained after, or a fine-tuned model with fewer layers."""
+    if method == "full":
+        return copy.deepcopy(run.full[0])
+    if method == "layers":
+        model = fewer_layers(run.base(), share)
+        run.fit(model, run.epochs, RATE)
+        return model
+    model, _ = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0, latency=table, min_units=0)
+    run.trim(model, {method: share})
+    return model
+
+
+def accuracy_table(results: Path, shares: Sequence[float]) -> str:
+    """The dev metric at equal measured latency, between the measured points of each method and the whole model.
+
+    A cell is a dash where a method has no model as fast as that (to two points).
+    """
+    runs: dict[tuple, dict[str, dict[float, float]]] = {}
+    for r in read_results(results / "accuracy"):
+        methods = runs.setdefault((r["model"], r["task"], r["seed"]), {})
+        methods.setdefault(r["method"], {})[r.get("latency", 1.0)] = r["dev"]
+    lines = ["| model | task | seed | limit on | " + " | ".join(f"at {s:.0%}" for s in shares) + " |"]
+    lines.append("| --- " * 4 + "| ---: " * len(shares) + "|")
+    for run, methods in sorted(runs.items()):
+        whole = methods.pop("full", {})
+        for method, found in methods.items():
+            points = sorted((found | whole).items())
+            values = [
+                float(np.interp(s, *zip(*points, strict=True))) if s > points[0][0] - 0.02 else None for s in shares
+            ]
+            cells = ["-" if value is None else f"{value:.3f}" for value in values]
+            lines.append("| " + " | ".join([*map(str, run), method, *cells]) + " |")
+        if whole:
+            cells = [f"{whole[1.0]:.3f}"] * len(shares)
+            lines.append("| " + " | ".join([*map(str, run), "nothing (the whole model)", *cells]) + " |")
+    return "\n".join(lines)
 
 
 def fewer_layers(model: Any, share: float) -> nn.Module:
@@ -165,17 +203,24 @@ def main(arguments: list[str] | None = None) -> None:
     first.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     first.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     first.add_argument("--page", type=Path, help="page with the markers `latency: begin` and `end`")
+    second.add_argument("--page", type=Path, help="page with the markers `latency_accuracy: begin` and `end`")
     first.add_argument("--quick", action="store_true", help="check that everything runs, with a tiny model")
     second.add_argument("--model", required=True, help="NAME=FOLDER")
     second.add_argument("--data", type=Path, required=True, help="the folders that `quality.py` describes")
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "wnut17"])
     second.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    second.add_argument("--bf16", action="store_true", help="train under autocast to bfloat16")
     second.add_argument("--picture", type=Path, help="accuracy over measured latency; .png, .svg or .pdf")
     options = parser.parse_args(arguments)
     if options.command == "accuracy":
         accuracy(options)
+        text = accuracy_table(options.results, options.shares)
+        print(text)
+        if options.page is not None:
+            write_part(options.page, "latency_accuracy", text)
         if options.picture is not None:
-            records = [{**r, "latency": round(r["latency"], 2)} for r in read_results(options.results / "accuracy")]
+            found = read_results(options.results / "accuracy")
+            records = [{**r, "latency": round(r["latency"], 2)} if "latency" in r else r for r in found]
             plot_budgets(records, options.picture, x="latency", y="dev", xlabel="share of the base's measured latency")
         return
     if options.quick:
