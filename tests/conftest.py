@@ -6,6 +6,9 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread here and in all processes that tests start: the matrices are tiny, and there are as many workers as cores.
+# More threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,7 +29,7 @@ settings.register_profile(
 )
 settings.load_profile("sensi")
 
-torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other
+torch.set_num_threads(1)  # whatever OMP_NUM_THREADS says
 
 
 @pytest.fixture(autouse=True)

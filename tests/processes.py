@@ -5,10 +5,11 @@ The second half is for the scripts that run in these processes.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,13 @@ HERE = Path(__file__).resolve().parent
 # Seconds after which a process is taken for hung. No test measures time with it: on a machine with much other work, a
 # process that needs 10 seconds alone may need many minutes.
 PATIENCE = 1800.0
+# Each process is a fork of a server that has imported these. Otherwise, a process would spend most of its time on
+# imports. Our own code is not among them: a process imports it itself, with its own environment variables.
+FORKS = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+FORKS.set_forkserver_preload(
+    ["hypothesis", "peft", "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+     "transformers.trainer", "transformers.models.bert.modeling_bert"]
+)  # fmt: skip
 
 
 def environment(rank: int | None = None, port: int = 0, size: int = 2, **extra: str) -> dict[str, str]:
@@ -53,9 +61,8 @@ def run_two(script: str, folder: Path, *arguments: str, **extra: str) -> list[An
     Raises `AssertionError` with the output of both processes if one of them fails or hangs.
     """
     port = free_port()
-    commands = [[sys.executable, str(HERE / script), str(folder), *arguments]] * 2
-    environments = [environment(rank, port, **extra) for rank in range(2)]
-    _wait(commands, environments, folder)
+    command = [str(HERE / script), str(folder), *arguments]
+    _succeed([command] * 2, [environment(rank, port, **extra) for rank in range(2)], folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -64,41 +71,59 @@ def launch_two(script: str, folder: Path, *arguments: str, options: tuple[str, .
 
     The option is `--multi_gpu`, because with `--cpu` Accelerate 1.15 starts a single process if there is no `mpirun`.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port()), *options, str(HERE / script), str(folder), *arguments]
-    _wait([command], [environment()], folder)
+    _succeed([command], [environment()], folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def _wait(commands: list[list[str]], environments: list[dict[str, str]], folder: Path) -> None:
+def run_script(command: list[str], folder: Path, variables: dict[str, str]) -> tuple[int | None, str]:
+    """The exit code and the output of a script with arguments, in one process with these environment variables."""
+    (code,), (output,) = _run([command], [variables], folder)
+    return code, output
+
+
+def _succeed(commands: list[list[str]], environments: list[dict[str, str]], folder: Path) -> None:
+    codes, outputs = _run(commands, environments, folder)
+    said = (f"--- process {i}, exit {codes[i]}\n{output[-6000:]}" for i, output in enumerate(outputs))
+    assert not any(codes) and None not in codes, "\n".join([f"Exit codes {codes} (None: it hung).", *said])
+
+
+def _run(commands: list[list[str]], environments: list[dict[str, str]], folder: Path) -> tuple[list, list[str]]:
+    """Exit codes (`None` if a process hung and was killed) and outputs of processes that run at the same time."""
     logs = [folder / f"log{i}.txt" for i in range(len(commands))]
-    running = []
+    running: list[Any] = []
     try:
-        for command, env, log in zip(commands, environments, logs, strict=True):
-            with log.open("w") as output:
-                running.append(
-                    subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-                )
+        for job in zip(commands, environments, logs, strict=True):
+            running.append(FORKS.Process(target=_become, args=job))
+            running[-1].start()
         deadline = time.monotonic() + PATIENCE
-        while any(p.poll() is None for p in running) and time.monotonic() < deadline:
+        while any(p.exitcode is None for p in running) and time.monotonic() < deadline:
             time.sleep(0.05)
-            if any(p.poll() for p in running):
+            if any(p.exitcode for p in running):
                 # One has failed, so the others must end soon. The first error is shown in any case.
                 deadline = min(deadline, time.monotonic() + PATIENCE / 6)
-        codes = [p.poll() for p in running]
+        codes = [p.exitcode for p in running]
     finally:
         for process in running:
-            if process.poll() is None:
+            if process.exitcode is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if any(codes):
-        said = "\n".join(
-            f"--- process {i}, exit {code}\n{log.read_text()[-6000:]}"
-            for i, (code, log) in enumerate(zip(codes, logs, strict=True))
-        )
-        raise AssertionError(f"Exit codes {codes} (None: it hung).\n{said}")
-    assert None not in codes, f"hung: {codes}\n" + "\n".join(log.read_text()[-6000:] for log in logs)
+            process.join()
+    return codes, [log.read_text() for log in logs]
+
+
+def _become(command: list[str], variables: dict[str, str], log: Path) -> None:
+    """In a new process: runs a script or a module, as `python` would. All output goes to the file."""
+    os.setsid()  # so that it can be killed together with what it starts
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = command
+    run = runpy.run_path if command[0].endswith(".py") else runpy.run_module
+    run(command[0], run_name="__main__")
 
 
 # -- inside of a process ----------------------------------------------------------------------------------------------

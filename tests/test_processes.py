@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from processes import PATIENCE, environment, free_port, run_two
+from processes import environment, free_port, run_script, run_two
 from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
@@ -107,17 +104,18 @@ def test_what_is_wrong_in_one_process_ends_both_alike(decided, case):
     [{}, {"LOCAL_RANK": "1"}, {"LOCAL_RANK": "1", "ACCELERATE_USE_CPU": "true"}],
     ids=["none", "Lightning", "CPU"],
 )
-def test_world_size_without_a_process_group_is_refused(extra):
+def test_world_size_without_a_process_group_is_refused(extra, tmp_path):
     """Lightning starts a second script with LOCAL_RANK alone, and its process group only after `__init__`."""
-    code = (
+    script = tmp_path / "script.py"
+    script.write_text(
         "from tiny import tiny_batches, tiny_model, wrap\n"
         "wrap(tiny_model(), budget=0.5, score='fisher', calibration=tiny_batches())"
     )
     env = {k: v for k, v in environment().items() if k not in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": "2", **extra}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"} if extra else {}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE)
-    assert run.returncode == 1
-    last = run.stderr.splitlines()[-1]
+    code, output = run_script([str(script)], tmp_path, env)
+    assert code == 1
+    last = output.splitlines()[-1]
     assert "SensiError: WORLD_SIZE is 2, but there is no process group" in last and "`configure_model`" in last
 
 
