@@ -12,13 +12,17 @@ PINS := pyproject.toml constraints.txt
 # Idle threads sleep instead of spinning. On a shared machine, a spinning thread takes a core that another thread needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# The tests start many processes. Without bytecode on disk, each of them would compile PyTorch and Transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test slow floors lint format types docs
 .NOTPARALLEL:
 
 demo: $(VENV)/.stamp-demo
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/quickstart.py
 
-PYTEST_ARGS ?= -n auto
+# A worker that has nothing left takes half of what another one has left. So few files are split, and their fixtures made twice.
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 # No test depends on the wall clock: other work on the machine makes the tests slower, and nothing else.
 test: $(VENV)/.stamp-dev
