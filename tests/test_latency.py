@@ -62,6 +62,7 @@ def counting(monkeypatch):
     handle = register_module_forward_hook(count)
     for module in (measuring, merging_latency, latency_graphs):
         monkeypatch.setattr(module, "clock_for", lambda *args: clock)
+    monkeypatch.setattr(timing, "_MOST", 2)  # the clock is exact: more runs in a round would all take the same time
     yield
     handle.remove()
 
@@ -420,12 +421,3 @@ def test_a_device_with_onnxruntime_only(bert, tmp_path):
             continue
         assert path[0] in ("model", "dtype", "versions", "batch_size", "sequence_length", "weight_bytes", "kinds",
                            "inputs"), (path, other)  # fmt: skip
-
-
-def test_the_package_is_whole_where_everything_is_installed():
-    done = subprocess.run(
-        [sys.executable, "-c", "import peft, peft_sensi; peft.PeftConfig.from_peft_type(peft_type='SENSI')"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr

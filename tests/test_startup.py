@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import typer.main
 
 import peft_sensi
@@ -55,9 +57,9 @@ def test_help_needs_no_pytorch():
         assert length > 10 and not imported, f"peft-sensi {call} printed {length} characters and imported {imported}"
 
 
-def test_a_command_loads_everything_and_registers():
-    code = """
-import sys
+# All in one process, because PEFT takes seconds to import: each way to load the package runs in a fork.
+LOADS = """
+import os, sys
 sys.argv[0] = "peft-sensi"
 import peft_sensi
 assert "torch" not in sys.modules and "SensiConfig" in dir(peft_sensi)
@@ -66,26 +68,46 @@ try:
 except AttributeError:
     pass
 assert "torch" not in sys.modules
-{first}
+
+import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
-assert known["SENSI"] is peft_sensi.SensiConfig is sys.modules["peft_sensi.tuner.config"].SensiConfig
+
+def loaded_by_a_call():
+    peft_sensi.register()
+
+def loaded_by_a_name():
+    from peft_sensi import Plan
+
+def imported_by_another_program():
+    for name in [name for name in sys.modules if name.startswith("peft_sensi")]:
+        del sys.modules[name]
+    sys.argv[0] = "train.py"
+    global peft_sensi
+    import peft_sensi
+    assert all(name in vars(peft_sensi) for name in peft_sensi.__all__)
+    exec("from peft_sensi import *")
+    peft_sensi.SensiConfig, peft_sensi.recipes.far, peft_sensi.register
+    assert set(peft_sensi.__all__) <= set(dir(peft_sensi))
+
+for load in (loaded_by_a_call, loaded_by_a_name, imported_by_another_program):
+    if not (child := os.fork()):
+        try:
+            assert "SENSI" not in known and "peft_sensi.tuner.model" not in sys.modules
+            load()
+            assert "peft_sensi.tuner.model" in sys.modules
+            assert known["SENSI"] is peft_sensi.SensiConfig is sys.modules["peft_sensi.tuner.config"].SensiConfig
+            peft.PeftConfig.from_peft_type(peft_type="SENSI")
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, load.__name__
 """
-    python(code.format(first="peft_sensi.register()"))
-    python(code.format(first="from peft_sensi import Plan"))
 
 
-def test_the_import_registers_and_has_all_names():
-    code = """
-import sys
-import peft_sensi
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
-assert "peft_sensi.tuner.model" in sys.modules and "SENSI" in known
-assert all(name in vars(peft_sensi) for name in peft_sensi.__all__)
-from peft_sensi import *
-SensiConfig, recipes.far, register = SensiConfig, recipes.far, peft_sensi.register
-assert set(peft_sensi.__all__) <= set(dir(peft_sensi))
-"""
-    python(code)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_way_to_load_the_package_has_all_names_and_registers():
+    python(LOADS)
 
 
 def test_the_list_of_names_is_the_list_of_imports():
