@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from processes import environment, run_script
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -464,14 +464,10 @@ def test_wrong_input_is_named(case, encoder, tmp_path, monkeypatch):
 
 
 def test_the_exit_status_is_not_zero_and_there_is_no_traceback(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "causal_lm.py", "--train_file", "nowhere.txt", "--output_dir", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "nowhere.txt" in done.stderr and "Traceback" not in done.stderr
+    command = [str(EXAMPLES / "causal_lm.py"), "--train_file", "nowhere.txt", "--output_dir", str(tmp_path)]
+    code, output = run_script(command, tmp_path, environment())
+    assert code == 1
+    assert "nowhere.txt" in output and "Traceback" not in output
 
 
 def test_articles_are_held_out_whole(encoder, tmp_path):
