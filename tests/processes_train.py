@@ -1,4 +1,4 @@
-"""Training with Trainer and with a loop of Accelerate, for one process and for two (with `accelerate launch`)."""
+"""Training with Trainer and with a loop of Accelerate, for one process and for two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import Rows
 from peft import get_peft_model
-from processes import log
+from processes import log, save_and_exit
 from tiny import tiny_batches, tiny_model, wrap
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
         model = phased(name, rank)
         by_trainer(folder / name, model, 2, save_strategy="no")
         found["phased"][name] = (state(model), model.base_model.plan().to_dict())
-    torch.save(found, folder / f"{rank}.pt")
+    save_and_exit(folder, found)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from processes import launch_two
+from processes import launch_two, run_two
 from processes_train import PHASED, UPDATES, by_trainer, fresh, state
 from tiny import logits, tiny_model
 
@@ -19,7 +19,7 @@ def trained(tmp_path_factory):
     for update in UPDATES:
         by_trainer(folder / "one" / update, model := fresh(update), 1)
         one[update] = state(model)
-    return folder, one, launch_two("processes_train.py", folder)
+    return folder, one, run_two("processes_train.py", folder)
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
@@ -83,3 +83,13 @@ def test_an_adapter_calibrated_on_both_trains_alike(trained):
     assert_same(two[0]["own"], two[1]["own"])
     loaded = PeftModel.from_pretrained(tiny_model(), folder / "own" / "checkpoint-8")
     assert torch.isfinite(logits(loaded)).all()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_same(trained, tmp_path):
+    folder, _, two = trained
+    (tmp_path / "one").symlink_to(folder / "one")
+    for launched, started in zip(launch_two("processes_train.py", tmp_path), two, strict=True):
+        for update in UPDATES:
+            assert_same(launched["states"][update], started["states"][update])
+            assert_same(launched["loop"][update], started["loop"][update])
