@@ -1,10 +1,10 @@
-"""Loads mutated adapters in processes that may die: run by `test_fuzz.py`, one job a line on standard input.
+"""Loads mutated adapters in processes that may die: `serve` runs in a process of `test_fuzz.py`.
 
 A job is `{"id": 1, "seed": 7}` (mutations drawn from the seed) or `{"id": 1, "adapter": "trim", "fields": {...},
-"weights": ...}` (fields of the config to be replaced, the weights file in base64). The answer, one line a job, is
-`{"id": 1, "outcome": ..., "detail": ...}`, where the outcome is `loaded`, `refused` (`SensiLoadError`), `theirs` (an
-error that PEFT raised before any of our code ran) or a failure: `wrong error`, `dirty base`, `bad model`, `crash`,
-`hang` (5 s of processor time), `allocation` (more than twice the base).
+"weights": ...}` (fields of the config to be replaced, the weights file in base64). The answer to a job is `{"id": 1,
+"outcome": ..., "detail": ...}`, where the outcome is `loaded`, `refused` (`SensiLoadError`), `theirs` (an error that
+PEFT raised before any of our code ran) or a failure: `wrong error`, `dirty base`, `bad model`, `crash`, `hang` (5 s of
+processor time), `allocation` (more than twice the base).
 Jobs run in forks of this process, so that a crash costs nothing but the job's own fork.
 """
 
@@ -19,11 +19,10 @@ import resource
 import select
 import signal
 import struct
-import sys
 import tempfile
-import time
 import traceback
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -362,8 +361,9 @@ def child(jobs: list[dict[str, Any]], answers: int, made: Adapters, base: torch.
     os._exit(0)
 
 
-def run_jobs(jobs: list[dict[str, Any]], made: Adapters, base: torch.nn.Module) -> None:
-    """Forks, watches, and forks again after a death; prints an answer for each job."""
+def run_jobs(jobs: list[dict[str, Any]], made: Adapters, base: torch.nn.Module) -> list[dict[str, Any]]:
+    """Forks, watches, and forks again after a death. Returns an answer for each job."""
+    found = []
     while jobs:
         reader, writer = os.pipe()
         pid = os.fork()
@@ -388,7 +388,7 @@ def run_jobs(jobs: list[dict[str, Any]], made: Adapters, base: torch.nn.Module) 
                         running, spent = line["start"], processor_time(pid)
                     else:
                         running = None
-                        print(json.dumps(line), flush=True)
+                        found.append(line)
                         jobs = jobs[1:]
             elif running is not None and processor_time(pid) - spent > SECONDS:
                 verdict = "hang"
@@ -396,9 +396,9 @@ def run_jobs(jobs: list[dict[str, Any]], made: Adapters, base: torch.nn.Module) 
         os.close(reader)
         _, status = os.waitpid(pid, 0)
         if running is not None:
-            detail = f"status {status}"
-            print(json.dumps({"id": running, "outcome": verdict, "detail": detail}), flush=True)
+            found.append({"id": running, "outcome": verdict, "detail": f"status {status}"})
             jobs = jobs[1:]
+    return found
 
 
 def processor_time(pid: int) -> float:
@@ -406,7 +406,8 @@ def processor_time(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
+def serve(connection: Connection) -> None:
+    """Receives lists of jobs, and sends the list of answers for each, until it receives `None`."""
     torch.set_num_threads(1)
     made, base = templates(), new_base()
     # Whatever is loaded lazily is loaded before a limit is set.
@@ -414,13 +415,5 @@ def main() -> None:
         for files in made.values():
             outcome, detail, _ = run_job(files, base, Path(folder))
             assert outcome == "loaded", (outcome, detail)
-    print("ready", flush=True)
-    started = time.monotonic()
-    for line in sys.stdin:
-        batch = json.loads(line)
-        run_jobs(batch, made, base)
-        print(json.dumps({"done": len(batch), "seconds": time.monotonic() - started}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    while (jobs := connection.recv()) is not None:
+        connection.send(run_jobs(jobs, made, base))

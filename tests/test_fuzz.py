@@ -6,65 +6,44 @@ import base64
 import collections
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from fuzz_worker import ADAPTERS, GOOD
+from fuzz_worker import ADAPTERS, GOOD, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import PATIENCE
+from processes import FORKS, PATIENCE
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not os.path.isdir("/proc/self"), reason="needs Linux")
 
 
-class Worker:
-    """A process that answers batches of jobs."""
-
-    def __init__(self) -> None:
-        folder = Path(__file__).parent
-        path = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, str(folder / "fuzz_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def send(self, jobs: list[dict[str, Any]]) -> None:
-        self.process.stdin.write(json.dumps(jobs) + "\n")
-        self.process.stdin.flush()
-
-    def answers(self) -> list[dict[str, Any]]:
-        found = []
-        while "done" not in (line := json.loads(self.process.stdout.readline())):
-            found.append(line)
-        assert len(found) == line["done"]
-        return found
-
-
 @pytest.fixture(scope="module")
 def worker():
-    worker = Worker()
-    yield worker
-    worker.process.stdin.close()
-    assert worker.process.wait(timeout=PATIENCE) == 0
+    """A connection to a process that answers lists of jobs."""
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    yield ours
+    ours.send(None)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
 
 
-def check(answers: list[dict[str, Any]]) -> collections.Counter:
-    bad = [a for a in answers if a["outcome"] not in GOOD]
-    assert not bad, "\n".join(f"{a['id']}: {a['outcome']}: {a['detail']}" for a in bad[:10])
-    return collections.Counter(a["outcome"] for a in answers)
+def check(worker: Connection, jobs: list[dict[str, Any]]) -> collections.Counter:
+    """Counts the outcomes."""
+    worker.send([{"id": number, **job} for number, job in enumerate(jobs)])
+    found = worker.recv()
+    assert len(found) == len(jobs)
+    bad = [a for a in found if a["outcome"] not in GOOD]
+    assert not bad, "\n".join(f"{jobs[a['id']]}: {a['outcome']}: {a['detail']}" for a in bad[:10])
+    return collections.Counter(a["outcome"] for a in found)
 
 
-def run_seeds(worker: Worker, seeds: range) -> collections.Counter:
-    worker.send([{"id": seed, "seed": seed} for seed in seeds])
-    counts = check(worker.answers())
+def run_seeds(worker: Connection, seeds: range) -> collections.Counter:
+    counts = check(worker, [{"seed": seed} for seed in seeds])
     print(f"{len(seeds)} mutated adapters: {dict(counts)}")
     return counts
 
@@ -128,12 +107,10 @@ def jobs_with_headers(draw) -> dict[str, Any]:
 @settings(max_examples=10)
 @given(jobs=st.lists(jobs_with_fields(), min_size=30, max_size=30))
 def test_fields_of_any_kind(worker, jobs):
-    worker.send([{"id": i, **job} for i, job in enumerate(jobs)])
-    check(worker.answers())
+    check(worker, jobs)
 
 
 @settings(max_examples=5)
 @given(jobs=st.lists(jobs_with_headers(), min_size=30, max_size=30))
 def test_headers_of_any_kind(worker, jobs):
-    worker.send([{"id": i, **job} for i, job in enumerate(jobs)])
-    check(worker.answers())
+    check(worker, jobs)
