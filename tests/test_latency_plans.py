@@ -77,7 +77,7 @@ def value_of(scores, counts) -> float:
 
 
 @given(problems(), st.floats(0.1, 1.0), st.sampled_from([1, 3, 8]), st.integers(0, 1))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_the_limit_holds_and_no_further_step_fits(problem, share, multiple_of, min_units):
     anatomy, scores, table = problem
     plan = plan_or_none(
@@ -114,7 +114,7 @@ def ladders(draw, limits: int):
 
 @pytest.mark.parametrize("limits", [1, 2, 3])
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_small_problems_are_solved_as_by_brute_force(limits, data):
     given_ladders = data.draw(ladders(limits))
     left = np.array(data.draw(st.lists(st.integers(0, 40), min_size=limits, max_size=limits)), dtype=np.int64)
@@ -152,7 +152,7 @@ def test_a_table_with_a_known_best_plan():
 
 
 @given(problems(), st.floats(0.3, 1.0), st.floats(0.3, 1.0), st.floats(0.3, 1.0), st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_all_limits_hold_together(problem, latency, params, decode, data):
     anatomy, scores, table = problem
     step = data.draw(tables(anatomy, "decode"))
@@ -167,7 +167,7 @@ def test_all_limits_hold_together(problem, latency, params, decode, data):
 
 
 @given(problems(), st.floats(0.2, 1.0))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_times_proportional_to_parameters_are_at_least_as_good_as_the_limit_on_them(problem, share):
     anatomy, scores, _ = problem
     table = table_for(anatomy, lambda g: {0: 0.0, g.size: g.size * g.unit_params / 1e6}, rest=0.0)

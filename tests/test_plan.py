@@ -103,7 +103,7 @@ def kept_counts(plan: Plan) -> dict[str, int]:
 
 
 @given(problems(), trimming, steps, st.integers(0, 2), st.integers(1, 64))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_no_limit_is_exceeded_and_no_further_step_fits(problem, budget, multiple_of, min_units, length):
     anatomy, scores = problem
     plan = plan_or_none(anatomy, scores, budget, multiple_of=multiple_of, min_units=min_units, sequence_length=length)
@@ -123,7 +123,7 @@ def test_no_limit_is_exceeded_and_no_further_step_fits(problem, budget, multiple
 
 
 @given(problems(), shares | st.integers(2, 500), st.integers(0, 20))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_the_limit_on_trained_values_holds_and_is_used_up(problem, limit, always):
     anatomy, scores = problem
     plan = plan_or_none(anatomy, scores, {"trainable": limit}, always_trained=always)
@@ -136,7 +136,7 @@ def test_the_limit_on_trained_values_holds_and_is_used_up(problem, limit, always
 
 
 @given(problems(), trimming, shares, steps)
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_three_limits_hold_together(problem, budget, trainable, multiple_of):
     anatomy, scores = problem
     budget = Budget.parse({**budget, "trainable": trainable})
@@ -155,7 +155,7 @@ def test_three_limits_hold_together(problem, budget, trainable, multiple_of):
 
 
 @given(problems(), trimming, steps)
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_the_same_scores_give_the_same_plan(problem, budget, multiple_of):
     anatomy, scores = problem
     plans = [plan_or_none(anatomy, copy.deepcopy(scores), budget, multiple_of=multiple_of) for _ in range(2)]
@@ -173,7 +173,7 @@ def test_ties_break_by_index():
 
 
 @given(problems(lone=False), shares, steps, st.integers(0, 3))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_as_many_units_stay_as_was_asked(problem, share, multiple_of, min_units):
     anatomy, scores = problem
     plan = plan_or_none(anatomy, scores, share, multiple_of=multiple_of, min_units=min_units)
@@ -213,7 +213,7 @@ def test_protected_units_are_kept_as_long_as_the_limit_allows():
     st.floats(0.2, 1.0),
     st.integers(0, 1),
 )
-@settings(max_examples=80)
+@settings(max_examples=50)
 def test_one_limit_and_equal_costs_give_the_best_plan_there_is(lists, share, min_units):
     anatomy = Anatomy(tuple(neurons(f"g{i}", len(v)) for i, v in enumerate(lists)), 10_000)
     scores = {f"g{i}": np.array(v, dtype=float) for i, v in enumerate(lists)}
@@ -234,7 +234,7 @@ def test_one_limit_and_equal_costs_give_the_best_plan_there_is(lists, share, min
 
 
 @given(problems(lone=False), st.floats(0.3, 0.9), st.floats(0.3, 0.9))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_a_second_limit_that_does_not_bind_loses_little(problem, share, other):
     """Two limits are solved by a relaxation, which may cost a step of each, but not more."""
     anatomy, scores = problem

@@ -53,7 +53,7 @@ def something_to_do(plan: Plan) -> bool:
 
 
 @given(plans())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_costs_are_those_of_the_merged_model(case):
     family, plan = case
     if not something_to_do(plan):
@@ -78,7 +78,7 @@ def test_costs_are_those_of_the_merged_model(case):
 
 
 @given(plans(), st.booleans())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_a_trained_adapter_is_reloaded_and_merged(case, keep_base):
     family, plan = case
     if not something_to_do(plan):
@@ -114,7 +114,7 @@ budgets = st.fixed_dictionaries(
     st.sets(st.sampled_from(["biases", "norms", "pooler"])),
     st.integers(0, 5),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_limits_hold_in_the_modules_themselves(family, budget, multiple_of, also, seed):
     """Not in the plan's arithmetic: in the tensors that are trained and in those that are left after the merge."""
     options = {"multiple_of": multiple_of, "seed": seed, "sequence_length": 16, "also_train": sorted(also)}

@@ -181,7 +181,7 @@ MAGIC = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     start=st.sampled_from(MAGIC),
     rest=st.binary(max_size=60),
