@@ -14,13 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import random
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, tiny_batches, tiny_model
+from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, logits, tiny_batches, tiny_model, trained
 
 
 # Models are built inside the tests, on machines that are busy: time per example says nothing here.
@@ -93,6 +95,32 @@ class Rows(torch.utils.data.Dataset):
 def rows() -> Rows:
     """A dataset for `Trainer`."""
     return Rows()
+
+
+@pytest.fixture(scope="session")
+def adapters_made(tmp_path_factory) -> dict[str, tuple[torch.Tensor, Path]]:
+    return {}
+
+
+@pytest.fixture
+def saved_adapter(adapters_made, tmp_path, tmp_path_factory):
+    """Makes `trained(...)`: its logits, and a copy of its saved adapter. It is trained and saved only once."""
+
+    def make(family: str = "bert", kind: str = "", **options) -> tuple[torch.Tensor, Path]:
+        key = repr((family, kind, options))
+        if key not in adapters_made:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = trained(family, **options)
+            if kind:
+                model.base_model.compress(kind)
+            folder = tmp_path_factory.mktemp("adapter")
+            model.save_pretrained(folder)
+            adapters_made[key] = logits(model), folder
+        expected, folder = adapters_made[key]
+        return expected.clone(), shutil.copytree(folder, tmp_path / "adapter")
+
+    return make
 
 
 @pytest.fixture

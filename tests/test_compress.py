@@ -153,26 +153,24 @@ def test_a_cache_does_not_outlive_the_codes(kind):
 
 
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"adapter_name": "other"}], ids=str)
-def test_every_load_gives_the_same_model(case, kind, options, tmp_path):
-    model = compressed(kind, **case)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, **options)
-    assert torch.equal(logits(loaded), logits(model))
+def test_every_load_gives_the_same_model(case, kind, options, saved_adapter, tmp_path):
+    expected, folder = saved_adapter(kind=kind, **case)
+    loaded = PeftModel.from_pretrained(tiny_model(), folder, **options)
+    assert torch.equal(logits(loaded), expected)
     assert not any(p.is_meta for p in loaded.parameters())
     loaded.save_pretrained(tmp_path / "again", selected_adapters=[options.get("adapter_name", "default")])
     files = list((tmp_path / "again").rglob("*.safetensors"))
-    before, after = load_file(tmp_path / "adapter_model.safetensors"), load_file(files[0])
+    before, after = load_file(folder / "adapter_model.safetensors"), load_file(files[0])
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
 @needs_loader
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"adapter_name": "other"}], ids=str)
-def test_load_adapter_of_transformers(case, kind, options, tmp_path):
-    model = compressed(kind, **case)
-    model.save_pretrained(tmp_path)
+def test_load_adapter_of_transformers(case, kind, options, saved_adapter):
+    expected, folder = saved_adapter(kind=kind, **case)
     loaded = tiny_model()
-    loaded.load_adapter(str(tmp_path), **options)
-    assert torch.equal(logits(loaded), logits(model))
+    loaded.load_adapter(str(folder), **options)
+    assert torch.equal(logits(loaded), expected)
 
 
 def test_auto_class_and_load_beside_another(kind, tmp_path):
@@ -200,14 +198,13 @@ def test_a_base_of_half_precision(kind, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_loaded_without_the_base(case, kind, tmp_path):
-    model = compressed(kind, **case)
-    model.save_pretrained(tmp_path)
-    config = SensiConfig.from_pretrained(tmp_path)
+def test_loaded_without_the_base(case, kind, saved_adapter):
+    expected, folder = saved_adapter(kind=kind, **case)
+    config = SensiConfig.from_pretrained(folder)
     config.keep_base = False
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, config=config)
-    assert torch.equal(logits(loaded), logits(model))
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), atol=1e-5, rtol=1e-5)
+    loaded = PeftModel.from_pretrained(tiny_model(), folder, config=config)
+    assert torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "bytes_a_value"), [("bfloat16", 2.05), ("int8", 1.1)])

@@ -80,11 +80,9 @@ def assert_is_base(model: nn.Module, base: nn.Module) -> None:
 
 
 @pytest.fixture
-def saved(budget, tmp_path) -> tuple[torch.Tensor, Path]:
+def saved(budget, saved_adapter) -> tuple[torch.Tensor, Path]:
     """The logits of a trained model, and the folder of its adapter."""
-    model = trained(**budget)
-    model.save_pretrained(tmp_path / "adapter")
-    return logits(model), tmp_path / "adapter"
+    return saved_adapter(**budget)
 
 
 @pytest.fixture
@@ -1018,10 +1016,10 @@ def test_the_wrong_base_is_refused_by_transformers_too(saved):
 @pytest.mark.parametrize("fault", ["missing", "nan"])
 @pytest.mark.parametrize("part", ["sensi_weight", "sensi_bias", "sensi_up", "sensi_values", "classifier.weight"])
 @pytest.mark.parametrize("how", ["folder", "tensors"])
-def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, how, tmp_path):
+def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, how, saved_adapter):
     """Its `load_adapter` calls no hook, and leaves what a file lacks as it was."""
     options = {"sensi_up": {"update": "low_rank", "rank": 2}, "sensi_values": {"update": "sparse", "sparse": 5}}
-    trained(**options.get(part, {"budget": 0.5})).save_pretrained(tmp_path)
+    _, folder = saved_adapter(**options.get(part, {"budget": 0.5}))
 
     def damage(tensors: dict) -> None:
         name = next(name for name in tensors if name.endswith(part))
@@ -1030,12 +1028,12 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
         else:
             tensors[name].fill_(float("nan"))
 
-    config = PeftConfig.from_pretrained(tmp_path)
-    spoil(tmp_path, damage)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = PeftConfig.from_pretrained(folder)
+    spoil(folder, damage)
+    tensors = load_file(folder / "adapter_model.safetensors")
     model = tiny_model()
     if how == "folder":
-        model.load_adapter(str(tmp_path))
+        model.load_adapter(str(folder))
     else:
         model.load_adapter(peft_config=config, adapter_state_dict=tensors)
     for _ in range(2):  # it is refused again and again
