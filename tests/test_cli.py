@@ -149,10 +149,10 @@ def test_train_on_pairs_with_amounts_and_by_a_recipe(work):
 
 def test_precision_follows_the_hardware_unless_it_is_given(work, tmp_path, monkeypatch):
     train = ("train", work / "base", "--data", work / "data.tsv", "--budget", "1", "--epochs", "0.1", "--json")
-    for pays in (True, False):
+    for pays, given, expected in ((True, (), True), (True, ("--no-bf16",), False),
+                                  (False, (), False), (False, ("--bf16",), True)):  # fmt: skip
         monkeypatch.setattr(precision, "bf16_pays", lambda: pays)  # noqa: B023
-        for given, expected in (((), pays), (("--bf16",), True), (("--no-bf16",), False)):
-            assert json.loads(call(*train, *given, "--out", tmp_path, "--overwrite"))["bf16"] is expected
+        assert json.loads(call(*train, *given, "--out", tmp_path, "--overwrite"))["bf16"] is expected
 
 
 def test_inspect_agrees_with_the_training(adapter):

@@ -105,11 +105,22 @@ def test_class_weights_change_the_loss(work, tmp_path):
     assert "--class-weights" in fails("train", work / "base", *answers, "--class-weights", "balanced")
 
 
-def test_early_stopping_keeps_the_best_model(work, tmp_path):
+def test_early_stopping_keeps_the_best_model(work, tmp_path, monkeypatch):
+    real, accuracies, heads = Run._compute_metrics, iter([0.5, 0.9, 0.8, 0.9]), []
+
+    def compute_metrics(run, outcome):
+        assert 0 <= real(run, outcome)["accuracy"] <= 1
+        head = run.model.get_parameter("base_model.model.classifier.modules_to_save.default.weight")
+        heads.append(head.detach().clone())
+        return {"accuracy": next(accuracies)}
+
+    monkeypatch.setattr(Run, "_compute_metrics", compute_metrics)
     out = tmp_path / "out"
-    found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "9",
-                 "--epochs", "60", "--lr", "3e-3", "--batch-size", "8", "--out", out)  # fmt: skip
-    assert found["validation"]["accuracy"] == 1.0 and found["steps"] < 60 * 5
+    found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "2",
+                 "--epochs", "9", "--batch-size", "8", "--out", out)  # fmt: skip
+    assert found["steps"] == 4 * 5  # epochs of 5 steps; two after the best one
+    head = load_file(out / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert torch.equal(head, heads[1]) and not torch.equal(head, heads[3])
     assert not list(out.glob("checkpoint-*"))
 
 
