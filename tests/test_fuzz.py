@@ -49,8 +49,8 @@ def run_seeds(worker: Connection, seeds: range) -> collections.Counter:
 
 
 def test_mutated_adapters(worker):
-    counts = run_seeds(worker, range(1700))
-    assert min(counts[outcome] for outcome in GOOD) > 50  # the mutations reach all three
+    counts = run_seeds(worker, range(700))
+    assert min(counts[outcome] for outcome in GOOD) > 20  # the mutations reach all three
 
 
 @pytest.mark.slow
