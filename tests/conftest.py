@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import gc
 import random
 import shutil
 import warnings
@@ -32,6 +33,12 @@ settings.register_profile(
 settings.load_profile("sensi")
 
 torch.set_num_threads(1)  # whatever OMP_NUM_THREADS says
+
+
+def pytest_collection_finish() -> None:
+    """Takes all modules and tests out of garbage collections, of which each `Trainer` makes a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
