@@ -12,7 +12,7 @@ from ..utils.errors import BudgetError, SensiError
 
 PICTURES = (".png", ".svg", ".pdf")
 UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
-SCORES = "scores.safetensors"  # what `train`, `trim` and `sweep` save for other budgets
+SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 
 
 def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:

@@ -157,13 +157,12 @@ def trim(
     """
     import transformers
     from transformers import AutoConfig
-    from transformers.trainer_utils import get_last_checkpoint
 
     from ..reporting.saved import base_config, is_adapter, load_adapter, load_pretrained, open_adapter, task_of
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS
-    from .run import Training, resumed_state
+    from .run import Training, resumed_state, saved_training
     from .train import trim_for
 
     limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
@@ -192,7 +191,7 @@ def trim(
     )  # fmt: skip
     with step("loading the model"):
         if resume:
-            saved = open_adapter(str(get_last_checkpoint(str(out_folder))))
+            saved = open_adapter(str(saved_training(out_folder, state)))
             trained: Any = load_adapter(saved, base, is_trainable=True)
         elif saved is not None:
             trained = load_adapter(saved, base, is_trainable=True)
