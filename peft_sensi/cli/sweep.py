@@ -101,6 +101,7 @@ def sweep(
     else:
         with step("ranking heads and neurons", show=not json):
             ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed)
+        out_folder.mkdir(parents=True, exist_ok=True)
         ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
         note(out_folder, state)
     results = []

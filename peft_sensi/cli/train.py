@@ -89,6 +89,7 @@ def train_for(
     loss_fn = weighted_model_loss(task) if training.class_weights else None
     state, start = dict(state), time.perf_counter()
     set_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     if (stage := state.get("stage")) is not None:
         wrapped: Any = PeftModel.from_pretrained(model, str(saved_training(folder, state)), is_trainable=True)
     else:
@@ -165,6 +166,7 @@ def trim_for(
     """
     calibration = list(task.batches(training.batch_size, training.seed))[:CALIBRATION]
     set_seed(training.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     run = Run(model, task, folder, training, state, is_whole=True)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
     base = model.get_base_model().config if is_adapter else model.config

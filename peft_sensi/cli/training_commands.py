@@ -158,7 +158,15 @@ def trim(
     import transformers
     from transformers import AutoConfig
 
-    from ..reporting.saved import base_config, is_adapter, load_adapter, load_pretrained, open_adapter, task_of
+    from ..reporting.saved import (
+        TOKENIZER_CONFIG,
+        base_config,
+        is_adapter,
+        load_adapter,
+        load_pretrained,
+        open_adapter,
+        task_of,
+    )
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS
@@ -185,8 +193,12 @@ def trim(
     is_regressor = config.problem_type == "regression" or config.num_labels == 1
     names = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
     head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
+    if saved is None:
+        source = model
+    else:
+        source = str(saved.folder) if (saved.folder / TOKENIZER_CONFIG).is_file() else str(base or saved.base)
     task = read_data(
-        model if saved is None else str(saved.folder), data, seed=seed, head=head, config=config,
+        source, data, seed=seed, head=head, config=config,
         **wanted | {"regression": is_regressor or wanted["regression"]},
     )  # fmt: skip
     with step("loading the model"):

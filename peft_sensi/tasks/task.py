@@ -167,10 +167,11 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
 
     Raises:
         DataError: The kind needs a fast tokenizer, and the model has none.
+        SensiError: The model has no tokenizer, or a damaged one.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.saved import load_pretrained, pretrained_tokenizer
 
     options: dict[str, Any] = {}
     if kind == "answers":
@@ -180,7 +181,7 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     elif kind == "words":
         config = config or load_pretrained(AutoConfig, model)
         options = {"add_prefix_space": True} if config.model_type in BYTE_LEVEL else {}
-    tokenizer = load_pretrained(AutoTokenizer, model, **options)
+    tokenizer = pretrained_tokenizer(model, **options)
     if kind != "text" and not tokenizer.is_fast:
         raise DataError(f"{model} has no fast tokenizer, which is needed to find words and answers in a text.")
     if tokenizer.pad_token is None:

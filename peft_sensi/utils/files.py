@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -138,15 +139,23 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file. Raises the errors of `read_json`, or returns `{}` instead if it is `optional`."""
+    """The object in a JSON file. Raises the errors of `read_json`.
+
+    If it is `optional`, the result is `{}` instead, with a warning if there is a file which is damaged.
+    """
     try:
         values = read_json(path)
         if not isinstance(values, dict):
             raise SensiLoadError(f"{path} must hold a JSON object, found a {type(values).__name__}.")
-    except (FileNotFoundError, SensiLoadError):
+    except FileNotFoundError:
         if optional:
             return {}
         raise
+    except SensiLoadError as error:
+        if not optional:
+            raise
+        warnings.warn(f"{error} It is not used.", stacklevel=3)
+        return {}
     return values
 
 
