@@ -105,6 +105,20 @@ def test_class_weights_change_the_loss(work, tmp_path):
     assert "--class-weights" in fails("train", work / "base", *answers, "--class-weights", "balanced")
 
 
+def test_plan_scores_with_the_class_weights_of_train(work, tmp_path):
+    data = ("--data", work / "texts.csv", "--budget", "0.5", "--batch-size", "8")
+    weights = ("--class-weights", "balanced")
+    call("train", work / "base", *data, *weights, "--validation", work / "texts.csv", "--epochs", "0", "--out",
+         tmp_path / "out")  # fmt: skip
+    trained = Scores.load(tmp_path / "out" / "scores.safetensors").values
+    for options, same in ((weights, True), ((), False)):
+        call("plan", work / "base", *data, *options, "--save-scores", tmp_path / "s.st")
+        planned = Scores.load(tmp_path / "s.st").values
+        assert all(torch.allclose(planned[name], value) for name, value in trained.items()) is same
+    refused = fails("plan", work / "base", *data, *weights, "--scores", tmp_path / "s.st")
+    assert "leave out --scores" in refused
+
+
 def test_early_stopping_keeps_the_best_model(work, tmp_path):
     out = tmp_path / "out"
     found = call("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "9",

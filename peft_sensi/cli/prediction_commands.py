@@ -100,7 +100,12 @@ def evaluate(
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Measure a model on labeled rows: each metric with its 95 % interval, and that of always the commonest answer."""
+    """Measure a model on labeled rows: each metric with its 95 % interval, and the metric of a baseline.
+
+    The baseline always gives the same answer, such as the most frequent class.
+    """
+    from ..tasks.task import baseline_words
+
     predictor = load_predictor(model, base, show=not json)
     task = labeled_rows(predictor, data, reading, show=not json)
     with step(f"predicting {len(task.train.raw):,} rows", show=not json):
@@ -119,7 +124,8 @@ def evaluate(
             "model": model, "data_sha256": task.hashes, "rows": len(task.train.raw), "metrics": quality.values,
             "baseline": quality.baseline, "intervals": quality.intervals, "remarks": quality.remarks,
         },
-        records_table(["metric", "value", "95 % interval", "always the commonest answer"], rows),
+        records_table(["metric", "value", "95 % interval", "baseline"], rows),
+        f"baseline: {baseline_words(task.record)}",
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def sweep(
         option("--lr", "RATE", "The peak learning rate. Default: that of the command train, for each budget."),
     ] = None,
     batch_size: args.BatchSize = 32,
+    class_weights: args.Weights = None,
     sequence_length: Annotated[
         int, option("--sequence-length", "N", "Tokens of the sequence whose time is measured.", min=1)
     ] = 128,
@@ -73,7 +74,8 @@ def sweep(
     from ..anatomy.build import build_anatomy
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
-    from .run import Training, check_same_options, resumed_state
+    from ..tasks.weights import weighted_model_loss
+    from .run import Training, check_same_options, check_training, resumed_state
     from .train import score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])
@@ -81,7 +83,8 @@ def sweep(
     folders = {limit: out_folder / f"{limit:g}" for limit in limits}
     options = {
         "model": model, "--data": data, "--budgets": limits, "--score": score, "--epochs": epochs, "--lr": lr,
-        "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "the options about the data": reading,
+        "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
+        "the options about the data": reading,
     }  # fmt: skip
     check_out(out_folder, overwrite, resume)
     if resume:
@@ -95,12 +98,14 @@ def sweep(
     if not len(task.validation):
         raise SensiError("A sweep compares validation results: give --validation, or a --validation-share above 0.")
     check_budget(build_anatomy(base), {"params": min(limits)})
-    training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed)
+    training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
+    check_training(task, training)
     if resume and (out_folder / SCORES).is_file():
         ranking = Scores.load(out_folder / SCORES)
     else:
         with step("ranking heads and neurons", show=not json):
-            ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed)
+            loss_fn = weighted_model_loss(task) if class_weights else None
+            ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed, loss_fn=loss_fn)
         out_folder.mkdir(parents=True, exist_ok=True)
         ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
         note(out_folder, state)

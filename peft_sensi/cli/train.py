@@ -177,7 +177,8 @@ def trim_for(
         if not is_adapter:
             config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
             run.model = get_peft_model(model, config)
-        run.model.base_model.trim(limits, calibration, latency=latency)
+        loss_fn = weighted_model_loss(task) if training.class_weights else None
+        run.model.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn)
         run.state["preparation"] = time.perf_counter() - start
         show(run.model.base_model.plan())
         quality = run.evaluate()

@@ -53,10 +53,7 @@ def train(
         ),
     ] = None,
     batch_size: args.BatchSize = 32,
-    class_weights: Annotated[
-        args.ClassWeights | None,
-        option("--class-weights", "balanced", "Let all classes count the same in the loss, however rare."),
-    ] = None,
+    class_weights: args.Weights = None,
     early_stopping: Annotated[
         int | None,
         option(
@@ -80,6 +77,7 @@ def train(
     Ctrl-C leaves a checkpoint, from which --resume goes on.
     """
     from ..scoring.scores import Scores
+    from ..tasks.task import baseline_words
     from .run import Training, check_training, resumed_state
     from .train import train_for
 
@@ -115,6 +113,7 @@ def train(
     if not result:
         return  # another process prints
     facts = quality_facts(result) | {
+        "baseline": baseline_words(result["task"]),
         "validation rows": f"{result['rows']['validation']:,}",
         "trained values": f"{result['trained_values']:,}",
         "adapter": size_of(result["weight_bytes"]),
@@ -146,6 +145,7 @@ def trim(
     resume: args.Resume = False,
     base: args.Base = None,
     batch_size: args.BatchSize = 32,
+    class_weights: args.Weights = None,
     bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
@@ -170,7 +170,7 @@ def trim(
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS
-    from .run import Training, resumed_state, saved_training
+    from .run import Training, check_training, resumed_state, saved_training
     from .train import trim_for
 
     limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
@@ -179,7 +179,7 @@ def trim(
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
-        "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16,
+        "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
@@ -201,6 +201,8 @@ def trim(
         source, data, seed=seed, head=head, config=config,
         **wanted | {"regression": is_regressor or wanted["regression"]},
     )  # fmt: skip
+    training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
+    check_training(task, training)
     with step("loading the model"):
         if resume:
             saved = open_adapter(str(saved_training(out_folder, state)))
@@ -209,7 +211,6 @@ def trim(
             trained = load_adapter(saved, base, is_trainable=True)
         else:
             trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model).float()
-    training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed)
     result = trim_for(
         trained, task, out_folder, training, name=model, limits=limits, latency=latency_table, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),
@@ -231,6 +232,6 @@ def quality_facts(result: dict[str, Any]) -> dict[str, str]:
         low, high = result["validation_interval"].get(name, (None, None))
         constant = result["validation_baseline"].get(name)
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        baseline = "" if constant is None else f", always the most frequent: {metric_text(constant)}"
+        baseline = "" if constant is None else f", baseline {metric_text(constant)}"
         facts[name] = metric_text(value) + ("" if value is None else interval + baseline)
     return facts

@@ -151,8 +151,19 @@ class Task:
         return self.quality(outputs, rows).values
 
     def quality(self, outputs: Any, rows: Rows) -> Quality:
-        """The metrics, the metrics of always giving the most frequent answer in training, and 95 % intervals."""
+        """The metrics, the metrics of a baseline (`baseline_words`), and 95 % intervals."""
         return self.measure(outputs, rows, self.train)
+
+
+def baseline_words(record: Mapping[str, Any]) -> str:
+    """What the baseline of `Quality` always answers, in words. `record` is `Task.record`."""
+    kind, problem = record.get("kind"), record.get("problem_type")
+    if kind != "text":
+        return "no entity at all" if kind == "words" else "no answer to any question"
+    if problem == "regression":
+        return "always the mean of the labels"
+    several = problem == "multi_label_classification"
+    return "the labels of more than half of the rows" if several else "always the most frequent class"
 
 
 def collator_of(kind: str, tokenizer: Any) -> Any:
