@@ -150,7 +150,7 @@ def compare(
     task: Any = None
     for name in (first, second):
         predictor = load_predictor(name, base, show=not json)
-        own = labeled_rows(predictor, data, reading, show=not json and task is None)
+        own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
         if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
         task = task or own
@@ -196,8 +196,10 @@ def rows_of(
     return rows, originals
 
 
-def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool) -> Task:
-    """The labeled rows as a task, all of them in `train`.
+def labeled_rows(
+    predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool, known: Task | None = None
+) -> Task:
+    """The labeled rows as a task, all of them in `train`. What was said about the rows of `known` is not repeated.
 
     Columns are those of the training, if the file has them. If a folder or a data set has a split for validation, and
     none is named, that split is used, because the model may have been trained on the other one.
@@ -216,7 +218,9 @@ def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, An
             predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
             head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
-    print_understood(task.lines, [*task.doubts, *untrained_columns(predictor, options)])
+    task.doubts += untrained_columns(predictor, options)
+    said = [] if known is None else [*known.lines, *known.doubts]
+    print_understood(*([text for text in texts if text not in said] for texts in (task.lines, task.doubts)))
     return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
 
 

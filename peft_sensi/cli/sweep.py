@@ -103,9 +103,9 @@ def sweep(
     if resume and (out_folder / SCORES).is_file():
         ranking = Scores.load(out_folder / SCORES)
     else:
-        with step("ranking heads and neurons", show=not json):
-            loss_fn = weighted_model_loss(task) if class_weights else None
-            ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed, loss_fn=loss_fn)
+        # Without a spinner, because scoring shows bars.
+        loss_fn = weighted_model_loss(task) if class_weights else None
+        ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed, loss_fn=loss_fn)
         out_folder.mkdir(parents=True, exist_ok=True)
         ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
         note(out_folder, state)

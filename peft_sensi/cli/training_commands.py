@@ -219,7 +219,7 @@ def trim(
         return  # another process prints
     measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
     if heal_epochs:
-        measured[f"after {heal_epochs:g} epochs"] = "validation"
+        measured[f"after {heal_epochs:g} epoch{'s' * (heal_epochs != 1)}"] = "validation"
     rows = [[when, *map(metric_text, result[key].values())] for when, key in measured.items()]
     table = records_table(["", *result["validation"]], rows)
     print_result(json, result, table, f"saved in {out_folder}")
