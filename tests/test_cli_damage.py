@@ -41,6 +41,9 @@ def without_tokenizer(folder: Path) -> None:
 DAMAGE = {
     "half of the weights": ("adapter", lambda f: cut(f / WEIGHTS), "not a whole safetensors file"),
     "no weights": ("adapter", lambda f: (f / WEIGHTS).unlink(), "not complete"),
+    "a folder as the weights": (
+        "adapter", lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "cannot be read: Is a directory."
+    ),
     "half of the config": ("adapter", lambda f: cut(f / CONFIG), "not JSON"),
     "a number as the base": ("adapter", lambda f: edited(f / CONFIG, base_model_name_or_path=7), "must be a string"),
     "no folder of the base": (

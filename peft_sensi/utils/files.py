@@ -98,6 +98,12 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    try:  # safetensors says that a file which may not be read does not exist
+        open(path, "rb").close()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SensiLoadError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -133,7 +139,7 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise SensiLoadError(f"{path} cannot be read: {error}.") from error
+        raise SensiLoadError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise SensiLoadError(f"{path} cannot be read: it is not JSON ({error}).") from error
 
