@@ -73,6 +73,8 @@ def predict(
         raise SensiError(f"{out_file}: predictions are written as {', '.join(SUFFIXES)}, or to stdout for -.")
     if not to_stdout:
         check_file(out_file, "--out")
+        if any(Path(name).exists() and out_file.resolve() == Path(name).resolve() for name in data):
+            raise SensiError(f"--out {out_file} is the file of the rows, and would be replaced: give another name.")
     quiet = json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)
     rows, originals = rows_of(predictor, data, reading, show=not quiet)
