@@ -217,7 +217,8 @@ def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     check_same_options(state, options)
     if saved_training(folder, state) is None:
         raise SensiError(
-            f"{folder} has no checkpoint, because the training was interrupted too early: use --overwrite."
+            f"{folder} has no checkpoint to go on from: Ctrl-C leaves one after the first step of a training. Start "
+            f"again with --overwrite."
         )
     return state
 

@@ -44,7 +44,7 @@ def sweep(
         ),
     ],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapters, the table and the picture.")],
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="LIMIT")] = None,  # after --budgets
     score: args.Ranking = args.FISHER,
     epochs: Annotated[float, option("--epochs", "N", "Passes over the data for each budget.", min=0)] = 3,
     lr: Annotated[
