@@ -75,7 +75,11 @@ SavedScores = Annotated[
 ]
 Weights = Annotated[
     ClassWeights | None,
-    option("--class-weights", "balanced", "Let all classes count the same in the loss, however rare."),
+    option(
+        "--class-weights",
+        "balanced",
+        "Let all classes count the same in the loss, however rare. Default: all rows do.",
+    ),
 ]
 BatchSize = Annotated[int, option("--batch-size", "N", "Rows in each batch.", min=1)]
 Bf16 = Annotated[
