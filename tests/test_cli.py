@@ -224,14 +224,14 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "0")
     assert "too small" in fails("plan", base, "--score", "magnitude", "--budget", "0.01")
     assert "Give --data" in fails("plan", base)
-    assert "cannot be loaded" in fails("plan", tmp_path / "no", "--score", "magnitude")
+    assert "There is no folder" in fails("plan", tmp_path / "no", "--score", "magnitude")
     assert "No such file" in fails("plan", base, "--data", tmp_path / "no.tsv")
     assert "no column 'x'" in fails("plan", base, "--data", data, "--text-column", "x")
     assert "--plot writes .png, .svg" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
     assert "not a file of scores" in fails("plan", base, "--scores", adapter / "adapter_model.safetensors")
     assert "holds neither of the two" in fails("inspect", tmp_path)
     assert "not found on the Hub" in fails("inspect", "nobody/nothing")
-    assert "neither a folder nor" in fails("inspect", "a/b/c/d")
+    assert "There is no folder a/b/c/d." in fails("inspect", "a/b/c/d")
     assert "ends in .onnx" in fails("export", adapter, tmp_path / "model.pt")
     tiny_model(seed=5, num_labels=2).save_pretrained(work / "other")
     assert "another base" in fails("merge", adapter, tmp_path / "m", "--base", work / "other")
@@ -429,8 +429,9 @@ def test_a_config_beside_an_adapter_imports_nothing(adapter, tmp_path):
         (tmp_path / "evil" / "config.json").write_text(json.dumps(values))
         result = CliRunner().invoke(app, ["inspect", str(tmp_path / "evil"), "--json"], input="y\n")
         assert result.exit_code == 0 and json.loads(result.stdout)["plan"], result.output
-        call("merge", tmp_path / "evil", tmp_path / "merged")
-    assert not marker.exists()
+        result = run("merge", tmp_path / "evil", tmp_path / "merged")
+        assert result.exit_code == 0 or "The tokenizer of" in result.output, result.output
+        assert not marker.exists()
 
 
 def test_a_decoder_keeps_its_pad_token_when_it_is_merged(work, tmp_path):

@@ -15,6 +15,7 @@ from folders import NAMES, save_adapter
 from tiny import tiny_model, wrap
 from transformers import ViTConfig, ViTForImageClassification
 
+from peft_sensi.cli import measure
 from peft_sensi.cli.commands import app
 from peft_sensi.cli.data_options import DATA_OPTIONS, VALIDATION_OPTIONS
 
@@ -53,6 +54,31 @@ def test_advice_is_for_the_command(folder, tmp_path):
         assert "another base" in text and "with --base" in text and "`" not in text
     assert "merged model already" in fails("merge", folder / "merged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeypatch):
+    """A plan without a latency table predicts nothing, but its adapter can be timed."""
+    timed = []
+
+    def time_once(model, base, **options):
+        timed.append((model.num_parameters() < base.num_parameters(), options["sequence_length"]))
+        return 1.0, 2.0
+
+    monkeypatch.setattr("peft_sensi.merging.latency.compare_latency", time_once)
+    short = ("--sequence-length", "16")
+    text = call("measure", folder / "adapter", "--against", folder / "base", *short)
+    assert "1 ms of 2 (50.00%)" in text and timed == [(True, 16)]
+    assert "at most 40 tokens" in fails("measure", folder / "adapter", "--against", folder / "base")
+    assert "at most 40 tokens" in fails("measure", folder / "base")
+    assert "with --against" in fails("measure", folder / "adapter")
+    assert "leave out --out" in fails("measure", folder / "adapter", "--against", folder / "base", "--out", "x.json")
+    (tmp_path / "file").write_text("")
+    assert "--out" in fails("measure", folder / "base", *short, "--out", tmp_path / "file" / "t.json")
+    monkeypatch.setattr(
+        "peft_sensi.merging.latency.measure_latency", lambda model, **_: pytest.fail(type(model).__name__)
+    )
+    with pytest.raises(pytest.fail.Exception, match="BertForSequenceClassification"):
+        measure.measure(str(folder / "merged"), sequence_length=16)
 
 
 def test_inspect_a_merged_model(folder):

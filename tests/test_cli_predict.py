@@ -202,6 +202,13 @@ def test_compare_a_model_with_itself_and_with_another(work, tmp_path):
     assert "labels are x, y, z" in fails("compare", work / "merged", tmp_path / "merged", *data[:2])
 
 
+def test_the_rows_are_not_replaced_by_their_predictions(work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.csv").write_text("text\ngood film\n")
+    assert "would be replaced" in fails("predict", work / "adapter", tmp_path / "new.csv", "--out", "new.csv")
+    assert (tmp_path / "new.csv").read_text() == "text\ngood film\n"
+
+
 def test_mcnemar():
     """A textbook example: 5 against 15 discordant pairs."""
     assert mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4) and mcnemar(0, 0) == 1.0 and mcnemar(3, 3) == 1.0

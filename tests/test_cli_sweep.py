@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from command import run
+from command import call, fails, run
 from folders import save_tokenizer
+from interruptions import assert_same_adapter, interrupted
 from tiny import tiny_model
 
 from peft_sensi import SensiError
@@ -49,6 +50,30 @@ def test_one_ranking_serves_all_budgets(work, monkeypatch):
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG" and (out / "scores.safetensors").is_file()
     again = run(*arguments)
     assert again.exit_code == 1 and "--overwrite" in again.output and calls == [1]
+
+
+def test_an_interrupted_sweep_keeps_what_is_finished(work, tmp_path, monkeypatch):
+    """Ctrl-C in the second training: the ranking, the first adapter and a checkpoint of the second are used."""
+
+    def untimed(points, *rest):
+        for point in points:
+            point |= {"parameters": 1, "ms": None}
+
+    monkeypatch.setattr("peft_sensi.cli.sweep.add_times", untimed)
+    arguments = ("sweep", work / "base", "--data", work / "data.tsv", "--budgets", "0.8 0.5", "--epochs", "1",
+                 "--batch-size", "8", "--validation-share", "0.3")  # fmt: skip
+    whole = json.loads(call(*arguments, "--out", tmp_path / "whole", "--json"))
+    half = (*arguments, "--out", tmp_path / "half")
+    assert "--resume" in interrupted(monkeypatch, 6, *half)  # a training has 4 steps
+    assert "--resume" in fails(*half)
+    assert "--seed was 0" in fails(*half, "--resume", "--seed", "3")
+    first = (tmp_path / "half" / "0.8" / "adapter_model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(train, "compute_scores", None)  # would fail
+    again = json.loads(call(*half, "--resume", "--json"))
+    assert (tmp_path / "half" / "0.8" / "adapter_model.safetensors").stat().st_mtime_ns == first
+    assert [point["value"] for point in again["points"]] == [point["value"] for point in whole["points"]]
+    assert_same_adapter(tmp_path / "whole" / "0.5", tmp_path / "half" / "0.5")
+    assert not (tmp_path / "half" / "unfinished.json").exists()
 
 
 def test_budgets_are_read_before_anything_slow(work):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -13,15 +11,17 @@ import command
 import pytest
 import torch
 from command import fails, run
+from interruptions import assert_same_adapter, interrupted
 from safetensors.torch import load_file
 from tiny import tiny_config
-from transformers import AutoModel, BertTokenizerFast, TrainerCallback
+from transformers import AutoModel, BertTokenizerFast
 
-from peft_sensi import Scores, load_merged
+from peft_sensi import Scores, SensiError, SensiModel, load_merged
 from peft_sensi.cli import train as train_module
 from peft_sensi.cli.run import Run
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
+from peft_sensi.tuner import decision
 
 
 WORDS = "the city of is in lives and red green blue stone ann bob york rome who where good bad".split()
@@ -103,6 +103,20 @@ def test_class_weights_change_the_loss(work, tmp_path):
     assert any(not torch.equal(plain[key], weighted[key]) for key in plain if plain[key].is_floating_point())
     answers = ("--data", work / "squad.json", "--max-length", "24", "--stride", "4", "--out", tmp_path / "no")
     assert "--class-weights" in fails("train", work / "base", *answers, "--class-weights", "balanced")
+
+
+def test_plan_scores_with_the_class_weights_of_train(work, tmp_path):
+    data = ("--data", work / "texts.csv", "--budget", "0.5", "--batch-size", "8")
+    weights = ("--class-weights", "balanced")
+    call("train", work / "base", *data, *weights, "--validation", work / "texts.csv", "--epochs", "0", "--out",
+         tmp_path / "out")  # fmt: skip
+    trained = Scores.load(tmp_path / "out" / "scores.safetensors").values
+    for options, same in ((weights, True), ((), False)):
+        call("plan", work / "base", *data, *options, "--save-scores", tmp_path / "s.st")
+        planned = Scores.load(tmp_path / "s.st").values
+        assert all(torch.allclose(planned[name], value) for name, value in trained.items()) is same
+    refused = fails("plan", work / "base", *data, *weights, "--scores", tmp_path / "s.st")
+    assert "leave out --scores" in refused
 
 
 def test_early_stopping_keeps_the_best_model(work, tmp_path, monkeypatch):
@@ -197,41 +211,6 @@ def test_a_second_run_does_not_replace_the_first(work, tmp_path):
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
-class CtrlC(TrainerCallback):
-    """Presses Ctrl-C in a step, counted over all trainings."""
-
-    def __init__(self, step: int) -> None:
-        self.steps_left = step
-
-    def on_step_begin(self, args, state, control, **others) -> None:
-        self.steps_left -= 1
-        if self.steps_left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def interrupted(monkeypatch, step: int, *arguments) -> str:
-    """The output of a command that is interrupted in a step."""
-    trainer, press = Run.trainer, CtrlC(step)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
-        )
-        result = run(*arguments)
-    assert result.exit_code == 130, result.output
-    return result.output
-
-
-def assert_same_adapter(a: Path, b: Path) -> None:
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        if not key.endswith("plan"):  # it has a mark of its own in each run
-            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
-    values = [json.loads((folder / "metrics.json").read_text())["validation"] for folder in (a, b)]
-    assert values[0] == pytest.approx(values[1])
-    assert not list(b.glob("checkpoint-*")) and not (b / "unfinished.json").exists()
-
-
 INTERRUPTED = {
     "trimmed": (("--budget", "0.7"), 7),
     "low-rank": (("--trainable", "0.1"), 7),
@@ -263,6 +242,34 @@ def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
     half = call(*trim, "--out", tmp_path / "half", "--resume")
     assert half["validation_before"] == whole["validation_before"]
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+@pytest.mark.parametrize(("options", "target"), [((), (Run, "evaluate")), (("--thorough",), (SensiModel, "trim"))])
+def test_a_finished_training_is_not_lost_by_what_comes_after(options, target, work, tmp_path, monkeypatch):
+    """Ctrl-C in the evaluation, and in the trim after the first stage of --thorough."""
+
+    def press(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.5", *SHORT, *options)
+    call(*train, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, press)
+        assert run(*train, "--out", tmp_path / "half").exit_code == 130
+    epochs, trainer = [], Run.trainer
+    monkeypatch.setattr(Run, "trainer", lambda self, n=0.0, *more: epochs.append(n) or trainer(self, n, *more))
+    call(*train, "--out", tmp_path / "half", "--resume")
+    assert sum(epochs) == len(options)  # only the second stage was trained
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_scores_are_saved_as_soon_as_they_exist(work, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise SensiError("no plan")
+
+    monkeypatch.setattr(decision, "make_plan", broken)
+    text = fails("train", work / "base", "--data", work / "texts.csv", "--budget", "0.5", *SHORT, "--out", tmp_path)
+    assert "no plan" in text and Scores.load(tmp_path / "scores.safetensors").method == "fisher"
 
 
 # -- rates and progress -----------------------------------------------------------------------------------------------

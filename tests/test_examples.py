@@ -153,6 +153,7 @@ def test_a_finetuned_model_is_trimmed(encoder, tmp_path):
     with pytest.raises(SystemExit, match="3 outputs, but the training rows have 2 classes"):
         three = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
         three.save_pretrained(tmp_path / "three")
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "three")
         run("trim_finetuned", "--model", tmp_path / "three", "--train_file", file, "--output_dir", tmp_path / "out")
 
 

@@ -273,6 +273,40 @@ def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
     assert "not uploaded: .env, README.md.bak, checkpoint-3/, credentials.json" in result.stderr
 
 
+def test_links_to_other_places_are_not_followed(hub, adapter, tmp_path):
+    """Except those of the Hub's cache, whose files are all links."""
+    folder, other = shutil.copytree(adapter, tmp_path / "run"), tmp_path / "other"
+    other.mkdir()
+    for name in ("metrics.json", "README.md", "tokenizer.json"):
+        (other / name).write_text('{"note": "SECRET"}')
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(other / name)
+    (folder / "settings.json").write_text("{}")
+    (folder / "tokenizer_config.json").symlink_to("settings.json")  # inside of the folder
+    result = run("push", folder, "me/mine")
+    assert result.exit_code == 0 and not hub.strange, result.output
+    assert all(b"SECRET" not in part for part in hub.received)
+    assert not {"metrics.json", "tokenizer.json"} & set(hub.repos["me/mine"])
+    assert "tokenizer_config.json" in hub.repos["me/mine"]
+    assert all(f"{name} (a link to another place)" in result.stderr for name in ("metrics.json", "tokenizer.json"))
+    (folder / "adapter_model.safetensors").rename(other / "weights")
+    (folder / "adapter_model.safetensors").symlink_to(other / "weights")
+    received = len(hub.received)
+    for options in ((), ("--dry-run",)):
+        result = run("push", folder, "me/mine", *options)
+        assert result.exit_code == 1 and "copy the file into the folder" in result.stderr.replace("\n", " ")
+    assert len(hub.received) == received
+    snapshot = tmp_path / "hub" / "models--me--x" / "snapshots" / "0"
+    shutil.copytree(adapter, snapshot)
+    for path in list(snapshot.iterdir()):
+        blob = snapshot.parent.parent / "blobs" / f"blob-{path.name}"
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert run("push", snapshot, "me/copy").exit_code == 0
+    assert "adapter_model.safetensors" in hub.repos["me/copy"]
+
+
 def test_without_a_login_the_error_says_what_to_do(hub, adapter, monkeypatch):
     hub.refuse = 401
     result = run("push", adapter, "me/mine")

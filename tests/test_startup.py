@@ -156,3 +156,6 @@ def test_one_place_says_how_to_install():
         if path != root / "utils" / "errors.py":
             found = re.findall(r"pip install [^\n]*(?:peft.sensi|'\.)|peft-sensi\[", path.read_text(encoding="utf-8"))
             assert not found, f"{path.name}: {found[0]}"
+    for path in [*root.parent.glob("*.md"), *root.parent.glob("docs/*.md")]:
+        named = re.findall(r"pip install [^\n`]*peft.sensi[^\n`]*", path.read_text(encoding="utf-8"))
+        assert not named, f"{path.name}: {named[0]}"

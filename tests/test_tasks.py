@@ -7,22 +7,26 @@ import csv
 import gzip
 import io
 import json
+import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_config
 
 from peft_sensi.tasks import answers, metrics, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
-from peft_sensi.tasks.kinds import kind_of
+from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import DataError, Labels, find_labels, order_of_head
 from peft_sensi.tasks.reading import Format, encoding_of, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
-from peft_sensi.tasks.task import Options, Rows
+from peft_sensi.tasks.task import Options, Rows, load_tokenizer
 
 
 ROWS = [
@@ -30,6 +34,14 @@ ROWS = [
     {"text": "prée, naïve", "label": "bad"},
     {"text": "it is so; really", "label": "good"},
 ]
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A tokenizer with a config of a model, but without the model."""
+    tiny_config("bert").save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    return tmp_path / "base"
 
 
 def table(delimiter: str = ",", header: bool = True, quoting: int = csv.QUOTE_MINIMAL) -> str:
@@ -127,8 +139,55 @@ def test_quotes_in_files_with_tabs(tmp_path):
     assert rows('text\tlabel\n"whole"\t0\n"x"\t1\n', quotes=True) == ["whole", "x"]
 
 
+def test_empty_columns_of_a_spreadsheet_are_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,,\na film,1,,\na plot,0\n,,,\n")
+    assert read_rows(tmp_path / "a.csv").rows == [{"text": "a film", "label": "1"}, {"text": "a plot", "label": "0"}]
+    (tmp_path / "a.csv").write_text("text,label,,\na film,1,,x\n")
+    with pytest.raises(DataError, match="two columns ''"):
+        read_rows(tmp_path / "a.csv")
+
+
+def labeled(path: Path, labels: list[str]) -> Path:
+    path.write_text("text;label\n" + "".join(f"film {i};{label}\n" for i, label in enumerate(labels)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (["1,5", "2,5", "3,5"], {}, "write decimals with a point"),
+        (["1,999", "2,999", "1,003,999"], {}, "nothing between thousands"),
+        (["1,5", "2.5", "3.5"], {"regression": True}, "the label '1,5' of row 1 is not a number"),
+        (["1", "2", "n/a"], {"regression": True}, "the label 'n/a' of row 3 is not a number"),
+    ],
+)
+def test_numbers_in_other_notations(base, tmp_path, labels, options, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_task(str(base), labeled(tmp_path / "a.csv", labels), validation_share=0.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.txt", "this is a text\nand another\n", "words"),
+        ("a.csv", "text,label\na film,1\n", "words"),
+        ("a.jsonl", '{"tokens": ["a"], "ner_tags": [0]}\n', "words"),
+    ],
+)
+def test_files_of_words_have_a_form(base, tmp_path, name, text, kind):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_task(str(base), tmp_path / name, kind=kind)
+    assert "(CoNLL)" in str(caught.value) and ".conll, .iob" in str(caught.value) and "ner_tags" in str(caught.value)
+    if name.endswith("txt"):  # a prediction would read the first word of each line only
+        with pytest.raises(DataError, match="line 2 has 2 columns"):
+            rows_for_prediction(kind, load_tokenizer(kind, str(base)), tmp_path / name)
+        with pytest.raises(DataError, match="give --task words"):
+            read_task(str(base), tmp_path / name)
+
+
 WRONG = {
-    "cells.csv": (b"text,label\na,b,c\n", "row 1 (line 2) has 3 cells"),
+    "cells.csv": (b"text,label\na,b,c\n", "row 1 (it ends in line 2) has 3 cells"),
     "twice.csv": (b"text,text\na,b\n", "two columns 'text'"),
     "empty.csv": (b"text,label\n", "no rows"),
     "nothing.csv": (b"", "no rows"),
@@ -489,7 +548,7 @@ def test_questions_of_a_table():
     assert "answers" not in open_ones[0]  # for a prediction
     unknown = [{"question": "what?", "context": "a red stone", "answers": None}]
     assert "answers" not in answers.from_table("f", unknown)[0][0]  # not known is not the same as no answer
-    with pytest.raises(DataError, match="row 1 is not a question"):
+    with pytest.raises(DataError, match="row 1 needs question, context"):
         answers.from_table("f", [{"question": "what?", "context": "x", "answers": [{"text": "x"}]}])
     with pytest.raises(DataError, match="no column 'question'"):
         answers.from_table("f", [{"context": "x"}])

@@ -78,7 +78,7 @@ def table_from(
     if rest <= 0:
         raise SensiError(
             "The measured times are nonsense: the sublayers take longer than the whole model. Stop other programs and "
-            "measure again, with more `rounds`."
+            "measure again, with more rounds (`rounds`, --rounds)."
         )
     values = {**described, "rest_ms": round(rest, 6), "rest_spread_ms": round(whole.spread * 1e3, 6)}
     return LatencyTable(**values, sublayers=tuple(sublayers))

@@ -64,10 +64,11 @@ def merge(
     saved, model = load_saved(adapter, base, json)
     if isinstance(saved, SavedMerged):
         raise SensiError(f"{adapter} is a merged model already.")
+    tokenizer = tokenizer_of(saved, base)  # before anything is written, because it may be damaged
     with step("merging", show=not json):
         small = model.merge_and_unload()
         plain = save_merged(small, folder)
-        if (tokenizer := tokenizer_of(saved, base)) is not None:
+        if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if (saved.folder / METRICS).is_file():
             (folder / METRICS).write_bytes((saved.folder / METRICS).read_bytes())

@@ -73,6 +73,14 @@ Ranking = Annotated[Score, option("--score", "NAME", "Rank by fisher, taylor, ma
 SavedScores = Annotated[
     Path | None, option("--scores", "FILE", "Use the scores in this file, which `plan --save-scores` wrote.")
 ]
+Weights = Annotated[
+    ClassWeights | None,
+    option(
+        "--class-weights",
+        "balanced",
+        "Let all classes count the same in the loss, however rare. Default: all rows do.",
+    ),
+]
 BatchSize = Annotated[int, option("--batch-size", "N", "Rows in each batch.", min=1)]
 Bf16 = Annotated[
     bool | None,

@@ -40,6 +40,7 @@ def plan(
     plot: Annotated[Path | None, option("--plot", "FILE", "Draw the plan: .png, .svg or .pdf.")] = None,
     style: Annotated[args.Style, option("--style", "NAME", "The style of the drawing: light or dark.")] = args.LIGHT,
     batch_size: args.BatchSize = 32,
+    class_weights: args.Weights = None,
     calibration_steps: Annotated[
         int, option("--calibration-steps", "N", "Batches to compute scores from.", min=1)
     ] = 24,
@@ -58,9 +59,12 @@ def plan(
     from ..reporting.facts import plan_figures
     from ..scoring.criteria import DATA_METHODS
     from ..scoring.scores import Scores
+    from ..tasks.weights import weighted_model_loss
     from .train import plan_for, score_for
 
     limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
+    if class_weights and (scores is not None or score not in DATA_METHODS):
+        raise SensiError("--class-weights changes how --data is scored: leave out --scores, and --score NAME.")
     check_picture(plot)
     check_file(save_scores, "--save-scores")
     check_latency_tables(latency_table)
@@ -71,7 +75,8 @@ def plan(
     if ranking is None:
         batches = None if task is None else task.batches(batch_size, seed)
         steps: dict[str, Any] = {"calibration_steps": calibration_steps, "priming_steps": priming_steps}
-        ranking = score_for(base, batches, score=score.value, seed=seed, **steps)
+        loss_fn = weighted_model_loss(task) if class_weights else None
+        ranking = score_for(base, batches, score=score.value, seed=seed, loss_fn=loss_fn, **steps)
     if save_scores is not None:
         ranking.save(save_scores)  # before the plan, which may fail
     found = plan_for(base, limits, ranking, seed, latency_table, "SEQ_CLS" if task is None else task.task_type)

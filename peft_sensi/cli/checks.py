@@ -12,11 +12,11 @@ from ..utils.errors import BudgetError, SensiError
 
 PICTURES = (".png", ".svg", ".pdf")
 UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
-SCORES = "scores.safetensors"  # what `train`, `trim` and `sweep` save for other budgets
+SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 
 
 def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
-    """Checks, before a long training, that the adapter can be saved in this folder. Creates the folder.
+    """Checks, before a long training, that the adapter can be saved in this folder. Creates nothing.
 
     Raises:
         SensiError: The folder holds a model, or an adapter that neither `overwrite` nor `resume` allows to change; or
@@ -41,7 +41,8 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
         raise SensiError(f"{folder} has the results of another run ({own[0]}): {ways}.")
     if resume and UNFINISHED not in own:
         raise SensiError(f"{folder} has no interrupted training to go on with: leave out --resume.")
-    _check_folder(folder, "--out")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    _check_writable(there, folder, "--out")
 
 
 def check_file(path: Path | None, option: str) -> None:
@@ -50,7 +51,11 @@ def check_file(path: Path | None, option: str) -> None:
         return
     if path.is_dir():
         raise SensiError(f"{path} is a folder: {option} needs the path of a file.")
-    _check_folder(path.parent, option)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SensiError(f"{option}: the folder {path.parent} cannot be created: {error.strerror}.") from None
+    _check_writable(path.parent, path.parent, option)
 
 
 def check_picture(path: Path | None, option: str = "--plot") -> None:
@@ -98,9 +103,8 @@ def check_latency_tables(paths: Iterable[Path] | None) -> None:
         LatencyTable.load(path)
 
 
-def _check_folder(folder: Path, option: str) -> None:
+def _check_writable(place: Path, folder: Path, option: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise SensiError(f"{option}: nothing can be written to {folder}: {error}.") from None
+        raise SensiError(f"{option}: nothing can be written to {folder}: {error.strerror}.") from None

@@ -12,6 +12,7 @@ from ..reporting.tables import facts_table
 from ..utils.errors import SensiError
 from . import arguments as args
 from .arguments import argument, option
+from .checks import check_file
 from .terminal import print_result, step
 
 
@@ -39,26 +40,35 @@ def measure(
         option("--export", "FOLDER", "Measure nothing: write graphs for a device that has onnxruntime only."),
     ] = None,
     against: Annotated[
-        str | None, option("--against", "BASE", "MODEL is an adapter: check its prediction against this base model.")
+        str | None,
+        option(
+            "--against",
+            "BASE",
+            "MODEL is an adapter: compare its time, and what its plan predicted, with this base model.",
+        ),
     ] = None,
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Measure the latency of a model for plans with --latency, or check what a plan predicted.
+    """Measure the latency of a model for plans with --latency, or compare an adapter with its base.
 
     A folder of graphs needs neither PyTorch nor PEFT on the device that measures it.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
     if against is not None:
-        check(model, against, rounds, json)
+        if out is not None or export is not None:
+            raise SensiError("--against compares two models, and writes no files: leave out --out and --export.")
+        compare(model, against, rounds, json, runtime=runtime.value, threads=threads, decode=decode, **options)
         return
+    check_file(out, "--out")
     if export is not None:
         from ..merging.latency import export_graphs
 
         if decode or out is not None:
             raise SensiError("--export writes graphs of whole sequences, and no table: leave out --decode and --out.")
+        base = load_base(model, sequence_length)
         with step("exporting the graphs", show=not json):
-            export_graphs(load_base(model), export, **options)
+            export_graphs(base, export, **options)
         lines = f"{export}: copy it to the device and run there: peft-sensi measure {export.name} --out table.json"
         print_result(json, {"folder": str(export)}, lines)
         return
@@ -68,7 +78,7 @@ def measure(
     else:
         from ..merging.latency import measure_latency
 
-        base = load_base(model)
+        base = load_base(model, sequence_length)
         with step("measuring", show=not json):
             table = measure_latency(
                 base, runtime=runtime.value, threads=threads, decode=decode, rounds=rounds, **options
@@ -82,30 +92,56 @@ def report(table: LatencyTable, out: Path | None, json: bool) -> None:
     print_result(json, table.to_dict(), str(table), *([] if out is None else [f"saved as {out}"]))
 
 
-def load_base(name: str) -> Any:
-    """The model with the head that its config names, in evaluation mode."""
+def load_base(name: str, length: int) -> Any:
+    """The model with the head that its config names, in evaluation mode. It must take inputs of this length."""
     import transformers
 
-    from ..reporting.saved import load_pretrained
+    from ..anatomy.widths import RECORD_KEY
+    from ..reporting.saved import is_adapter, load_pretrained
+    from ..reporting.saved_merged import load_whole, open_saved
 
+    if is_adapter(name):
+        raise SensiError(f"{name} is an adapter: give its base model with --against to compare the two.")
     config = load_pretrained(transformers.AutoConfig, name)
     architecture = next(iter(config.architectures or ()), "")
     known = getattr(transformers, architecture, None)
     is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
-    return load_pretrained(known if is_model else transformers.AutoModel, name).eval()
+    if hasattr(config, RECORD_KEY):
+        model: Any = load_whole(open_saved(name))  # type: ignore[arg-type]
+    else:
+        model = load_pretrained(known if is_model else transformers.AutoModel, name).eval()
+    check_length(model, length)
+    return model
 
 
-def check(adapter: str, base: str, rounds: int, json: bool) -> None:
-    """Times the merged model and its base for each table that the adapter's plan was predicted with."""
-    from ..merging.latency import check_prediction
+def check_length(model: Any, length: int) -> None:
+    from ..anatomy.modules import positions_of
+
+    table = positions_of(model)
+    if table is not None and table[1] < length:
+        raise SensiError(f"The model takes at most {table[1]} tokens: give --sequence-length {table[1]} or less.")
+
+
+def compare(adapter: str, base: str, rounds: int, json: bool, **options: Any) -> None:
+    """Times the merged model and its base for each table that the adapter's plan was predicted with.
+
+    If the plan was made without a table, both are timed once, as the `options` of `compare_latency` say.
+    """
+    from ..merging.latency import check_prediction, compare_latency
     from ..reporting.saved import load_adapter, open_adapter
 
     saved = open_adapter(adapter)
-    if not saved.config.latency:
-        raise SensiError(f"{adapter} has no predicted latency: its plan was made without a latency table.")
     with step("loading the model", show=not json):
         merged: Any = load_adapter(saved, base).merge_and_unload().eval()
         whole = load_adapter(saved, base).unload().eval()
+    if not saved.config.latency:
+        check_length(whole, options["sequence_length"])
+        with step("measuring", show=not json):
+            merged_ms, base_ms = compare_latency(merged, whole, rounds=rounds, **options)
+        found = {"merged_ms": merged_ms, "base_ms": base_ms, "measured_share": merged_ms / base_ms}
+        text = f"{merged_ms:.3g} ms of {base_ms:.3g} ({merged_ms / base_ms:.2%})"
+        print_result(json, found, facts_table({"measured latency": text}))
+        return
     results = {}
     for name, record in saved.config.latency.items():
         with step(f"measuring {name}", show=not json):

@@ -73,6 +73,8 @@ def predict(
         raise SensiError(f"{out_file}: predictions are written as {', '.join(SUFFIXES)}, or to stdout for -.")
     if not to_stdout:
         check_file(out_file, "--out")
+        if any(Path(name).exists() and out_file.resolve() == Path(name).resolve() for name in data):
+            raise SensiError(f"--out {out_file} is the file of the rows, and would be replaced: give another name.")
     quiet = json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)
     rows, originals = rows_of(predictor, data, reading, show=not quiet)
@@ -100,7 +102,12 @@ def evaluate(
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Measure a model on labeled rows: each metric with its 95 % interval, and that of always the commonest answer."""
+    """Measure a model on labeled rows: each metric with its 95 % interval, and the metric of a baseline.
+
+    The baseline always gives the same answer, such as the most frequent class.
+    """
+    from ..tasks.task import baseline_words
+
     predictor = load_predictor(model, base, show=not json)
     task = labeled_rows(predictor, data, reading, show=not json)
     with step(f"predicting {len(task.train.raw):,} rows", show=not json):
@@ -119,7 +126,8 @@ def evaluate(
             "model": model, "data_sha256": task.hashes, "rows": len(task.train.raw), "metrics": quality.values,
             "baseline": quality.baseline, "intervals": quality.intervals, "remarks": quality.remarks,
         },
-        records_table(["metric", "value", "95 % interval", "always the commonest answer"], rows),
+        records_table(["metric", "value", "95 % interval", "baseline"], rows),
+        f"baseline: {baseline_words(task.record)}",
     )  # fmt: skip
 
 
@@ -144,7 +152,7 @@ def compare(
     task: Any = None
     for name in (first, second):
         predictor = load_predictor(name, base, show=not json)
-        own = labeled_rows(predictor, data, reading, show=not json and task is None)
+        own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
         if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
         task = task or own
@@ -190,8 +198,10 @@ def rows_of(
     return rows, originals
 
 
-def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool) -> Task:
-    """The labeled rows as a task, all of them in `train`.
+def labeled_rows(
+    predictor: Predictor, data: list[str], reading: Mapping[str, Any], show: bool, known: Task | None = None
+) -> Task:
+    """The labeled rows as a task, all of them in `train`. What was said about the rows of `known` is not repeated.
 
     Columns are those of the training, if the file has them. If a folder or a data set has a split for validation, and
     none is named, that split is used, because the model may have been trained on the other one.
@@ -210,7 +220,9 @@ def labeled_rows(predictor: Predictor, data: list[str], reading: Mapping[str, An
             predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
             head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
-    print_understood(task.lines, [*task.doubts, *untrained_columns(predictor, options)])
+    task.doubts += untrained_columns(predictor, options)
+    said = [] if known is None else [*known.lines, *known.doubts]
+    print_understood(*([text for text in texts if text not in said] for texts in (task.lines, task.doubts)))
     return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
 
 

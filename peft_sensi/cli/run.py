@@ -66,7 +66,8 @@ def check_training(task: Task, training: Training) -> None:
 class Run:
     """An adapter and its task, and the folder in which it is saved after each training.
 
-    `state` says what was done before the current training, for `--resume`: `options` of the command, and figures.
+    `state` says what was done, for `--resume`: `options` of the command, the `stage` of the training, its number of
+    `steps` once it is finished and its adapter saved, and figures.
     """
 
     def __init__(
@@ -140,10 +141,13 @@ class Run:
             SensiError: Values are not finite. Nothing is saved then.
             KeyboardInterrupt: Ctrl-C was pressed. A checkpoint was written.
         """
-        checkpoint = get_last_checkpoint(str(self.folder)) if self.state.get("stage") == stage else None
+        is_resumed = self.state.get("stage") == stage
+        if is_resumed and self.state.get("steps") is not None:
+            return  # only what comes after this stage was interrupted
+        checkpoint = get_last_checkpoint(str(self.folder)) if is_resumed else None
         if checkpoint is None:
             remove_checkpoints(self.folder)
-        self.state |= {"stage": stage, "seconds": self.seconds}
+        self.state |= {"stage": stage, "steps": None, "seconds": self.seconds}
         self._write(UNFINISHED, self.state)
         start = time.perf_counter()
         stop = StopAfterStep()
@@ -155,8 +159,9 @@ class Run:
             raise SensiError(
                 "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
             )
-        self.steps = trainer.state.global_step
         trainer.save_model()  # before anything else can go wrong
+        self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
+        self._write(UNFINISHED, self.state)  # what comes now can be interrupted, too
 
     def evaluate(self) -> Quality:
         """The quality on the validation rows; without such rows, it is empty and says so."""
@@ -209,18 +214,28 @@ class Run:
 def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an interrupted training in this folder had done. Raises `SensiError` if its options were others."""
     state = read_json_object(folder / UNFINISHED)
-    now = json.loads(json.dumps(options, default=str))
-    before = state.get("options", {})
+    check_same_options(state, options)
+    if saved_training(folder, state) is None:
+        raise SensiError(
+            f"{folder} has no checkpoint to go on from: Ctrl-C leaves one after the first step of a training. Start "
+            f"again with --overwrite."
+        )
+    return state
+
+
+def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises `SensiError` if what was interrupted had other options, which are in its state."""
+    now, before = json.loads(json.dumps(options, default=str)), state.get("options", {})
     if changed := [name for name in now if now[name] != before.get(name)]:
         name = changed[0]
         raise SensiError(
             f"--resume goes on with the same options, but {name} was {before.get(name)!r} and is {now[name]!r}."
         )
-    if get_last_checkpoint(str(folder)) is None:
-        raise SensiError(
-            f"{folder} has no checkpoint, because the training was interrupted too early: use --overwrite."
-        )
-    return state
+
+
+def saved_training(folder: Path, state: Mapping[str, Any]) -> str | None:
+    """Where an interrupted training has saved its adapter: its last checkpoint, or the folder if it was finished."""
+    return get_last_checkpoint(str(folder)) if state.get("steps") is None else str(folder)
 
 
 def remove_checkpoints(folder: Path) -> None:

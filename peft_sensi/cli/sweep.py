@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json as jsonlib
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,12 @@ from rich.text import Text
 from ..planning.budget import Budget
 from ..reporting.tables import records_table
 from ..utils.errors import SensiError
-from ..utils.files import write_text_atomically
+from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import human, interval_text, metric_text
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables
-from .checks import SCORES, check_budget, check_out
+from .checks import SCORES, UNFINISHED, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
 from .terminal import err, print_result, print_warning, step
 
@@ -43,7 +44,7 @@ def sweep(
         ),
     ],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapters, the table and the picture.")],
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="LIMIT")] = None,  # after --budgets
     score: args.Ranking = args.FISHER,
     epochs: Annotated[float, option("--epochs", "N", "Passes over the data for each budget.", min=0)] = 3,
     lr: Annotated[
@@ -51,11 +52,13 @@ def sweep(
         option("--lr", "RATE", "The peak learning rate. Default: that of the command train, for each budget."),
     ] = None,
     batch_size: args.BatchSize = 32,
+    class_weights: args.Weights = None,
     sequence_length: Annotated[
         int, option("--sequence-length", "N", "Tokens of the sequence whose time is measured.", min=1)
     ] = 128,
     rounds: Annotated[int, option("--rounds", "N", "How often the models take turns when they are timed.", min=1)] = 7,
     overwrite: args.Overwrite = False,
+    resume: args.Resume = False,
     bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
@@ -65,32 +68,65 @@ def sweep(
 
     Heads and neurons are ranked once. Each budget gets an adapter of its own in the folder, beside a table
     (sweep.json) and a picture (sweep.png).
+
+    After an interruption, --resume keeps the ranking and the adapters that are finished, and goes on.
     """
     from ..anatomy.build import build_anatomy
-    from .run import Training
+    from ..reporting.saved import METRICS
+    from ..scoring.scores import Scores
+    from ..tasks.weights import weighted_model_loss
+    from .run import Training, check_same_options, check_training, resumed_state
     from .train import score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])
     args.check_rate(lr)
     folders = {limit: out_folder / f"{limit:g}" for limit in limits}
-    for folder in folders.values():
-        check_out(folder, overwrite)
+    options = {
+        "model": model, "--data": data, "--budgets": limits, "--score": score, "--epochs": epochs, "--lr": lr,
+        "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
+        "the options about the data": reading,
+    }  # fmt: skip
+    check_out(out_folder, overwrite, resume)
+    if resume:
+        state = read_json_object(out_folder / UNFINISHED)
+        check_same_options(state, options)
+    else:
+        state = {"options": options, "finished": []}
+        for folder in folders.values():
+            check_out(folder, overwrite)
     base, task = load_base(model, data, seed=seed, **task_options(reading))
     if not len(task.validation):
         raise SensiError("A sweep compares validation results: give --validation, or a --validation-share above 0.")
     check_budget(build_anatomy(base), {"params": min(limits)})
-    training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed)
-    with step("ranking heads and neurons", show=not json):
-        ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed)
+    training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
+    check_training(task, training)
+    if resume and (out_folder / SCORES).is_file():
+        ranking = Scores.load(out_folder / SCORES)
+    else:
+        # Without a spinner, because scoring shows bars.
+        loss_fn = weighted_model_loss(task) if class_weights else None
+        ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed, loss_fn=loss_fn)
+        out_folder.mkdir(parents=True, exist_ok=True)
         ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
+        note(out_folder, state)
     results = []
     for limit, folder in folders.items():
         err.print(Text(f"budget {limit:g}", "bold"))
+        if limit in state["finished"]:
+            err.print(Text(f"finished before: {folder}", "dim"), soft_wrap=True)
+            results.append(read_json_object(folder / METRICS))
+            continue
+        own = {"options": options}
+        if resume and (folder / UNFINISHED).is_file():
+            with suppress(SensiError):  # without a checkpoint, the training starts again
+                own = resumed_state(folder, options)
         results.append(train_for(
             copy.deepcopy(base), task, folder, training, limits={"params": limit}, recipe=None, score=score.value,
-            scores=ranking, thorough=False, state={"options": {"sweep": limits}},
+            scores=ranking, thorough=False, state=own,
             show=lambda plan: None if json else err.print(*plan_renderables(plan)),
         ))  # fmt: skip
+        state["finished"].append(limit)
+        note(out_folder, state)
     if not all(results):
         return  # another process prints
     points = [point_of(limit, result, task.main_metric) for limit, result in zip(limits, results, strict=True)]
@@ -98,6 +134,7 @@ def sweep(
     table = {"model": model, "metric": task.main_metric, "base_parameters": base.num_parameters(), "base_ms": whole,
              "sequence_length": sequence_length, "points": points}  # fmt: skip
     write_text_atomically(out_folder / TABLE, jsonlib.dumps(table, indent=2) + "\n")
+    (out_folder / UNFINISHED).unlink(missing_ok=True)
     lines = [f"table: {out_folder / TABLE}"]
     if (picture := draw(points, table, out_folder / PICTURE)) is not None:
         lines.append(f"picture: {picture}")
@@ -113,6 +150,14 @@ def budgets_of(texts: list[str]) -> list[float | int]:
     for limit in limits:
         Budget.parse({"params": limit})
     return sorted(limits, key=lambda limit: (limit > 1, limit), reverse=True)
+
+
+def note(folder: Path, state: dict[str, Any]) -> None:
+    """Notes what is done, for `--resume`."""
+    from accelerate import PartialState
+
+    if not PartialState().process_index:
+        write_text_atomically(folder / UNFINISHED, jsonlib.dumps(state, indent=2, default=str))
 
 
 def point_of(limit: float | int, result: dict[str, Any], metric: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from peft import PeftModel, get_peft_model
 from rich.text import Text
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import recipes
 from ..anatomy.build import build_anatomy
@@ -24,10 +24,11 @@ from ..scoring.scores import Scores
 from ..tasks.task import Task
 from ..tasks.weights import weighted_model_loss
 from ..tuner.config import SensiConfig
+from ..tuner.decision import scores_sent_to
 from ..tuner.schedule import SensiCallback
 from .checks import SCORES, check_budget
 from .rates import rate_line
-from .run import Run, Training
+from .run import Run, Training, saved_training
 from .terminal import err
 
 
@@ -88,15 +89,16 @@ def train_for(
     loss_fn = weighted_model_loss(task) if training.class_weights else None
     state, start = dict(state), time.perf_counter()
     set_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     if (stage := state.get("stage")) is not None:
-        wrapped: Any = PeftModel.from_pretrained(model, str(get_last_checkpoint(str(folder))), is_trainable=True)
+        wrapped: Any = PeftModel.from_pretrained(model, str(saved_training(folder, state)), is_trainable=True)
     else:
         check_budget(build_anatomy(model), limits)
         common: dict[str, Any] = {"calibration": calibration, "task_type": task.task_type, "seed": seed}
         common |= {"scores": None if scores is None else for_head_of(model, scores)}
         common |= {"latency": latency, "loss_fn": loss_fn}
-        wrapped = get_peft_model(model, _config(recipe, 1.0 if thorough else limits, score, common))
-        save_scores(wrapped, folder)
+        with scores_sent_to(partial(save_scores, folder=folder)):  # also if the rest of the wrap fails
+            wrapped = get_peft_model(model, _config(recipe, 1.0 if thorough else limits, score, common))
         state["score"] = wrapped.active_peft_config.score if scores is None else scores.method
     run = Run(wrapped, task, folder, training, state, is_whole=thorough)
     prepared = float(state.get("preparation", 0.0)) + time.perf_counter() - start
@@ -110,7 +112,6 @@ def train_for(
     if thorough and stage in (None, "train"):
         start = time.perf_counter()
         show(wrapped.base_model.trim(limits or 0.5, calibration, loss_fn=loss_fn))
-        save_scores(wrapped, folder)
         prepared += time.perf_counter() - start
         run.state["preparation"] = prepared
     if thorough:
@@ -124,7 +125,7 @@ def train_for(
         thorough=thorough,
         score=run.state.get("score"),
         epochs=training.epochs,
-        steps=run.steps,
+        steps=run.state["steps"],
         **quality.to_dict(),
         seconds={"preparation": prepared, "training": run.seconds},
     )
@@ -139,9 +140,9 @@ def _config(recipe: str | None, limits: Any, score: str, common: dict[str, Any])
     return recipes.RECIPES[recipe](**common)
 
 
-def save_scores(model: Any, folder: Path) -> None:
-    """Saves the scores that a wrap or a trim has made, for other budgets and for another start."""
-    if (scores := model.base_model._sensi_scores.get("default")) is not None and not PartialState().process_index:
+def save_scores(scores: Scores, folder: Path) -> None:
+    """Saves the scores of a base model, for other budgets and for another start."""
+    if not PartialState().process_index:
         scores.save(folder / SCORES)
         err.print(Text(f"scores: {folder / SCORES} (--scores)", "dim"), soft_wrap=True)
 
@@ -165,6 +166,7 @@ def trim_for(
     """
     calibration = list(task.batches(training.batch_size, training.seed))[:CALIBRATION]
     set_seed(training.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     run = Run(model, task, folder, training, state, is_whole=True)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
     base = model.get_base_model().config if is_adapter else model.config
@@ -175,13 +177,15 @@ def trim_for(
         if not is_adapter:
             config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
             run.model = get_peft_model(model, config)
-        run.model.base_model.trim(limits, calibration, latency=latency)
-        save_scores(run.model, folder)
+        loss_fn = weighted_model_loss(task) if training.class_weights else None
+        run.model.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn)
         run.state["preparation"] = time.perf_counter() - start
         show(run.model.base_model.plan())
-        run.state["trimmed"] = run.evaluate().values
+        quality = run.evaluate()
+        run.state["trimmed"] = quality.values
     if training.epochs:
         run.train(training.epochs, stage="heal")
+        quality = run.evaluate()
     else:
         run.trainer().save_model()
     return run.write_metrics(
@@ -191,6 +195,6 @@ def trim_for(
         epochs=training.epochs,
         validation_before=run.state["before"],
         validation_trimmed=run.state["trimmed"],
-        **run.evaluate().to_dict(),
+        **quality.to_dict(),
         seconds={"preparation": run.state["preparation"], "training": run.seconds},
     )

@@ -53,10 +53,7 @@ def train(
         ),
     ] = None,
     batch_size: args.BatchSize = 32,
-    class_weights: Annotated[
-        args.ClassWeights | None,
-        option("--class-weights", "balanced", "Let all classes count the same in the loss, however rare."),
-    ] = None,
+    class_weights: args.Weights = None,
     early_stopping: Annotated[
         int | None,
         option(
@@ -80,6 +77,7 @@ def train(
     Ctrl-C leaves a checkpoint, from which --resume goes on.
     """
     from ..scoring.scores import Scores
+    from ..tasks.task import baseline_words
     from .run import Training, check_training, resumed_state
     from .train import train_for
 
@@ -115,6 +113,7 @@ def train(
     if not result:
         return  # another process prints
     facts = quality_facts(result) | {
+        "baseline": baseline_words(result["task"]),
         "validation rows": f"{result['rows']['validation']:,}",
         "trained values": f"{result['trained_values']:,}",
         "adapter": size_of(result["weight_bytes"]),
@@ -146,6 +145,7 @@ def trim(
     resume: args.Resume = False,
     base: args.Base = None,
     batch_size: args.BatchSize = 32,
+    class_weights: args.Weights = None,
     bf16: args.Bf16 = None,
     seed: args.Seed = 0,
     json: args.Json = False,
@@ -157,13 +157,20 @@ def trim(
     """
     import transformers
     from transformers import AutoConfig
-    from transformers.trainer_utils import get_last_checkpoint
 
-    from ..reporting.saved import base_config, is_adapter, load_adapter, load_pretrained, open_adapter, task_of
+    from ..reporting.saved import (
+        TOKENIZER_CONFIG,
+        base_config,
+        is_adapter,
+        load_adapter,
+        load_pretrained,
+        open_adapter,
+        task_of,
+    )
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS
-    from .run import Training, resumed_state
+    from .run import Training, check_training, resumed_state, saved_training
     from .train import trim_for
 
     limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
@@ -172,7 +179,7 @@ def trim(
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
-        "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16,
+        "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
@@ -186,19 +193,24 @@ def trim(
     is_regressor = config.problem_type == "regression" or config.num_labels == 1
     names = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
     head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
+    if saved is None:
+        source = model
+    else:
+        source = str(saved.folder) if (saved.folder / TOKENIZER_CONFIG).is_file() else str(base or saved.base)
     task = read_data(
-        model if saved is None else str(saved.folder), data, seed=seed, head=head, config=config,
+        source, data, seed=seed, head=head, config=config,
         **wanted | {"regression": is_regressor or wanted["regression"]},
     )  # fmt: skip
+    training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
+    check_training(task, training)
     with step("loading the model"):
         if resume:
-            saved = open_adapter(str(get_last_checkpoint(str(out_folder))))
+            saved = open_adapter(str(saved_training(out_folder, state)))
             trained: Any = load_adapter(saved, base, is_trainable=True)
         elif saved is not None:
             trained = load_adapter(saved, base, is_trainable=True)
         else:
             trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model).float()
-    training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed)
     result = trim_for(
         trained, task, out_folder, training, name=model, limits=limits, latency=latency_table, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),
@@ -207,7 +219,7 @@ def trim(
         return  # another process prints
     measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
     if heal_epochs:
-        measured[f"after {heal_epochs:g} epochs"] = "validation"
+        measured[f"after {heal_epochs:g} epoch{'s' * (heal_epochs != 1)}"] = "validation"
     rows = [[when, *map(metric_text, result[key].values())] for when, key in measured.items()]
     table = records_table(["", *result["validation"]], rows)
     print_result(json, result, table, f"saved in {out_folder}")
@@ -220,6 +232,6 @@ def quality_facts(result: dict[str, Any]) -> dict[str, str]:
         low, high = result["validation_interval"].get(name, (None, None))
         constant = result["validation_baseline"].get(name)
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        baseline = "" if constant is None else f", always the most frequent: {metric_text(constant)}"
+        baseline = "" if constant is None else f", baseline {metric_text(constant)}"
         facts[name] = metric_text(value) + ("" if value is None else interval + baseline)
     return facts

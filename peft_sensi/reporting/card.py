@@ -77,6 +77,8 @@ def write_card(
         SensiError: `results` contains no numbers, or a file of results cannot be read.
     """
     folder = folder or saved.folder
+    if (folder / CARD).exists():
+        load_card(folder / CARD)  # an error must come before the picture is replaced
     metrics = metrics_of(saved.folder)
     if results is None and isinstance(metrics.get("validation"), Mapping):
         results = metrics

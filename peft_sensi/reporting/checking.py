@@ -60,12 +60,7 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
         yield Finding("files", OK, f"{CONFIG} and the weights were saved together, and all values are finite")
     yield Finding("checksum", OK, f"{weights.name}: SHA-256 {checksum(weights)}")
     yield from _versions(saved)
-    if (saved.folder / TOKENIZER_CONFIG).is_file():
-        found = tokenizer_of(saved)
-        size = 0 if found is None else len(found)
-        yield Finding("tokenizer", OK if size else WRONG, f"{size:,} tokens" if size else "it cannot be loaded")
-    else:
-        yield Finding("tokenizer", NOTE, "there is none in the folder")
+    yield _tokenizer(saved)
     if isinstance(saved, SavedAdapter) and (missing := _missing_base(saved, base)):
         yield Finding("base", NOTE, missing)
         return
@@ -88,6 +83,15 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokenizer(saved: SavedAdapter | SavedMerged) -> Finding:
+    if not (saved.folder / TOKENIZER_CONFIG).is_file():
+        return Finding("tokenizer", NOTE, "there is none in the folder")
+    try:
+        return Finding("tokenizer", OK, f"{len(tokenizer_of(saved)):,} tokens")
+    except SensiError as error:
+        return Finding("tokenizer", WRONG, str(error))
 
 
 def _versions(saved: SavedAdapter | SavedMerged) -> Iterator[Finding]:

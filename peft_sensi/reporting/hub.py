@@ -24,7 +24,17 @@ from .card import load_card, new_card, save_card, save_with_tags, write_card
 from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, is_repo, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
-from .uploads import CARD, PICTURE, Upload, collect, local_paths, public_config, renew_hash, without_paths
+from .uploads import (
+    CARD,
+    PICTURE,
+    Upload,
+    check_links,
+    collect,
+    local_paths,
+    public_config,
+    renew_hash,
+    without_paths,
+)
 
 
 # Everything that an upload may contain. `metrics.json` is what the command `train` writes.
@@ -137,10 +147,12 @@ def prepare_upload(
     if (saved.folder / CARD).is_file():
         load_card(saved.folder / CARD)  # an error names this file and not its copy
     if isinstance(saved, SavedMerged):
+        check_links(saved.folder, (MODEL_CONFIG, saved.weights))
         private = [base] if base and not is_repo(base) else []
         upload = collect(saved.folder, merged_files(saved), private, target)
         renew_hash(upload.files[MODEL_CONFIG], saved.folder / saved.weights)
     else:
+        check_links(saved.folder, (CONFIG, WEIGHTS))
         private = [str(name) for name in (saved.base, base) if name and not is_repo(str(name))]
         upload = collect(saved.folder, ADAPTER_FILES, private, target)
         upload.files[CONFIG] = public_config(saved.folder, base, target)

@@ -75,11 +75,22 @@ def write_companions(
 
 
 def read_companion(file: Path) -> dict[str, Any]:
-    """The values of `NAME.json` beside `NAME.onnx` or `NAME.int8.onnx`. Raises `SensiError` if there is none."""
+    """The values of `NAME.json` beside `NAME.onnx` or `NAME.int8.onnx`.
+
+    Raises `SensiError` if there is no such file, or if it has other values than `write_companions` writes.
+    """
     path = file.parent / f"{file.name.removesuffix('.onnx').removesuffix('.int8')}.json"
-    values = read_json_object(path, optional=True)
+    try:
+        values = read_json_object(path)
+    except FileNotFoundError:
+        values = {}
     if values.get("made_by") != MADE_BY:
         raise SensiError(f"{path} is missing: `peft-sensi export` writes it beside the ONNX file. Export it again.")
+    labels, longest = values.get("labels"), values.get("max_length")
+    names = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    known = isinstance(values.get("kind"), str | None) and isinstance(values.get("problem_type"), str | None)
+    if not (names and known and isinstance(longest, int | None)):
+        raise SensiError(f"{path} is not as `peft-sensi export` writes it. Export the model again.")
     return values
 
 

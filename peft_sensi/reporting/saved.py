@@ -97,11 +97,8 @@ def open_adapter(name: str | Path) -> SavedAdapter:
         files = [CONFIG, WEIGHTS, METRICS, "config.json", *TOKENIZER_FILES, "README.md", "*.png"]
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=files))
-        except HFValidationError:
-            raise SensiLoadError(f"{name} is neither a folder nor the name of a repository.") from None
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise SensiLoadError(f"{name} is not a folder, and not found on the Hub: {reason}") from None
+        except (HFValidationError, OSError) as error:
+            raise SensiLoadError(not_found(name, error)) from None
     if not (folder / CONFIG).is_file():
         raise SensiLoadError(f"{name} holds no {CONFIG}: it is not an adapter.")
     if (kind := read_json_object(folder / CONFIG).get("peft_type")) != "SENSI":
@@ -134,6 +131,15 @@ def is_repo(name: str) -> bool:
     except HFValidationError:
         return False
     return not Path(name).is_dir()
+
+
+def not_found(name: str | Path, error: Exception) -> str:
+    """Why neither a folder nor the Hub has this model. A path and the name of a repository can look alike."""
+    path, reason = Path(name), str(error).strip().split("\n")[0]
+    if path.is_file():
+        return f"{name} is a file, not the folder of a model."
+    is_path = not is_repo(str(name)) or (path.parent != Path() and path.parent.is_dir())
+    return f"There is no folder {name}" + ("." if is_path else f" here, and it was not found on the Hub: {reason}")
 
 
 def is_adapter(name: str) -> bool:
@@ -184,7 +190,7 @@ def _tokens_of(adapter: SavedAdapter, model: PreTrainedModel, embedding: Any) ->
         return int(groups[f"{name}.tokens"]["size"])
     if (adapter.folder / "tokenizer_config.json").is_file():
         with contextlib.suppress(SensiError):
-            return len(load_pretrained(AutoTokenizer, str(adapter.folder)))
+            return len(pretrained_tokenizer(str(adapter.folder)))
     return 0
 
 
@@ -203,14 +209,34 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except SensiError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        if not Path(name).is_dir() and isinstance(error, (OSError, HFValidationError)):
+            raise SensiError(not_found(name, error)) from error
         reason = str(error).strip().split("\n")[0]
-        raise SensiError(f"{name!r} cannot be loaded as a model: {reason}") from error
+        raise SensiError(f"{name} cannot be loaded as a model: {reason}") from error
+
+
+def pretrained_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a folder or of a repository. Raises `SensiError` if it has none, or a damaged one."""
+    try:
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # a damaged file can raise anything, also errors of the tokenizers library
+        folder = Path(name)
+        if not folder.is_dir() and isinstance(error, (OSError, HFValidationError)):
+            raise SensiError(not_found(name, error)) from error
+        if not folder.is_dir() or any((folder / file).exists() for file in TOKENIZER_FILES):
+            reason = str(error).strip().split("\n")[0]
+            raise SensiError(f"The tokenizer of {name} cannot be loaded: {reason}") from error
+        found = None
+    # Without its files, Transformers 5 makes one that knows special tokens only: all words would be the same to it.
+    if found is None or len(found) <= len(found.all_special_tokens):
+        raise SensiError(f"{name} has no tokenizer: save the one that belongs to the model into the same folder.")
+    return found
 
 
 def _merged_folder(name: str) -> Path | None:
     """The folder of a merged model that stock loaders cannot load; `None` for other models."""
     file = file_in(name, "config.json")
-    if file is None or read_json_object(file, optional=True).get(RECORD_KEY) is None:
+    if file is None or read_json_object(file).get(RECORD_KEY) is None:
         return None
     if Path(name).is_dir():
         return file.parent

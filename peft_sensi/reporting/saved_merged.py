@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ..anatomy.build import build_anatomy
@@ -18,10 +18,20 @@ from ..anatomy.widths import RECORD_KEY, on_meta
 from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
 from ..merging.hashes import check_hashes
 from ..merging.load import load_merged, without_weights
-from ..utils.errors import SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import human, size_of
-from .saved import METRICS, TOKENIZER_FILES, SavedAdapter, file_in, is_adapter, load_pretrained, open_adapter
+from .saved import (
+    METRICS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    SavedAdapter,
+    file_in,
+    is_adapter,
+    load_pretrained,
+    open_adapter,
+    pretrained_tokenizer,
+)
 
 
 _ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
@@ -180,9 +190,13 @@ def merged_facts(figures: dict[str, Any]) -> dict[str, str]:
 
 
 def tokenizer_of(saved: SavedAdapter | SavedMerged, base: str | None = None) -> Any:
-    """The tokenizer beside the model, or that of its base; `None` if there is none."""
-    for source in (str(saved.folder), base or (saved.base if isinstance(saved, SavedAdapter) else None)):
-        # A missing tokenizer has many errors.
-        with contextlib.suppress(Exception):
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    """The tokenizer beside the model, or that of its base; `None` if there is none.
+
+    Raises `SensiError` if the one beside the model is damaged.
+    """
+    if any((saved.folder / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json")):
+        return pretrained_tokenizer(str(saved.folder))
+    other = base or (saved.base if isinstance(saved, SavedAdapter) else None)
+    with contextlib.suppress(SensiError):
+        return None if other is None else pretrained_tokenizer(other)
     return None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from huggingface_hub import constants
+
 from ..merging.hashes import HASH_KEY, hashes_of
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
@@ -58,6 +60,9 @@ def collect(folder: Path, names: Iterable[str], private_paths: Iterable[str], ta
 
     `private_paths` are further paths that no text may contain, such as the base model's folder.
 
+    A link to a file outside of the folder is left out: what it leads to was not saved with the model, and nobody sees
+    that in the folder. Links of the Hub's cache are followed.
+
     Raises:
         SensiError: A file that should be JSON or UTF-8 is not, or the header of a weights file contains a local path.
     """
@@ -66,7 +71,11 @@ def collect(folder: Path, names: Iterable[str], private_paths: Iterable[str], ta
     for name in names:
         path = folder / name
         is_part_of_tokenizer = name in TOKENIZER_FILES and name != TOKENIZER_CONFIG
-        if not path.is_file() or (is_part_of_tokenizer and not (folder / TOKENIZER_CONFIG).is_file()):
+        if (
+            not path.is_file()
+            or leads_outside(path)
+            or (is_part_of_tokenizer and not (folder / TOKENIZER_CONFIG).is_file())
+        ):
             continue
         files[name] = path
         if name in _SCRUBBED:
@@ -78,8 +87,28 @@ def collect(folder: Path, names: Iterable[str], private_paths: Iterable[str], ta
             files[name] = _write(target / name, without_paths(_read(path), paths))
         elif path.suffix == ".safetensors":
             _check_header(path, paths)
-    left_out = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
-    return Upload(files, left_out)
+    others = [path for path in folder.iterdir() if path.name not in files]
+    notes = {path: " (a link to another place)" if leads_outside(path) else "/" * path.is_dir() for path in others}
+    return Upload(files, sorted(path.name + note for path, note in notes.items()))
+
+
+def leads_outside(path: Path) -> bool:
+    """Whether a file is a link to a file that is neither in its folder nor in a cache of the Hub."""
+    target, folder = path.resolve(), path.parent.resolve()
+    caches = [Path(constants.HF_HUB_CACHE).resolve()]
+    if folder.parent.name == "snapshots":  # of a cache in another place
+        caches.append(folder.parent.parent / "blobs")
+    return path.is_symlink() and not any(target.is_relative_to(place) for place in (folder, *caches))
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises `SensiError` if a file without which an upload is of no use is a link to another place."""
+    for name in names:
+        if leads_outside(folder / name):
+            raise SensiError(
+                f"{folder / name} is a link to {(folder / name).resolve()}, and links to other places are not "
+                f"uploaded: copy the file into the folder."
+            )
 
 
 def public_config(folder: Path, base: str | None, target: Path) -> Path:

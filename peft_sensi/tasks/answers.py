@@ -69,9 +69,10 @@ def from_table(name: Any, table: Sequence[dict[str, Any]]) -> tuple[list[dict[st
             else:
                 pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
             misplaced += _add(rows, row["context"], row["context"], row["question"], pairs, row.get("id"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(
-                f"{name}: row {number} is not a question with answers > text, answer_start: {error}."
+                f"{name}: row {number} needs question, context and `answers` with the lists `text` and "
+                f"`answer_start` (the characters at which the answers start), not {row.get('answers')!r:.60}."
             ) from None
     return _checked(name, rows), _note(name, misplaced)
 

@@ -58,7 +58,7 @@ class Difference:
 def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any], seed: int = 0) -> Difference:
     """Compares two models. Each has its own task, because its tokenizer and the numbers of its labels may differ.
 
-    Rows are right or wrong for classes, have an F1 for answers and the share of right tags for words, and minus the
+    Rows are right or wrong for classes, have an F1 for answers and the share of right tags for words, and the negative
     squared error for numbers.
     """
     kind = tasks[0].kind
@@ -102,7 +102,7 @@ def _scored(tasks: Sequence[Task], found: Sequence[list[dict[str, Any]]]) -> tup
         ]  # fmt: skip
     encoded = [[own.labels.encode(row["label"]) for row in raw] for own in tasks]
     if task.labels.regression:
-        return "minus the squared error", [
+        return "negative squared error", [
             -((np.array([row["value"] for row in rows]) - np.array(truth)) ** 2)
             for rows, truth in zip(found, encoded, strict=True)
         ]

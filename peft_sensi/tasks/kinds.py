@@ -88,7 +88,8 @@ def rows_for_prediction(
         return rows, [f"text in {' + '.join(columns)}, {_size(raw, longest, cut, limit)}"], [*notes, *doubts]
     if kind == "words":
         raw = [row for part in parts for row in _sentences(part, wanted, needs_tags=False)]
-        return words.encode(raw, None, tokenizer, limit)[0], [], notes
+        lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
+        return words.encode(raw, None, tokenizer, limit)[0], lines, notes
     raw = [row for part in parts for row in _questions(part)]
     return answers.encode(raw, tokenizer, limit, wanted.stride)[0], [], notes
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..utils.errors import SensiError, how_to_install
 from .kinds import decode
 from .labels import Labels, labels_of_head
-from .record import kind_of_model, saved_record
+from .record import checked_record, kind_of_model, saved_record
 from .task import Kind, Rows, collator_of, load_tokenizer
 
 
@@ -151,8 +151,16 @@ def _of_onnx(file: Path) -> Predictor:
         raise SensiError(f"{file} needs onnxruntime ({error}): {how_to_install('onnx')}.") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has its own classes, which have no common one
+        reason = str(error).strip().splitlines()[0]
+        raise SensiError(f"{file} is damaged, or not a file of onnxruntime: {reason} Export it again.") from error
     names = [entry.name for entry in session.get_inputs()]
+    shapes = {entry.name: entry.shape for entry in session.get_outputs()}
+    classes = len(values["labels"]) or 1
+    if any(name not in shapes or (kind != "answers" and shapes[name][-1] != classes) for name in OUTPUTS[kind]):
+        raise SensiError(f"{file} and the JSON file beside it do not belong together. Export the model again.")
 
     def run(batch: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         arrays = {key: value.numpy() for key, value in batch.items()}
@@ -162,7 +170,7 @@ def _of_onnx(file: Path) -> Predictor:
     labels = Labels([]) if kind == "answers" else labels_of_head(values["labels"], values.get("problem_type"))
     config = _Family()
     tokenizer = load_tokenizer(kind, str(file.parent), config)
-    record = {**(values.get("task") or {}), "max_length": values.get("max_length")}
+    record = checked_record(values.get("task")) | {"max_length": values.get("max_length")}
     size = file.stat().st_size + sum(path.stat().st_size for path in file.parent.glob(f"{file.stem}-*.onnx_data"))
     return Predictor(str(file), kind, labels, tokenizer, run, str(file.parent), config, size, None, record)
 

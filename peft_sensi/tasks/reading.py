@@ -71,7 +71,8 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
     kind = suffix_of(path)
     if kind not in SUFFIXES:
         raise DataError(
-            f"{path} cannot be read: data files end in {', '.join(SUFFIXES[:8])}, and may be compressed (.gz)."
+            f"{path} cannot be read: data files end in {', '.join(SUFFIXES[:8])}, and may be compressed (.gz). Save a "
+            f"spreadsheet as .csv."
         )
     notes: list[str] = []
     try:
@@ -84,7 +85,7 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
     except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} cannot be read as {kind}: {error}.") from None
+        raise DataError(f"{path} cannot be read as {kind}: {str(error).rstrip('.')}.") from None
     if not rows:
         raise DataError(f"{path} has no rows.")
     for number, row in enumerate(rows, start=1):
@@ -166,6 +167,10 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
         notes.append(f"{path.name}: double quotes {part} (--{'no-' if quotes else ''}quotes for the other way)")
     header, *lines = _cells(text, delimiter, quotes) or [(1, [])]
     names = [name.strip() for name in header[1]]
+    # Spreadsheets write delimiters for empty columns beside the table.
+    while len(names) > 1 and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for _, cells in lines):
+        names.pop()
+        lines = [(line, cells[: len(names)]) for line, cells in lines]
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{path} has two columns {twice[0]!r}.")
     rows: list[dict[str, Any]] = []
@@ -177,8 +182,9 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
             empty += 1
         elif len(cells) != len(names):
             other = "" if given else " Perhaps the columns are separated otherwise: see --delimiter and --quotes."
-            raise DataError(f"{path}: row {len(rows) + 1} (line {line}) has {len(cells)} cells, but the header has "
-                            f"{len(names)}: it has more or fewer cells than the header.{other}")  # fmt: skip
+            count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+            raise DataError(f"{path}: row {len(rows) + 1} (it ends in line {line}) has {count}, and the header has "
+                            f"{len(names)}.{other}")  # fmt: skip
         else:
             rows.append(dict(zip(names, cells, strict=True)))
     if repeated:
@@ -264,12 +270,15 @@ def parse_json(text: str) -> Any:
 
 
 def json_rows(path: Path, value: Any) -> list[Any]:
-    """The list of rows in a JSON value: the value itself, the only list of objects inside, or columns of values."""
+    """The list of rows in a JSON value: the value itself, the only list of objects inside, or columns of values.
+
+    In JSON Lines, an object with lists is one row, such as a sentence.
+    """
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
         raise DataError(f"{path} has no list of rows.")
-    if value and all(isinstance(column, list) for column in value.values()):
+    if suffix_of(path) == ".json" and value and all(isinstance(column, list) for column in value.values()):
         columns: dict[str, Sequence[Any]] = value
         lists = [name for name, column in columns.items() if column and all(isinstance(x, dict) for x in column)]
         if len(lists) == 1 and len(columns) == 1:

@@ -16,11 +16,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def saved_record(folder: str | Path) -> dict[str, Any]:
-    """The record of the task in a folder's `metrics.json`, as `record_of` made it; `{}` if there is none.
+    """The record of the task in a folder's `metrics.json`, as `record_of` made it; `{}` if there is none."""
+    return checked_record(read_json_object(Path(folder) / "metrics.json", optional=True).get("task"))
 
-    Entries of another type than expected are left out, because the file may come from anywhere.
-    """
-    record = read_json_object(Path(folder) / "metrics.json", optional=True).get("task")
+
+def checked_record(record: Any) -> dict[str, Any]:
+    """The record without entries of another type than expected, because the file may come from anywhere."""
     if not isinstance(record, dict) or record.get("kind") not in KINDS:
         return {}
     return {"kind": record["kind"]} | {name: value for name, value in record.items() if _fits(name, value)}

@@ -151,8 +151,19 @@ class Task:
         return self.quality(outputs, rows).values
 
     def quality(self, outputs: Any, rows: Rows) -> Quality:
-        """The metrics, the metrics of always giving the most frequent answer in training, and 95 % intervals."""
+        """The metrics, the metrics of a baseline (`baseline_words`), and 95 % intervals."""
         return self.measure(outputs, rows, self.train)
+
+
+def baseline_words(record: Mapping[str, Any]) -> str:
+    """What the baseline of `Quality` always answers, in words. `record` is `Task.record`."""
+    kind, problem = record.get("kind"), record.get("problem_type")
+    if kind != "text":
+        return "no entity at all" if kind == "words" else "no answer to any question"
+    if problem == "regression":
+        return "always the mean of the labels"
+    several = problem == "multi_label_classification"
+    return "the labels of more than half of the rows" if several else "always the most frequent class"
 
 
 def collator_of(kind: str, tokenizer: Any) -> Any:
@@ -167,10 +178,11 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
 
     Raises:
         DataError: The kind needs a fast tokenizer, and the model has none.
+        SensiError: The model has no tokenizer, or a damaged one.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.saved import load_pretrained, pretrained_tokenizer
 
     options: dict[str, Any] = {}
     if kind == "answers":
@@ -180,7 +192,7 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     elif kind == "words":
         config = config or load_pretrained(AutoConfig, model)
         options = {"add_prefix_space": True} if config.model_type in BYTE_LEVEL else {}
-    tokenizer = load_pretrained(AutoTokenizer, model, **options)
+    tokenizer = pretrained_tokenizer(model, **options)
     if kind != "text" and not tokenizer.is_fast:
         raise DataError(f"{model} has no fast tokenizer, which is needed to find words and answers in a text.")
     if tokenizer.pad_token is None:

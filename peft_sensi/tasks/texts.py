@@ -79,21 +79,24 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
         if not labels.names:
             raise DataError(f"{name}: no row has a label in {shown} (--label-column).")
         return labels
+    if options.regression and (wrong := [row for row in raw if not is_number(row["label"])]):
+        raise DataError(
+            f"{name}: the label {wrong[0]['label']!r} of row {wrong[0]['row']} is not a number, as --regression "
+            f"needs. Write numbers as 1234.5, and leave the label empty (--skip-unlabeled) where there is none."
+        )
     try:
         labels = find_labels(values, options.regression)
     except (TypeError, ValueError, OverflowError):
-        why = (
-            "not all labels are numbers, as --regression needs" if options.regression else "neither names nor numbers"
-        )
-        raise DataError(f"{name}: the labels in {shown}: {why}.") from None
-    if options.regression and not all(is_number(value) for value in values):
-        raise DataError(f"{name}: not all labels in {shown} are numbers, as --regression needs.")
+        raise DataError(f"{name}: the labels in {shown} are neither names nor numbers.") from None
     if labels.regression and len({float(value) for value in values}) == 1:
         raise DataError(f"All rows of {name} have the label {values[0]!r}: there is nothing to learn.")
     if len(labels.names) == 1:
         raise DataError(f"All rows of {name} have the label {labels.names[0]!r}: there is nothing to learn.")
-    if len(labels.names) > 2 and all(re.fullmatch(r"[+-]?\d+,\d+", label) for label in labels.names):
-        raise DataError(f"{name}: the labels in {shown} have decimal commas: write 3.5 for {labels.names[0]!r}.")
+    if len(labels.names) > 2 and all(re.fullmatch(r"[+-]?\d+(,\d+)+", label) for label in labels.names):
+        raise DataError(
+            f"{name}: the labels in {shown} are numbers with commas, such as {labels.names[0]!r}: write decimals with "
+            f"a point, and nothing between thousands."
+        )
     if len(labels.names) > max(2, len(raw) // 2):
         raise DataError(
             f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "

@@ -22,6 +22,11 @@ from .texts import softmax
 OUTSIDE = "O"
 IGNORED = -100  # the label of positions without a loss
 CONLL_SUFFIXES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".tab")
+FORMS = (
+    "Files of words (CoNLL) have a word and its tag in each line and an empty line after each sentence "
+    f"({', '.join(CONLL_SUFFIXES)}); tables have a list of words and a list of tags in each row, in the columns "
+    "tokens and ner_tags (.jsonl, .parquet)."
+)
 WORD_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner")
 
 
@@ -31,10 +36,14 @@ def read_conll(
     """Rows with `tokens` and `tags`, one row per sentence; without `tags` if `tag_column` is `None`.
 
     An empty line, a line without a word, or a -DOCSTART- line ends a sentence.
+
+    Raises `DataError` for a line without such a column or with something else than a tag in it. Without tags, the
+    lines must have equally many columns: lines of a text would lose all words but the first.
     """
     sentences: list[dict[str, Any]] = []
     tokens: list[str] = []
     tags: list[str] = []
+    width = 0
     # Split only at "\n", because U+0085, U+2028 and similar characters can be tokens.
     lines = read_text(Path(path), encoding=encoding).split("\n")
     for number, line in enumerate([*lines, ""], start=1):
@@ -45,6 +54,9 @@ def read_conll(
                 sentences.append({"row": len(sentences) + 1, "tokens": tokens, **tagged})
             tokens, tags = [], []
             continue
+        if tag_column is None and width not in (0, len(cells)):
+            raise DataError(f"{path}, line {number} has {len(cells)} columns, and the lines before {width}. {FORMS}")
+        width = len(cells)
         for column, option in ((token_column, "--text-column"), (tag_column, "--label-column")):
             if column is not None and not -len(cells) <= column < len(cells):
                 raise DataError(
@@ -64,7 +76,10 @@ def read_conll(
 def check_tag(tag: Any, place: str) -> None:
     prefix, dash, kind = str(tag).partition("-")
     if tag != OUTSIDE and not (prefix in "BIESLU" and len(prefix) == 1 and dash and kind):
-        raise DataError(f"{place}: {tag!r} is not a tag such as O, B-person or I-person (--label-column).")
+        hint = "" if isinstance(tag, str) else " Tags need their names, not their numbers."
+        raise DataError(
+            f"{place}: {tag!r} is not a tag such as O, B-person or I-person (--label-column).{hint} {FORMS}"
+        )
 
 
 def column_numbers(text: str | None, label: str | None) -> tuple[int, int]:
@@ -87,7 +102,7 @@ def to_raw(
         label = label or next((column for column in TAG_COLUMNS if column in names), None)
     if text is None or (label is None and needs_tags):
         option = "words with --text-column" if text is None else "tags with --label-column"
-        raise DataError(f"{name}: name the column that holds the {option}; there are {', '.join(names)}.")
+        raise DataError(f"{name}: name the column that holds the {option}; there are {', '.join(names)}. {FORMS}")
     found = []
     for number, row in enumerate(rows, start=1):
         tokens = row.get(text)

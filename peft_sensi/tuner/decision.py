@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -55,6 +56,7 @@ from .wrapping import save_whole
 
 
 logger = logging.getLogger(__name__)
+_receiver: ContextVar[Callable[[Scores], object] | None] = ContextVar("_receiver", default=None)
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,8 @@ def decide(
     scores = inputs.scores
     if scores is None and (limits != Budget() or config.retention or config.tuned_layers):
         scores = score_units(model, anatomy, batches, config.scoring_options(inputs.loss_fn))
+        if (receive := _receiver.get()) is not None:
+            receive(scores)
     elif scores is None:  # nothing is ranked, but tokens are tuned only if they are in the data
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
         scores = Scores(only_seen(anatomy, unranked, batches), "none")
@@ -242,6 +246,19 @@ def decide(
     head = scores.head or (head_to_train(model, batches) if batches is not None else {})
     ranked = scores if scores.method != "none" else None
     return Decision(plan, slices_of(model, config, plan), refitted, head, ranked)
+
+
+@contextmanager
+def scores_sent_to(receive: Callable[[Scores], object]) -> Iterator[None]:
+    """Inside the block, a wrap calls `receive` with its scores as soon as it has computed them.
+
+    Scores take most of the time of a wrap, and the plan and the refit after them can fail or be interrupted.
+    """
+    token = _receiver.set(receive)
+    try:
+        yield
+    finally:
+        _receiver.reset(token)
 
 
 def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) -> Budget:

@@ -98,6 +98,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (isinstance(v, Mapping) and all(isinstance(entry, str | None) for entry in v.values())),
         "a dict of strings or None",
     ),
+    "base_model_name_or_path": _TEXT_OR_NONE,
     "revision": _TEXT_OR_NONE,
     "peft_version": _TEXT_OR_NONE,
 }

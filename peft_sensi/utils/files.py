@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -97,6 +98,12 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    try:  # safetensors says that a file which may not be read does not exist
+        open(path, "rb").close()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SensiLoadError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -132,21 +139,29 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise SensiLoadError(f"{path} cannot be read: {error}.") from error
+        raise SensiLoadError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise SensiLoadError(f"{path} cannot be read: it is not JSON ({error}).") from error
 
 
 def read_json_object(path: str | os.PathLike, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file. Raises the errors of `read_json`, or returns `{}` instead if it is `optional`."""
+    """The object in a JSON file. Raises the errors of `read_json`.
+
+    If it is `optional`, the result is `{}` instead, with a warning if there is a file which is damaged.
+    """
     try:
         values = read_json(path)
         if not isinstance(values, dict):
             raise SensiLoadError(f"{path} must hold a JSON object, found a {type(values).__name__}.")
-    except (FileNotFoundError, SensiLoadError):
+    except FileNotFoundError:
         if optional:
             return {}
         raise
+    except SensiLoadError as error:
+        if not optional:
+            raise
+        warnings.warn(f"{error} It is not used.", stacklevel=3)
+        return {}
     return values
 
 

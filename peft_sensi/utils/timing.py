@@ -95,7 +95,7 @@ def time_variants(
     raise SensiError(
         f"The measured times are too noisy: after {3 * rounds} rounds, one has a standard error of {worst:.1%} of the "
         f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
-        f"measure more `rounds`."
+        f"measure more rounds (`rounds`, --rounds)."
     )
 
 

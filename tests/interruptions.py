@@ -1,0 +1,51 @@
+"""Presses Ctrl-C in a command that trains, and compares what was resumed with what was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from command import run
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from peft_sensi.cli.run import Run
+
+
+class CtrlC(TrainerCallback):
+    """Presses Ctrl-C in a step, counted over all trainings."""
+
+    def __init__(self, step: int) -> None:
+        self.steps_left = step
+
+    def on_step_begin(self, args, state, control, **others) -> None:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(monkeypatch, step: int, *arguments) -> str:
+    """The output of a command that is interrupted in a step."""
+    trainer, press = Run.trainer, CtrlC(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
+        )
+        result = run(*arguments)
+    assert result.exit_code == 130, result.output
+    return result.output
+
+
+def assert_same_adapter(a: Path, b: Path) -> None:
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if not key.endswith("plan"):  # it has a mark of its own in each run
+            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+    values = [json.loads((folder / "metrics.json").read_text())["validation"] for folder in (a, b)]
+    assert values[0] == pytest.approx(values[1])
+    assert not list(b.glob("checkpoint-*")) and not (b / "unfinished.json").exists()
