@@ -163,6 +163,23 @@ def test_a_change_of_the_base_shows_too():
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_change_of_the_bases_bias_shows_too(compressed):
+    """In a state dict that is filled in place (DCP), nothing else of a Linear may have changed."""
+    model = trained(budget={"trainable": 0.1}, update="dense", also_train=())
+    if compressed:
+        model.base_model.compress("int8")
+    before = logits(model)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.get_base_layer().bias.add_(1.0)
+    changed = logits(model)
+    for layer in layers(model).values():
+        layer._sensi_fused.clear()
+    assert torch.equal(changed, logits(model))
+    assert not torch.equal(changed, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_base_of_half_precision(budget, dtype):
     model = wrap(tiny_model(dtype=dtype), **budget)

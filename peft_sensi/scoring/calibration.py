@@ -129,9 +129,10 @@ def calibration_loss(
             )
         try:
             output = model(**batch)
-        except SensiError:
+        except (SensiError, torch.OutOfMemoryError):
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        # An id beyond the vocabulary or a label beyond the classes is an `IndexError`, a wrong dtype a `RuntimeError`.
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             raise CalibrationError(
                 f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: {error}"
             ) from error

@@ -341,8 +341,9 @@ class SensiModel(AdapterOperations, BaseTuner):
         as_is = plan == config.plan and gated == (config.phase == "cut")
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            check_state(tensors, model, adapter_name)
+            tensors = check_state(tensors, model, adapter_name)
         # The plan has been compared, so the layers need not warn that these tensors have no marks.
-        tensors |= {f"{name}.{LAYER_MARK}": marks_to_tensor(la.marks()) for name, la in layers_of(model).items()}
+        layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SensiLayer)]
+        tensors |= {f"{name}.{LAYER_MARK}": marks_to_tensor(layer.marks()) for name, layer in layers}
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors
