@@ -62,6 +62,22 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
     replicas.check_whole(model)
 
 
+def check_name(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+    """Raises `SensiError` if PEFT could not tell the adapter's name from names in a module that is saved whole.
+
+    PEFT takes the adapter's name out of a parameter's name when it saves, and puts it in when it loads.
+    """
+    saved = saved_whole(model, config)
+    for path, module in model.named_modules():
+        if saved(path) and not saved(path.rpartition(".")[0]):
+            inside = {part for name, _ in base_of(module).named_parameters() for part in name.split(".")}
+            if adapter_name in {path.rpartition(".")[2], *inside}:
+                raise SensiError(
+                    f"An adapter cannot be called {adapter_name!r} here: {path!r}, which it saves whole, has this "
+                    f"name or has it inside, and PEFT could not load what it saves. Choose another name."
+                )
+
+
 def check_plain(model: nn.Module, names: Iterable[str]) -> None:
     """Raises an error if one of these Linears or embeddings is more than a weight and a bias."""
     shared = in_several_places(model)

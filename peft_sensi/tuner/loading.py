@@ -5,7 +5,8 @@ There are three checks, because loaders differ:
 - `PeftModel.from_pretrained` reads the config first. So the file is checked before a layer is built, and nothing is
   allocated for a file that does not fit (`check_slices`).
 - Every PEFT loader calls a hook of `SensiModel` with the tensors (`check_state`).
-- Transformers' `load_adapter` does neither: a layer checks its tensors when it is first used
+- Transformers' `load_adapter` does neither. For a local folder, `entrances` gives it the config, so that the file is
+  checked like that of `PeftModel.from_pretrained`. Otherwise a layer checks its tensors when it is first used
   (`SensiLayer.check_loaded`).
 """
 
@@ -132,6 +133,7 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
         check_content(key, tensor, None if layer is None else layer.sensi_slices[adapter_name].kept_shape.numel())
     for layer in layers.values():
         layer.sensi_unchecked.discard(adapter_name)
+        layer.sensi_peers = {}
     return {key: tensors[name] for key, name in names.items() if name in tensors} | {**tensors}
 
 
