@@ -39,6 +39,15 @@ def subclass(linear: nn.Linear) -> None:
     linear.__class__ = Scaled
 
 
+class Called(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+def called(linear: nn.Linear) -> None:
+    linear.__class__ = Called
+
+
 def patched(linear: nn.Linear) -> None:
     linear.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight, self.bias) * 2, linear)
 
@@ -70,6 +79,7 @@ SPECIAL = {
     "computed": (computed, "is no parameter"),
     "patched": (patched, "`forward` was replaced"),
     "subclass": (subclass, "is not supported"),
+    "called": (called, "is not supported"),
 }
 
 
@@ -326,6 +336,9 @@ BAD = {
     "no inputs": ([{"labels": torch.zeros(4, dtype=torch.long)}], "`calibration`, whose keys.*labels"),
     "too few labels": ([{**tiny_batches(1)[0], "labels": torch.zeros(3, dtype=torch.long)}], "of `calibration`"),
     "ragged": ([{"input_ids": [[1, 2], [3]], "labels": [0, 1]}], "differ in length.*Pad"),
+    "a label too many": ([{**tiny_batches(1)[0], "labels": torch.full((4,), 3)}], "of `calibration`.*out of bounds"),
+    "an unknown id": ([{"input_ids": torch.full((4, 12), 64), "labels": torch.zeros(4).long()}], "out of range"),
+    "float ids": ([{**tiny_batches(1)[0], "input_ids": torch.ones(4, 12)}], "of `calibration`.*Long"),
     "one example": ([{"input_ids": [1, 2, 3], "labels": 0}], "single example"),
     "a text": ("text", "must be an iterable of batches"),
     "texts": (["a film"], "is a str"),

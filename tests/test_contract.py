@@ -267,7 +267,10 @@ FAILURES = {
     "empty": ([], CalibrationError),
     "unlabeled": (tiny_batches(labels=False), CalibrationError),
     "interrupted": (interrupted, KeyboardInterrupt),
-    "broken": ([{"input_ids": torch.full((2, 3), 10**6), "labels": torch.zeros(2, dtype=torch.long)}], IndexError),
+    "broken": (
+        [{"input_ids": torch.full((2, 3), 10**6), "labels": torch.zeros(2, dtype=torch.long)}],
+        CalibrationError,
+    ),
 }
 
 
@@ -300,7 +303,7 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was(name):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("name", ["half", "keys", "a.b", ""])
+@pytest.mark.parametrize("name", ["half", "keys", "a.b", "", "weight", "dense", "classifier", "LayerNorm"])
 def test_names_that_modules_cannot_hold_are_refused_before_anything_changes(name):
     base = tiny_model()
     with pytest.raises(SensiError, match="cannot be called"):
@@ -528,6 +531,21 @@ def test_the_same_base_in_another_precision_passes(saved, dtype):
     expected, folder = saved
     model = PeftModel.from_pretrained(tiny_model(dtype=dtype), folder)
     torch.testing.assert_close(logits(model).float(), expected, atol=0.2, rtol=0.2)
+
+
+@pytest.mark.parametrize("kind", ["query", "value", "attention.output", "intermediate"])
+@pytest.mark.parametrize("layers", [6, 7, 12])
+def test_a_copy_that_differs_in_one_kind_of_linears_is_refused(layers, kind, tmp_path):
+    """So does a base into which LoRA was merged. The fingerprint is of 16 Linears."""
+    shape = {"num_hidden_layers": layers, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    wrap(tiny_model(**shape), budget={"params": 0.9}).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_model(**shape), tmp_path)
+    base = tiny_model(**shape)
+    for name, p in base.named_parameters():
+        if f"{kind}." in name and p.dim() == 2:
+            p.data += 0.1 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(SensiLoadError, match="fine-tuned copy"):
+        PeftModel.from_pretrained(base, tmp_path)
 
 
 @pytest.mark.parametrize(("part", "size"), [("", 0.01), ("layer.1.", 0.03)], ids=["all", "the last layer"])
@@ -1033,7 +1051,10 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
     tensors = load_file(folder / "adapter_model.safetensors")
     model = tiny_model()
     if how == "folder":
-        model.load_adapter(str(folder))
+        with pytest.raises(SensiLoadError, match="lack|NaN"):
+            model.load_adapter(str(folder))
+        assert is_plain(model)
+        model.load_adapter(str(folder), adapter_kwargs={"subfolder": ""})  # options for a download
     else:
         model.load_adapter(peft_config=config, adapter_state_dict=tensors)
     for _ in range(2):  # it is refused again and again
@@ -1073,9 +1094,10 @@ def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
     folder = shutil.copytree(saved[1], tmp_path / "folder")
     spoil(folder, lambda tensors: tensors.update({"base_model.model.bert.stray.weight": torch.ones(1)}))
     base = tiny_model()
-    assert {key.removeprefix("base_model.model.") for key in base.load_adapter(str(folder)).unexpected_keys} == {
-        "bert.stray.weight"
-    }
+    with pytest.raises(SensiLoadError, match="stray"):
+        base.load_adapter(str(folder))
+    found = base.load_adapter(str(folder), adapter_kwargs={"subfolder": ""})  # options for a download: no check before
+    assert {key.removeprefix("base_model.model.") for key in found.unexpected_keys} == {"bert.stray.weight"}
     assert "_load_pretrained_model" not in vars(base), "the reader is the class's again"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForSequenceClassification,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -19,7 +20,19 @@ from peft import (
 )
 from safetensors.torch import load_file
 from test_contract import assert_is_base, edit_config, first, is_plain, spoil
-from tiny import TRIM, assert_same_tensors, clone, logits, needs_loader, snapshot, tiny_model, train, trained, wrap
+from tiny import (
+    TRIM,
+    TUNE,
+    assert_same_tensors,
+    clone,
+    logits,
+    needs_loader,
+    snapshot,
+    tiny_model,
+    train,
+    trained,
+    wrap,
+)
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
 
@@ -90,6 +103,16 @@ HEADS = {
 def test_modules_that_are_saved_whole(folder, name):
     spoil(folder, HEADS[name][0])
     refused(folder, HEADS[name][1])
+
+
+def test_no_pickle_is_written(tmp_path):
+    """It could not be loaded: the training would be lost."""
+    with pytest.raises(SensiError, match="safetensors files only"):
+        wrap(tiny_model(), **TUNE).save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+    lora = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
+    lora.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
 
 
 def test_a_truncated_file(folder):
@@ -231,9 +254,31 @@ def test_transformers_loads_past_our_hooks_but_nothing_bad_is_used(sparse, part)
 
     spoil(sparse, change)
     model = tiny_model()
-    model.load_adapter(str(sparse))
+    model.load_adapter(str(sparse), adapter_kwargs={"subfolder": ""})  # options for a download
     with pytest.raises(SensiLoadError, match=part):
         logits(model)
+
+
+FAULTS = {
+    "a weight of truth values": lambda t: t.update({first(t, "sensi_weight"): t[first(t, "sensi_weight")].bool()}),
+    "a head of whole numbers": lambda t: t.update(
+        {first(t, "classifier.weight"): t[first(t, "classifier.weight")].int()}
+    ),
+    "another plan": None,
+}
+
+
+@needs_loader
+@pytest.mark.parametrize("name", FAULTS)
+def test_transformers_checks_a_folder_as_peft_does(folder, name):
+    if FAULTS[name] is None:
+        edit_config(folder, also_train=["norms"])
+    else:
+        spoil(folder, FAULTS[name])
+    model = tiny_model()
+    with pytest.raises(SensiLoadError, match="dtype|do not belong together"):
+        model.load_adapter(str(folder))
+    assert_is_base(model, tiny_model())
 
 
 def test_a_config_whose_values_were_changed_starts_afresh(folder):

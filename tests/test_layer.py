@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import BOTH, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 from torch.nn import functional as F
@@ -163,6 +163,23 @@ def test_a_change_of_the_base_shows_too():
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_change_of_the_bases_bias_shows_too(compressed):
+    """In a state dict that is filled in place (DCP), nothing else of a Linear may have changed."""
+    model = trained(budget={"trainable": 0.1}, update="dense", also_train=())
+    if compressed:
+        model.base_model.compress("int8")
+    before = logits(model)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.get_base_layer().bias.add_(1.0)
+    changed = logits(model)
+    for layer in layers(model).values():
+        layer._sensi_fused.clear()
+    assert torch.equal(changed, logits(model))
+    assert not torch.equal(changed, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_base_of_half_precision(budget, dtype):
     model = wrap(tiny_model(dtype=dtype), **budget)
@@ -208,6 +225,28 @@ def test_inference_mode(budget):
         assert torch.equal(model(**tiny_batches(1, seed=99, labels=False)[0]).logits, expected)
     train(model)  # a cache made under inference mode must not poison training
     assert not torch.equal(logits(model), expected)
+
+
+def test_loading_under_inference_mode(budget, tmp_path):
+    model = trained(**budget)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():  # as servers do
+        again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+        assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_no_units_are_chosen_where_there_are_no_gradients(budget):
+    model = trained(budget=1.0)
+    with torch.inference_mode():
+        inside = tiny_model()
+        with pytest.raises(SensiError, match="inference_mode"):
+            wrap(tiny_model(), **budget)
+        with pytest.raises(SensiError, match="inference_mode"):
+            model.trim(0.5)
+    with pytest.raises(SensiError, match="inference_mode"):
+        wrap(inside, **budget)
+    train(model)
 
 
 def test_a_trained_value_changed_between_forward_and_backward_is_an_error():

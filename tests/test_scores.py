@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
+from tiny import assert_same_tensors, clone, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
@@ -839,6 +839,23 @@ def test_torch_defaults_change_nothing(score):
     finally:
         torch.set_default_dtype(before)
     assert found.plan == expected.plan and found.fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_change_a_trim(dtype):
+    def trim(model):
+        return model.trim(0.5, tiny_batches(2)).to_dict(), snapshot(model)
+
+    model = wrap(tiny_model(), budget=1.0)
+    expected = trim(clone(model))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = trim(model)
+    finally:
+        torch.set_default_dtype(before)
+    assert found[0] == expected[0]
+    assert_same_tensors(found[1], expected[1])
 
 
 def test_a_default_device_does_not_reach_what_lives_on_the_host():

@@ -36,6 +36,15 @@ def test_reload_without_the_base(family, budget, options, saved_adapter):
     assert torch.equal(logits(loaded), expected)
 
 
+def test_an_unknown_adapter_is_not_activated():
+    model = trained(**TRIM)
+    expected = logits(model)
+    for names in ("other", ["other"], ["default", "other"]):
+        with pytest.raises(SensiError, match="no adapter 'other'"):
+            model.base_model.set_adapter(names)
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("first", [TRIM, TUNE], ids=["trim", "tune"])
 def test_no_adapter_is_added_to_a_merged_one(first, tmp_path):
     model = trained(**first)

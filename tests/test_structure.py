@@ -194,6 +194,57 @@ def test_such_models_are_trained_saved_and_loaded(name, tmp_path):
     assert_same_tensors(snapshot(model.unload()), start)
 
 
+def twins():
+    """A user's model that holds one transformer under two names."""
+    model = Own()
+    model.other = model.encoder
+    return model
+
+
+def shared_layer():
+    model = tiny_model()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    return model
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("make", [twins, shared_layer])
+def test_a_part_with_two_names_comes_back(make, tmp_path):
+    model = get_peft_model(make(), SensiConfig(budget=0.5, score="magnitude"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1 if p.requires_grad else 1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    torch.testing.assert_close(logits(model.merge_and_unload()), logits(again), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.query"),
+        ("classifier", "extra"),
+    ],
+)
+def test_a_module_in_two_places_is_refused_before_anything_is_touched(one, two):
+    """PEFT would replace it in one of them, and the other would stay as it is without a word."""
+    base = tiny_model()
+    base.set_submodule(two, base.get_submodule(one))
+    before = [*base.named_modules()], snapshot(base)
+    with pytest.raises(SensiError, match="several places"):
+        get_peft_model(base, SensiConfig(budget=0.5, score="magnitude"))
+    assert [*base.named_modules()] == before[0]
+    assert_same_tensors(snapshot(base), before[1])
+
+
+def test_heads_that_share_a_weight_are_reported():
+    base = Listed(head="heads")
+    base.heads[1].weight = base.heads[0].weight
+    with pytest.warns(UserWarning, match="'heads.0.weight' and 'heads.1.weight' are one parameter"):
+        get_peft_model(base, SensiConfig(budget=0.5, score="magnitude"))
+
+
 def test_a_parameter_that_stays_frozen_is_reported():
     model = Own()
     model.scale = nn.Parameter(torch.ones(3))

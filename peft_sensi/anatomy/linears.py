@@ -25,7 +25,9 @@ def is_plain(module: nn.Module) -> bool:
     """Whether the module computes `x @ weight.T + bias` and nothing else. Subclasses of Linear may compute more."""
     if type(module) is Conv1D or type(module).__name__ in _ALSO_PLAIN:
         return True
-    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantized(module))
+    if not isinstance(module, nn.Linear) or type(module).__call__ is not nn.Linear.__call__:
+        return False
+    return type(module).forward is nn.Linear.forward or is_quantized(module)
 
 
 def obstacle(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, cast
 
@@ -143,6 +144,8 @@ def input_embedding(model: nn.Module) -> str | None:
     table = embedding_of(model, "input")
     if table is None or not is_plain_embedding(table := base_of(table)) or is_shared(model, table):
         return None
+    if id(table) in in_several_places(model):
+        return None
     return next((name for name, module in model.named_modules() if base_of(module) is table), None)
 
 
@@ -166,6 +169,15 @@ def is_shared(model: nn.Module, table: nn.Module) -> bool:
     """Whether another module, such as the output layer of a language model, uses the weight of this embedding too."""
     others = (module for module in map(base_of, model.modules()) if module is not table)
     return any(getattr(other, "weight", None) is table.weight for other in others)
+
+
+def in_several_places(model: nn.Module) -> set[int]:
+    """The ids of modules that several modules hold, or one under several names. An adapter would replace one of them.
+
+    What is inside such a module has one place: it is replaced for all who hold the module.
+    """
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    return {key for key, count in places.items() if count > 1 and key != id(None)}
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:

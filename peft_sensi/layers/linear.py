@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..anatomy.linears import oriented, unpack
+from ..anatomy.linears import bias_of, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer, check_weight
 from .sources import Source
+from .weights import version_of
 
 
 # From this number of tokens in a call, a fused weight is made for the call and again for its backward pass. For fewer
@@ -80,7 +81,7 @@ class SensiLinear(SensiLayer):
         y, parts = base(x), self._parts(name, slice_)
         trained = {"weight": parts.tuned_weight, "bias": parts.tuned_bias}
         replaced = [part for part, value in trained.items() if value is not None]
-        key = (id(base.weight), base.weight.device)
+        key = id(base.weight), base.weight.device, version_of(bias_of(base))
         base_values, _ = self._cached(name, key, lambda: (self._base_values(slice_, replaced), None))
         index = slice_.tuned_index.to(x.device)
         if parts.tuned_weight is not None:

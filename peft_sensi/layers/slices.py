@@ -162,7 +162,7 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
         parts["bias"] = bias.clone() if slice_.dim == 1 else bias[tuned if specs["bias"].tuned_only else kept]
     if "down" in specs:  # as in LoRA (arXiv 2106.09685): `down` has variance 1 / in, and `up` is zero
         shape = specs["down"].shape
-        parts["down"] = torch.randn(shape, device=weight.device) / max(1, shape[1]) ** 0.5
+        parts["down"] = torch.randn(shape, dtype=torch.float32, device=weight.device) / max(1, shape[1]) ** 0.5
     if {"places", "scores", "bits"} & specs.keys():
         weight = weight.index_select(slice_.dim, kept)
     if "places" in specs:

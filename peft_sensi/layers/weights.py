@@ -86,11 +86,11 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         """Marks the tensors as they are before a loader fills them. `layers` are all layers of the model by name."""
         self.sensi_peers = layers
         for parameter in self.own_parts(adapter_name).values():
-            parameter._sensi_start = parameter._version  # type: ignore[attr-defined]
+            parameter._sensi_start = writes(parameter)  # type: ignore[attr-defined]
         for wrapper in self.sensi_saved_modules:
             if adapter_name in wrapper.modules_to_save:  # type: ignore[operator]
                 for parameter in wrapper.modules_to_save[adapter_name].parameters():  # type: ignore[index]
-                    parameter._sensi_start = parameter._version  # type: ignore[attr-defined]
+                    parameter._sensi_start = writes(parameter)  # type: ignore[attr-defined]
 
     def _check_complete(self, adapter_name: str) -> None:
         """Raises if a loader has filled only a part of the adapter, or if a module that is saved whole has NaN.
@@ -235,10 +235,13 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
 
     def _decoded(self, name: str, dtype: torch.dtype) -> Pair:
         """Weight and bias of a compressed adapter. They are cached until a code changes."""
-        base = self.get_base_layer().weight
-        tensors = (base, *self.own_parts(name).values())
-        key = (dtype, base.device, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        key = dtype, *self._base_key(), *map(version_of, self.own_parts(name).values())
         return self._cached(name, key, lambda: cast(self._composed(name), dtype))
+
+    def _base_key(self) -> tuple[Any, ...]:
+        """A key that changes when the base's weight or bias is replaced, moved or written into."""
+        base = self.get_base_layer()
+        return base.weight.device, version_of(base.weight), version_of(bias_of(base))
 
     def _fused(self, name: str, dtype: torch.dtype, parts: Parts) -> Pair:
         """Weight (without the low-rank term) and bias in the adapter's order. The frozen values are cached."""
@@ -254,7 +257,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
             if self._owns_base(dtype):
                 weight, bias = self._kept_base(slice_)
             else:
-                weight, bias = self._cached(name, (dtype, base.data_ptr(), base._version, base.device), frozen)
+                weight, bias = self._cached(name, (dtype, *self._base_key()), frozen)
             # `.data`: autograd must not notice that the cache is rewritten with the same values, because a backward
             # pass may still need it.
             weight, bias = weight.data, None if bias is None else bias.data
@@ -305,6 +308,16 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         return weight, bias
 
 
+def writes(tensor: torch.Tensor) -> int:
+    """How often values were written into a tensor. Tensors made under `torch.inference_mode` do not count: -1."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def version_of(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    """What changes when a tensor gets another storage, or when values are written into it."""
+    return None if tensor is None else (tensor.data_ptr(), writes(tensor))
+
+
 def in_base_order(slice_: Slice, pair: Pair) -> Pair:
     """A weight and a bias of the kept units, from the adapter's order to the base's."""
     weight, bias = pair
@@ -317,4 +330,4 @@ def in_base_order(slice_: Slice, pair: Pair) -> Pair:
 
 def untouched(parameter: torch.Tensor) -> bool:
     """Whether a loader has left a tensor as it was at `ComposedWeights.note_start`. Unknown tensors are not."""
-    return getattr(parameter, "_sensi_start", None) == parameter._version
+    return not parameter.is_inference() and getattr(parameter, "_sensi_start", None) == writes(parameter)

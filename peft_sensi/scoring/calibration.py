@@ -129,9 +129,10 @@ def calibration_loss(
             )
         try:
             output = model(**batch)
-        except SensiError:
+        except (SensiError, torch.OutOfMemoryError):
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        # An id beyond the vocabulary or a label beyond the classes is an `IndexError`, a wrong dtype a `RuntimeError`.
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             raise CalibrationError(
                 f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: {error}"
             ) from error
@@ -250,8 +251,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     This covers the structure of the model (see `utils.undo`; a forward pass with labels sets `config.problem_type`),
     training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all devices.
-    It does not cover weights: code that changes them must restore them (see `priming.primed`).
+    It does not cover weights: code that changes them must restore them (see `priming.primed`). Raises `SensiError` if
+    the model cannot have gradients.
     """
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise SensiError(
+            "Under `torch.inference_mode()`, and for weights that were loaded under it, no gradients exist, so no "
+            "units can be chosen and nothing can be trained. Load the base and add the adapter outside of it."
+        )
     structure = snapshot(model)
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     python_state, numpy_state = random.getstate(), np.random.get_state()

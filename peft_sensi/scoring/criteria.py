@@ -73,7 +73,9 @@ def fisher(model: nn.Module, anatomy: Anatomy, batches: Batches, options: Scorin
 def mask(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`|gate|` times the unit's parameters, after priming with an L1 penalty on it (EarlyBERT, arXiv 2101.00063)."""
     device = device_of(model)
-    gates = {g.name: torch.ones(g.size, device=device, requires_grad=True) for g in anatomy.groups}
+    gates = {
+        g.name: torch.ones(g.size, dtype=torch.float32, device=device, requires_grad=True) for g in anatomy.groups
+    }
     with (
         hooked(model, anatomy, lambda group, x, ids: apply_gate(x, gates[group.name], ids)),
         primed(model, batches, options, list(gates.values())),

@@ -68,7 +68,7 @@ def _drawn(
         if labels.dim() == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
             new = torch.bernoulli(logits.sigmoid(), generator=generator)
         elif logits.shape in (labels.shape, (*labels.shape, 1)):
-            new = logits.reshape(labels.shape) + torch.randn(labels.shape, generator=generator)
+            new = logits.reshape(labels.shape) + torch.randn(labels.shape, dtype=torch.float32, generator=generator)
         else:
             return {}
         return {"labels": new.to(labels)}

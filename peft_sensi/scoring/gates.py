@@ -59,16 +59,18 @@ def _batch_gradients(
     """Derivatives of the batch's loss with respect to the gates, `{group: [examples, units]}` in float32."""
     gates: dict[str, torch.Tensor] = {}
     examples = examples_in(batch)
+    # The dtype is named everywhere, because a user can have set another default.
+    ones = partial(torch.ones, dtype=torch.float32, requires_grad=True)
 
     def gated(group: Group, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         shape = x.shape
         if ids is not None:
-            gates.setdefault(group.name, torch.ones(len(ids), group.size, device=x.device, requires_grad=True))
+            gates.setdefault(group.name, ones(len(ids), group.size, device=x.device))
             return apply_gate(x, gates[group.name], ids)
         if x.dim() == 2 and shape[0] % examples == 0:  # OPT's FFN gets the tokens of all examples as one list
             x = x.reshape(examples, -1, shape[-1])
         if group.name not in gates:
-            gates[group.name] = torch.ones(x.shape[0], group.size, device=x.device, requires_grad=True)
+            gates[group.name] = ones(x.shape[0], group.size, device=x.device)
         return apply_gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size)).reshape(shape)
 
     with hooked(model, anatomy, gated), torch.enable_grad():

@@ -20,7 +20,7 @@ def gate_gradients_reference(
     size = examples_in(batch)
     rows: dict[str, list[torch.Tensor]] = {g.name: [] for g in anatomy.groups}
     for i in range(size):
-        gates = {g.name: torch.ones(g.size, requires_grad=True) for g in anatomy.groups}
+        gates = {g.name: torch.ones(g.size, dtype=torch.float32, requires_grad=True) for g in anatomy.groups}
 
         def gated(
             group: Group, x: torch.Tensor, ids: torch.Tensor | None, gates: dict[str, torch.Tensor] = gates

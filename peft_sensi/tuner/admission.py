@@ -10,7 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
-from ..anatomy.modules import base_of, embedding_of, head_parameters_outside_modules, is_bare, not_linear, task_head
+from ..anatomy.modules import (
+    base_of,
+    embedding_of,
+    head_parameters_outside_modules,
+    in_several_places,
+    is_bare,
+    not_linear,
+    task_head,
+)
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..utils import replicas
@@ -54,10 +62,29 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
     replicas.check_whole(model)
 
 
+def check_name(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+    """Raises `SensiError` if PEFT could not tell the adapter's name from names in a module that is saved whole.
+
+    PEFT takes the adapter's name out of a parameter's name when it saves, and puts it in when it loads.
+    """
+    saved = saved_whole(model, config)
+    for path, module in model.named_modules():
+        if saved(path) and not saved(path.rpartition(".")[0]):
+            inside = {part for name, _ in base_of(module).named_parameters() for part in name.split(".")}
+            if adapter_name in {path.rpartition(".")[2], *inside}:
+                raise SensiError(
+                    f"An adapter cannot be called {adapter_name!r} here: {path!r}, which it saves whole, has this "
+                    f"name or has it inside, and PEFT could not load what it saves. Choose another name."
+                )
+
+
 def check_plain(model: nn.Module, names: Iterable[str]) -> None:
     """Raises an error if one of these Linears or embeddings is more than a weight and a bias."""
+    shared = in_several_places(model)
     for name in sorted(names):
         module = base_of(model.get_submodule(name))
+        if id(module) in shared:
+            raise held_twice(name)
         if (reason := obstacle(module)) is not None:
             raise SensiError(
                 f"{name!r} cannot be adapted, because {reason}. Or leave its attention or FFN out as a whole, "
@@ -68,12 +95,40 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_saved(model: nn.Module, config: SensiConfig) -> None:
-    """Raises `SensiError` if a module that is to be saved whole cannot be copied."""
-    saved = saved_whole(model, config)
-    for name, module in model.named_modules():
-        reason = computed_by_hooks(module)
-        if reason is not None and saved(name):
+    """Raises `SensiError` if a module that is to be saved whole cannot be copied. Warns of weights that it shares."""
+    saved, shared = saved_whole(model, config), in_several_places(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not saved(name):
+            continue
+        if id(module) in shared:
+            raise held_twice(name)
+        if (reason := computed_by_hooks(module)) is not None:
             raise SensiError(f"{name!r} cannot be trained and saved whole, because {reason}.")
+    wholes: dict[int, dict[str, str]] = {}  # for each parameter, its name in each module that is saved whole
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        whole = next(filter(saved, (".".join(parts[:i]) for i in range(1, len(parts) + 1))), "")
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                wholes.setdefault(id(parameter), {}).setdefault(whole, f"{path}.{name}")
+    for names in wholes.values():
+        if len(names) > 1:
+            one, other = list(names.values())[:2]
+            warnings.warn(
+                f"{one!r} and {other!r} are one parameter in the base. The adapter trains a copy of each module that "
+                f"it saves whole, so they become different. To keep them equal, leave these modules out of "
+                f"`modules_to_save`, or put them into one module.",
+                stacklevel=2,
+            )
+            return
+
+
+def held_twice(name: str) -> SensiError:
+    return SensiError(
+        f"{name!r} is one module in several places of the model, and an adapter would replace it in one of them only. "
+        f"Give each place a module of its own (`copy.deepcopy`), or leave it out: with `modules_to_save` and "
+        f"`also_train`, or with `exclude_modules` and a budget that trims nothing, such as {{'trainable': 0.01}}."
+    )
 
 
 def leave_frozen(model: nn.Module, names: set[str], chosen: bool) -> set[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -168,13 +169,14 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
     if one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
     cannot be read as floats.
 
-    With the `shapes` of another fingerprint as `like`, an embedding whose vocabulary was resized gives the same rows
-    and shape as there. A row that it does not have gives NaN.
+    With the `shapes` of another fingerprint as `like`, the same Linears are looked at (none if some do not exist
+    here), and an embedding whose vocabulary was resized gives the same rows and shape as there. A row that it does not
+    have gives NaN.
     """
-    names = sorted({name for group in anatomy.groups for name in group.modules})
-    sampled = names[:: max(1, len(names) // _SAMPLED_LINEARS)][:_SAMPLED_LINEARS]
+    names = {name for group in anatomy.groups for name in group.modules}
+    sampled = _sample(names) if like is None else like if names.issuperset(like) else ()
     shapes, marks, quantized = {}, [], False
-    for name in sampled:
+    for name in sorted(sampled):  # as in a file, where the keys are sorted
         weight = matrix(linear := linear_of(model, name))
         if weight.is_meta or not weight.is_floating_point():
             return None
@@ -192,6 +194,16 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
         marks += [math.nan] * (len(numbers) - len(there))
     found = {"shapes": shapes, "marks": [round(mark, 4) for mark in marks]}
     return {**found, "quantized": True} if quantized else found
+
+
+def _sample(names: Iterable[str]) -> list[str]:
+    """Up to 16 of the Linears, spread over all kinds of them and over the layers.
+
+    A copy of the base may differ in one kind alone, such as the values of the attention, if LoRA was merged into it.
+    """
+    by_kind = sorted(names, key=lambda name: (re.sub(r"\d+", "", name), name))
+    count = min(_SAMPLED_LINEARS, len(by_kind))
+    return [by_kind[i * len(by_kind) // count] for i in range(count)]
 
 
 def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: Anatomy) -> None:

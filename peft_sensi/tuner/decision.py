@@ -113,7 +113,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         decision = Decision(plan, slices_of(model, config, plan))
         check_plain(model, decision.slices)
     else:
-        with others_disabled(model), preserved(model):
+        with preserved(model), others_disabled(model):
             measure_missing(model, config)
             make = partial(decide, model, config, inputs, anatomy, targets, saved_values)
             if distributed.world_size() == 1:

@@ -4,19 +4,23 @@
 call it: they set flags, wrap further modules, and read the weights. An error there would leave a model that has half
 an adapter. So these calls are wrapped, once. Calls for other methods, on models without our layers, are not affected.
 
-Transformers' `resize_token_embeddings` is wrapped for another reason: it would fail on embeddings with an adapter.
+Transformers' `resize_token_embeddings` is wrapped for another reason: it would fail on embeddings with an adapter. And
+PEFT's `save_pretrained`: with `safe_serialization=False`, it would write an adapter that cannot be loaded.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import transformers
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
@@ -25,6 +29,7 @@ from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
 from ..layers.weights import untouched
 from ..utils.errors import SensiError, SensiLoadError
+from ..utils.files import read_json_object
 from ..utils.undo import snapshot, surely
 from .checkpoint import PLAN_KEY
 from .config import SensiConfig
@@ -43,10 +48,28 @@ def hook_entrances() -> None:
                     setattr(owner, name, classmethod(_undoing(original.__func__)))
             elif not hasattr(original, "sensi_undoes"):
                 setattr(owner, name, _undoing(original))
+    if not hasattr(PeftModel.save_pretrained, "sensi_refuses"):
+        PeftModel.save_pretrained = _without_pickle(PeftModel.save_pretrained)  # type: ignore[method-assign]
     if not hasattr(PreTrainedModel.resize_token_embeddings, "sensi_refuses"):
         PreTrainedModel.resize_token_embeddings = _checked_resize(  # type: ignore[method-assign]
             PreTrainedModel.resize_token_embeddings
         )
+
+
+def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` that refuses to write what no loader of this package reads."""
+
+    @functools.wraps(function)
+    def call(self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if not safe_serialization and layers_of(self):
+            raise SensiError(
+                "`safe_serialization=False` writes a pickle. Adapters of peft_sensi are loaded from safetensors files "
+                "only, because a pickle can run code: leave it out."
+            )
+        return function(self, save_directory, safe_serialization, *args, **kwargs)
+
+    call.sensi_refuses = function  # type: ignore[attr-defined]
+    return call
 
 
 def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,6 +94,8 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
         restore = snapshot(model)
         try:
             if function.__name__ == "load_adapter" and isinstance(model, PreTrainedModel):
+                if (config := _config_of_folder(*args, **kwargs)) is not None:
+                    kwargs = {**kwargs, "peft_config": config}
                 with _plan_expected(model):
                     result = function(*args, **kwargs)
                 _check_filled(model)
@@ -83,6 +108,23 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.sensi_undoes = function  # type: ignore[attr-defined]
     return call
+
+
+def _config_of_folder(
+    model: Any, peft_model_id: Any = None, adapter_name: Any = None, *others: Any, **kwargs: Any
+) -> SensiConfig | None:
+    """The config of an adapter of ours in a local folder, with the path of its weights, so that the file is checked.
+
+    Transformers would read the config alone, and would convert tensors of any dtype. `None` if the call gives a config
+    or tensors of its own, or options for the download.
+    """
+    own = ("peft_config", "adapter_state_dict", "adapter_kwargs")
+    if others or any(kwargs.get(name) for name in own) or not isinstance(peft_model_id, str | os.PathLike):
+        return None
+    file = Path(peft_model_id) / CONFIG_NAME
+    if not file.is_file() or read_json_object(file, optional=True).get("peft_type") != "SENSI":
+        return None
+    return SensiConfig.from_pretrained(str(peft_model_id))
 
 
 @contextmanager

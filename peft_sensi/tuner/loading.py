@@ -5,7 +5,8 @@ There are three checks, because loaders differ:
 - `PeftModel.from_pretrained` reads the config first. So the file is checked before a layer is built, and nothing is
   allocated for a file that does not fit (`check_slices`).
 - Every PEFT loader calls a hook of `SensiModel` with the tensors (`check_state`).
-- Transformers' `load_adapter` does neither: a layer checks its tensors when it is first used
+- Transformers' `load_adapter` does neither. For a local folder, `entrances` gives it the config, so that the file is
+  checked like that of `PeftModel.from_pretrained`. Otherwise a layer checks its tensors when it is first used
   (`SensiLayer.check_loaded`).
 """
 
@@ -96,15 +97,22 @@ def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
     check_specs(found, {**expected, **resized}, path)
 
 
-def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
-    """Checks tensors with the model's own names just before they are loaded.
+def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Checks tensors with the model's own names just before they are loaded. Returns them under all these names.
+
+    A model may hold one module under several names, such as an encoder for questions and for answers. PEFT saves its
+    tensors under the first, and PyTorch expects them under all.
 
     PyTorch checks the shapes of modules that are saved whole. PEFT has `ignore_mismatched_sizes` for them.
     """
     layers = layers_of(model)
     saved = f".modules_to_save.{adapter_name}."
     expected: dict[str, Spec] = {}
+    first: dict[int, str] = {}
+    names = {key: first.setdefault(id(tensor), key) for key, tensor in model.state_dict(keep_vars=True).items()}
     for key, value in model.state_dict().items():
+        if names[key] != key:
+            continue
         if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.tensor_names:
             expected[key] = (tuple(value.shape), value.dtype)
         elif saved in f".{key}" and key in tensors:
@@ -125,6 +133,8 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
         check_content(key, tensor, None if layer is None else layer.sensi_slices[adapter_name].kept_shape.numel())
     for layer in layers.values():
         layer.sensi_unchecked.discard(adapter_name)
+        layer.sensi_peers = {}
+    return {key: tensors[name] for key, name in names.items() if name in tensors} | {**tensors}
 
 
 def _is_part(name: str) -> bool:

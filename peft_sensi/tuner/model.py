@@ -22,7 +22,7 @@ from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
-from .admission import check_addition
+from .admission import check_addition, check_name
 from .checkpoint import (
     PLAN_KEY,
     check_pair,
@@ -139,6 +139,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                 with errors_of_file(users_config):
                     check_task(model, config)
                     decision = prepare(model, config, users_config.inputs)
+                    check_name(model, config, adapter_name)
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision
@@ -175,7 +176,7 @@ class SensiModel(AdapterOperations, BaseTuner):
             names = [name for name in self.active_adapters if name in wrapper._get_available_adapters()]
             if len(names) == 1 and wrapper.active_adapters != names:
                 wrapper.set_adapter(names, inference_mode=config.inference_mode)
-        if config.from_file and config.weights_file is None:  # Transformers reads the file, and calls no hook
+        if config.from_file:  # if Transformers reads the file, it calls no hook
             layers = layers_of(model, adapter_name)
             for layer in layers.values():
                 layer.note_start(adapter_name, layers)
@@ -218,11 +219,6 @@ class SensiModel(AdapterOperations, BaseTuner):
         hold_masters(self.model, adapter_name)
 
     # -- several adapters, merging ------------------------------------------------------------------------------------
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        if isinstance(adapter_name, (list, tuple)) and len(adapter_name) > 1:
-            self._check_combination(list(adapter_name))
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
@@ -277,11 +273,6 @@ class SensiModel(AdapterOperations, BaseTuner):
             if isinstance(child, SensiLayer):
                 move_hooks(child, new_module)
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _check_combination(self, adapter_names: list[str]) -> None:
-        if len(adapter_names) > 1:
-            for layer in self._layers():
-                layer.check_combination(adapter_names)
 
     def _check_codes(self) -> None:
         for layer in self._layers():
@@ -341,8 +332,9 @@ class SensiModel(AdapterOperations, BaseTuner):
         as_is = plan == config.plan and gated == (config.phase == "cut")
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            check_state(tensors, model, adapter_name)
+            tensors = check_state(tensors, model, adapter_name)
         # The plan has been compared, so the layers need not warn that these tensors have no marks.
-        tensors |= {f"{name}.{LAYER_MARK}": marks_to_tensor(la.marks()) for name, la in layers_of(model).items()}
+        layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SensiLayer)]
+        tensors |= {f"{name}.{LAYER_MARK}": marks_to_tensor(layer.marks()) for name, layer in layers}
         config.from_file = False  # from now on its values are trained here, and a checkpoint may bring another plan
         return tensors

@@ -145,6 +145,13 @@ class AdapterOperations:
             layer.compress(adapter_name, kind)
         config.compressed = kind
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:  # PEFT would activate what no layer has, which is the base
+            self._check_name(name)
+        self._check_combination(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's method for low-rank adapters. Raises `SensiError`: trained units of several plans have no mean."""
         raise SensiError(
@@ -155,6 +162,11 @@ class AdapterOperations:
     def _check_name(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
+
+    def _check_combination(self, adapter_names: list[str]) -> None:
+        if len(adapter_names) > 1:
+            for layer in self._layers():
+                layer.check_combination(adapter_names)
 
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model).values())

@@ -238,7 +238,7 @@ def _of_all_units(found: Scores, present: Mapping[str, np.ndarray], kept: Mappin
     """Scores of the `present` units as scores of all units. Units that are not `kept` have 0."""
 
     def spread(values: torch.Tensor | None, name: str) -> torch.Tensor:
-        everywhere = torch.zeros(len(present[name]))
+        everywhere = torch.zeros(len(present[name]), dtype=torch.float32)
         if values is not None:
             everywhere[torch.from_numpy(present[name])] = values.float()
         return everywhere * torch.from_numpy(kept[name])
