@@ -18,6 +18,7 @@ from torch import nn
 
 from ..anatomy.units import Group
 from ..utils import distributed
+from ..utils.checks import shown
 from ..utils.errors import CalibrationError, SensiError
 from ..utils.undo import snapshot, surely
 
@@ -110,6 +111,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def check_loss_fn(loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise CalibrationError(f"`loss_fn` must be a function of the model and a batch, got {shown(loss_fn)}.")
+
+
 def calibration_loss(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None = None, where: str = "a calibration batch"
 ) -> torch.Tensor:
@@ -117,6 +123,7 @@ def calibration_loss(
     batch = to_device(batch, device_of(model))
     loss: torch.Tensor | None
     if loss_fn is not None:
+        check_loss_fn(loss_fn)
         loss = loss_fn(model, batch)
         if not isinstance(loss, torch.Tensor):
             raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
@@ -251,7 +258,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
     This covers the structure of the model (see `utils.undo`; a forward pass with labels sets `config.problem_type`),
     training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all devices.
     It does not cover weights: code that changes them must restore them (see `priming.primed`).
+
+    Raises `SensiError` inside `torch.inference_mode()`, where there are no gradients.
     """
+    if torch.is_inference_mode_enabled():
+        raise SensiError(
+            "Units are not scored or trimmed inside `torch.inference_mode()`: it has no gradients, and values that "
+            "are made there cannot be trained. Leave it first (`torch.no_grad()` is allowed)."
+        )
     structure = snapshot(model)
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     python_state, numpy_state = random.getstate(), np.random.get_state()
