@@ -333,6 +333,10 @@ def test_a_record_in_a_file_is_checked(table, tmp_path):
             with pytest.raises(SensiError):
                 SensiConfig(latency=values)
     assert SensiConfig(latency=record).latency == record
+    with pytest.raises(SensiError, match="not possible"):
+        SensiConfig(latency={"latency": {**record["latency"], "predicted_ms": table.whole_ms + 1}})
+    with pytest.raises(SensiError, match="predicted latency is zero"):
+        merging_latency.check_prediction(nn.Linear(1, 1), nn.Linear(1, 1), {"predicted_ms": 0.0})
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -161,8 +161,8 @@ class LatencyTable:
         shapes = [kind.shape for kind in table.sublayers]
         if len(set(shapes)) < len(shapes):
             raise SensiLoadError("The latency table has two entries for the same shape of sublayers.")
-        if table.rest <= 0:
-            raise SensiLoadError("The latency table gives the rest of the model (`rest_ms`) no time at all.")
+        if table.whole <= 0:
+            raise SensiLoadError("The latency table gives the whole model no time at all.")
         return table
 
     def save(self, path: str | os.PathLike) -> None:
@@ -252,7 +252,7 @@ def check_records(records: Any) -> None:
             raise SensiError(f"`latency`: the record of {limit!r} must have {sorted(names)}, got {shown(record)}.")
         for name in names:
             _check(record, name, f"`latency`: the record of {limit!r}", SensiError)
-        if LIMITS[record["phase"]] != limit or not 0 < record["predicted_ms"] <= record["whole_ms"]:
+        if LIMITS[record["phase"]] != limit or not 0 < record["whole_ms"] >= record["predicted_ms"]:
             raise SensiError(f"`latency`: the record of {limit!r} is not possible: {shown(record)}.")
 
 
