@@ -71,6 +71,20 @@ def test_one_class_and_batches_that_the_model_refuses_stay():
     assert draw_labels(tiny_model(), [refused], seed=0) == [refused]
 
 
+@pytest.mark.parametrize("labels", [torch.zeros(4, dtype=torch.long), torch.zeros(4, 2), torch.zeros(4)])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_without_finite_chances_labels_stay(labels, broken):
+    shape = (1,) if labels.shape == (4,) and labels.is_floating_point() else (2,)
+    assert torch.equal(draw_labels(Fixed(torch.full(shape, broken)), [many(labels)], seed=0)[0]["labels"], labels)
+
+
+def test_an_example_of_padding_only_has_no_answer_to_draw():
+    [batch] = tiny_batches(1, task="QUESTION_ANS")
+    batch["attention_mask"][1] = 0
+    [drawn] = draw_labels(tiny_model(task="QUESTION_ANS"), [batch], seed=0)
+    assert torch.equal(drawn["start_positions"], batch["start_positions"])
+
+
 def test_draws_depend_on_the_seed_and_the_position_and_leave_the_random_state():
     model, batches = tiny_model(), tiny_batches(1, size=64) * 2
     state = torch.get_rng_state()

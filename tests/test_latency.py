@@ -21,7 +21,7 @@ from peft import PeftModel
 from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 from typer.testing import CliRunner
 
 from peft_sensi import (
@@ -131,6 +131,11 @@ def test_models_that_cannot_be_measured(bert):
         measure_latency(wrap(bert))
     with pytest.raises(SensiError, match="no heads or neurons"):
         measure_latency(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(SensiError, match="it returns no cache"):
+        measure_latency(tiny_model(task="FEATURE_EXTRACTION"), sequence_length=8, decode=True)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64}
+    with pytest.raises(SensiError, match="has an encoder, too"):
+        measure_latency(AutoModelForSeq2SeqLM.from_config(BartConfig(**sizes)), sequence_length=8, decode=True)
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------
@@ -329,6 +334,10 @@ def test_a_record_in_a_file_is_checked(table, tmp_path):
             with pytest.raises(SensiError):
                 SensiConfig(latency=values)
     assert SensiConfig(latency=record).latency == record
+    with pytest.raises(SensiError, match="not possible"):
+        SensiConfig(latency={"latency": {**record["latency"], "predicted_ms": table.whole_ms + 1}})
+    with pytest.raises(SensiError, match="predicted latency is zero"):
+        merging_latency.check_prediction(nn.Linear(1, 1), nn.Linear(1, 1), {"predicted_ms": 0.0})
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,6 +224,22 @@ def test_a_missing_table_and_one_for_another_model():
             make_plan(other, {"a": np.ones(24)}, 0.5, latency=wrong)
     with pytest.raises(SensiError, match="no latency table 'no.json'"):
         make_plan(other, {"a": np.ones(24)}, 0.5, latency="no.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rest_ms": math.nan}, {"rest_ms": -1.0}, {"threads": np.int64(1)}, {"ms": (1.0, 0.0)},
+     {"ms": (0.0, math.inf)}, {"counts": (0, 8)}, {"ms": (1.0,)}],
+)  # fmt: skip
+def test_a_table_that_was_changed_in_code_is_checked_like_a_file(changes):
+    anatomy = Anatomy((neurons("a", 16),), 100)
+    table = table_for(anatomy, lambda g: {0: 0, g.size: 1})
+    make_plan(anatomy, {"a": np.ones(16)}, {"latency": 0.9}, latency=table)
+    of_table = {name: value for name, value in changes.items() if hasattr(table, name)}
+    [kind] = table.sublayers
+    kind = replace(kind, **{name: value for name, value in changes.items() if name not in of_table})
+    with pytest.raises(SensiError, match="latency table"):
+        make_plan(anatomy, {"a": np.ones(16)}, {"latency": 0.9}, latency=replace(table, sublayers=(kind,), **of_table))
 
 
 @pytest.mark.parametrize("text, expected", [("12ms", 12_000_000), (" 0.5 s", 500_000_000), ("7us", 7000), ("3 ns", 3),

@@ -359,6 +359,13 @@ def test_a_schedule_of_a_model_without_one_is_an_error():
             Schedule(WITHOUT_SCHEDULE[name](), 4)
 
 
+@pytest.mark.parametrize("steps", [None, "3", -1, float("nan"), True])
+def test_numbers_of_steps_are_checked(steps):
+    model = wrap(tiny_model(), budget=0.5, schedule={"phase": "cut", "start": 0.4, "end": 0.4, "cuts": 1})
+    with pytest.raises(SensiError, match="`total_steps` must be a number of optimizer steps"):
+        Schedule(model, steps)
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

@@ -9,12 +9,23 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_two
-from tiny import clone, interrupted, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import (
+    assert_same_tensors,
+    clone,
+    interrupted,
+    logits,
+    snapshot,
+    tiny_batches,
+    tiny_model,
+    train,
+    trained,
+    wrap,
+)
 from torch.utils.data import DataLoader
 
-from peft_sensi import Budget, BudgetError, Schedule, SensiConfig, SensiError, recipes
+from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
-from peft_sensi.tuner import in_place, wrapping
+from peft_sensi.tuner import cuts, in_place, wrapping
 from peft_sensi.tuner.rescoring import REFIT_TOKENS, enough
 from peft_sensi.tuner.trim import _stages
 from peft_sensi.utils.states import TRIMMED, TUNED
@@ -314,6 +325,14 @@ def test_wrong_calls():
             model.base_model.trim(0.5, calibration=BATCHES, score=score)
     with pytest.raises(SensiError, match="needs `calibration`"):
         model.base_model.trim(0.5, refit=True)
+    with pytest.raises(SensiError, match="`refit` must be"):
+        model.base_model.trim(0.5, calibration=BATCHES, refit="yes")
+    with pytest.raises(CalibrationError, match="`loss_fn` must be a function"):
+        model.base_model.trim(0.5, calibration=BATCHES, loss_fn=3)
+    with torch.inference_mode(), pytest.raises(SensiError, match="inference_mode"):
+        model.base_model.trim(0.5, calibration=BATCHES)
+    with torch.no_grad():
+        clone(model).base_model.trim(0.5, calibration=BATCHES)
     with pytest.raises(SensiError, match="output_biases"):
         learned(also_train=["norms"]).base_model.trim(0.5, calibration=BATCHES, refit=True)
     model.base_model.merge_adapter()
@@ -323,6 +342,14 @@ def test_wrong_calls():
     model.base_model.compress("int8")
     with pytest.raises(SensiError, match="compressed"):
         model.base_model.trim(0.5, calibration=BATCHES)
+
+
+def test_a_model_that_has_diverged_is_named():
+    model = learned()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+    with pytest.raises(CalibrationError, match="loss .* is nan"):
+        model.base_model.trim(0.5, calibration=BATCHES, score="fisher")
 
 
 def test_nothing_to_trim_is_refused():
@@ -377,6 +404,21 @@ def test_a_late_cut_is_refitted(tmp_path):
     assert errors[True] < errors[False]
     _, (before, after) = cut_in_training()
     assert float((after - before).square().mean()) == errors[True], "the refit is the default"
+
+
+def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
+    def refitted(root, config, adapter_name, plan, *others):
+        outputs = [group.output for group in plan.anatomy.trimmable]
+        return {name: (torch.ones(32, len(in_place.kept_columns(plan, name))), torch.ones(32)) for name in outputs}
+
+    model = wrap(tiny_model(), budget=0.5, schedule=LATE, also_train=["output_biases"])
+    schedule = Schedule(model, 4, calibration=BATCHES)
+    before = snapshot(model)
+    monkeypatch.setattr(cuts, "_refitted", refitted)
+    monkeypatch.setattr(cuts, "_add_change", interrupted(cuts._add_change, at=3))
+    with pytest.warns(UserWarning, match="units are cut now"), pytest.raises(KeyboardInterrupt):
+        schedule.finish()
+    assert_same_tensors(snapshot(model), before)
 
 
 def test_a_trim_far_down_equals_trims_in_stages():

@@ -252,7 +252,7 @@ def check_records(records: Any) -> None:
             raise SensiError(f"`latency`: the record of {limit!r} must have {sorted(names)}, got {shown(record)}.")
         for name in names:
             _check(record, name, f"`latency`: the record of {limit!r}", SensiError)
-        if LIMITS[record["phase"]] != limit or record["whole_ms"] <= 0:
+        if LIMITS[record["phase"]] != limit or not 0 < record["whole_ms"] >= record["predicted_ms"]:
             raise SensiError(f"`latency`: the record of {limit!r} is not possible: {shown(record)}.")
 
 

@@ -217,8 +217,11 @@ def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any
     """Compares the prediction of an adapter (its `record`) with the merged model's time on this machine, as JSON.
 
     `off` is the measured share of the base's time divided by the predicted share, minus 1. It is comparable even if
-    this machine is another one, or busier, than when the table was measured.
+    this machine is another one, or busier, than when the table was measured. Raises `SensiError` if no time at all is
+    predicted, which only a table without a rest can do.
     """
+    if not record["predicted_ms"]:
+        raise SensiError("The plan's predicted latency is zero, so a measured one cannot be compared with it.")
     merged_ms, base_ms = compare_latency(
         model,
         base,

@@ -77,7 +77,17 @@ def tables_by_limit(tables: Any) -> dict[str, LatencyTable]:
             except TypeError:
                 message = f"`latency` must be a LatencyTable, the path of one, or a list of them, got {table!r:.80}."
                 raise SensiError(message) from None
+        else:
+            _check_table(table)
         if table.limit in found:
             raise SensiError(f"`latency` has two tables of the phase {table.phase!r}: give one of each phase.")
         found[table.limit] = table
     return found
+
+
+def _check_table(table: LatencyTable) -> None:
+    """Checks a table that was made or changed in code like one from a file. Raises `SensiError`."""
+    try:
+        LatencyTable.from_dict(table.to_dict())
+    except TypeError as error:  # a value that JSON does not have
+        raise SensiError(f"A latency table holds plain numbers, texts and tuples of them only: {error}.") from None

@@ -120,6 +120,12 @@ def start_run(
 
     Raises `SensiError` if the model cannot run it.
     """
+    if decode and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        # A step does not run the encoder, whose sublayers have the same shapes as those of the decoder.
+        raise SensiError(
+            f"A decoding step is measured for decoders only: {type(model).__name__} has an encoder, too. Measure it "
+            f"without `decode`."
+        )
     batch: dict[str, Any] = dict(example_inputs(model, batch_size, length) if inputs is None else inputs)
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -131,6 +137,8 @@ def start_run(
         with torch.inference_mode():
             if decode:
                 cache = model(**batch, **options, use_cache=True).past_key_values
+                if cache is None:
+                    raise ValueError("it returns no cache")
                 batch = {
                     "input_ids": batch["input_ids"][:, -1:],
                     "attention_mask": torch.ones(batch_size, length + 1, dtype=torch.long, device=device),

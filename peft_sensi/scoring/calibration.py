@@ -18,6 +18,7 @@ from torch import nn
 
 from ..anatomy.units import Group
 from ..utils import distributed
+from ..utils.checks import shown
 from ..utils.errors import CalibrationError, SensiError
 from ..utils.undo import snapshot, surely
 
@@ -110,6 +111,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def check_loss_fn(loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise CalibrationError(f"`loss_fn` must be a function of the model and a batch, got {shown(loss_fn)}.")
+
+
 def calibration_loss(
     model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None = None, where: str = "a calibration batch"
 ) -> torch.Tensor:
@@ -117,6 +123,7 @@ def calibration_loss(
     batch = to_device(batch, device_of(model))
     loss: torch.Tensor | None
     if loss_fn is not None:
+        check_loss_fn(loss_fn)
         loss = loss_fn(model, batch)
         if not isinstance(loss, torch.Tensor):
             raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")

@@ -32,7 +32,8 @@ def draw_labels(
       squared error is the likelihood of such noise.
     - Answers: `start_positions` and `end_positions`.
 
-    A batch with other labels stays as it is: in language models, labels are shifted or are inputs as well. The draws
+    A batch with other labels stays as it is: in language models, labels are shifted or are inputs as well. So does one
+    for which the model predicts no chances at all (NaN): its loss is computed next, and explains the error. The draws
     depend on `seed` and on a batch's position among those of all processes.
     """
     positions = distributed.batch_positions(len(batches))
@@ -59,12 +60,16 @@ def _drawn(
     if not isinstance(labels, torch.Tensor):
         if not all(isinstance(output.get(name), torch.Tensor) for name in POSITIONS.values()):
             return {}
-        return {name: _positions(output[logits], batch, generator) for name, logits in POSITIONS.items()}
+        tokens = {name: _without_padding(output[logits], batch) for name, logits in POSITIONS.items()}
+        known = all(map(_has_chances, tokens.values()))
+        return {name: _classes(logits, generator) for name, logits in tokens.items()} if known else {}
     logits = output.get("logits")
     if not isinstance(logits, torch.Tensor):
         return {}
     logits = logits.detach().float().cpu()
     if labels.is_floating_point():
+        if not _has_chances(logits):
+            return {}
         if labels.dim() == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
             new = torch.bernoulli(logits.sigmoid(), generator=generator)
         elif logits.shape in (labels.shape, (*labels.shape, 1)):
@@ -74,8 +79,15 @@ def _drawn(
         return {"labels": new.to(labels)}
     if labels.shape != logits.shape[:-1] or labels.dim() != 1 + per_token or logits.shape[-1] < 2:
         return {}
+    if not _has_chances(logits):
+        return {}
     new = _classes(logits, generator).to(labels)
     return {"labels": torch.where(labels < 0, labels, new)}
+
+
+def _has_chances(logits: torch.Tensor) -> bool:
+    """Whether each row of `logits` `[..., classes]` gives finite probabilities."""
+    return bool(logits.softmax(-1).isfinite().all())
 
 
 def _classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -84,9 +96,9 @@ def _classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
 
 
-def _positions(logits: torch.Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
-    """One token for each row of `logits` `[examples, tokens]`, never one of padding."""
+def _without_padding(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Logits of tokens (`[examples, tokens]`) as float32 on the CPU; those of padding are -infinity."""
     logits, mask = logits.detach().float().cpu(), batch.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.shape == logits.shape:
         logits = logits.masked_fill(~mask.bool().cpu(), -torch.inf)
-    return _classes(logits, generator)
+    return logits

@@ -6,7 +6,8 @@ Until then, all tensors keep their shapes. `Schedule` removes the units after th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..scoring.compute import score_units
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
+from ..utils.undo import surely
 from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
@@ -81,7 +83,9 @@ def close_units(
     )
     changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
     distributed.gather("cutting")
-    with torch.no_grad():
+    layers = layers_of(root, adapter_name)
+    refitted = [layers[name].part(part, adapter_name) for name in changes for part in ("weight", "bias")]
+    with _values_restored_on_error([*gates.values(), *(p for p in refitted if p is not None)]), torch.no_grad():
         for group in anatomy.trimmable:
             if group.output in gates:
                 gate = gates[group.output]
@@ -89,8 +93,25 @@ def close_units(
                 distributed.broadcast(gate)
             if group.output in changes:
                 _add_change(root.get_submodule(group.output), adapter_name, group, plan, opened, changes[group.output])
-    closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
-    distributed.check_equal("its cut", closed, "The processes must have the same model.")
+        closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
+        distributed.check_equal("its cut", closed, "The processes must have the same model.")
+
+
+@contextmanager
+def _values_restored_on_error(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """If the block raises an error or is interrupted, these tensors have their values from before it."""
+    values = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+    try:
+        yield
+    except BaseException:
+        surely(restore)
+        raise
 
 
 def _refitted(

@@ -36,6 +36,7 @@ from ..layers.layer import SensiLayer, layers_of
 from ..scoring.calibration import LossFn, materialize
 from ..scoring.criteria import DATA_METHODS
 from ..utils import distributed, replicas
+from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
 from .carry import obstacle
 from .config import SensiConfig
@@ -97,6 +98,9 @@ class Schedule:
         self.keeps_shapes = self.model is not model or _is_compiled(self.model) or _has_process_group()
         self.batches: list[Mapping[str, Any]] | None = None
         with distributed.synchronized("preparing the schedule"):
+            for name, steps in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch or 0)):
+                if not is_number(steps) or steps < 0:
+                    raise SensiError(f"`{name}` must be a number of optimizer steps, got {shown(steps)}.")
             if calibration is not None and self.phase["phase"] == "cut":
                 self.batches = materialize(calibration, REFIT_BATCHES * self.config.calibration_steps)
             self.switches = self._switches(total_steps, steps_per_epoch)

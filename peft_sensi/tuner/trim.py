@@ -31,6 +31,7 @@ from ..scoring.compute import score_units
 from ..scoring.methods import METHODS
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
+from ..utils.checks import check_types
 from ..utils.errors import SensiError
 from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
@@ -71,11 +72,12 @@ def trim_adapter(
     latency: Any = None,
 ) -> Trim:
     """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    settings = config.latency, config.tables
+    plan, budget_before, latency_before, tables_before = config.plan, config.budget, config.latency, config.tables
     try:
         # A wrong call in one process is an error in all of them.
         with distributed.synchronized("trimming"):
             limits = _check(root, config, adapter_name, before, budget, score)
+            check_types({"refit": refits})
             config.latency = config.latency if latency is None else latency
             read_latency(config)
             if refits and inputs.calibration is None:
@@ -85,12 +87,13 @@ def trim_adapter(
             default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
             options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
             trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
+        given = asdict(limits) | {"trainable": config.limits.trainable}
+        config.budget = {name: limit for name, limit in given.items() if limit is not None}
         shrink(root, config, adapter_name, trim.plan, trim.refitted)
     except BaseException:
-        config.latency, config.tables = settings
+        if config.plan is plan:  # an interrupt may also come when the adapter is trimmed already
+            config.budget, config.latency, config.tables = budget_before, latency_before, tables_before
         raise
-    given = asdict(limits) | {"trainable": config.limits.trainable}
-    config.budget = {name: limit for name, limit in given.items() if limit is not None}
     return trim
 
 

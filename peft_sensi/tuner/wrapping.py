@@ -29,6 +29,7 @@ from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..utils import replicas
 from ..utils.errors import SensiError, SensiLoadError
+from ..utils.undo import surely
 from .carry import Before, carry_over
 from .config import SensiConfig
 from .predictions import exceeds, note_latency
@@ -226,14 +227,8 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
     bases = [(base, dict(base._parameters)) for base in dropped]
     flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
     trained = any(flags.values()) or not flags
-    try:
-        yield before
-        note_plan(root, config, adapter_name)
-        now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
-        for name, parts in now.items():
-            for part, parameter in parts.items():
-                parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
-    except BaseException:
+
+    def restore() -> None:
         _follow(config, fields)
         for base, parameters in bases:  # `reduce_base` may have replaced them
             base._parameters.update(parameters)
@@ -249,6 +244,16 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
                     getattr(layer, f"sensi_{part}")[adapter_name] = parameter
             layer.update_parents()
         note_plan(root, config, adapter_name)
+
+    try:
+        yield before
+        note_plan(root, config, adapter_name)
+        now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
+        for name, parts in now.items():
+            for part, parameter in parts.items():
+                parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
+    except BaseException:
+        surely(restore)
         raise
     there = {id(parameter) for parts in now.values() for parameter in parts.values()}
     mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there and p.requires_grad)
