@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .tuner.config import SensiConfig
 
 
+LATE_CUT = {"phase": "cut", "start": 0.6, "end": 0.6, "cuts": 1}  # a schedule: one cut, after 60 % of the training
 QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]
 
 
@@ -44,11 +45,16 @@ def sensi_bert(
     Raises:
         SensiError: If `trim` is none of these.
     """
-    cuts = {"at wrap": None, "after warm-up": (0.1, 0.1, 1), "in cuts": (0.1, 0.5, 4), "late": (0.6, 0.6, 1)}
-    if trim not in cuts:
-        raise SensiError(f"`trim` must be one of {', '.join(cuts)}, got {trim!r}.")
-    if (when := cuts[trim]) is not None:
-        kwargs["schedule"] = {"phase": "cut", "start": when[0], "end": when[1], "cuts": when[2]}
+    schedules = {
+        "at wrap": None,
+        "after warm-up": {"phase": "cut", "start": 0.1, "end": 0.1, "cuts": 1},
+        "in cuts": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 4},
+        "late": dict(LATE_CUT),
+    }
+    if trim not in schedules:
+        raise SensiError(f"`trim` must be one of {', '.join(schedules)}, got {trim!r}.")
+    if (when := schedules[trim]) is not None:
+        kwargs["schedule"] = when
     score = score or ("mask" if when is None else "fisher")
     return _config(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
 

@@ -540,6 +540,15 @@ def test_train_thorough(work, tmp_path):
     assert "--thorough" in fails("train", work / "base", *files, "--thorough", "--recipe", "far", "--out", tmp_path)
 
 
+def test_train_late(work, tmp_path):
+    files = ("--data", work / "data.tsv", "--validation", work / "data.jsonl", "--batch-size", "16")
+    late = ("train", work / "base", *files, "--late", "--out", tmp_path)
+    found = json.loads(call(*late, "--budget", "0.5", "--epochs", "12", "--lr", "3e-3", "--json"))
+    assert found["late"] and found["plan"]["params_share"] <= 0.5 and found["validation"]["accuracy"] > 0.9
+    for others in (["--thorough"], ["--recipe", "far"], ["--trainable", "0.1"], ["--early-stopping", "1"]):
+        assert "--late" in fails(*late, "--overwrite", *others)
+
+
 # -- folders that go in and out ---------------------------------------------------------------------------------------
 
 

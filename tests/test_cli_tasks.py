@@ -215,6 +215,8 @@ INTERRUPTED = {
     "trimmed": (("--budget", "0.7"), 7),
     "low-rank": (("--trainable", "0.1"), 7),
     "schedule": (("--recipe", "learners"), 7),
+    "late, before the cut": (("--late", "--budget", "0.5"), 7),
+    "late, after the cut": (("--late", "--budget", "0.5"), 11),  # the cut is before step 9
     "thorough, first stage": (("--thorough", "--budget", "0.5"), 7),
     "thorough, second stage": (("--thorough", "--budget", "0.5"), 20),  # a stage has 15 steps
 }
@@ -277,7 +279,8 @@ def test_scores_are_saved_as_soon_as_they_exist(work, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("options", "rate"), [
     (("--budget", "0.7"), 1e-4), (("--trainable", "0.1"), 2e-3), (("--recipe", "binary_mask"), 3e-3),
-    (("--budget", "0.5", "--thorough"), 5e-5), (("--budget", "0.7", "--lr", "1e-3"), 1e-3),
+    (("--budget", "0.5", "--late"), 5e-5), (("--budget", "0.5", "--thorough"), 5e-5),
+    (("--budget", "0.7", "--lr", "1e-3"), 1e-3),
 ])  # fmt: skip
 def test_the_default_rate_follows_the_update(options, rate, work, tmp_path):
     found = call("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "0.2", "--batch-size",

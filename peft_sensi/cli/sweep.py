@@ -122,7 +122,7 @@ def sweep(
                 own = resumed_state(folder, options)
         results.append(train_for(
             copy.deepcopy(base), task, folder, training, limits={"params": limit}, recipe=None, score=score.value,
-            scores=ranking, thorough=False, state=own,
+            scores=ranking, state=own,
             show=lambda plan: None if json else err.print(*plan_renderables(plan)),
         ))  # fmt: skip
         state["finished"].append(limit)

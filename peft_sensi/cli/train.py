@@ -74,15 +74,17 @@ def train_for(
     recipe: str | None,
     score: str,
     scores: Scores | None,
-    thorough: bool,
+    late: bool = False,
+    thorough: bool = False,
     state: Mapping[str, Any],
     show: Callable[[Plan], None],
 ) -> dict[str, Any]:
     """Wraps the base model, trains the adapter, evaluates it, and saves it in a folder with its tokenizer and card.
 
     The arguments are the command's options; `show` is called with the plan once it is known. With `thorough`, the
-    whole model is trained, then trimmed, then trained as long again. `state` is that of an interrupted training, or
-    has its `options` only. Returns what `metrics.json` contains, and an empty dict in all processes but the first.
+    whole model is trained, then trimmed, then trained as long again; with `late`, it is trimmed during the training.
+    `state` is that of an interrupted training, or has its `options` only. Returns what `metrics.json` contains, and an
+    empty dict in all processes but the first.
     """
     calibration = list(task.batches(training.batch_size, training.seed))[:CALIBRATION]
     seed, base, name = training.seed, model.config, model.name_or_path
@@ -98,17 +100,23 @@ def train_for(
         common |= {"scores": None if scores is None else for_head_of(model, scores)}
         common |= {"latency": latency, "loss_fn": loss_fn}
         with scores_sent_to(partial(save_scores, folder=folder)):  # also if the rest of the wrap fails
-            wrapped = get_peft_model(model, _config(recipe, 1.0 if thorough else limits, score, common))
+            if late:
+                config = SensiConfig(budget=limits or 0.5, score=score, schedule=dict(recipes.LATE_CUT), **common)
+            else:
+                config = _config(recipe, 1.0 if thorough else limits, score, common)
+            wrapped = get_peft_model(model, config)
         state["score"] = wrapped.active_peft_config.score if scores is None else scores.method
-    run = Run(wrapped, task, folder, training, state, is_whole=thorough)
+    run = Run(wrapped, task, folder, training, state, is_whole=late or thorough)
     prepared = float(state.get("preparation", 0.0)) + time.perf_counter() - start
     run.state["preparation"] = prepared
-    if not thorough:
+    if not (late or thorough):
         show(wrapped.base_model.plan())
         if training.lr is None:
             err.print(Text(rate_line(run.rate, wrapped), "dim"), soft_wrap=True)
     if stage in (None, "train"):
-        run.train(training.epochs, [SensiCallback(calibration=calibration)])
+        run.train(training.epochs, [SensiCallback(calibration=calibration, loss_fn=loss_fn)])
+        if late:
+            show(wrapped.base_model.plan())
     if thorough and stage in (None, "train"):
         start = time.perf_counter()
         show(wrapped.base_model.trim(limits or 0.5, calibration, loss_fn=loss_fn))
@@ -122,6 +130,7 @@ def train_for(
         model=name,
         budget=limits,
         recipe=recipe,
+        late=late,
         thorough=thorough,
         score=run.state.get("score"),
         epochs=training.epochs,

@@ -38,6 +38,9 @@ def train(
         args.Score | None, option("--score", "NAME", "How units are ranked, as in `peft-sensi plan`. Default: fisher.")
     ] = None,
     scores: args.SavedScores = None,
+    late: Annotated[
+        bool, option("--late", None, "Train the whole model, and trim it after 60 % of the training: for hard tasks.")
+    ] = False,
     thorough: Annotated[
         bool,
         option("--thorough", None, "Train the whole model, then trim it, then train as long again: for hard tasks."),
@@ -49,7 +52,7 @@ def train(
             "--lr",
             "RATE",
             "The peak learning rate. Default: 2e-3 for a low-rank update, 1e-4 for dense units (3e-4 if they are "
-            "less than a quarter of the base), 3e-3 for masks, 5e-5 with --thorough.",
+            "less than a quarter of the base), 3e-3 for masks, 5e-5 with --late and --thorough.",
         ),
     ] = None,
     batch_size: args.BatchSize = 32,
@@ -82,23 +85,27 @@ def train(
     from .train import train_for
 
     limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
-    if thorough and (recipe is not None or trainable is not None or scores is not None):
-        raise SensiError("--thorough trains the whole model first: leave out --recipe, --trainable and --scores.")
+    whole = "--late" if late else "--thorough" if thorough else None
+    if late and thorough:
+        raise SensiError("--late trims during the training, --thorough after it: leave one of them out.")
+    if whole and (recipe is not None or trainable is not None or scores is not None):
+        raise SensiError(f"{whole} trains the whole model first: leave out --recipe, --trainable and --scores.")
     if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
         raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
     if recipe not in (None, "sensi_bert") and limits is not None:
         raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget and other limits.")
     if recipe is not None and score is not None:
         raise SensiError(f"The recipe {recipe} has its own way to rank units: leave out --score.")
-    if thorough and early_stopping:
-        raise SensiError("--thorough trains for a fixed number of epochs: leave out --early-stopping.")
+    if whole and early_stopping:
+        raise SensiError(f"{whole} trains for a fixed number of epochs: leave out --early-stopping.")
     args.check_rate(lr)
     check_latency_tables(latency_table)
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
-        "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed, "--bf16": bf16,
-        "--class-weights": class_weights, "--early-stopping": early_stopping, "the options about the data": reading,
+        "--late": late, "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed,
+        "--bf16": bf16, "--class-weights": class_weights, "--early-stopping": early_stopping,
+        "the options about the data": reading,
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights, early_stopping)
@@ -106,7 +113,7 @@ def train(
     base, task = load_base(model, data, seed=seed, **task_options(reading))
     check_training(task, training)
     result = train_for(
-        base, task, out_folder, training, limits=limits, thorough=thorough, latency=latency_table,
+        base, task, out_folder, training, limits=limits, late=late, thorough=thorough, latency=latency_table,
         recipe=recipe.value if recipe else None, score=(score or args.FISHER).value, scores=ranking, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from .saved import METRICS
 # `False` there are left out.
 _SETTINGS = {
     "recipe": "recipe",
+    "late": "trimmed during the training (`--late`)",
     "thorough": "trained whole first (`--thorough`)",
     "epochs": "epochs",
     "learning_rate": "learning rate",
