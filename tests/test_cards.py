@@ -162,3 +162,14 @@ def test_a_base_in_a_folder_of_another_system_is_named_without_its_path(folder, 
     run("card", copy)
     text = (copy / "README.md").read_text()
     assert "path/to/small-bert" in text and "acme" not in text
+
+
+def test_a_copy_of_the_base_is_read_and_the_base_of_the_hub_is_named(folder, tmp_path):
+    copy = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    local, config["base_model_name_or_path"] = config["base_model_name_or_path"], "someone/small-bert"
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    run("card", copy, "--base", local)
+    text = (copy / "README.md").read_text()
+    assert text.count("someone/small-bert") >= 3 and str(local) not in text and "path/to" not in text
+    assert "prunable FLOPs kept" in text, "the costs come from the copy"

@@ -67,7 +67,8 @@ def write_card(
             records, or the path of a JSON file with one of them. Default: `metrics.json` of the folder, if there is
             one. The training, too, is described from there.
         license: The license of the adapter or the model, for the metadata.
-        base: Name or folder of the base model, if not the one that the adapter names.
+        base: Name or folder of the base model, if not the one that the adapter names. A folder is read, but not named
+            if the adapter names a repository.
         plan: The adapter's plan with its costs. By default it is computed from the base model's config, if possible.
         scores: The scores of the units, for a picture of the ranking. Adapters do not contain them.
         repo: The name on the Hub, for the title and the example. Default: the name of the folder.
@@ -95,19 +96,19 @@ def write_card(
         else:
             plot_plan(drawn_rows(saved.config.plan), folder / PICTURE)
         written.append(folder / PICTURE)
-    name, base_license = base or saved.base, None
+    source, base_license = base or saved.base, None
     settings, count, other_head = head_settings_of(saved), None, False
     with suppress(SensiError, OSError, ValueError):  # the base model's config cannot be loaded
         count = base_config(saved, base).num_labels
-        other_head = load_pretrained(AutoConfig, str(name)).num_labels != count
+        other_head = load_pretrained(AutoConfig, str(source)).num_labels != count
     with suppress(Exception):  # no card, no license in it, no network: the adapter's card is written all the same
-        source = Path(str(name)) / CARD if Path(str(name)).is_dir() else str(name)
-        base_license = ModelCard.load(source).data.get("license") if name else None
+        place = Path(str(source)) / CARD if Path(str(source)).is_dir() else str(source)
+        base_license = ModelCard.load(place).data.get("license") if source else None
     names = settings.get("labels") or []
     card = new_card(
         saved.config,
         plan,
-        base=name,
+        base=saved.base if is_repo(str(saved.base)) and not is_repo(str(source)) else source,  # not a copy's folder
         repo=repo or saved.name,
         head=Head(task_of(saved.config), count or len(names) or None, names, settings.get("problem_type"),
                   task_record(metrics)),
