@@ -29,6 +29,6 @@ wnut=(--data "$data/wnut17/train.conll" --validation "$data/wnut17/dev.conll" --
 make minilm-trec6-half "$mini" "$minilm" "${trec[@]}" --budget 0.5 --lr 1.5e-4
 make minilm-trec6-one-percent "$mini" "$minilm" "${trec[@]}" --trainable 0.01
 make minilm-sst2-quarter "$mini" "$minilm" "${sst[@]}" --budget 0.25 --lr 3e-4
-make minilm-cola-half-thorough "$mini" "$minilm" "${cola[@]}" --budget 0.5 --thorough
+make minilm-cola-half-late "$mini" "$minilm" "${cola[@]}" --budget 0.5 --late
 make minilm-wnut17-half "$mini" "$minilm" "${wnut[@]}" --budget 0.5 --lr 3e-4
 make twelve-trec6-half cnmoro/portuguese-multilingual-e5-small "$twelve" "${trec[@]}" --budget 0.5 --lr 1.5e-4
