@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,17 +38,17 @@ def adapter_snippet(
 
     `tokenizer` is the place of the tokenizer, and `other_head` says whether the base has a head for other labels.
     """
-    options = ""
-    names = [f"labels = {list(head.names)!r}"] if head.names else []
+    arguments = [f'"{base}"']
+    names = [f"labels = {json.dumps(list(head.names), ensure_ascii=False)}"] if head.names else []
     if names:
-        options = ", id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}"
+        arguments += ["id2label=dict(enumerate(labels))", "label2id={name: i for i, name in enumerate(labels)}"]
     elif head.task in ("SEQ_CLS", "TOKEN_CLS"):
-        options = f", num_labels={head.count or '...'}"
+        arguments.append(f"num_labels={head.count or '...'}")
     if other_head:
-        options += ", ignore_mismatched_sizes=True"
-    line = f'base = {model_class}.from_pretrained("{base}"{options})'
+        arguments.append("ignore_mismatched_sizes=True")
+    line = f"base = {model_class}.from_pretrained({', '.join(arguments)})"
     if len(line) > 100:
-        line = f'base = {model_class}.from_pretrained(\n    "{base}"{options}\n)'
+        line = f"base = {model_class}.from_pretrained(" + "".join(f"\n    {part}," for part in arguments) + "\n)"
     predicted = _prediction(head, "small", tokenizer)
     return "\n".join(
         [
