@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from learn_first import RATE, Rows, Seed
+from learn_first import RATE, Rows, Seed, full
 from pages import write_part
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from plots import plot_budgets
 from tables import read_results
 from tasks import TASKS, load_task
@@ -119,35 +118,27 @@ def accuracy(options: argparse.Namespace) -> None:
         run = Seed(Rows(options.results / "accuracy", common, data), folder, options.bf16)
         file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
         whole = run.base().eval()
-        for method, share in itertools.product(("full", "params", "flops", "latency", "layers"), options.shares):
-            share = 1.0 if method == "full" else share
+        full(run, [])
+        for method, share in itertools.product(("params", "flops", "latency", "layers"), options.shares):
             if not run.rows.missing(row := f"{method} {share}"):
                 continue
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 measure_latency(copy.deepcopy(whole), rounds=options.rounds, **where).save(file)
             model = _model_within(run, method, share, LatencyTable.load(file))
-            run.rows.add(row, model, 0.0)
-            record = {**json.loads(run.rows.path(row).read_text()), "method": method}
-            if method == "full":
-                write_json(run.rows.path(row), record)
-                continue
-            merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-            own, base = compare_latency(merged.eval(), copy.deepcopy(whole), rounds=options.rounds, **where)
-            write_json(run.rows.path(row), {**record, "limit": share, "latency": own / base})
+            own, base = compare_latency(model.eval(), copy.deepcopy(whole), rounds=options.rounds, **where)
+            run.rows.add(row, model, 0.0, method=method, limit=share, latency=own / base)
 
 
 def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> Any:
-    """The fine-tuned model, trimmed under one limit and not trained after, or a fine-tuned model with fewer layers."""
-    if method == "full":
-        return copy.deepcopy(run.full[0])
+    """The fine-tuned model, trimmed under one limit, not trained after and merged; or one with fewer layers."""
     if method == "layers":
         model = fewer_layers(run.base(), share)
         run.fit(model, run.epochs, RATE)
         return model
     model, _ = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0, latency=table, min_units=0)
     run.trim(model, {method: share})
-    return model
+    return model.merge_and_unload()
 
 
 def accuracy_table(results: Path, shares: Sequence[float]) -> str:

@@ -61,9 +61,9 @@ class Rows:
     def missing(self, *rows: str) -> bool:
         return any(not self.path(row).exists() for row in rows)
 
-    def add(self, row: str, model: nn.Module, seconds: float) -> None:
+    def add(self, row: str, model: nn.Module, seconds: float, **more: Any) -> None:
         figures = {split: score(model, self.data, split) for split in ("held_out", "dev")}
-        write_json(self.path(row), {**self.common, "method": row, "seconds": seconds, **figures})
+        write_json(self.path(row), {**self.common, "method": row, "seconds": seconds, **figures, **more})
         print(*self.common.values(), row, figures, f"{seconds:.0f} s", flush=True)
 
 

@@ -148,7 +148,7 @@ class Run:
         if checkpoint is None:
             remove_checkpoints(self.folder)
         self.state |= {"stage": stage, "steps": None, "seconds": self.seconds}
-        self._write(UNFINISHED, self.state)
+        write_record(self.folder / UNFINISHED, self.state)
         start = time.perf_counter()
         stop = StopAfterStep()
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
@@ -161,7 +161,7 @@ class Run:
             )
         trainer.save_model()  # before anything else can go wrong
         self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
-        self._write(UNFINISHED, self.state)  # what comes now can be interrupted, too
+        write_record(self.folder / UNFINISHED, self.state)  # what comes now can be interrupted, too
 
     def evaluate(self) -> Quality:
         """The quality on the validation rows; without such rows, it is empty and says so."""
@@ -201,14 +201,16 @@ class Run:
             "command": sys.argv[1:],
         }
         (self.folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody needs with the adapter
-        self._write(METRICS, result)
+        write_record(self.folder / METRICS, result)
         remove_checkpoints(self.folder)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         return result
 
-    def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        if PartialState().process_index == 0:
-            write_text_atomically(self.folder / name, json.dumps(value, indent=2, default=str))
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes what was measured or done as JSON, in the first process only."""
+    if PartialState().process_index == 0:
+        write_text_atomically(path, json.dumps(value, indent=2, default=str))
 
 
 def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def sweep(
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
-    from .run import Training, check_same_options, check_training, resumed_state
+    from .run import Training, check_same_options, check_training, resumed_state, write_record
     from .train import score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])
@@ -108,7 +108,7 @@ def sweep(
         ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed, loss_fn=loss_fn)
         out_folder.mkdir(parents=True, exist_ok=True)
         ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
-        note(out_folder, state)
+        write_record(out_folder / UNFINISHED, state)
     results = []
     for limit, folder in folders.items():
         err.print(Text(f"budget {limit:g}", "bold"))
@@ -126,7 +126,7 @@ def sweep(
             show=lambda plan: None if json else err.print(*plan_renderables(plan)),
         ))  # fmt: skip
         state["finished"].append(limit)
-        note(out_folder, state)
+        write_record(out_folder / UNFINISHED, state)
     if not all(results):
         return  # another process prints
     points = [point_of(limit, result, task.main_metric) for limit, result in zip(limits, results, strict=True)]
@@ -150,14 +150,6 @@ def budgets_of(texts: list[str]) -> list[float | int]:
     for limit in limits:
         Budget.parse({"params": limit})
     return sorted(limits, key=lambda limit: (limit > 1, limit), reverse=True)
-
-
-def note(folder: Path, state: dict[str, Any]) -> None:
-    """Notes what is done, for `--resume`."""
-    from accelerate import PartialState
-
-    if not PartialState().process_index:
-        write_text_atomically(folder / UNFINISHED, jsonlib.dumps(state, indent=2, default=str))
 
 
 def point_of(limit: float | int, result: dict[str, Any], metric: str) -> dict[str, Any]:

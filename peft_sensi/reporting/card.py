@@ -84,7 +84,7 @@ def write_card(
     if results is None and isinstance(metrics.get("validation"), Mapping):
         results = metrics
     if isinstance(saved, SavedMerged):
-        known = base or (str(metrics["model"]) if metrics.get("model") else None)
+        known = _named_base(base, str(metrics["model"]) if metrics.get("model") else None)
         card = merged_card(saved, repo or saved.name, metrics, results_table(results), license, known)
         save_card(card, folder / CARD, {saved.name})
         return [folder / CARD]
@@ -108,7 +108,7 @@ def write_card(
     card = new_card(
         saved.config,
         plan,
-        base=saved.base if is_repo(str(saved.base)) and not is_repo(str(source)) else source,  # not a copy's folder
+        base=_named_base(base, saved.base),
         repo=repo or saved.name,
         head=Head(task_of(saved.config), count or len(names) or None, names, settings.get("problem_type"),
                   task_record(metrics)),
@@ -236,6 +236,12 @@ def _fill(
         data, template_path=str(TEMPLATE), title=title, install=how_to_install(), training=training_rows(metrics),
         **parts,
     )  # fmt: skip
+
+
+def _named_base(given: str | None, own: str | None) -> str | None:
+    """The base that a card names: the given one, or else the model's own; but not a folder that stands for its own."""
+    is_copy = given is not None and own is not None and is_repo(own) and not is_repo(given)
+    return own if is_copy else given or own
 
 
 def _base_words(base: str | None) -> tuple[str | None, str | None]:
