@@ -184,6 +184,13 @@ def test_outputs_and_budgets_are_checked_before_the_scoring(work, tmp_path, monk
     assert "matplotlib" in fails(*plan, "--budget", "0.5", "--plot", tmp_path / "a.png")
 
 
+def test_a_budget_that_is_too_small_leaves_no_folder(work, tmp_path):
+    for late in ([], ["--late"]):
+        train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "50", *late)
+        assert "too small" in fails(*train, "--out", tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
 def test_scores_are_saved_even_if_the_plan_fails(work, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("later")

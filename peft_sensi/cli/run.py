@@ -208,8 +208,9 @@ class Run:
 
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes what was measured or done as JSON, in the first process only."""
+    """Writes what was measured or done as JSON, in the first process only. Creates the folder."""
     if PartialState().process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(value, indent=2, default=str))
 
 

@@ -91,7 +91,6 @@ def train_for(
     loss_fn = weighted_model_loss(task) if training.class_weights else None
     state, start = dict(state), time.perf_counter()
     set_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     if (stage := state.get("stage")) is not None:
         wrapped: Any = PeftModel.from_pretrained(model, str(saved_training(folder, state)), is_trainable=True)
     else:
@@ -152,6 +151,7 @@ def _config(recipe: str | None, limits: Any, score: str, common: dict[str, Any])
 def save_scores(scores: Scores, folder: Path) -> None:
     """Saves the scores of a base model, for other budgets and for another start."""
     if not PartialState().process_index:
+        folder.mkdir(parents=True, exist_ok=True)
         scores.save(folder / SCORES)
         err.print(Text(f"scores: {folder / SCORES} (--scores)", "dim"), soft_wrap=True)
 
@@ -175,7 +175,6 @@ def trim_for(
     """
     calibration = list(task.batches(training.batch_size, training.seed))[:CALIBRATION]
     set_seed(training.seed)
-    folder.mkdir(parents=True, exist_ok=True)
     run = Run(model, task, folder, training, state, is_whole=True)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
     base = model.get_base_model().config if is_adapter else model.config
