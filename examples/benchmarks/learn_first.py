@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
@@ -70,8 +71,8 @@ class Rows:
 class Seed:
     """The trainings of one model, task and seed. A model that several ways need is trained once."""
 
-    def __init__(self, rows: Rows, model_name: str, bf16: bool) -> None:
-        self.rows, self.data, self.model_name = rows, rows.data, model_name
+    def __init__(self, rows: Rows, model_name: str, bf16: bool, models: Path | None = None) -> None:
+        self.rows, self.data, self.model_name, self.models = rows, rows.data, model_name, models
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
 
@@ -98,8 +99,17 @@ class Seed:
 
     @cached_property
     def full(self) -> tuple[nn.Module, float]:
+        """The fully fine-tuned model and the seconds of its training. An earlier run may have kept it."""
+        if self.models is not None:
+            folder = self.models / "-".join(str(self.rows.common[name]) for name in ("model", "task", "seed"))
+            if (times := folder / "seconds.json").exists():
+                return fresh_base(self.data.task, str(folder)), json.loads(times.read_text())["seconds"]
         model = self.base()
-        return model, self.fit(model, self.epochs, RATE)
+        seconds = self.fit(model, self.epochs, RATE)
+        if self.models is not None:
+            model.save_pretrained(folder)
+            write_json(times, {"seconds": seconds})
+        return model, seconds
 
 
 def full(run: Seed, budgets: list[float]) -> None:
@@ -200,8 +210,15 @@ def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn
     return (output.loss + sum(parts) / len(parts) + distance) / 2
 
 
-def run_seed(rows: Rows, model_name: str, budgets: list[float], bf16: bool, ways: Iterable[str] = WAYS) -> None:
-    run = Seed(rows, model_name, bf16)
+def run_seed(
+    rows: Rows,
+    model_name: str,
+    budgets: list[float],
+    bf16: bool,
+    ways: Iterable[str] = WAYS,
+    models: Path | None = None,
+) -> None:
+    run = Seed(rows, model_name, bf16, models)
     for way in ways:
         WAYS[way](run, budgets)
 
@@ -238,6 +255,7 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     run.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    run.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
@@ -251,7 +269,8 @@ def main() -> None:
             for task in options.tasks:
                 common = {"model": name, "task": task, "seed": seed, "bf16": options.bf16}
                 data = load_task(TASKS[task], options.data, folder, seed)
-                run_seed(Rows(options.results, common, data), folder, options.budgets, options.bf16, options.ways)
+                rows = Rows(options.results, common, data)
+                run_seed(rows, folder, options.budgets, options.bf16, options.ways, options.models)
     found = table(read_results(options.results))
     print(found)
     if options.page is not None:
