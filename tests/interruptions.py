@@ -1,4 +1,4 @@
-"""Presses Ctrl-C in a command that trains, and compares what was resumed with what was not interrupted."""
+"""Interrupts a command that trains with a signal, and compares what was resumed with what was not interrupted."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from transformers import TrainerCallback
 from peft_sensi.cli.run import Run
 
 
-class CtrlC(TrainerCallback):
-    """Presses Ctrl-C in a step, counted over all trainings."""
+class Signal(TrainerCallback):
+    """Sends a signal to this process in a step, counted over all trainings."""
 
-    def __init__(self, step: int) -> None:
-        self.steps_left = step
+    def __init__(self, step: int, number: int) -> None:
+        self.steps_left, self.number = step, number
 
     def on_step_begin(self, args, state, control, **others) -> None:
         self.steps_left -= 1
         if self.steps_left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
-def interrupted(monkeypatch, step: int, *arguments) -> str:
-    """The output of a command that is interrupted in a step."""
-    trainer, press = Run.trainer, CtrlC(step)
+def interrupted(monkeypatch, step: int, *arguments, number: int = signal.SIGINT) -> str:
+    """The output of a command that gets a signal in a step: Ctrl-C, or the one with this number."""
+    trainer, press = Run.trainer, Signal(step, number)
     with monkeypatch.context() as patch:
         patch.setattr(
             Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
         )
         result = run(*arguments)
-    assert result.exit_code == 130, result.output
+    assert result.exit_code == 128 + number, result.output
     return result.output
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from transformers import AutoModel, BertTokenizerFast
 
 from peft_sensi import Scores, SensiError, SensiModel, load_merged
 from peft_sensi.cli import train as train_module
-from peft_sensi.cli.run import Run
+from peft_sensi.cli.run import Run, StopAfterStep
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
 from peft_sensi.tuner import decision
@@ -230,12 +232,13 @@ INTERRUPTED = {
 
 
 @pytest.mark.parametrize("case", INTERRUPTED)
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, work, tmp_path, monkeypatch):
+def test_a_signal_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, work, tmp_path, monkeypatch):
     options, step = INTERRUPTED[case]
     train = ("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "3", "--batch-size", "8")
     call(*train, "--out", tmp_path / "whole")
     half = (*train, "--out", tmp_path / "half")
-    assert "--resume" in interrupted(monkeypatch, step, *half)
+    number = signal.SIGTERM if case == "trimmed" else signal.SIGINT
+    assert "--resume" in interrupted(monkeypatch, step, *half, number=number)
     assert "--resume" in fails(*half)
     assert "--seed was 0" in fails(*half, "--resume", "--seed", "3")
     call(*half, "--resume")
@@ -270,6 +273,26 @@ def test_a_finished_training_is_not_lost_by_what_comes_after(options, target, wo
     call(*train, "--out", tmp_path / "half", "--resume")
     assert sum(epochs) == len(options)  # only the second stage was trained
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_a_signal_before_the_training_ends_the_command_in_one_line(work, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    train = ("train", work / "base", "--data", work / "texts.csv", "--out", tmp_path / "out")
+    monkeypatch.setattr("peft_sensi.cli.train.get_peft_model", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    assert fails(*train, status=143).endswith("terminated")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signals_that_a_launcher_passes_on_do_not_end_the_checkpoint(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("peft_sensi.cli.run.time.monotonic", lambda: now[0])
+    stop = StopAfterStep()
+    stop.request(signal.SIGINT)
+    for number, seconds in ((signal.SIGINT, 0.5), (signal.SIGTERM, 5)):
+        now[0] = seconds
+        stop.request(number)
+    with pytest.raises(KeyboardInterrupt):
+        stop.request(signal.SIGINT)
 
 
 def test_scores_are_saved_as_soon_as_they_exist(work, tmp_path, monkeypatch):

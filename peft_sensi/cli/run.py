@@ -1,6 +1,6 @@
 """An adapter, its task and a folder go in; the adapter is trained, evaluated and saved there, with metrics.json.
 
-Ctrl-C ends a training after the step that is running, with a checkpoint; `--resume` goes on from it.
+Ctrl-C and SIGTERM end a training after the step that is running, with a checkpoint; `--resume` goes on from it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import platform
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from rich.text import Text
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -36,7 +36,7 @@ from ..utils.files import read_json_object, write_text_atomically
 from ..utils.progress import show_progress
 from .checks import UNFINISHED
 from .rates import WHOLE, default_rate
-from .terminal import err
+from .terminal import err, handling, stop_at_once
 
 
 PACKAGES = ("peft-sensi", "peft", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
@@ -139,7 +139,7 @@ class Run:
 
         Raises:
             SensiError: Values are not finite. Nothing is saved then.
-            KeyboardInterrupt: Ctrl-C was pressed. A checkpoint was written.
+            KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM came. A checkpoint was written.
         """
         is_resumed = self.state.get("stage") == stage
         if is_resumed and self.state.get("steps") is not None:
@@ -152,7 +152,7 @@ class Run:
         start = time.perf_counter()
         stop = StopAfterStep()
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
-        with stop.instead_of_interrupts():
+        with handling([signal.SIGINT, signal.SIGTERM], stop.request):
             trainer.train(resume_from_checkpoint=checkpoint)
         self.seconds += time.perf_counter() - start
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
@@ -220,8 +220,8 @@ def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     check_same_options(state, options)
     if saved_training(folder, state) is None:
         raise SensiError(
-            f"{folder} has no checkpoint to go on from: Ctrl-C leaves one after the first step of a training. Start "
-            f"again with --overwrite."
+            f"{folder} has no checkpoint to go on from: Ctrl-C and SIGTERM leave one after the first step of a "
+            f"training. Start again with --overwrite."
         )
     return state
 
@@ -250,38 +250,41 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 class StopAfterStep(TrainerCallback):
-    """Ctrl-C ends the training after the running step, with a checkpoint. A second one ends it at once."""
+    """Ctrl-C or SIGTERM ends the training after the running step, with a checkpoint. A second Ctrl-C ends it at once.
+
+    A second SIGTERM does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so it may be
+    the same. Of several processes, all stop after the same step: one that went on would wait for the others forever.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None
+        self.since = 0.0
+        self.all_stop = False
 
-    @contextlib.contextmanager
-    def instead_of_interrupts(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # only there, signals can be handled
-            yield
-            return
-        old = signal.signal(signal.SIGINT, self._request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, old)
-
-    def _request(self, *_: Any) -> None:
-        if self.requested:
+    def request(self, number: int, *_: Any) -> None:
+        """Handles the signal."""
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+            if PartialState().process_index == 0:
+                err.print("stopping after this step, and writing a checkpoint; Ctrl-C again stops at once")
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.requested = True
-        err.print("stopping after this step, and writing a checkpoint; Ctrl-C again stops at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.requested:
+        self.all_stop = self.signal is not None
+        if (processes := PartialState()).num_processes > 1:
+            self.all_stop = bool(reduce(torch.tensor([float(self.all_stop)], device=processes.device)).item())
+        if self.all_stop:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         # Not `should_training_stop`: what belongs to the end of a training (a cut, the best model) must not happen.
-        if self.requested:
+        if self.all_stop:
             text = f"saved step {state.global_step} of {state.max_steps}; the same command with --resume goes on"
-            err.print(Text(text), soft_wrap=True)
-            raise KeyboardInterrupt
+            if state.is_world_process_zero:
+                err.print(Text(text), soft_wrap=True)
+            PartialState().wait_for_everyone()  # a launcher ends all processes if one ends
+            stop_at_once(self.signal or signal.SIGINT)
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -23,6 +25,29 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a cluster, a container or `kill` ends a process. It unwinds the command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def handling(numbers: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
+    """Inside the block, these signals call the handler. Does nothing outside of the main thread, which has signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+def stop_at_once(number: int, *_: Any) -> None:
+    """The handler of signals that end a command."""
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
 def one_line_errors(command: Callable[..., None], loads: bool = True) -> Callable[..., None]:
     """Turns an exception of a command into one line on stderr and exit status 1.
 
@@ -36,14 +61,16 @@ def one_line_errors(command: Callable[..., None], loads: bool = True) -> Callabl
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # instead of an error for a character that the terminal lacks
         try:
-            if loads:
-                load_libraries()
-            command(*args, **kwargs)
+            with handling([signal.SIGTERM], stop_at_once):
+                if loads:
+                    load_libraries()
+                command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            err.print("interrupted")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            is_term = isinstance(stop, Terminated)
+            err.print("terminated" if is_term else "interrupted")
+            raise typer.Exit(128 + (signal.SIGTERM if is_term else signal.SIGINT)) from None
         except BrokenPipeError:  # the program that reads our output has ended, as `head` does
             sys.stderr.close()
             raise typer.Exit(1) from None
