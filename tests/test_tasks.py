@@ -422,6 +422,29 @@ def test_metrics_of_classes_equal_those_of_sklearn():
             assert several["accuracy"] == pytest.approx(sklearn.accuracy_score(b, a))
 
 
+def test_the_counted_metrics_of_resamples_equal_those_of_the_library():
+    """Also for classes that are missing on one side or on both, and for rows that are all equal."""
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        classes, rows = generator.integers(1, 7), generator.integers(1, 30)
+        predicted, expected = generator.integers(classes, size=(2, rows)) * generator.integers(1, 3)
+        assert metrics.counted_classes(predicted, expected) == pytest.approx(metrics.classes(predicted, expected))
+        a, b = (generator.random((2, rows, classes)) < generator.choice([0, 0.1, 0.5])).astype(bool)
+        assert metrics.counted_several_classes(a, b) == pytest.approx(metrics.several_classes(a, b))
+
+    def measure(i: np.ndarray) -> metrics.Values:
+        return metrics.classes(predicted[i], expected[i])
+
+    predicted, expected = generator.integers(3, size=(2, 20))
+    slow, fast = (
+        metrics.measured(measure, 20, fast=form)[1]
+        for form in (None, lambda i: metrics.counted_classes(predicted[i], expected[i]))
+    )
+    assert slow.keys() == fast.keys() == {"accuracy", "f1_macro", "matthews_correlation"}
+    for name, interval in slow.items():
+        assert fast[name] == pytest.approx(interval, abs=1e-12)
+
+
 def test_metrics_of_classes_that_are_never_predicted_or_never_right():
     found = metrics.classes(np.array([0, 0, 1, 3, 1]), np.array([0, 1, 1, 2, 1]))
     # F1 of the classes: 2/3, 4/5, 0 (never predicted), 0 (never right).

@@ -38,7 +38,11 @@ class Quality:
 
 
 def measured(
-    measure: Callable[[np.ndarray], Values], rows: int, shares: Mapping[str, int] | None = None, seed: int = 0
+    measure: Callable[[np.ndarray], Values],
+    rows: int,
+    shares: Mapping[str, int] | None = None,
+    seed: int = 0,
+    fast: Callable[[np.ndarray], Values] | None = None,
 ) -> tuple[Values, dict[str, tuple[float, float]]]:
     """The metrics of all rows and their 95 % intervals.
 
@@ -48,13 +52,14 @@ def measured(
         shares: For metrics that are shares of independent rows, the number of these rows. They have Wilson's interval,
             which is right for shares near 0 and 1 too. All other intervals are bootstrapped over rows.
         seed: The seed of the bootstrap.
+        fast: A faster form of `measure` with the same values, for the resamples.
     """
     values = measure(np.arange(rows))
     intervals = {name: wilson(float(values[name] or 0), n) for name, n in (shares or {}).items() if n}
     others = [name for name, value in values.items() if name not in intervals and value is not None]
     if others and rows > 1:
         generator = np.random.default_rng(seed)
-        samples = [measure(generator.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+        samples = [(fast or measure)(generator.integers(rows, size=rows)) for _ in range(RESAMPLES)]
         for name in others:
             found = [value for sample in samples if (value := sample[name]) is not None]
             if found:
@@ -75,7 +80,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
-    """Accuracy, macro F1 and Matthews correlation of class numbers `[rows]`.
+    """Accuracy, macro F1 and Matthews correlation of class numbers `[rows]`, from 0.
 
     Macro F1 is the mean over the classes that are predicted or expected. The Matthews correlation is 0 if all
     predictions, or all correct classes, are equal.
@@ -99,10 +104,39 @@ def several_classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
 
     if not (predicted.any() or expected.any()):
         return {"accuracy": 1.0, "f1_micro": 1.0, "f1_macro": 1.0}
+    # scikit-learn would take a single column for two classes. A second, empty one counts in no metric.
+    predicted, expected = (np.pad(a, ((0, 0), (0, int(a.shape[1] == 1)))) for a in (predicted, expected))
     return {
         "accuracy": float(accuracy_score(expected, predicted)),
         "f1_micro": float(f1_score(expected, predicted, average="micro")),
         "f1_macro": float(f1_score(expected, predicted, average="macro", zero_division=np.nan)),
+    }
+
+
+def counted_classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
+    """`classes` from counts: the same values in a hundredth of the time, for resamples."""
+    size = int(max(predicted.max(), expected.max())) + 1
+    right = np.bincount(expected[predicted == expected], minlength=size).astype(float)
+    found, true = (np.bincount(numbers, minlength=size).astype(float) for numbers in (predicted, expected))
+    rows, seen = len(expected), found + true > 0
+    varied = (rows**2 - found @ found) * (rows**2 - true @ true)
+    return {
+        "accuracy": float(right.sum() / rows),
+        "f1_macro": float((2 * right[seen] / (found + true)[seen]).mean()),
+        "matthews_correlation": float((right.sum() * rows - found @ true) / np.sqrt(varied)) if varied else 0.0,
+    }
+
+
+def counted_several_classes(predicted: np.ndarray, expected: np.ndarray) -> Values:
+    """`several_classes` from counts, for resamples."""
+    right, both = (predicted & expected).sum(0), predicted.sum(0) + expected.sum(0)
+    if not both.any():
+        return {"accuracy": 1.0, "f1_micro": 1.0, "f1_macro": 1.0}
+    seen = both > 0
+    return {
+        "accuracy": float((predicted == expected).all(1).mean()),
+        "f1_micro": float(2 * right.sum() / both.sum()),
+        "f1_macro": float((2 * right[seen] / both[seen]).mean()),
     }
 
 

@@ -168,12 +168,13 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
     if labels.regression:
         predicted, constant = logits.reshape(-1), np.full(len(expected), np.mean(trained))
         function: Any = metrics.numbers
+        fast: Any = None
     elif labels.several:
         predicted, expected = logits > 0, expected > 0.5
         constant = np.broadcast_to(np.mean(np.array(trained), 0) > 0.5, expected.shape)
-        function = metrics.several_classes
+        function, fast = metrics.several_classes, metrics.counted_several_classes
     else:
-        predicted, function = logits.argmax(-1), metrics.classes
+        predicted, function, fast = logits.argmax(-1), metrics.classes, metrics.counted_classes
         constant = np.full(len(expected), Counter(trained).most_common(1)[0][0])
         if len(set(expected.tolist())) == 1:
             remarks.append(
@@ -181,7 +182,10 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
                 f"metrics say nothing about the other classes: give more rows, or --validation."
             )
     shares = {} if labels.regression else {"accuracy": len(expected)}
-    values, intervals = metrics.measured(lambda i: function(predicted[i], expected[i]), len(expected), shares)
+    values, intervals = metrics.measured(
+        lambda i: function(predicted[i], expected[i]), len(expected), shares,
+        fast=fast and (lambda i: fast(predicted[i], expected[i])),
+    )  # fmt: skip
     return Quality(values, function(constant, expected), intervals, remarks)
 
 
