@@ -362,6 +362,67 @@ def lines_of(work, name, rows, header="sentence\tlabel") -> Path:
     return path
 
 
+IGNORED = {
+    "plan": [
+        ("--scores s --score taylor", "--score changes nothing, because s has the scores"),
+        ("--scores s --priming-steps 0", "--priming-steps changes nothing"),
+        ("--scores s --calibration-steps 3", "--calibration-steps changes nothing"),
+        ("--score random --priming-steps 4", "because --score random reads no data"),
+        ("--score random --class-weights balanced", "--class-weights changes nothing"),
+        ("--score random --style dark", "--style is about the picture of --plot"),
+        ("--score random --text-column a", "--text-column is about --data"),
+        ("--score random --no-quotes", "--quotes is about --data"),
+        ("--data a.csv --subset b", "--subset is about data sets of the Hub"),
+        ("--data a.csv --split test", "--split is about data sets"),
+        ("--data a.jsonl --delimiter ;", "--delimiter is about tables"),
+        ("--data a.jsonl --quotes", "--quotes is about tables"),
+        ("--data a.parquet --encoding utf-8", "--encoding is about text files"),
+    ],
+    "train": [
+        ("--scores s --score taylor", "--score changes nothing, because s has the scores"),
+        ("--recipe far --scores s", "--scores changes nothing, because the recipe far"),
+        ("--overwrite --resume", "leave one of them out"),
+        ("--validation b.csv --validation-share 0.2", "--validation-share holds out rows"),
+        ("--validation b.csv --label-separator ; --label-column a --label-column b", "need no --label-separator"),
+        ("--regression --label-separator ;", "--regression predicts one number"),
+        ("--stride 3", "--stride changes nothing for the task text"),
+        ("--task words --regression", "--regression changes nothing for the task words"),
+        ("--task answers --label-column a", "--label-column changes nothing for the task answers"),
+    ],
+    "sweep": [("--overwrite --resume", "leave one of them out")],
+    "trim": [("--overwrite --resume", "leave one of them out"), ("--lr 1e-4", "none without --heal-epochs")],
+    "measure": [
+        ("--export f --threads 2", "--threads is about a measurement"),
+        ("--export f --runtime onnxruntime", "--runtime is about a measurement"),
+        ("--against b --out t.json", "--out writes files"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"), [(c, *case) for c, cases in IGNORED.items() for case in cases]
+)
+def test_an_option_that_would_change_nothing_is_refused(command, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        Path(name).write_text("text,label\na film,1\nthe film,0\n")
+    more = {"train": "--out new", "sweep": "--budgets 0.5 --out new", "trim": "--out new"}.get(command, "")
+    data = "--data a.csv" if command in ("train", "sweep", "trim") else ""
+    assert message in fails(command, "nowhere", *options.split(), *more.split(), *data.split())
+    assert not Path("new").exists() and not Path("t.json").exists()
+
+
+def test_only_trainings_run_in_several_processes(adapter, tmp_path, monkeypatch):
+    """All other commands run in the first process: two that write one file would spoil it."""
+    for rank in "10":
+        for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        result = run("card", adapter, "--out", tmp_path / rank)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / rank / "README.md").exists() is (rank == "0")
+        assert ("first of 2" in result.output) is (rank == "0")
+
+
 def test_train_refuses_what_it_would_ignore_or_spoil(work):
     data = ("--data", work / "data.tsv", "--out", work / "never")
     assert "one limit" in fails(

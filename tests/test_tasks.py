@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import bz2
 import csv
+import datetime
 import gzip
 import io
 import json
 import re
 import zipfile
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from peft_sensi.tasks import answers, metrics, texts, words
+from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
+from peft_sensi.tasks.decoding import encoding_of
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import DataError, Labels, find_labels, order_of_head
-from peft_sensi.tasks.reading import Format, encoding_of, read_rows
+from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
@@ -114,6 +118,73 @@ def test_parquet_and_arrow(tmp_path):
     assert read_rows(tmp_path / "rows.parquet").rows == read_rows(tmp_path / "rows.arrow").rows == ROWS
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_columns_of_any_type(name, tmp_path):
+    """Texts as bytes are texts; dates, decimals, categories, booleans and lists are labels, other things are not."""
+    pyarrow = pytest.importorskip("pyarrow")
+    write = {"rows.parquet": pytest.importorskip("pyarrow.parquet").write_table,
+             "rows.arrow": pytest.importorskip("pyarrow.feather").write_feather}[name]  # fmt: skip
+
+    def read(column: Any, given: Any = None) -> Labels:
+        texts_ = pyarrow.array([b"a fine film", b"so bad", b"a film"], pyarrow.binary())
+        table = pyarrow.table({"text": texts_, "label": column})
+        path = tmp_path / name
+        write(table, str(path))
+        rows = read_rows(path).rows
+        assert text_columns(path, rows, ["label"], None, None)[0] == ("text",)
+        options = Options(regression=given, skip_unlabeled=True)
+        return texts.labels_of(path, texts.to_raw(path, rows, ["text"], ["label"], options)[0], ["label"], options)
+
+    day, array = datetime.date(2024, 1, 31), pyarrow.array
+    for column, names in (
+        (array([b"yes", b"no", b"yes"]), ["no", "yes"]),
+        (array([True, False, None]), ["False", "True"]),
+        (array([day, day.replace(day=1), day]), ["2024-01-01", "2024-01-31"]),
+        (array(["b", "a", None]).dictionary_encode(), ["a", "b"]),
+        (array([2.0, None, 10.0]), ["2", "10"]),
+        (array([Decimal("1.00"), Decimal("2.00"), Decimal("1.00")]), ["1", "2"]),
+        (array([Decimal("1.50"), Decimal("2.00"), Decimal("1.00")]), []),
+        (array([["a"], ["a", None, "b"], []]), ["a", "b"]),
+    ):
+        assert read(column).names == names
+    for column, message in (
+        (array([b"\xff\xd8", b"\xff", b"\x00"]), r"row 1 has no label in 'label', but b'"),
+        (array([[["a"]], [["b"]], [["a"]]]), r"row 1 has no label in 'label', but \[\['a'"),
+        (array([[1.5, 2.5], [0.5], [3.5, 4.5]]), "5 different labels in 3 rows"),
+        (array([None, None, None]), "no row has a label"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(column)
+    with pytest.raises(DataError, match="--regression predicts one number"):
+        read(array([["a"], ["b"], ["a"]]), given=True)
+
+
+def test_hidden_classes_in_lists_are_not_the_last_class(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-x"]))
+    rows = {"tokens": [["a", "b"]], "tags": [[1, -1]], "raw": [b"text"]}
+    features = {"tokens": datasets.Sequence(datasets.Value("string")), "tags": tags, "raw": datasets.Value("binary")}
+    found = sources.rows_of(datasets.Dataset.from_dict(rows, datasets.Features(features)))
+    assert found == [{"tokens": ["a", "b"], "tags": ["B-x", None], "raw": "text"}]
+
+
+def test_held_out_rows_are_at_most_so_many(base, tmp_path):
+    file = labeled(tmp_path / "a.csv", ["yes", "no"] * 50)
+    task = read_task(str(base), file, max_validation_rows=4)
+    assert len(task.validation) == 4 and len(task.train) == 96
+
+
+def test_a_data_set_for_validation_is_its_validation_split(base, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} film {i}" for i in range(6)], "label": ["a", "b"] * 3})
+        for name in ("train", "validation")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    task = read_task(str(base), labeled(tmp_path / "a.csv", ["a", "b"] * 5), tmp_path / "set")
+    assert {row["text"].split()[0] for row in task.validation.raw} == {"validation"}
+
+
 def test_what_was_recognized_is_noted(tmp_path):
     def notes(name: str, content: bytes) -> str:
         (tmp_path / name).write_bytes(content)
@@ -199,6 +270,7 @@ WRONG = {
     "cut.csv.gz": (gzip.compress(b"text,label\na,b\n" * 99)[:40], "cannot be unpacked"),
     "no.parquet": (b"PAR1", "cannot be read as .parquet"),
     "letter.doc": (b"x", "data files end in"),
+    "binary.csv": (b"\x00\x01\x00\x00\x02\x07text", "is not a text file"),
     "deep.json": (b"[" * 100_000, "cannot be read"),
 }
 

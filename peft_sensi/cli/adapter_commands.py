@@ -13,7 +13,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import short_names, size_of
 from . import arguments as args
 from .arguments import argument, option
-from .loading import load_saved, takes_texts
+from .loading import load_saved, refuse_base, takes_texts
 from .terminal import ascii_only, err, out, print_result, step
 
 
@@ -35,6 +35,7 @@ def inspect(
 
     saved = open_saved(adapter)
     if isinstance(saved, SavedMerged):
+        refuse_base(adapter, base)
         figures = merged_figures(saved)
         print_result(json, figures, facts_table(merged_facts(figures)), widths_table(figures["groups"]))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ Recipe = enum.StrEnum("Recipe", {name: name for name in RECIPES})  # type: ignor
 Style = enum.StrEnum("Style", {name: name for name in STYLES})  # type: ignore[misc]
 ClassWeights = enum.StrEnum("ClassWeights", {"balanced": "balanced"})  # type: ignore[misc]
 FISHER, LIGHT = Score("fisher"), Style("light")
+CALIBRATION_STEPS, PRIMING_STEPS = 24, 40
 
 
 def option(names: str, metavar: str | None, help: str, panel: str | None = None, **limits: Any) -> Any:
@@ -69,7 +71,10 @@ Trainable = Annotated[
     str | None,
     option("--trainable", "LIMIT", "Values to train: a share of the base's parameters, or a count.", BUDGET),
 ]
-Ranking = Annotated[Score, option("--score", "NAME", "Rank by fisher, taylor, mask, movement, magnitude or random.")]
+Ranking = Annotated[
+    Score | None,
+    option("--score", "NAME", "Rank by fisher, taylor, mask, movement, magnitude or random. Default: fisher."),
+]
 SavedScores = Annotated[
     Path | None, option("--scores", "FILE", "Use the scores in this file, which `plan --save-scores` wrote.")
 ]
@@ -98,6 +103,18 @@ Results = Annotated[
 License = Annotated[
     str | None, option("--license", "NAME", "The license for the card, such as apache-2.0. Default: none.")
 ]
+
+
+def refuse(given: Mapping[str, Any], why: str) -> None:
+    """Raises `SensiError` for the first of the options that has a value: it would change nothing, without a word."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise SensiError(f"{name} {why}: leave it out.")
+
+
+def check_overwrite(overwrite: bool, resume: bool) -> None:
+    if overwrite and resume:
+        raise SensiError("--overwrite starts again, and --resume goes on: leave one of them out.")
 
 
 def check_rate(lr: float | None) -> None:

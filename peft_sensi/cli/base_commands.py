@@ -32,21 +32,30 @@ def plan(
     decode_latency: args.DecodeLatency = None,
     latency_table: args.LatencyTables = None,
     trainable: args.Trainable = None,
-    score: args.Ranking = args.FISHER,
+    score: args.Ranking = None,
     scores: args.SavedScores = None,
     save_scores: Annotated[
         Path | None, option("--save-scores", "FILE", "Save the scores, for plans with other budgets.")
     ] = None,
     plot: Annotated[Path | None, option("--plot", "FILE", "Draw the plan: .png, .svg or .pdf.")] = None,
-    style: Annotated[args.Style, option("--style", "NAME", "The style of the drawing: light or dark.")] = args.LIGHT,
+    style: Annotated[
+        args.Style | None, option("--style", "NAME", "The style of the drawing: light or dark. Default: light.")
+    ] = None,
     batch_size: args.BatchSize = 32,
     class_weights: args.Weights = None,
     calibration_steps: Annotated[
-        int, option("--calibration-steps", "N", "Batches to compute scores from.", min=1)
-    ] = 24,
+        int | None,
+        option("--calibration-steps", "N", f"Batches to score. Default: {args.CALIBRATION_STEPS}.", min=1),
+    ] = None,
     priming_steps: Annotated[
-        int, option("--priming-steps", "N", "Steps of the short fine-tuning before scoring.", min=0)
-    ] = 40,
+        int | None,
+        option(
+            "--priming-steps",
+            "N",
+            f"Steps of the short fine-tuning before scoring. Default: {args.PRIMING_STEPS}.",
+            min=0,
+        ),
+    ] = None,
     seed: args.Seed = 0,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -55,6 +64,8 @@ def plan(
 
     All heads and neurons are ranked together. The best ones stay in the model, and the best of these are tuned.
     """
+    from accelerate import PartialState
+
     from ..anatomy.build import build_anatomy
     from ..reporting.facts import plan_figures
     from ..scoring.criteria import DATA_METHODS
@@ -63,8 +74,19 @@ def plan(
     from .train import plan_for, score_for
 
     limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
-    if class_weights and (scores is not None or score not in DATA_METHODS):
-        raise SensiError("--class-weights changes how --data is scored: leave out --scores, and --score NAME.")
+    if plot is None:
+        args.refuse({"--style": style}, "is about the picture of --plot")
+    about_scoring = {
+        "--class-weights": class_weights, "--calibration-steps": calibration_steps, "--priming-steps": priming_steps,
+    }  # fmt: skip
+    if scores is not None:
+        args.refuse({"--score": score} | about_scoring, f"changes nothing, because {scores} has the scores (--scores)")
+    score = score or args.FISHER
+    if score not in DATA_METHODS:
+        args.refuse(about_scoring, f"changes nothing, because --score {score} reads no data")
+    if not data:
+        unread = [name for name, value in reading.items() if value not in (None, [], DATA_OPTIONS[name][1])]
+        args.refuse({f"--{name.replace('_', '-')}": name != "task" for name in unread}, "is about --data")
     check_picture(plot)
     check_file(save_scores, "--save-scores")
     check_latency_tables(latency_table)
@@ -74,15 +96,21 @@ def plan(
     check_budget(build_anatomy(base), limits)
     if ranking is None:
         batches = None if task is None else task.batches(batch_size, seed)
-        steps: dict[str, Any] = {"calibration_steps": calibration_steps, "priming_steps": priming_steps}
+        steps: dict[str, Any] = {
+            "calibration_steps": calibration_steps or args.CALIBRATION_STEPS,
+            "priming_steps": args.PRIMING_STEPS if priming_steps is None else priming_steps,
+        }
         loss_fn = weighted_model_loss(task) if class_weights else None
         ranking = score_for(base, batches, score=score.value, seed=seed, loss_fn=loss_fn, **steps)
-    if save_scores is not None:
+    is_first = PartialState().process_index == 0
+    if save_scores is not None and is_first:
         ranking.save(save_scores)  # before the plan, which may fail
     found = plan_for(base, limits, ranking, seed, latency_table, "SEQ_CLS" if task is None else task.task_type)
+    if not is_first:
+        return
     if plot is not None:
         cost = "flops" if limits and "flops" in limits and "params" not in limits else "params"
-        found.plot(plot, scores=ranking, style=style.value, cost=cost)
+        found.plot(plot, scores=ranking, style=(style or args.LIGHT).value, cost=cost)
     files = {"scores": save_scores, "picture": plot}
     lines = [f"{what}: {path}" for what, path in files.items() if path is not None]
     print_result(

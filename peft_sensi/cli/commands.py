@@ -36,6 +36,8 @@ def about(
     pass
 
 
+# Several processes can run these together. Ranking is a part of training.
+TRAINING = (base_commands.plan, training_commands.train, training_commands.trim, sweep.sweep)
 # The order is that of `peft-sensi --help`.
 for function, example in (
     (base_commands.plan, "plan bert-base-uncased --data train.tsv --budget 0.5"),
@@ -55,5 +57,5 @@ for function, example in (
     (base_commands.list_recipes, "recipes --json"),
 ):
     app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(
-        one_line_errors(function, loads=function is not base_commands.list_recipes)
+        one_line_errors(function, loads=function is not base_commands.list_recipes, trains=function in TRAINING)
     )

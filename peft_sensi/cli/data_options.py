@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from ..tasks.task import KINDS
-from .arguments import DATA, option
+from .arguments import DATA, option, refuse
 
 
 Kind = enum.StrEnum("Kind", {name: name for name in KINDS})  # type: ignore[misc]
@@ -100,10 +100,10 @@ VALIDATION_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "validation_share": (
-        Annotated[float,
-                  option("--validation-share", "SHARE", "The part of the data that is held out without --validation.",
-                         DATA, min=0, max=0.9)],
-        0.1,
+        Annotated[float | None,
+                  option("--validation-share", "SHARE", "The part of the data that is held out without --validation. "
+                         "Default: 0.1.", DATA, min=0, max=0.9)],
+        None,
     ),
     "max_validation_rows": (
         Annotated[int | None,
@@ -145,6 +145,10 @@ def with_data_options(names: Mapping[str, tuple[Any, Any]]) -> Callable[[Callabl
 
 def task_options(reading: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `tasks.kinds.read_task` from the values of the options."""
-    options = dict(reading)
+    options = {name: value for name, value in reading.items() if name != "validation_share" or value is not None}
+    if options.get("validation"):
+        refuse(
+            {"--validation-share": options.get("validation_share") is not None}, "holds out rows without --validation"
+        )
     task = options.pop("task")
     return {**options, "kind": task.value if task else None, "regression": options["regression"] or None}

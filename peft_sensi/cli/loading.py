@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import SensiError
+from .arguments import refuse
 from .terminal import step
 
 
@@ -25,6 +26,7 @@ def load_saved(name: str, base: str | None, json: bool) -> tuple[Any, Any]:
     saved = open_saved(name)
     with step("loading the model", show=not json):
         if isinstance(saved, SavedMerged):
+            refuse_base(name, base)
             return saved, load_whole(saved)
         check_base(saved, base)
         with command_advice():
@@ -39,10 +41,11 @@ def load_predictor(name: str, base: str | None, show: bool = True) -> Predictor:
     from ..tasks.predicting import open_predictor
 
     with step(f"loading {name}", show=show):
-        if find_onnx(Path(name)) is None:
-            saved = open_saved(name)
-            if isinstance(saved, SavedAdapter):
-                check_base(saved, base)
+        saved = open_saved(name) if find_onnx(Path(name)) is None else None
+        if isinstance(saved, SavedAdapter):
+            check_base(saved, base)
+        else:
+            refuse_base(name, base)
         with command_advice():
             return open_predictor(name, base)
 
@@ -64,6 +67,11 @@ def takes_texts(model: Any) -> bool:
     """Whether the model, or the base of the adapter, takes token ids."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "input_ids" in signature(inner.forward).parameters
+
+
+def refuse_base(name: str, base: str | None) -> None:
+    """Raises `SensiError` if --base was given for a model that needs none."""
+    refuse({"--base": base}, f"is about adapters, and {name} is a whole model")
 
 
 def check_base(saved: SavedAdapter, base: str | None) -> None:

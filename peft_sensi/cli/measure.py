@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,18 +23,26 @@ TORCH = Runtime("torch")
 
 def measure(
     model: Annotated[str, argument("MODEL", "A model, a folder of graphs that --export wrote, or an adapter.")],
-    batch_size: Annotated[int, option("--batch-size", "N", "Sequences in a batch.", min=1)] = 1,
+    batch_size: Annotated[int | None, option("--batch-size", "N", "Sequences in a batch. Default: 1.", min=1)] = None,
     sequence_length: Annotated[
-        int, option("--sequence-length", "N", "Tokens of a sequence; with --decode, tokens in the cache.", min=1)
-    ] = 128,
-    runtime: Annotated[Runtime, option("--runtime", "NAME", "torch or onnxruntime.")] = TORCH,
+        int | None,
+        option(
+            "--sequence-length",
+            "N",
+            "Tokens of a sequence; with --decode, tokens in the cache. Default: 128.",
+            min=1,
+        ),
+    ] = None,
+    runtime: Annotated[Runtime | None, option("--runtime", "NAME", "torch or onnxruntime. Default: torch.")] = None,
     threads: Annotated[
         int | None, option("--threads", "N", "Number of threads. Default: all that PyTorch uses.", min=1)
     ] = None,
     decode: Annotated[
         bool, option("--decode", None, "Measure one decoding step with a cache, for --decode-latency.")
     ] = False,
-    rounds: Annotated[int, option("--rounds", "N", "How often each variant takes its turns.", min=1)] = 7,
+    rounds: Annotated[
+        int | None, option("--rounds", "N", "How often each variant takes its turns. Default: 7.", min=1)
+    ] = None,
     out: Annotated[Path | None, option("--out", "FILE", "Save the table as JSON.")] = None,
     export: Annotated[
         Path | None,
@@ -54,34 +63,38 @@ def measure(
 
     A folder of graphs needs neither PyTorch nor PEFT on the device that measures it.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length}
+    shape = {"--batch-size": batch_size, "--sequence-length": sequence_length}
+    how = {"--runtime": runtime, "--threads": threads, "--decode": decode}
+    options: dict[str, Any] = {"batch_size": batch_size or 1, "sequence_length": sequence_length or 128}
     if against is not None:
-        if out is not None or export is not None:
-            raise SensiError("--against compares two models, and writes no files: leave out --out and --export.")
-        compare(model, against, rounds, json, runtime=runtime.value, threads=threads, decode=decode, **options)
+        args.refuse({"--out": out, "--export": export}, "writes files, and --against compares two models")
+        compare(model, against, rounds or 7, json, shape | how, runtime=(runtime or TORCH).value, threads=threads,
+                decode=decode, **options)  # fmt: skip
         return
     check_file(out, "--out")
     if export is not None:
         from ..merging.latency import export_graphs
 
-        if decode or out is not None:
-            raise SensiError("--export writes graphs of whole sequences, and no table: leave out --decode and --out.")
-        base = load_base(model, sequence_length)
+        measured = how | {"--rounds": rounds, "--out": out}
+        args.refuse(measured, "is about a measurement, and --export only writes graphs of whole sequences")
+        base = load_base(model, options["sequence_length"])
         with step("exporting the graphs", show=not json):
             export_graphs(base, export, **options)
         lines = f"{export}: copy it to the device and run there: peft-sensi measure {export.name} --out table.json"
         print_result(json, {"folder": str(export)}, lines)
         return
     if (Path(model) / GRAPHS).is_file():
+        known = shape | {"--decode": decode, "--runtime": runtime == TORCH}
+        args.refuse(known, f"was chosen when the graphs in {model} were exported, for onnxruntime")
         with step("measuring", show=not json):
-            table = measure_graphs(model, threads, rounds)
+            table = measure_graphs(model, threads, rounds or 7)
     else:
         from ..merging.latency import measure_latency
 
-        base = load_base(model, sequence_length)
+        base = load_base(model, options["sequence_length"])
         with step("measuring", show=not json):
             table = measure_latency(
-                base, runtime=runtime.value, threads=threads, decode=decode, rounds=rounds, **options
+                base, runtime=(runtime or TORCH).value, threads=threads, decode=decode, rounds=rounds or 7, **options
             )
     report(table, out, json)
 
@@ -122,15 +135,18 @@ def check_length(model: Any, length: int) -> None:
         raise SensiError(f"The model takes at most {table[1]} tokens: give --sequence-length {table[1]} or less.")
 
 
-def compare(adapter: str, base: str, rounds: int, json: bool, **options: Any) -> None:
+def compare(adapter: str, base: str, rounds: int, json: bool, given: Mapping[str, Any], **options: Any) -> None:
     """Times the merged model and its base for each table that the adapter's plan was predicted with.
 
-    If the plan was made without a table, both are timed once, as the `options` of `compare_latency` say.
+    If the plan was made without a table, both are timed once, as the `options` of `compare_latency` say. `given` are
+    the same options as the user gave them.
     """
     from ..merging.latency import check_prediction, compare_latency
     from ..reporting.saved import load_adapter, open_adapter
 
     saved = open_adapter(adapter)
+    if saved.config.latency:
+        args.refuse(given, f"is that of the table that the plan of {adapter} was made with")
     with step("loading the model", show=not json):
         merged: Any = load_adapter(saved, base).merge_and_unload().eval()
         whole = load_adapter(saved, base).unload().eval()

@@ -14,7 +14,7 @@ from . import arguments as args
 from .arguments import argument, option
 from .checks import check_file
 from .data_options import DATA_OPTIONS, task_options, with_data_options
-from .loading import load_predictor
+from .loading import load_predictor, refuse_base
 from .terminal import print_result, print_understood, print_warning, step
 
 
@@ -77,6 +77,8 @@ def predict(
             raise SensiError(f"--out {out_file} is the file of the rows, and would be replaced: give another name.")
     quiet = json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)
+    if scores and (predictor.kind != "text" or predictor.labels.regression):
+        raise SensiError(f"--scores writes the score of each class, and {model} has no classes: leave it out.")
     rows, originals = rows_of(predictor, data, reading, show=not quiet)
     longest = reading["max_answer_length"]
     predicted = progress_bar(
@@ -145,13 +147,16 @@ def compare(
     debug: args.Debug = False,
 ) -> None:
     """Compare two models on the same labeled rows: metrics, size, and how sure the difference is."""
+    from ..reporting.saved import is_adapter
     from ..tasks.comparing import compare_rows
 
     measured, outputs = [], []
     sizes: list[dict[str, Any]] = []
     task: Any = None
     for name in (first, second):
-        predictor = load_predictor(name, base, show=not json)
+        predictor = load_predictor(name, base if is_adapter(name) else None, show=not json)
+        if name == second and not any(map(is_adapter, (first, second))):
+            refuse_base(f"each of {first} and {second}", base)
         own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
         if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
@@ -211,11 +216,15 @@ def labeled_rows(
     given = {"task": None, **reading}
     named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
     options = trained_lengths(predictor) | named
+    if "max_rows" in options:
+        options["max_validation_rows"] = options["max_rows"]  # of these rows, if there are some
     source: Any = data
     with step("reading the data", show=show):
         if predictor.kind == "text":
             source = read_tables(data, options)
             options = trained_columns(predictor, source.train[0].rows[0], labels=True) | options
+            if len(options.get("label_column") or ()) > 1 and "label_separator" not in named:
+                options.pop("label_separator", None)
         task = read_task(
             predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
             head=None if predictor.kind == "answers" else predictor.labels, **options,

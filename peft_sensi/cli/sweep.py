@@ -45,7 +45,7 @@ def sweep(
     ],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapters, the table and the picture.")],
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="LIMIT")] = None,  # after --budgets
-    score: args.Ranking = args.FISHER,
+    score: args.Ranking = None,
     epochs: Annotated[float, option("--epochs", "N", "Passes over the data for each budget.", min=0)] = 3,
     lr: Annotated[
         float | None,
@@ -71,15 +71,19 @@ def sweep(
 
     After an interruption, --resume keeps the ranking and the adapters that are finished, and goes on.
     """
+    from accelerate import PartialState
+
     from ..anatomy.build import build_anatomy
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
     from .run import Training, check_same_options, check_training, resumed_state, write_record
-    from .train import score_for, train_for
+    from .train import save_scores, score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])
     args.check_rate(lr)
+    args.check_overwrite(overwrite, resume)
+    score = score or args.FISHER
     folders = {limit: out_folder / f"{limit:g}" for limit in limits}
     options = {
         "model": model, "--data": data, "--budgets": limits, "--score": score, "--epochs": epochs, "--lr": lr,
@@ -106,8 +110,7 @@ def sweep(
         # Without a spinner, because scoring shows bars.
         loss_fn = weighted_model_loss(task) if class_weights else None
         ranking = score_for(base, task.batches(batch_size, seed), score=score.value, seed=seed, loss_fn=loss_fn)
-        out_folder.mkdir(parents=True, exist_ok=True)
-        ranking.save(out_folder / SCORES)  # before the trainings, which may be interrupted
+        save_scores(ranking, out_folder)  # before the trainings, which may be interrupted
         write_record(out_folder / UNFINISHED, state)
     results = []
     for limit, folder in folders.items():
@@ -127,8 +130,8 @@ def sweep(
         ))  # fmt: skip
         state["finished"].append(limit)
         write_record(out_folder / UNFINISHED, state)
-    if not all(results):
-        return  # another process prints
+    if PartialState().process_index:
+        return  # the first process writes and prints
     points = [point_of(limit, result, task.main_metric) for limit, result in zip(limits, results, strict=True)]
     whole = add_times(points, [str(folder) for folder in folders.values()], base, sequence_length, rounds, json)
     table = {"model": model, "metric": task.main_metric, "base_parameters": base.num_parameters(), "base_ms": whole,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import signal
 import sys
 import threading
@@ -48,15 +49,37 @@ def stop_at_once(number: int, *_: Any) -> None:
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def one_line_errors(command: Callable[..., None], loads: bool = True) -> Callable[..., None]:
+def is_for_this_process(trains: bool) -> bool:
+    """Whether this process runs the command. If a launcher has started several, all run a command that `trains`.
+
+    Other commands run in the first process, as if it were alone: several would write the same file at the same time.
+    """
+    processes, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    is_first = rank in ("", "0")
+    if not processes.isdecimal() or int(processes) < 2:
+        return True
+    if trains:
+        err.quiet = not is_first
+        return True
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    if is_first:
+        err.print(Text(f"this command runs in one process, the first of {processes}", "dim"))
+    return is_first
+
+
+def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bool = False) -> Callable[..., None]:
     """Turns an exception of a command into one line on stderr and exit status 1.
 
     The traceback is printed before that line if the command was called with `debug=True`. `loads` says whether the
-    command needs PyTorch and PEFT, which are then imported first.
+    command needs PyTorch and PEFT, which are then imported first, and `trains` whether several processes can run it
+    together.
     """
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        if not is_for_this_process(trains):
+            return
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # instead of an error for a character that the terminal lacks
@@ -77,6 +100,7 @@ def one_line_errors(command: Callable[..., None], loads: bool = True) -> Callabl
         except Exception as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
+            err.quiet = False
             expected = isinstance(error, (SensiError, OSError, ImportError))
             reason = str(error)
             if isinstance(error, OSError) and error.filename is not None and error.strerror:

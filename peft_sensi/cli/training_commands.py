@@ -13,6 +13,7 @@ from .arguments import option
 from .base_commands import load_base, plan_renderables, read_data
 from .checks import check_latency_tables, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
+from .loading import refuse_base
 from .terminal import err, print_result, print_warning, step
 
 
@@ -94,8 +95,12 @@ def train(
         raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
     if recipe not in (None, "sensi_bert") and limits is not None:
         raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget and other limits.")
-    if recipe is not None and score is not None:
-        raise SensiError(f"The recipe {recipe} has its own way to rank units: leave out --score.")
+    if recipe is not None:
+        own = {"--score": score, "--scores": scores if recipe != "sensi_bert" else None}
+        args.refuse(own, f"changes nothing, because the recipe {recipe} has its own way to rank units")
+    if scores is not None:
+        args.refuse({"--score": score}, f"changes nothing, because {scores} has the scores (--scores)")
+    args.check_overwrite(overwrite, resume)
     if whole and early_stopping:
         raise SensiError(f"{whole} trains for a fixed number of epochs: leave out --early-stopping.")
     args.check_rate(lr)
@@ -105,7 +110,7 @@ def train(
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
         "--late": late, "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed,
         "--bf16": bf16, "--class-weights": class_weights, "--early-stopping": early_stopping,
-        "the options about the data": reading,
+        "--scores": scores, "--latency-table": latency_table, "the options about the data": reading,
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights, early_stopping)
@@ -182,16 +187,22 @@ def trim(
 
     limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
     args.check_rate(lr)
+    if not heal_epochs:
+        args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")
+    args.check_overwrite(overwrite, resume)
     check_latency_tables(latency_table)
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
+        "--latency-table": latency_table,
         "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
     saved = open_adapter(model) if is_adapter(model) else None
     config: Any = load_pretrained(AutoConfig, model) if saved is None else base_config(saved, base)
+    if saved is None:
+        refuse_base(model, base)
     wanted = task_options(reading)
     record = {} if saved is None else saved_record(saved.folder)
     known = kind_of_model(None if saved is None else task_of(saved.config), config.architectures)

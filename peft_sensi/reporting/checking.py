@@ -61,6 +61,8 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
     yield Finding("checksum", OK, f"{weights.name}: SHA-256 {checksum(weights)}")
     yield from _versions(saved)
     yield _tokenizer(saved)
+    if is_merged and base:
+        yield Finding("base", NOTE, f"{base} was not compared: the weights of a merged model are its own")
     if isinstance(saved, SavedAdapter) and (missing := _missing_base(saved, base)):
         yield Finding("base", NOTE, missing)
         return

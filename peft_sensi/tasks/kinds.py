@@ -46,11 +46,12 @@ def read_task(
         DataError: The data cannot be used. The message names the file, the row, and the option that settles it.
     """
     wanted = Options(**options)
-    source = _source_of(data, kind, wanted)
+    source = _source_of(data, kind, wanted, beside=validation)
     if validation is not None:
-        other = _source_of(validation, kind, replace(wanted, split=None))
-        source = Source(source.train, other.train, source.notes + other.notes)
+        other = _source_of(validation, kind, replace(wanted, split=None), beside=data)
+        source = Source(source.train, other.validation or other.train, source.notes + other.notes)
     kind = kind or kind_of(source.train[0])
+    check_options(kind, wanted)
     tokenizer = load_tokenizer(kind, model, config)
     limit = limit_of(tokenizer, wanted.max_length or KINDS[kind][2], _config_of(model, config, tokenizer))
     read = {"text": _read_texts, "words": _read_words, "answers": _read_answers}[kind]
@@ -74,6 +75,7 @@ def rows_for_prediction(
         **options: See `Options`: `text_column`, `pair_column`, `stride` and those about the format.
     """
     wanted = Options(**options)
+    check_options(kind, wanted)
     limit = limit_of(tokenizer, max_length or KINDS[kind][2])
     source = _source_of(data, kind, wanted, labeled=False)
     parts = source.train
@@ -119,8 +121,30 @@ def kind_of(part: Part) -> Kind:
     return "text"
 
 
-def _source_of(data: Data, kind: str | None, options: Options, labeled: bool = True) -> Source:
-    return data if isinstance(data, Source) else read_source(data, kind, options, labeled)
+def check_options(kind: Kind | str, options: Options) -> None:
+    """Raises `DataError` for an option that changes nothing for this kind of task."""
+    for name in _UNUSED[kind]:
+        if (value := getattr(options, name)) and value != getattr(_DEFAULTS, name):
+            raise DataError(f"--{name.replace('_', '-')} changes nothing for the task {kind}: leave it out.")
+    several = len(options.label_columns()) > 1
+    if several and (kind == "words" or options.label_separator):
+        raise DataError("Several --label-column are columns of 0 and 1 for texts, and need no --label-separator.")
+    if options.regression and (several or options.label_separator):
+        raise DataError(
+            "--regression predicts one number: leave out --label-separator, or all but one --label-column."
+        )
+
+
+_DEFAULTS = Options()
+_UNUSED = {
+    "text": ("stride", "max_answer_length"),
+    "words": ("pair_column", "label_separator", "regression", "skip_unlabeled", "stride", "max_answer_length"),
+    "answers": ("text_column", "pair_column", "label_column", "label_separator", "regression", "skip_unlabeled"),
+}
+
+
+def _source_of(data: Data, kind: str | None, options: Options, labeled: bool = True, beside: Any = None) -> Source:
+    return data if isinstance(data, Source) else read_source(data, kind, options, labeled, beside)
 
 
 def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
@@ -171,7 +195,7 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
     if not source.validation and options.validation_share:
         strata = [None if labels.regression else str((parts_of(row["label"], labels.separator) or [""])[0])
                   for row in train]  # fmt: skip
-        kept, out = hold_out(strata, options.validation_share, options.seed)
+        kept, out = hold_out(strata, _held_share(len(train), options), options.seed)
         train, held = [train[i] for i in kept], [train[i] for i in out]
     (rows, longest, cut), (held_rows, _, cut_too) = (
         texts.encode(name, part, labels, tokenizer, limit)
@@ -211,6 +235,11 @@ def _labels_for(
     return order_of_head(found, head.names, name)
 
 
+def _held_share(rows: int, options: Options) -> float:
+    """The share of the rows that is held out for validation."""
+    return min(options.validation_share, (options.max_validation_rows or rows) / rows)
+
+
 def _count(rows: Rows, held: Rows, what: str) -> str:
     return f"{len(rows.raw):,} {what}" + (f" and {len(held.raw):,} for validation" if len(held) else "")
 
@@ -237,7 +266,7 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
     lines, doubts = words.describe(labels, train)
     if not source.validation and options.validation_share:
         strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
-        kept, out = hold_out(strata, options.validation_share, options.seed)
+        kept, out = hold_out(strata, _held_share(len(train), options), options.seed)
         train, held = [train[i] for i in kept], [train[i] for i in out]
     rows, longest, cut = words.encode(train, labels, tokenizer, limit)
     held_rows, _, cut_too = words.encode(held, labels, tokenizer, limit)
@@ -267,8 +296,9 @@ def _read_answers(source: Source, options: Options, head: Labels | None, tokeniz
     train, held = _chosen(train, held, options)
     lines, doubts = answers.describe(train)
     if not source.validation and options.validation_share:
-        kept, out = by_group([row["article"] for row in train], options.validation_share, options.seed)
+        kept, out = by_group([row["article"] for row in train], _held_share(len(train), options), options.seed)
         train, held = [train[i] for i in kept], [train[i] for i in out]
+        held = [held[i] for i in sample(len(held), options.max_validation_rows, options.seed)]  # groups differ in size
     silent = answers.may_be_silent(train)
     rows, longest, cut = answers.encode(train, tokenizer, limit, options.stride)
     held_rows, _, cut_too = answers.encode(held, tokenizer, limit, options.stride)

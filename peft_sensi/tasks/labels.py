@@ -122,7 +122,12 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any) -> Labels:
 
 
 def name_of(value: Any) -> str:
-    """The name of a class: without blanks around it, and without the fraction of a whole number (1.0 is 1)."""
+    """The name of a class: without blanks around it, and without the fraction of a whole number (1.0 is 1).
+
+    Raises `TypeError` for a value that names nothing, such as a list or bytes.
+    """
+    if isinstance(value, list | tuple | set | dict | bytes):
+        raise TypeError(f"{value!r:.60} is not the name of a class")
     text = str(value).strip()
     if re.fullmatch(r"[+-]?\d+\.0+", text):
         return text.partition(".")[0]
@@ -130,9 +135,9 @@ def name_of(value: Any) -> str:
 
 
 def parts_of(value: Any, separator: str | None) -> list[Any]:
-    """The labels of one row: the items of a list, or the parts of a text. An empty text has none."""
+    """The labels of one row: the items of a list, or the parts of a text. Empty items, and an empty text, are none."""
     if isinstance(value, list | tuple | set):
-        return list(value)
+        return [part for part in value if not is_missing(part, numbers=False)]
     text = "" if value is None else str(value)
     parts = text.split(separator) if separator else [text]
     return [part.strip() for part in parts if part.strip()]

@@ -5,32 +5,23 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .decoding import read_text, suffix_of, unpacked
 from .labels import DataError
 
 
 DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 TEXT_SUFFIXES = (".tsv", ".csv", ".txt", ".tab")
 SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".conll", ".iob", ".bio")
-_UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ": lzma.decompress,
-}
-_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 @dataclass(frozen=True)
@@ -48,14 +39,6 @@ class Table:
 
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix of a file name in lower case, without that of a compression."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in (".gz", ".bz2", ".xz", ".zip"):
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
 
 
 def read_rows(path: str | Path, form: Format | None = None) -> Table:
@@ -94,62 +77,6 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
     return Table(flat_rows(rows), notes)
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path, notes: list[str] | None = None, encoding: str | None = None) -> str:
-    """The text of a file, unpacked and decoded. What is not UTF-8 is noted."""
-    content = unpacked(path)
-    used = encoding or encoding_of(content)
-    try:
-        text = content.decode(used)
-    except LookupError:
-        raise DataError(f"--encoding {encoding}: Python knows no encoding of this name.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not {used} text ({error.reason} at byte {error.start}): see --encoding.") from None
-    if notes is not None and used not in ("utf-8", "utf-8-sig"):
-        notes.append(f"{path.name} was read as {used} (--encoding)")
-    return text.removeprefix("\ufeff")
-
-
-def unpacked(path: Path) -> bytes:
-    content = path.read_bytes()
-    try:
-        for magic, unpack in _UNPACK.items():
-            if content.startswith(magic):
-                return unpack(content)
-        if content.startswith(b"PK\x03\x04"):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                files = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
-                if len(files) != 1:
-                    raise DataError(f"{path} holds {len(files)} files: unpack it and name the right one.")
-                return archive.read(files[0])
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}.") from None
-    return content
-
-
-def encoding_of(content: bytes) -> str:
-    """UTF-8 if the bytes are that, UTF-16 if every second byte is zero, else the Latin encoding of Windows."""
-    for mark, encoding in _MARKS.items():
-        if content.startswith(mark):
-            return encoding
-    start = content[:4096]
-    for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if len(start) >= 4 and start[offset::2].count(0) > len(start) // 4:
-            return encoding
-    try:
-        content.decode("utf-8")
-        return "utf-8"
-    except UnicodeDecodeError:
-        pass
-    try:
-        content.decode("cp1252")
-        return "cp1252"
-    except UnicodeDecodeError:
-        return "latin-1"
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +98,7 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     while len(names) > 1 and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for _, cells in lines):
         names.pop()
         lines = [(line, cells[: len(names)]) for line, cells in lines]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{path} has two columns {twice[0]!r}.")
+    check_names(path, names)
     rows: list[dict[str, Any]] = []
     repeated = empty = 0
     for line, cells in lines:
@@ -332,6 +258,18 @@ def flat(row: dict[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def with_texts(value: Any) -> Any:
+    """The value with texts instead of bytes that are UTF-8: many programs write texts as binary columns."""
+    if isinstance(value, dict):
+        return {name: with_texts(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [with_texts(item) for item in value]
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    return value
+
+
 def _read_arrow(path: Path, kind: str) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
@@ -339,11 +277,19 @@ def _read_arrow(path: Path, kind: str) -> list[dict[str, Any]]:
     content = io.BytesIO(unpacked(path))
     try:
         if kind == ".parquet":
-            return pyarrow.parquet.read_table(content).to_pylist()
-        try:
-            return pyarrow.ipc.open_stream(content).read_all().to_pylist()
-        except pyarrow.ArrowInvalid:
-            content.seek(0)
-            return pyarrow.ipc.open_file(content).read_all().to_pylist()
-    except pyarrow.ArrowException as error:
+            table = pyarrow.parquet.read_table(content)
+        else:
+            try:
+                table = pyarrow.ipc.open_stream(content).read_all()
+            except pyarrow.ArrowInvalid:
+                content.seek(0)
+                table = pyarrow.ipc.open_file(content).read_all()
+        check_names(path, table.column_names)
+        return [with_texts(row) for row in table.to_pylist()]
+    except (pyarrow.ArrowException, OverflowError) as error:  # dates that Python cannot hold
         raise ValueError(str(error)) from None
+
+
+def check_names(path: Path, names: Sequence[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path} has two columns {twice[0]!r}.")

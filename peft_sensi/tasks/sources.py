@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import answers, words
+from .decoding import read_text, suffix_of
 from .labels import DataError
-from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, read_text, suffix_of
+from .reading import SUFFIXES, TEXT_SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
 from .task import Options
 
 
@@ -51,16 +52,22 @@ class Source:
 
 
 def read_source(
-    data: str | Path | Iterable[str | Path], kind: str | None, options: Options, labeled: bool = True
+    data: str | Path | Iterable[str | Path],
+    kind: str | None,
+    options: Options,
+    labeled: bool = True,
+    beside: str | Path | Iterable[str | Path] | None = None,
 ) -> Source:
     """Reads a file, several files, a folder of files, a saved `datasets` folder, or a data set of the Hub.
 
-    Without `labeled`, files of words need no tags, and those that they have are not read.
+    Without `labeled`, files of words need no tags, and those that they have are not read. `beside` are other data that
+    the options are about, too.
 
     Raises:
-        DataError: Says which of them cannot be read, and why.
+        DataError: Says which of them cannot be read, and why, or which option about the format is about none of them.
     """
-    names = [data] if isinstance(data, str | Path) else list(data)
+    names, others = ([given] if isinstance(given, str | Path) else list(given or ()) for given in (data, beside))
+    _check_format([*names, *others], kind, options)
     found = Source([])
     for name in names:
         source = _read_one(name, kind, options, labeled)
@@ -72,13 +79,43 @@ def read_source(
 
 def _read_one(name: str | Path, kind: str | None, options: Options, labeled: bool) -> Source:
     path = Path(name)
-    if path.is_dir():
-        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+    match _place_of(path):
+        case "saved":
             return _of_datasets(str(name), _load_from_disk(path), options)
-        return _read_folder(path, kind, options, labeled)
-    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and suffix_of(path) not in SUFFIXES:
-        return _of_datasets(str(name), _load_from_hub(str(name), options), options)
+        case "folder":
+            return _read_folder(path, kind, options, labeled)
+        case "hub":
+            return _of_datasets(str(name), _load_from_hub(str(name), options), options)
     return Source([read_part(path, kind, options, labeled)])
+
+
+def _place_of(path: Path) -> str:
+    """What the path of data names: a folder that `datasets` has saved, a folder of files, a data set, or a file."""
+    if path.is_dir():
+        is_saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+        return "saved" if is_saved else "folder"
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) and suffix_of(path) not in SUFFIXES
+    return "hub" if is_name and not path.exists() else "file"
+
+
+def _check_format(names: Sequence[str | Path], kind: str | None, options: Options) -> None:
+    """Raises `DataError` for an option about the format that is about none of the data."""
+    paths = [Path(name) for name in names]
+    places = {_place_of(path) for path in paths}
+    files = [path for path in paths if _place_of(path) == "file"]
+    files += [file for path in paths if _place_of(path) == "folder" for file in path.iterdir()]
+    suffixes = {suffix_of(file) for file in files}
+    tables = set() if kind == "words" else suffixes & {*TEXT_SUFFIXES}
+    about = {
+        "--subset": (options.subset is not None, "hub" in places, "data sets of the Hub"),
+        "--split": (options.split is not None, bool(places & {"hub", "saved"}), "data sets"),
+        "--encoding": (options.encoding is not None, bool(suffixes - {".parquet", ".arrow"}), "text files"),
+        "--delimiter": (options.delimiter is not None, bool(tables), f"tables ({', '.join(TEXT_SUFFIXES)})"),
+        "--quotes": (options.quotes is not None, bool(tables), f"tables ({', '.join(TEXT_SUFFIXES)})"),
+    }
+    for option, (is_given, is_used, what) in about.items():
+        if is_given and not is_used:
+            raise DataError(f"{option} is about {what}, and there are none here: leave it out.")
 
 
 def read_part(path: Path, kind: str | None, options: Options, labeled: bool = True) -> Part:
@@ -167,12 +204,13 @@ def rows_of(dataset: Any) -> list[dict[str, Any]]:
         inner = getattr(feature, "feature", feature)
         if (found := getattr(inner, "names", None)) is not None:
             names[column] = found
-    rows = dataset.to_list()
+    rows = [with_texts(row) for row in dataset.to_list()]
     for row in rows:
         for column, classes in names.items():
             value = row[column]
-            named = [classes[i] for i in value] if isinstance(value, list) else None
-            row[column] = named if named is not None else classes[value] if value is not None and value >= 0 else None
+            several = isinstance(value, list)
+            found = [classes[i] if i is not None and i >= 0 else None for i in (value if several else [value])]
+            row[column] = found if several else found[0]
     return flat_rows(rows)
 
 

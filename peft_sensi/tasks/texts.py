@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 
 from . import metrics
-from .labels import DataError, Labels, counts_of, find_labels, find_several, is_missing, is_number, name_of
+from .labels import (
+    DataError,
+    Labels,
+    counts_of,
+    find_labels,
+    find_several,
+    is_missing,
+    is_number,
+    name_of,
+    parts_of,
+)
 from .metrics import Quality
 from .task import Options, Rows
 
@@ -41,6 +51,8 @@ def to_raw(
             if any(is_missing(value, numbers) for value in cells) and not (empty_is_none and cells[0] is not None):
                 missing.append(number)
                 continue
+            for column, cell in zip(labels, cells, strict=True):
+                _check_label(name, number, column, cell)
             raw["label"] = _several_of(name, number, labels, cells) if len(labels) > 1 else cells[0]
         found.append(raw)
     if missing:
@@ -56,11 +68,22 @@ def to_raw(
     return found, notes
 
 
+def _check_label(name: Any, number: int, column: str, cell: Any) -> None:
+    """Raises `DataError` if a cell holds neither a name or number nor a list of them, such as bytes of a picture."""
+    try:
+        for part in parts_of(cell, None) if isinstance(cell, list) else [cell]:
+            name_of(part)
+    except TypeError:
+        raise DataError(
+            f"{name}: row {number} has no label in {column!r}, but {cell!r:.60} (--label-column)."
+        ) from None
+
+
 def _several_of(name: Any, number: int, columns: Sequence[str], cells: Sequence[Any]) -> list[str]:
     """The names of the columns that are 1 in a row."""
     chosen = []
     for column, cell in zip(columns, cells, strict=True):
-        text = name_of(cell).lower()
+        text = "" if isinstance(cell, list) else name_of(cell).lower()
         if text not in ("0", "1", "true", "false"):
             raise DataError(f"{name}: row {number} has {cell!r} in {column!r}; several --label-column need 0 or 1.")
         if text in ("1", "true"):
@@ -75,9 +98,16 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
     if len(columns) > 1:
         return Labels(list(columns), several=True)
     if options.label_separator is not None or any(isinstance(value, list | tuple) for value in values):
+        if options.regression:
+            raise DataError(f"{name}: the cells in {shown} are lists, and --regression predicts one number.")
         labels = find_several(values, options.label_separator)
         if not labels.names:
             raise DataError(f"{name}: no row has a label in {shown} (--label-column).")
+        if len(labels.names) > max(2, len(raw)):
+            raise DataError(
+                f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so they are "
+                f"probably not labels: name the right column with --label-column."
+            )
         return labels
     if options.regression and (wrong := [row for row in raw if not is_number(row["label"])]):
         raise DataError(

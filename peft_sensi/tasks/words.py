@@ -12,9 +12,9 @@ import numpy as np
 
 from . import metrics
 from .columns import check_known
+from .decoding import read_text
 from .labels import DataError, Labels
 from .metrics import Quality
-from .reading import read_text
 from .task import Rows
 from .texts import softmax
 

@@ -1,0 +1,87 @@
+"""A file goes in; its text comes out, unpacked and decoded, with a note about what was recognized."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from .labels import DataError
+
+
+_UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ": lzma.decompress,
+}
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a file name in lower case, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in (".gz", ".bz2", ".xz", ".zip"):
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_text(path: Path, notes: list[str] | None = None, encoding: str | None = None) -> str:
+    """The text of a file, unpacked and decoded. What is not UTF-8 is noted."""
+    content = unpacked(path)
+    used = encoding or encoding_of(content)
+    try:
+        text = content.decode(used)
+    except LookupError:
+        raise DataError(f"--encoding {encoding}: Python knows no encoding of this name.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not {used} text ({error.reason} at byte {error.start}): see --encoding.") from None
+    if text.count("\0") * 100 > len(text):
+        raise DataError(f"{path} is not a text file, or not in {used}: save it as text, or see --encoding.")
+    if notes is not None and used not in ("utf-8", "utf-8-sig"):
+        notes.append(f"{path.name} was read as {used} (--encoding)")
+    return text.removeprefix("\ufeff")
+
+
+def unpacked(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        for magic, unpack in _UNPACK.items():
+            if content.startswith(magic):
+                return unpack(content)
+        if content.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                files = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+                if "xl/workbook.xml" in files:
+                    raise DataError(f"{path} is a spreadsheet: save its table as .csv.")
+                if len(files) != 1:
+                    raise DataError(f"{path} holds {len(files)} files: unpack it and name the right one.")
+                return archive.read(files[0])
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}.") from None
+    return content
+
+
+def encoding_of(content: bytes) -> str:
+    """UTF-8 if the bytes are that, UTF-16 if every second byte is zero, else the Latin encoding of Windows."""
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            return encoding
+    start = content[:4096]
+    for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if len(start) >= 4 and start[offset::2].count(0) > len(start) // 4:
+            return encoding
+    try:
+        content.decode("utf-8")
+        return "utf-8"
+    except UnicodeDecodeError:
+        pass
+    try:
+        content.decode("cp1252")
+        return "cp1252"
+    except UnicodeDecodeError:
+        return "latin-1"
