@@ -220,9 +220,10 @@ def test_recipes_lists_all():
 def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path):
     base, data = work / "base", work / "data.tsv"
     assert "a limit is a share such as 0.5" in fails("plan", base, "--data", data, "--budget", "half")
-    assert "share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "1.5")
+    assert "--budget must be a share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "1.5")
     assert "share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "0")
-    assert "too small" in fails("plan", base, "--score", "magnitude", "--budget", "0.01")
+    small = fails("plan", base, "--score", "magnitude", "--budget", "0.01")
+    assert "too small" in small and "parameters. Give a larger --budget." in small
     assert "Give --data" in fails("plan", base)
     assert "There is no folder" in fails("plan", tmp_path / "no", "--score", "magnitude")
     assert "No such file" in fails("plan", base, "--data", tmp_path / "no.tsv")
@@ -385,6 +386,7 @@ IGNORED = {
         ("--validation b.csv --validation-share 0.2", "--validation-share holds out rows"),
         ("--validation b.csv --label-separator ; --label-column a --label-column b", "need no --label-separator"),
         ("--regression --label-separator ;", "--regression predicts one number"),
+        ("--label-separator=", "--label-separator needs the text"),
         ("--stride 3", "--stride changes nothing for the task text"),
         ("--task words --regression", "--regression changes nothing for the task words"),
         ("--task answers --label-column a", "--label-column changes nothing for the task answers"),

@@ -82,7 +82,7 @@ def test_budgets_are_read_before_anything_slow(work):
         with pytest.raises(SensiError):
             budgets_of([wrong])
     result = run("sweep", "nowhere", "--data", work / "data.tsv", "--budgets", "0", "--out", work / "no")
-    assert result.exit_code == 1 and "share in (0, 1]" in " ".join(result.output.split())
+    assert result.exit_code == 1 and "--budgets must be a share in (0, 1]" in " ".join(result.output.split())
     assert not (work / "no").exists()
 
 

@@ -267,7 +267,8 @@ def test_a_finished_training_is_not_lost_by_what_comes_after(options, target, wo
     call(*train, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(*target, press)
-        assert run(*train, "--out", tmp_path / "half").exit_code == 130
+        stopped = run(*train, "--out", tmp_path / "half")
+        assert stopped.exit_code == 130 and "with --resume goes on" in " ".join(stopped.output.split())
     epochs, trainer = [], Run.trainer
     monkeypatch.setattr(Run, "trainer", lambda self, n=0.0, *more: epochs.append(n) or trainer(self, n, *more))
     call(*train, "--out", tmp_path / "half", "--resume")

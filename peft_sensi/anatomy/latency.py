@@ -172,8 +172,9 @@ class LatencyTable:
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
         """Reads a file that `save` wrote. Raises `FileNotFoundError`, or `SensiLoadError` if it is no such file."""
+        values = read_json_object(path)
         try:
-            return cls.from_dict(read_json_object(path))
+            return cls.from_dict(values)
         except SensiLoadError as error:
             raise SensiLoadError(f"{path}: {error}") from None
 

@@ -37,7 +37,3 @@ def is_installed(name: str) -> bool:
         return find_spec(name) is not None
     except (ModuleNotFoundError, ValueError):
         return False
-
-
-if __name__ == "__main__":
-    main()

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..planning.budget import Budget, nanoseconds
+from ..planning.budget import LIMITS, TIMES, Budget, nanoseconds
 from ..plotting.canvas import STYLES
 from ..recipes import RECIPES
 from ..scoring.methods import METHODS
-from ..utils.errors import SensiError
+from ..utils.errors import BudgetError, SensiError
 
 
 Score = enum.StrEnum("Score", {name: name for name in METHODS})  # type: ignore[misc]
@@ -144,8 +144,18 @@ def limits_of(
         if text is not None:
             limits[name] = text if nanoseconds(text) else number(name.replace("_", "-"), text, "a time such as 12ms")
     if limits:
-        Budget.parse(limits)
+        check_limits(limits)
     return limits or None
+
+
+def check_limits(limits: Mapping[str, Any], option: str | None = None) -> None:
+    """Raises a `BudgetError` that names the option (by default, that of the limit) and not the library's argument."""
+    options = {name: f"--{name.replace('_', '-')}" for name in (*LIMITS, *TIMES)} | {"params": "--budget"}
+    try:
+        Budget.parse(limits)
+    except BudgetError as error:
+        text = re.sub(r"`(\w+)`", lambda name: option or options.get(name[1], name[0]), str(error))
+        raise BudgetError(text) from None
 
 
 def number(option: str, text: str, other: str = "a whole count") -> float | int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..utils.errors import BudgetError, SensiError
+from ..utils.files import read_json_object
 
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -43,6 +45,13 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
         raise SensiError(f"{folder} has no interrupted training to go on with: leave out --resume.")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     _check_writable(there, folder, "--out")
+
+
+def can_resume(folder: Path | None) -> bool:
+    """Whether what was interrupted in this folder has left something that --resume goes on from."""
+    state = {} if folder is None else read_json_object(folder / UNFINISHED, optional=True)
+    has_checkpoint = folder is not None and any(folder.glob("checkpoint-*"))
+    return bool(state) and (state.get("steps") is not None or "finished" in state or has_checkpoint)
 
 
 def check_file(path: Path | None, option: str) -> None:
@@ -91,6 +100,8 @@ def check_budget(anatomy: Any, limits: Mapping[str, Any] | None) -> None:
                 f"{str(error).replace('`trainable` limit', 'limit --trainable')} Give a larger one."
             ) from None
         what, _, _ = str(error).partition(" Raise the budget")
+        for name, words in (("params", "parameters"), ("flops", "FLOPs"), ("trainable", "trained values")):
+            what = re.sub(rf"\b{name} >= ([\d,]+)", rf"\1 {words}", what)
         options = " or ".join(f"--{'budget' if name == 'params' else name}" for name in counts)
         raise BudgetError(f"{what} Give a larger {options}.") from None
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from rich.text import Text
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -280,9 +279,8 @@ class StopAfterStep(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         # Not `should_training_stop`: what belongs to the end of a training (a cut, the best model) must not happen.
         if self.all_stop:
-            text = f"saved step {state.global_step} of {state.max_steps}; the same command with --resume goes on"
             if state.is_world_process_zero:
-                err.print(Text(text), soft_wrap=True)
+                err.print(f"saved step {state.global_step} of {state.max_steps}")
             PartialState().wait_for_everyone()  # a launcher ends all processes if one ends
             stop_at_once(self.signal or signal.SIGINT)
 

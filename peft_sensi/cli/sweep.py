@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ..planning.budget import Budget
 from ..reporting.tables import records_table
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
@@ -138,7 +137,7 @@ def sweep(
              "sequence_length": sequence_length, "points": points}  # fmt: skip
     write_text_atomically(out_folder / TABLE, jsonlib.dumps(table, indent=2) + "\n")
     (out_folder / UNFINISHED).unlink(missing_ok=True)
-    lines = [f"table: {out_folder / TABLE}"]
+    lines = ["Below each value is its 95 % interval.", f"table: {out_folder / TABLE}"]
     if (picture := draw(points, table, out_folder / PICTURE)) is not None:
         lines.append(f"picture: {picture}")
     print_result(json, table, points_table(points, table), *lines)
@@ -151,7 +150,7 @@ def budgets_of(texts: list[str]) -> list[float | int]:
     if not limits:
         raise SensiError("--budgets needs at least one share, such as 0.75 0.5 0.25.")
     for limit in limits:
-        Budget.parse({"params": limit})
+        args.check_limits({"params": limit}, "--budgets")
     return sorted(limits, key=lambda limit: (limit > 1, limit), reverse=True)
 
 
@@ -227,7 +226,6 @@ def points_table(points: list[dict[str, Any]], table: dict[str, Any]) -> Any:
             f"{point['budget']:g}",
             f"{human(point['parameters'])} ({share:.1%})",
             "-" if ms is None else f"{ms:.3g} ms ({ms / table['base_ms']:.1%})",
-            metric_text(value),
-            interval_text(bounds),
+            metric_text(value) + (f"\n{interval_text(bounds)}" if bounds else ""),  # five columns need 80 characters
         ])  # fmt: skip
-    return records_table(["budget", "parameters", "time", table["metric"], "95 % interval"], rows)
+    return records_table(["budget", "parameters", "time", table["metric"]], rows)

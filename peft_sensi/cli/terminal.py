@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..utils.errors import SensiError, how_to_install
+from .checks import can_resume
 
 
 out = Console(highlight=False, soft_wrap=False)
@@ -92,7 +93,9 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             raise
         except KeyboardInterrupt as stop:
             is_term = isinstance(stop, Terminated)
-            err.print("terminated" if is_term else "interrupted")
+            way = " instead of --overwrite" * bool(kwargs.get("overwrite"))
+            hint = f": the same command with --resume{way} goes on" if can_resume(kwargs.get("out_folder")) else ""
+            err.print(Text(("terminated" if is_term else "interrupted") + hint), soft_wrap=True)
             raise typer.Exit(128 + (signal.SIGTERM if is_term else signal.SIGINT)) from None
         except BrokenPipeError:  # the program that reads our output has ended, as `head` does
             sys.stderr.close()

@@ -126,6 +126,8 @@ def check_options(kind: Kind | str, options: Options) -> None:
     for name in _UNUSED[kind]:
         if (value := getattr(options, name)) and value != getattr(_DEFAULTS, name):
             raise DataError(f"--{name.replace('_', '-')} changes nothing for the task {kind}: leave it out.")
+    if options.label_separator == "":
+        raise DataError("--label-separator needs the text that is between two labels, such as a comma.")
     several = len(options.label_columns()) > 1
     if several and (kind == "words" or options.label_separator):
         raise DataError("Several --label-column are columns of 0 and 1 for texts, and need no --label-separator.")
@@ -167,7 +169,8 @@ def _only(parts: Sequence[Part], form: str, kind: str) -> None:
 def _check_columns(part: Part, columns: Sequence[str]) -> None:
     """All files have the columns that were found in the first one."""
     if missing := [name for name in columns if name not in part.rows[0]]:
-        raise DataError(f"{part.name} has no column {missing[0]!r}; it has {known(list(part.rows[0]))}.")
+        there = known(list(part.rows[0]))
+        raise DataError(f"{part.name} has no column {missing[0]!r}, as the first file has; it has {there}.")
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------

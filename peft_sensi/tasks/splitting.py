@@ -26,8 +26,8 @@ def hold_out(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[
     count = round(len(strata) * share)
     if not 0 < count < len(strata):
         raise DataError(
-            f"{len(strata)} rows are too few to validate on {share:.0%} of them: give a file with --validation, or "
-            f"another --validation-share."
+            f"{len(strata)} rows are too few to validate on {100 * share:.3g} % of them: give a file with "
+            f"--validation, or another --validation-share."
         )
     generator = random.Random(seed)
     for numbers in members.values():

@@ -183,6 +183,11 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     alike = Counter(label.casefold() for label in labels.names)
     if same := [label for label in labels.names if alike[label.casefold()] > 1]:
         doubts.append(f"the classes {', '.join(map(repr, same[:4]))} differ in capitals only: are they the same?")
+    found_for: dict[Any, set[str]] = {}
+    for row in raw:
+        found_for.setdefault((row["text"], row.get("pair")), set()).add(str(labels.encode(row["label"])))
+    if unsure := sum(len(found) > 1 for found in found_for.values()):
+        doubts.append(f"{unsure:,} text{'s have' if unsure > 1 else ' has'} different labels in different rows")
     rare = [label for label, count in counts.items() if count == 1]
     if rare and len(rare) < len(labels.names):
         doubts.append(f"{len(rare)} of the classes have one row only, such as {rare[0]!r}")
