@@ -25,7 +25,7 @@ from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.decoding import encoding_of
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
-from peft_sensi.tasks.labels import DataError, Labels, find_labels, order_of_head
+from peft_sensi.tasks.labels import DataError, Labels, find_labels, find_several, order_of_head
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
@@ -437,15 +437,18 @@ def test_labels_get_the_order_of_a_head():
 
 
 def test_doubts_about_labels_are_said():
-    def doubts(*values) -> str:
-        raw = [{"label": value} for value in values]
+    def doubts(*values, twice: bool = False) -> str:
+        raw = [{"text": f"film {i // 2 if twice else i}", "label": value} for i, value in enumerate(values)]
         return " ".join(texts.describe(find_labels(values), raw)[1])
 
     assert "--regression" in doubts("1", "2", "3", "1", "2", "3")
     assert "blanks around 1 labels" in doubts("a ", "b", "a", "b")
     assert "capitals" in doubts("Good", "good", "Good", "good")
     assert "one row only" in doubts("a", "a", "b")
+    assert "1 text has different labels" in doubts("a", "b", "a", "a", "b", "b", twice=True)
     assert doubts("a", "b", "a", "b") == ""
+    several, raw = find_several(["a,b", "", "b"], ","), [{"text": text, "label": text} for text in ("a,b", "", "b")]
+    assert texts.describe(several, raw)[0] == ["2 labels, several in a row: a 1, b 2; 1 rows have none"]
 
 
 # -- splitting --------------------------------------------------------------------------------------------------------

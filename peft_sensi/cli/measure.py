@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.text import Text
+
 from ..anatomy.latency import LatencyTable, latency_facts
 from ..merging.latency_graphs import GRAPHS, measure_graphs
 from ..reporting.tables import facts_table
@@ -102,7 +104,7 @@ def measure(
 def report(table: LatencyTable, out: Path | None, json: bool) -> None:
     if out is not None:
         table.save(out)
-    print_result(json, table.to_dict(), str(table), *([] if out is None else [f"saved as {out}"]))
+    print_result(json, table.to_dict(), Text(str(table)), *([] if out is None else [f"saved as {out}"]))
 
 
 def load_base(name: str, length: int) -> Any:

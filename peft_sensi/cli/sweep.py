@@ -224,8 +224,8 @@ def points_table(points: list[dict[str, Any]], table: dict[str, Any]) -> Any:
         share, ms = point["parameters"] / table["base_parameters"], point["ms"]
         rows.append([
             f"{point['budget']:g}",
-            f"{human(point['parameters'])} ({share:.1%})",
-            "-" if ms is None else f"{ms:.3g} ms ({ms / table['base_ms']:.1%})",
-            metric_text(value) + (f"\n{interval_text(bounds)}" if bounds else ""),  # five columns need 80 characters
+            f"{human(point['parameters'])} ({share:.0%})",
+            "-" if ms is None else f"{ms:.3g} ms ({ms / table['base_ms']:.0%})",
+            metric_text(value) + (f"\n{interval_text(bounds)}" if bounds else ""),  # at 60 columns
         ])  # fmt: skip
     return records_table(["budget", "parameters", "time", table["metric"]], rows)

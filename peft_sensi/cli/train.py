@@ -111,7 +111,7 @@ def train_for(
     if not (late or thorough):
         show(wrapped.base_model.plan())
         if training.lr is None:
-            err.print(Text(rate_line(run.rate, wrapped), "dim"), soft_wrap=True)
+            err.print(Text(rate_line(run.rate, wrapped), "dim"))
     if stage in (None, "train"):
         run.train(training.epochs, [SensiCallback(calibration=calibration, loss_fn=loss_fn)])
         if late:

@@ -235,11 +235,11 @@ def trim(
     )  # fmt: skip
     if not result:
         return  # another process prints
-    measured = {"before": "validation_before", "trimmed, no training": "validation_trimmed"}
+    measured = {"before": "validation_before", "trimmed": "validation_trimmed"}
     if heal_epochs:
         measured[f"after {heal_epochs:g} epoch{'s' * (heal_epochs != 1)}"] = "validation"
-    rows = [[when, *map(metric_text, result[key].values())] for when, key in measured.items()]
-    table = records_table(["", *result["validation"]], rows)
+    rows = [[name, *(metric_text(result[key][name]) for key in measured.values())] for name in result["validation"]]
+    table = records_table(["", *measured], rows)
     print_result(json, result, table, f"saved in {out_folder}")
 
 

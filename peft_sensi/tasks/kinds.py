@@ -206,7 +206,7 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
     )
     known = {(row["text"], row.get("pair")) for row in train}
     if again := sum((row["text"], row.get("pair")) in known for row in held):
-        more.append(f"{again:,} of the validation texts are also among the training texts")
+        more.append(f"{again:,} of the validation texts {'is' if again == 1 else 'are'} also among the training texts")
     size = _size([*train, *held], longest, cut + cut_too, limit)
     described = [f"{_count(rows, held_rows, 'rows')}; text in {' + '.join(columns)}, labels in {', '.join(label)}"]
     record = record_of("text", labels, options, limit, text_columns=list(columns), label_columns=label)

@@ -176,6 +176,8 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     shown = ", ".join(f"{label} {count:,}" for label, count in list(counts.items())[:MANY])
     more = f", and {len(counts) - MANY:,} more" if len(counts) > MANY else ""
     what = "labels, several in a row" if labels.several else "classes"
+    if labels.several:
+        more += f"; {sum(not any(labels.encode(value)) for value in values):,} rows have none"  # type: ignore[arg-type]
     if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
         doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
     if stray := sum(isinstance(value, str) and value != value.strip() for value in values):
