@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ _UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     b"BZh": bz2.decompress,
     b"\xfd7zXZ": lzma.decompress,
 }
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # hardly any text has these
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -40,7 +42,7 @@ def read_text(path: Path, notes: list[str] | None = None, encoding: str | None =
         raise DataError(f"--encoding {encoding}: Python knows no encoding of this name.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not {used} text ({error.reason} at byte {error.start}): see --encoding.") from None
-    if text.count("\0") * 100 > len(text):
+    if len(_CONTROL.findall(text)) * 100 > len(text):
         raise DataError(f"{path} is not a text file, or not in {used}: save it as text, or see --encoding.")
     if notes is not None and used not in ("utf-8", "utf-8-sig"):
         notes.append(f"{path.name} was read as {used} (--encoding)")
