@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import command
 import pytest
@@ -294,6 +295,22 @@ def test_signals_that_a_launcher_passes_on_do_not_end_the_checkpoint(monkeypatch
         stop.request(number)
     with pytest.raises(KeyboardInterrupt):
         stop.request(signal.SIGINT)
+
+
+def test_several_processes_stop_after_the_same_step(monkeypatch):
+    """One of two has the signal: the mean is 0.5. All save, wait for each other, and stop."""
+    waited: list[int] = []
+    two = SimpleNamespace(num_processes=2, device="cpu", wait_for_everyone=lambda: waited.append(1))
+    monkeypatch.setattr("peft_sensi.cli.run.PartialState", lambda: two)
+    step = SimpleNamespace(is_world_process_zero=False, global_step=3, max_steps=9)
+    for others, stops in ((0.0, False), (0.5, True)):
+        monkeypatch.setattr("peft_sensi.cli.run.reduce", lambda flag, mean=others: torch.full_like(flag, mean))
+        stop, control = StopAfterStep(), SimpleNamespace(should_save=False)
+        stop.on_step_end(None, step, control)
+        assert control.should_save is stops and not waited
+    with pytest.raises(KeyboardInterrupt):
+        stop.on_save(None, step, control)
+    assert waited == [1]
 
 
 def test_scores_are_saved_as_soon_as_they_exist(work, tmp_path, monkeypatch):
