@@ -230,7 +230,12 @@ class SensiModel(AdapterOperations, BaseTuner):
                     f"Merging {list(adapter_names)} while {self.active_adapters} is active would combine the Linears "
                     f"of the one with the task head and the norms of the other. Call `set_adapter` first."
                 )
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        with undone_on_error(self):
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        with undone_on_error(self):
+            super().unmerge_adapter()
 
     def disable_adapter_layers(self) -> None:
         self._check_base("disable the adapter")
@@ -240,12 +245,17 @@ class SensiModel(AdapterOperations, BaseTuner):
         self._check_base("delete the adapter")
         others = [name for name in self.active_adapters if name != adapter_name]
         was_active = len(others) < len(self.active_adapters)
-        super().delete_adapter(adapter_name)
-        if was_active and self.peft_config and not any(layer.merged for layer in self._layers()):
-            # Each layer has activated one of the adapters that it has, which can be different ones.
-            self.set_adapter(others or min(self.peft_config))
+        with undone_on_error(self):
+            super().delete_adapter(adapter_name)
+            if was_active and self.peft_config and not any(layer.merged for layer in self._layers()):
+                # Each layer has activated one of the adapters that it has, which can be different ones.
+                self.set_adapter(others or min(self.peft_config))
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        with undone_on_error(self):
+            return self._unload(*args, **kwargs)
+
+    def _unload(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_codes()  # before anything is replaced
             names = kwargs.get("adapter_names") or self.active_adapters
