@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..anatomy.linears import bias_of, oriented, unpack
+from ..anatomy.linears import bias_of, check_weight, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
-from .layer import SensiLayer, check_weight
+from .layer import SensiLayer
 from .masters import warn_of_short
 from .sources import Source
 from .weights import version_of
@@ -34,7 +34,7 @@ class SensiLinear(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        check_weight(self, x)
+        check_weight(self.base_layer, x)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

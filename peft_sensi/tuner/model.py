@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import is_quantized, not_mergeable
+from ..anatomy.linears import check_weight, is_quantized, not_mergeable
 from ..anatomy.modules import move_hooks, task_head, unwrapped
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
+from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
 from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
@@ -164,7 +164,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                     if self._sensi_source is not None:
                         copy_saved_modules(model, self._sensi_source, adapter_name)
                     replicas.check_launcher(any(slice_.has_integers for slice_, _ in decision.slices.values()))
-                if not low_cpu_mem_usage and not new_parameters_are_empty():
+                if not low_cpu_mem_usage and not replicas.new_parameters_are_empty():
                     replicas.allocate_adapter(model)
                 replicas.copy_weights_from_rank_0(model)  # some parts of an adapter start from random values
         finally:
@@ -286,7 +286,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def _check_codes(self) -> None:
         for layer in self._layers():
-            check_weight(layer)
+            check_weight(layer.get_base_layer())
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 
