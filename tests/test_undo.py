@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,10 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
     configs.pop("head_settings")
     interrupts = 0
     for at in sorted({*range(1, whole.lines, max(1, whole.lines // points)), *range(whole.lines - 3, whole.lines)}):
-        with pytest.raises(KeyboardInterrupt), Interrupt(at):
+        with suppress(KeyboardInterrupt), Interrupt(at) as run:
             operate(model, folder)
+        if run.lines < at:  # it ran fewer lines than the first time, so it has ended
+            break
         interrupts += 1
         if state(model) != before:
             assert name in ("trim", "load a third") and at > whole.lines - 10, f"line {at} of {whole.lines}"

@@ -18,6 +18,7 @@ from .compression import PARTS, encode
 from .functional import Pair
 from .integers import keep_integers
 from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
+from .masters import without_rounding
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .values import round_integers
@@ -98,7 +99,6 @@ class SensiLayer(ComposedWeights):
                 tensor = tensor + torch.randn_like(tensor) * scale.clamp_min(0.1)
             parameter = nn.Parameter(tensor.contiguous(), requires_grad=spec.trained and active)
             getattr(self, f"sensi_{name}")[adapter_name] = parameter
-        keep_integers(self, adapter_name)
         self._freeze_parts()
         self.update_parents()
 
@@ -290,6 +290,16 @@ class SensiLayer(ComposedWeights):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
 
     # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._sensi_fused.clear()
+        codes = [*self.sensi_codes.values(), *self.sensi_scales.values()]
+        masters = (p for name in self.tensor_names for p in getattr(self, name).values())
+        with torch.no_grad():  # what `unmerge` puts back goes where the base goes
+            tensors: list[Any] = [tensor for pair in self._sensi_unmerged for tensor in pair]
+            tensors = [t if t is None else nn.Parameter(fn(t), t.requires_grad) for t in tensors]
+        self._sensi_unmerged = list(zip(tensors[::2], tensors[1::2], strict=True))
+        return super()._apply(without_rounding(fn, masters, codes), recurse)
 
     def _freeze_parts(self) -> None:
         for adapter_name, frozen in self.sensi_frozen.items():

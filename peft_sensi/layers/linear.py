@@ -123,6 +123,3 @@ class SensiLinear(SensiLayer):
             return base.weight, base.bias
         weight, bias = self._combined(active)
         return cast((oriented(base, weight), bias), base.weight.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sensi_fused": {}}

@@ -17,7 +17,6 @@ from .compression import PARTS, decode
 from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
 from .integers import Noted, keep_integers
 from .marks import Mark
-from .masters import without_rounding
 from .slices import Slice, tensor_specs
 from .sources import Source
 from .updates import learned_mask, unpack_mask
@@ -207,16 +206,10 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
             parts["up"] = parts["up"] * slice_.scale
         return {part: parts[part] for part in PARTS if part in parts}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._sensi_fused.clear()
-        codes = [*self.sensi_codes.values(), *self.sensi_scales.values()]
-        masters = (p for name in self.tensor_names for p in getattr(self, name).values())
-        with torch.no_grad():  # what `unmerge` puts back goes where the base goes
-            pairs = [
-                [None if t is None else nn.Parameter(fn(t), t.requires_grad) for t in p] for p in self._sensi_unmerged
-            ]
-        self._sensi_unmerged = [(weight, bias) for weight, bias in pairs]
-        return super()._apply(without_rounding(fn, masters, codes), recurse)
+    def __getstate__(self) -> dict[str, Any]:
+        for name in self.sensi_slices:  # the copy may become one of averages
+            keep_integers(self, name)
+        return {**super().__getstate__(), "_sensi_fused": {}}
 
     def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""

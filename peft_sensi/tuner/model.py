@@ -76,7 +76,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another model: its schedules are not stepped until it gets a `Schedule` of its own.
-        return {**self.__dict__, "sensi_stepped": frozenset()}
+        return {**super().__getstate__(), "sensi_stepped": frozenset()}
 
     # -- wrapping -----------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,6 @@ def wrap_module(
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
-        layer.sensi_integers.pop(adapter_name, None)  # those of the file will come
     return layer
 
 
