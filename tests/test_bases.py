@@ -260,6 +260,26 @@ def test_a_frozen_layer_stays_frozen(options, tmp_path):
         assert torch.equal(logits(again), logits(model))
 
 
+def test_a_bias_that_was_frozen_alone_is_reported():
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(".query.bias"))
+    with pytest.warns(UserWarning, match=r"of 2 modules was frozen before the wrap, such as in '.*query'"):
+        wrap(model, **TRIM)
+
+
+@pytest.mark.parametrize("part", ["classifier", "bert.encoder.layer.0.attention.self.query"])
+def test_a_lazy_module_needs_a_forward_pass_first(part):
+    model = tiny_model()
+    linear = model.get_submodule(part)
+    model.set_submodule(part, nn.LazyLinear(linear.out_features))
+    with pytest.raises(SensiError, match=f"'{part}.weight' has no values yet"):
+        wrap(model, **TRIM)
+    assert isinstance(model.get_submodule(part), nn.LazyLinear)
+    logits(model)
+    assert logits(wrap(model, **TRIM)).shape == (4, 3)
+
+
 def test_what_is_named_is_trained_and_reported():
     with pytest.warns(UserWarning, match="`target_modules` names them"):
         model = wrap(frozen("bert.encoder.layer.0"), target_modules=["query", "value"], budget={"trainable": 1.0})

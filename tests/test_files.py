@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from tiny import (
 )
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
+from peft_sensi.reporting.saved import open_adapter
 
 
 SPARSE = {"update": "low_rank+sparse", "rank": 2, "sparse": 9, "target_modules": ["query", "value"]}
@@ -113,6 +116,40 @@ def test_no_pickle_is_written(tmp_path):
     lora = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
     lora.save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").exists()
+
+
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda text: b"",
+    "truncated": lambda text: text[: len(text) // 2],
+    "no JSON": lambda text: b"{peft_type: SENSI}",
+    "a list": lambda text: b"[" + text + b"]",
+    "null": lambda text: b"null",
+    "a number": lambda text: b"3",
+    "UTF-16": lambda text: text.decode().encode("utf-16"),
+    "nested": lambda text: b"[" * 100_000,
+    "no type": lambda text: b"{}",
+    "an unknown type": lambda text: text.replace(b"SENSI", b"LORAX"),
+    "a list as type": lambda text: text.replace(b'"SENSI"', b'["SENSI"]'),
+}
+READERS: dict[str, Callable[[Path], Any]] = {
+    "PeftModel": lambda folder: PeftModel.from_pretrained(tiny_model(), folder),
+    "a keyword": lambda folder: PeftModel.from_pretrained(model=tiny_model(), model_id=str(folder)),
+    "a subfolder": lambda folder: PeftModel.from_pretrained(tiny_model(), folder.parent, subfolder=folder.name),
+    "a second adapter": lambda folder: wrap(tiny_model(), **TRIM).load_adapter(folder, "second"),
+    "SensiConfig": lambda folder: SensiConfig.from_pretrained(folder),
+    "Transformers": lambda folder: tiny_model().load_adapter(str(folder)),
+    "the command": lambda folder: open_adapter(folder),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_config(folder, name):
+    """PEFT reads the config before it knows that the adapter is ours, and raises the errors of `json`."""
+    path = folder / "adapter_config.json"
+    path.write_bytes(DAMAGED[name](path.read_bytes()))
+    for reader, read in READERS.items():
+        with pytest.raises(SensiLoadError, match=str(path) if reader != "the command" else str(folder)):
+            read(folder)
 
 
 def test_a_truncated_file(folder):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load, save_file
-from tiny import TRIM, TUNE, logits, tiny_batches, tiny_model, wrap
+from tiny import TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, wrap
 
 from peft_sensi import SensiConfig
 from peft_sensi.layers.saved import SavedWhole
@@ -143,3 +144,101 @@ def test_masters_are_compiled_without_graph_breaks():
     outputs = logits(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), outputs)
+
+
+# -- casts after the wrap ---------------------------------------------------------------------------------------------
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to": lambda model: model.to(torch.bfloat16),
+    "to dtype": lambda model: model.to(dtype=torch.float16),
+    "to device and dtype": lambda model: model.to("cpu", torch.bfloat16),
+    "to like": lambda model: model.to(torch.zeros(1, dtype=torch.bfloat16)),
+    "the inner model": lambda model: model.get_base_model().half() and model,
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_after_the_wrap_leaves_the_masters(cast, tmp_path):
+    """The model is then as if the base had had this dtype when it was wrapped."""
+    model = wrap(tiny_model(), **TRIM | {"also_train": ["norms", "pooler", "output_biases"]})
+    steps(model, 3, 1e-3)
+    model(**tiny_batches(1)[0]).loss.backward()  # casts move gradients too
+    before = {n: p.detach().clone() for n, p in trainable(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        CASTS[cast](model)
+        dtype = model.get_base_model().bert.embeddings.word_embeddings.weight.dtype
+        outputs = logits(model)
+        model.train()(**tiny_batches(1)[0])
+    assert outputs.dtype == dtype in SHORT
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainable(model).values())
+    assert all(torch.equal(p, before[n]) for n, p in trainable(model).items())
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {dtype} and torch.equal(logits(merged), outputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(dtype=dtype), tmp_path)
+    assert torch.equal(logits(again), outputs)
+    moved = steps(model)
+    assert min(share for name, share in moved.items() if "modules_to_save" in name or "sensi_" in name) > 0.5
+
+
+@pytest.mark.parametrize("options", [TRIM, {"update": "low_rank+sparse", "rank": 2, "sparse": 8}], ids=str)
+def test_a_cast_there_and_back(options):
+    """Evaluation in 16 bits must not cost what was trained. `Trainer` casts with `bf16_full_eval` and stays there."""
+    model = wrap(tiny_model(dtype=torch.bfloat16), **options)
+    steps(model, 3, 1e-3)
+    outputs, before = logits(model), {n: p.detach().clone() for n, p in trainable(model).items()}
+    model.float()
+    wide = logits(model)
+    torch.testing.assert_close(logits(model.double()).float(), wide, atol=1e-4, rtol=1e-4)
+    model.bfloat16()
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in trainable(model).items())
+    assert torch.equal(logits(model.float().bfloat16()), outputs)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_cast_leaves_codes(kind, tmp_path):
+    model = wrap(tiny_model(), **TRIM)
+    steps(model, 3, 1e-3)
+    model.base_model.compress(kind)
+    outputs, codes = logits(model), {n: t.clone() for n, t in model.state_dict().items() if "sensi_" in n}
+    for cast in (model.half, model.bfloat16, model.float):
+        cast()
+        assert_same_tensors({n: t for n, t in model.state_dict().items() if n in codes}, codes)
+    model.save_pretrained(tmp_path)
+    assert logits(PeftModel.from_pretrained(tiny_model(), tmp_path)).shape == outputs.shape
+
+
+def test_a_cast_of_a_merged_model_reaches_what_unmerging_puts_back():
+    model = wrap(tiny_model(), **TRIM)
+    steps(model, 3, 1e-3)
+    model.merge_adapter()
+    model.bfloat16()
+    merged = logits(model)
+    model.unmerge_adapter()
+    assert {p.dtype for n, p in model.named_parameters() if "base_layer" in n} == {torch.bfloat16}
+    assert torch.equal(logits(model), merged)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_model(dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("convert", ["data", "assign", "modules"])
+def test_values_that_were_converted_one_by_one_warn_in_training_only(convert):
+    model = wrap(tiny_model(dtype=torch.bfloat16), **TRIM)
+    if convert == "data":  # as TRL does on a quantized base
+        for parameter in trainable(model).values():
+            parameter.data = parameter.data.bfloat16()
+    elif convert == "modules":
+        for module in model.modules():
+            module.bfloat16()
+    else:
+        state = {n: t.bfloat16() if t.is_floating_point() else t for n, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        logits(model)
+    model.train()
+    with pytest.warns(UserWarning, match="float32"):
+        model(**tiny_batches(1)[0])

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -641,6 +642,32 @@ def test_changed_tensors_are_refused(form, change, both_forms, remote, tmp_path)
     if form == "record":
         with pytest.raises(ValueError, match="tensors of the weights file were changed"):
             remote(folder)
+
+
+def not_finite(path: Path) -> None:
+    tensors = load(path.read_bytes())
+    tensors["classifier.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# Changes of the weights file that a hash of its header does not show.
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "NaN": not_finite,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-4]),
+    "cut off in the header": lambda path: path.write_bytes(path.read_bytes()[:99]),
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + bytes(4)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_refused_on_both_ways(damage, both_forms, remote, tmp_path):
+    folder = shutil.copytree(both_forms["record"], tmp_path / "folder")
+    DAMAGES[damage](weights_file(folder))
+    with pytest.raises(SensiLoadError, match="NaN or infinity" if damage == "NaN" else "not a whole safetensors file"):
+        load_merged(folder)
+    with pytest.raises((OSError, ValueError), match="NaN or inf" if damage == "NaN" else "not a whole safetensors fi"):
+        remote(folder)
 
 
 def test_without_the_hash_a_lost_tensor_is_refused_by_the_modeling_file(both_forms, remote, tmp_path):

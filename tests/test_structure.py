@@ -93,6 +93,22 @@ class Derived(BertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+class Prefixed(BertPreTrainedModel):
+    """Transformers' name for the transformer, a second transformer beside it, and two heads in a list."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.bert, self.other = AutoModel.from_config(config), AutoModel.from_config(config)
+        self.heads = nn.ModuleList([nn.Linear(32, 3), nn.Linear(32, 3)])
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **_):
+        parts = zip(self.heads, (self.bert, self.other), strict=True)
+        logits = sum(head(part(input_ids, attention_mask).pooler_output) for head, part in parts)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
 class Chain(nn.Sequential):
     """The parts have numbers, like the layers of the transformer."""
 
@@ -136,6 +152,7 @@ MODELS = {
     "listed": (lambda: Listed(head="heads"), ["heads.0", "heads.1"]),
     "deep": (Deep, ["tower.project"]),
     "derived": (lambda: Derived(tiny_config("bert")), ["answer"]),
+    "prefixed": (lambda: Prefixed(tiny_config("bert", num_hidden_layers=1)), ["heads.0", "heads.1"]),
     "a classifier with a head of its own": (
         lambda: nn.ModuleDict({"inner": tiny_model(), "extra": nn.Linear(3, 3)}),
         ["inner.classifier", "extra"],
@@ -250,6 +267,14 @@ def test_a_parameter_that_stays_frozen_is_reported():
     model.scale = nn.Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="'scale' is outside of the transformer and stays frozen"):
         get_peft_model(model, SensiConfig(budget=0.5, score="random"))
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda: Prefixed(tiny_config("bert", num_hidden_layers=1))])
+def test_a_parameter_of_a_transformers_model_that_stays_frozen_is_reported(make):
+    model = make()
+    model.scales = nn.ParameterList([nn.Parameter(torch.ones(3))])
+    with pytest.warns(UserWarning, match="'scales.0' is outside of the transformer and stays frozen"):
+        get_peft_model(model, SensiConfig(budget=0.5, score="random", task_type="SEQ_CLS"))
 
 
 def test_a_model_of_own_blocks_says_what_stays_frozen():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from tiny import (
 )
 
 import peft_sensi
-from peft_sensi import AnatomyError, SensiConfig, SensiError, compute_scores
+from peft_sensi import AnatomyError, SensiConfig, SensiError, compute_scores, save_merged
+from peft_sensi.layers.layer import SensiLayer
 
 
 OPTIONS: dict[str, Any] = {"score": "taylor", "priming_steps": 1, "calibration_steps": 1, "task_type": "SEQ_CLS"}
@@ -172,6 +175,95 @@ def test_an_interrupted_second_adapter_leaves_the_first_as_it_was():
             model.add_adapter("second", config())
         assert state(model) == before, at
     assert torch.equal(logits(model), outputs)
+
+
+def save_merged_of(model, folder):
+    save_merged(model, folder / "merged")
+
+
+# For each operation on a wrapped model: what prepares the model, and the operation.
+OPERATIONS: dict[str, tuple[Any, Any]] = {
+    "merge": (None, lambda model, folder: model.merge_adapter()),
+    "unmerge": (lambda model: model.merge_adapter(), lambda model, folder: model.unmerge_adapter()),
+    "merge and unload": (None, lambda model, folder: model.merge_and_unload()),
+    "unload": (None, lambda model, folder: model.unload()),
+    "delete": (None, lambda model, folder: model.delete_adapter("default")),
+    "activate": (None, lambda model, folder: model.set_adapter("second")),
+    "compress": (None, lambda model, folder: model.base_model.compress("int8")),
+    "trim": (None, lambda model, folder: model.base_model.trim(0.3, calibration=tiny_batches(1), refit=True)),
+    "save": (None, lambda model, folder: model.save_pretrained(folder / "saved")),
+    "save merged": (None, save_merged_of),
+    "load a third": (None, lambda model, folder: model.load_adapter(folder, "third")),
+}
+
+
+def interrupt_operation(name: str, folder: Path, points: int) -> int:
+    """Interrupts an operation at evenly spread lines, and at the last ones. Returns how often it was interrupted."""
+    prepare, operate = OPERATIONS[name]
+
+    model = trained(**TRIM)
+    model.add_adapter("second", SensiConfig(budget=0.3, score="magnitude", task_type="SEQ_CLS"))
+    model.bfloat16()  # so that parts that are saved whole are rounded when they are merged
+    if prepare is not None:
+        prepare(model)
+    for other in (copy.deepcopy(model), copy.deepcopy(model)):  # the first call runs lines that no later call runs
+        logits(other)
+        with Interrupt() as whole:
+            operate(other, folder)
+    outputs = logits(model)
+    before, tensors, configs = state(model), snapshot(model), copy.deepcopy(vars(model.peft_config["default"]))
+    configs.pop("head_settings")
+    interrupts = 0
+    for at in sorted({*range(1, whole.lines, max(1, whole.lines // points)), *range(whole.lines - 3, whole.lines)}):
+        with suppress(KeyboardInterrupt), Interrupt(at) as run:
+            operate(model, folder)
+        if run.lines < at:  # it ran fewer lines than the first time, so it has ended
+            break
+        interrupts += 1
+        if state(model) != before:
+            assert name in ("trim", "load a third") and at > whole.lines - 10, f"line {at} of {whole.lines}"
+            break
+        now = vars(model.peft_config["default"])
+        assert {key: now[key] for key in configs} == configs, f"line {at} of {whole.lines}"
+    else:
+        assert_same_tensors(snapshot(model), tensors)
+        assert torch.equal(logits(model), outputs)
+        operate(model, folder)
+    return interrupts
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_interrupted_operation_leaves_the_model_as_it_was(name, folder):
+    assert interrupt_operation(name, folder, 5) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_many_interrupted_operations(name, folder):
+    print(interrupt_operation(name, folder, 150), "interrupts")
+
+
+def test_a_save_that_fails_leaves_an_adapter_that_can_be_trained(tmp_path, monkeypatch):
+    """PEFT sets `inference_mode` while it saves. A trim would then freeze what is trained."""
+    model = trained(**TRIM)
+    monkeypatch.setattr("peft_sensi.tuner.config.write_atomically", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path)
+    assert not model.peft_config["default"].inference_mode
+    model.base_model.trim(0.3)
+    assert any(".sensi_weight" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_safe_merge_that_fails_changes_nothing():
+    model = trained(**TRIM)
+    layers = [m for m in model.modules() if isinstance(m, SensiLayer)]
+    with torch.no_grad():
+        layers[-1].sensi_bias["default"].fill_(float("nan"))
+    before = state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN"):
+            merge(safe_merge=True)
+        assert state(model) == before
 
 
 def test_a_load_that_fails_after_the_injection(folder, monkeypatch):

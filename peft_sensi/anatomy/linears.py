@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.errors import SensiError
+from ..utils.replicas import offloaded
 
 
 # The classes that can be targeted. `Conv1D` is GPT-2's Linear; it stores its weight as `[in, out]`.
@@ -129,6 +130,22 @@ def dequantized(linear: Any) -> torch.Tensor:
         else:
             weight = dequantize_module_weight(linear)
     return weight.detach().reshape(linear.out_features, linear.in_features)
+
+
+def check_weight(base: Any, x: torch.Tensor | None = None) -> None:
+    """Raises `SensiError` if the base's weight cannot be used, because the model was changed after it was wrapped.
+
+    `x` is the input of a forward pass. Accelerate loads offloaded weights when it calls the module that holds them,
+    and the layer does not call it.
+    """
+    if not isinstance(base.weight, torch.Tensor):
+        raise SensiError(
+            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
+            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
+            f"`merge_and_unload()`, and quantize the merged model."
+        )
+    if x is not None and base.weight.is_meta and not x.is_meta:
+        raise offloaded()
 
 
 def unpack(linear: Any) -> None:

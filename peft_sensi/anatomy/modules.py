@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, cast
 
 import torch
@@ -96,10 +96,10 @@ def task_head(model: nn.Module) -> list[str]:
     if embedding_of(model, "output") is not None:
         return []
     prefix, children = getattr(model, "base_model_prefix", ""), list(_with_parameters(model))
+    bases: dict[str, nn.Module] = {**transformers_in(model)}
     if prefix in children:
-        return [name for name in children if name != prefix]
-    bases = transformers_in(model)
-    if is_bare(model) or not bases:
+        bases[prefix] = model.get_submodule(prefix)
+    elif is_bare(model) or not bases:
         return [name for name in children if name in _HEAD_NAMES]
     return _outside(model, "", bases, embedding_of(model, "input"))
 
@@ -113,23 +113,36 @@ def _with_parameters(model: nn.Module) -> Iterator[str]:
     return (name for name, child in model.named_children() if any(True for _ in child.parameters()))
 
 
-def _outside(module: nn.Module, path: str, bases: dict[str, PreTrainedModel], table: nn.Module | None) -> list[str]:
+def _outside(module: nn.Module, path: str, bases: Mapping[str, nn.Module], table: nn.Module | None) -> list[str]:
     """Paths of the modules below `module` that are outside of the transformers `bases`, and of the heads of these."""
     found: list[str] = []
     for name in _with_parameters(module):
         child, full = module.get_submodule(name), f"{path}{name}"
         if full in bases:
             found += [f"{full}.{head}" for head in task_head(child)]
-        elif any(base.startswith(f"{full}.") for base in bases) or isinstance(child, nn.ModuleList | nn.ModuleDict):
-            found += _outside(child, f"{full}.", bases, table)  # PEFT cannot save a list or a dict of modules whole
+        elif any(base.startswith(f"{full}.") for base in bases):
+            found += _outside(child, f"{full}.", bases, table)
         elif base_of(child) is not table:
-            found.append(full)
+            found += _wholes(child, full)
     return found
+
+
+def _wholes(module: nn.Module, path: str) -> list[str]:
+    """The paths of what PEFT can save whole of a module: itself, or what is inside if it is a list or a dict."""
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return []
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [p for name in _with_parameters(module) for p in _wholes(module.get_submodule(name), f"{path}.{name}")]
+    return [path]
 
 
 def head_parameters_outside_modules(model: nn.Module) -> list[str]:
     """Names of parameters outside the base transformers that no module of `task_head` holds. PEFT cannot save them."""
-    bases = {} if isinstance(model, PreTrainedModel) else transformers_in(model)
+    bases = list(transformers_in(model))
+    if isinstance(model, PreTrainedModel):
+        prefix = model.base_model_prefix
+        known = prefix in dict(model.named_children()) and embedding_of(model, "output") is None
+        bases = [prefix, *bases] if known else []
     inside = tuple(f"{name}." for name in (*bases, *task_head(model)))
     return [name for name, _ in model.named_parameters() if not name.startswith(inside)] if bases else []
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .layer import SensiLayer, check_weight
+from ..anatomy.linears import check_weight
+from .layer import SensiLayer
 
 
 class SensiEmbedding(SensiLayer):
@@ -20,7 +21,7 @@ class SensiEmbedding(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(ids)
-        check_weight(self, ids)
+        check_weight(self.base_layer, ids)
         if len(active) > 1:
             self.check_combination(active)
             return F.embedding(ids, self._combined(active)[0].to(self.base_layer.weight.dtype))

@@ -13,12 +13,15 @@ from torch import nn
 
 from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
 from ..utils.errors import SensiError
-from ..utils.replicas import offloaded
+from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
 from .functional import Pair
+from .integers import keep_integers
 from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
+from .masters import without_rounding
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
+from .values import round_integers
 from .weights import ComposedWeights
 
 
@@ -47,7 +50,13 @@ class SensiLayer(ComposedWeights):
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
     # All stored tensors, in the order of the table.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
-    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_plans", "sensi_frozen")
+    other_param_names = (
+        *tensor_names[len(adapter_layer_names) :],
+        "sensi_slices",
+        "sensi_plans",
+        "sensi_frozen",
+        "sensi_integers",
+    )
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
@@ -95,7 +104,7 @@ class SensiLayer(ComposedWeights):
 
     def discard_parts(self, adapter_name: str) -> None:
         """Removes an adapter from this layer. Unlike `delete_adapter`, it never activates another adapter."""
-        for name in (*self.tensor_names, "sensi_slices", "sensi_plans"):
+        for name in (*self.tensor_names, "sensi_slices", "sensi_plans", "sensi_integers"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self.sensi_unchecked.discard(adapter_name)
@@ -136,6 +145,7 @@ class SensiLayer(ComposedWeights):
         mask = top_mask(scores.index_select(slice_.dim, rank), slice_.sparsity)
         with torch.no_grad():
             self.sensi_bits[adapter_name].copy_(pack_mask(mask))
+        self.sensi_integers.pop(adapter_name, None)
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
@@ -260,21 +270,36 @@ class SensiLayer(ComposedWeights):
         return {name: slice_mark(self.sensi_slices[name], plan) for name, plan in self.sensi_plans.items()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name in self.sensi_slices:
+            keep_integers(self, name)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if marks_are_written():
             destination[prefix + LAYER_MARK] = marks_to_tensor(self.marks())
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
     ) -> None:
         self._sensi_fused.clear()
         if (key := prefix + LAYER_MARK) in state_dict:
             check_marks(state_dict[key], self.marks(), key)  # before PyTorch writes a value into this layer
         elif marks_are_written() and (ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None)):
             warn_of_no_mark(ours)
+        for name in self.sensi_slices:
+            round_integers(state_dict, {f"{prefix}sensi_{part}.{name}": p for part, p in self.own_parts(name).items()})
+        self.sensi_integers.clear()  # others may come now
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
 
     # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._sensi_fused.clear()
+        codes = [*self.sensi_codes.values(), *self.sensi_scales.values()]
+        masters = (p for name in self.tensor_names for p in getattr(self, name).values())
+        with torch.no_grad():  # what `unmerge` puts back goes where the base goes
+            tensors: list[Any] = [tensor for pair in self._sensi_unmerged for tensor in pair]
+            tensors = [t if t is None else nn.Parameter(fn(t), t.requires_grad) for t in tensors]
+        self._sensi_unmerged = list(zip(tensors[::2], tensors[1::2], strict=True))
+        return super()._apply(without_rounding(fn, masters, codes), recurse)
 
     def _freeze_parts(self) -> None:
         for adapter_name, frozen in self.sensi_frozen.items():
@@ -322,29 +347,3 @@ def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, An
     """The adapter layers of a model by name: all of them, or those that have a slice of one adapter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SensiLayer)}
     return {n: layer for n, layer in layers.items() if adapter_name is None or adapter_name in layer.sensi_slices}
-
-
-def new_parameters_are_empty() -> bool:
-    """Whether new parameters are created on `meta`.
-
-    Under `low_cpu_mem_usage` PEFT builds the tuner inside Accelerate's `init_empty_weights`. No flag says so, but a
-    new parameter shows it.
-    """
-    return nn.ParameterList([torch.empty(1)])[0].is_meta
-
-
-def check_weight(layer: SensiLayer, x: torch.Tensor | None = None) -> None:
-    """Raises `SensiError` if the base's weight cannot be used, because the model was changed after it was wrapped.
-
-    `x` is the input of a forward pass. Accelerate loads offloaded weights when it calls the module that holds them,
-    and the layer does not call it.
-    """
-    base: Any = layer.get_base_layer()
-    if not isinstance(base.weight, torch.Tensor):
-        raise SensiError(
-            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
-            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
-            f"`merge_and_unload()`, and quantize the merged model."
-        )
-    if x is not None and base.weight.is_meta and not x.is_meta:
-        raise offloaded()

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..anatomy.linears import bias_of, oriented, unpack
+from ..anatomy.linears import bias_of, check_weight, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
-from .layer import SensiLayer, check_weight
+from .layer import SensiLayer
+from .masters import warn_of_short
 from .sources import Source
 from .weights import version_of
 
@@ -33,7 +34,7 @@ class SensiLinear(SensiLayer):
         active = self._applied()
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        check_weight(self, x)
+        check_weight(self.base_layer, x)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -49,6 +50,8 @@ class SensiLinear(SensiLayer):
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
         )
         plain = sharded or torch.compiler.is_compiling()
+        if self.training and not sharded and torch.is_grad_enabled():
+            warn_of_short(self.own_parts(name).values())
         if slice_.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
             pair = weight, self.base_layer.bias if bias is None else bias
@@ -120,10 +123,3 @@ class SensiLinear(SensiLayer):
             return base.weight, base.bias
         weight, bias = self._combined(active)
         return cast((oriented(base, weight), bias), base.weight.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SensiLinear:
-        self._sensi_fused.clear()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sensi_fused": {}}

@@ -3,8 +3,11 @@
 `torch.save(model.state_dict())`, `accelerate.save_state`, checkpoints of Lightning and copies with averaged weights
 know nothing of PEFT's two files. The values of an adapter have a meaning only together with its plan, which says to
 which units they belong. So each layer adds an entry `plan_mark._extra_state` to the state dict, a hash of what its
-values mean, and refuses an entry that differs. A hash has the same size for every plan, so that loaders which fill
-existing tensors (DCP) can read it. The entry is a tensor, because safetensors holds nothing else.
+values mean, and refuses an entry that differs. The entry is a tensor, because safetensors holds nothing else.
+
+Loaders that fill existing tensors (DCP) have overwritten the model's values before they ask it. But they compare all
+shapes first. So the width of an entry depends on the hash: it has up to 255 zeros after it. Such a loader refuses
+another plan with "Size mismatch ... for ...plan_mark._extra_state", and writes nothing.
 """
 
 from __future__ import annotations
@@ -46,20 +49,25 @@ def slice_mark(slice_: Slice, plan: bytes) -> bytes:
 
 
 def marks_to_tensor(marks: Mapping[str, bytes]) -> torch.Tensor:
-    """Marks by adapter as uint8 `[adapters, 64]`: in each row a hash of the adapter's name, then its mark."""
-    rows = b"".join(hashlib.sha256(name.encode()).digest() + mark for name, mark in sorted(marks.items()))
+    """Marks by adapter as uint8 `[adapters, 64 to 319]`: each row is a hash of the name, the mark, and zeros.
+
+    How many zeros there are depends on the marks, so that other marks usually have another shape.
+    """
+    rows = [hashlib.sha256(name.encode()).digest() + mark for name, mark in sorted(marks.items())]
+    zeros = bytes(hashlib.sha256(b"".join(rows)).digest()[0])
     # A new tensor each time: copies that average all entries in place (EMA) then leave the marks alone.
-    return torch.tensor(list(rows), dtype=torch.uint8, device="cpu").view(-1, 2 * _LENGTH)
+    flat = torch.tensor(list(b"".join(row + zeros for row in rows)), dtype=torch.uint8, device="cpu")
+    return flat.view(len(rows), 2 * _LENGTH + len(zeros))
 
 
 def check_marks(stored: Any, marks: Mapping[str, bytes], where: str) -> None:
     """Raises `SensiLoadError` if a mark in `stored` (see `marks_to_tensor`) differs from that of the same adapter."""
-    if not isinstance(stored, torch.Tensor) or stored.dim() != 2 or stored.shape[1] != 2 * _LENGTH:
+    if not isinstance(stored, torch.Tensor) or stored.dim() != 2 or stored.shape[1] < 2 * _LENGTH:
         raise SensiLoadError(f"{where!r} in the state dict does not hold the mark of a plan.")
     # A dtype of a copy, such as the average of float tensors, may be another one; bytes survive it up to rounding.
     rounded = stored.detach().cpu().double().round().clamp(0, 255).to(torch.uint8)
     rows = [bytes(row) for row in rounded.tolist()]
-    theirs = {row[:_LENGTH]: row[_LENGTH:] for row in rows}
+    theirs = {row[:_LENGTH]: row[_LENGTH : 2 * _LENGTH] for row in rows}
     for name, mark in marks.items():
         if theirs.get(hashlib.sha256(name.encode()).digest(), mark) != mark:
             raise SensiLoadError(

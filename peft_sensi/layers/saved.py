@@ -10,9 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..anatomy.linears import has_codes, is_plain_embedding
-
-
-_SHORT = (torch.float16, torch.bfloat16)
+from .masters import SHORT, warn_of_short, without_rounding
 
 
 class SavedWhole(ModulesToSaveWrapper):
@@ -29,7 +27,7 @@ class SavedWhole(ModulesToSaveWrapper):
     def hold_masters(self, adapter_name: str) -> None:
         """Makes the 16-bit weights of the adapter's copy float32."""
         for parameter in self.modules_to_save[adapter_name].parameters():
-            if parameter.dtype in _SHORT and not has_codes(parameter):
+            if parameter.dtype in SHORT and not has_codes(parameter):
                 parameter.data = parameter.data.float()
 
     def rounded(self, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -38,8 +36,11 @@ class SavedWhole(ModulesToSaveWrapper):
         return {
             name: parameter.to(dtypes[name])
             for name, parameter in self.modules_to_save[adapter_name].named_parameters()
-            if dtypes.get(name) in _SHORT and parameter.dtype not in _SHORT
+            if dtypes.get(name) in SHORT and parameter.dtype not in SHORT
         }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        return super()._apply(without_rounding(fn, self.modules_to_save.parameters()), recurse)
 
     def _get_name(self) -> str:
         return ModulesToSaveWrapper.__name__  # in printed models and in PEFT's messages
@@ -49,6 +50,8 @@ class SavedWhole(ModulesToSaveWrapper):
             return self._forward_wrapped_passthrough(*args, **kwargs)
         name = self.active_adapters[0]
         module = self.modules_to_save[name]
+        if self.training and torch.is_grad_enabled() and not getattr(module, "_is_fsdp_managed_module", False):
+            warn_of_short(module.parameters())
         if is_plain_embedding(module):  # rounding the rows that were looked up is the same, and cheaper
             return module(*args, **kwargs).to(self.original_module.weight.dtype)
         rounded = self.rounded(name)
@@ -63,8 +66,10 @@ class SavedWhole(ModulesToSaveWrapper):
         module: nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)
         if module is not self.original_module:
             with torch.no_grad():
-                for name, value in self.rounded(self.active_adapters[0]).items():
-                    module.get_parameter(name).data = value
+                rounded = [(module.get_parameter(n), v) for n, v in self.rounded(self.active_adapters[0]).items()]
+                new = {id(master): nn.Parameter(value, master.requires_grad) for master, value in rounded}
+            for owner in module.modules():  # the masters themselves do not change, so a failed merge can be undone
+                owner._parameters.update({n: new[id(p)] for n, p in owner._parameters.items() if id(p) in new})
         return module
 
 

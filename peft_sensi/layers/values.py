@@ -62,3 +62,15 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     values = tensor.float() if tensor.dtype == torch.float64 else tensor  # loading rounds float64 to float32
     if not torch.isfinite(values).all():
         raise SensiLoadError(f"{where}: {name!r} contains NaN or infinity.")
+
+
+def round_integers(tensors: dict[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
+    """Rounds those of the `tensors`, in place of the dict, that are floats but are integers in `like`.
+
+    A copy with averaged weights (EMA) may hold positions and masks as floats such as 4.9999995,
+    which PyTorch loads as 4.
+    """
+    for name, parameter in like.items():
+        tensor = tensors.get(name)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not parameter.is_floating_point():
+            tensors[name] = tensor.round().to(parameter.dtype)

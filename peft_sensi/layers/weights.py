@@ -15,6 +15,7 @@ from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
 from ..utils.errors import SensiLoadError
 from .compression import PARTS, decode
 from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
+from .integers import Noted, keep_integers
 from .marks import Mark
 from .slices import Slice, tensor_specs
 from .sources import Source
@@ -35,6 +36,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.sensi_slices: dict[str, Slice] = {}
         # The mark of each adapter's plan (see `marks`).
         self.sensi_plans: dict[str, bytes] = {}
+        self.sensi_integers: dict[str, Noted] = {}
         self.plan_mark = Mark()
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
@@ -158,6 +160,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
 
     def _parts(self, name: str, slice_: Slice) -> Parts:
         device = self.get_base_layer().weight.device
+        if not torch.compiler.is_compiling():
+            keep_integers(self, name)
         places, bits, scores = (self.part(part, name) for part in ("places", "bits", "scores"))
         mask = None
         if scores is not None and slice_.sparsity is not None:
@@ -201,6 +205,11 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         if "up" in parts and slice_.scale != 1:
             parts["up"] = parts["up"] * slice_.scale
         return {part: parts[part] for part in PARTS if part in parts}
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name in self.sensi_slices:  # the copy may become one of averages
+            keep_integers(self, name)
+        return {**super().__getstate__(), "_sensi_fused": {}}
 
     def _composed(self, name: str, masked: bool = True) -> Pair:
         """Weight and bias in the adapter's order and the dtype of the trained tensors, in plain autograd."""

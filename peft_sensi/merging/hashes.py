@@ -16,12 +16,20 @@ HASH_KEY = "peft_sensi_hash"  # in config.json
 
 def read_header(path: Any) -> dict:
     """The header of a safetensors file: dtype, shape and place of each tensor, without the file's metadata."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > 100_000_000:  # the limit of the format
-            raise ValueError(f"{path} is not a safetensors file.")
-        header = json.loads(file.read(length))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:  # the limit of the format
+                raise ValueError("its header is too long")
+            header = json.loads(file.read(length))
+            size = file.seek(0, 2)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max([0, *(entry["data_offsets"][1] for entry in entries.values())])
+        if size != 8 + length + end:
+            raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Save the model again.") from None
+    return entries
 
 
 def hashes_of(config: dict, weights: Any) -> dict:

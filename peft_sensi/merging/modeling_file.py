@@ -24,9 +24,12 @@ import json
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import {architecture}, {config}
 from transformers.utils import cached_file
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 {functions}
@@ -78,6 +81,9 @@ class Sensi{architecture}({architecture}):
         model, info = super().from_pretrained(folder, *args, config=config, **options)
         if missing := sorted(info["missing_keys"]):
             raise OSError(f"{{folder}} lacks the tensor {{missing[0]!r}} ({{len(missing)}} missing).")
+        for name, tensor in model.named_parameters():
+            if tensor.dtype in _FLOATS and not tensor.is_meta and not tensor.isfinite().all():
+                raise OSError(f"{{folder}}: the tensor {{name!r}} contains NaN or infinity.")
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def __init__(self, config, *args, **kwargs):

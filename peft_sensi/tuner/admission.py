@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
 from ..anatomy.modules import (
@@ -57,6 +58,8 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
             f"The adapter's values are compressed to {config.compressed}, so it can be used but not trained: load "
             f"it without `is_trainable`, or train from the checkpoint that was compressed."
         )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise SensiError(f"{lazy[0]!r} has no values yet. Run a forward pass first, which gives it a shape.")
     if any(layer.merged for layer in layers):
         raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
     replicas.check_whole(model)
@@ -139,6 +142,12 @@ def leave_frozen(model: nn.Module, names: set[str], chosen: bool) -> set[str]:
     """
     trained = {name for name in names if _requires_grad(base_of(model.get_submodule(name)))}
     frozen = sorted(names - trained)
+    if partly := sorted(name for name in trained if _is_partly_frozen(base_of(model.get_submodule(name)))):
+        warnings.warn(
+            f"The weight or the bias of {len(partly)} modules was frozen before the wrap, such as in {partly[0]!r}. "
+            f"They are trained all the same: units have both. Freeze a module as a whole to leave it out.",
+            stacklevel=2,
+        )
     if not trained or not frozen:
         return names
     what = f"{len(frozen)} modules were frozen before the wrap, such as {frozen[0]!r},"
@@ -153,6 +162,10 @@ def is_partly_frozen(model: nn.Module, targets: Iterable[str]) -> bool:
     """Whether a Linear that is to be tuned requires gradients: then what does not was frozen by the user."""
     modules = [base_of(model.get_submodule(name)) for name in targets]
     return any(_requires_grad(module) for module in modules if not is_quantized(module))
+
+
+def _is_partly_frozen(module: nn.Module) -> bool:
+    return not is_quantized(module) and len({parameter.requires_grad for parameter in module.parameters()}) > 1
 
 
 def _requires_grad(module: nn.Module) -> bool:

@@ -14,11 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..anatomy.linears import is_plain_embedding, is_quantized, matrix
@@ -26,9 +29,9 @@ from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
 from ..anatomy.units import Anatomy
 from ..layers.values import FLOATS, WEIGHTS, check_finite
 from ..planning.packing import check_plan_dict
-from ..utils.checks import is_number
+from ..utils.checks import is_number, shown
 from ..utils.errors import SensiLoadError
-from ..utils.files import Spec, open_safetensors, read_specs
+from ..utils.files import Spec, open_safetensors, read_json_object, read_specs
 
 
 FORMAT_VERSION = 1
@@ -140,6 +143,22 @@ def check_scale(stored: float | None, config: Any) -> None:
             f"{WEIGHTS}: its low-rank terms have the scale {found:g}, but those of the model have {expected:g}. Wrap "
             f"the model with `scale={found:g}`."
         )
+
+
+def check_config_file(path: str | os.PathLike, forbidden: Iterable[str] = ()) -> None:
+    """Raises `SensiLoadError` if a file is no config of PEFT, for which PEFT itself would raise the errors of `json`.
+
+    The message begins with the name of the file, without its folder.
+    """
+    try:
+        values = read_json_object(path)
+    except SensiLoadError as error:
+        raise SensiLoadError(str(error).replace(os.fspath(path), CONFIG_NAME)) from error
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SensiLoadError(f"{CONFIG_NAME} has the peft_type {shown(kind)}, expected 'SENSI'.")
+    for name in values.keys() & set(forbidden):
+        raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
 
 
 def check_values(path: str, config: Any) -> None:

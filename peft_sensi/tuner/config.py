@@ -26,7 +26,7 @@ from ..utils.checks import check_foreign, check_types
 from ..utils.errors import MissingFieldError, SensiError, SensiLoadError, how_to_install
 from ..utils.files import find_weights, write_atomically
 from ..utils.formatting import short_repr
-from .checkpoint import FORMAT_VERSION, check_values, config_mark, meaning
+from .checkpoint import FORMAT_VERSION, check_config_file, check_values, config_mark, meaning
 from .combinations import check_config
 from .predictions import read_latency
 
@@ -289,10 +289,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        values = super().from_json_file(path_json_file, **kwargs)
-        for name in values.keys() & set(_INPUTS):
-            raise SensiLoadError(f"{CONFIG_NAME}: `{name}` exists at run time only and cannot come from a file.")
-        return values
+        check_config_file(path_json_file, _INPUTS)
+        return super().from_json_file(path_json_file, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The calls of PEFT and Transformers that add an adapter leave the model as it was if they fail or are interrupted.
+"""The calls of PEFT and Transformers that add, activate or delete an adapter leave the model as it was if they fail.
 
 `SensiModel` undoes its own work (see `utils.undo`). But PEFT and Transformers change the model before and after they
 call it: they set flags, wrap further modules, and read the weights. An error there would leave a model that has half
@@ -14,13 +14,13 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
@@ -29,9 +29,9 @@ from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
 from ..layers.weights import untouched
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import read_json_object
-from ..utils.undo import snapshot, surely
-from .checkpoint import PLAN_KEY
+from ..utils.files import open_safetensors, read_json_object
+from ..utils.undo import snapshot, surely, undone_on_error
+from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
 
 
@@ -48,6 +48,9 @@ def hook_entrances() -> None:
                     setattr(owner, name, classmethod(_undoing(original.__func__)))
             elif not hasattr(original, "sensi_undoes"):
                 setattr(owner, name, _undoing(original))
+        for name in ("set_adapter", "delete_adapter", "enable_adapters", "disable_adapters"):
+            if (original := vars(owner).get(name)) is not None and not hasattr(original, "sensi_undoes"):
+                setattr(owner, name, _all_or_nothing(original))
     if not hasattr(PeftModel.save_pretrained, "sensi_refuses"):
         PeftModel.save_pretrained = _without_pickle(PeftModel.save_pretrained)  # type: ignore[method-assign]
     if not hasattr(PreTrainedModel.resize_token_embeddings, "sensi_refuses"):
@@ -57,7 +60,11 @@ def hook_entrances() -> None:
 
 
 def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`save_pretrained` that refuses to write what no loader of this package reads."""
+    """`save_pretrained` that refuses to write what no loader of this package reads.
+
+    PEFT changes `inference_mode` of a config while it saves it. If it fails, for example because the disk is full, the
+    adapter must still be one that is trained.
+    """
 
     @functools.wraps(function)
     def call(self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -66,9 +73,26 @@ def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
                 "`safe_serialization=False` writes a pickle. Adapters of peft_sensi are loaded from safetensors files "
                 "only, because a pickle can run code: leave it out."
             )
-        return function(self, save_directory, safe_serialization, *args, **kwargs)
+        configs = [(c, c.inference_mode) for c in self.peft_config.values() if isinstance(c, SensiConfig)]
+        try:
+            return function(self, save_directory, safe_serialization, *args, **kwargs)
+        finally:
+            for config, inference_mode in configs:
+                config.inference_mode = inference_mode
 
     call.sensi_refuses = function  # type: ignore[attr-defined]
+    return call
+
+
+def _all_or_nothing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which changes layers one by one, and leaves a model of ours as it was if it fails."""
+
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with undone_on_error(self) if layers_of(self) else nullcontext():
+            return function(self, *args, **kwargs)
+
+    call.sensi_undoes = function  # type: ignore[attr-defined]
     return call
 
 
@@ -104,6 +128,8 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException as error:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
                 surely(restore)
+            if isinstance(error, Exception) and not isinstance(error, SensiError):
+                _check_config_file(*args, **kwargs)
             raise
 
     call.sensi_undoes = function  # type: ignore[attr-defined]
@@ -121,10 +147,31 @@ def _config_of_folder(
     own = ("peft_config", "adapter_state_dict", "adapter_kwargs")
     if others or any(kwargs.get(name) for name in own) or not isinstance(peft_model_id, str | os.PathLike):
         return None
-    file = Path(peft_model_id) / CONFIG_NAME
-    if not file.is_file() or read_json_object(file, optional=True).get("peft_type") != "SENSI":
-        return None
-    return SensiConfig.from_pretrained(str(peft_model_id))
+    try:
+        values = read_json_object(Path(peft_model_id) / CONFIG_NAME)
+    except (FileNotFoundError, SensiLoadError):
+        return None  # Transformers raises an error, and then `_check_config_file` tells the reason
+    return SensiConfig.from_pretrained(str(peft_model_id)) if values.get("peft_type") == "SENSI" else None
+
+
+def _check_config_file(*args: Any, subfolder: str | None = None, **kwargs: Any) -> None:
+    """Raises `SensiLoadError` if a folder with weights of ours is in the arguments, and its config is no config.
+
+    PEFT reads the config first, and asks us only if it finds our type there.
+    """
+    for argument in (*args, *kwargs.values()):
+        folder = Path(argument, subfolder or "") if isinstance(argument, str | os.PathLike) else None
+        if folder is None or not (folder / CONFIG_NAME).is_file():
+            continue
+        try:
+            with open_safetensors(folder / SAFETENSORS_WEIGHTS_NAME) as file:
+                plan_key(file.keys())
+        except (FileNotFoundError, SensiLoadError):
+            continue
+        try:
+            check_config_file(folder / CONFIG_NAME)
+        except SensiLoadError as error:
+            raise SensiLoadError(os.path.join(folder, str(error))) from error
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import is_quantized, not_mergeable
+from ..anatomy.linears import check_weight, is_quantized, not_mergeable
 from ..anatomy.modules import move_hooks, task_head, unwrapped
 from ..anatomy.widths import note_widths
-from ..layers.layer import SensiLayer, check_weight, layers_of, new_parameters_are_empty
+from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
 from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
@@ -76,7 +76,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another model: its schedules are not stepped until it gets a `Schedule` of its own.
-        return {**self.__dict__, "sensi_stepped": frozenset()}
+        return {**super().__getstate__(), "sensi_stepped": frozenset()}
 
     # -- wrapping -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                     if self._sensi_source is not None:
                         copy_saved_modules(model, self._sensi_source, adapter_name)
                     replicas.check_launcher(any(slice_.has_integers for slice_, _ in decision.slices.values()))
-                if not low_cpu_mem_usage and not new_parameters_are_empty():
+                if not low_cpu_mem_usage and not replicas.new_parameters_are_empty():
                     replicas.allocate_adapter(model)
                 replicas.copy_weights_from_rank_0(model)  # some parts of an adapter start from random values
         finally:
@@ -230,7 +230,12 @@ class SensiModel(AdapterOperations, BaseTuner):
                     f"Merging {list(adapter_names)} while {self.active_adapters} is active would combine the Linears "
                     f"of the one with the task head and the norms of the other. Call `set_adapter` first."
                 )
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        with undone_on_error(self):
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        with undone_on_error(self):
+            super().unmerge_adapter()
 
     def disable_adapter_layers(self) -> None:
         self._check_base("disable the adapter")
@@ -240,12 +245,17 @@ class SensiModel(AdapterOperations, BaseTuner):
         self._check_base("delete the adapter")
         others = [name for name in self.active_adapters if name != adapter_name]
         was_active = len(others) < len(self.active_adapters)
-        super().delete_adapter(adapter_name)
-        if was_active and self.peft_config and not any(layer.merged for layer in self._layers()):
-            # Each layer has activated one of the adapters that it has, which can be different ones.
-            self.set_adapter(others or min(self.peft_config))
+        with undone_on_error(self):
+            super().delete_adapter(adapter_name)
+            if was_active and self.peft_config and not any(layer.merged for layer in self._layers()):
+                # Each layer has activated one of the adapters that it has, which can be different ones.
+                self.set_adapter(others or min(self.peft_config))
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        with undone_on_error(self):
+            return self._unload(*args, **kwargs)
+
+    def _unload(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_codes()  # before anything is replaced
             names = kwargs.get("adapter_names") or self.active_adapters
@@ -276,7 +286,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def _check_codes(self) -> None:
         for layer in self._layers():
-            check_weight(layer)
+            check_weight(layer.get_base_layer())
         if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
             raise not_mergeable()
 

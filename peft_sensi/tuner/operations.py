@@ -14,6 +14,7 @@ from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
 from ..utils.errors import SensiError
+from ..utils.undo import undone_on_error
 from .combinations import compressed_kinds
 from .config import RunInputs, SensiConfig
 from .targets import described, targets_of
@@ -141,16 +142,18 @@ class AdapterOperations:
             raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
         if kind != "bits":
             self._check_base("compress the adapter, which needs the differences from the base's values")
-        for layer in layers:
-            layer.compress(adapter_name, kind)
-        config.compressed = kind
+        with undone_on_error(self.model):
+            for layer in layers:
+                layer.compress(adapter_name, kind)
+            config.compressed = kind
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:  # PEFT would activate what no layer has, which is the base
             self._check_name(name)
         self._check_combination(names)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+        with undone_on_error(self):  # type: ignore[arg-type]
+            super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's method for low-rank adapters. Raises `SensiError`: trained units of several plans have no mean."""

@@ -104,6 +104,15 @@ def _sample(tensor: torch.Tensor) -> bytes | None:
     return torch.cat([values.sum(dtype=torch.float64).view(1), some]).cpu().numpy().tobytes()
 
 
+def new_parameters_are_empty() -> bool:
+    """Whether new parameters are created on `meta`.
+
+    Under `low_cpu_mem_usage` PEFT builds the tuner inside Accelerate's `init_empty_weights`. No flag says so, but a
+    new parameter shows it.
+    """
+    return nn.ParameterList([torch.empty(1)])[0].is_meta
+
+
 def any_process_on_meta(model: nn.Module) -> bool:
     """Whether a process has weights on `meta`, as all but process 0 have with FSDP's `cpu_ram_efficient_loading`."""
     on_meta = any(p.is_meta for p in model.parameters())

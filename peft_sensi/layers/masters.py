@@ -1,0 +1,47 @@
+"""Float32 values ("masters") of what is trained stay float32, because small steps would be lost in 16 bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+SHORT = (torch.float16, torch.bfloat16)
+
+
+def without_rounding(
+    cast: Callable[[torch.Tensor], torch.Tensor], masters: Iterable[torch.Tensor], codes: Iterable[torch.Tensor] = ()
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function for `Module._apply` that does what `cast` does, but leaves masters in float32 or float64.
+
+    `model.half()` and `model.to(torch.bfloat16)` then change the base, as if it had been loaded in this dtype. Their
+    gradients stay as they are too. `codes` are compressed values, which no cast changes at all.
+    """
+    kept = {id(t) for p in masters for t in (p, p.grad) if t is not None and t.dtype not in SHORT}
+    coded = {id(tensor) for tensor in codes}
+
+    def call(tensor: torch.Tensor) -> torch.Tensor:
+        result = cast(tensor)
+        if id(tensor) in coded and result.dtype != tensor.dtype:
+            return tensor.to(result.device)
+        if id(tensor) in kept and result.dtype in SHORT:
+            return tensor.to(result.device, torch.float32)
+        return result
+
+    return call
+
+
+def warn_of_short(parameters: Iterable[torch.Tensor]) -> None:
+    """Warns if one of these parameters is trained in 16 bits. Call it in forward passes of training only."""
+    short = next((p for p in parameters if p.requires_grad and p.dtype in SHORT), None)
+    if short is not None and not torch.compiler.is_compiling():
+        name = str(short.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"The adapter's values were converted to {name}, in which small steps of an optimizer are lost. Convert "
+            f"the parameters that require gradients back to float32 before the optimizer is made: "
+            f"`p.data = p.data.float()`. Casts of the whole model, such as `model.to(torch.{name})`, leave them as "
+            f"they are.",
+            stacklevel=2,
+        )
