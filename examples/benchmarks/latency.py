@@ -115,7 +115,7 @@ def accuracy(options: argparse.Namespace) -> None:
     for seed, task in itertools.product(options.seeds, options.tasks):
         common = {"model": name, "task": task, "seed": seed}
         data = load_task(TASKS[task], options.data, folder, seed)
-        run = Seed(Rows(options.results / "accuracy", common, data), folder, options.bf16)
+        run = Seed(Rows(options.results / "accuracy", common, data), folder, options.bf16, options.models)
         file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
         whole = run.base().eval()
         full(run, [])
@@ -200,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--data", type=Path, required=True, help="the folders that `quality.py` describes")
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "wnut17"])
     second.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    second.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
     second.add_argument("--bf16", action="store_true", help="train under autocast to bfloat16")
     second.add_argument("--picture", type=Path, help="accuracy over measured latency; .png, .svg or .pdf")
     options = parser.parse_args(arguments)
