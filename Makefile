@@ -50,6 +50,7 @@ types: $(VENV)/.stamp-dev
 # The site, in site/. Broken links, broken anchors and pages without a place in the navigation are errors.
 docs: $(VENV)/.stamp-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo "Open site/index.html. The search needs a server: $(VENV)/bin/python -m http.server -d site"
 
 $(VENV)/.stamp-python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else None'

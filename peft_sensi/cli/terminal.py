@@ -64,8 +64,7 @@ def is_for_this_process(trains: bool) -> bool:
         return True
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    if is_first:
-        err.print(Text(f"this command runs in one process, the first of {processes}", "dim"))
+    err.print(Text(f"process {rank or 0} of {processes}: this command runs in process 0 only", "dim"))
     return is_first
 
 
