@@ -126,6 +126,7 @@ def test_train_saves_what_is_needed_to_load(adapter):
     metrics = json.loads((adapter / "metrics.json").read_text())
     assert metrics["classes"] == ["bad", "good"] and 0 <= metrics["validation"]["accuracy"] <= 1
     assert metrics["rows"] == {"train": 54, "validation": 6} and metrics["plan"]["params_share"] <= 0.5
+    assert len({path.stat().st_mode for path in adapter.iterdir()}) == 1  # a server can read the weights, too
     names = {path.name for path in adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
     assert "config.json" not in names  # loaders would take the folder for a whole model

@@ -258,9 +258,12 @@ def test_other_users_may_read_what_was_saved(tmp_path):
     mask = os.umask(0o022)
     try:
         SensiConfig().save_pretrained(tmp_path)
+        compute_scores(tiny_model(), score="random").save(tmp_path / "scores.safetensors")
+        save_merged(wrap(tiny_model(), budget=0.5).merge_and_unload(), tmp_path / "merged")
     finally:
         os.umask(mask)
-    assert (tmp_path / "adapter_config.json").stat().st_mode & 0o777 == 0o644
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 4 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
 BAD_SCORES = {

@@ -45,7 +45,7 @@ def score_for(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, **o
         head = tuple(f"{name}." for name in task_head(model))
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         targets = [name for name in linears if not f"{name}.".startswith(head)]
-    return compute_scores(model, batches, targets=targets, **options)
+    return compute_scores(model, batches, targets=targets, progress=not err.quiet, **options)
 
 
 def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int, latency: Any, task_type: str) -> Plan:
@@ -195,7 +195,7 @@ def trim_for(
         run.train(training.epochs, stage="heal")
         quality = run.evaluate()
     else:
-        run.trainer().save_model()
+        run.save(run.trainer())
     return run.write_metrics(
         base,
         model=name,

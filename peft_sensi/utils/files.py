@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -43,6 +44,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         write(str(temporary))
+        make_readable(temporary)
         flush(temporary)
         os.replace(temporary, path)
     except Exception as error:
@@ -67,6 +69,7 @@ def move_files(files: Sequence[Path], folder: Path) -> None:
     are on the disk, so an interruption leaves either the old or the new set of files in use.
     """
     for file in files:
+        make_readable(file)
         flush(file)
     *others, last = files
     for file in others:
@@ -74,6 +77,16 @@ def move_files(files: Sequence[Path], folder: Path) -> None:
     flush(folder)
     os.replace(last, folder / last.name)
     flush(folder)
+
+
+def make_readable(path: Path) -> None:
+    """Gives a file the permissions of any new file. safetensors (0.8) lets only its owner read what it writes."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    probe.touch()
+    try:
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
 
 
 def flush(path: Path) -> None:
