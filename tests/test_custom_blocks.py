@@ -108,3 +108,46 @@ def test_what_is_not_described_is_refused_or_tuned(example):
         get_peft_model(model, SensiConfig(budget=0.5, score="random"))
     tuned = get_peft_model(model, SensiConfig(budget={"trainable": 0.1}, score="random"))
     assert isinstance(tuned, PeftModel) and not tuned.base_model.plan().trims
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)
+
+    def forward(self, x, padding):
+        return self.out(self.encoder(x, src_key_padding_mask=padding)[:, 0])
+
+
+@pytest.mark.parametrize("budget", [0.5, {"trainable": 0.2}], ids=str)
+def test_the_kernel_of_pytorchs_encoder_does_not_bypass_the_layers(budget, tmp_path):
+    """In evaluation mode, it would take the base's weights."""
+    torch.manual_seed(0)
+    base = Encoder().eval()
+    x, padding = torch.randn(3, 5, 16), torch.arange(5)[None] >= torch.tensor([5, 3, 4])[:, None]
+    layout = BlockLayout(layer="encoder.layers.*", up="linear1", down="linear2")
+    with torch.no_grad():
+        before = base(x, padding)
+    config = SensiConfig(budget=budget, blocks=[layout], score="magnitude", multiple_of=1, modules_to_save=["out"])
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model.train()(x, padding).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model(x, padding).detach()  # in training mode, every Linear is called
+    assert (expected - before).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x, padding), expected, atol=1e-5, rtol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x, padding), before, atol=1e-5, rtol=1e-5)
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        again = PeftModel.from_pretrained(Encoder().eval(), tmp_path)
+        torch.testing.assert_close(again(x, padding), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again.merge_and_unload()(x, padding), expected, atol=1e-5, rtol=1e-5)
+        unloaded = model.unload()
+        assert torch.equal(unloaded(x, padding), before)

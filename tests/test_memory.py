@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from peft_sensi import SensiConfig
 from peft_sensi.anatomy.build import build_anatomy
 from peft_sensi.layers import updates
-from peft_sensi.layers.layer import SensiLayer
+from peft_sensi.layers.layer import SensiLayer, layers_of
 from peft_sensi.scoring.scores import Scores
 
 
@@ -238,3 +239,18 @@ def test_wrapping_and_loading_need_the_adapter_and_one_layer(keep, refit):
     # The closed form of a refit is one layer's own matter: Gram matrices in float64.
     assert found["wrap"] <= found["adapter"] + (2 if refit else 1) * found["layer"] + slack, found
     assert found["load"] <= found["adapter"] + found["layer"] + slack, found
+
+
+def test_merging_keeps_the_weights_of_one_layer_only(monkeypatch):
+    """The base's weights are let go one by one, so an interrupted merge is completed and not undone."""
+    model = trained(**TRIM)
+    weights = [weakref.ref(layer.get_base_layer().weight) for layer in layers_of(model).values()]
+    merge, alive = SensiLayer.merge, []
+
+    def counted(layer, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in weights))
+        return merge(layer, *args, **kwargs)
+
+    monkeypatch.setattr(SensiLayer, "merge", counted)
+    model.merge_and_unload()
+    assert alive[0] == len(weights) and alive[-1] <= 2

@@ -50,13 +50,8 @@ class SensiLayer(ComposedWeights):
     adapter_layer_names = ("sensi_weight", "sensi_bias", "sensi_down", "sensi_up", "sensi_values", "sensi_scores")
     # All stored tensors, in the order of the table.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
-    other_param_names = (
-        *tensor_names[len(adapter_layer_names) :],
-        "sensi_slices",
-        "sensi_plans",
-        "sensi_frozen",
-        "sensi_integers",
-    )
+    other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_plans", "sensi_frozen",
+                         "sensi_integers")  # fmt: skip
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict

@@ -41,6 +41,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
+        # `(module, attribute, value)`: the values of attributes that `wrapping` has set to 0 (see `_SHORTCUTS` there).
+        self.sensi_shortcuts: list[tuple[nn.Module, str, Any]] = []
         # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
         self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
         self.sensi_units = 0

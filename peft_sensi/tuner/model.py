@@ -13,8 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import check_weight, is_quantized, not_mergeable
-from ..anatomy.modules import move_hooks, task_head, unwrapped
+from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
@@ -22,6 +21,7 @@ from ..layers.saved import hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
+from . import wrapping
 from .admission import check_addition, check_name
 from .checkpoint import (
     PLAN_KEY,
@@ -233,10 +233,6 @@ class SensiModel(AdapterOperations, BaseTuner):
         with undone_on_error(self):
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
-    def unmerge_adapter(self) -> None:
-        with undone_on_error(self):
-            super().unmerge_adapter()
-
     def disable_adapter_layers(self) -> None:
         self._check_base("disable the adapter")
         super().disable_adapter_layers()
@@ -251,11 +247,9 @@ class SensiModel(AdapterOperations, BaseTuner):
                 # Each layer has activated one of the adapters that it has, which can be different ones.
                 self.set_adapter(others or min(self.peft_config))
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        with undone_on_error(self):
-            return self._unload(*args, **kwargs)
-
-    def _unload(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         if merge:
             self._check_codes()  # before anything is replaced
             names = kwargs.get("adapter_names") or self.active_adapters
@@ -265,15 +259,27 @@ class SensiModel(AdapterOperations, BaseTuner):
                 self.set_adapter(names if len(names) > 1 else names[0])
         else:
             self._check_base("unload the adapter")
-            if not any(layer.merged for layer in self._layers()):
+        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
+        unload = super()._unload_and_optionally_merge
+
+        def finish() -> Any:
+            if not merge and not any(layer.merged for layer in self._layers()):
                 for module in self.model.modules():
                     if isinstance(module, (SensiLayer, AuxiliaryTrainingWrapper)):
                         module.set_adapter([])  # restores the numbers of heads, and the base's own head
-        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
-        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        if trims:
-            note_widths(model)  # its `save_pretrained` then writes the widths into the config
-        return model
+            model: Any = unload(merge, progressbar, safe_merge, *args, **kwargs)
+            if trims:
+                note_widths(model)  # its `save_pretrained` then writes the widths into the config
+            return model
+
+        with undone_on_error(self) if safe_merge or not merge else nullcontext():
+            try:
+                return finish()
+            except KeyboardInterrupt:
+                if merge and not safe_merge:
+                    # To undo it, all weights of the base would have to stay in memory. So the rest is merged, too.
+                    finish()
+                raise
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):
@@ -281,14 +287,8 @@ class SensiModel(AdapterOperations, BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             if isinstance(child, SensiLayer):
-                move_hooks(child, new_module)
+                wrapping.release(child, new_module)
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _check_codes(self) -> None:
-        for layer in self._layers():
-            check_weight(layer.get_base_layer())
-        if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
-            raise not_mergeable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

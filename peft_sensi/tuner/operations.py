@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy.linears import check_weight, is_quantized, not_mergeable
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tensor, plan_mark
@@ -147,6 +148,10 @@ class AdapterOperations:
                 layer.compress(adapter_name, kind)
             config.compressed = kind
 
+    def unmerge_adapter(self) -> None:
+        with undone_on_error(self):  # type: ignore[arg-type]
+            super().unmerge_adapter()  # type: ignore[misc]
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:  # PEFT would activate what no layer has, which is the base
@@ -173,6 +178,12 @@ class AdapterOperations:
 
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model).values())
+
+    def _check_codes(self) -> None:
+        for layer in self._layers():
+            check_weight(layer.get_base_layer())
+        if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
+            raise not_mergeable()
 
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):

@@ -40,6 +40,13 @@ from .targets import plan_of
 
 logger = logging.getLogger(__name__)
 
+# In evaluation mode, PyTorch's own encoder runs a kernel for a whole block, or for all blocks. The kernel takes the
+# weights of the Linears and does not call them. It is not used if these attributes are 0.
+_SHORTCUTS = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+    (nn.TransformerEncoder, "use_nested_tensor"),
+)
+
 
 def wrap_module(
     model: nn.Module,
@@ -64,6 +71,7 @@ def wrap_module(
             layer._active_adapter, layer._disable_adapters = other._active_adapter, other._disable_adapters
             layer.sensi_saved_modules = other.sensi_saved_modules
         layer.sensi_in_block = group.in_block
+        layer.sensi_shortcuts = _close_shortcuts(model, name)
         if group.output == name:
             layer.sensi_units = group.size
             for path, per_unit in group.attributes:
@@ -78,6 +86,23 @@ def wrap_module(
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def _close_shortcuts(model: nn.Module, name: str) -> list[tuple[nn.Module, str, Any]]:
+    parts, closed = name.split("."), []
+    for module in (model.get_submodule(".".join(parts[:i])) for i in range(len(parts))):
+        for kind, attribute in _SHORTCUTS:
+            if isinstance(module, kind) and (value := getattr(module, attribute, 0)):
+                closed.append((module, attribute, value))
+                setattr(module, attribute, 0)
+    return closed
+
+
+def release(layer: SensiLinear | SensiEmbedding, base: nn.Module) -> None:
+    """Undoes what `wrap_module` has done beside the layer itself, before `base` takes the place of the layer."""
+    move_hooks(layer, base)
+    for module, attribute, value in layer.sensi_shortcuts:
+        setattr(module, attribute, value)
 
 
 def note_plan(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
@@ -236,7 +261,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iter
         for name, layer in layers_of(root).items():
             layer.discard_parts(adapter_name)
             if name not in layers:
-                move_hooks(layer, layer.get_base_layer())
+                release(layer, layer.get_base_layer())
                 replace_module(root, name, layer.get_base_layer())
             elif name in before:
                 layer.sensi_slices[adapter_name], parts = before[name]
