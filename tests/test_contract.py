@@ -42,7 +42,7 @@ from tiny import (
     wrap,
 )
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 import peft_sensi
 from peft_sensi import CalibrationError, SensiConfig, SensiError, SensiLoadError
@@ -1021,6 +1021,36 @@ def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder
     assert torch.equal(logits(again), logits(model))
     # The other library reads the same folder.
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")), logits(model))
+
+
+@needs_loader
+@pytest.mark.parametrize("fields", [TRIM, TUNE, {"update": "low_rank", "rank": 2}], ids=["trim", "tune", "low rank"])
+def test_a_base_model_loads_an_adapter_that_was_made_with_a_head(fields, base_folder, tmp_path):
+    """As `AutoModel` does for LoRA: `pipeline("feature-extraction", model=folder)` and others load classifiers so."""
+    model = wrap(AutoModelForSequenceClassification.from_pretrained(base_folder), score="random", **fields)
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    batch = tiny_batches(1, labels=False)[0]
+
+    @torch.no_grad()
+    def states(found):
+        return found.eval()(**batch).last_hidden_state
+
+    expected = states(model.base_model.model.bert)
+    inner = AutoModel.from_pretrained(tmp_path / "adapter")
+    assert type(inner) is BertModel and torch.equal(states(inner), expected)
+    inner.save_pretrained(tmp_path / "again")
+    assert torch.equal(states(AutoModel.from_pretrained(tmp_path / "again")), expected)
+    assert torch.equal(states(PeftModel.from_pretrained(tiny_model().bert, tmp_path / "again")), expected)
+
+    base = tiny_model().bert
+    with pytest.raises(SensiLoadError, match=r"load the adapter on the model with the head, and use its `bert`"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert is_plain(base)
+    other = tiny_model(seed=1).bert
+    with pytest.raises(SensiLoadError, match="another base model"):
+        other.load_adapter(str(tmp_path / "adapter"))
+    assert is_plain(other)
 
 
 def test_the_wrong_base_is_refused_by_transformers_too(saved):
