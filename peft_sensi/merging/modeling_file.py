@@ -163,7 +163,7 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
         for name in dir(transformers)
         if name.startswith("AutoModel")
     }
-    base = type(inner) if type(inner) in known["AutoModel"] else cls
+    base: type[PreTrainedModel] = type(inner) if inner is not None and type(inner) in known["AutoModel"] else cls
     functions = "\n\n".join(inspect.getsource(function) for function in (read_header, hashes_of, check_hashes))
     names = {"architecture": cls.__name__, "config": config, "base": base.__name__, "prefix": empty.base_model_prefix}
     imports = ", ".join(dict.fromkeys([cls.__name__, base.__name__, config]))
