@@ -29,6 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load, load_file, save_file
 from tiny import (
     BOTH,
+    BUDGETS,
     TRIM,
     TUNE,
     assert_same_tensors,
@@ -732,6 +733,17 @@ def test_merge_and_unmerge(family, budget):
         model.unmerge_adapter()
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "set_requires_grad"])
+def test_an_adapter_that_does_not_exist_is_an_error(call):
+    """For LoRA, PEFT does nothing and does not say so."""
+    model = trained(**TRIM)
+    expected = logits(model)
+    for owner in (model, model.base_model):
+        with pytest.raises(SensiError, match="There is no adapter 'nope'"):
+            getattr(owner, call)(adapter_names=["nope"])
+        assert torch.equal(logits(model), expected)
+
+
 def test_disabling_a_merged_adapter_unmerges_it():
     model = trained(**TRIM)
     before = logits(model)
@@ -1232,3 +1244,18 @@ def test_traced_without_graph_breaks(budget):
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fields", [*BUDGETS.values(), {"update": "sparse", "sparse": 20}], ids=str)
+def test_torchscript(fields):
+    """The trace is the same each time, and holds for batches of other sizes."""
+    model = trained(**fields)
+    inner = model.base_model.model.eval()
+    first, second = tiny_batches(1, labels=False)[0], tiny_batches(1, size=3, length=9, seed=5, labels=False)[0]
+    names = list(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model's own code
+        traced = torch.jit.trace(inner, example_kwarg_inputs=first, strict=False)
+    assert names == list(second)
+    for batch in (first, second):
+        torch.testing.assert_close(traced(**batch)["logits"], logits(model, batch))
