@@ -79,10 +79,12 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch
 	@$(SAY_ALIVE) $(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# torch is the one of constraints.txt: the lowest one has no build for CPUs on PyPI.
+# torch is the one of constraints.txt: the lowest one has no build for CPUs on PyPI. pyarrow 26 (of datasets) runs only
+# with NumPy 2, and does not tell pip so.
 $(VENV)-floors/.stamp: $(PINS)
 	$(PYTHON) -m venv $(VENV)-floors
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch=' > $(VENV)-floors/versions.txt
 	grep '^torch==' constraints.txt >> $(VENV)-floors/versions.txt
+	echo 'pyarrow<26' >> $(VENV)-floors/versions.txt
 	@$(SAY_ALIVE) $(VENV)-floors/bin/python -m pip install --quiet --no-compile --constraint $(VENV)-floors/versions.txt --editable '.[dev]'
 	touch $@

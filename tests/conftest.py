@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, logits, tiny_batches, tiny_model, trained
 
@@ -136,9 +137,7 @@ def remote(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
-    def load(folder):
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    def load(folder, auto_class="AutoModelForSequenceClassification"):
+        return getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
 
     return load

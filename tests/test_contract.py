@@ -29,6 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load, load_file, save_file
 from tiny import (
     BOTH,
+    BUDGETS,
     TRIM,
     TUNE,
     assert_same_tensors,
@@ -42,7 +43,7 @@ from tiny import (
     wrap,
 )
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 import peft_sensi
 from peft_sensi import CalibrationError, SensiConfig, SensiError, SensiLoadError
@@ -732,6 +733,17 @@ def test_merge_and_unmerge(family, budget):
         model.unmerge_adapter()
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "set_requires_grad"])
+def test_an_adapter_that_does_not_exist_is_an_error(call):
+    """For LoRA, PEFT does nothing and does not say so."""
+    model = trained(**TRIM)
+    expected = logits(model)
+    for owner in (model, model.base_model):
+        with pytest.raises(SensiError, match="There is no adapter 'nope'"):
+            getattr(owner, call)(adapter_names=["nope"])
+        assert torch.equal(logits(model), expected)
+
+
 def test_disabling_a_merged_adapter_unmerges_it():
     model = trained(**TRIM)
     before = logits(model)
@@ -1023,6 +1035,36 @@ def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")), logits(model))
 
 
+@needs_loader
+@pytest.mark.parametrize("fields", [TRIM, TUNE, {"update": "low_rank", "rank": 2}], ids=["trim", "tune", "low rank"])
+def test_a_base_model_loads_an_adapter_that_was_made_with_a_head(fields, base_folder, tmp_path):
+    """As `AutoModel` does for LoRA: `pipeline("feature-extraction", model=folder)` and others load classifiers so."""
+    model = wrap(AutoModelForSequenceClassification.from_pretrained(base_folder), score="random", **fields)
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    batch = tiny_batches(1, labels=False)[0]
+
+    @torch.no_grad()
+    def states(found):
+        return found.eval()(**batch).last_hidden_state
+
+    expected = states(model.base_model.model.bert)
+    inner = AutoModel.from_pretrained(tmp_path / "adapter")
+    assert type(inner) is BertModel and torch.equal(states(inner), expected)
+    inner.save_pretrained(tmp_path / "again")
+    assert torch.equal(states(AutoModel.from_pretrained(tmp_path / "again")), expected)
+    assert torch.equal(states(PeftModel.from_pretrained(tiny_model().bert, tmp_path / "again")), expected)
+
+    base = tiny_model().bert
+    with pytest.raises(SensiLoadError, match=r"load the adapter on the model with the head, and use its `bert`"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert is_plain(base)
+    other = tiny_model(seed=1).bert
+    with pytest.raises(SensiLoadError, match="another base model"):
+        other.load_adapter(str(tmp_path / "adapter"))
+    assert is_plain(other)
+
+
 def test_the_wrong_base_is_refused_by_transformers_too(saved):
     base = tiny_model(seed=1)
     with pytest.raises(SensiLoadError, match="base model"):
@@ -1054,7 +1096,7 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
         with pytest.raises(SensiLoadError, match="lack|NaN"):
             model.load_adapter(str(folder))
         assert is_plain(model)
-        model.load_adapter(str(folder), adapter_kwargs={"subfolder": ""})  # options for a download
+        model.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})  # not checked before
     else:
         model.load_adapter(peft_config=config, adapter_state_dict=tensors)
     for _ in range(2):  # it is refused again and again
@@ -1096,7 +1138,7 @@ def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
     base = tiny_model()
     with pytest.raises(SensiLoadError, match="stray"):
         base.load_adapter(str(folder))
-    found = base.load_adapter(str(folder), adapter_kwargs={"subfolder": ""})  # options for a download: no check before
+    found = base.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})  # not checked before
     assert {key.removeprefix("base_model.model.") for key in found.unexpected_keys} == {"bert.stray.weight"}
     assert "_load_pretrained_model" not in vars(base), "the reader is the class's again"
 
@@ -1202,3 +1244,18 @@ def test_traced_without_graph_breaks(budget):
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fields", [*BUDGETS.values(), {"update": "sparse", "sparse": 20}], ids=str)
+def test_torchscript(fields):
+    """The trace is the same each time, and holds for batches of other sizes."""
+    model = trained(**fields)
+    inner = model.base_model.model.eval()
+    first, second = tiny_batches(1, labels=False)[0], tiny_batches(1, size=3, length=9, seed=5, labels=False)[0]
+    names = list(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model's own code
+        traced = torch.jit.trace(inner, example_kwarg_inputs=first, strict=False)
+    assert names == list(second)
+    for batch in (first, second):
+        torch.testing.assert_close(traced(**batch)["logits"], logits(model, batch))

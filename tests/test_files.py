@@ -291,7 +291,7 @@ def test_transformers_loads_past_our_hooks_but_nothing_bad_is_used(sparse, part)
 
     spoil(sparse, change)
     model = tiny_model()
-    model.load_adapter(str(sparse), adapter_kwargs={"subfolder": ""})  # options for a download
+    model.load_adapter(str(sparse.parent), adapter_kwargs={"subfolder": sparse.name})  # not checked before
     with pytest.raises(SensiLoadError, match=part):
         logits(model)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -723,6 +724,37 @@ def test_a_model_of_the_modeling_file_can_be_saved_wrapped_and_trimmed(both_form
     for loader in (load_merged, remote):
         for folder in ("own", "ours"):
             assert_same_tensors(snapshot(loader(tmp_path / folder)), snapshot(merged))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "MASKED_LM", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_the_base_model_of_a_folder_with_a_head(family, task, remote, tmp_path):
+    """`AutoModel` takes the base model out of a checkpoint with a head. It is itself saved, loaded and wrapped."""
+    task_type = None if task == "MASKED_LM" else task
+    model = wrap(tiny_model(family, task), budget=0.5, score="random", task_type=task_type).merge_and_unload()
+    save_merged(model, tmp_path / "merged")
+    batch = tiny_batches(1, labels=False)[0]
+
+    @torch.no_grad()
+    def states(found):
+        return found.eval()(**batch).last_hidden_state
+
+    expected = states(model.base_model)
+    inner = remote(tmp_path / "merged", "AutoModel")
+    assert torch.equal(states(inner), expected)
+    assert type(inner).__bases__[-1] is type(model.base_model)
+    inner.save_pretrained(tmp_path / "own")
+    save_merged(inner, tmp_path / "ours")
+    for folder in ("own", "ours"):
+        assert type(load_merged(tmp_path / folder)) is type(model.base_model)
+        for again in (load_merged(tmp_path / folder), remote(tmp_path / folder, "AutoModel")):
+            assert torch.equal(states(again), expected)
+    if task == "SEQ_CLS":
+        with pytest.raises(OSError, match="lacks the tensor"):
+            remote(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert wrap(inner, budget=0.5, task_type="FEATURE_EXTRACTION").plan().trims
 
 
 def test_a_loaded_model_knows_its_folder_and_generation_settings(both_forms, tmp_path):

@@ -232,6 +232,37 @@ def test_averages_that_are_floats_are_rounded(name):
     torch.testing.assert_close(logits(target), logits(model), atol=1e-4, rtol=1e-4)
 
 
+def with_large_positions():
+    """Float32 cannot hold the average of large positions exactly."""
+    config = {"update": "sparse", "sparse": 40, "support": "random", "target_modules": ["intermediate.dense"]}
+    return wrap(tiny_model(intermediate_size=2**13, num_hidden_layers=1), **config)
+
+
+def test_large_positions_are_not_moved_by_many_averages():
+    """Cut off 30 times, positions up to 2^18 become smaller by up to 30."""
+    model = with_large_positions()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+    for _ in range(30):
+        average.update_parameters(model)
+    (place,) = [key for key in model.state_dict() if "sensi_places" in key]
+    moved = dict(model.named_parameters())[place] - dict(average.module.named_parameters())[place]
+    assert moved.max() > 1
+    assert torch.equal(average.module.state_dict()[place], model.state_dict()[place])
+    torch.testing.assert_close(logits(average.module), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [lambda t: t + 0.4, lambda t: t.bfloat16(), lambda t: t.half()])
+def test_floats_that_cannot_hold_the_positions_are_refused(change):
+    model = with_large_positions()
+    state = dict(model.state_dict())
+    (place,) = [key for key in state if "sensi_places" in key]
+    before = state[place].clone()
+    state[place] = change(state[place])
+    with pytest.raises(SensiLoadError, match="must hold integers"):
+        model.load_state_dict(state)
+    assert torch.equal(model.state_dict()[place], before)
+
+
 def test_marks_of_earlier_versions_have_no_zeros():
     source, target = trained(**TRIM), wrap(tiny_model(), **TRIM)
     earlier = {key: t[:, :64] if key.endswith("_extra_state") else t for key, t in source.state_dict().items()}

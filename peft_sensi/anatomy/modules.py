@@ -106,7 +106,8 @@ def task_head(model: nn.Module) -> list[str]:
 
 def is_bare(model: nn.Module) -> bool:
     """Whether this is a model of Transformers without a head, such as `BertModel`."""
-    return type(model).__module__.startswith("transformers.") and "For" not in type(model).__name__
+    cls = type(model)
+    return cls.__module__.startswith(("transformers.", "transformers_modules.")) and "For" not in cls.__name__
 
 
 def _with_parameters(model: nn.Module) -> Iterator[str]:

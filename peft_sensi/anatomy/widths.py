@@ -59,9 +59,8 @@ def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     A merged model that was loaded with `trust_remote_code` has a class of our modeling file, which only adds widths.
     """
     cls = type(model)
-    parent = cls.__bases__[0]
-    if cls.__module__.startswith("transformers_modules.") and cls.__name__ == f"Sensi{parent.__name__}":
-        cls = parent
+    if cls.__module__.startswith("transformers_modules."):
+        cls = next((parent for parent in cls.__bases__ if cls.__name__ == f"Sensi{parent.__name__}"), cls)
     if not isinstance(model, PreTrainedModel) or getattr(transformers, cls.__name__, None) is not cls:
         raise SensiError(
             f"{cls.__module__}.{cls.__qualname__} is not a model class of Transformers, so no other process could "

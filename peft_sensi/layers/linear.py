@@ -49,7 +49,7 @@ class SensiLinear(SensiLayer):
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
         )
-        plain = sharded or torch.compiler.is_compiling()
+        plain = sharded or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training and not sharded and torch.is_grad_enabled():
             warn_of_short(self.own_parts(name).values())
         if slice_.whole:

@@ -67,10 +67,16 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
 def round_integers(tensors: dict[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
     """Rounds those of the `tensors`, in place of the dict, that are floats but are integers in `like`.
 
-    A copy with averaged weights (EMA) may hold positions and masks as floats such as 4.9999995,
-    which PyTorch loads as 4.
+    A copy with averaged weights (EMA) may hold positions and masks as floats such as 4.9999995, which PyTorch loads as
+    4. Raises `SensiLoadError` if floats are no integers, or if their dtype cannot hold all of these exactly.
     """
     for name, parameter in like.items():
         tensor = tensors.get(name)
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not parameter.is_floating_point():
-            tensors[name] = tensor.round().to(parameter.dtype)
+            rounded, largest = tensor.round(), 2 / torch.finfo(tensor.dtype).eps
+            if not (((tensor - rounded).abs() <= 0.25) & (rounded.abs() <= largest)).all():
+                raise SensiLoadError(
+                    f"{name!r} in the state dict must hold integers, but it has {tensor.dtype} values that are not "
+                    f"exact. Average or convert only floats, and copy integers as they are."
+                )
+            tensors[name] = rounded.to(parameter.dtype)

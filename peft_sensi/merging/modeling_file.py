@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from ..anatomy.widths import on_meta
 from .hashes import check_hashes, hashes_of, read_header
 
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import {architecture}, {config}
+from transformers import {imports}
 from transformers.utils import cached_file
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,8 +50,20 @@ def _weights(values):
     return (values.get("peft_sensi") or {{}}).get("weights", "model.safetensors")
 
 
-def _record(config):
-    return getattr(config, "peft_sensi", None) or {{"shapes": {{}}, "attributes": {{}}}}
+def _record(config, architecture):
+    record = getattr(config, "peft_sensi", None) or {{"shapes": {{}}, "attributes": {{}}}}
+    saved = record.get("architecture", architecture)
+    if saved == architecture:
+        return record
+    # The other one of the two classes below was saved: the names differ by the place of the base model in the other.
+    prefix, own = "{prefix}.", dict(record, architecture=architecture)
+    for key in ("shapes", "attributes"):
+        if architecture == "{base}":
+            inside = {{name: value for name, value in record[key].items() if name.startswith(prefix)}}
+            own[key] = {{name.removeprefix(prefix): value for name, value in inside.items()}}
+        else:
+            own[key] = {{prefix + name: value for name, value in record[key].items()}}
+    return own
 
 
 class Sensi{config}({config}):
@@ -67,8 +80,8 @@ class Sensi{config}({config}):
         return found
 
 
-class Sensi{architecture}({architecture}):
-    config_class = Sensi{config}
+class _Widths:
+    fresh = ()  # tensors that a saved model need not have
 
     @classmethod
     def from_pretrained(cls, folder, *args, config=None, **kwargs):
@@ -79,7 +92,7 @@ class Sensi{architecture}({architecture}):
                 config.transformers_weights = _weights(values)  # a save has removed it
         options = {{**kwargs, "output_loading_info": True}}
         model, info = super().from_pretrained(folder, *args, config=config, **options)
-        if missing := sorted(info["missing_keys"]):
+        if missing := sorted(set(info["missing_keys"]).difference(cls.fresh)):
             raise OSError(f"{{folder}} lacks the tensor {{missing[0]!r}} ({{len(missing)}} missing).")
         for name, tensor in model.named_parameters():
             if tensor.dtype in _FLOATS and not tensor.is_meta and not tensor.isfinite().all():
@@ -88,18 +101,21 @@ class Sensi{architecture}({architecture}):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        for name, shape in _record(config)["shapes"].items():
+        record = _record(config, type(self).__name__.removeprefix("Sensi"))
+        if hasattr(config, "peft_sensi"):
+            self.config.peft_sensi = record
+        for name, shape in record["shapes"].items():
             path, _, leaf = name.rpartition(".")
             module = self.get_submodule(path)
             module._parameters[leaf] = nn.Parameter(module._parameters[leaf].new_empty(shape))
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
-        for name, value in _record(config)["attributes"].items():
+        for name, value in record["attributes"].items():
             path, _, attribute = name.rpartition(".")
             setattr(self.get_submodule(path), attribute, value)
 
     def save_pretrained(self, folder, *args, **kwargs):
-        record = _record(self.config)
+        record = _record(self.config, type(self).__name__.removeprefix("Sensi"))
         if kwargs.get("push_to_hub") or kwargs.get("variant"):
             raise ValueError("`push_to_hub` and `variant` are not supported here: call `model.push_to_hub(name)`.")
         # The weights stay in one file, whose name the config has.
@@ -117,24 +133,54 @@ class Sensi{architecture}({architecture}):
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             json.dump(values, file, indent=2)
         os.replace(path + ".tmp", path)
+
+
+class Sensi{architecture}(_Widths, {architecture}):
+    config_class = Sensi{config}
 '''
 
+# For `AutoModel`, as stock checkpoints of a model with a head have it.
+_BASE = """
 
-def write_modeling_file(cls: type[PreTrainedModel], folder: Path) -> dict[str, str]:
-    """Writes the file for a class of Transformers. It contains no widths: the config does.
+class Sensi{base}(_Widths, {base}):
+    config_class = Sensi{config}
+    fresh = {fresh}
+"""
 
-    Returns the config's `auto_map`: for each of Transformers' auto classes that knows `cls`, the class in the file.
+
+def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Writes the file for the class of a model, and for that of the base model in it, if `AutoModel` builds this one.
+
+    `empty` is a fresh model of the class, on `meta`. The file contains no widths: the config does.
+
+    Returns the config's `auto_map`: for each of Transformers' auto classes that knows a class, the one in the file.
     """
+    cls, inner = type(empty), getattr(empty, empty.base_model_prefix, None)
     assert cls.config_class is not None  # Transformers' abstract classes have none
     module, config = f"modeling_sensi_{cls.__name__.lower()}", cls.config_class.__name__
+    known = {
+        name: _classes(getattr(transformers, name), cls.config_class)
+        for name in dir(transformers)
+        if name.startswith("AutoModel")
+    }
+    base: type[PreTrainedModel] = type(inner) if inner is not None and type(inner) in known["AutoModel"] else cls
     functions = "\n\n".join(inspect.getsource(function) for function in (read_header, hashes_of, check_hashes))
-    text = _TEXT.format(architecture=cls.__name__, config=config, functions=functions.rstrip())
+    names = {"architecture": cls.__name__, "config": config, "base": base.__name__, "prefix": empty.base_model_prefix}
+    imports = ", ".join(dict.fromkeys([cls.__name__, base.__name__, config]))
+    text = _TEXT.format(**names, imports=imports, functions=functions.rstrip())
+    if inner is not None and base is not cls:
+        fresh = set(on_meta(base, empty.config).state_dict()) - set(inner.state_dict())
+        text += _BASE.format(**names, fresh=tuple(sorted(fresh)))
     (folder / f"{module}.py").write_text(text, encoding="utf-8")
     entries = {"AutoConfig": f"{module}.Sensi{config}"}
-    for name in dir(transformers):
-        if name.startswith("AutoModel"):
-            mapping: Any = getattr(getattr(transformers, name), "_model_mapping", None)
-            found = mapping.get(cls.config_class, ()) if mapping is not None else ()
-            if cls in (found if isinstance(found, (tuple, list)) else (found,)):
-                entries[name] = f"{module}.Sensi{cls.__name__}"
+    for name, classes in known.items():
+        if found := next((c for c in (cls, base) if c in classes), None):
+            entries[name] = f"{module}.Sensi{found.__name__}"
     return entries
+
+
+def _classes(auto_class: Any, config_class: Any) -> tuple[Any, ...]:
+    """The model classes that an auto class has for a config class."""
+    mapping = getattr(auto_class, "_model_mapping", None)
+    found = mapping.get(config_class, ()) if mapping is not None else ()
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)

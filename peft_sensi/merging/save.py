@@ -121,7 +121,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         else:
             values[RECORD_KEY] = widths.to_record(type(model).__name__) | {"weights": weights}
             if modeling:
-                values["auto_map"] = write_modeling_file(type(model), temporary)
+                values["auto_map"] = write_modeling_file(empty, temporary)
         _write_config(temporary, values, temporary / weights)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG)
         move_files(files, folder)

@@ -39,6 +39,7 @@ from ..utils.errors import SensiError
 from .admission import check_plain, check_saved, head_to_save, is_partly_frozen, leave_frozen, warn_of_frozen_linears
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
+from .loading import prefix_of
 from .predictions import measure_missing, note_latency
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
 from .targets import (
@@ -167,9 +168,14 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
     bare.modules_to_save = None
     if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
         # PEFT counts a task head that is saved whole as excluded; its message then does not name the targets.
+        advice = "Please check the target modules and try again."
+        if prefix := prefix_of(config, model):
+            advice = (
+                f"The adapter was made for a model with a head, and {type(model).__name__} is only the base model "
+                f"inside of it: load the adapter on the model with the head, and use its `{prefix[:-1]}`."
+            )
         raise NoMatchingPeftModuleError(
-            f"Target modules {config.target_modules} not found in the base model. Please check the target modules "
-            f"and try again."
+            f"Target modules {config.target_modules} not found in the base model. {advice}"
         )
     return False
 

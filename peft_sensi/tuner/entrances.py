@@ -33,6 +33,7 @@ from ..utils.files import open_safetensors, read_json_object
 from ..utils.undo import snapshot, surely, undone_on_error
 from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
+from .loading import named_as_in
 
 
 def hook_entrances() -> None:
@@ -142,16 +143,19 @@ def _config_of_folder(
     """The config of an adapter of ours in a local folder, with the path of its weights, so that the file is checked.
 
     Transformers would read the config alone, and would convert tensors of any dtype. `None` if the call gives a config
-    or tensors of its own, or options for the download.
+    or tensors of its own, or looks into a subfolder.
     """
-    own = ("peft_config", "adapter_state_dict", "adapter_kwargs")
-    if others or any(kwargs.get(name) for name in own) or not isinstance(peft_model_id, str | os.PathLike):
+    places = [kwargs.get("adapter_kwargs") or {}, getattr(kwargs.get("load_config"), "download_kwargs", None) or {}]
+    own = kwargs.get("peft_config") or kwargs.get("adapter_state_dict") or any(p.get("subfolder") for p in places)
+    if others or own or not isinstance(peft_model_id, str | os.PathLike):
         return None
     try:
         values = read_json_object(Path(peft_model_id) / CONFIG_NAME)
     except (FileNotFoundError, SensiLoadError):
         return None  # Transformers raises an error, and then `_check_config_file` tells the reason
-    return SensiConfig.from_pretrained(str(peft_model_id)) if values.get("peft_type") == "SENSI" else None
+    if values.get("peft_type") != "SENSI":
+        return None
+    return named_as_in(model, SensiConfig.from_pretrained(str(peft_model_id)))
 
 
 def _check_config_file(*args: Any, subfolder: str | None = None, **kwargs: Any) -> None:

@@ -12,9 +12,11 @@ There are three checks, because loaders differ:
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -43,6 +45,38 @@ def file_to_check(config: SensiConfig) -> str | None:
     # The fingerprint may differ: users switch its check off.
     now = {**meaning(config), "fingerprint": original.get("fingerprint")}
     return path if now == {"fingerprint": None, **original} else None
+
+
+def prefix_of(config: SensiConfig, model: nn.Module) -> str:
+    """What the names in a file's plan begin with, if `model` is the base model inside of the one with a head that they
+    belong to. Otherwise an empty string."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    groups = (config.plan or {}).get("groups", {})
+    is_inside = bool(groups) and not hasattr(model, prefix[:-1]) and all(name.startswith(prefix) for name in groups)
+    return prefix if is_inside and prefix != "." and config.blocks is None else ""
+
+
+def named_as_in(model: nn.Module, config: SensiConfig) -> SensiConfig:
+    """The config of a file for the base model inside of the one that the adapter was made for, without the head.
+
+    Other configs are returned as they are. Transformers' loader itself finds the tensors, as in whole checkpoints.
+    """
+    if not (prefix := prefix_of(config, model)):
+        return config
+    config = copy.deepcopy(config)
+    config.task_type = "FEATURE_EXTRACTION"
+
+    def inside(names: Any) -> Any:
+        """The names of modules inside of the base model."""
+        return None if names is None else {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+
+    config.plan = {**config.plan, "groups": {n.removeprefix(prefix): g for n, g in config.plan["groups"].items()}}
+    config.target_modules, config.exclude_modules = inside(config.target_modules), inside(config.exclude_modules)
+    config.modules_to_save = sorted(inside(config.modules_to_save) or ()) or None
+    if config.fingerprint is not None:
+        shapes = {name.removeprefix(prefix): shape for name, shape in config.fingerprint["shapes"].items()}
+        config.fingerprint = {**config.fingerprint, "shapes": shapes}
+    return config
 
 
 @contextmanager

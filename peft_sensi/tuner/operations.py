@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -154,11 +154,14 @@ class AdapterOperations:
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:  # PEFT would activate what no layer has, which is the base
-            self._check_name(name)
-        self._check_combination(names)
+        self._check_combination(names)  # PEFT would activate what no layer has, which is the base
         with undone_on_error(self):  # type: ignore[arg-type]
             super().set_adapter(adapter_name, inference_mode=inference_mode)  # type: ignore[misc]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._check_name(name)
+        super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's method for low-rank adapters. Raises `SensiError`: trained units of several plans have no mean."""
@@ -172,6 +175,9 @@ class AdapterOperations:
             raise SensiError(f"There is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
 
     def _check_combination(self, adapter_names: list[str]) -> None:
+        """Raises `SensiError` if one of the adapters does not exist, or if they cannot be active at the same time."""
+        for name in adapter_names:
+            self._check_name(name)
         if len(adapter_names) > 1:
             for layer in self._layers():
                 layer.check_combination(adapter_names)
