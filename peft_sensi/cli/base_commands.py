@@ -43,7 +43,7 @@ def plan(
     class_weights: args.Weights = None,
     calibration_steps: Annotated[
         int, option("--calibration-steps", "N", "Batches to compute scores from.", min=1)
-    ] = 24,
+    ] = 12,
     priming_steps: Annotated[
         int, option("--priming-steps", "N", "Steps of the short fine-tuning before scoring.", min=0)
     ] = 40,
