@@ -68,7 +68,6 @@ from common import (
 WHOLE = "whole model"
 ROWS, WORDS, MAX_LENGTH = 125, 16, 24  # training rows per library; words and tokens of a text
 BATCH_SIZE = 16
-CALIBRATION_STEPS = 16  # batches for the scores and the refit
 CHECKED_ROWS = 128  # held-out rows on which logits are compared
 SEED = 0
 
@@ -155,7 +154,6 @@ def learn(task: Task, folder: Path) -> Result:
         score="magnitude",
         priming_steps=0,
         calibration=calibration_of(task),
-        calibration_steps=CALIBRATION_STEPS,
         task_type="SEQ_CLS",
     )
     model, seconds = train(get_peft_model(fresh_base(), config), task, folder)

@@ -376,7 +376,7 @@ LATE = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}
 def cut_in_training(**schedule):
     """A model in which one cut was made after two steps, and its outputs before and after the cut."""
     torch.manual_seed(0)  # for dropout
-    batches = tiny_batches(16, seed=4)
+    batches = tiny_batches(9, seed=4)
     model = wrap(tiny_model(), budget=0.5, score="fisher", schedule={**LATE, **schedule}, calibration=batches)
     phases = Schedule(model, 4, calibration=batches)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

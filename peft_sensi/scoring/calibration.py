@@ -31,7 +31,7 @@ class ScoringOptions:
     """How units are scored. `compute_scores` describes the fields; `SensiConfig` has fields of the same names."""
 
     score: str = "fisher"
-    calibration_steps: int = 24
+    calibration_steps: int = 12
     priming_steps: int = 40
     priming_lr: float = 1e-4
     priming_optimizer: str = "adamw"

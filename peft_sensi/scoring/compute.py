@@ -26,7 +26,7 @@ def compute_scores(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     *,
     score: str = "fisher",
-    calibration_steps: int = 24,
+    calibration_steps: int = 12,
     priming_steps: int = 40,
     priming_lr: float = 1e-4,
     priming_optimizer: str = "adamw",

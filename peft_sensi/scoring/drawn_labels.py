@@ -17,9 +17,6 @@ from ..utils import distributed
 from .calibration import device_of, to_device
 
 
-POSITIONS = {"start_positions": "start_logits", "end_positions": "end_logits"}  # of answers in a text
-
-
 def draw_labels(
     model: nn.Module, batches: list[Mapping[str, Any]], seed: int, per_token: bool = False
 ) -> list[Mapping[str, Any]]:
@@ -30,10 +27,10 @@ def draw_labels(
     - Several classes at once: floating `labels` of the shape of `logits`, each 0 or 1.
     - Numbers: floating `labels` `[examples]`; the prediction plus noise of a standard normal distribution, because the
       squared error is the likelihood of such noise.
-    - Answers: `start_positions` and `end_positions`.
 
-    A batch with other labels stays as it is: in language models, labels are shifted or are inputs as well. So does one
-    for which the model predicts no chances at all (NaN): its loss is computed next, and explains the error. The draws
+    A batch with other labels stays as it is. In language models, labels are shifted or are inputs as well. The chances
+    of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch for which the
+    model predicts no chances at all (NaN) also stays: its loss is computed next, and explains the error. The draws
     depend on `seed` and on a batch's position among those of all processes.
     """
     positions = distributed.batch_positions(len(batches))
@@ -48,22 +45,14 @@ def _drawn(
     model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator, per_token: bool
 ) -> dict[str, torch.Tensor]:
     labels = batch.get("labels")
-    if not isinstance(labels, torch.Tensor) and not POSITIONS.keys() <= batch.keys():
+    if not isinstance(labels, torch.Tensor):
         return {}
     try:
         with torch.no_grad():
             output: Any = model(**to_device(batch, device_of(model)))
     except (TypeError, ValueError, AttributeError):
         return {}  # the loss of this batch is computed next, and `calibration_loss` explains the error
-    if not isinstance(output, Mapping):
-        return {}
-    if not isinstance(labels, torch.Tensor):
-        if not all(isinstance(output.get(name), torch.Tensor) for name in POSITIONS.values()):
-            return {}
-        tokens = {name: _without_padding(output[logits], batch) for name, logits in POSITIONS.items()}
-        known = all(map(_has_chances, tokens.values()))
-        return {name: _classes(logits, generator) for name, logits in tokens.items()} if known else {}
-    logits = output.get("logits")
+    logits = output.get("logits") if isinstance(output, Mapping) else None
     if not isinstance(logits, torch.Tensor):
         return {}
     logits = logits.detach().float().cpu()
@@ -94,11 +83,3 @@ def _classes(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One class for each row of `logits` (float32, `[..., classes]`)."""
     chances = logits.softmax(-1)
     return torch.multinomial(chances.flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
-
-
-def _without_padding(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Logits of tokens (`[examples, tokens]`) as float32 on the CPU; those of padding are -infinity."""
-    logits, mask = logits.detach().float().cpu(), batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape == logits.shape:
-        logits = logits.masked_fill(~mask.bool().cpu(), -torch.inf)
-    return logits

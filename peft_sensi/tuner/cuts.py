@@ -36,7 +36,7 @@ from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
 from .predictions import read_latency
-from .rescoring import enough, labeled_by
+from .rescoring import SCORED_BATCHES, enough, labeled_by, trained_options
 from .slicing import config_after, trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
@@ -66,7 +66,7 @@ def close_units(
     else:
         with preserved(root), merged_in_place(root, adapter_name):
             root.eval()
-            options = config.scoring_options(loss_fn, priming_steps=0, progress=False)
+            options = trained_options(config, loss_fn, progress=False)
             scores = score_units(root, anatomy, labeled_by(root, config, batches, options), options)
     opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
     length = plan_of(root, config).sequence_length
@@ -129,7 +129,7 @@ def _refitted(
         return {}
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
-        to_refit = enough(batches, config.calibration_steps)
+        to_refit = enough(batches, SCORED_BATCHES * config.calibration_steps)
         return refit_changes(root, before.without(wanted.trimmed_units), to_refit, loss_fn, progress=False)
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,10 @@ from .wrapping import save_whole
 
 
 logger = logging.getLogger(__name__)
+
+# A refit has more to fit than a score: its matrices have as many rows as a layer has units.
+REFIT_BATCHES = 1.5  # times `calibration_steps`
+
 _receiver: ContextVar[Callable[[Scores], object] | None] = ContextVar("_receiver", default=None)
 
 
@@ -217,11 +222,14 @@ def decide(
     limits = _limits_on_units(model, config, anatomy)
     batches = None
     if inputs.calibration is not None:
-        batches = materialize(inputs.calibration, max(config.calibration_steps, config.priming_steps))
+        to_score = max(config.calibration_steps, config.priming_steps)  # as in `compute_scores`
+        to_refit = math.ceil(REFIT_BATCHES * config.calibration_steps)
+        batches = materialize(inputs.calibration, max(to_score, to_refit))
         _warn_of_lost_inputs(config, batches)
     scores = inputs.scores
     if scores is None and (limits != Budget() or config.retention or config.tuned_layers):
-        scores = score_units(model, anatomy, batches, config.scoring_options(inputs.loss_fn))
+        read = None if batches is None else batches[:to_score]
+        scores = score_units(model, anatomy, read, config.scoring_options(inputs.loss_fn))
         if (receive := _receiver.get()) is not None:
             receive(scores)
     elif scores is None:  # nothing is ranked, but tokens are tuned only if they are in the data
@@ -248,7 +256,7 @@ def decide(
     refitted: Refitted = {}
     if is_refitted(model, config, anatomy, config.refit) and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[: config.calibration_steps], inputs.loss_fn, distributed.rank() == 0)
+        refitted = refit(model, plan, batches[:to_refit], inputs.loss_fn, distributed.rank() == 0)
     head = scores.head or (head_to_train(model, batches) if batches is not None else {})
     ranked = scores if scores.method != "none" else None
     return Decision(plan, slices_of(model, config, plan), refitted, head, ranked)

@@ -10,17 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..scoring.calibration import ScoringOptions
+from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.criteria import DATA_METHODS
 from ..scoring.drawn_labels import draw_labels
 from .config import SensiConfig
 
 
-# A trained model is refitted on more batches than it is scored with, because little or no training follows that could
-# make up for what is removed. The limit on tokens bounds memory: the hidden states of all these tokens are held at the
-# same time.
-REFIT_BATCHES = 3  # times `calibration_steps`, at most
+# A trained model is scored and refitted on more batches than a pretrained one, because little or no training follows
+# that could make up for what is removed. The limit on tokens bounds memory: the hidden states of all these tokens are
+# held at the same time.
+SCORED_BATCHES = 2  # times `calibration_steps`
+REFIT_BATCHES = 6  # times `calibration_steps`, at most
 REFIT_TOKENS = 65_536
+
+
+def trained_options(config: SensiConfig, loss_fn: LossFn | None, **changes: Any) -> ScoringOptions:
+    """How this config scores a trained model: without priming. `changes` replace single options."""
+    steps = SCORED_BATCHES * config.calibration_steps
+    return config.scoring_options(loss_fn, calibration_steps=steps, priming_steps=0, **changes)
 
 
 def labeled_by(

@@ -39,7 +39,7 @@ from .cuts import recounted
 from .decision import is_refitted
 from .in_place import kept_columns, merged_in_place, refit_changes
 from .predictions import read_latency
-from .rescoring import REFIT_BATCHES, enough, labeled_by
+from .rescoring import REFIT_BATCHES, enough, labeled_by, trained_options
 from .targets import anatomy_of
 from .wrapping import shrink
 
@@ -85,7 +85,7 @@ def trim_adapter(
                     "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
                 )
             default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
-            options = config.scoring_options(inputs.loss_fn, score=score or default, priming_steps=0)
+            options = trained_options(config, inputs.loss_fn, score=score or default)
             trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
         given = asdict(limits) | {"trainable": config.limits.trainable}
         config.budget = {name: limit for name, limit in given.items() if limit is not None}
@@ -154,9 +154,9 @@ def _decide(
     after, changes = before, Refitted()  # `changes` are of all columns (see `_add`)
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
-        steps = options.calibration_steps
-        batches = None if inputs.calibration is None else materialize(inputs.calibration, REFIT_BATCHES * steps)
-        to_refit = None if batches is None else enough(batches, steps)
+        most = REFIT_BATCHES * config.calibration_steps
+        batches = None if inputs.calibration is None else materialize(inputs.calibration, most)
+        to_refit = None if batches is None else enough(batches, options.calibration_steps)
         root.eval()
         # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
         now = anatomy_of(root, config, before.targets)
