@@ -31,6 +31,7 @@ from peft_sensi import AnatomyError, SensiConfig, SensiError, compute_scores, lo
 from peft_sensi.layers.layer import SensiLayer
 
 
+NAME = "base_model.model.bert.encoder.layer.0.attention.self.query.sensi_weight.default"
 OPTIONS: dict[str, Any] = {"score": "taylor", "priming_steps": 1, "calibration_steps": 1, "task_type": "SEQ_CLS"}
 # The files whose lines are interrupted: everything that adds an adapter, ours and theirs.
 FOLDERS = tuple(str(Path(module.__file__).parent) for module in (peft, peft_sensi))
@@ -239,6 +240,26 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
         assert torch.equal(logits(model), outputs)
         operate(model, folder)
     return interrupts
+
+
+def test_interrupted_values_of_an_adapter_are_the_old_or_the_new_ones(folder):
+    """`Trainer` loads its best checkpoint into the adapter that it trains."""
+    model = trained(**TRIM)
+    expected = snapshot(PeftModel.from_pretrained(tiny_model(), folder))
+    train(model)
+    before = snapshot(model)
+    for other in (copy.deepcopy(model), copy.deepcopy(model)):
+        with Interrupt() as whole:
+            other.load_adapter(folder, "default")
+    seen = set()
+    for at in range(whole.lines // 2, whole.lines, whole.lines // 40):  # the values are written at the end
+        other = copy.deepcopy(model)
+        with suppress(KeyboardInterrupt), Interrupt(at):
+            other.load_adapter(folder, "default")
+        found = snapshot(other)
+        seen.add(torch.equal(found[NAME], before[NAME]))
+        assert_same_tensors(found, before if torch.equal(found[NAME], before[NAME]) else expected)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

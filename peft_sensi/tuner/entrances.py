@@ -27,7 +27,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
-from ..layers.weights import untouched
+from ..layers.weights import untouched, writes
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.undo import snapshot, surely, undone_on_error
@@ -117,6 +117,7 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 "Transformers."
             )
         restore = snapshot(model)
+        values = [(parameter, writes(parameter)) for parameter in model.parameters()]
         try:
             if function.__name__ == "load_adapter" and isinstance(model, PreTrainedModel):
                 if (config := _config_of_folder(*args, **kwargs)) is not None:
@@ -131,6 +132,9 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 surely(restore)
             if isinstance(error, Exception) and not isinstance(error, SensiError):
                 _check_config_file(*args, **kwargs)
+            is_load = function.__name__ == "load_adapter" and isinstance(model, PeftModel) and layers_of(model)
+            if is_load and isinstance(error, KeyboardInterrupt) and any(writes(p) != count for p, count in values):
+                function(*args, **kwargs)  # a part of an adapter's old values is lost, so the new ones are completed
             raise
 
     call.sensi_undoes = function  # type: ignore[attr-defined]

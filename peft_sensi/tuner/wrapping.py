@@ -21,7 +21,7 @@ from ..anatomy.modules import move_hooks, not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
-from ..layers.layer import layers_of
+from ..layers.layer import SensiLayer, layers_of
 from ..layers.linear import SensiLinear
 from ..layers.marks import plan_mark
 from ..layers.slices import Slice, kept_parts
@@ -89,7 +89,8 @@ def wrap_module(
 
 
 def _close_shortcuts(model: nn.Module, name: str) -> list[tuple[nn.Module, str, Any]]:
-    parts, closed = name.split("."), []
+    parts = name.split(".")
+    closed: list[tuple[nn.Module, str, Any]] = []
     for module in (model.get_submodule(".".join(parts[:i])) for i in range(len(parts))):
         for kind, attribute in _SHORTCUTS:
             if isinstance(module, kind) and (value := getattr(module, attribute, 0)):
@@ -98,7 +99,7 @@ def _close_shortcuts(model: nn.Module, name: str) -> list[tuple[nn.Module, str, 
     return closed
 
 
-def release(layer: SensiLinear | SensiEmbedding, base: nn.Module) -> None:
+def release(layer: SensiLayer, base: nn.Module) -> None:
     """Undoes what `wrap_module` has done beside the layer itself, before `base` takes the place of the layer."""
     move_hooks(layer, base)
     for module, attribute, value in layer.sensi_shortcuts:
