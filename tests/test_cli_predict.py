@@ -125,7 +125,7 @@ def test_files_with_other_columns(work, tmp_path):
     assert "1 cut at 9 (--max-length)" in result.output and "note:" not in result.output
     assert [row["place"] for row in rows_in(out)] == ["", "Rome"], "a column of the second file is lost"
     message = fails("predict", work / "adapter", tmp_path / "a.csv", tmp_path / "c.csv", "--out", out)
-    assert "c.csv has no column 'text'; it has comment" in message
+    assert "c.csv has no column 'text', as the first file has; it has comment" in message
     result = run("predict", work / "adapter", tmp_path / "c.csv", "--out", out)
     assert "text in comment" in result.output and "the training has read text" in result.output
     result = run("predict", work / "adapter", tmp_path / "c.csv", "--text-column", "comment", "--out", out)
