@@ -117,7 +117,8 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 "Transformers."
             )
         restore = snapshot(model)
-        values = [(parameter, writes(parameter)) for parameter in model.parameters()]
+        is_load = function.__name__ == "load_adapter" and isinstance(model, PeftModel) and bool(layers_of(model))
+        values = [(parameter, writes(parameter)) for parameter in (model.parameters() if is_load else ())]
         try:
             if function.__name__ == "load_adapter" and isinstance(model, PreTrainedModel):
                 if (config := _config_of_folder(*args, **kwargs)) is not None:
@@ -132,8 +133,7 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 surely(restore)
             if isinstance(error, Exception) and not isinstance(error, SensiError):
                 _check_config_file(*args, **kwargs)
-            is_load = function.__name__ == "load_adapter" and isinstance(model, PeftModel) and layers_of(model)
-            if is_load and isinstance(error, KeyboardInterrupt) and any(writes(p) != count for p, count in values):
+            if isinstance(error, KeyboardInterrupt) and any(writes(p) != count for p, count in values):
                 function(*args, **kwargs)  # a part of an adapter's old values is lost, so the new ones are completed
             raise
 
