@@ -173,6 +173,8 @@ def test_other_limits(budget):
 
 
 def test_flops_are_counted_at_the_length_of_the_config():
+    length = round(sum(batch["input_ids"].shape[1] for batch in BATCHES) / len(BATCHES))
+    assert learned().base_model.plan().sequence_length == length != 128, "also where nothing is ranked"
     model = learned(sequence_length=64)
     assert model.base_model.trim({"flops": 0.5}, calibration=BATCHES).sequence_length == 64
 

@@ -30,7 +30,7 @@ from ..planning.allocate import make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
-from ..scoring.calibration import image_tokens, materialize, preserved
+from ..scoring.calibration import image_tokens, materialize, mean_length, preserved
 from ..scoring.compute import score_units
 from ..scoring.criteria import only_seen
 from ..scoring.head import head_to_train
@@ -220,21 +220,21 @@ def decide(
     `saved_values` is the number of values of base modules that are trained whole.
     """
     limits = _limits_on_units(model, config, anatomy)
-    batches = None
+    batches = read = None
     if inputs.calibration is not None:
         to_score = max(config.calibration_steps, config.priming_steps)  # as in `compute_scores`
         to_refit = math.ceil(REFIT_BATCHES * config.calibration_steps)
         batches = materialize(inputs.calibration, max(to_score, to_refit))
+        read = batches[:to_score]
         _warn_of_lost_inputs(config, batches)
     scores = inputs.scores
     if scores is None and (limits != Budget() or config.retention or config.tuned_layers):
-        read = None if batches is None else batches[:to_score]
         scores = score_units(model, anatomy, read, config.scoring_options(inputs.loss_fn))
         if (receive := _receiver.get()) is not None:
             receive(scores)
     elif scores is None:  # nothing is ranked, but tokens are tuned only if they are in the data
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
-        scores = Scores(only_seen(anatomy, unranked, batches), "none")
+        scores = Scores(only_seen(anatomy, unranked, batches), "none", mean_length(read) if read else None)
     plan = make_plan(
         anatomy,
         {name: values.numpy() for name, values in scores.values.items()},
