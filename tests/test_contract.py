@@ -537,7 +537,7 @@ def test_the_same_base_in_another_precision_passes(saved, dtype):
 @pytest.mark.parametrize("kind", ["query", "value", "attention.output", "intermediate"])
 @pytest.mark.parametrize("layers", [6, 7, 12])
 def test_a_copy_that_differs_in_one_kind_of_linears_is_refused(layers, kind, tmp_path):
-    """So does a base into which LoRA was merged. The fingerprint is of 16 Linears."""
+    """So does a base into which LoRA was merged. The fingerprint is of up to 64 Linears."""
     shape = {"num_hidden_layers": layers, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     wrap(tiny_model(**shape), budget={"params": 0.9}).save_pretrained(tmp_path)
     PeftModel.from_pretrained(tiny_model(**shape), tmp_path)
@@ -547,6 +547,20 @@ def test_a_copy_that_differs_in_one_kind_of_linears_is_refused(layers, kind, tmp
             p.data += 0.1 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     with pytest.raises(SensiLoadError, match="fine-tuned copy"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["LayerNorm.weight", "LayerNorm.bias", "query.bias", "intermediate.dense.bias"])
+def test_a_copy_that_differs_in_norms_or_biases_is_refused(saved, part):
+    base = tiny_model()
+    with torch.no_grad():
+        for name, p in base.named_parameters():
+            if name.endswith(part):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
+    with pytest.raises(SensiLoadError, match="fine-tuned copy"):
+        PeftModel.from_pretrained(base, saved[1])
+    config = PeftConfig.from_pretrained(saved[1])
+    del config.fingerprint["vectors"]  # as in files of earlier versions
+    PeftModel.from_pretrained(base, saved[1], config=config)
 
 
 @pytest.mark.parametrize(("part", "size"), [("", 0.01), ("layer.1.", 0.03)], ids=["all", "the last layer"])

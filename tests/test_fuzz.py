@@ -50,7 +50,7 @@ def run_seeds(worker: Connection, seeds: range) -> collections.Counter:
 
 def test_mutated_adapters(worker):
     counts = run_seeds(worker, range(700))
-    assert min(counts[outcome] for outcome in GOOD) > 20  # the mutations reach all three
+    assert min(counts[outcome] for outcome in GOOD) > 10  # the mutations reach all three
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..anatomy.linears import is_plain_embedding, is_quantized, matrix
-from ..anatomy.modules import embedding_of, is_base_parameter, linear_of
+from ..anatomy.modules import base_of, embedding_of, is_base_parameter, linear_of
 from ..anatomy.units import Anatomy
 from ..layers.values import FLOATS, WEIGHTS, check_finite
 from ..planning.packing import check_plan_dict
@@ -63,7 +63,7 @@ _LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megab
 # normal number. Another base changes a projection by 1.1 on average, and rounding to 4 bits by up to 0.15. Rounding to
 # bfloat16 changes it by 0.0016, with a maximum of 0.006 among 64 rows. Fine-tuning changes it by 0.004 to 0.022, or by
 # more in a few Linears if the others were frozen.
-_SAMPLED_LINEARS = 16
+_SAMPLED_LINEARS = 64
 _SAMPLED_ROWS = 4
 _TOLERANCE = 0.0025  # for the mean over all rows, if no base was quantized
 _LARGEST = 0.012  # for each row
@@ -184,16 +184,18 @@ def plan_key(names: Iterable[str], where: str = WEIGHTS) -> str:
 def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Shapes of some of the base's Linears and projections of some of their rows, to recognize the base.
 
-    `shapes` has up to 16 Linears by name, and `marks` one number for each of up to 4 rows of each. `quantized` is True
-    if one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
+    `shapes` has up to 64 Linears by name, and `marks` one number for each of up to 4 rows of each. `vectors` has one
+    number for each bias of these Linears, and for the parameters of the norms after sublayers. `quantized` is True if
+    one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
     cannot be read as floats.
 
-    With the `shapes` of another fingerprint as `like`, the same Linears are looked at (none if some do not exist
-    here), and an embedding whose vocabulary was resized gives the same rows and shape as there. A row that it does not
-    have gives NaN.
+    With another fingerprint as `like`, the same Linears are looked at (none if some do not exist here), and an
+    embedding whose vocabulary was resized gives the same rows and shape as there. A row that it does not have gives
+    NaN.
     """
     names = {name for group in anatomy.groups for name in group.modules}
-    sampled = _sample(names) if like is None else like if names.issuperset(like) else ()
+    known: Mapping[str, Any] = {} if like is None else like["shapes"]
+    sampled = _sample(names) if like is None else known if names.issuperset(known) else ()
     shapes, marks, quantized = {}, [], False
     for name in sorted(sampled):  # as in a file, where the keys are sorted
         weight = matrix(linear := linear_of(model, name))
@@ -201,22 +203,31 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
             return None
         quantized |= is_quantized(linear) or weight.element_size() < 2
         shape = list(weight.shape)
-        if is_plain_embedding(linear) and [*(like or {}).get(name, ())][1:] == shape[1:]:
-            shape = list(like[name])  # type: ignore[index]
+        if is_plain_embedding(linear) and [*known.get(name, ())][1:] == shape[1:]:
+            shape = list(known[name])
         numbers = range(shape[0])[:: max(1, shape[0] // _SAMPLED_ROWS)][:_SAMPLED_ROWS]
         there = [number for number in numbers if number < len(weight)]
-        rows = weight.detach()[there].float().cpu()
-        places = torch.arange(rows.shape[1], dtype=torch.float32, device="cpu")
-        signs = torch.where(places * 0.6180339887498949 % 1.0 < 0.5, -1.0, 1.0).float()
         shapes[name] = shape
-        marks += (rows @ signs / rows.norm(dim=1).clamp_min(1e-12)).tolist()
-        marks += [math.nan] * (len(numbers) - len(there))
-    found = {"shapes": shapes, "marks": [round(mark, 4) for mark in marks]}
+        marks += _marks(weight[there]) + [math.nan] * (len(numbers) - len(there))
+    vectors = {}
+    for name in sorted({*sampled, *(group.norm for group in anatomy.groups if group.norm)}):
+        for part, value in base_of(model.get_submodule(name)).named_parameters(recurse=False):
+            if value.dim() == 1 and value.is_floating_point() and not value.is_meta:
+                vectors[f"{name}.{part}"] = _marks(value[None])[0]
+    found = {"shapes": shapes, "marks": marks, "vectors": vectors}
     return {**found, "quantized": True} if quantized else found
 
 
+def _marks(rows: torch.Tensor) -> list[float]:
+    """For each row of `[rows, n]`, its dot product with fixed signs, divided by its norm."""
+    rows = rows.detach().float().cpu()
+    places = torch.arange(rows.shape[1], dtype=torch.float32, device="cpu")
+    signs = torch.where(places * 0.6180339887498949 % 1.0 < 0.5, -1.0, 1.0).float()
+    return [round(mark, 4) for mark in (rows @ signs / rows.norm(dim=1).clamp_min(1e-12)).tolist()]
+
+
 def _sample(names: Iterable[str]) -> list[str]:
-    """Up to 16 of the Linears, spread over all kinds of them and over the layers.
+    """Up to 64 of the Linears, spread over all kinds of them and over the layers.
 
     A copy of the base may differ in one kind alone, such as the values of the attention, if LoRA was merged into it.
     """
@@ -231,14 +242,22 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
     Its shapes must be the same, and its weights may differ by no more than a change of precision explains: by little
     between 16 bits and more, by more if one of the two bases is quantized.
     """
-    found = fingerprint(model, anatomy, expected["shapes"])
+    found = fingerprint(model, anatomy, expected)
     if found is None:
         return
     if found["shapes"] != dict(expected["shapes"]) or len(found["marks"]) != len(expected["marks"]):
         raise SensiLoadError(f"The adapter was made for a base model with other layers or shapes. {WAY_OUT}")
-    pairs = zip(found["marks"], expected["marks"], strict=True)
+    wide = bool(found.get("quantized") or expected.get("quantized"))
+    _compare(list(zip(found["marks"], expected["marks"], strict=True)), wide)
+    # Quantization may move a part of the weights into the norms. Files of earlier versions have no `vectors`.
+    vectors = {} if wide else expected.get("vectors", {})
+    _compare([(found["vectors"][name], mark) for name, mark in vectors.items() if name in found["vectors"]], wide)
+
+
+def _compare(pairs: list[tuple[float, float]], wide: bool) -> None:
+    """Raises `SensiLoadError` if the marks of two bases differ by more than a change of precision explains."""
     differences = [abs(a - b) for a, b in pairs if not math.isnan(a)]
-    count, wide = max(1, len(differences)), bool(found.get("quantized") or expected.get("quantized"))
+    count = max(1, len(differences))
     # The mean over a few rows varies more; with 20 rows or more the tolerance is `_TOLERANCE`.
     tolerance = _TOLERANCE_QUANTIZED if wide else max(_TOLERANCE, 0.0016 + 0.004 / count**0.5)
     distance, largest = sum(differences) / count, max(differences, default=0.0)

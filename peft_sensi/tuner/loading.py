@@ -74,8 +74,9 @@ def named_as_in(model: nn.Module, config: SensiConfig) -> SensiConfig:
     config.target_modules, config.exclude_modules = inside(config.target_modules), inside(config.exclude_modules)
     config.modules_to_save = sorted(inside(config.modules_to_save) or ()) or None
     if config.fingerprint is not None:
-        shapes = {name.removeprefix(prefix): shape for name, shape in config.fingerprint["shapes"].items()}
-        config.fingerprint = {**config.fingerprint, "shapes": shapes}
+        named = {key: value for key, value in config.fingerprint.items() if key in ("shapes", "vectors")}
+        named = {key: {n.removeprefix(prefix): v for n, v in value.items()} for key, value in named.items()}
+        config.fingerprint = {**config.fingerprint, **named}
     return config
 
 

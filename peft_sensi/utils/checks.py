@@ -43,14 +43,15 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_fingerprint(value: Any) -> bool:
-    if not isinstance(value, Mapping) or set(value) - {"quantized"} != {"shapes", "marks"}:
+    if not isinstance(value, Mapping) or set(value) - {"quantized", "vectors"} != {"shapes", "marks"}:
         return value is None
-    shapes, marks = value["shapes"], value["marks"]
+    shapes, marks, vectors = value["shapes"], value["marks"], value.get("vectors", {})
     return (
         isinstance(shapes, Mapping)
         and isinstance(marks, list)
         and all(isinstance(s, list) and all(type(n) is int for n in s) for s in shapes.values())
-        and all(is_number(mark) for mark in marks)
+        and isinstance(vectors, Mapping)
+        and all(is_number(mark) for mark in (*marks, *vectors.values()))
         and isinstance(value.get("quantized", False), bool)
     )
 
