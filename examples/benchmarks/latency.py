@@ -141,6 +141,15 @@ def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> 
     return model.merge_and_unload()
 
 
+LINES = {
+    "full": "whole model",
+    "params": "limit on parameters",
+    "flops": "limit on FLOPs",
+    "latency": "limit on latency",
+    "layers": "fewer layers",
+}
+
+
 def accuracy_table(results: Path, shares: Sequence[float]) -> str:
     """The dev metric at equal measured latency, between the measured points of each method and the whole model.
 
@@ -211,9 +220,13 @@ def main(arguments: list[str] | None = None) -> None:
         if options.page is not None:
             write_part(options.page, "latency_accuracy", text)
         if options.picture is not None:
-            found = read_results(options.results / "accuracy")
-            records = [{**r, "latency": round(r["latency"], 2)} if "latency" in r else r for r in found]
-            plot_budgets(records, options.picture, x="latency", y="dev", xlabel="share of the base's measured latency")
+            found = [r for r in read_results(options.results / "accuracy") if r["task"] in options.tasks]
+            records = [
+                {**r, "method": LINES[r["method"]]} | ({"latency": round(r["latency"], 2)} if "latency" in r else {})
+                for r in found
+            ]
+            labels = {"xlabel": "share of the base's measured latency", "ylabel": ", ".join(options.tasks)}
+            plot_budgets(records, options.picture, x="latency", y="dev", **labels)
         return
     if options.quick:
         options.models, options.batches, options.threads, options.shares = ["tiny"], [1], [1], [0.9]
