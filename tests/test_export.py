@@ -99,9 +99,11 @@ def test_a_decoder(tmp_path):
 
 def test_a_16_bit_model_becomes_a_float32_file(tmp_path):
     model = trained("bert", budget=0.5).bfloat16()
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    assert torch.bfloat16 in before.values()
     report = export_onnx(model, tmp_path / "model.onnx")
     assert report.file.difference < 1e-4
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {name: p.dtype for name, p in model.named_parameters()} == before
     types = {tensor.data_type for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT in types and onnx.TensorProto.BFLOAT16 not in types
 

@@ -54,7 +54,7 @@ def marks_to_tensor(marks: Mapping[str, bytes]) -> torch.Tensor:
     How many zeros there are depends on the marks, so that other marks usually have another shape.
     """
     rows = [hashlib.sha256(name.encode()).digest() + mark for name, mark in sorted(marks.items())]
-    zeros = bytes(hashlib.sha256(b"".join(rows)).digest()[0])
+    zeros = bytes(hashlib.sha256(b"".join(sorted(marks.values()))).digest()[0])  # the same whatever the names are
     # A new tensor each time: copies that average all entries in place (EMA) then leave the marks alone.
     flat = torch.tensor(list(b"".join(row + zeros for row in rows)), dtype=torch.uint8, device="cpu")
     return flat.view(len(rows), 2 * _LENGTH + len(zeros))
