@@ -1273,3 +1273,12 @@ def test_torchscript(fields):
     assert names == list(second)
     for batch in (first, second):
         torch.testing.assert_close(traced(**batch)["logits"], logits(model, batch))
+
+
+def test_the_helper_that_switches_casts_off_changes_nothing():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = wrap(tiny_model(), budget=0.5)
+    expected = logits(model)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model), expected)

@@ -27,6 +27,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
     """The part of `SensiLayer` that holds the state of the adapters and computes weights."""
 
     tensor_names: tuple[str, ...]
+    cast_input_dtype_enabled = False  # inputs are never cast; `peft.helpers.disable_input_dtype_casting` reads it
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
