@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from .values import version_of
+
 
 INTEGERS = ("places", "bits")
 
@@ -28,14 +30,14 @@ def keep_integers(layer: Any, adapter_name: str) -> None:
     if not parts or any(type(p) is not nn.Parameter or p.is_meta for p in parts.values()):
         return
     noted = layer.sensi_integers.get(adapter_name, {})
-    if noted.keys() == parts.keys() and all(_state(parts[name]) == noted[name][0] for name in noted):
+    if noted.keys() == parts.keys() and all(version_of(parts[name]) == noted[name][0] for name in noted):
         return
     for name, now in parts.items():
         copy = noted[name][1].to(now.device) if name in noted and noted[name][1].shape == now.shape else now
         if _is_cut_off(now.detach().long(), copy.long()):
             with torch.no_grad():
                 now.copy_(copy)
-    layer.sensi_integers[adapter_name] = {name: (_state(p), p.detach().clone()) for name, p in parts.items()}
+    layer.sensi_integers[adapter_name] = {name: (version_of(p), p.detach().clone()) for name, p in parts.items()}
 
 
 def _is_cut_off(now: torch.Tensor, before: torch.Tensor) -> bool:
@@ -47,7 +49,3 @@ def _is_cut_off(now: torch.Tensor, before: torch.Tensor) -> bool:
     """
     changes = (now - before).abs()
     return bool(changes.any() and (changes <= (before // 64).clamp_min(1)).all())
-
-
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -14,7 +14,7 @@ from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
 from .masters import warn_of_short
 from .sources import Source
-from .weights import version_of
+from .values import version_of
 
 
 # From this number of tokens in a call, a fused weight is made for the call and again for its backward pass. For fewer

@@ -20,7 +20,7 @@ from .marks import Mark
 from .slices import Slice, tensor_specs
 from .sources import Source
 from .updates import learned_mask, unpack_mask
-from .values import WEIGHTS, check_content, check_finite
+from .values import WEIGHTS, check_content, check_finite, version_of, writes
 
 
 class ComposedWeights(nn.Module, BaseTunerLayer):
@@ -318,16 +318,6 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
                 difference = other_bias if base_bias is None else other_bias - base_bias
                 bias = difference if bias is None else bias + difference
         return weight, bias
-
-
-def writes(tensor: torch.Tensor) -> int:
-    """How often values were written into a tensor. Tensors made under `torch.inference_mode` do not count: -1."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def version_of(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """What changes when a tensor gets another storage, or when values are written into it."""
-    return None if tensor is None else (tensor.data_ptr(), writes(tensor))
 
 
 def in_base_order(slice_: Slice, pair: Pair) -> Pair:

@@ -100,10 +100,10 @@ def _place_of(path: Path) -> str:
 
 def _check_format(names: Sequence[str | Path], kind: str | None, options: Options) -> None:
     """Raises `DataError` for an option about the format that is about none of the data."""
-    paths = [Path(name) for name in names]
-    places = {_place_of(path) for path in paths}
-    files = [path for path in paths if _place_of(path) == "file"]
-    files += [file for path in paths if _place_of(path) == "folder" for file in path.iterdir()]
+    place_of = {path: _place_of(path) for path in map(Path, names)}
+    places = {*place_of.values()}
+    files = [path for path, place in place_of.items() if place == "file"]
+    files += [file for path, place in place_of.items() if place == "folder" for file in path.iterdir()]
     suffixes = {suffix_of(file) for file in files}
     tables = set() if kind == "words" else suffixes & {*TEXT_SUFFIXES}
     about = {

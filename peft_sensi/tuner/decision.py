@@ -60,7 +60,7 @@ from .wrapping import save_whole
 logger = logging.getLogger(__name__)
 
 # A refit has more to fit than a score: its matrices have as many rows as a layer has units.
-REFIT_BATCHES = 1.5  # times `calibration_steps`
+REFIT_PER_SCORED = 1.5  # batches that are refitted, for each one that is scored
 
 _receiver: ContextVar[Callable[[Scores], object] | None] = ContextVar("_receiver", default=None)
 
@@ -223,7 +223,7 @@ def decide(
     batches = read = None
     if inputs.calibration is not None:
         to_score = max(config.calibration_steps, config.priming_steps)  # as in `compute_scores`
-        to_refit = math.ceil(REFIT_BATCHES * config.calibration_steps)
+        to_refit = math.ceil(REFIT_PER_SCORED * config.calibration_steps)
         batches = materialize(inputs.calibration, max(to_score, to_refit))
         read = batches[:to_score]
         _warn_of_lost_inputs(config, batches)

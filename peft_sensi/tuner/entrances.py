@@ -27,7 +27,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..anatomy.modules import base_of, embedding_of
 from ..layers.layer import layers_of
-from ..layers.weights import untouched, writes
+from ..layers.values import writes
+from ..layers.weights import untouched
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.undo import snapshot, surely, undone_on_error
