@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import cuts, in_place, wrapping
+from peft_sensi.tuner import trim as trim_module
 from peft_sensi.tuner.rescoring import REFIT_TOKENS, enough
 from peft_sensi.tuner.trim import _stages
 from peft_sensi.utils.states import TRIMMED, TUNED
@@ -411,7 +412,9 @@ def test_a_late_cut_is_refitted(tmp_path):
 def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
     def refitted(root, config, adapter_name, plan, *others):
         outputs = [group.output for group in plan.anatomy.trimmable]
-        return {name: (torch.ones(32, len(in_place.kept_columns(plan, name))), torch.ones(32)) for name in outputs}
+        return {
+            name: (torch.ones(32, len(in_place.kept_positions(plan, name)[1])), torch.ones(32)) for name in outputs
+        }
 
     model = wrap(tiny_model(), budget=0.5, schedule=LATE, also_train=["output_biases"])
     schedule = Schedule(model, 4, calibration=BATCHES)
@@ -423,17 +426,38 @@ def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
     assert_same_tensors(snapshot(model), before)
 
 
-def test_a_trim_far_down_equals_trims_in_stages():
-    whole = learned()
-    at_once, step_by_step = clone(whole), clone(whole)
-    plan = at_once.base_model.trim(0.25, BATCHES)
-    stages = _stages(whole.base_model.plan(), Budget(0.25))
+def trims_in_stages(model, budget, **options):
+    """Trims to the limits of each stage on the way to `budget`, and returns the last plan."""
+    stages = _stages(model.base_model.plan(), Budget(budget))
     assert len(stages) == 2
     for stage in stages:
         limits = {name: limit for name, limit in asdict(stage).items() if limit is not None}
-        last = step_by_step.base_model.trim(limits, BATCHES)
-    assert plan.to_dict() == last.to_dict()
+        plan = model.base_model.trim(limits, BATCHES, **options)
+    return plan
+
+
+def test_a_trim_far_down_chooses_units_in_stages():
+    whole = learned()
+    at_once, step_by_step = clone(whole), clone(whole)
+    plan = at_once.base_model.trim(0.25, BATCHES, refit=False)
+    assert plan.to_dict() == trims_in_stages(step_by_step, 0.25, refit=False).to_dict()
     torch.testing.assert_close(logits(at_once), logits(step_by_step), rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_stage_is_fitted_to_the_untrimmed_model(monkeypatch):
+    """Not to what the stages before have left, whose errors would add up."""
+    whole, seen = learned(), []
+    inner = trim_module.refit_changes
+
+    def watched(root, *others):
+        seen.append(logits(root))
+        return inner(root, *others)
+
+    monkeypatch.setattr(trim_module, "refit_changes", watched)
+    small = clone(whole)
+    small.base_model.trim(0.25, BATCHES)
+    assert len(seen) == 2  # the second stage has scored a smaller model
+    torch.testing.assert_close(seen[-1], logits(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_keeping_everything_needs_no_scores(monkeypatch):

@@ -239,7 +239,10 @@ def table(results: list[dict[str, Any]]) -> str:
             wholes = [found[*column, "full", seed] for seed in seeds if (*column, "full", seed) in found]
             if values and len(wholes) == len(values):
                 constant = TASKS[column[1]].constant * len(values)
-                text += f" ({(sum(values) - constant) / (sum(wholes) - constant):.0%} of {len(values)})"
+                gain = sum(wholes) - constant
+                text += (
+                    f" ({(sum(values) - constant) / gain:.0%} of {len(values)})" if gain else " (full learns nothing)"
+                )
             cells.append(text)
         lines.append("| " + " | ".join([row, *cells]) + " |")
     return "\n".join(lines)

@@ -41,6 +41,19 @@ class Calls:
     chain: bool = True
 
 
+@dataclass
+class Stream:
+    """One batch on its way through the layers of the untrimmed and of the trimmed model."""
+
+    batch: Mapping[str, Any]
+    untrimmed_calls: Calls
+    trimmed_calls: Calls
+    holds_out: bool  # the guards use this batch
+    fits: bool  # the least squares use this batch
+    untrimmed: Any = None  # hidden states, `[batch, tokens, features]`
+    trimmed: Any = None
+
+
 def record_calls(
     model: nn.Module, layers: list[str], batches: list[Mapping[str, Any]], loss_fn: LossFn | None
 ) -> list[Calls] | None:

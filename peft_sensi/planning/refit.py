@@ -14,7 +14,6 @@ form, and only the activations of one layer are needed at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,8 @@ from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device
 from ..utils import distributed
 from ..utils.progress import progress_bar
 from ..utils.states import FROZEN, TRIMMED, TUNED
-from .layerwise import Calls, record_calls, run_layer
+from .layer_fit import fit_layer
+from .layerwise import Stream, record_calls, run_layer
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import Plan
 from .trimmed import assign, trimmed
@@ -36,6 +36,7 @@ from .trimmed import assign, trimmed
 
 Refitted = dict[str, Values]  # by the output projection's module name
 
+HELD_OUT = range(3, 32, 4)  # positions of the batches with which the guards compare values
 MARGIN = 0.02
 SAME = 1e-2  # relative distance of two ways to compute a layer; 16-bit models round
 
@@ -46,16 +47,21 @@ def refit(
     batches: list[Mapping[str, Any]],
     loss_fn: LossFn | None = None,
     progress: bool = True,
+    rounds: int = 0,
 ) -> Refitted:
     """New values for the output projections of all groups whose kept units are all tuned.
+
+    With `rounds`, each layer is then fitted as a whole (see `layer_fit`), and the result also has new values for the
+    other Linears of these groups, as far as the plan targets them.
 
     `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if nothing is
     trimmed, or if the model runs a layer more than once.
 
-    Every fourth batch is held out, and two guards use these batches. First, each output projection goes no step, half
-    a step or a whole step from its old values to the solution, whichever gives the smallest error after the LayerNorm.
-    Second, if all new values together make the loss of the trimmed model worse by more than 2 percent of its absolute
-    value, they are all dropped. Raises `CalibrationError` if a held-out batch has no finite loss.
+    Up to eight batches, every fourth one, are held out for three guards. First, each output projection goes no step,
+    half a step or a whole step from its old values to the solution, whichever gives the smallest error after the
+    LayerNorm. Second, the fit of a whole layer must make its error smaller. Third, if all new values together make the
+    loss of the trimmed model worse by more than 2 percent of its absolute value, they are all dropped. Raises
+    `CalibrationError` if a held-out batch has no finite loss.
     """
     states = {g: plan.of(g) for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and g.output in plan.targets}
     groups = [g for g, s in states.items() if (s == TUNED).any() and not (s == FROZEN).any()]
@@ -72,9 +78,9 @@ def refit(
         # Chosen by a batch's position among those of all processes, so that the number of processes does not matter.
         positions = distributed.batch_positions(len(batches))
         total = sum(distributed.gather("counting batches", len(batches)))
-        held_out = {i for i, place in enumerate(positions) if (place % 4 == 3 if total > 3 else place == 0)}
+        held_out = {i for i, place in enumerate(positions) if (place in HELD_OUT if total > 3 else place == 0)}
         streams = [
-            _Stream(batch, calls, calls, holds_out=i in held_out, fits=i not in held_out or total == 1)
+            Stream(batch, calls, calls, holds_out=i in held_out, fits=i not in held_out or total == 1)
             for i, (batch, calls) in enumerate(zip(batches, recorded, strict=True))
         ]
         refitted: Refitted = {}
@@ -82,7 +88,9 @@ def refit(
         for i, layer in enumerate(progress_bar(order, "refit", show=progress)):
             if i and any(layer in calls.entries for calls in recorded):
                 _follow_trimmed_model(model, plan, order[:i], refitted, streams, loss_fn)
-            _refit_layer(model, plan, layer, [g for g in groups if g.layer == layer], refitted, streams)
+            trims = any((plan.of(g) == TRIMMED).any() for g in plan.anatomy.trimmable if g.layer in order[: i + 1])
+            own = [g for g in groups if g.layer == layer]
+            _refit_layer(model, plan, layer, own, refitted, streams, rounds if trims else 0)
         if not refitted:
             return {}
         test = {i: batches[i] for i in sorted(held_out)}
@@ -92,21 +100,8 @@ def refit(
     return refitted if after <= before + MARGIN * abs(before) else {}
 
 
-@dataclass
-class _Stream:
-    """One batch on its way through the layers of the untrimmed and of the trimmed model."""
-
-    batch: Mapping[str, Any]
-    untrimmed_calls: Calls
-    trimmed_calls: Calls
-    holds_out: bool  # the guards use this batch
-    fits: bool  # the least squares use this batch
-    untrimmed: Any = None  # hidden states, `[batch, tokens, features]`
-    trimmed: Any = None
-
-
 def _follow_trimmed_model(
-    model: nn.Module, plan: Plan, done: list[str], refitted: Refitted, streams: list[_Stream], loss_fn: LossFn | None
+    model: nn.Module, plan: Plan, done: list[str], refitted: Refitted, streams: list[Stream], loss_fn: LossFn | None
 ) -> None:
     """Records how the model calls a new stack of layers after the trimmed and refitted layers `done`."""
     layers = list(streams[0].untrimmed_calls.arguments)
@@ -120,7 +115,13 @@ def _follow_trimmed_model(
 
 
 def _refit_layer(
-    model: nn.Module, plan: Plan, layer: str, groups: list[Group], refitted: Refitted, streams: list[_Stream]
+    model: nn.Module,
+    plan: Plan,
+    layer: str,
+    groups: list[Group],
+    refitted: Refitted,
+    streams: list[Stream],
+    rounds: int,
 ) -> None:
     """Adds the fitted values of these groups of one layer to `refitted`, and moves all streams to the next layer."""
     targets: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
@@ -143,7 +144,7 @@ def _refit_layer(
             None if bias is None else bias.detach().float(),
         )
 
-    def run_up_to(group: Group, stream: _Stream) -> list[torch.Tensor]:
+    def run_up_to(group: Group, stream: Stream) -> list[torch.Tensor]:
         """The kept activations and the residual of all tokens of a batch."""
         found: list[torch.Tensor] = []
 
@@ -181,11 +182,18 @@ def _refit_layer(
             if (best := errors.best()) is not None:
                 refitted[group.output] = best
                 assign(linear_of(model, group.output), *best)
+        if rounds:
+            names = [name for group in groups for name in group.modules if name in plan.targets]
+            fitted = fit_layer(model, layer, list(dict.fromkeys(names)), streams, rounds)
+            for name, values in fitted.items():
+                refitted[name] = values
+                assign(linear_of(model, name), *values)
+            last = [] if fitted else last
         _finish_layer(model, layer, groups, last, streams)
 
 
 def _finish_layer(
-    model: nn.Module, layer: str, groups: list[Group], last: list[list[torch.Tensor]], streams: list[_Stream]
+    model: nn.Module, layer: str, groups: list[Group], last: list[list[torch.Tensor]], streams: list[Stream]
 ) -> None:
     """Moves the trimmed model's hidden states of all streams to the next layer.
 
@@ -194,7 +202,7 @@ def _finish_layer(
     and shows whether this is so.
     """
 
-    def whole(stream: _Stream) -> Any:
+    def whole(stream: Stream) -> Any:
         return run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {})
 
     first = whole(streams[0])

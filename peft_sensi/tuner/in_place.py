@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy.linears import matrix
+from ..anatomy.linears import bias_of, matrix
 from ..layers.layer import layers_of
+from ..planning.least_squares import Values
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
 from ..scoring.calibration import LossFn
@@ -48,27 +50,49 @@ def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
                 layer.unmerge()
 
 
-def kept_columns(plan: Plan, output: str) -> torch.Tensor:
-    """The columns (int64) of an output projection that belong to the units which `plan` keeps."""
-    group = next(g for g in plan.anatomy.trimmable if g.output == output)
-    return group.output_columns(plan.of(group) != TRIMMED)
+def kept_positions(plan: Plan, module: str) -> tuple[int, torch.Tensor]:
+    """Which rows (0) or columns (1) of a Linear `[out, in]` belong to units, and those (int64) that `plan` keeps."""
+    group = next(g for g in plan.anatomy.trimmable if module in g.modules)
+    kept = np.flatnonzero(plan.of(group) != TRIMMED)
+    sides = [side for side in group.sides if side.module == module]
+    return sides[0].dim, torch.from_numpy(np.concatenate([side.positions(kept) for side in sides]))
+
+
+def selected(values: Values, dim: int, positions: torch.Tensor) -> Values:
+    """The rows (`dim` 0, with their biases) or columns (1) of a weight `[out, in]` at these positions."""
+    weight, bias = values
+    index = positions.to(weight.device)
+    return weight.index_select(dim, index), bias if bias is None or dim else bias.index_select(0, index)
+
+
+def spread(values: Values, like: torch.Tensor, dim: int, positions: torch.Tensor) -> Values:
+    """The reverse of `selected`: zeros of the shape of `like` `[out, in]`, with the values at these positions."""
+    weight, bias = values
+    index = positions.to(weight.device)
+    wide = weight.new_zeros(like.shape).index_copy(dim, index, weight)
+    return wide, bias if bias is None or dim else bias.new_zeros(len(like)).index_copy(0, index, bias)
 
 
 def refit_changes(
-    root: nn.Module, plan: Plan, batches: list[Mapping[str, Any]], loss_fn: LossFn | None, progress: bool
+    root: nn.Module,
+    plan: Plan,
+    batches: list[Mapping[str, Any]],
+    loss_fn: LossFn | None,
+    progress: bool,
+    rounds: int = 0,
 ) -> Refitted:
-    """`refit` inside `merged_in_place`, as changes of the adapted weights: float32, of the kept columns in base order.
+    """`refit` inside `merged_in_place`, as changes of the adapted weights: float32, of the kept units in base order.
 
     A change can be added to the trained weight whatever else the adapter adds to it, such as a low-rank term. A mask
     would undo a part of the change, so masked layers are left out.
     """
     changes: Refitted = {}
-    for name, (weight, bias) in refit(root, plan, batches, loss_fn, progress).items():
+    for name, (weight, bias) in refit(root, plan, batches, loss_fn, progress, rounds).items():
         layer: Any = root.get_submodule(name)
         if layer.sensi_slices[layer.merged_adapters[-1]].sparsity is not None:
             continue
         base = layer.get_base_layer()
-        columns = kept_columns(plan, name)
-        before = matrix(base).detach().index_select(1, columns.to(weight.device)).float()
-        changes[name] = (weight - before, None if bias is None else bias - base.bias.detach().float())
+        before, bias_before = selected((matrix(base).detach(), bias_of(base)), *kept_positions(plan, name))
+        bias = None if bias is None or bias_before is None else bias - bias_before.detach().float()
+        changes[name] = weight - before.float(), bias
     return changes

@@ -22,6 +22,7 @@ from .config import SensiConfig
 SCORED_BATCHES = 2  # times `calibration_steps`
 REFIT_BATCHES = 6  # times `calibration_steps`, at most
 REFIT_TOKENS = 65_536
+FIT_ROUNDS = 3  # how often a trim uses each batch to fit whole layers (see `planning.layer_fit`)
 
 
 def trained_options(config: SensiConfig, loss_fn: LossFn | None, **changes: Any) -> ScoringOptions:

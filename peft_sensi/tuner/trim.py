@@ -37,9 +37,9 @@ from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .decision import is_refitted
-from .in_place import kept_columns, merged_in_place, refit_changes
+from .in_place import kept_positions, merged_in_place, refit_changes, spread
 from .predictions import read_latency
-from .rescoring import REFIT_BATCHES, enough, labeled_by, trained_options
+from .rescoring import FIT_ROUNDS, REFIT_BATCHES, enough, labeled_by, trained_options
 from .targets import anatomy_of
 from .wrapping import shrink
 
@@ -180,10 +180,12 @@ def _decide(
                 )
                 after = after.without(wanted.trimmed_units)
                 small = _plan_of_merged(now, before, after)
-                if fits and to_refit is not None:
-                    more = refit_changes(root, small, to_refit, inputs.loss_fn, options.progress)
-                    _add(root, changes, more, small)
-        refitted = {name: (w[:, kept_columns(small, name)], bias) for name, (w, bias) in changes.items()}
+                if fits and to_refit is not None and interim is not limits:
+                    some = to_refit[: options.calibration_steps]
+                    _add(root, changes, refit_changes(root, small, some, inputs.loss_fn, options.progress), small)
+        refitted = Refitted()
+        if fits and to_refit is not None:
+            refitted = refit_changes(root, small, to_refit, inputs.loss_fn, options.progress, FIT_ROUNDS)
     plan = replace(recounted(root, config, before, after), sequence_length=wanted.sequence_length)
     return _same_everywhere(Trim(plan, refitted, scores))
 
@@ -228,11 +230,9 @@ def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
 
 
 def _add(root: nn.Module, changes: Refitted, more: Refitted, plan: Plan) -> None:
-    """Adds changes of the columns that `plan` keeps (see `refit_changes`) to changes of all columns."""
-    for name, (weight, bias) in more.items():
-        width = matrix(linear_of(root, name)).shape[1]
-        columns = kept_columns(plan, name).to(weight.device)
-        wide = weight.new_zeros(weight.shape[0], width).index_copy(1, columns, weight)
+    """Adds changes of the units that `plan` keeps (see `refit_changes`) to changes of all units."""
+    for name, change in more.items():
+        wide, bias = spread(change, matrix(linear_of(root, name)), *kept_positions(plan, name))
         old, old_bias = changes.get(name, (torch.zeros_like(wide), None))
         changes[name] = old + wide, bias if bias is None or old_bias is None else old_bias + bias
 
