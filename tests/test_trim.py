@@ -411,10 +411,8 @@ def test_a_late_cut_is_refitted(tmp_path):
 
 def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
     def refitted(root, config, adapter_name, plan, *others):
-        outputs = [group.output for group in plan.anatomy.trimmable]
-        return {
-            name: (torch.ones(32, len(in_place.kept_positions(plan, name)[1])), torch.ones(32)) for name in outputs
-        }
+        counts = {g.output: len(g.output_columns(plan.of(g) != TRIMMED)) for g in plan.anatomy.trimmable}
+        return {name: (torch.ones(32, count), torch.ones(32)) for name, count in counts.items()}
 
     model = wrap(tiny_model(), budget=0.5, schedule=LATE, also_train=["output_biases"])
     schedule = Schedule(model, 4, calibration=BATCHES)

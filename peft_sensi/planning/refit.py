@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
@@ -31,7 +30,7 @@ from .layer_fit import fit_layer
 from .layerwise import Stream, record_calls, run_layer
 from .least_squares import GuardErrors, LeastSquares, Values
 from .plan import Plan
-from .trimmed import assign, trimmed
+from .trimmed import assign, kept_values, trimmed
 
 
 Refitted = dict[str, Values]  # by the output projection's module name
@@ -137,12 +136,8 @@ def _refit_layer(
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
     originals: dict[Group, Values] = {}  # the kept columns of the base model's weights, and its biases
     for group in groups:
-        weight, bias = matrix(linear_of(model, group.output)).detach(), bias_of(linear_of(model, group.output))
-        columns = group.output_columns(plan.of(group) != TRIMMED)
-        originals[group] = (
-            weight[:, columns.to(weight.device)].float(),
-            None if bias is None else bias.detach().float(),
-        )
+        weight, bias = kept_values(linear_of(model, group.output), group.output, group, plan)
+        originals[group] = weight.float(), None if bias is None else bias.float()
 
     def run_up_to(group: Group, stream: Stream) -> list[torch.Tensor]:
         """The kept activations and the residual of all tokens of a batch."""

@@ -25,25 +25,35 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
     """
     with ExitStack() as restore:
         for group in groups:
-            kept = np.flatnonzero(plan.of(group) != TRIMMED)
+            kept = int((plan.of(group) != TRIMMED).sum())
             for name in group.modules:
                 linear = linear_of(model, name)
                 restore.enter_context(reassigned(linear))  # also where no unit is removed: `assign` may be called
-                if len(kept) == group.size:
-                    continue
-                sides = [side for side in group.sides if side.module == name]
-                positions = np.concatenate([side.positions(kept) for side in sides])
-                index = torch.from_numpy(positions).to(linear.weight.device)
-                weight, bias = matrix(linear).detach().index_select(sides[0].dim, index), bias_of(linear)
-                if bias is not None and sides[0].dim == 0:
-                    bias = bias.detach().index_select(0, index)
-                assign(linear, weight, bias)
-            for path, per_unit in group.attributes if len(kept) < group.size else ():
+                if kept < group.size:
+                    assign(linear, *kept_values(linear, name, group, plan))
+            for path, per_unit in group.attributes if kept < group.size else ():
                 parent, _, attribute = path.rpartition(".")
                 module = model.get_submodule(parent)
                 restore.callback(setattr, module, attribute, getattr(module, attribute))
-                setattr(module, attribute, len(kept) * per_unit)
+                setattr(module, attribute, kept * per_unit)
         yield
+
+
+def kept_values(linear: Any, name: str, group: Group, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight `[out, in]` and the bias `[out]` of the Linear `name`, without the units that the plan trims."""
+    weight, bias = matrix(linear).detach(), bias_of(linear)
+    dim, positions = kept_positions(name, group, plan)
+    index = positions.to(weight.device)
+    if bias is not None:
+        bias = bias.detach() if dim else bias.detach().index_select(0, index)
+    return weight.index_select(dim, index), bias
+
+
+def kept_positions(name: str, group: Group, plan: Plan) -> tuple[int, torch.Tensor]:
+    """Whether a group's units are rows (0) or columns (1) of the Linear `name`, and which of these (int64) stay."""
+    kept = np.flatnonzero(plan.of(group) != TRIMMED)
+    sides = [side for side in group.sides if side.module == name]
+    return sides[0].dim, torch.from_numpy(np.concatenate([side.positions(kept) for side in sides]))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
+from ..planning.trimmed import kept_positions
 from ..scoring.calibration import LossFn, preserved
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
@@ -34,7 +35,7 @@ from ..utils.states import TRIMMED
 from ..utils.undo import surely
 from .config import SensiConfig
 from .decision import is_refitted
-from .in_place import kept_positions, merged_in_place, refit_changes
+from .in_place import merged_in_place, refit_changes
 from .predictions import read_latency
 from .rescoring import FIT_ROUNDS, SCORED_BATCHES, enough, labeled_by, trained_options
 from .slicing import config_after, trained_beside_units
@@ -147,7 +148,7 @@ def _add_change(
     """Adds the change of a refit to the trained Linear `name`, where the units are that `plan` keeps."""
     weight, bias = layer.part("weight", adapter_name), layer.part("bias", adapter_name)
     there = layer.sensi_slices[adapter_name].tuned_positions
-    dim, positions = kept_positions(plan, name)
+    dim, positions = kept_positions(name, group, plan)
     places = positions_in(there, positions).to(weight.device)
     if name == group.output:  # a unit that is opened again contributed nothing to the model that the refit saw
         again = group.output_columns((plan.of(group) != TRIMMED) & ~opened[group.name])

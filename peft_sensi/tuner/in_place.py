@@ -6,18 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix
 from ..layers.layer import layers_of
-from ..planning.least_squares import Values
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
+from ..planning.trimmed import kept_values
 from ..scoring.calibration import LossFn
 from ..utils.errors import SensiError
-from ..utils.states import TRIMMED
 
 
 @contextmanager
@@ -50,29 +46,6 @@ def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
                 layer.unmerge()
 
 
-def kept_positions(plan: Plan, module: str) -> tuple[int, torch.Tensor]:
-    """Which rows (0) or columns (1) of a Linear `[out, in]` belong to units, and those (int64) that `plan` keeps."""
-    group = next(g for g in plan.anatomy.trimmable if module in g.modules)
-    kept = np.flatnonzero(plan.of(group) != TRIMMED)
-    sides = [side for side in group.sides if side.module == module]
-    return sides[0].dim, torch.from_numpy(np.concatenate([side.positions(kept) for side in sides]))
-
-
-def selected(values: Values, dim: int, positions: torch.Tensor) -> Values:
-    """The rows (`dim` 0, with their biases) or columns (1) of a weight `[out, in]` at these positions."""
-    weight, bias = values
-    index = positions.to(weight.device)
-    return weight.index_select(dim, index), bias if bias is None or dim else bias.index_select(0, index)
-
-
-def spread(values: Values, like: torch.Tensor, dim: int, positions: torch.Tensor) -> Values:
-    """The reverse of `selected`: zeros of the shape of `like` `[out, in]`, with the values at these positions."""
-    weight, bias = values
-    index = positions.to(weight.device)
-    wide = weight.new_zeros(like.shape).index_copy(dim, index, weight)
-    return wide, bias if bias is None or dim else bias.new_zeros(len(like)).index_copy(0, index, bias)
-
-
 def refit_changes(
     root: nn.Module,
     plan: Plan,
@@ -92,7 +65,8 @@ def refit_changes(
         if layer.sensi_slices[layer.merged_adapters[-1]].sparsity is not None:
             continue
         base = layer.get_base_layer()
-        before, bias_before = selected((matrix(base).detach(), bias_of(base)), *kept_positions(plan, name))
-        bias = None if bias is None or bias_before is None else bias - bias_before.detach().float()
+        group = next(group for group in plan.anatomy.trimmable if name in group.modules)
+        before, bias_before = kept_values(base, name, group, plan)
+        bias = None if bias is None or bias_before is None else bias - bias_before.float()
         changes[name] = weight - before.float(), bias
     return changes

@@ -37,7 +37,7 @@ from ..utils.states import TRIMMED
 from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .decision import is_refitted
-from .in_place import kept_positions, merged_in_place, refit_changes, spread
+from .in_place import merged_in_place, refit_changes
 from .predictions import read_latency
 from .rescoring import FIT_ROUNDS, REFIT_BATCHES, enough, labeled_by, trained_options
 from .targets import anatomy_of
@@ -230,9 +230,11 @@ def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
 
 
 def _add(root: nn.Module, changes: Refitted, more: Refitted, plan: Plan) -> None:
-    """Adds changes of the units that `plan` keeps (see `refit_changes`) to changes of all units."""
-    for name, change in more.items():
-        wide, bias = spread(change, matrix(linear_of(root, name)), *kept_positions(plan, name))
+    """Adds changes of the columns that `plan` keeps (see `refit_changes`) to changes of all columns."""
+    groups = {group.output: group for group in plan.anatomy.trimmable}
+    for name, (weight, bias) in more.items():
+        columns = groups[name].output_columns(plan.of(groups[name]) != TRIMMED).to(weight.device)
+        wide = torch.zeros_like(matrix(linear_of(root, name)), dtype=weight.dtype).index_copy_(1, columns, weight)
         old, old_bias = changes.get(name, (torch.zeros_like(wide), None))
         changes[name] = old + wide, bias if bias is None or old_bias is None else old_bias + bias
 
