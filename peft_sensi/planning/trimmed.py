@@ -42,18 +42,12 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
 def kept_values(linear: Any, name: str, group: Group, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight `[out, in]` and the bias `[out]` of the Linear `name`, without the units that the plan trims."""
     weight, bias = matrix(linear).detach(), bias_of(linear)
-    dim, positions = kept_positions(name, group, plan)
-    index = positions.to(weight.device)
-    if bias is not None:
-        bias = bias.detach() if dim else bias.detach().index_select(0, index)
-    return weight.index_select(dim, index), bias
-
-
-def kept_positions(name: str, group: Group, plan: Plan) -> tuple[int, torch.Tensor]:
-    """Whether a group's units are rows (0) or columns (1) of the Linear `name`, and which of these (int64) stay."""
     kept = np.flatnonzero(plan.of(group) != TRIMMED)
     sides = [side for side in group.sides if side.module == name]
-    return sides[0].dim, torch.from_numpy(np.concatenate([side.positions(kept) for side in sides]))
+    index = torch.from_numpy(np.concatenate([side.positions(kept) for side in sides])).to(weight.device)
+    if bias is not None:
+        bias = bias.detach().index_select(0, index) if sides[0].dim == 0 else bias.detach()
+    return weight.index_select(sides[0].dim, index), bias
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
-from ..planning.trimmed import kept_positions
 from ..scoring.calibration import LossFn, preserved
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
@@ -37,7 +36,7 @@ from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
 from .predictions import read_latency
-from .rescoring import FIT_ROUNDS, SCORED_BATCHES, enough, labeled_by, trained_options
+from .rescoring import SCORED_BATCHES, enough, labeled_by, trained_options
 from .slicing import config_after, trained_beside_units
 from .targets import anatomy_of, plan_of, targets_of
 
@@ -55,8 +54,8 @@ def close_units(
     The limits go from the whole prunable part (`progress` 0) to the budget (`progress` 1).
 
     Closed units stay closed. Only the last cut (`progress` 1) may open units again: those that still fit when no
-    open unit does, so that the budget is used up. The kept units are refitted to the model before the cut (see
-    `planning.refit`), at the last cut by whole layers.
+    open unit does, so that the budget is used up. The output projections are refitted to the model before the cut
+    (see `planning.refit`).
     """
     read_latency(config)
     targets = targets_of(root, config)
@@ -82,7 +81,7 @@ def close_units(
         **config.width_options,
         latency=config.tables,
     )
-    changes = _refitted(root, config, adapter_name, plan, batches, loss_fn, FIT_ROUNDS if progress >= 1 else 0)
+    changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
     distributed.gather("cutting")
     layers = layers_of(root, adapter_name)
     refitted = [layers[name].part(part, adapter_name) for name in changes for part in ("weight", "bias")]
@@ -92,9 +91,8 @@ def close_units(
                 gate = gates[group.output]
                 gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
                 distributed.broadcast(gate)
-            for name in group.modules:
-                if name in changes:
-                    _add_change(layers[name], adapter_name, name, group, plan, opened, changes[name])
+            if group.output in changes:
+                _add_change(root.get_submodule(group.output), adapter_name, group, plan, opened, changes[group.output])
         closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
         distributed.check_equal("its cut", closed, "The processes must have the same model.")
 
@@ -123,9 +121,8 @@ def _refitted(
     wanted: Plan,
     batches: list[Mapping[str, Any]] | None,
     loss_fn: LossFn | None,
-    rounds: int,
 ) -> Refitted:
-    """Changes that make up for the cut (see `refit_changes`), if the schedule does not switch the refit off."""
+    """Changes of the output projections that make up for the cut, if the schedule does not switch the refit off."""
     before = plan_of(root, config)
     wanted_by_user = (config.schedule or {}).get("refit", config.refit)
     if batches is None or not is_refitted(root, config, before.anatomy, wanted_by_user):
@@ -133,30 +130,26 @@ def _refitted(
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
         to_refit = enough(batches, SCORED_BATCHES * config.calibration_steps)
-        return refit_changes(root, before.without(wanted.trimmed_units), to_refit, loss_fn, False, rounds)
+        return refit_changes(root, before.without(wanted.trimmed_units), to_refit, loss_fn, progress=False)
 
 
 def _add_change(
-    layer: Any,
-    adapter_name: str,
-    name: str,
-    group: Group,
-    plan: Plan,
-    opened: Mapping[str, np.ndarray],
-    change: Pair,
+    layer: Any, adapter_name: str, group: Group, plan: Plan, opened: Mapping[str, np.ndarray], change: Pair
 ) -> None:
-    """Adds the change of a refit to the trained Linear `name`, where the units are that `plan` keeps."""
+    """Adds the change of a refit to a trained output projection, on the columns of the units that `plan` keeps."""
+
+    def columns(units: np.ndarray) -> torch.Tensor:
+        slice_ = layer.sensi_slices[adapter_name]
+        return positions_in(slice_.tuned_positions, group.output_columns(units)).to(weight.device)
+
     weight, bias = layer.part("weight", adapter_name), layer.part("bias", adapter_name)
-    there = layer.sensi_slices[adapter_name].tuned_positions
-    dim, positions = kept_positions(name, group, plan)
-    places = positions_in(there, positions).to(weight.device)
-    if name == group.output:  # a unit that is opened again contributed nothing to the model that the refit saw
-        again = group.output_columns((plan.of(group) != TRIMMED) & ~opened[group.name])
-        weight.index_fill_(1, positions_in(there, again).to(weight.device), 0.0)
-    weight.index_add_(dim, places, change[0].to(weight))
+    kept = plan.of(group) != TRIMMED
+    # A unit that is opened again contributed nothing to the model that the refit saw.
+    weight.index_fill_(1, columns(kept & ~opened[group.name]), 0.0)
+    weight.index_add_(1, columns(kept), change[0].to(weight))
     distributed.broadcast(weight)
     if change[1] is not None:
-        bias.index_add_(0, places, change[1].to(bias)) if dim == 0 else bias.add_(change[1].to(bias))
+        bias.add_(change[1].to(bias))
         distributed.broadcast(bias)
 
 
