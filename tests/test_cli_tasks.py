@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import command
 import pytest
 import torch
 from command import fails, run
-from interruptions import assert_same_adapter, interrupted
+from interruptions import Signal, assert_same_adapter, interrupted
 from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoModel, BertTokenizerFast
@@ -238,7 +239,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, wo
     train = ("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "3", "--batch-size", "8")
     call(*train, "--out", tmp_path / "whole")
     half = (*train, "--out", tmp_path / "half")
-    number = signal.SIGTERM if case == "trimmed" else signal.SIGINT
+    number = {"trimmed": signal.SIGTERM, "low-rank": signal.SIGHUP}.get(case, signal.SIGINT)
     assert "--resume" in interrupted(monkeypatch, step, *half, number=number)
     assert "--resume" in fails(*half)
     assert "--seed was 0" in fails(*half, "--resume", "--seed", "3")
@@ -283,6 +284,40 @@ def test_a_signal_before_the_training_ends_the_command_in_one_line(work, tmp_pat
     monkeypatch.setattr("peft_sensi.cli.train.get_peft_model", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
     assert fails(*train, status=143).endswith("terminated")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(work, tmp_path, monkeypatch):
+    """`nohup` starts a command so, to let it go on without its terminal."""
+    train = ("train", work / "base", "--data", work / "texts.csv", "--out", tmp_path / "out", *SHORT)
+    hang_up = Signal(2, signal.SIGHUP)
+    trainer = Run.trainer
+    monkeypatch.setattr(Run, "trainer", lambda self, n=0.0, more=None: trainer(self, n, [*(more or []), hang_up]))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        call(*train)
+        assert hang_up.steps_left <= 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_to_a_closed_terminal_is_no_error():
+    """Otherwise the first line after a SIGHUP would end the command before its checkpoint."""
+    code = """
+import os, pty, sys
+from peft_sensi.cli.terminal import err, leave_lost_terminal
+keeper, terminal = pty.openpty()
+old = os.dup(1)
+os.dup2(terminal, 2)
+leave_lost_terminal()
+err.print("seen")
+assert os.read(keeper, 100).strip() == b"seen"
+os.close(keeper)
+leave_lost_terminal()
+err.print("lost")
+print("on stdout, which is no terminal")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "stdout" in done.stdout
 
 
 def test_signals_that_a_launcher_passes_on_do_not_end_the_checkpoint(monkeypatch):

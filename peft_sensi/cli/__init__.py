@@ -1,7 +1,7 @@
 """The command `peft-sensi`. Arguments and files go in; tables or JSON, adapters, models and cards come out.
 
 Results go to stdout, everything else to stderr. Exit status: 0 for success, 1 for a problem with a file, a model or a
-budget (one line says which), 2 for wrong arguments, 130 after Ctrl-C, 143 after SIGTERM.
+budget (one line says which), 2 for wrong arguments, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
 Help and the list of recipes need no PyTorch: modules import it inside the functions that need it. Where PyTorch or
 PEFT is not installed, `peft-sensi measure FOLDER` works too (see `device`).

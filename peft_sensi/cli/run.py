@@ -1,6 +1,6 @@
 """An adapter, its task and a folder go in; the adapter is trained, evaluated and saved there, with metrics.json.
 
-Ctrl-C and SIGTERM end a training after the step that is running, with a checkpoint; `--resume` goes on from it.
+Ctrl-C, SIGTERM and SIGHUP end a training after the step that is running, with a checkpoint; `--resume` goes on from it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..utils.files import make_readable, read_json_object, write_text_atomically
 from ..utils.progress import show_progress
 from .checks import UNFINISHED
 from .rates import WHOLE, default_rate
-from .terminal import err, handling, stop_at_once
+from .terminal import ENDING, err, handling, leave_lost_terminal, stop_at_once
 
 
 PACKAGES = ("peft-sensi", "peft", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
@@ -138,7 +138,7 @@ class Run:
 
         Raises:
             SensiError: Values are not finite. Nothing is saved then.
-            KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM came. A checkpoint was written.
+            KeyboardInterrupt: Ctrl-C was pressed, or SIGTERM or SIGHUP came. A checkpoint was written.
         """
         is_resumed = self.state.get("stage") == stage
         if is_resumed and self.state.get("steps") is not None:
@@ -151,7 +151,7 @@ class Run:
         start = time.perf_counter()
         stop = StopAfterStep()
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
-        with handling([signal.SIGINT, signal.SIGTERM], stop.request):
+        with handling([signal.SIGINT, *ENDING], stop.request):
             trainer.train(resume_from_checkpoint=checkpoint)
         self.seconds += time.perf_counter() - start
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
@@ -225,8 +225,8 @@ def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     check_same_options(state, options)
     if saved_training(folder, state) is None:
         raise SensiError(
-            f"{folder} has no checkpoint to go on from: Ctrl-C and SIGTERM leave one after the first step of a "
-            f"training. Start again with --overwrite."
+            f"{folder} has no checkpoint to go on from: Ctrl-C, SIGTERM and SIGHUP leave one after the first step of "
+            f"a training. Start again with --overwrite."
         )
     return state
 
@@ -255,9 +255,9 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 class StopAfterStep(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the training after the running step, with a checkpoint. A second Ctrl-C ends it at once.
+    """A signal ends the training after the running step, with a checkpoint. A second Ctrl-C ends it at once.
 
-    A second SIGTERM does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so it may be
+    A second SIGTERM or SIGHUP does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so it may be
     the same. Of several processes, all stop after the same step: one that went on would wait for the others forever.
     """
 
@@ -270,6 +270,7 @@ class StopAfterStep(TrainerCallback):
         """Handles the signal."""
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
+            leave_lost_terminal()
             if PartialState().process_index == 0:
                 err.print("stopping after this step, and writing a checkpoint; Ctrl-C again stops at once")
         elif number == signal.SIGINT and time.monotonic() - self.since > 1:

@@ -27,17 +27,26 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which a cluster, a container or `kill` ends a process. It unwinds the command as Ctrl-C does."""
+# A cluster, a container or `kill` ends a process with SIGTERM. SIGHUP comes when a terminal is closed or a connection
+# ends; Windows has none.
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Ended(KeyboardInterrupt):
+    """A signal of `ENDING`, whose number is the argument. It unwinds the command as Ctrl-C does."""
 
 
 @contextlib.contextmanager
 def handling(numbers: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
-    """Inside the block, these signals call the handler. Does nothing outside of the main thread, which has signals."""
+    """Inside the block, these signals call the handler, except those that are ignored: `nohup` ignores SIGHUP.
+
+    Does nothing outside of the main thread, which has signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, handler) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    old = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
@@ -47,7 +56,18 @@ def handling(numbers: Sequence[int], handler: Callable[..., None]) -> Iterator[N
 
 def stop_at_once(number: int, *_: Any) -> None:
     """The handler of signals that end a command."""
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    leave_lost_terminal()
+    raise Ended(number) if number in ENDING else KeyboardInterrupt
+
+
+def leave_lost_terminal() -> None:
+    """If the terminal is closed, output goes nowhere from now on: every line would be an error that ends the command."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream)
 
 
 def is_for_this_process(trains: bool) -> bool:
@@ -84,18 +104,19 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # instead of an error for a character that the terminal lacks
         try:
-            with handling([signal.SIGTERM], stop_at_once):
+            with handling(ENDING, stop_at_once):
                 if loads:
                     load_libraries()
                 command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt as stop:
-            is_term = isinstance(stop, Terminated)
+            number = stop.args[0] if isinstance(stop, Ended) else signal.SIGINT
+            word = "interrupted" if number == signal.SIGINT else "terminated"
             way = " instead of --overwrite" * bool(kwargs.get("overwrite"))
             hint = f": the same command with --resume{way} goes on" if can_resume(kwargs.get("out_folder")) else ""
-            err.print(Text(("terminated" if is_term else "interrupted") + hint), soft_wrap=True)
-            raise typer.Exit(128 + (signal.SIGTERM if is_term else signal.SIGINT)) from None
+            err.print(Text(word + hint), soft_wrap=True)
+            raise typer.Exit(128 + number) from None
         except BrokenPipeError:  # the program that reads our output has ended, as `head` does
             sys.stderr.close()
             raise typer.Exit(1) from None

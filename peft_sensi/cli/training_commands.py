@@ -78,7 +78,7 @@ def train(
 
     The folder gets the adapter, the tokenizer, the names of the labels, metrics.json and the scores.
 
-    Ctrl-C and SIGTERM leave a checkpoint, from which --resume goes on.
+    Ctrl-C, SIGTERM and a closed terminal (SIGHUP) leave a checkpoint, from which --resume goes on.
     """
     from ..scoring.scores import Scores
     from ..tasks.task import baseline_words
