@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -27,6 +28,7 @@ from peft_sensi.tasks.labels import DataError, find_labels
 from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils import precision
 from peft_sensi.utils.errors import how_to_install
+from peft_sensi.utils.files import write_text_atomically
 
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "a", "film", "story", "plot", "the", "is", "very"]
@@ -379,6 +381,7 @@ IGNORED = {
         ("--data a.jsonl --delimiter ;", "--delimiter is about tables"),
         ("--data a.jsonl --quotes", "--quotes is about tables"),
         ("--data a.parquet --encoding utf-8", "--encoding is about text files"),
+        ("--overwrite", "--overwrite is about --save-scores and --plot"),
     ],
     "train": [
         ("--scores s --score taylor", "--score changes nothing, because s has the scores"),
@@ -397,9 +400,57 @@ IGNORED = {
     "measure": [
         ("--export f --threads 2", "--threads is about a measurement"),
         ("--export f --runtime onnxruntime", "--runtime is about a measurement"),
-        ("--against b --out t.json", "--out writes files"),
+        ("--against b --out t.json", "--out is about files to write"),
+        ("--against b --overwrite", "--overwrite is about files to write"),
+        ("--export f --overwrite", "--overwrite is about --out"),
+        ("--overwrite", "--overwrite is about --out"),
     ],
 }  # fmt: skip
+
+
+WRITERS = {
+    "plan": "plan none --score random --save-scores out/a.st",
+    "plan, picture": "plan none --score random --plot out/a.png",
+    "train": "train none --data a.csv --out out",
+    "trim": "trim none --data a.csv --out out",
+    "sweep": "sweep none --data a.csv --budgets 0.3 --out out",
+    "predict": "predict none a.csv --out out/a.csv",
+    "measure": "measure none --out out/a.json",
+    "merge": "merge none out",
+    "export": "export none out/a.onnx",
+    "export, companion": "export none out/b.onnx",
+    "export, int8": "export none out/c.onnx --int8",
+}
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_what_an_earlier_run_has_written_is_replaced_only_on_request_and_the_answer_comes_first(
+    case, tmp_path, monkeypatch
+):
+    """The first error is about the output, although the model does not exist either."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text,label\na,b\n")
+    (tmp_path / "out").mkdir()
+    names = {
+        "merge": ["config.json"],
+        "train": ["adapter_config.json"],
+        "trim": ["metrics.json"],
+        "sweep": ["sweep.json"],
+    }
+    for name in names.get(case, ["a.st", "a.png", "a.csv", "a.json", "a.onnx", "b.json", "c.int8.onnx"]):
+        (tmp_path / "out" / name).write_text("{}")
+    assert "--overwrite" in fails(*WRITERS[case].split())
+    message = fails(*WRITERS[case].split(), "--overwrite")
+    assert "none" in message and "--overwrite" not in message
+    assert all(path.read_text() == "{}" for path in (tmp_path / "out").iterdir())
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert "a device or a pipe" in fails("predict", "none", "a.csv", "--out", tmp_path / "pipe.csv", "--overwrite")
+    with pytest.raises(SensiError, match="cannot be replaced"):
+        write_text_atomically(tmp_path / "pipe.csv", "a")
+    assert (tmp_path / "pipe.csv").is_fifo()
 
 
 @pytest.mark.parametrize(

@@ -90,14 +90,14 @@ def test_adapter_merged_and_onnx_say_the_same(work, tmp_path):
     assert beside["labels"] == ["bad", "good", "so"] and beside["max_length"] == 9 and beside["kind"] == "text"
     predicted = {}
     for model in (work / "adapter", work / "merged", tmp_path / "onnx", tmp_path / "onnx" / "model.onnx"):
-        call("predict", model, work / "new.csv", "--out", tmp_path / "p.csv", "--scores")
+        call("predict", model, work / "new.csv", "--out", tmp_path / "p.csv", "--scores", "--overwrite")
         rows = rows_in(tmp_path / "p.csv")
         assert [row["prediction"] for row in rows] == expected(work)
         predicted[model] = [[float(row[f"scores_{name}"]) for name in ("bad", "good", "so")] for row in rows]
     first, *others = predicted.values()
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-4)
-    call("predict", tmp_path / "onnx" / "model.int8.onnx", work / "new.csv", "--out", tmp_path / "p.csv")
+    call("predict", tmp_path / "onnx" / "model.int8.onnx", work / "new.csv", "--out", tmp_path / "p2.csv")
     (tmp_path / "onnx" / "model.json").unlink()
     assert "Export it again" in fails("predict", tmp_path / "onnx", work / "new.csv")
 
@@ -112,7 +112,7 @@ def test_a_text_that_is_too_long_for_an_onnx_file_is_named_as_the_reason(work, t
         session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": 0 * ids})
     # Another tokenizer in the folder is not replaced.
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert "another tokenizer" in fails("export", work / "merged", tmp_path / "model.onnx")
+    assert "another tokenizer" in fails("export", work / "merged", tmp_path / "other.onnx")
     assert (tmp_path / "tokenizer_config.json").read_text() == "{}"
 
 
@@ -124,13 +124,15 @@ def test_files_with_other_columns(work, tmp_path):
     result = run("predict", work / "adapter", tmp_path / "a.csv", tmp_path / "b.csv", "--out", out)
     assert "1 cut at 9 (--max-length)" in result.output and "note:" not in result.output
     assert [row["place"] for row in rows_in(out)] == ["", "Rome"], "a column of the second file is lost"
-    message = fails("predict", work / "adapter", tmp_path / "a.csv", tmp_path / "c.csv", "--out", out)
+    message = fails("predict", work / "adapter", tmp_path / "a.csv", tmp_path / "c.csv", "--out", tmp_path / "q.csv")
     assert "c.csv has no column 'text', as the first file has; it has comment" in message
-    result = run("predict", work / "adapter", tmp_path / "c.csv", "--out", out)
+    result = run("predict", work / "adapter", tmp_path / "c.csv", "--out", tmp_path / "q.csv")
     assert "text in comment" in result.output and "the training has read text" in result.output
-    result = run("predict", work / "adapter", tmp_path / "c.csv", "--text-column", "comment", "--out", out)
+    result = run(
+        "predict", work / "adapter", tmp_path / "c.csv", "--text-column", "comment", "--out", tmp_path / "r.csv"
+    )
     assert "the training has read" not in result.output
-    message = fails("predict", work / "adapter", tmp_path / "no.csv", "--out", out)
+    message = fails("predict", work / "adapter", tmp_path / "no.csv", "--out", tmp_path / "s.csv")
     assert message.endswith("no.csv: No such file or directory.") and "Errno" not in message
 
 
@@ -164,7 +166,7 @@ def test_a_failed_prediction_leaves_the_old_file(work, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(predicting.Predictor, "outputs", broken)
-    assert "no space left" in fails("predict", work / "merged", work / "new.csv", "--out", out)
+    assert "no space left" in fails("predict", work / "merged", work / "new.csv", "--out", out, "--overwrite")
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
     assert "predictions are written as" in fails("predict", work / "merged", work / "new.csv", "--out", "p.txt")
 
@@ -230,8 +232,8 @@ def test_words(tmp_path):
     (tmp_path / "bare.conll").write_text(bare)
     (tmp_path / "bare.jsonl").write_text("\n".join(json.dumps({"tokens": s, "tags": []}) for s in sentences))
     for name in ("bare.conll", "bare.jsonl"):
-        call("predict", tmp_path / "merged", tmp_path / name, "--out", tmp_path / "q.jsonl", "--batch-size", "2")
-        assert (tmp_path / "q.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
+        call("predict", tmp_path / "merged", tmp_path / name, "--out", tmp_path / f"{name}.jsonl", "--batch-size", "2")
+        assert (tmp_path / f"{name}.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
     assert "bare.conll, line 1: 'NN' is not a tag" in fails("evaluate", tmp_path / "merged", tmp_path / "bare.conll")
     metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.conll", "--json"))["metrics"]
     right = sum(tag == TAGS[i % 3] for row in found for i, tag in enumerate(row["tags"]))

@@ -116,7 +116,7 @@ def test_plan_scores_with_the_class_weights_of_train(work, tmp_path):
          tmp_path / "out")  # fmt: skip
     trained = Scores.load(tmp_path / "out" / "scores.safetensors").values
     for options, same in ((weights, True), ((), False)):
-        call("plan", work / "base", *data, *options, "--save-scores", tmp_path / "s.st")
+        call("plan", work / "base", *data, *options, "--save-scores", tmp_path / "s.st", "--overwrite")
         planned = Scores.load(tmp_path / "s.st").values
         assert all(torch.allclose(planned[name], value) for name, value in trained.items()) is same
     refused = fails("plan", work / "base", *data, *weights, "--scores", tmp_path / "s.st")

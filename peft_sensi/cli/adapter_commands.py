@@ -13,6 +13,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import short_names, size_of
 from . import arguments as args
 from .arguments import argument, option
+from .checks import check_files, check_merged, check_new
 from .loading import load_saved, refuse_base, takes_texts
 from .terminal import ascii_only, err, out, print_result, step
 
@@ -50,6 +51,7 @@ def inspect(
 def merge(
     adapter: args.Adapter,
     folder: Annotated[Path, argument("OUT", "The folder for the model.")],
+    overwrite: args.OverwriteFiles = False,
     base: args.Base = None,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -62,6 +64,7 @@ def merge(
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
 
+    check_merged(folder, overwrite)
     saved, model = load_saved(adapter, base, json)
     if isinstance(saved, SavedMerged):
         raise SensiError(f"{adapter} is a merged model already.")
@@ -93,6 +96,7 @@ def export(
     file: Annotated[Path, argument("OUT.onnx", "The file to write.")],
     int8: Annotated[bool, option("--int8", None, "Also write a copy with 8-bit weights, OUT.int8.onnx.")] = False,
     opset: Annotated[int, option("--opset", "N", "The version of ONNX's operators, from 14 to 20.", min=14)] = 17,
+    overwrite: args.OverwriteFiles = False,
     base: args.Base = None,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -107,6 +111,8 @@ def export(
 
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
+    check_files({"OUT.onnx": file}, overwrite)
+    check_new([file.with_suffix(".json"), *([file.with_suffix(".int8.onnx")] if int8 else [])], overwrite)
     saved, model = load_saved(adapter, base, json)
     if not takes_texts(model):
         raise SensiError(
@@ -115,7 +121,6 @@ def export(
         )
     with step("exporting", show=not json):
         tokenizer = load_tokenizer(saved, base, file.parent)
-        file.parent.mkdir(parents=True, exist_ok=True)
         report = export_onnx(model, file, int8=int8, opset=opset)
         companions = write_companions(saved, model.config, tokenizer, report)
     lines = [str(report), *(f"beside it: {path.name}" for path in companions)]
@@ -136,7 +141,10 @@ def card(
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
-    """Write the model card of an adapter or a merged model: README.md and, for an adapter, a picture of the plan."""
+    """Write the model card of an adapter or a merged model: README.md and, for an adapter, a picture of the plan.
+
+    In a card that exists, only our section is written again, between two comments. What is around it stays.
+    """
     from ..reporting.card import write_card
     from ..reporting.saved_merged import open_saved
 

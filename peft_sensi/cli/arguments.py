@@ -92,6 +92,7 @@ Bf16 = Annotated[
     option("--bf16/--no-bf16", None, "Train with bfloat16 mixed precision. Default: if that is faster here."),
 ]
 Overwrite = Annotated[bool, option("--overwrite", None, "Replace the results of another run in the folder.")]
+OverwriteFiles = Annotated[bool, option("--overwrite", None, "Replace what an earlier run has written.")]
 Resume = Annotated[
     bool, option("--resume", None, "Go on with a training that was interrupted, with the same options.")
 ]

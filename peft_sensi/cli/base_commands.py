@@ -11,7 +11,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import human
 from . import arguments as args
 from .arguments import option
-from .checks import check_budget, check_file, check_latency_tables, check_picture
+from .checks import check_budget, check_files, check_latency_tables, check_picture
 from .data_options import DATA_OPTIONS, LABELED, task_options, with_data_options
 from .terminal import ascii_only, print_result, print_understood, step
 
@@ -56,6 +56,7 @@ def plan(
             min=0,
         ),
     ] = None,
+    overwrite: args.OverwriteFiles = False,
     seed: args.Seed = 0,
     json: args.Json = False,
     debug: args.Debug = False,
@@ -88,7 +89,7 @@ def plan(
         unread = [name for name, value in reading.items() if value not in (None, [], DATA_OPTIONS[name][1])]
         args.refuse({f"--{name.replace('_', '-')}": name != "task" for name in unread}, "is about --data")
     check_picture(plot)
-    check_file(save_scores, "--save-scores")
+    check_files({"--save-scores": save_scores, "--plot": plot}, overwrite)
     check_latency_tables(latency_table)
     ranking = None if scores is None else Scores.load(scores)
     needs_data = ranking is None and score in DATA_METHODS

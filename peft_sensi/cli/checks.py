@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
 SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 
 
-def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
+def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more: Sequence[str] = ()) -> None:
     """Checks, before a long training, that the adapter can be saved in this folder. Creates nothing.
+
+    `more` are names of other files that the command writes there.
 
     Raises:
         SensiError: The folder holds a model, or an adapter that neither `overwrite` nor `resume` allows to change; or
@@ -35,7 +37,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
             f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
             f"another folder as --out."
         )
-    own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED) if (folder / name).exists()]
+    own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED, *more) if (folder / name).exists()]
     if own and not overwrite and not resume:
         ways = "give another --out, or replace it with --overwrite"
         if UNFINISHED in own:
@@ -43,8 +45,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
         raise SensiError(f"{folder} has the results of another run ({own[0]}): {ways}.")
     if resume and UNFINISHED not in own:
         raise SensiError(f"{folder} has no interrupted training to go on with: leave out --resume.")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    _check_writable(there, folder, "--out")
+    _check_folder_writable(folder, "--out")
 
 
 def can_resume(folder: Path | None) -> bool:
@@ -54,12 +55,39 @@ def can_resume(folder: Path | None) -> bool:
     return bool(state) and (state.get("steps") is not None or "finished" in state or has_checkpoint)
 
 
+def check_merged(folder: Path, overwrite: bool) -> None:
+    """Checks that a merged model can be saved in this folder. Creates nothing."""
+    from ..merging.foreign import CONFIG
+    from ..merging.save import check_folder
+
+    check_folder(folder)
+    check_new([folder / CONFIG], overwrite)
+    _check_folder_writable(folder, "OUT")
+
+
+def check_new(paths: Iterable[Path], overwrite: bool) -> None:
+    """The rule of all commands for what they would replace: not without --overwrite, and before any work is done."""
+    if not overwrite and (found := [path for path in paths if path.exists()]):
+        raise SensiError(f"{found[0]} exists: give another name, or replace it with --overwrite.")
+
+
+def check_files(paths: Mapping[str, Path | None], overwrite: bool) -> None:
+    """Checks that the files that these options name can be written, and are new. Creates their folders."""
+    for option, path in paths.items():
+        check_file(path, option)
+    given = [path for path in paths.values() if path is not None]
+    check_new(given, overwrite)
+    if overwrite and not given:
+        raise SensiError(f"--overwrite is about {' and '.join(paths)}: leave it out.")
+
+
 def check_file(path: Path | None, option: str) -> None:
     """Checks that a file can be written. Creates its folder."""
     if path is None:
         return
-    if path.is_dir():
-        raise SensiError(f"{path} is a folder: {option} needs the path of a file.")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise SensiError(f"{path} is {what}: {option} needs the path of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,7 +96,7 @@ def check_file(path: Path | None, option: str) -> None:
 
 
 def check_picture(path: Path | None, option: str = "--plot") -> None:
-    """Checks that a picture can be drawn, and written to this file."""
+    """Checks that a picture can be drawn, and that the name of the file fits."""
     if path is None:
         return
     if path.suffix.lower() not in PICTURES:
@@ -79,7 +107,6 @@ def check_picture(path: Path | None, option: str = "--plot") -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise SensiError(f"{option} needs matplotlib: pip install matplotlib") from None
-    check_file(path, option)
 
 
 def check_budget(anatomy: Any, limits: Mapping[str, Any] | None) -> None:
@@ -112,6 +139,11 @@ def check_latency_tables(paths: Iterable[Path] | None) -> None:
 
     for path in paths or ():
         LatencyTable.load(path)
+
+
+def _check_folder_writable(folder: Path, option: str) -> None:
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    _check_writable(there, folder, option)
 
 
 def _check_writable(place: Path, folder: Path, option: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..merging.latency_graphs import measure_graphs
 from ..utils.errors import SensiError
+from .checks import check_files
 
 
 def main(arguments: Sequence[str], missing: str) -> None:
@@ -24,11 +25,13 @@ def main(arguments: Sequence[str], missing: str) -> None:
     parser.add_argument("--threads", metavar="N", type=int, help="number of threads; default: one for each core")
     parser.add_argument("--rounds", metavar="N", type=int, default=7, help="how often each variant takes its turns")
     parser.add_argument("--out", metavar="FILE", type=Path, help="save the table as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace the table of an earlier run")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     options = parser.parse_args(arguments)
     if min(options.rounds, 1 if options.threads is None else options.threads) < 1:
         parser.error("--threads and --rounds must be at least 1")
     try:
+        check_files({"--out": options.out}, options.overwrite)
         table = measure_graphs(options.folder, options.threads, options.rounds)
         if options.out is not None:
             table.save(options.out)

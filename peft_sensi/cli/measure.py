@@ -15,7 +15,7 @@ from ..reporting.tables import facts_table
 from ..utils.errors import SensiError
 from . import arguments as args
 from .arguments import argument, option
-from .checks import check_file
+from .checks import check_files
 from .terminal import print_result, step
 
 
@@ -58,6 +58,7 @@ def measure(
             "MODEL is an adapter: compare its time, and what its plan predicted, with this base model.",
         ),
     ] = None,
+    overwrite: args.OverwriteFiles = False,
     json: args.Json = False,
     debug: args.Debug = False,
 ) -> None:
@@ -69,11 +70,15 @@ def measure(
     how = {"--runtime": runtime, "--threads": threads, "--decode": decode}
     options: dict[str, Any] = {"batch_size": batch_size or 1, "sequence_length": sequence_length or 128}
     if against is not None:
-        args.refuse({"--out": out, "--export": export}, "writes files, and --against compares two models")
+        writing = {"--out": out, "--export": export, "--overwrite": overwrite}
+        args.refuse(writing, "is about files to write, and --against compares two models")
         compare(model, against, rounds or 7, json, shape | how, runtime=(runtime or TORCH).value, threads=threads,
                 decode=decode, **options)  # fmt: skip
         return
-    check_file(out, "--out")
+    if export is not None:
+        args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
+    else:
+        check_files({"--out": out}, overwrite)
     if export is not None:
         from ..merging.latency import export_graphs
 

@@ -12,7 +12,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import human, interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import argument, option
-from .checks import check_file
+from .checks import check_files
 from .data_options import DATA_OPTIONS, task_options, with_data_options
 from .loading import load_predictor, refuse_base
 from .terminal import print_result, print_understood, print_warning, step
@@ -53,6 +53,7 @@ def predict(
         Path, option("--out", "FILE", "The predictions: .csv, .tsv or .jsonl, or - for CSV on stdout.")
     ] = Path("-"),
     scores: Annotated[bool, option("--scores", None, "Also write the score of each class, for texts.")] = False,
+    overwrite: args.OverwriteFiles = False,
     base: args.Base = None,
     batch_size: args.BatchSize = 32,
     json: args.Json = False,
@@ -71,10 +72,9 @@ def predict(
     suffix = (".jsonl" if json else ".csv") if to_stdout else out_file.suffix.lower()
     if suffix not in SUFFIXES:
         raise SensiError(f"{out_file}: predictions are written as {', '.join(SUFFIXES)}, or to stdout for -.")
-    if not to_stdout:
-        check_file(out_file, "--out")
-        if any(Path(name).exists() and out_file.resolve() == Path(name).resolve() for name in data):
-            raise SensiError(f"--out {out_file} is the file of the rows, and would be replaced: give another name.")
+    if any(Path(name).exists() and out_file.resolve() == Path(name).resolve() for name in data):
+        raise SensiError(f"--out {out_file} is the file of the rows, and would be replaced: give another name.")
+    check_files({"--out FILE": None if to_stdout else out_file}, overwrite)
     quiet = json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)
     if scores and (predictor.kind != "text" or predictor.labels.regression):

@@ -1,6 +1,6 @@
 """An adapter, its task and a folder go in; the adapter is trained, evaluated and saved there, with metrics.json.
 
-Ctrl-C, SIGTERM and SIGHUP end a training after the step that is running, with a checkpoint; `--resume` goes on from it.
+Ctrl-C, SIGTERM and SIGHUP end a training after the running step, with a checkpoint; `--resume` goes on from it.
 """
 
 from __future__ import annotations
@@ -257,8 +257,9 @@ def remove_checkpoints(folder: Path) -> None:
 class StopAfterStep(TrainerCallback):
     """A signal ends the training after the running step, with a checkpoint. A second Ctrl-C ends it at once.
 
-    A second SIGTERM or SIGHUP does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so it may be
-    the same. Of several processes, all stop after the same step: one that went on would wait for the others forever.
+    A second SIGTERM or SIGHUP does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so
+    it may be the same. Of several processes, all stop after the same step: one that went on would wait for the others
+    forever.
     """
 
     def __init__(self) -> None:

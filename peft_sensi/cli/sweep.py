@@ -89,7 +89,7 @@ def sweep(
         "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
-    check_out(out_folder, overwrite, resume)
+    check_out(out_folder, overwrite, resume, more=[TABLE])
     if resume:
         state = read_json_object(out_folder / UNFINISHED)
         check_same_options(state, options)

@@ -61,7 +61,7 @@ def stop_at_once(number: int, *_: Any) -> None:
 
 
 def leave_lost_terminal() -> None:
-    """If the terminal is closed, output goes nowhere from now on: every line would be an error that ends the command."""
+    """If the terminal is closed, output goes nowhere from now on: each line would be an error, and end the command."""
     for stream in (1, 2):
         try:
             os.write(stream, b"")

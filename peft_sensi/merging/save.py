@@ -90,7 +90,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         SensiError: The model cannot be rebuilt from files, or loaders would mix it up with something in the folder.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     model = merged_copy(model)
     config = copy.deepcopy(model.config)
     for key in (RECORD_KEY, HASH_KEY):
@@ -158,7 +158,8 @@ def _state_to_save(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, 
     return state
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raises `SensiError` if a merged model cannot be saved in this folder, because of what is in it."""
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: give the path of a folder.")
     values = read_json_object(folder / CONFIG, optional=True)
