@@ -259,11 +259,15 @@ def test_other_users_may_read_what_was_saved(tmp_path):
     try:
         SensiConfig().save_pretrained(tmp_path)
         compute_scores(tiny_model(), score="random").save(tmp_path / "scores.safetensors")
-        save_merged(wrap(tiny_model(), budget=0.5).merge_and_unload(), tmp_path / "merged")
+        model = wrap(tiny_model(), budget=0.5)
+        model.add_adapter("other", SensiConfig(budget=0.4))
+        model.save_pretrained(tmp_path / "adapter")
+        save_merged(model.merge_and_unload(), tmp_path / "merged")
     finally:
         os.umask(mask)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) >= 4 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    assert len([path for path in files if path.name == "adapter_model.safetensors"]) == 2
+    assert len(files) >= 9 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
 BAD_SCORES = {

@@ -31,7 +31,7 @@ from ..tasks.metrics import Quality
 from ..tasks.task import Task
 from ..tasks.weights import balanced_weights, weighted_loss
 from ..utils.errors import SensiError
-from ..utils.files import make_readable, read_json_object, write_text_atomically
+from ..utils.files import read_json_object, write_text_atomically
 from ..utils.progress import show_progress
 from .checks import UNFINISHED
 from .rates import WHOLE, default_rate
@@ -158,15 +158,9 @@ class Run:
             raise SensiError(
                 "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
             )
-        self.save(trainer)  # before anything else can go wrong
+        trainer.save_model()  # before anything else can go wrong
         self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
         write_record(self.folder / UNFINISHED, self.state)  # what comes now can be interrupted, too
-
-    def save(self, trainer: Trainer) -> None:
-        """Saves the adapter. Others than the user may read its weights, as all other files, when they serve it."""
-        trainer.save_model()
-        if PartialState().process_index == 0:
-            make_readable(self.folder / WEIGHTS)
 
     def evaluate(self) -> Quality:
         """The quality on the validation rows; without such rows, it is empty and says so."""

@@ -195,7 +195,7 @@ def trim_for(
         run.train(training.epochs, stage="heal")
         quality = run.evaluate()
     else:
-        run.save(run.trainer())
+        run.trainer().save_model()
     return run.write_metrics(
         base,
         model=name,

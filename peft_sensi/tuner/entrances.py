@@ -30,7 +30,7 @@ from ..layers.layer import layers_of
 from ..layers.values import writes
 from ..layers.weights import untouched
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import open_safetensors, read_json_object
+from ..utils.files import make_readable, open_safetensors, read_json_object
 from ..utils.undo import snapshot, surely, undone_on_error
 from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
@@ -65,7 +65,8 @@ def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
     """`save_pretrained` that refuses to write what no loader of this package reads.
 
     PEFT changes `inference_mode` of a config while it saves it. If it fails, for example because the disk is full, the
-    adapter must still be one that is trained.
+    adapter must still be one that is trained. And others than the user may read the weights, as all other files, when
+    they serve the adapter.
     """
 
     @functools.wraps(function)
@@ -77,7 +78,11 @@ def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         configs = [(c, c.inference_mode) for c in self.peft_config.values() if isinstance(c, SensiConfig)]
         try:
-            return function(self, save_directory, safe_serialization, *args, **kwargs)
+            function(self, save_directory, safe_serialization, *args, **kwargs)
+            if configs and kwargs.get("is_main_process", True):
+                for path in (Path(save_directory, name, SAFETENSORS_WEIGHTS_NAME) for name in ("", *self.peft_config)):
+                    if path.is_file():
+                        make_readable(path)
         finally:
             for config, inference_mode in configs:
                 config.inference_mode = inference_mode
