@@ -210,6 +210,45 @@ def test_quotes_in_files_with_tabs(tmp_path):
     assert rows('text\tlabel\n"whole"\t0\n"x"\t1\n', quotes=True) == ["whole", "x"]
 
 
+def zipped(*names: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xlsx", b"", "spreadsheet"),
+        ("a.ODS", b"", "spreadsheet"),
+        ("a.csv", zipped("[Content_Types].xml", "xl/workbook.xml"), "spreadsheet"),
+        ("a.jsonl", zipped("mimetype", "content.xml", "meta.xml"), "spreadsheet"),
+        ("a.csv", b"\xd0\xcf\x11\xe0" + bytes(600), "spreadsheet"),
+        ("a.csv", b"\xef\xbb\xbf\n<!DOCTYPE html>\n<title>Sign in, please</title>", "web page"),
+        ("a.json", b"<HTML lang=en>404", "web page"),
+        ("a.tsv", b"PAR1" + bytes(99), "end in .parquet"),
+        ("a.csv", b"%PDF-1.7\n", "PDF"),
+        ("a.csv", b'{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n', "end in .json"),
+    ],
+)
+def test_a_file_that_is_something_else_gets_an_error_that_says_what(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_line_of_excel_names_the_delimiter(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\r\ntext;label\r\na, b;x\r\nc;y\r\nd\r\n", newline="")
+    with pytest.raises(DataError, match="ends in line 5"):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("sep=;\ntext;label\na, b;x\n")
+    assert read_rows(tmp_path / "a.csv").rows == [{"text": "a, b", "label": "x"}]
+    (tmp_path / "b.csv").write_text("sep=1,[x]\na,b\n")
+    assert read_rows(tmp_path / "b.csv").rows == [{"sep=1": "a", "[x]": "b"}]
+
+
 def test_empty_columns_of_a_spreadsheet_are_left_out(tmp_path):
     (tmp_path / "a.csv").write_text("text,label,,\na film,1,,\na plot,0\n,,,\n")
     assert read_rows(tmp_path / "a.csv").rows == [{"text": "a film", "label": "1"}, {"text": "a plot", "label": "0"}]

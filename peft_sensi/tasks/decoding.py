@@ -20,6 +20,17 @@ _UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     b"BZh": bz2.decompress,
     b"\xfd7zXZ": lzma.decompress,
 }
+OFFICE = "a spreadsheet or document of an office program: save its table as .csv"
+OFFICE_SUFFIXES = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
+_OFFICE_FILES = {"xl/workbook.xml", "xl/workbook.bin", "content.xml", "word/document.xml", "Index/Document.iwa"}
+# What is often saved or downloaded under the name of a text file. The beginning is in lower case.
+_OTHER_FORMATS = {
+    rb"\xd0\xcf\x11\xe0": OFFICE,
+    rb"par1": "a Parquet file: let its name end in .parquet",
+    rb"arrow1": "an Arrow file: let its name end in .arrow",
+    rb"%pdf-": "a PDF file: save its table as .csv",
+    rb"<!doctype html|<html[\s>]": "a web page, perhaps a login or an error instead of the file: download it again",
+}
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # hardly any text has these
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
@@ -35,6 +46,10 @@ def suffix_of(path: Path) -> str:
 def read_text(path: Path, notes: list[str] | None = None, encoding: str | None = None) -> str:
     """The text of a file, unpacked and decoded. What is not UTF-8 is noted."""
     content = unpacked(path)
+    start = content[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for pattern, what in _OTHER_FORMATS.items():
+        if re.match(pattern, start):
+            raise DataError(f"{path} is {what}.")
     used = encoding or encoding_of(content)
     try:
         text = content.decode(used)
@@ -58,8 +73,8 @@ def unpacked(path: Path) -> bytes:
         if content.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 files = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
-                if "xl/workbook.xml" in files:
-                    raise DataError(f"{path} is a spreadsheet: save its table as .csv.")
+                if _OFFICE_FILES & {*files}:
+                    raise DataError(f"{path} is {OFFICE}.")
                 if len(files) != 1:
                     raise DataError(f"{path} holds {len(files)} files: unpack it and name the right one.")
                 return archive.read(files[0])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .decoding import read_text, suffix_of, unpacked
+from .decoding import OFFICE, OFFICE_SUFFIXES, read_text, suffix_of, unpacked
 from .labels import DataError
 
 
@@ -52,10 +52,11 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
     """
     path, form = Path(path), form or Format()
     kind = suffix_of(path)
+    if kind in OFFICE_SUFFIXES:
+        raise DataError(f"{path} is {OFFICE}.")
     if kind not in SUFFIXES:
         raise DataError(
-            f"{path} cannot be read: data files end in {', '.join(SUFFIXES[:8])}, and may be compressed (.gz). Save a "
-            f"spreadsheet as .csv."
+            f"{path} cannot be read: data files end in {', '.join(SUFFIXES[:8])}, and may be compressed (.gz)."
         )
     notes: list[str] = []
     try:
@@ -84,6 +85,10 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     given = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(form.delimiter or "", form.delimiter)
     if given is not None and len(given) != 1:
         raise DataError(f"--delimiter {form.delimiter}: give one character, or tab.")
+    if _is_json(text):
+        raise DataError(f"{path} contains JSON: let its name end in .json, or in .jsonl if each line is an object.")
+    if (first := re.match(r"sep=(.)\r?\n", text)) is not None:  # Excel writes and reads this line
+        text, given = "\n" + text[first.end() :], given or first[1]
     expected = "," if kind == ".csv" else "\t"
     delimiter = given or _delimiter_of(text, expected)
     quotes = form.quotes if form.quotes is not None else _has_quotes(text, delimiter)
@@ -118,6 +123,15 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     if empty:
         notes.append(f"{path.name}: left out {empty} empty row{'s' * (empty > 1)}")
     return rows
+
+
+def _is_json(text: str) -> bool:
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    with suppress(ValueError, RecursionError):
+        parse_json(text)
+        return True
+    return False
 
 
 def _cells(text: str, delimiter: str, quotes: bool, limit: int | None = None) -> list[tuple[int, list[str]]]:
