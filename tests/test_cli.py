@@ -79,6 +79,7 @@ def test_help_has_an_example_and_fits_80_columns(command):
     text = call(command, "--help")
     assert f"Example: peft-sensi {command}" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert text.count("<bool>") == text.count("--help "), "flags take no value"
 
 
 def test_the_commands_are_listed():

@@ -27,8 +27,11 @@ CALIBRATION_STEPS, PRIMING_STEPS = 12, 40
 
 
 def option(names: str, metavar: str | None, help: str, panel: str | None = None, **limits: Any) -> Any:
-    """An option with one or several names, which `--help` shows in a panel of its own if `panel` is given."""
-    return typer.Option(*names.split(), metavar=metavar, help=help, rich_help_panel=panel, **limits)
+    """An option with one or several names, which `--help` shows in a panel of its own if `panel` is given.
+
+    A flag has no `metavar`. Without a text, typer would show `<bool>` for it, as if it took a value.
+    """
+    return typer.Option(*names.split(), metavar=metavar or "", help=help, rich_help_panel=panel, **limits)
 
 
 def argument(metavar: str, help: str) -> Any:

@@ -30,7 +30,7 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", metavar="", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
