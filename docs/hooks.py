@@ -14,9 +14,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 
 
+LOG = get_plugin_logger("hooks")  # its warnings are errors of a strict build
 ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository, and their addresses in the site.
 OUTSIDE = {
@@ -29,6 +31,8 @@ OUTSIDE = {
 NOTEBOOK, NOTEBOOK_PAGE = ROOT / "examples" / "tour.ipynb", "tour.md"
 # The target of a Markdown link, or of an image or link in HTML; without its anchor. Addresses with a scheme are left.
 TARGET = re.compile(r'(?<=\]\()[^)#:\s]+(?=[)#])|(?<=src=")[^":]+(?=")|(?<=srcset=")[^":]+(?=")')
+# Marks for the tests after the language of a block, such as `no-run`. GitHub ignores them; MkDocs would see no block.
+MARK = re.compile(r"^(```\w+) .*$", re.M)
 # Docstrings name public objects as Hugging Face's do: [`SensiConfig`].
 REFERENCE = re.compile(r"\[<code>(\w+)</code>\]")
 
@@ -67,7 +71,8 @@ def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     addresses = {file.abs_src_path: file.src_uri for file in files if file.abs_src_path}
     addresses[str(NOTEBOOK)] = NOTEBOOK_PAGE
-    return with_links_of_site(markdown, page.file.abs_src_path or str(NOTEBOOK), addresses)
+    text = with_links_of_site(markdown, page.file.abs_src_path or str(NOTEBOOK), addresses)
+    return MARK.sub(r"\1", text)
 
 
 def with_links_of_site(markdown: str, source: str, addresses: dict[str, str]) -> str:
@@ -82,6 +87,9 @@ def with_links_of_site(markdown: str, source: str, addresses: dict[str, str]) ->
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    if "```" in re.sub(r"<(pre|code)\b.*?</\1>", "", html, flags=re.S):
+        LOG.warning(f"{page.file.src_uri}: a block of code is not recognized, and what follows is wrong.")
+
     def link(match: re.Match[str]) -> str:
         anchor = f"peft_sensi.{match[1]}"
         code = f"<code>{match[1]}</code>"

@@ -7,6 +7,7 @@ import json
 import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_links_to_files_of_the_repository_become_links_of_the_site(hooks, page, 
     addresses = {str(ROOT / source): address for source, address in hooks.OUTSIDE.items()}
     addresses |= {str(ROOT / "docs" / name): name for name in ("faq.md", "safety.md", "a.png", "b.png")}
     assert hooks.with_links_of_site(text, str(ROOT / page), addresses) == expected
+
+
+def test_marks_for_the_tests_do_not_reach_the_site(hooks, caplog):
+    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(ROOT / "README.md"), src_uri="index.md"))
+    files = [SimpleNamespace(abs_src_path=str(ROOT / "README.md"), src_uri="index.md")]
+    text = hooks.on_page_markdown("```python no-run\na = 1\n```\n```bash\nb\n```\n", page, None, files)
+    assert text == "```python\na = 1\n```\n```bash\nb\n```\n"
+    hooks.on_page_content("<p>a</p><pre><code>```</code></pre>", page, None, files)
+    assert not caplog.records
+    hooks.on_page_content("<p>```python no-run</p>", page, None, files)
+    assert "index.md: a block of code" in caplog.text
 
 
 def test_a_notebook_becomes_a_page_with_what_it_printed_and_showed(hooks, tmp_path):
