@@ -65,6 +65,10 @@ _LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megab
 # more in a few Linears if the others were frozen.
 _SAMPLED_LINEARS = 64
 _SAMPLED_ROWS = 4
+# All rows of the input embedding are in sums of this share of them, but the last eighth is left out: users add tokens
+# there, whose rows start from random values.
+_ROW_RANGES = 16
+_ROW_RANGE = re.compile(r"\[(\d{1,9}):(\d{1,9})\]$")
 _TOLERANCE = 0.0025  # for the mean over all rows, if no base was quantized
 _LARGEST = 0.012  # for each row
 _TOLERANCE_QUANTIZED = 0.25
@@ -185,7 +189,8 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
     """Shapes of some of the base's Linears and projections of some of their rows, to recognize the base.
 
     `shapes` has up to 64 Linears by name, and `marks` one number for each of up to 4 rows of each. `vectors` has one
-    number for each bias of these Linears, and for the parameters of the norms after sublayers. `quantized` is True if
+    number for each bias of these Linears, for the parameters of the norms after sublayers, and for ranges of rows of
+    the input embedding. `quantized` is True if
     one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
     cannot be read as floats.
 
@@ -214,8 +219,34 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
         for part, value in base_of(model.get_submodule(name)).named_parameters(recurse=False):
             if value.dim() == 1 and value.is_floating_point() and not value.is_meta:
                 vectors[f"{name}.{part}"] = _marks(value[None])[0]
+    vectors |= _marks_of_tokens(model, None if like is None else like.get("vectors", {}))
     found = {"shapes": shapes, "marks": marks, "vectors": vectors}
     return {**found, "quantized": True} if quantized else found
+
+
+def _marks_of_tokens(model: nn.Module, like: Iterable[str] | None) -> dict[str, float]:
+    """One number for each range of rows of the input embedding: the sum of the rows' marks, divided by the square root
+    of their count. So a change of precision, which is another one in each row, has no more influence than on one row.
+
+    The names end in the range, such as `[0:100]`. With names as `like`, their ranges are taken, if they exist here.
+    """
+    if (table := embedding_of(model, "input")) is None:
+        return {}
+    table = base_of(table)
+    weight = getattr(table, "weight", None)
+    name = next((name for name, module in model.named_modules() if base_of(module) is table), "")
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta or not weight.is_floating_point():
+        return {}
+    step = -(-len(weight) // _ROW_RANGES)
+    starts = range(0, len(weight) * 7 // 8 - step + 1, max(1, step))
+    names = [f"{name}.weight[{start}:{start + step}]" for start in starts] if like is None else sorted(like)
+    result = {}
+    for key in names:
+        if (match := _ROW_RANGE.search(key)) and key[: match.start()] == f"{name}.weight":
+            start, end = int(match[1]), int(match[2])
+            if start < end <= len(weight) and len(result) < _ROW_RANGES:
+                result[key] = round(sum(_marks(weight[start:end])) / (end - start) ** 0.5, 4)
+    return result
 
 
 def _marks(rows: torch.Tensor) -> list[float]:
@@ -251,7 +282,9 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
     _compare(list(zip(found["marks"], expected["marks"], strict=True)), wide)
     # Quantization may move a part of the weights into the norms. Files of earlier versions have no `vectors`.
     vectors = {} if wide else expected.get("vectors", {})
-    _compare([(found["vectors"][name], mark) for name, mark in vectors.items() if name in found["vectors"]], wide)
+    pairs = {name: (found["vectors"][name], mark) for name, mark in vectors.items() if name in found["vectors"]}
+    for of_rows in (False, True):  # not all at once: many equal numbers would hide a few different ones
+        _compare([pair for name, pair in pairs.items() if bool(_ROW_RANGE.search(name)) is of_rows], wide)
 
 
 def _compare(pairs: list[tuple[float, float]], wide: bool) -> None:
