@@ -32,6 +32,7 @@ from tiny import (
     BUDGETS,
     TRIM,
     TUNE,
+    VOCABULARY,
     assert_same_tensors,
     logits,
     needs_loader,
@@ -561,6 +562,30 @@ def test_a_copy_that_differs_in_norms_or_biases_is_refused(saved, part):
     config = PeftConfig.from_pretrained(saved[1])
     del config.fingerprint["vectors"]  # as in files of earlier versions
     PeftModel.from_pretrained(base, saved[1], config=config)
+
+
+def test_a_copy_of_which_only_some_tokens_were_trained_is_refused(saved):
+    """All rows of the embedding have an influence, except the last eighth, where users add tokens."""
+
+    def changed(rows, size=VOCABULARY):
+        base = tiny_model()
+        base.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            weight = base.get_input_embeddings().weight
+            weight[rows] += 0.1 * weight.std() * torch.randn(weight[rows].shape)
+        return base
+
+    for size in (VOCABULARY, 72, 59):  # other numbers of tokens, and other values of those that the base did not have
+        PeftModel.from_pretrained(changed(slice(56, None), size), saved[1])
+        for rows in (slice(5, 6), slice(40, 50)):
+            with pytest.raises(SensiLoadError, match="fine-tuned copy"):
+                PeftModel.from_pretrained(changed(rows, size), saved[1])
+    config = PeftConfig.from_pretrained(saved[1])
+    ranges = {name: mark for name, mark in config.fingerprint["vectors"].items() if name.endswith("]")}
+    assert len(ranges) == 14
+    for name in ranges:  # as in files of earlier versions
+        del config.fingerprint["vectors"][name]
+    PeftModel.from_pretrained(changed(slice(5, 6)), saved[1], config=config)
 
 
 @pytest.mark.parametrize(("part", "size"), [("", 0.01), ("layer.1.", 0.03)], ids=["all", "the last layer"])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from processes import PATIENCE
 from safetensors.torch import load, load_file, save_file
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
@@ -33,6 +33,7 @@ from transformers import (
 
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
 from peft_sensi.anatomy.families import FAMILIES as LAYOUTS
+from peft_sensi.cli.checks import check_out
 from peft_sensi.planning.allocate import make_plan
 from peft_sensi.utils.states import TRIMMED
 
@@ -515,6 +516,37 @@ def test_a_base_is_never_overwritten(tmp_path):
     own = tmp_path / "own"
     for budget in ({"trainable": 0.1}, {"trainable": 0.2}):  # its own checkpoint may be written again
         assert save_merged(trained(budget=budget), own)
+
+
+@pytest.mark.parametrize("form", ["record", "plain"])
+def test_a_merged_model_that_was_trained_on_is_not_overwritten(form, both_forms, tmp_path):
+    """Its config has our fields, but another program has saved the weights: perhaps the base of the next adapter."""
+    model = load_merged(both_forms[form])
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "model.safetensors" in before and b"peft_sensi" in before["config.json"]
+    with pytest.raises(SensiError, match="another folder"):
+        save_merged(load_merged(both_forms[form]), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert save_merged(model, tmp_path) is (form == "plain")  # nothing is lost where the values are the same
+    assert torch.equal(logits(load_merged(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("form", ["record", "plain"])
+def test_an_adapter_beside_a_merged_model(form, both_forms, tmp_path):
+    folder = shutil.copytree(both_forms[form], tmp_path / "merged")
+    expected = logits(load_merged(folder))
+    with pytest.raises(SensiError, match="holds a model"):  # of the command, before a long training
+        check_out(folder)
+    model = trained(budget={"trainable": 0.1})
+    with pytest.warns(UserWarning, match="merged model"):
+        model.save_pretrained(folder)
+    assert torch.equal(logits(load_merged(folder)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), folder)), logits(model))
+    with pytest.raises(SensiError, match="another folder"):
+        save_merged(model, folder)
 
 
 def test_a_model_that_lost_sublayers_can_be_wrapped_again(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ def trainer(model, rows, folder, *, callbacks=(), **changes) -> Trainer:
     )
 
 
-def wrapped(rows, **config) -> PeftModel:
+def wrapped(rows, adapter_name="default", **config) -> PeftModel:
     calibration = torch.utils.data.DataLoader(rows, batch_size=8)
     config = {"calibration": calibration, "priming_steps": 2, "calibration_steps": 2, "task_type": "SEQ_CLS", **config}
-    return get_peft_model(tiny_model(), SensiConfig(**config))
+    return get_peft_model(tiny_model(), SensiConfig(**config), adapter_name)
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -166,22 +167,87 @@ class Worse(TrainerCallback):
             self.seen = state(self.model)
 
 
+BEST = {"load_best_model_at_end": True, "eval_strategy": "epoch", "num_train_epochs": 3}
+
+
 def test_load_best_model_at_end(budget, rows, tmp_path):
     model = wrapped(rows, **budget)
     callback = Worse(model)
-    run = trainer(
-        model,
-        rows,
-        tmp_path,
-        callbacks=[callback],
-        load_best_model_at_end=True,
-        eval_strategy="epoch",
-        num_train_epochs=3,
-    )
+    run = trainer(model, rows, tmp_path, callbacks=[callback], **BEST)
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-4")
     assert_same_tensors(state(model), callback.seen)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-4")), logits(model))
+
+
+def test_the_best_values_come_back_under_another_name(budget, rows, tmp_path):
+    """PEFT saves such an adapter into a subfolder, where `Trainer` alone does not look."""
+    model = wrapped(rows, "other", **budget)
+    callback = Worse(model)
+    trainer(model, rows, tmp_path, callbacks=[callback], **BEST).train()
+    assert (tmp_path / "checkpoint-4" / "other" / "adapter_model.safetensors").exists()
+    assert_same_tensors(state(model), callback.seen)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-4" / "other", adapter_name="yet-another")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def at_the_end(model, checkpoint) -> None:
+    """What `Trainer` does at the end of a training whose best checkpoint is this one."""
+    best = SimpleNamespace(best_model_checkpoint=str(checkpoint), best_metric=0.0)
+    Trainer._load_best_model(
+        SimpleNamespace(model=model, state=best, is_fsdp_enabled=False, is_deepspeed_enabled=False)
+    )
+
+
+@pytest.mark.parametrize("active", ["other", ["other", "default"], ["default", "other"]])
+def test_the_best_values_of_the_active_adapters_come_back(active, tmp_path):
+    """`Trainer` alone loads those of "default" into the active adapter, or only those of the first one."""
+    base = tiny_model(task="FEATURE_EXTRACTION")
+    model = get_peft_model(base, SensiConfig(score="random", **TUNE))
+    model.add_adapter("other", SensiConfig(score="random", seed=1, **TUNE))
+    model.base_model.set_adapter(active)
+    model.save_pretrained(tmp_path)
+    expected = state(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    at_the_end(model, tmp_path)
+    assert_same_tensors(state(model), expected)
+    assert model.active_adapters == ([active] if isinstance(active, str) else active)
+
+
+def test_best_values_that_are_gone_are_an_error(tmp_path):
+    model = get_peft_model(tiny_model(), SensiConfig(score="magnitude", **TUNE), "other")
+    model.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(SensiError, match=r"no values of the adapter 'other'.*save_on_each_node"):
+        at_the_end(model, tmp_path)
+
+
+def test_resume_under_another_name(rows, tmp_path):
+    options = {"score": "random", "multiple_of": 1}
+    whole = wrapped(rows, "other", seed=0, **options, **TRIM)
+    trainer(whole, rows, tmp_path / "whole").train()
+    again = wrapped(rows, "other", seed=1, **options, **TRIM)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "half" / "checkpoint-4")
+    trainer(again, rows, tmp_path / "half").train(resume_from_checkpoint=True)
+    assert_same_tensors(state(again), state(whole))
+
+
+def test_an_adapter_of_transformers_cannot_come_back_by_trainer(rows, tmp_path):
+    def adapted():
+        model = tiny_model()
+        model.add_adapter(SensiConfig(score="magnitude", modules_to_save=["classifier"], **TRIM), "other")
+        return model
+
+    model = adapted()
+    with pytest.raises(SensiError, match="get_peft_model"):
+        trainer(model, rows, tmp_path, **BEST).train()
+    with pytest.raises(SensiError, match="get_peft_model"):
+        trainer(adapted(), rows, tmp_path).train(resume_from_checkpoint=True)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-12")  # as the error says
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -26,13 +26,14 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
         SensiError: The folder holds a model, or an adapter that neither `overwrite` nor `resume` allows to change; or
             nothing can be written to it.
     """
-    from ..merging.foreign import OTHER_WEIGHTS
+    from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
     from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
     from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
-    if found := [name for name in (MODEL_WEIGHTS, *OTHER_WEIGHTS) if (folder / name).exists()]:
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if found := [name for name in names if name in (MODEL_WEIGHTS, *OTHER_WEIGHTS) or OWN_WEIGHTS.fullmatch(name)]:
         raise SensiError(
             f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
             f"another folder as --out."

@@ -32,7 +32,7 @@ from ..anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_clas
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
-from ..utils.files import move_files, read_json_object
+from ..utils.files import move_files, open_safetensors, read_json_object
 from .foreign import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS
 from .hashes import HASH_KEY, hashes_of
 from .modeling_file import write_modeling_file
@@ -92,6 +92,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     folder = Path(folder)
     check_folder(folder)
     model = merged_copy(model)
+    _check_weights(folder, model)
     config = copy.deepcopy(model.config)
     for key in (RECORD_KEY, HASH_KEY):
         vars(config).pop(key, None)
@@ -156,6 +157,31 @@ def _state_to_save(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, 
         tied = own.get(name) is own.get(other)
         state[name] = tensor.detach() if tied else tensor.detach().clone()
     return state
+
+
+def _check_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Raises `SensiError` if another program has saved weights here that would be lost, whatever the config says.
+
+    When Transformers saves a merged model that was trained on, it keeps our fields of the config, but not the names of
+    our weights files. The same values may be there: sentence-transformers writes them first.
+    """
+    values = read_json_object(folder / CONFIG, optional=True)
+    record = values.get(RECORD_KEY)
+    named = record.get("weights") if isinstance(record, dict) else None
+    if named or "transformers_weights" in values or not (folder / WEIGHTS).exists():
+        return
+    state = model.state_dict()
+    with open_safetensors(folder / WEIGHTS) as file:
+        if all(name in state and _equal(file.get_tensor(name), state[name]) for name in file.keys()):
+            return
+    raise SensiError(
+        f"{folder / WEIGHTS} holds other values, which `save_merged` did not write: perhaps a merged model that was "
+        f"trained on, or the adapter's base. They would be lost: give another folder, or delete the file first."
+    )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b.detach().cpu())
 
 
 def check_folder(folder: Path) -> None:

@@ -65,8 +65,13 @@ _LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megab
 # more in a few Linears if the others were frozen.
 _SAMPLED_LINEARS = 64
 _SAMPLED_ROWS = 4
+# All rows of the input embedding are in sums of this share of them, but the last eighth is left out: users add tokens
+# there, whose rows start from random values.
+_ROW_RANGES = 16
+_ROW_RANGE = re.compile(r"\[(\d{1,9}):(\d{1,9})\]$")
 _TOLERANCE = 0.0025  # for the mean over all rows, if no base was quantized
 _LARGEST = 0.012  # for each row
+_TOLERANCE_TOKENS = 0.004  # for the mean over ranges of rows. In bfloat16, MiniLM's differ by 0.0017, at most 0.0048
 _TOLERANCE_QUANTIZED = 0.25
 # The end of the error for another base. The command replaces it.
 WAY_OUT = "If you are sure, load the config first, set `config.fingerprint = None`, and pass it as `config=`."
@@ -185,7 +190,8 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
     """Shapes of some of the base's Linears and projections of some of their rows, to recognize the base.
 
     `shapes` has up to 64 Linears by name, and `marks` one number for each of up to 4 rows of each. `vectors` has one
-    number for each bias of these Linears, and for the parameters of the norms after sublayers. `quantized` is True if
+    number for each bias of these Linears, for the parameters of the norms after sublayers, and for ranges of rows of
+    the input embedding. `quantized` is True if
     one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
     cannot be read as floats.
 
@@ -214,8 +220,34 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
         for part, value in base_of(model.get_submodule(name)).named_parameters(recurse=False):
             if value.dim() == 1 and value.is_floating_point() and not value.is_meta:
                 vectors[f"{name}.{part}"] = _marks(value[None])[0]
+    vectors |= _marks_of_tokens(model, None if like is None else like.get("vectors", {}))
     found = {"shapes": shapes, "marks": marks, "vectors": vectors}
     return {**found, "quantized": True} if quantized else found
+
+
+def _marks_of_tokens(model: nn.Module, like: Iterable[str] | None) -> dict[str, float]:
+    """One number for each range of rows of the input embedding: the sum of the rows' marks, divided by the square root
+    of their count. So a change of precision, which is another one in each row, has no more influence than on one row.
+
+    The names end in the range, such as `[0:100]`. With names as `like`, their ranges are taken, if they exist here.
+    """
+    if (table := embedding_of(model, "input")) is None:
+        return {}
+    table = base_of(table)
+    weight = getattr(table, "weight", None)
+    name = next((name for name, module in model.named_modules() if base_of(module) is table), "")
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta or not weight.is_floating_point():
+        return {}
+    step = -(-len(weight) // _ROW_RANGES)
+    starts = range(0, len(weight) * 7 // 8 - step + 1, max(1, step))
+    names = [f"{name}.weight[{start}:{start + step}]" for start in starts] if like is None else sorted(like)
+    result = {}
+    for key in names:
+        if (match := _ROW_RANGE.search(key)) and key[: match.start()] == f"{name}.weight":
+            start, end = int(match[1]), int(match[2])
+            if start < end <= len(weight) and len(result) < _ROW_RANGES:
+                result[key] = round(sum(_marks(weight[start:end])) / (end - start) ** 0.5, 4)
+    return result
 
 
 def _marks(rows: torch.Tensor) -> list[float]:
@@ -251,15 +283,18 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
     _compare(list(zip(found["marks"], expected["marks"], strict=True)), wide)
     # Quantization may move a part of the weights into the norms. Files of earlier versions have no `vectors`.
     vectors = {} if wide else expected.get("vectors", {})
-    _compare([(found["vectors"][name], mark) for name, mark in vectors.items() if name in found["vectors"]], wide)
+    pairs = {name: (found["vectors"][name], mark) for name, mark in vectors.items() if name in found["vectors"]}
+    for of_rows in (False, True):  # not all at once: many equal numbers would hide a few different ones
+        chosen = [pair for name, pair in pairs.items() if bool(_ROW_RANGE.search(name)) is of_rows]
+        _compare(chosen, wide, _TOLERANCE_TOKENS if of_rows else _TOLERANCE)
 
 
-def _compare(pairs: list[tuple[float, float]], wide: bool) -> None:
+def _compare(pairs: list[tuple[float, float]], wide: bool, least: float = _TOLERANCE) -> None:
     """Raises `SensiLoadError` if the marks of two bases differ by more than a change of precision explains."""
     differences = [abs(a - b) for a, b in pairs if not math.isnan(a)]
     count = max(1, len(differences))
-    # The mean over a few rows varies more; with 20 rows or more the tolerance is `_TOLERANCE`.
-    tolerance = _TOLERANCE_QUANTIZED if wide else max(_TOLERANCE, 0.0016 + 0.004 / count**0.5)
+    # The mean over a few rows varies more; with 20 rows or more the tolerance is `least`.
+    tolerance = _TOLERANCE_QUANTIZED if wide else max(least, 0.0016 + 0.004 / count**0.5)
     distance, largest = sum(differences) / count, max(differences, default=0.0)
     if distance > tolerance or (largest > _LARGEST and not wide):
         raise SensiLoadError(

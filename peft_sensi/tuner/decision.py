@@ -138,10 +138,9 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
             "The plan neither tunes nor trims anything in the targeted modules, so there is nothing to adapt: target "
             "other modules, or change what is tuned (`budget`, `retention`, `also_train`)."
         )
-    found = distributed.broadcast_object(fingerprint(model, anatomy))
     # A fingerprint that this base has just been compared with stays: that of a copy may be less exact.
-    if found is not None and not (planned and config.fingerprint is not None):
-        config.fingerprint = found
+    if not (planned and config.fingerprint is not None):
+        config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
     return decision
 
 

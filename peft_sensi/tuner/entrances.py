@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..anatomy.modules import base_of, embedding_of
+from ..anatomy.widths import RECORD_KEY
 from ..layers.layer import layers_of
 from ..layers.values import writes
 from ..layers.weights import untouched
@@ -35,6 +37,7 @@ from ..utils.undo import snapshot, surely, undone_on_error
 from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
 from .loading import named_as_in
+from .trainer_loads import hook_trainer
 
 
 def hook_entrances() -> None:
@@ -71,12 +74,16 @@ def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> Any:
+        hook_trainer()
         if not safe_serialization and layers_of(self):
             raise SensiError(
                 "`safe_serialization=False` writes a pickle. Adapters of peft_sensi are loaded from safetensors files "
                 "only, because a pickle can run code: leave it out."
             )
         configs = [(c, c.inference_mode) for c in self.peft_config.values() if isinstance(c, SensiConfig)]
+        selected = kwargs.get("selected_adapters", args[0] if args else None) or self.peft_config
+        if configs and "default" in selected:  # others get a subfolder
+            _warn_of_merged(Path(save_directory))
         try:
             function(self, save_directory, safe_serialization, *args, **kwargs)
             if configs and kwargs.get("is_main_process", True):
@@ -89,6 +96,21 @@ def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.sensi_refuses = function  # type: ignore[attr-defined]
     return call
+
+
+def _warn_of_merged(folder: Path) -> None:
+    """Warns that an adapter is saved beside a merged model. An error would lose what has just been trained."""
+    try:
+        values = read_json_object(folder / "config.json")
+    except (FileNotFoundError, SensiLoadError):
+        return
+    if RECORD_KEY in values or values.get("saved_by") == "peft_sensi":
+        warnings.warn(
+            f"{folder} holds a merged model. With an adapter beside it, the Auto classes of Transformers and the "
+            f"command `peft-sensi` load the adapter instead. `load_merged` still loads the merged model. Save the "
+            f"adapter into another folder, and delete its files here.",
+            stacklevel=3,
+        )
 
 
 def _all_or_nothing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +128,7 @@ def _all_or_nothing(function: Callable[..., Any]) -> Callable[..., Any]:
 def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        hook_trainer()
         # The first module is the model: a constructor's `self` has no modules yet.
         modules = (a for a in (*args, *kwargs.values()) if isinstance(a, nn.Module) and "_modules" in vars(a))
         model = next(modules, None)
