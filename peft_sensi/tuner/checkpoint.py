@@ -241,7 +241,7 @@ def _marks_of_tokens(model: nn.Module, like: Iterable[str] | None) -> dict[str, 
     step = -(-len(weight) // _ROW_RANGES)
     starts = range(0, len(weight) * 7 // 8 - step + 1, max(1, step))
     names = [f"{name}.weight[{start}:{start + step}]" for start in starts] if like is None else sorted(like)
-    result = {}
+    result: dict[str, float] = {}
     for key in names:
         if (match := _ROW_RANGE.search(key)) and key[: match.start()] == f"{name}.weight":
             start, end = int(match[1]), int(match[2])
