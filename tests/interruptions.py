@@ -31,11 +31,16 @@ class Signal(TrainerCallback):
 def interrupted(monkeypatch, step: int, *arguments, number: int = signal.SIGINT) -> str:
     """The output of a command that gets a signal in a step: Ctrl-C, or the one with this number."""
     trainer, press = Run.trainer, Signal(step, number)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
-        )
-        result = run(*arguments)
+    # A signal that is ignored stays ignored, and the tests may run under `nohup`.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Run, "trainer", lambda self, epochs=0.0, more=None: trainer(self, epochs, [*(more or []), press])
+            )
+            result = run(*arguments)
+    finally:
+        signal.signal(number, before)
     assert result.exit_code == 128 + number, result.output
     return result.output
 

@@ -545,7 +545,7 @@ def test_a_config_beside_an_adapter_imports_nothing(adapter, tmp_path):
         (tmp_path / "evil" / "config.json").write_text(json.dumps(values))
         result = CliRunner().invoke(app, ["inspect", str(tmp_path / "evil"), "--json"], input="y\n")
         assert result.exit_code == 0 and json.loads(result.stdout)["plan"], result.output
-        result = run("merge", tmp_path / "evil", tmp_path / "merged")
+        result = run("merge", tmp_path / "evil", tmp_path / "merged", "--overwrite")
         assert result.exit_code == 0 or "The tokenizer of" in result.output, result.output
         assert not marker.exists()
 

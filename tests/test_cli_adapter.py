@@ -71,7 +71,7 @@ def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeyp
     assert "at most 40 tokens" in fails("measure", folder / "adapter", "--against", folder / "base")
     assert "at most 40 tokens" in fails("measure", folder / "base")
     assert "with --against" in fails("measure", folder / "adapter")
-    assert "--out writes files" in fails(
+    assert "--out is about files" in fails(
         "measure", folder / "adapter", "--against", folder / "base", "--out", "x.json"
     )
     (tmp_path / "file").write_text("")

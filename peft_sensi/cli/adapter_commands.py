@@ -13,7 +13,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import short_names, size_of
 from . import arguments as args
 from .arguments import argument, option
-from .checks import check_files, check_merged, check_new
+from .checks import check_merged, check_new, check_place
 from .loading import load_saved, refuse_base, takes_texts
 from .terminal import ascii_only, err, out, print_result, step
 
@@ -111,8 +111,8 @@ def export(
 
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
-    check_files({"OUT.onnx": file}, overwrite)
-    check_new([file.with_suffix(".json"), *([file.with_suffix(".int8.onnx")] if int8 else [])], overwrite)
+    check_place(file, "OUT.onnx")
+    check_new([file, file.with_suffix(".json"), *([file.with_suffix(".int8.onnx")] if int8 else [])], overwrite)
     saved, model = load_saved(adapter, base, json)
     if not takes_texts(model):
         raise SensiError(
@@ -121,6 +121,7 @@ def export(
         )
     with step("exporting", show=not json):
         tokenizer = load_tokenizer(saved, base, file.parent)
+        file.parent.mkdir(parents=True, exist_ok=True)
         report = export_onnx(model, file, int8=int8, opset=opset)
         companions = write_companions(saved, model.config, tokenizer, report)
     lines = [str(report), *(f"beside it: {path.name}" for path in companions)]

@@ -86,14 +86,19 @@ def check_file(path: Path | None, option: str) -> None:
     """Checks that a file can be written. Creates its folder."""
     if path is None:
         return
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "a device or a pipe"
-        raise SensiError(f"{path} is {what}: {option} needs the path of a file.")
+    check_place(path, option)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SensiError(f"{option}: the folder {path.parent} cannot be created: {error.strerror}.") from None
-    _check_writable(path.parent, path.parent, option)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Checks that a file can be written here, if its folder is created."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise SensiError(f"{path} is {what}: {option} needs the path of a file.")
+    _check_folder_writable(path.parent, option)
 
 
 def check_picture(path: Path | None, option: str = "--plot") -> None:

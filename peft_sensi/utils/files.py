@@ -41,7 +41,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # the file would take the place of a device such as /dev/null
-        raise SensiError(f"{path} is not a file, and cannot be replaced by one.")
+        raise SensiError(f"{path} could not be written: it is a folder, a device or a pipe.")
     # Not `mkstemp`: only the owner may read the files that it creates.
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
