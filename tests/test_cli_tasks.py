@@ -179,7 +179,7 @@ def test_outputs_and_budgets_are_checked_before_the_scoring(work, tmp_path, monk
     assert "--plot" in fails(*plan, "--budget", "0.5", "--plot", tmp_path / "a.bmp")
     assert "is a folder" in fails(*plan, "--budget", "0.5", "--save-scores", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "cannot be created" in fails(*plan, "--budget", "0.5", "--save-scores", tmp_path / "file" / "s.st")
+    assert "Not a directory" in fails(*plan, "--budget", "0.5", "--save-scores", tmp_path / "file" / "s.st")
     small = fails(*plan, "--budget", "50")
     assert "too small" in small and "Give a larger --budget." in small and "min_units" not in small
     assert "--trainable" in fails(*plan, "--trainable", "3")
