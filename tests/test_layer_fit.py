@@ -97,6 +97,23 @@ def test_only_targeted_linears_of_tuned_units_change():
     assert names and names <= targets and any("query" in name for name in names)
 
 
+def test_a_linear_that_does_not_run_stays(monkeypatch):
+    """Such as a cross-attention without the states of an encoder."""
+    model = tiny_model()
+    for layer in model.bert.encoder.layer:
+        layer.spare = torch.nn.Linear(3, 4)
+
+    def with_spare(model, layer, names, *others):
+        return layer_fit.fit_layer(model, layer, [*names, f"{layer}.spare"], *others)
+
+    monkeypatch.setattr("peft_sensi.planning.refit.fit_layer", with_spare)
+    fitted = fit(model, half_plan(model), data(model), rounds=2)
+    spare = [name for name in fitted if "spare" in name]
+    assert spare and any("query" in name for name in fitted)
+    for name in spare:
+        assert torch.equal(fitted[name][0], model.get_submodule(name).weight)
+
+
 def test_a_fit_that_is_no_better_is_dropped(monkeypatch):
     model = tiny_model()
     plan, batches = half_plan(model), data(model)

@@ -63,7 +63,8 @@ def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stre
         if stream is not None:
             with torch.enable_grad():
                 error, total_weight = _error(module, layer, values, stream)
-                gradients = list(torch.autograd.grad(error, list(values.values())))
+                # Zeros for a sublayer that did not run, such as a cross-attention without an encoder.
+                gradients = list(torch.autograd.grad(error, list(values.values()), materialize_grads=True))
         total = gradients[0].new_tensor(total_weight)
         distributed.all_sum([*gradients, total], "fitting a layer")
         if not all(gradient.isfinite().all() for gradient in gradients):
