@@ -247,7 +247,7 @@ class SensiLayer(ComposedWeights):
         """Raises `SensiError` if the adapters cannot be active or merged at the same time."""
         slices = [self.sensi_slices[name] for name in adapter_names if name in self.sensi_slices]
         if len(adapter_names) > 1 and self.sensi_coded:
-            raise SensiError("Only one adapter can be active on a quantized base.")
+            raise SensiError("Only one adapter can be active on a quantized base: activate one at a time.")
         if self.sensi_base_dropped or any(slice_.trims or slice_.sparsity is not None for slice_ in slices):
             raise SensiError(
                 f"The adapters {adapter_names} cannot be active or merged together: at least one of them trims units "
