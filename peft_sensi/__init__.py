@@ -94,7 +94,10 @@ def register() -> None:
     )
     for table, value in entries:
         if (taken := table.setdefault(name, value)) is not value:
-            raise SensiError(f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}.")
+            raise SensiError(
+                f"Another package has already registered a PEFT method called {name.value!r}: {taken!r}. "
+                f"Import only one of the two in a process."
+            )
     _hook_cards()
     _hook_entrances()
 

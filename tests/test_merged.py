@@ -316,6 +316,8 @@ def test_uniform_is_refused_where_it_means_nothing(fields, message):
 def test_what_cannot_be_saved(tmp_path, bert):
     with pytest.raises(SensiError, match="not a model class of Transformers"):
         save_merged(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(SensiError, match="load and adapt a BertForSequenceClassification instead"):
+        save_merged(type("Mine", (BertForSequenceClassification,), {})(bert.config), tmp_path)
     with pytest.raises(SensiError, match="not one of this package"):
         save_merged(get_peft_model(copy.deepcopy(bert), LoraConfig(target_modules=["query"])), tmp_path)
     with pytest.raises(SensiError, match="contains adapter layers"):

@@ -180,7 +180,9 @@ def _linear(modules: Modules, layer: str, name: str) -> tuple[str, nn.Linear]:
     linear = base_of(modules[path]) if path in modules else None
     if not isinstance(linear, LINEARS):
         found = f"a {type(linear).__name__} and not a Linear" if linear else "not in the model"
-        raise AnatomyError(f"The block layout names {path!r}, which is {found}.")
+        raise AnatomyError(
+            f"The block layout names {path!r}, which is {found}. `dict(model.named_modules())` shows the names."
+        )
     return path, cast(nn.Linear, linear)
 
 
@@ -264,7 +266,10 @@ def _rows(inputs: list[tuple[str, nn.Linear]], widths: tuple[int, ...], units: i
 def _norm(modules: Modules, layer: str, name: str) -> str:
     path = f"{layer}.{name}"
     if name and path not in modules:
-        raise AnatomyError(f"The block layout names the norm {path!r}, which is not in the model.")
+        raise AnatomyError(
+            f"The block layout names the norm {path!r}, which is not in the model: "
+            f'`dict(model.named_modules())` shows the names, and `""` stands for no norm.'
+        )
     return path if name else ""
 
 

@@ -62,9 +62,12 @@ def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     if cls.__module__.startswith("transformers_modules."):
         cls = next((parent for parent in cls.__bases__ if cls.__name__ == f"Sensi{parent.__name__}"), cls)
     if not isinstance(model, PreTrainedModel) or getattr(transformers, cls.__name__, None) is not cls:
+        parents = (c.__name__ for c in cls.__mro__[1:] if getattr(transformers, c.__name__, None) is c)
+        parent = next((name for name in parents if name != "PreTrainedModel"), None)
         raise SensiError(
             f"{cls.__module__}.{cls.__qualname__} is not a model class of Transformers, so no other process could "
             f"rebuild it. Save the adapter and merge after loading, or save the `state_dict()` yourself."
+            + (f" If it computes what a {parent} computes, load and adapt a {parent} instead." if parent else "")
         )
     return cls
 
@@ -92,7 +95,10 @@ def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[st
         )
     shapes = {n: tuple(own[n].shape) for n in theirs if own[n].shape != theirs[n].shape}
     if moved := [n for n in shapes if n not in dict(model.named_parameters(remove_duplicate=False))]:
-        raise SensiError(f"The buffer {moved[0]!r} has another shape than in a fresh {type(model).__name__}.")
+        raise SensiError(
+            f"The buffer {moved[0]!r} has another shape than in a fresh {type(model).__name__}, and only "
+            f"parameters may differ. Save the adapter and merge after loading, or save the `state_dict()` yourself."
+        )
     modules, within = dict(model.named_modules()), within | changed_modules(shapes)
     numbers: dict[str, Any] = {}
     for path, module in stock.named_modules():

@@ -67,7 +67,7 @@ def merge(
     check_merged(folder, overwrite)
     saved, model = load_saved(adapter, base, json)
     if isinstance(saved, SavedMerged):
-        raise SensiError(f"{adapter} is a merged model already.")
+        raise SensiError(f"{adapter} is a merged model already, so there is nothing to do.")
     tokenizer = tokenizer_of(saved, base)  # before anything is written, because it may be damaged
     with step("merging", show=not json):
         small = model.merge_and_unload()

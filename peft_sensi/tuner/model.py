@@ -293,7 +293,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise SensiError("`adapter_names` in forward is not supported: a batch goes through one adapter.")
+            raise SensiError("`adapter_names` in forward is not supported: call `set_adapter` before each batch.")
         if self.model.training and torch.is_grad_enabled():
             check_wrapper()
             for name in self.active_adapters:

@@ -138,7 +138,10 @@ class AdapterOperations:
                 f"masks have bits)."
             )
         if config.compressed is not None:
-            raise SensiError(f"The adapter {adapter_name!r} is compressed already, to {config.compressed}.")
+            raise SensiError(
+                f"The adapter {adapter_name!r} is compressed already, to {config.compressed}. For another form, load "
+                f"the checkpoint that was compressed."
+            )
         if any(adapter_name in layer.merged_adapters for layer in layers):
             raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
         if kind != "bits":

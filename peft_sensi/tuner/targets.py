@@ -146,7 +146,8 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
         weights = {id(modules[name].weight) for name in embeddings}
         if len(weights) < len(embeddings) or (output is not None and id(output.weight) in weights):
             raise SensiError(
-                "The embeddings are tied to the output layer or to each other and cannot be trained separately."
+                "The embeddings are tied to the output layer or to each other and cannot be trained separately: leave "
+                '"embeddings" out of `also_train`.'
             )
         found += embeddings
     if but_frozen:

@@ -87,7 +87,10 @@ def copy_weights_from_rank_0(model: nn.Module, undo: ExitStack | None = None) ->
     for number, (other, _) in enumerate(reports):
         if other != first:
             different = sorted(set(other) ^ set(first)) or other
-            raise SensiError(f"Process {number} has another model than process 0; they differ in {different[0][0]!r}.")
+            raise SensiError(
+                f"Process {number} has another model than process 0; they differ in {different[0][0]!r}. Load the "
+                f"same model in all processes."
+            )
     for (_, tensor), samples in zip(named, zip(*(own for _, own in reports), strict=True), strict=True):
         if None not in samples and len(set(samples)) > 1:
             if undo is not None:
