@@ -408,25 +408,3 @@ def test_a_base_that_was_quantized_after_the_wrap_is_an_error_that_says_so():
             use()
     small = quantize(model.merge_and_unload(), {nn.Linear}, dtype=torch.qint8)
     assert torch.isfinite(logits(small)).all()
-
-
-@pytest.mark.parametrize("how", ["whole", "part", "loop"])
-@pytest.mark.parametrize("kind", ["bits", "int8"])
-def test_a_model_with_integers_is_thawed(kind, how):
-    """PyTorch cannot train integers, and an error would come in the middle of the parameters."""
-    model = trained(**({"update": "mask", "budget": None, "sparsity": 0.3} if kind == "bits" else {"budget": 0.5}))
-    model.base_model.compress(kind)
-    part = model.base_model.model.bert.encoder.layer[1] if how == "part" else model
-    if how == "loop":
-        for parameter in part.parameters():
-            parameter.requires_grad = True
-    else:
-        part.requires_grad_(True)
-    flags = {parameter.is_floating_point(): parameter.requires_grad for parameter in part.parameters()}
-    assert flags == {True: True, False: False}
-    assert all(p.requires_grad is p.is_floating_point() for p in part.parameters())
-    integers = [p.detach().clone() for p in part.parameters() if not p.is_floating_point()]
-    train(model)
-    assert all(map(torch.equal, integers, (p for p in part.parameters() if not p.is_floating_point())))
-    part.requires_grad_(False)
-    assert not any(p.requires_grad for p in part.parameters())

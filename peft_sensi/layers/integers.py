@@ -17,41 +17,6 @@ from .values import version_of
 
 INTEGERS = ("places", "bits")
 
-
-class IntegerParameter(nn.Parameter):
-    """A parameter of integers. A request to train it has no effect: integers have no gradients.
-
-    PyTorch raises an error instead. So users could not thaw a model with `model.requires_grad_(True)`, nor in a loop
-    over its parameters. A copy that PyTorch makes when it unpickles a model is an ordinary parameter.
-    """
-
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> IntegerParameter:
-        return super().__new__(cls, data, False)
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        pass
-
-    def requires_grad_(self, requires_grad: bool = True) -> IntegerParameter:
-        return self
-
-
-def parameter_of(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
-    """A new parameter with this tensor."""
-    if tensor.is_floating_point():
-        return nn.Parameter(tensor, requires_grad=requires_grad)
-    return IntegerParameter(tensor)
-
-
-def is_plain(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is neither sharded nor one that PyTorch puts into its place while it traces."""
-    return type(parameter) in (nn.Parameter, IntegerParameter)
-
-
 # For each tensor by its name: what tells that it was written to, and a copy.
 Noted: TypeAlias = "dict[str, tuple[tuple[int, int], torch.Tensor]]"
 
@@ -62,7 +27,7 @@ def keep_integers(layer: Any, adapter_name: str) -> None:
     Other changes come from loaders, and stay. Tensors that were not written to since the last call are not looked at.
     """
     parts = {name: p for name in INTEGERS if (p := layer.part(name, adapter_name)) is not None}
-    if not parts or any(not is_plain(p) or p.is_meta for p in parts.values()):
+    if not parts or any(type(p) is not nn.Parameter or p.is_meta for p in parts.values()):
         return
     noted = layer.sensi_integers.get(adapter_name, {})
     if noted.keys() == parts.keys() and all(version_of(parts[name]) == noted[name][0] for name in noted):

@@ -16,7 +16,7 @@ from ..utils.errors import SensiError
 from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
 from .functional import Pair
-from .integers import keep_integers, parameter_of
+from .integers import keep_integers
 from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
 from .masters import without_rounding
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
@@ -92,7 +92,7 @@ class SensiLayer(ComposedWeights):
             if spec.trained and not init_weights and not tensor.is_meta and kept is None:
                 scale = tensor.std() if tensor.numel() > 1 else tensor.new_zeros(())
                 tensor = tensor + torch.randn_like(tensor) * scale.clamp_min(0.1)
-            parameter = parameter_of(tensor.contiguous(), spec.trained and active)
+            parameter = nn.Parameter(tensor.contiguous(), requires_grad=spec.trained and active)
             getattr(self, f"sensi_{name}")[adapter_name] = parameter
         self._freeze_parts()
         self.update_parents()
@@ -158,7 +158,7 @@ class SensiLayer(ComposedWeights):
             if (scores := self.part("scores", adapter_name)) is not None and slice_.sparsity is not None:
                 bits = pack_mask(top_mask(scores, slice_.sparsity))
                 del self.sensi_scores[adapter_name]
-                self.sensi_bits[adapter_name] = parameter_of(bits)
+                self.sensi_bits[adapter_name] = nn.Parameter(bits, requires_grad=False)
                 self.sensi_slices[adapter_name] = replace(slice_, learns_mask=False)
             return
         trained = {name: p for name in PARTS if (p := self.part(name, adapter_name)) is not None}
@@ -168,7 +168,7 @@ class SensiLayer(ComposedWeights):
         for name in trained:
             del getattr(self, f"sensi_{name}")[adapter_name]
         if trained:
-            self.sensi_codes[adapter_name] = parameter_of(codes)
+            self.sensi_codes[adapter_name] = nn.Parameter(codes, requires_grad=False)
         if len(scales):
             self.sensi_scales[adapter_name] = nn.Parameter(scales, requires_grad=False)
         self.sensi_slices[adapter_name] = replace(slice_, compressed=kind)

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..anatomy.linears import bias_of, check_weight, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
-from .integers import is_plain
 from .layer import SensiLayer
 from .masters import warn_of_short
 from .sources import Source
@@ -47,7 +47,7 @@ class SensiLinear(SensiLayer):
             return self._forward_beside(x.to(dtype), name)
         # During the forward pass FSDP2 replaces sharded parameters by whole ones. Only a flag of the module shows it.
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
-            not is_plain(p) for p in (self.base_layer.weight, *self.own_parts(name).values())
+            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
         )
         plain = sharded or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training and not sharded and torch.is_grad_enabled():
