@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # The key of a config for what its own fields cannot express.
 RECORD_KEY = "peft_sensi"
 RECORD_VERSION = 1
+# In the config of a merged model whose own fields say everything, to tell it from a base model.
+SAVED_BY = {"saved_by": "peft_sensi"}
 
 _HEAD_KEYS = ("num_attention_heads", "num_heads", "n_head")
 _HEAD_SIZE_KEYS = ("head_dim", "d_kv")
@@ -161,6 +163,11 @@ def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
             numbers = {n: v for n, v in after.attributes.items() if n.rpartition(".")[2] not in edits}
             left = Widths(after.shapes, numbers)
     return None if left else edits
+
+
+def is_merged(config: Mapping[str, Any]) -> bool:
+    """Whether the values of a config.json are those of a model that `save_merged` wrote."""
+    return RECORD_KEY in config or SAVED_BY.items() <= config.items()
 
 
 def note_widths(model: nn.Module) -> None:

@@ -74,23 +74,16 @@ def check_new(paths: Iterable[Path], overwrite: bool) -> None:
 
 def check_files(paths: Mapping[str, Path | None], overwrite: bool) -> None:
     """Checks that the files that these options name can be written, and are new. Creates their folders."""
-    for option, path in paths.items():
-        check_file(path, option)
-    given = [path for path in paths.values() if path is not None]
-    check_new(given, overwrite)
+    given = {option: path for option, path in paths.items() if path is not None}
+    for option, path in given.items():
+        check_place(path, option)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SensiError(f"{option}: the folder {path.parent} cannot be created: {error.strerror}.") from None
+    check_new(given.values(), overwrite)
     if overwrite and not given:
         raise SensiError(f"--overwrite is about {' and '.join(paths)}: leave it out.")
-
-
-def check_file(path: Path | None, option: str) -> None:
-    """Checks that a file can be written. Creates its folder."""
-    if path is None:
-        return
-    check_place(path, option)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SensiError(f"{option}: the folder {path.parent} cannot be created: {error.strerror}.") from None
 
 
 def check_place(path: Path, option: str) -> None:

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.modules import unwrapped
-from ..anatomy.widths import RECORD_KEY, compare, expressed, on_meta, stock_class
+from ..anatomy.widths import RECORD_KEY, SAVED_BY, compare, expressed, is_merged, on_meta, stock_class
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
@@ -39,7 +39,6 @@ from .modeling_file import write_modeling_file
 
 
 _TEMPORARY = ".sensi-"
-_MARK = {"saved_by": "peft_sensi"}  # in the config of a plain checkpoint, to tell it from a base model
 
 
 def merged_copy(model: nn.Module) -> PreTrainedModel:
@@ -118,7 +117,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         weights = f"{'' if plain else 'sensi_'}model-{secrets.token_hex(8)}.safetensors"
         os.replace(temporary / WEIGHTS, temporary / weights)
         if plain:
-            values |= _MARK | {"transformers_weights": weights}
+            values |= SAVED_BY | {"transformers_weights": weights}
         else:
             values[RECORD_KEY] = widths.to_record(type(model).__name__) | {"weights": weights}
             if modeling:
@@ -189,7 +188,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: give the path of a folder.")
     values = read_json_object(folder / CONFIG, optional=True)
-    if (folder / WEIGHTS).exists() and not (RECORD_KEY in values or _MARK.items() <= values.items()):
+    if (folder / WEIGHTS).exists() and not is_merged(values):
         raise SensiError(
             f"{folder} holds a model that `save_merged` did not write, perhaps the adapter's base, and it would be "
             f"lost: give another folder."

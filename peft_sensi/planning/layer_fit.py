@@ -25,7 +25,7 @@ from ..anatomy.modules import linear_of
 from ..scoring.calibration import first_of, token_mask
 from ..utils import distributed
 from .layerwise import Stream
-from .least_squares import Values
+from .least_squares import Values, token_weights
 
 
 RATE = 0.02  # the highest learning rate of a Linear, as a share of the root mean square of its weight
@@ -97,7 +97,7 @@ def _error(
     target = stream.untrimmed.float()
     if (mask := token_mask(stream.batch, target.shape[:-1])) is not None:
         output, target = output[mask], target[mask]
-    weights = 1.0 / target.var(dim=-1).clamp_min(1e-6)
+    weights = token_weights(target)
     return ((output - target).square().sum(-1) * weights).sum(), float(weights.sum())
 
 

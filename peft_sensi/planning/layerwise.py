@@ -48,8 +48,8 @@ class Stream:
     batch: Mapping[str, Any]
     untrimmed_calls: Calls
     trimmed_calls: Calls
-    holds_out: bool  # the guards use this batch
-    fits: bool  # the least squares use this batch
+    holds_out: bool  # the guards compare values with this batch
+    fits: bool  # values are fitted to this batch
     untrimmed: Any = None  # hidden states, `[batch, tokens, features]`
     trimmed: Any = None
 

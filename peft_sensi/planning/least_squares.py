@@ -16,6 +16,14 @@ STEPS = (0.0, 0.5, 1.0)  # parts of the way from the old values to the solution
 Values = tuple[torch.Tensor, torch.Tensor | None]
 
 
+def token_weights(target: torch.Tensor) -> torch.Tensor:
+    """The weight of each token's squared error, `[tokens]`: 1 / var of `target` `[tokens, features]`.
+
+    A norm follows, which divides the error by the standard deviation.
+    """
+    return 1.0 / target.var(dim=-1).clamp_min(1e-6)
+
+
 class LeastSquares:
     """Weighted ridge regression for the change of a weight `[out, kept]` and of its bias `[out]`, if there is one.
 
@@ -33,9 +41,9 @@ class LeastSquares:
     def add(self, z: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
         """Adds the tokens of one batch to the normal equations: `residual + W z + b` should become `target`.
 
-        `z` is `[tokens, kept]`, `residual` and `target` are `[tokens, out]`. A token's weight is 1 / var(target).
+        `z` is `[tokens, kept]`, `residual` and `target` are `[tokens, out]`.
         """
-        w = 1.0 / target.var(dim=-1, keepdim=True).clamp_min(1e-6)
+        w = token_weights(target)[:, None]
         error = target - residual - F.linear(z, self.weight, self.bias)
         zw = z * w
         self.zz += z.t() @ zw

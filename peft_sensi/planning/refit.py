@@ -33,7 +33,7 @@ from .plan import Plan
 from .trimmed import assign, kept_values, trimmed
 
 
-Refitted = dict[str, Values]  # by the output projection's module name
+Refitted = dict[str, Values]  # by the Linear's module name; without `rounds`, only output projections
 
 HELD_OUT = range(3, 32, 4)  # positions of the batches with which the guards compare values
 MARGIN = 0.02
@@ -179,7 +179,7 @@ def _refit_layer(
                 assign(linear_of(model, group.output), *best)
         if rounds:
             names = [name for group in groups for name in group.modules if name in plan.targets]
-            fitted = fit_layer(model, layer, list(dict.fromkeys(names)), streams, rounds)
+            fitted = fit_layer(model, layer, names, streams, rounds)
             for name, values in fitted.items():
                 refitted[name] = values
                 assign(linear_of(model, name), *values)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ..anatomy.build import build_anatomy
-from ..anatomy.widths import RECORD_KEY, on_meta
+from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
 from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
 from ..merging.hashes import check_hashes
 from ..merging.load import load_merged, without_weights
@@ -100,7 +100,7 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         return open_adapter(name)
     file = file_in(str(name), CONFIG)
     values = {} if file is None else read_json_object(file)
-    if file is None or not (RECORD_KEY in values or values.get("saved_by") == "peft_sensi"):
+    if file is None or not is_merged(values):
         if not Path(name).is_dir():
             return open_adapter(name)  # raises the error that says why it was not found
         found = f"a model that peft_sensi has not merged ({CONFIG})" if file else "neither of the two"

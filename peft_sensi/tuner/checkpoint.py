@@ -191,9 +191,8 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
 
     `shapes` has up to 64 Linears by name, and `marks` one number for each of up to 4 rows of each. `vectors` has one
     number for each bias of these Linears, for the parameters of the norms after sublayers, and for ranges of rows of
-    the input embedding. `quantized` is True if
-    one of these weights has 8 bits or fewer; otherwise it is left out. Returns `None` if weights are on `meta` or
-    cannot be read as floats.
+    the input embedding. `quantized` is True if one of these weights has 8 bits or fewer; otherwise it is left out.
+    Returns `None` if weights are on `meta` or cannot be read as floats.
 
     With another fingerprint as `like`, the same Linears are looked at (none if some do not exist here), and an
     embedding whose vocabulary was resized gives the same rows and shape as there. A row that it does not have gives

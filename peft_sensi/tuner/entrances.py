@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..anatomy.modules import base_of, embedding_of
-from ..anatomy.widths import RECORD_KEY
+from ..anatomy.widths import is_merged
 from ..layers.layer import layers_of
 from ..layers.values import writes
 from ..layers.weights import untouched
@@ -57,15 +57,15 @@ def hook_entrances() -> None:
             if (original := vars(owner).get(name)) is not None and not hasattr(original, "sensi_undoes"):
                 setattr(owner, name, _all_or_nothing(original))
     if not hasattr(PeftModel.save_pretrained, "sensi_refuses"):
-        PeftModel.save_pretrained = _without_pickle(PeftModel.save_pretrained)  # type: ignore[method-assign]
+        PeftModel.save_pretrained = _saving(PeftModel.save_pretrained)  # type: ignore[method-assign]
     if not hasattr(PreTrainedModel.resize_token_embeddings, "sensi_refuses"):
         PreTrainedModel.resize_token_embeddings = _checked_resize(  # type: ignore[method-assign]
             PreTrainedModel.resize_token_embeddings
         )
 
 
-def _without_pickle(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`save_pretrained` that refuses to write what no loader of this package reads.
+def _saving(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` that refuses to write what no loader of this package reads, and warns of a merged model there.
 
     PEFT changes `inference_mode` of a config while it saves it. If it fails, for example because the disk is full, the
     adapter must still be one that is trained. And others than the user may read the weights, as all other files, when
@@ -104,7 +104,7 @@ def _warn_of_merged(folder: Path) -> None:
         values = read_json_object(folder / "config.json")
     except (FileNotFoundError, SensiLoadError):
         return
-    if RECORD_KEY in values or values.get("saved_by") == "peft_sensi":
+    if is_merged(values):
         warnings.warn(
             f"{folder} holds a merged model. With an adapter beside it, the Auto classes of Transformers and the "
             f"command `peft-sensi` load the adapter instead. `load_merged` still loads the merged model. Save the "

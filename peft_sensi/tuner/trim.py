@@ -51,7 +51,7 @@ LEARNED_WHILE_PRIMING = ("mask", "movement")
 class Trim:
     """What a trim is going to do.
 
-    `refitted` are changes of output projections (see `refit_changes`). `scores` has a number for each unit of the
+    `refitted` are changes of weights and biases (see `refit_changes`). `scores` has a number for each unit of the
     base; units that were trimmed before have 0.
     """
 
@@ -145,7 +145,8 @@ def _decide(
     """Scores, plan and refitted values of the adapted model. The model stays as it was.
 
     A budget far below what is there is reached in stages (see `_stages`). A unit that is superfluous beside others may
-    be needed once they are gone, so each stage scores and refits the model that the stage before has left.
+    be needed once they are gone, so each stage scores the model that the stage before has left, refitted. What remains
+    after the last stage is fitted to the whole model, so that the errors of the stages do not add up.
     """
     has_data = inputs.calibration is not None
     given = {**asdict(limits), "score": options.score, "refit": refits, "calibration": has_data}

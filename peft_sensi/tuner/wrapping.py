@@ -188,7 +188,7 @@ def shrink(
 ) -> None:
     """Removes the units that `plan` trims from an adapter, and keeps all other trained values.
 
-    `refitted` are changes of output projections (see `in_place.refit_changes`). With an `optimizer`, its parameters
+    `refitted` are changes of weights and biases (see `in_place.refit_changes`). With an `optimizer`, its parameters
     stay the same objects and keep their state (see `carry.obstacle` for the optimizers that this works with).
     Otherwise the parameters are new objects, and older optimizers are refused.
     """
