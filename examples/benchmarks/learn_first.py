@@ -9,6 +9,7 @@ For each model, task and seed, `--ways` selects from:
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning.
 - `late`: one training of as many epochs, trimmed on the way.
 - `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=1.0)`, then `trim(...)`, no training after.
+- `random`: the same with random units, the control that shows what the ranking is worth.
 - `healed`: `trimmed`, then one epoch. `taught` is the same; half of its loss is the distance to the fine-tuned model.
 - `thorough`: `SensiConfig(budget=1.0)` is trained like full fine-tuning; then `trim(...)`; then no training
   (`0 epochs`), one epoch, or as many epochs as before.
@@ -90,11 +91,11 @@ class Seed:
             start = time.perf_counter()
             return get_peft_model(model, SensiConfig(**given)), time.perf_counter() - start
 
-    def trim(self, model: Any, budget: float) -> float:
+    def trim(self, model: Any, budget: float, **options: Any) -> float:
         """Trims a wrapped model, and returns the seconds that this took."""
         with self.accelerator.autocast():
             start = time.perf_counter()
-            model.base_model.trim(budget, calibration=self.data.calibration())
+            model.base_model.trim(budget, calibration=self.data.calibration(), **options)
             return time.perf_counter() - start
 
     @cached_property
@@ -151,6 +152,12 @@ def trimmed(run: Seed, budgets: list[float]) -> None:
             run.rows.add(row, *small(run, budget))
 
 
+def random(run: Seed, budgets: list[float]) -> None:
+    for budget in budgets:
+        if run.rows.missing(row := f"fine-tuned, random units trimmed to {budget:g}"):
+            run.rows.add(row, *small(run, budget, score="random"))
+
+
 def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
     for budget in budgets:
         if run.rows.missing(row := f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}"):
@@ -159,10 +166,10 @@ def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
             run.rows.add(row, model, seconds + run.fit(model, 1, RATE, run.seed + 100, loss_fn=loss_fn))
 
 
-def small(run: Seed, budget: float) -> tuple[Any, float]:
+def small(run: Seed, budget: float, **options: Any) -> tuple[Any, float]:
     """The fine-tuned model, trimmed, and the seconds that this took."""
     model, seconds = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0)
-    return model, seconds + run.trim(model, budget)
+    return model, seconds + run.trim(model, budget, **options)
 
 
 def taught(run: Seed, budgets: list[float]) -> None:
@@ -187,7 +194,7 @@ def thorough(run: Seed, budgets: list[float]) -> None:
             run.rows.add(names[budget, count], healed, seconds_there + more)
 
 
-WAYS = {way.__name__: way for way in (full, trimmed, healed, taught, late, thorough, fast, longer, prior)}
+WAYS = {way.__name__: way for way in (full, trimmed, random, healed, taught, late, thorough, fast, longer, prior)}
 
 
 def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn.Module) -> torch.Tensor:

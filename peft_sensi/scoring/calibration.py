@@ -32,7 +32,7 @@ class ScoringOptions:
 
     score: str = "fisher"
     calibration_steps: int = 12
-    priming_steps: int = 40
+    priming_steps: int = 32
     priming_lr: float = 1e-4
     priming_optimizer: str = "adamw"
     loss_fn: LossFn | None = None

@@ -164,7 +164,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
     calibration_steps: int = field(default=12)
-    priming_steps: int = field(default=40)
+    priming_steps: int = field(default=32)
     priming_lr: float = field(default=1e-4)
     priming_optimizer: str = field(default="adamw")
     refit: bool | None = field(default=None)
