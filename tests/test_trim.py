@@ -521,11 +521,3 @@ def test_a_trim_refits_on_more_batches_than_it_scores_unless_they_are_long():
     long = [{"input_ids": torch.zeros(REFIT_TOKENS // 2, 1, dtype=torch.long)}] * 9
     assert len(enough(long, 1)) == 2 and len(enough(long, 3)) == 3
     assert len(enough([{"pixel_values": torch.zeros(1, 3, 2, 2)}] * 9, 3)) == 3
-
-
-@pytest.mark.parametrize(("budget", "times"), [(0.5, 6), (0.25, 12)])
-def test_a_trim_in_stages_reads_more_batches(budget, times):
-    model = wrap(tiny_model(), budget=1.0, calibration=BATCHES, calibration_steps=1)
-    read = []
-    model.base_model.trim(budget, calibration=(read.append(batch) or batch for batch in tiny_batches(20)))
-    assert len(read) == times

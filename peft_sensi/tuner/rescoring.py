@@ -22,9 +22,6 @@ from .config import SensiConfig
 SCORED_BATCHES = 2  # times `calibration_steps`
 REFIT_BATCHES = 6  # times `calibration_steps`, at most
 REFIT_TOKENS = 65_536
-# A trim in stages keeps so few units that all of them have to change, which needs more data.
-STAGED_BATCHES = 2 * REFIT_BATCHES
-STAGED_TOKENS = 98_304
 FIT_ROUNDS = 3  # how often a trim uses each batch to fit whole layers (see `planning.layer_fit`)
 
 
@@ -44,8 +41,8 @@ def labeled_by(
     return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
 
 
-def enough(batches: list[Mapping[str, Any]], least: int, tokens: int = REFIT_TOKENS) -> list[Mapping[str, Any]]:
-    """The first `least` batches, and more of them as long as all have at most this number of tokens."""
+def enough(batches: list[Mapping[str, Any]], least: int) -> list[Mapping[str, Any]]:
+    """The first `least` batches, and more of them as long as all have at most `REFIT_TOKENS` tokens."""
     sizes = [ids.numel() if isinstance(ids := batch.get("input_ids"), torch.Tensor) else math.inf for batch in batches]
     totals = list(itertools.accumulate(sizes))
-    return batches[: max(least, sum(total <= tokens for total in totals))]
+    return batches[: max(least, sum(total <= REFIT_TOKENS for total in totals))]

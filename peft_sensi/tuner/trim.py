@@ -39,16 +39,7 @@ from .cuts import recounted
 from .decision import is_refitted
 from .in_place import merged_in_place, refit_changes
 from .predictions import read_latency
-from .rescoring import (
-    FIT_ROUNDS,
-    REFIT_BATCHES,
-    REFIT_TOKENS,
-    STAGED_BATCHES,
-    STAGED_TOKENS,
-    enough,
-    labeled_by,
-    trained_options,
-)
+from .rescoring import FIT_ROUNDS, REFIT_BATCHES, enough, labeled_by, trained_options
 from .targets import anatomy_of
 from .wrapping import shrink
 
@@ -162,20 +153,18 @@ def _decide(
     distributed.check_equal("its trim", given, "Give all processes the same.")
     present = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
     after, changes = before, Refitted()  # `changes` are of all columns (see `_add`)
-    stages = _stages(before, limits)
-    count, tokens = (STAGED_BATCHES, STAGED_TOKENS) if len(stages) > 1 else (REFIT_BATCHES, REFIT_TOKENS)
-    most = count * config.calibration_steps
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
+        most = REFIT_BATCHES * config.calibration_steps
         batches = None if inputs.calibration is None else materialize(inputs.calibration, most)
-        to_refit = None if batches is None else enough(batches, options.calibration_steps, tokens)
+        to_refit = None if batches is None else enough(batches, options.calibration_steps)
         root.eval()
         # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
         now = anatomy_of(root, config, before.targets)
         # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
         now = replace(now, groups=tuple(g for g in now.groups if g.name in present and present[g.name].any()))
         fits = is_refitted(root, config, now, config.refit if refits is None else refits)
-        for interim in stages:
+        for interim in _stages(before, limits):
             with _closed(root, _plan_of_merged(now, before, after), changes):
                 found = score_units(root, now, labeled_by(root, config, batches, options), options)
                 kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
