@@ -230,7 +230,7 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "too small" in small and "parameters. Give a larger --budget." in small
     assert "Give --data" in fails("plan", base)
     assert "There is no folder" in fails("plan", tmp_path / "no", "--score", "magnitude")
-    assert "No such file" in fails("plan", base, "--data", tmp_path / "no.tsv")
+    assert "There is no file" in fails("plan", base, "--data", tmp_path / "no.tsv")
     assert "no column 'x'" in fails("plan", base, "--data", data, "--text-column", "x")
     assert "--plot writes .png, .svg" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
     assert "not a file of scores" in fails("plan", base, "--scores", adapter / "adapter_model.safetensors")

@@ -126,11 +126,20 @@ def test_names_that_are_not_found(work, tmp_path, monkeypatch):
         ("file", "file is a file, not the folder of a model"),
         ("models/nothing", "There is no folder models/nothing."),
         ("a/b/c", "There is no folder a/b/c."),
-        ("nothing", "There is no folder nothing here, and it was not found on the Hub"),
-        ("me/nothing", "There is no folder me/nothing here, and it was not found on the Hub"),
+        ("./nothing", "There is no folder ./nothing. Check the path."),
+        ("https://huggingface.co/me/x", "is a web address: give a path, or the name of a repository on the Hub"),
+        ("nothing", "There is no folder nothing here, and it was not found on the Hub: HF_HUB_OFFLINE forbids"),
+        ("me/nothing", "There is no folder me/nothing here, and it was not found on the Hub: HF_HUB_OFFLINE forbids"),
     ):
         for command in (("plan", name, "--score", "random"), ("train", name, *data, "--out", "o", "--budget", "0.5"),
                         ("trim", name, *data, "--out", "o"), ("measure", name), ("inspect", name),
                         ("predict", name, work / "new.csv")):  # fmt: skip
             assert words in fails(*command), command
     assert not (tmp_path / "o").exists()
+    assert "There is no file no.onnx. Check the path." in fails("predict", "no.onnx", work / "new.csv")
+    for name, words in (
+        ("no.csv", "There is no file no.csv. Check the path."),
+        ("./no", "There is no file or folder ./no. Check the path."),
+        ("me/rows", "There is no file or folder me/rows here, and it was not found on the Hub: HF_HUB_OFFLINE forbids"),
+    ):
+        assert words in fails("predict", work / "adapter", name)

@@ -133,7 +133,7 @@ def test_files_with_other_columns(work, tmp_path):
     )
     assert "the training has read" not in result.output
     message = fails("predict", work / "adapter", tmp_path / "no.csv", "--out", tmp_path / "s.csv")
-    assert message.endswith("no.csv: No such file or directory.") and "Errno" not in message
+    assert message.endswith("no.csv. Check the path.") and "Errno" not in message
 
 
 def test_evaluate_says_what_it_has_read(work):

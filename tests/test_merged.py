@@ -837,3 +837,10 @@ def test_sentence_transformers(tmp_path, monkeypatch):
     adapted.add_adapter(SensiConfig(budget={"trainable": 0.1}, score="magnitude", task_type="FEATURE_EXTRACTION"))
     adapted.save(str(tmp_path / "adapter"))
     assert torch.equal(vectors(load("adapter")), vectors(adapted))
+
+
+def test_a_folder_that_does_not_exist_and_one_without_a_model(tmp_path):
+    with pytest.raises(SensiLoadError, match="There is no folder .*nothing. Check the path, or download"):
+        load_merged(tmp_path / "nothing")
+    with pytest.raises(SensiLoadError, match="holds no config.json: it is not a merged model"):
+        load_merged(tmp_path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from peft_sensi import SensiLoadError
-from peft_sensi.utils import files
+from peft_sensi.utils import files, places
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ufeff{}"])
@@ -59,3 +61,38 @@ def test_the_file_that_refers_to_others_is_moved_last(tmp_path, monkeypatch):
     monkeypatch.undo()
     files.move_files(new[1:], tmp_path)
     assert (tmp_path / "config").read_text() == "new" and not any((tmp_path / "new").iterdir())
+
+
+def raised(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("offline", "cause", "words"),
+    [
+        (False, lambda r: RepositoryNotFoundError("404", response=r), "there is none with this name that you may read"),
+        (False, lambda r: GatedRepoError("403", response=r), "its authors must give you access. Ask at"),
+        (False, lambda r: HfHubHTTPError("503", response=r), "it answered with the error 503. Try again later"),
+        (False, lambda r: ConnectionError("host"), "it cannot be reached, and the cache has no copy"),
+        (False, lambda r: LocalEntryNotFoundError("no"), "it cannot be reached, and the cache has no copy"),
+        (True, lambda r: ConnectionError("host"), "HF_HUB_OFFLINE forbids downloads, and the cache has no copy"),
+        (False, lambda r: KeyError("x"), "its reason"),
+    ],
+)
+def test_why_the_hub_has_no_such_repository(offline, cause, words, monkeypatch, tmp_path):
+    """Libraries wrap these errors in their own, whose texts are about their own options."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    answer = SimpleNamespace(status_code=503, headers={}, request=None)
+    text = places.not_found("me/model", raised(OSError("its reason\nand more"), cause(answer)))
+    assert text.startswith(f"There is no folder me/model here, and it was not found on the Hub: {words}")
+
+
+def test_names_that_can_only_be_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("./x", "/x/y", "~/x", "a/b/c", "models/x", "with blank"):
+        assert places.not_found(name, OSError("?")) == f"There is no folder {name}. Check the path."
+    assert "is a web address" in places.not_found("https://huggingface.co/me/x", OSError("?"))
+    assert places.is_repo("me/x") and not places.is_repo("models") and not places.is_repo("a/b/c")

@@ -126,7 +126,9 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             err.quiet = False
             expected = isinstance(error, (SensiError, OSError, ImportError))
             reason = str(error)
-            if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            if isinstance(error, FileNotFoundError) and error.filename is not None:
+                reason = f"There is no file {error.filename}. Check the path."
+            elif isinstance(error, OSError) and error.filename is not None and error.strerror:
                 reason = f"{error.filename}: {error.strerror}."  # without Python's number of the error
             text = " ".join(reason.split()) or "no reason was given"
             if isinstance(error, ModuleNotFoundError):

@@ -126,6 +126,11 @@ def _read(folder: Path) -> _Folder:
     try:
         values = read_json_object(folder / CONFIG)
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise SensiLoadError(
+                f"There is no folder {folder}. Check the path, or download a repository of the Hub first: "
+                f"`load_merged(huggingface_hub.snapshot_download(name))`."
+            ) from None
         raise SensiLoadError(
             f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
         ) from None

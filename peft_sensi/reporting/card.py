@@ -23,6 +23,7 @@ from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
+from ..utils.places import is_repo
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
 from .results import is_number, metrics_of, model_index, results_table, task_record, training_rows
@@ -32,7 +33,6 @@ from .saved import (
     SavedAdapter,
     base_config,
     head_settings_of,
-    is_repo,
     load_pretrained,
     plan_without_weights,
     short_fingerprint,

@@ -20,8 +20,9 @@ from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
+from ..utils.places import is_repo
 from .card import load_card, new_card, save_card, save_with_tags, write_card
-from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, is_repo, open_adapter, task_of
+from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
 from .uploads import (

@@ -95,7 +95,12 @@ def read_companion(file: Path) -> dict[str, Any]:
 
 
 def find_onnx(place: Path) -> Path | None:
-    """The ONNX file that `place` is or that the folder holds; `None` if there is none, or a model of another form."""
+    """The ONNX file that `place` is or that the folder holds; `None` if there is none, or a model of another form.
+
+    Raises `SensiError` if there are several, or if `place` names an ONNX file that does not exist.
+    """
+    if place.suffix == ".onnx" and not place.exists():
+        raise SensiError(f"There is no file {place}. Check the path.")
     if place.is_file():
         return place if place.suffix == ".onnx" else None
     if not place.is_dir() or any((place / name).exists() for name in ("config.json", "adapter_config.json")):

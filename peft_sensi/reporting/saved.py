@@ -14,7 +14,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -30,6 +29,7 @@ from ..utils.checks import PROBLEM_TYPES
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import short_repr
+from ..utils.places import not_found
 
 
 CONFIG, WEIGHTS, METRICS = "adapter_config.json", "adapter_model.safetensors", "metrics.json"
@@ -122,24 +122,6 @@ def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan
         return plan_of(_without_weights(adapter, base_config(adapter, base)), adapter.config)
     except (SensiError, OSError, ValueError, TypeError, AttributeError):
         return None
-
-
-def is_repo(name: str) -> bool:
-    """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).is_dir()
-
-
-def not_found(name: str | Path, error: Exception) -> str:
-    """Why neither a folder nor the Hub has this model. A path and the name of a repository can look alike."""
-    path, reason = Path(name), str(error).strip().split("\n")[0]
-    if path.is_file():
-        return f"{name} is a file, not the folder of a model."
-    is_path = not is_repo(str(name)) or (path.parent != Path() and path.parent.is_dir())
-    return f"There is no folder {name}" + ("." if is_path else f" here, and it was not found on the Hub: {reason}")
 
 
 def is_adapter(name: str) -> bool:

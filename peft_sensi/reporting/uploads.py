@@ -20,7 +20,8 @@ from ..merging.hashes import HASH_KEY, hashes_of
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from ..utils.formatting import size_of
-from .saved import CONFIG, METRICS, TOKENIZER_CONFIG, TOKENIZER_FILES, is_repo
+from ..utils.places import is_repo
+from .saved import CONFIG, METRICS, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 
 CARD, PICTURE = "README.md", "plan.png"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.places import not_found
 from . import answers, words
 from .decoding import read_text, suffix_of
 from .labels import DataError
@@ -178,8 +179,7 @@ def _load_from_hub(name: str, options: Options) -> Any:
     try:
         return datasets.load_dataset(name, options.subset, split=None)
     except Exception as error:  # the classes of network errors depend on the Hub library's HTTP client
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name} is neither a file nor a folder, and as a data set of the Hub: {reason}") from None
+        raise DataError(not_found(name, error, "file or folder")) from None
 
 
 def _of_datasets(name: str, found: Any, options: Options) -> Source:

@@ -1,0 +1,59 @@
+"""The name of a model or of data goes in. Whether it can be on the Hub comes out, or why it was not found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def is_repo(name: str) -> bool:
+    """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()
+
+
+def not_found(name: str | Path, error: Exception, what: str = "folder") -> str:
+    """Says in plain words that a name leads to nothing, here and on the Hub, and what to do.
+
+    Args:
+        name: What the user gave. Paths and names of repositories can look alike.
+        error: What a library raised after it had looked on the Hub. Its own text is about its own options.
+        what: What could have been here, such as "folder".
+    """
+    name, path = str(name), Path(name)
+    if "://" in name:
+        return f"{name} is a web address: give a path, or the name of a repository on the Hub, such as user/name."
+    if path.is_file():
+        return f"{name} is a file, not the folder of a model."
+    is_path = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
+    if is_path or not is_repo(name):
+        return f"There is no {what} {name}. Check the path."
+    return f"There is no {what} {name} here, and it was not found on the Hub: {_reason(name, error)}"
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why the Hub did not give a repository, and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    errors: list[BaseException] = [error]
+    while (cause := errors[-1].__cause__ or errors[-1].__context__) is not None and cause not in errors:
+        errors.append(cause)
+    if any(isinstance(each, GatedRepoError) for each in errors):
+        return f"its authors must give you access. Ask at {constants.ENDPOINT}/{name}, and log in (hf auth login)."
+    answers = (getattr(each, "response", None) for each in errors if isinstance(each, HfHubHTTPError))
+    status = next((answer.status_code for answer in answers if answer is not None), None)
+    if status == 404 or any(isinstance(each, RepositoryNotFoundError) for each in errors):
+        return "there is none with this name that you may read. Check the name, or log in (hf auth login)."
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids downloads, and the cache has no copy. Check the name."
+    if status is not None:
+        return f"it answered with the error {status}. Try again later, or log in (hf auth login)."
+    # The library's HTTP client has its own classes of errors.
+    if any(isinstance(each, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for each in errors):
+        return "it cannot be reached, and the cache has no copy. Check the name and the connection."
+    return str(error).strip().partition("\n")[0] or type(error).__name__
