@@ -140,6 +140,9 @@ def test_names_that_are_not_found(work, tmp_path, monkeypatch):
     for name, words in (
         ("no.csv", "There is no file no.csv. Check the path."),
         ("./no", "There is no file or folder ./no. Check the path."),
-        ("me/rows", "There is no file or folder me/rows here, and it was not found on the Hub: HF_HUB_OFFLINE forbids"),
+        (
+            "me/rows",
+            "There is no file or folder me/rows here, and it was not found on the Hub: HF_HUB_OFFLINE forbids",
+        ),
     ):
         assert words in fails("predict", work / "adapter", name)

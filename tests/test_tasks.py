@@ -402,7 +402,9 @@ def test_a_saved_data_set_with_names_of_classes(tmp_path):
 
 
 def test_what_is_nowhere_is_named():
-    with pytest.raises(DataError, match="There is no file or folder nobody/nothing here, and it was not found on the Hub"):
+    with pytest.raises(
+        DataError, match="There is no file or folder nobody/nothing here, and it was not found on the Hub"
+    ):
         read_source("nobody/nothing", None, Options())
 
 

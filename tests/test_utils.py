@@ -71,7 +71,11 @@ def raised(error: Exception, cause: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("offline", "cause", "words"),
     [
-        (False, lambda r: RepositoryNotFoundError("404", response=r), "there is none with this name that you may read"),
+        (
+            False,
+            lambda r: RepositoryNotFoundError("404", response=r),
+            "there is none with this name that you may read",
+        ),
         (False, lambda r: GatedRepoError("403", response=r), "its authors must give you access. Ask at"),
         (False, lambda r: HfHubHTTPError("503", response=r), "it answered with the error 503. Try again later"),
         (False, lambda r: ConnectionError("host"), "it cannot be reached, and the cache has no copy"),

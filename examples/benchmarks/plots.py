@@ -14,6 +14,7 @@ from peft_sensi.utils.files import read_json
 
 
 MARKERS, DASHES = "os^Dv*", ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 1)))
+FRONT_TEXT = 13  # points: legible where the README is 400 pixels wide, as on a phone
 
 
 def plot_budgets(
@@ -126,9 +127,10 @@ def plot_front(
         style: `light` or `dark`.
     """
     look = look_of(style)
-    figure = new_figure(3.1, look)
-    axes = figure.add_axes((0.095, 0.15, 0.875, 0.815))
+    figure = new_figure(3.9, look)
+    axes = figure.add_axes((0.095, 0.155, 0.875, 0.755))
     style_axes(axes, look)
+    axes.tick_params(labelsize=FRONT_TEXT)
     axes.grid(axis="y", color=look["line"], linewidth=0.5)
     axes.set_axisbelow(True)
     names = sorted(series, key=lambda name: name == reference)
@@ -136,14 +138,14 @@ def plot_front(
         x, values, errors = zip(*sorted(series[name]), strict=True)
         color = look["ink"] if name == reference else look["methods"][index % len(look["methods"])]
         dash, marker = line_style(index)
-        axes.errorbar(x, values, errors, color=color, linestyle=dash, marker=marker, markersize=6, elinewidth=1.0)
+        axes.errorbar(x, values, errors, color=color, linestyle=dash, marker=marker, markersize=8, elinewidth=1.5)
         if name == reference:
             axes.axhline(values[0], color=color, linewidth=0.8, linestyle=":")
-        side = {"xytext": (9, -4), "ha": "left"} if x[0] < 0.8 else {"xytext": (-9, -9), "ha": "right"}
-        axes.annotate(name, (x[0], values[0]), **side, textcoords="offset points", color=color, size=9)
+        side = {"xytext": (12, -6), "ha": "left"} if x[0] < 0.8 else {"xytext": (-12, -14), "ha": "right"}
+        axes.annotate(name, (x[0], values[0]), **side, textcoords="offset points", color=color, size=FRONT_TEXT + 1)
     axes.set_xlim(0, 1.04)
-    axes.set_xlabel(xlabel, color=look["ink"])
-    axes.set_ylabel(ylabel, color=look["ink"])
+    axes.set_xlabel(xlabel, color=look["ink"], size=FRONT_TEXT)
+    axes.set_title(ylabel, loc="left", color=look["ink"], size=FRONT_TEXT, pad=10)  # read without turning the head
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:.0%}")
     save_figure(figure, path)

@@ -12,6 +12,7 @@ only at this rate. Runs that have a result are not repeated.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from grid import run_all
@@ -94,7 +95,7 @@ def main() -> None:
             runs=f"tasks ({tasks}) and seeds",
         )  # fmt: skip
     elif options.command == "front":
-        of = " and ".join(name.upper() for name in shown)
+        of = " and ".join(re.sub(r"(?<=[A-Z])(?=[0-9])", "-", name.upper()) for name in shown)
         metric = " or ".join(sorted({result["metric"] for result in results}))
         axes = {"xlabel": "FLOPs of heads and neurons that are left", "ylabel": f"{metric}, mean of {of}"}
         plot_front(front_series(results, FRONT), options.picture, FRONT["full"], style=options.style, **axes)
