@@ -687,7 +687,85 @@ def test_questions_of_a_table():
     assert "answers" not in open_ones[0]  # for a prediction
     unknown = [{"question": "what?", "context": "a red stone", "answers": None}]
     assert "answers" not in answers.from_table("f", unknown)[0][0]  # not known is not the same as no answer
-    with pytest.raises(DataError, match="row 1 needs question, context"):
+    with pytest.raises(DataError, match="row 1 needs the texts `question` and `context`"):
         answers.from_table("f", [{"question": "what?", "context": "x", "answers": [{"text": "x"}]}])
     with pytest.raises(DataError, match="no column 'question'"):
         answers.from_table("f", [{"context": "x"}])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"answer": "red", "answer_start": 2},
+        {"answer_text": "red", "answer_start": "2"},
+        {"answers.text": "red", "answers.answer_start": 2.0},
+        {"answers.text": ["red"], "answers.answer_start": ["2"]},
+        {"answers": [{"text": "red", "answer_start": "2"}]},
+    ],
+)
+def test_one_answer_in_each_form(columns):
+    raw, notes = answers.from_table("f", [{"question": "what?", "context": "a red stone", **columns}])
+    assert (raw[0]["answers"], raw[0]["starts"], notes) == (["red"], [2], [])
+    empty = {name: "" for name in columns if name != "answers"} or {"answers": []}
+    assert answers.from_table("f", [{"question": "?", "context": "x", **empty}])[0][0]["answers"] == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": "red", "context": "a red stone", "question": "what?"},
+        {"answers": ["red"], "context": "a red stone", "question": "what?"},
+        {"answers.text": ["a", "b"], "answers.answer_start": [0], "context": "a red stone", "question": "what?"},
+        {"answers": [], "context": None, "question": "what?"},
+    ],
+)
+def test_answers_without_a_place_are_an_error_only_where_they_are_needed(row):
+    with pytest.raises(DataError, match=r"row 1 needs the texts .* `answer_start` \(the character of the context"):
+        answers.from_table("f", [row])
+    if row["context"]:
+        assert answers.from_table("f", [row], labeled=False)[0][0]["question"] == "what?"
+
+
+def test_misplaced_answers_leave_a_question_out_of_a_training_but_not_of_a_prediction(base, tmp_path):
+    question = {"question": "what?", "answers": [{"text": "red", "answer_start": 3}]}
+    value = {"data": [{"paragraphs": [{"context": "a red stone", "qas": [question]}]}]}
+    (tmp_path / "q.json").write_text(json.dumps(value))
+    options: dict[str, Any] = {"stride": 8, "max_length": 32}
+    with pytest.raises(DataError, match="no answer is in its context at its `answer_start`"):
+        read_task(str(base), tmp_path / "q.json", kind="answers", **options)
+    rows, _, notes = rows_for_prediction(
+        "answers", load_tokenizer("answers", str(base)), tmp_path / "q.json", **options
+    )
+    assert len(rows.raw) == 1 and notes == []
+    for wrong, words_of_error in (
+        ({"data": [{"paragraphs": [{"context": None, "qas": [question]}]}]}, "has another kind of value"),
+        ({"data": [{"paragraphs": [{"qas": [question]}]}]}, "lacks 'context'"),
+    ):
+        with pytest.raises(DataError, match=f"not in SQuAD format .*: what comes after 0 questions {words_of_error}"):
+            answers.from_squad("f", wrong)
+
+
+def test_lists_in_cells_are_read_as_lists(tmp_path):
+    """pandas writes them so."""
+    lists = [["a", "it's"], [], ["O"]]
+    for write in (str, json.dumps):
+        with (tmp_path / "f.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["id", "tags"], *([i, write(value)] for i, value in enumerate(lists))])
+        found = read_rows(tmp_path / "f.csv", Format())
+        assert [row["tags"] for row in found.rows] == lists and "tags are read as lists" in found.notes[-1]
+    (tmp_path / "f.csv").write_text("question,answers\nx,\"{'text': ['a'], 'answer_start': [0]}\"\n")
+    assert read_rows(tmp_path / "f.csv", Format()).rows[0]["answers.text"] == ["a"]
+    for cells in (["[deleted]"], ["['a']", "b"], ["['a' 'b']"], ["[" * 10_000 + "]"]):  # the third is numpy's
+        (tmp_path / "f.csv").write_text("text\n" + "\n".join(cells))
+        found = read_rows(tmp_path / "f.csv", Format())
+        assert [row["text"] for row in found.rows] == cells and found.notes == []
+
+
+def test_headers_and_comments_in_files_of_words(tmp_path):
+    text = "# sent_id = 1\nred\tB-x\n# O\n\n# text = a = b\n# id 3\tO\n"
+    for header in ("", "token\ttag\n", "Word\tNER\n"):
+        (tmp_path / "f.conll").write_text(header + text)
+        found = words.read_conll(tmp_path / "f.conll")
+        assert [row["tokens"] for row in found] == [["red", "#"], ["# id 3"]]  # only what is written as a comment
+    with pytest.raises(DataError, match="row 1 has no list of words in 'tokens', but 'a b'. Files of words"):
+        words.to_raw("f", [{"tokens": "a b", "ner_tags": "O O"}], None, None)

@@ -1,7 +1,7 @@
 """Questions about texts go in; windows for a model that finds answers, its metrics and the texts of answers come out.
 
 Files are in the format of SQuAD 1.1 or 2.0 (data > paragraphs > context, qas > question, answers > text,
-answer_start), or tables with the columns question, context and answers.
+answer_start), or tables with the columns question, context and answers, or answer and answer_start.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from .metrics import Quality
 from .task import Rows
 
 
+# In tables: the columns of the texts of the answers, and of the characters at which they start.
+COLUMNS = (("answers.text", "answers.answer_start"), ("answer.text", "answer.answer_start"),
+           ("answer_text", "answer_start"), ("answer", "answer_start"))  # fmt: skip
+
+
 def is_squad(value: Any) -> bool:
     """Whether a JSON value has the form of a SQuAD file."""
     articles = value.get("data") if isinstance(value, dict) else None
@@ -27,8 +32,11 @@ def is_squad(value: Any) -> bool:
     )
 
 
-def from_squad(name: Any, value: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row per question, and a note about answers that are not at their `answer_start`, which are left out."""
+def from_squad(name: Any, value: Any, labeled: bool = True) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row per question, and a note about answers that are not at their `answer_start`, which are left out.
+
+    Without `labeled`, answers are not read, so that every question gets a row.
+    """
     rows: list[dict[str, Any]] = []
     misplaced = 0
     try:
@@ -38,19 +46,23 @@ def from_squad(name: Any, value: Any) -> tuple[list[dict[str, Any]], list[str]]:
                 for entry in paragraph["qas"]:
                     # If an impossible question has answers, they are only plausible, not correct.
                     given = [] if entry.get("is_impossible", False) else entry.get("answers")
-                    pairs = None if given is None else [(a["text"], a["answer_start"]) for a in given]
+                    is_known = labeled and given is not None
+                    pairs = [(a["text"], a["answer_start"]) for a in given] if is_known else None
                     title = f"{number} {article.get('title', '')}"
                     misplaced += _add(rows, title, context, entry["question"], pairs, entry.get("id"))
     except (KeyError, TypeError, AttributeError) as error:
+        lack = f"lacks {error}" if isinstance(error, KeyError) else "has another kind of value at one of these places"
         raise DataError(
             f"{name} is not in SQuAD format (data > paragraphs > context, qas > question, answers > text, "
-            f"answer_start): {type(error).__name__} {error}."
+            f"answer_start): what comes after {len(rows):,} questions {lack}."
         ) from None
-    return _checked(name, rows), _note(name, misplaced)
+    return _checked(name, rows, misplaced), _note(name, misplaced)
 
 
-def from_table(name: Any, table: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """As `from_squad`, from rows with question, context and answers (or answers.text and answers.answer_start)."""
+def from_table(
+    name: Any, table: Sequence[dict[str, Any]], labeled: bool = True
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """As `from_squad`, from rows with question, context and answers (or two of `COLUMNS`, lists or single values)."""
     rows: list[dict[str, Any]] = []
     misplaced = 0
     names = list(table[0])
@@ -60,25 +72,35 @@ def from_table(name: Any, table: Sequence[dict[str, Any]]) -> tuple[list[dict[st
             f"or the columns question, context and answers."
         )
     for number, row in enumerate(table, start=1):
-        answers = row.get("answers") or {key: row.get(f"answers.{key}") for key in ("text", "answer_start")}
         try:
-            if isinstance(answers, list):
-                pairs: Any = [(a["text"], a["answer_start"]) for a in answers]
-            elif answers["text"] is None:
-                pairs = None if row.get("answers") is None else []
-            else:
-                pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+            pairs = _pairs_of(row) if labeled else None
             misplaced += _add(rows, row["context"], row["context"], row["question"], pairs, row.get("id"))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(
-                f"{name}: row {number} needs question, context and `answers` with the lists `text` and "
-                f"`answer_start` (the characters at which the answers start), not {row.get('answers')!r:.60}."
+                f"{name}: row {number} needs the texts `question` and `context`, and its answer in `answer` and "
+                f"`answer_start` (the character of the context at which it starts, from 0), or several in `answers` "
+                f"with the lists `text` and `answer_start`."
             ) from None
-    return _checked(name, rows), _note(name, misplaced)
+    return _checked(name, rows, misplaced), _note(name, misplaced)
+
+
+def _pairs_of(row: dict[str, Any]) -> list[tuple[str, int]] | None:
+    """Text and place of each answer of a table's row. `None` if it has no such columns. Raises if they do not fit."""
+    if isinstance(row.get("answers"), list):
+        return [(a["text"], int(a["answer_start"])) for a in row["answers"]]
+    columns = next((both for both in COLUMNS if row.get(both[0]) is not None), None)
+    if columns is None:
+        return None if row.get("answers") is None else []
+    texts, starts = (row.get(column) for column in columns)
+    if isinstance(texts, str):
+        texts, starts = ([texts], starts if isinstance(starts, list) else [starts]) if texts.strip() else ([], [])
+    return [(text, int(float(start))) for text, start in zip(texts, starts or [], strict=True)]
 
 
 def _add(rows: list[dict[str, Any]], article: str, context: str, question: str, pairs: Any, id: Any) -> int:
     """Adds a question, unless all of its answers are misplaced. Returns the number of misplaced answers."""
+    if not (isinstance(context, str) and isinstance(question, str)):
+        raise TypeError("not a text")
     right = [(t, at) for t, at in pairs or [] if t.strip() and context[at : at + len(t)] == t]
     if not pairs or right:
         row = {"row": len(rows) + 1, "article": article, "context": context, "question": question.strip()}
@@ -91,7 +113,11 @@ def _note(name: Any, misplaced: int) -> list[str]:
     return [f"{name}: skipped {misplaced} answers that are not at their `answer_start`"] if misplaced else []
 
 
-def _checked(name: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _checked(name: Any, rows: list[dict[str, Any]], misplaced: int) -> list[dict[str, Any]]:
+    if not rows and misplaced:
+        raise DataError(
+            f"{name}: no answer is in its context at its `answer_start`, the number of characters before it."
+        )
     if not rows:
         raise DataError(f"{name} has no questions.")
     return rows
@@ -106,7 +132,9 @@ def encode(raw: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, strid
     """
     longest_question = max_length // 2 - tokenizer.num_special_tokens_to_add(pair=True)
     if not 0 <= stride < max_length - max_length // 2 or longest_question < 1:
-        raise DataError(f"--stride {stride} must be less than half of the window of {max_length} tokens.")
+        raise DataError(
+            f"--stride {stride} must be less than half of the window of {max_length} tokens. Give a smaller one."
+        )
     found = Rows([], list(raw))
     if not raw:
         return found, 0, 0

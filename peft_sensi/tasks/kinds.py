@@ -92,7 +92,7 @@ def rows_for_prediction(
         raw = [row for part in parts for row in _sentences(part, wanted, needs_tags=False)]
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
         return words.encode(raw, None, tokenizer, limit)[0], lines, notes
-    raw = [row for part in parts for row in _questions(part)]
+    raw = [row for part in parts for row in _questions(part, labeled=False)]
     return answers.encode(raw, tokenizer, limit, wanted.stride)[0], [], notes
 
 
@@ -114,7 +114,7 @@ def kind_of(part: Part) -> Kind:
     if part.form in ("words", "answers"):
         return part.form  # type: ignore[return-value]
     names, first = set(part.rows[0]), part.rows[0]
-    if {"question", "context"} <= names and names & {"answers", "answers.text"}:
+    if {"question", "context"} <= names and ("answers" in names or any({*both} <= names for both in answers.COLUMNS)):
         return "answers"
     if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS):
         return "words"
@@ -269,7 +269,7 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
     lines, doubts = words.describe(labels, train)
     if not source.validation and options.validation_share:
         strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
-        kept, out = hold_out(strata, _held_share(len(train), options), options.seed)
+        kept, out = hold_out(strata, _held_share(len(train), options), options.seed, "sentences")
         train, held = [train[i] for i in kept], [train[i] for i in out]
     rows, longest, cut = words.encode(train, labels, tokenizer, limit)
     held_rows, _, cut_too = words.encode(held, labels, tokenizer, limit)
@@ -280,22 +280,22 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
     return Task("words", tokenizer, labels, rows, held_rows, measure, described, doubts, record)
 
 
-def _questions(part: Part, needs_answers: bool = False) -> list[dict[str, Any]]:
+def _questions(part: Part, labeled: bool = True) -> list[dict[str, Any]]:
     rows = part.rows
     if part.form != "answers":
         _only([part], "table", "answers")
-        rows, notes = answers.from_table(part.name, part.rows)
+        rows, notes = answers.from_table(part.name, part.rows, labeled)
         part.notes += notes
-    if needs_answers and (open_ones := [row["row"] for row in rows if "answers" not in row]):
-        raise DataError(f"{part.name}: question {open_ones[0]} has no `answers`; an empty list means no answer.")
+    if labeled and (open_ones := [row["row"] for row in rows if "answers" not in row]):
+        raise DataError(
+            f"{part.name}: question {open_ones[0]} has no answer: give the columns `answer` and `answer_start`, or "
+            f"`answers`, where an empty list means that the text has no answer."
+        )
     return rows
 
 
 def _read_answers(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
-    train, held = (
-        [row for part in parts for row in _questions(part, needs_answers=True)]
-        for parts in (source.train, source.validation)
-    )
+    train, held = ([row for part in parts for row in _questions(part)] for parts in (source.train, source.validation))
     train, held = _chosen(train, held, options)
     lines, doubts = answers.describe(train)
     if not source.validation and options.validation_share:

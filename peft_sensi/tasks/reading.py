@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .cells import with_lists
 from .decoding import OFFICE, OFFICE_SUFFIXES, read_text, suffix_of, unpacked
 from .labels import DataError
 
@@ -66,6 +67,9 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
             text = read_text(path, notes, form.encoding)
             is_table = kind in TEXT_SUFFIXES
             rows = _read_table(path, text, kind, form, notes) if is_table else json_rows(path, parse_json(text))
+            if is_table:
+                rows, lists = with_lists(rows)
+                notes += [f"{path.name}: the cells in {', '.join(lists)} are read as lists or objects"] * bool(lists)
     except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
         if isinstance(error, DataError):
             raise

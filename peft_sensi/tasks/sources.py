@@ -137,7 +137,7 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
                 raise
             raise DataError(f"{path} cannot be read as {suffix}: {error}.") from None
         if answers.is_squad(value) or (kind == "answers" and suffix == ".json" and isinstance(value, dict)):
-            rows, notes = answers.from_squad(path, value)
+            rows, notes = answers.from_squad(path, value, labeled)
             return Part(str(path), "answers", rows, notes, content)
     table = read_rows(path, form)
     return Part(str(path), "table", table.rows, table.notes, content)

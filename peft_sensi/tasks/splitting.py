@@ -9,13 +9,14 @@ from collections.abc import Hashable, Sequence
 from .labels import DataError
 
 
-def hold_out(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(strata: Sequence[Hashable], share: float, seed: int, what: str = "rows") -> tuple[list[int], list[int]]:
     """The row numbers for training and for validation, both in increasing order.
 
     Args:
         strata: For each row, its class. Validation gets `share` of each, and training at least one row of each.
         share: The share of all rows that is held out, between 0 and 1.
         seed: The seed of the random choice.
+        what: What is held out, for the error.
 
     Raises:
         DataError: One side would be empty.
@@ -26,7 +27,7 @@ def hold_out(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[
     count = round(len(strata) * share)
     if not 0 < count < len(strata):
         raise DataError(
-            f"{len(strata)} rows are too few to validate on {100 * share:.3g} % of them: give a file with "
+            f"Too few {what} ({len(strata)}) to hold out {100 * share:.3g} % of them: give a file with "
             f"--validation, or another --validation-share."
         )
     generator = random.Random(seed)
@@ -51,7 +52,7 @@ def hold_out(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[
 def by_group(groups: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
     """As `hold_out`, but rows of the same group (such as questions about one text) stay together."""
     distinct = list(dict.fromkeys(groups))
-    train, _ = hold_out([None] * len(distinct), share, seed)
+    train, _ = hold_out([None] * len(distinct), share, seed, "different texts")
     kept = {distinct[i] for i in train}
     sides = [[i for i, group in enumerate(groups) if (group in kept) is side] for side in (True, False)]
     return sides[0], sides[1]

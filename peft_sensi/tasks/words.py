@@ -28,6 +28,7 @@ FORMS = (
     "tokens and ner_tags (.jsonl, .parquet)."
 )
 WORD_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner")
+_COMMENT = re.compile(r"#\s.*=")
 
 
 def read_conll(
@@ -35,7 +36,8 @@ def read_conll(
 ) -> list[dict[str, Any]]:
     """Rows with `tokens` and `tags`, one row per sentence; without `tags` if `tag_column` is `None`.
 
-    An empty line, a line without a word, or a -DOCSTART- line ends a sentence.
+    An empty line, a line without a word, or a -DOCSTART- line ends a sentence. Not read are a header in the first line
+    and, before a sentence, comments such as `# id = 3`.
 
     Raises `DataError` for a line without such a column or with something else than a tag in it. Without tags, the
     lines must have equally many columns: lines of a text would lose all words but the first.
@@ -54,6 +56,8 @@ def read_conll(
                 sentences.append({"row": len(sentences) + 1, "tokens": tokens, **tagged})
             tokens, tags = [], []
             continue
+        if not tokens and (_COMMENT.match(line) or (not sentences and is_header(cells))):
+            continue
         if tag_column is None and width not in (0, len(cells)):
             raise DataError(f"{path}, line {number} has {len(cells)} columns, and the lines before {width}. {FORMS}")
         width = len(cells)
@@ -71,6 +75,12 @@ def read_conll(
     if not sentences:
         raise DataError(f"{path} has no sentences.")
     return sentences
+
+
+def is_header(cells: Sequence[str]) -> bool:
+    """Whether the cells of a line are names of columns: one for words, and one for tags."""
+    names = {cell.strip().lower() for cell in cells}
+    return bool(names & {*WORD_COLUMNS, "token", "word"}) and bool(names & {*TAG_COLUMNS, "tag", "label", "ner_tag"})
 
 
 def check_tag(tag: Any, place: str) -> None:
@@ -107,7 +117,7 @@ def to_raw(
     for number, row in enumerate(rows, start=1):
         tokens = row.get(text)
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise DataError(f"{name}: row {number} has no list of words in {text!r}.")
+            raise DataError(f"{name}: row {number} has no list of words in {text!r}, but {tokens!r:.60}. {FORMS}")
         tagged = {}
         if label is not None:
             tags = row.get(label)
