@@ -115,6 +115,16 @@ def test_a_card_that_cannot_be_read_leaves_the_picture_as_it_was(work, tmp_path)
         assert (copy / "plan.png").read_bytes() == b"old"
 
 
+def test_an_exported_model_is_recognized_where_it_cannot_be_used(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "m.onnx").write_bytes(b"x")
+    for name in ("x", "x/m.onnx"):
+        for command in (("inspect",), ("push", "me/x", "--dry-run"), ("merge", tmp_path / "o"), ("measure",)):
+            if command != ("measure",) or name != "x":  # a folder of graphs is measured
+                said = fails(command[0], tmp_path / name, *command[1:])
+                assert f"{name} is an exported ONNX model, which only `peft-sensi predict`" in said
+
+
 def test_names_that_are_not_found(work, tmp_path, monkeypatch):
     """A relative path looks like the name of a repository."""
     monkeypatch.chdir(tmp_path)

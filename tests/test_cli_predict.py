@@ -138,7 +138,7 @@ def test_files_with_other_columns(work, tmp_path):
 
 def test_evaluate_says_what_it_has_read(work):
     result = run("evaluate", work / "adapter", work / "test.jsonl")
-    assert "text in text, labels in label" in result.output and "3 classes: bad 5, good 5, so 5" in result.output
+    assert "text in text, labels in label" in result.output and "3 classes: bad (5), good (5), so (5)" in result.output
 
 
 def test_several_labels_in_a_table_can_be_read_back(tmp_path):

@@ -489,7 +489,7 @@ def test_doubts_about_labels_are_said():
     assert "1 text has different labels" in doubts("a", "b", "a", "a", "b", "b", twice=True)
     assert doubts("a", "b", "a", "b") == ""
     several, raw = find_several(["a,b", "", "b"], ","), [{"text": text, "label": text} for text in ("a,b", "", "b")]
-    assert texts.describe(several, raw)[0] == ["2 labels, several in a row: a 1, b 2; 1 rows have none"]
+    assert texts.describe(several, raw)[0] == ["2 labels, several in a row: a (1), b (2); 1 rows have none"]
 
 
 # -- splitting --------------------------------------------------------------------------------------------------------

@@ -81,8 +81,10 @@ def push_folder(
     """
     try:
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise SensiError(f"{repo!r} is not a name for a repository: {str(error).splitlines()[0]}") from None
+    except HFValidationError:
+        raise SensiError(
+            f"{repo!r} is not a name for a repository: write user/name, with letters, digits, and - _ . between them."
+        ) from None
     with tempfile.TemporaryDirectory() as temporary:
         with offline() if dry_run else contextlib.nullcontext():
             upload = prepare_upload(saved, repo, Path(temporary), tags or [], **card)
@@ -130,9 +132,11 @@ def login_advice(repo: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", 401)
         if status not in (401, 403):
             raise
+        # Without a token, the library's own text is a longer form of this one.
+        answer = "" if isinstance(error, LocalTokenNotFoundError) else f" ({str(error).splitlines()[0]})"
         raise SensiError(
             f"The Hub does not let you write to {repo}: log in with `hf auth login` (or set HF_TOKEN), with a token "
-            f"that may write there. ({str(error).splitlines()[0]})"
+            f"that may write there.{answer}"
         ) from error
 
 
@@ -159,7 +163,7 @@ def prepare_upload(
         upload.files[CONFIG] = public_config(saved.folder, base, target)
         if saved.base and read_json_object(upload.files[CONFIG]).get("base_model_name_or_path") is None:
             warnings.warn(
-                f"{Path(saved.base).name}, the base model, is a folder of this machine, so the upload does not name "
+                f"The base model, {Path(saved.base).name}, is a folder of this machine, so the upload does not name "
                 f"it: give its name on the Hub as `base` (--base).",
                 stacklevel=2,
             )

@@ -173,7 +173,7 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
         found = [float(value) for value in values]
         return [f"labels: numbers from {min(found):g} to {max(found):g}, mean {np.mean(found):.4g}"], doubts
     counts = counts_of(labels, (labels.encode(value) for value in values))
-    shown = ", ".join(f"{label} {count:,}" for label, count in list(counts.items())[:MANY])
+    shown = ", ".join(f"{label} ({count:,})" for label, count in list(counts.items())[:MANY])
     more = f", and {len(counts) - MANY:,} more" if len(counts) > MANY else ""
     what = "labels, several in a row" if labels.several else "classes"
     if labels.several:

@@ -16,6 +16,14 @@ def is_repo(name: str) -> bool:
     return not Path(name).is_dir()
 
 
+def is_onnx(place: Path) -> bool:
+    """Whether this is an exported ONNX model: a file, or a folder without another model."""
+    others = ("config.json", "adapter_config.json")
+    if place.is_dir() and not any((place / name).exists() for name in others):
+        return any(place.glob("*.onnx"))
+    return place.suffix == ".onnx" and place.is_file()
+
+
 def not_found(name: str | Path, error: Exception, what: str = "folder") -> str:
     """Says in plain words that a name leads to nothing, here and on the Hub, and what to do.
 
@@ -27,6 +35,11 @@ def not_found(name: str | Path, error: Exception, what: str = "folder") -> str:
     name, path = str(name), Path(name)
     if "://" in name:
         return f"{name} is a web address: give a path, or the name of a repository on the Hub, such as user/name."
+    if is_onnx(path):
+        return (
+            f"{name} is an exported ONNX model, which only `peft-sensi predict`, `evaluate` and `compare` take: give "
+            f"the adapter or the model that it was exported from."
+        )
     if path.is_file():
         return f"{name} is a file, not the folder of a model."
     is_path = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
