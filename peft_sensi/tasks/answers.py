@@ -91,7 +91,8 @@ def _pairs_of(row: dict[str, Any]) -> list[tuple[str, int]] | None:
     columns = next((both for both in COLUMNS if row.get(both[0]) is not None), None)
     if columns is None:
         return None if row.get("answers") is None else []
-    texts, starts = (row.get(column) for column in columns)
+    texts: Any = row[columns[0]]
+    starts: Any = row.get(columns[1])
     if isinstance(texts, str):
         texts, starts = ([texts], starts if isinstance(starts, list) else [starts]) if texts.strip() else ([], [])
     return [(text, int(float(start))) for text, start in zip(texts, starts or [], strict=True)]

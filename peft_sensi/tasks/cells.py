@@ -33,12 +33,13 @@ def _value_of(text: str) -> list[Any] | dict[str, Any] | None:
     """The list or object that a text is the form of; `None` if it is something else."""
     if (text[0], text[-1]) not in (("[", "]"), ("{", "}")):
         return None
-    for read in (json.loads, ast.literal_eval):
-        if read is ast.literal_eval and _NUMPY.search(text):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if _NUMPY.search(text):
             return None
         try:
-            value = read(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-        return value if isinstance(value, list | dict) else None
-    return None
+            return None
+    return value if isinstance(value, list | dict) else None

@@ -32,20 +32,20 @@ def not_found(name: str | Path, error: Exception, what: str = "folder") -> str:
         error: What a library raised after it had looked on the Hub. Its own text is about its own options.
         what: What could have been here, such as "folder".
     """
-    name, path = str(name), Path(name)
-    if "://" in name:
-        return f"{name} is a web address: give a path, or the name of a repository on the Hub, such as user/name."
+    text, path = str(name), Path(name)
+    if "://" in text:
+        return f"{text} is a web address: give a path, or the name of a repository on the Hub, such as user/name."
     if is_onnx(path):
         return (
-            f"{name} is an exported ONNX model, which only `peft-sensi predict`, `evaluate` and `compare` take: give "
+            f"{text} is an exported ONNX model, which only `peft-sensi predict`, `evaluate` and `compare` take: give "
             f"the adapter or the model that it was exported from."
         )
     if path.is_file():
-        return f"{name} is a file, not the folder of a model."
-    is_path = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
-    if is_path or not is_repo(name):
-        return f"There is no {what} {name}. Check the path."
-    return f"There is no {what} {name} here, and it was not found on the Hub: {_reason(name, error)}"
+        return f"{text} is a file, not the folder of a model."
+    is_path = text.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
+    if is_path or not is_repo(text):
+        return f"There is no {what} {text}. Check the path."
+    return f"There is no {what} {text} here, and it was not found on the Hub: {_reason(text, error)}"
 
 
 def _reason(name: str, error: Exception) -> str:
