@@ -113,17 +113,22 @@ def make_plan(
     return Plan(anatomy, states, targets, length, always_trained).predicted(tables)
 
 
+_ADVICE = "give the scores that `compute_scores` returns for this model."
+
+
 def _scores_of(group: Group, scores: Mapping[str, Any]) -> np.ndarray:
     if group.name not in scores:
-        raise BudgetError(f"There are no scores for {group.name!r}. Were the scores computed for another model?")
+        raise BudgetError(f"There are no scores for {group.name!r}: {_ADVICE}")
     try:
         values = np.asarray(_array(scores[group.name]), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise BudgetError(f"The scores of {group.name!r} are no array of numbers: {error}.") from None
+        raise BudgetError(f"The scores of {group.name!r} are no array of numbers ({error}): {_ADVICE}") from None
     if values.shape != (group.size,):
-        raise BudgetError(f"{group.name!r} has {group.size} units, but its scores have the shape {values.shape}.")
+        raise BudgetError(
+            f"{group.name!r} has {group.size} units, but its scores have the shape {values.shape}: {_ADVICE}"
+        )
     if not np.isfinite(values).all():
-        raise BudgetError(f"The scores of {group.name!r} contain NaN or infinity.")
+        raise BudgetError(f"The scores of {group.name!r} contain NaN or infinity: {_ADVICE}")
     return values
 
 
@@ -159,7 +164,9 @@ def _outside_best_layers(
             score, price = score + float(values[group.name][mask].sum()), price + costs[group.name] * int(mask.sum())
             totals[group.layer] = score, price
     if count > len(totals):
-        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(totals)} layers with targeted modules.")
+        raise BudgetError(
+            f"`tuned_layers` is {count}, but the model has {len(totals)} layers with targeted modules: lower it."
+        )
     best = sorted(totals, key=lambda layer: -totals[layer][0] / max(1, totals[layer][1]))[:count]
     return [group.name for group in anatomy.groups if group.layer not in best]
 
@@ -240,7 +247,8 @@ def _choose_tuned(
     if allowed < cheapest:
         beside = f" beside the {always_trained:,} that are always trained" if always_trained else ""
         raise BudgetError(
-            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}."
+            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}:"
+            f" raise the limit."
         )
     ladders = [
         ladder_of(

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError
-from .calibration import LossFn, calibration_loss, examples_in, examples_of
+from .calibration import LossFn, calibration_loss, examples_in, examples_of, not_finite
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -81,7 +81,7 @@ def _batch_gradients(
     for group in anatomy.groups:
         grad = found.get(group.name)
         if grad is not None and not torch.isfinite(grad).all():
-            raise CalibrationError(f"The gradient of {group.name!r} is not finite for {where}.")
+            raise not_finite(f"The gradient of {group.name!r} is not finite for {where}")
         result[group.name] = group.zeros()[None] if grad is None else grad.float()
     return result
 

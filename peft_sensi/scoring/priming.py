@@ -17,10 +17,9 @@ from torch import nn
 from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
-from ..utils.errors import CalibrationError
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
+from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of, not_finite
 from .head import head_bias, start_head_at_prior
 
 
@@ -92,7 +91,7 @@ def _prime(
             share = distributed.weight_of(batch, options.loss_fn is not None)
             distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
-                raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
+                raise not_finite(f"The gradient of calibration batch {index} is not finite")
             if gate_optimizer is not None:
                 gate_optimizer.param_groups[0]["lr"] = GATE_LR * warm_up
                 gate_optimizer.step()
