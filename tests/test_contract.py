@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import (
     AutoPeftModel,
     AutoPeftModelForSequenceClassification,
@@ -38,6 +39,7 @@ from tiny import (
     needs_loader,
     snapshot,
     tiny_batches,
+    tiny_config,
     tiny_model,
     train,
     trained,
@@ -238,6 +240,38 @@ def test_target_modules_that_match_nothing_are_an_error():
     with pytest.raises(ValueError, match="nothing_like_this"):
         wrap(base, target_modules=["nothing_like_this"], **TRIM)
     assert_is_base(base, tiny_model())
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_name_that_fits_nothing_beside_others_is_named(field):
+    with pytest.warns(UserWarning, match=f"`{field}` names 'poler.dense'.*misspelled"):
+        wrap(tiny_model(), **{field: ["bert.pooler.dense", "poler.dense"]}, **TUNE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        wrap(tiny_model(), **{field: ["bert.pooler.dense"]}, **TUNE)
+
+
+def test_a_module_that_may_be_trimmed_cannot_be_saved_whole():
+    base = tiny_model()
+    with pytest.raises(SensiError, match=r"`modules_to_save` has 'bert.encoder.layer.0.*leave it out"):
+        wrap(base, modules_to_save=["dense"], **TRIM)
+    assert_is_base(base, tiny_model())
+    wrap(base, modules_to_save=["dense"], **TUNE)
+
+
+def test_a_base_without_values(saved):
+    """Nothing can be ranked on it, but a finished adapter can be loaded before the values of the base are."""
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    with pytest.raises(SensiError, match="meta device.*Load the base first"):
+        wrap(empty, **TRIM)
+    with init_empty_weights():
+        empty = tiny_model()
+    _, folder = saved
+    model = PeftModel.from_pretrained(empty, folder, low_cpu_mem_usage=True)
+    values = {n: p for n, p in model.named_parameters() if ".sensi_" in n}
+    loaded = dict(PeftModel.from_pretrained(tiny_model(), folder).named_parameters())
+    assert values and all(torch.equal(value, loaded[name]) for name, value in values.items())
 
 
 def test_target_modules_as_peft_writes_them():
@@ -603,6 +637,12 @@ def test_a_fine_tuned_copy_of_the_base_is_refused(saved, part, size):
     config = PeftConfig.from_pretrained(saved[1])
     config.fingerprint["quantized"] = True
     PeftModel.from_pretrained(base, saved[1], config=config)
+
+
+def test_values_are_float32_on_a_16_bit_base_whatever_is_asked(saved):
+    with pytest.warns(UserWarning, match="`autocast_adapter_dtype=False` has no effect"):
+        model = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), saved[1], autocast_adapter_dtype=False)
+    assert {p.dtype for n, p in model.named_parameters() if ".sensi_" in n} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

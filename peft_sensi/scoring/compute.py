@@ -62,7 +62,7 @@ def compute_scores(
         CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
             the batch.
         SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0. Or the weights are
-            sharded or offloaded.
+            sharded, offloaded or on the meta device.
     """
     if score not in CRITERIA:
         raise SensiError(f"`score` must be one of {', '.join(CRITERIA)}, got {score!r}.")
@@ -90,6 +90,11 @@ def score_units(
     """`compute_scores` for a given anatomy and given batches. The caller must be inside `calibration.preserved`."""
     if not anatomy.groups:
         raise nothing_to_score(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SensiError(
+            "Weights of the base are on the meta device, so they have no values by which units could be ranked. Load "
+            "the base first, without `init_empty_weights` or `torch.device('meta')`."
+        )
     method = options.score
     if CRITERIA[method].needs_data and batches is None:
         warnings.warn(

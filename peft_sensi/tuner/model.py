@@ -216,7 +216,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Trained values are float32 already, and PEFT's version would re-wrap them and set `requires_grad`. Only under
         # `low_cpu_mem_usage` an older file can have brought modules in 16 bits.
-        hold_masters(self.model, adapter_name)
+        hold_masters(self.model, adapter_name, autocast_adapter_dtype)
 
     # -- several adapters, merging ------------------------------------------------------------------------------------
 
