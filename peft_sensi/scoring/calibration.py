@@ -149,6 +149,15 @@ def calibration_loss(
     return loss
 
 
+def check_differentiable(loss: torch.Tensor, where: str) -> None:
+    """Raises `CalibrationError` if a loss has no gradient, by which units could be ranked."""
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"The loss of {where} has no gradient. `loss_fn` must compute it from the model's output, without "
+            f"`detach()` and `torch.no_grad()`; or score without gradients: score='magnitude'."
+        )
+
+
 def run_model(model: nn.Module, batch: Mapping[str, Any], where: str) -> Any:
     """What the model returns for a batch. Raises `CalibrationError` if it does not accept the batch."""
     texts = sorted(k for k, v in batch.items() if isinstance(v, str) or (isinstance(v, list) and _is_text(v)))

@@ -19,7 +19,7 @@ from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of, not_finite
+from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of, not_finite
 from .head import head_bias, start_head_at_prior
 
 
@@ -84,6 +84,7 @@ def _prime(
             name = f"calibration batch {index} (priming step {step})"
             batch = _some_examples(batches[index], turn)
             loss = calibration_loss(model, batch, options.loss_fn, name)
+            check_differentiable(loss, name)
             if gates:
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
