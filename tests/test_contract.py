@@ -812,6 +812,32 @@ def test_merge_and_unmerge(family, budget):
         model.unmerge_adapter()
 
 
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_an_adapter_that_is_gone_is_neither_saved_nor_loaded(how, saved, tmp_path):
+    """PEFT would save a file without values, and say nothing."""
+    expected, folder = saved
+    model = PeftModel.from_pretrained(tiny_model(), folder)
+    model.save_pretrained(tmp_path)
+    getattr(model, how)()
+    with pytest.raises(SensiError, match="was merged or unloaded. Save an adapter before that"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(SensiError, match="load one on a fresh base"):
+        model.load_adapter(str(folder), "default")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected)
+
+
+def test_training_a_merged_adapter_warns():
+    model = trained(**TRIM)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="is merged into the base.*`unmerge_adapter"):
+        model.train()(**tiny_batches(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        logits(model)
+        model.unmerge_adapter()
+        model.train()(**tiny_batches(1)[0])
+
+
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "set_requires_grad"])
 def test_an_adapter_that_does_not_exist_is_an_error(call):
     """For LoRA, PEFT does nothing and does not say so."""
