@@ -712,6 +712,14 @@ def test_resized_embeddings_are_saved_and_loaded(budget, base_folder, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path / "adapter"), batch), logits(model, batch))
 
 
+def test_a_base_with_another_number_of_labels_is_refused(saved):
+    """A base loaded without `num_labels` has two."""
+    base = tiny_model()
+    base.classifier, base.num_labels = nn.Linear(32, 2), 2
+    with pytest.raises(SensiLoadError, match=r"'classifier.bias' has shape \(3,\), expected \(2,\).*`num_labels`"):
+        PeftModel.from_pretrained(base, saved[1])
+
+
 def test_a_file_that_lacks_the_head_is_refused(saved):
     spoil(saved[1], lambda t: [t.pop(n) for n in list(t) if "classifier" in n])
     with pytest.raises((SensiLoadError, KeyError), match="classifier"):
