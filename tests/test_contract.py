@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import (
     AutoPeftModel,
     AutoPeftModelForSequenceClassification,
@@ -38,6 +39,7 @@ from tiny import (
     needs_loader,
     snapshot,
     tiny_batches,
+    tiny_config,
     tiny_model,
     train,
     trained,
@@ -238,6 +240,38 @@ def test_target_modules_that_match_nothing_are_an_error():
     with pytest.raises(ValueError, match="nothing_like_this"):
         wrap(base, target_modules=["nothing_like_this"], **TRIM)
     assert_is_base(base, tiny_model())
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_name_that_fits_nothing_beside_others_is_named(field):
+    with pytest.warns(UserWarning, match=f"`{field}` names 'poler.dense'.*misspelled"):
+        wrap(tiny_model(), **{field: ["bert.pooler.dense", "poler.dense"]}, **TUNE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        wrap(tiny_model(), **{field: ["bert.pooler.dense"]}, **TUNE)
+
+
+def test_a_module_that_may_be_trimmed_cannot_be_saved_whole():
+    base = tiny_model()
+    with pytest.raises(SensiError, match=r"`modules_to_save` has 'bert.encoder.layer.0.*leave it out"):
+        wrap(base, modules_to_save=["dense"], **TRIM)
+    assert_is_base(base, tiny_model())
+    wrap(base, modules_to_save=["dense"], **TUNE)
+
+
+def test_a_base_without_values(saved):
+    """Nothing can be ranked on it, but a finished adapter can be loaded before the values of the base are."""
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    with pytest.raises(SensiError, match="meta device.*Load the base first"):
+        wrap(empty, **TRIM)
+    with init_empty_weights():
+        empty = tiny_model()
+    _, folder = saved
+    model = PeftModel.from_pretrained(empty, folder, low_cpu_mem_usage=True)
+    values = {n: p for n, p in model.named_parameters() if ".sensi_" in n}
+    loaded = dict(PeftModel.from_pretrained(tiny_model(), folder).named_parameters())
+    assert values and all(torch.equal(value, loaded[name]) for name, value in values.items())
 
 
 def test_target_modules_as_peft_writes_them():
@@ -605,6 +639,12 @@ def test_a_fine_tuned_copy_of_the_base_is_refused(saved, part, size):
     PeftModel.from_pretrained(base, saved[1], config=config)
 
 
+def test_values_are_float32_on_a_16_bit_base_whatever_is_asked(saved):
+    with pytest.warns(UserWarning, match="`autocast_adapter_dtype=False` has no effect"):
+        model = PeftModel.from_pretrained(tiny_model(dtype=torch.bfloat16), saved[1], autocast_adapter_dtype=False)
+    assert {p.dtype for n, p in model.named_parameters() if ".sensi_" in n} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_reloaded_exactly(budget, dtype, tmp_path):
     model = wrap(tiny_model(dtype=dtype), init_weights=False, **budget)
@@ -670,6 +710,14 @@ def test_resized_embeddings_are_saved_and_loaded(budget, base_folder, tmp_path):
     other.resize_token_embeddings(70, mean_resizing=False)
     batch = {"input_ids": torch.tensor([[5, 69, 68]])}
     assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path / "adapter"), batch), logits(model, batch))
+
+
+def test_a_base_with_another_number_of_labels_is_refused(saved):
+    """A base loaded without `num_labels` has two."""
+    base = tiny_model()
+    base.classifier, base.num_labels = nn.Linear(32, 2), 2
+    with pytest.raises(SensiLoadError, match=r"'classifier.bias' has shape \(3,\), expected \(2,\).*`num_labels`"):
+        PeftModel.from_pretrained(base, saved[1])
 
 
 def test_a_file_that_lacks_the_head_is_refused(saved):
@@ -770,6 +818,32 @@ def test_merge_and_unmerge(family, budget):
     assert_same_tensors(snapshot(model), tensors)
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_an_adapter_that_is_gone_is_neither_saved_nor_loaded(how, saved, tmp_path):
+    """PEFT would save a file without values, and say nothing."""
+    expected, folder = saved
+    model = PeftModel.from_pretrained(tiny_model(), folder)
+    model.save_pretrained(tmp_path)
+    getattr(model, how)()
+    with pytest.raises(SensiError, match="was merged or unloaded. Save an adapter before that"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(SensiError, match="load one on a fresh base"):
+        model.load_adapter(str(folder), "default")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected)
+
+
+def test_training_a_merged_adapter_warns():
+    model = trained(**TRIM)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="is merged into the base.*`unmerge_adapter"):
+        model.train()(**tiny_batches(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        logits(model)
+        model.unmerge_adapter()
+        model.train()(**tiny_batches(1)[0])
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "set_requires_grad"])

@@ -12,7 +12,7 @@ from test_refit import UNSEEN, data, fit, half_plan, hidden_error, only_neurons,
 from tiny import assert_same_tensors, snapshot, tiny_batches
 
 import peft_sensi.planning.layer_fit as layer_fit
-from peft_sensi import make_plan
+from peft_sensi import CalibrationError, make_plan
 from peft_sensi.anatomy.linears import matrix
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.planning.trimmed import assign, trimmed
@@ -134,6 +134,15 @@ def test_a_gradient_that_is_not_finite_ends_the_fit(monkeypatch):
     assert fit(model, plan, batches, rounds=2).keys() == fit(model, plan, batches).keys()
 
 
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["row", "batch"])
+def test_examples_without_tokens_do_not_end_the_fit(rows):
+    model = tiny_model()
+    batches = data(model)
+    batches[0]["attention_mask"][rows] = 0
+    fitted = fit(model, half_plan(model), batches, rounds=2)
+    assert {"query", "dense"} <= {name.rpartition(".")[2] for name in fitted}
+
+
 def test_a_16_bit_model_is_fitted_in_float32():
     model = tiny_model().bfloat16()
     fitted = fit(model, half_plan(model), data(model), rounds=2)
@@ -159,3 +168,15 @@ def test_a_trimmed_adapter_holds_the_fitted_values(config, monkeypatch):
     assert {name.rpartition(".")[2] for name in moved} == {"query", "key", "value", "dense"}
     goal = torch.cat([tiny.logits(whole, batch) for batch in UNSEEN])
     assert (logits[1] - goal).norm() < (logits[0] - goal).norm()
+
+
+def test_a_loss_without_gradients_says_what_to_do():
+    """Some scores need no gradients of the loss, so nothing else would fail."""
+
+    def loss_fn(model, batch):
+        with torch.inference_mode():
+            return model(**batch).loss
+
+    model = tiny_model()
+    with pytest.raises(CalibrationError, match=r"`loss_fn` runs the model under.*use `torch.no_grad\(\)`"):
+        fit(model, half_plan(model), data(model, 4), loss_fn=loss_fn, rounds=2)

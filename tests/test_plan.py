@@ -508,3 +508,29 @@ def test_a_model_of_seven_billion_is_planned_in_time(budget):
     assert all(share <= 1 for share in used.values())
     assert used.pop("trainable", 1) > 0.999
     assert max(used.values(), default=1) > 0.999  # one of the two limits on size binds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"multiple_of": 0}, "`multiple_of` must be a whole number of at least 1"),
+        ({"min_units": -1}, "`min_units` must be"),
+        ({"sequence_length": "long"}, "`sequence_length` must be"),
+        ({"tuned_layers": 0}, "`tuned_layers` must be"),
+        ({"retention": 2.0}, "`retention` must be a share"),
+        ({"always_trained": 0.5}, "`always_trained` must be"),
+        ({"targets": "query"}, "`targets` must be a set of names"),
+        ({"protected": [True]}, "`protected` and `available` must be mappings"),
+        ({"protected": {"bert.encoder.layer.0.heads": [True]}}, r"4 units.*shape \(1,\): give masks"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_named(arguments, message):
+    anatomy = build_anatomy(tiny_model())
+    with pytest.raises(SensiError, match=message):
+        make_plan(anatomy, {g.name: np.ones(g.size) for g in anatomy.groups}, 0.5, **arguments)
+
+
+def test_a_plan_needs_an_anatomy():
+    with pytest.raises(SensiError, match=r"`anatomy` must be what `build_anatomy\(model\)` returns, got Bert"):
+        make_plan(tiny_model(), {}, 0.5)

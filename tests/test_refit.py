@@ -14,7 +14,7 @@ from torch import nn
 
 import peft_sensi.planning.layerwise as layerwise
 import peft_sensi.planning.refit as refit_module
-from peft_sensi import BlockLayout, Plan, SensiConfig, SensiError, build_anatomy, make_plan
+from peft_sensi import BlockLayout, CalibrationError, Plan, SensiConfig, SensiError, build_anatomy, make_plan
 from peft_sensi.planning.least_squares import RIDGE
 from peft_sensi.planning.refit import refit
 from peft_sensi.planning.trimmed import trimmed
@@ -530,3 +530,33 @@ def test_the_refit_runs_a_model_as_its_loss_does():
     expected = Own()(batch)
     errors = [float((wrapped(refit)(batch) - expected).square().mean().detach()) for refit in (True, False)]
     assert errors[0] < errors[1]
+
+
+def called_twice(model, batch):
+    return model(**batch).loss + model(**batch).logits.square().mean()
+
+
+@pytest.mark.parametrize("name", ["albert", "loss_fn"])
+def test_layers_that_run_more_than_once_are_named(name):
+    """They cannot be refitted, and the user would not see it."""
+    if name == "albert":
+        (case,) = [case for case in CASES if case.name == name]
+        model, batches = case.model(), [case.batch(8, seed=seed) for seed in range(4)]
+    else:
+        model, batches = tiny_model(), data(tiny_model(), 4)
+    with pytest.warns(UserWarning, match=r"more than once.*not fitted.*`refit=False`"):
+        assert not fit(model, half_plan(model, multiple_of=1), batches, loss_fn=called_twice)
+
+
+def test_batches_of_the_refit_only_are_checked_too():
+    """A refit reads more batches than the scores."""
+    model = tiny_model()
+    batches = data(model)
+    long = {**batches[4], "input_ids": batches[4]["input_ids"] + tiny.VOCABULARY}
+    with pytest.raises(CalibrationError, match=r"calibration batch 4 \(refit\).*whose keys are.*give batches"):
+        fit(model, half_plan(model), [*batches[:4], long])
+    embeddings = model.get_input_embeddings()
+    batches = [{"inputs_embeds": embeddings(b.pop("input_ids")).detach(), **b} for b in batches]
+    batches[4]["inputs_embeds"][0, 0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"layer\.0' is not finite .*\(refit\).*Look for NaN"):
+        fit(model, half_plan(model), batches)

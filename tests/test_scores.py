@@ -21,6 +21,7 @@ from peft_sensi import (
     CalibrationError,
     Scores,
     SensiConfig,
+    SensiError,
     SensiLoadError,
     build_anatomy,
     compute_scores,
@@ -911,3 +912,45 @@ def test_tokens_that_were_read_but_not_scored_count_as_seen():
     assert positive == all_of_them - {0} and first < all_of_them
     rest = torch.tensor(sorted(positive - first))
     assert (values[rest] == values[values > 0].min()).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration_steps": 0}, "`calibration_steps` must be a whole number of at least 1"),
+        ({"priming_steps": 1.5}, "`priming_steps` must be"),
+        ({"priming_lr": -1}, "`priming_lr` must be a finite number above 0"),
+        ({"priming_optimizer": "sgd"}, "`priming_optimizer` must be one of adamw, sign"),
+        ({"seed": 2**70}, "`seed` must be"),
+        ({"targets": "query"}, "`targets` must be a list of names"),
+        ({"blocks": ["layer.*"]}, "`blocks` must be a list of `BlockLayout` objects"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_named(arguments, message, bert, batches):
+    with pytest.raises(SensiError, match=message):
+        compute_scores(bert, batches, **{"progress": False, **arguments})
+
+
+def test_a_name_is_no_model(batches):
+    with pytest.raises(SensiError, match="must be a `torch.nn.Module`, got 'bert-base': load it"):
+        compute_scores("bert-base", batches)
+
+
+@pytest.mark.parametrize("priming_steps", [0, 1])
+@pytest.mark.parametrize("cut", [torch.no_grad, torch.enable_grad])
+def test_a_loss_without_a_gradient_says_what_to_do(cut, priming_steps, bert, batches):
+    def loss_fn(model, batch):
+        with cut():
+            return model(**batch).loss.detach()
+
+    before = snapshot(bert)
+    with pytest.raises(CalibrationError, match="batch 0.* has no gradient. `loss_fn` must compute it from the model"):
+        compute_scores(bert, batches, loss_fn=loss_fn, priming_steps=priming_steps, progress=False)
+    assert_same_tensors(snapshot(bert), before)
+
+
+def test_a_loss_that_does_not_run_the_model_says_what_to_do(bert, batches):
+    with pytest.raises(CalibrationError, match="runs none of the modules.*must call the model that it gets"):
+        loss = torch.ones((), requires_grad=True)
+        compute_scores(bert, batches, loss_fn=lambda model, batch: loss, priming_steps=0, progress=False)

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.errors import AnatomyError
+from ..utils.checks import shown
+from ..utils.errors import AnatomyError, SensiError
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
 from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
@@ -21,6 +22,19 @@ from .units import Anatomy, Group, Side
 
 
 Modules = dict[str, nn.Module]
+
+
+def check_module(model: Any) -> None:
+    """Raises `SensiError` for anything but a module, such as the name of a model."""
+    if not isinstance(model, nn.Module):
+        raise SensiError(f"The model must be a `torch.nn.Module`, got {shown(model)}: load it first.")
+
+
+def _layouts(blocks: Any) -> tuple[BlockLayout, ...]:
+    found = tuple(blocks) if isinstance(blocks, Iterable) else (blocks,)
+    if not all(isinstance(layout, BlockLayout) for layout in found):
+        raise AnatomyError(f"`blocks` must be a list of `BlockLayout` objects, got {shown(blocks)}.")
+    return found
 
 
 def build_anatomy(
@@ -41,7 +55,8 @@ def build_anatomy(
         AnatomyError: `blocks` match no layer, a layout does not fit its layer, or a target is not in the model.
         TypeError: A target is neither a Linear nor an embedding.
     """
-    model, blocks = unwrapped(model), None if blocks is None else tuple(blocks)
+    check_module(model)
+    model, blocks = unwrapped(model), None if blocks is None else _layouts(blocks)
     modules, configs = dict(model.named_modules()), _configs(model)
     if blocks is not None:  # they may describe any part of the model
         configs = {"": next(iter(configs.values()))}

@@ -75,7 +75,7 @@ def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Modul
 
 
 # Names of task heads, for models that do not hold a transformer in a module of its own.
-_HEAD_NAMES = ("classifier", "score", "qa_outputs")
+HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
 def transformers_in(model: nn.Module) -> dict[str, PreTrainedModel]:
@@ -100,7 +100,7 @@ def task_head(model: nn.Module) -> list[str]:
     if prefix in children:
         bases[prefix] = model.get_submodule(prefix)
     elif is_bare(model) or not bases:
-        return [name for name in children if name in _HEAD_NAMES]
+        return [name for name in children if name in HEAD_NAMES]
     return _outside(model, "", bases, embedding_of(model, "input"))
 
 

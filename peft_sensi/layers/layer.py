@@ -257,6 +257,8 @@ class SensiLayer(ComposedWeights):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round float32 values on a bfloat16 base.
         device = device or self.get_base_layer().weight.device
+        if device.type == "meta":
+            return  # the base is filled later, and what was loaded must not get lost
         for parameter in self.own_parts(adapter_name).values():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..anatomy.linears import bias_of, check_weight, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
-from .masters import warn_of_short
+from .masters import warn_of_merged, warn_of_short
 from .sources import Source
 from .values import version_of
 
@@ -33,6 +33,8 @@ class SensiLinear(SensiLayer):
             self.unmerge()
         active = self._applied()
         if not active:
+            if self.merged and self.training and torch.is_grad_enabled():
+                warn_of_merged()
             return self.base_layer(x, *args, **kwargs)
         check_weight(self.base_layer, x)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype

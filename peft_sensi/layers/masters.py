@@ -45,3 +45,13 @@ def warn_of_short(parameters: Iterable[torch.Tensor]) -> None:
             f"they are.",
             stacklevel=2,
         )
+
+
+def warn_of_merged() -> None:
+    """Warns that merged values are not trained. Call it in forward passes of training only."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "An adapter is merged into the base, so this forward pass does not train its values. Call "
+            "`unmerge_adapter()` before the training goes on, or `model.eval()` if this is no training.",
+            stacklevel=2,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -73,8 +74,14 @@ class SavedWhole(ModulesToSaveWrapper):
         return module
 
 
-def hold_masters(model: nn.Module, adapter_name: str) -> None:
-    """Gives the modules that this adapter saves whole float32 masters."""
+def hold_masters(model: nn.Module, adapter_name: str, wanted: bool = True) -> None:
+    """Gives the modules that this adapter saves whole float32 masters. Warns if they are not `wanted`, but needed."""
+    if not wanted and any(parameter.dtype in SHORT for parameter in model.parameters()):
+        warnings.warn(
+            "`autocast_adapter_dtype=False` has no effect: trained values are float32 on a 16-bit base, too, because "
+            "16 bits would round small steps away. `compress` makes a finished adapter smaller.",
+            stacklevel=2,
+        )
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             module.__class__ = SavedWhole  # PEFT has made the wrapper, and nothing else of it changes

@@ -26,7 +26,10 @@ def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: 
     for name, (shape, dtype) in found.items():
         want_shape, want_dtype = expected[name]
         if shape != want_shape:
-            raise SensiLoadError(f"{where}: {name!r} has shape {shape}, expected {want_shape}.")
+            raise SensiLoadError(
+                f"{where}: {name!r} has shape {shape}, expected {want_shape}. Load the base that the adapter was made "
+                f"for, with the same `num_labels`."
+            )
         if dtype != want_dtype and not (dtype in FLOATS and want_dtype in FLOATS):
             raise SensiLoadError(f"{where}: {name!r} has dtype {dtype}, expected {want_dtype}.")
 

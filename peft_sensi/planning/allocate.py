@@ -8,7 +8,7 @@ No limit is exceeded, and no further step of any group would fit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..anatomy.units import Anatomy, Group
 from ..scoring.scores import Scores
+from ..utils.checks import check_types, shown
 from ..utils.errors import BudgetError, SensiError
 from .budget import TIMES, Budget, allowance
 from .costs import Cost, Tables, costs_of, tables_by_limit
@@ -66,7 +67,7 @@ def make_plan(
     Raises:
         BudgetError: If even the smallest plan exceeds a limit, or if a group's scores are missing, have the wrong
             shape or are not finite.
-        SensiError: If `scores` is neither a `Scores` nor a mapping.
+        SensiError: If another argument has a wrong type or range.
     """
     if isinstance(scores, Scores):
         protected = scores.protected if protected is None else protected
@@ -76,6 +77,14 @@ def make_plan(
         raise SensiError(
             f"`scores` must be a `Scores` or a mapping from group names to arrays, got {type(scores).__name__}."
         )
+    if not isinstance(anatomy, Anatomy):
+        raise SensiError(f"`anatomy` must be what `build_anatomy(model)` returns, got {type(anatomy).__name__}.")
+    counts = {"multiple_of": multiple_of, "min_units": min_units, "sequence_length": sequence_length}
+    check_types({**counts, "tuned_layers": tuned_layers, "retention": retention, "always_trained": always_trained})
+    if not all(isinstance(masks, Mapping | None) for masks in (protected, available)):
+        raise SensiError("`protected` and `available` must be mappings from group names to masks.")
+    if isinstance(targets, str) or not isinstance(targets, Iterable | None):
+        raise SensiError(f"`targets` must be a set of names of modules, got {shown(targets)}.")
     length = sequence_length or 128
     limits = Budget() if budget is None else Budget.parse(budget)
     tables = tables_by_limit(latency)
@@ -113,17 +122,22 @@ def make_plan(
     return Plan(anatomy, states, targets, length, always_trained).predicted(tables)
 
 
+_ADVICE = "give the scores that `compute_scores` returns for this model."
+
+
 def _scores_of(group: Group, scores: Mapping[str, Any]) -> np.ndarray:
     if group.name not in scores:
-        raise BudgetError(f"There are no scores for {group.name!r}. Were the scores computed for another model?")
+        raise BudgetError(f"There are no scores for {group.name!r}: {_ADVICE}")
     try:
         values = np.asarray(_array(scores[group.name]), dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise BudgetError(f"The scores of {group.name!r} are no array of numbers: {error}.") from None
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last for tensors on `meta`
+        raise BudgetError(f"The scores of {group.name!r} are no array of numbers ({error}): {_ADVICE}") from None
     if values.shape != (group.size,):
-        raise BudgetError(f"{group.name!r} has {group.size} units, but its scores have the shape {values.shape}.")
+        raise BudgetError(
+            f"{group.name!r} has {group.size} units, but its scores have the shape {values.shape}: {_ADVICE}"
+        )
     if not np.isfinite(values).all():
-        raise BudgetError(f"The scores of {group.name!r} contain NaN or infinity.")
+        raise BudgetError(f"The scores of {group.name!r} contain NaN or infinity: {_ADVICE}")
     return values
 
 
@@ -134,7 +148,14 @@ def _array(value: Any) -> Any:
 
 def _mask(masks: Mapping[str, Any] | None, group: Group, default: bool) -> np.ndarray:
     mask = (masks or {}).get(group.name)
-    return np.full(group.size, default) if mask is None else np.asarray(_array(mask), dtype=bool)
+    if mask is None:
+        return np.full(group.size, default)
+    if (found := np.asarray(_array(mask), dtype=bool)).shape != (group.size,):
+        raise BudgetError(
+            f"{group.name!r} has {group.size} units, but a mask for it has the shape {found.shape}: give masks of the "
+            f"shape `[units]`, or leave the group out."
+        )
+    return found
 
 
 def _warn_if_all_equal(values: list[np.ndarray]) -> None:
@@ -159,7 +180,9 @@ def _outside_best_layers(
             score, price = score + float(values[group.name][mask].sum()), price + costs[group.name] * int(mask.sum())
             totals[group.layer] = score, price
     if count > len(totals):
-        raise BudgetError(f"`tuned_layers` is {count}, but the model has {len(totals)} layers with targeted modules.")
+        raise BudgetError(
+            f"`tuned_layers` is {count}, but the model has {len(totals)} layers with targeted modules: lower it."
+        )
     best = sorted(totals, key=lambda layer: -totals[layer][0] / max(1, totals[layer][1]))[:count]
     return [group.name for group in anatomy.groups if group.layer not in best]
 
@@ -240,7 +263,8 @@ def _choose_tuned(
     if allowed < cheapest:
         beside = f" beside the {always_trained:,} that are always trained" if always_trained else ""
         raise BudgetError(
-            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}."
+            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}:"
+            f" raise the limit."
         )
     ladders = [
         ladder_of(

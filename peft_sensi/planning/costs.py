@@ -73,7 +73,9 @@ def tables_by_limit(tables: Any) -> dict[str, LatencyTable]:
             try:
                 table = LatencyTable.load(table)
             except FileNotFoundError:
-                raise SensiError(f"There is no latency table {str(table)!r}.") from None
+                raise SensiError(
+                    f"There is no latency table {str(table)!r}: `measure_latency` and `peft-sensi measure` make one."
+                ) from None
             except TypeError:
                 message = f"`latency` must be a LatencyTable, the path of one, or a list of them, got {table!r:.80}."
                 raise SensiError(message) from None

@@ -85,7 +85,10 @@ def joint(ladders: list[Ladder]) -> Ladder:
         return ladders[0]
     counts = reduce(np.intersect1d, [ladder.counts for ladder in ladders])
     if not counts.size:
-        raise BudgetError("Uniform widths are not possible: there is no number of units that all blocks could keep.")
+        raise BudgetError(
+            "Uniform widths are not possible: there is no number of units that all blocks could keep. Leave "
+            "`widths='uniform'` out, or trim the base again."
+        )
     rungs = [(ladder, np.searchsorted(ladder.counts, counts)) for ladder in ladders]
     return Ladder(
         orders=[ladder.orders[0] for ladder in ladders],

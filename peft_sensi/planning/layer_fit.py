@@ -24,6 +24,7 @@ from ..anatomy.linears import bias_of, oriented
 from ..anatomy.modules import linear_of
 from ..scoring.calibration import first_of, token_mask
 from ..utils import distributed
+from ..utils.errors import CalibrationError
 from .layerwise import Stream
 from .least_squares import Values, token_weights
 
@@ -37,8 +38,14 @@ def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stre
 
     The streams must have the hidden states before the trimmed layer and those after the untrimmed layer. `rounds` says
     how often each batch is used. The result is empty if the error on the held-out batches is not smaller than before,
-    or if a gradient is not finite. All processes get the same result.
+    or if a gradient is not finite. All processes get the same result. Raises `CalibrationError` if the hidden states
+    were recorded under `torch.inference_mode()`.
     """
+    if any(entry.is_inference() for stream in streams for entry in stream.trimmed_calls.entries.values()):
+        raise CalibrationError(
+            "`loss_fn` runs the model under `torch.inference_mode()`, so no layer can be fitted to it: use "
+            "`torch.no_grad()` there, or set `refit=False`."
+        )
     module = model.get_submodule(layer)
     paths = {id(parameter): path for path, parameter in module.named_parameters(remove_duplicate=False)}
     linears = {name: linear for name in names if (linear := linear_of(model, name)).weight.numel()}
@@ -69,6 +76,8 @@ def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stre
         distributed.all_sum([*gradients, total], "fitting a layer")
         if not all(gradient.isfinite().all() for gradient in gradients):
             return {}
+        if not total:  # a batch without a single token that is not padding
+            continue
         for value, gradient in zip(values.values(), gradients, strict=True):
             value.grad = gradient / total
         optimizer.step()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn, check_loss_fn, first_of, observing
+from ..scoring.calibration import LossFn, check_loss_fn, first_of, observing, run_model
 
 
 # A function of the input and the output of a group's output projection, and of the residual sum that the next
@@ -63,7 +63,7 @@ def record_calls(
         # In a plain chain of layers, the first layer's input and all arguments are independent of what the layers
         # compute, so the layers need not compute anything for the other batches.
         idle = layers if recorded and recorded[-1].chain else []
-        calls = _record(model, layers, idle, batch, loss_fn)
+        calls = _record(model, layers, idle, batch, loss_fn, f"calibration batch {len(recorded)} (refit)")
         if calls is None:
             return None
         recorded.append(calls)
@@ -71,7 +71,7 @@ def record_calls(
 
 
 def _record(
-    model: nn.Module, layers: list[str], idle: list[str], batch: Mapping[str, Any], loss_fn: LossFn | None
+    model: nn.Module, layers: list[str], idle: list[str], batch: Mapping[str, Any], loss_fn: LossFn | None, where: str
 ) -> Calls | None:
     """The calls of one batch, in which the layers `idle` return their input."""
     calls = Calls()
@@ -102,7 +102,7 @@ def _record(
             check_loss_fn(loss_fn)
             loss_fn(model, batch)
         else:
-            model(**batch)
+            run_model(model, batch, where)
     calls.chain &= set(calls.entries) == set(ran[:1])
     return calls if len(ran) == len(set(ran)) else None
 

@@ -21,6 +21,8 @@ def token_weights(target: torch.Tensor) -> torch.Tensor:
 
     A norm follows, which divides the error by the standard deviation.
     """
+    if not len(target):
+        return target.new_zeros(0)  # `var` would warn
     return 1.0 / target.var(dim=-1).clamp_min(1e-6)
 
 

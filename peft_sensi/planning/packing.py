@@ -14,6 +14,10 @@ from ..utils.errors import SensiLoadError
 from ..utils.states import FROZEN, TRIMMED
 
 
+DAMAGED = "The plan is damaged or was edited: take its file from its source again."
+OTHER_BASE = "Load the base model that the plan was made for."
+
+
 def pack_mask(mask: np.ndarray) -> str:
     """A boolean mask as text: `"all"`, `"none"`, or its bits in base64, the first unit in the highest bit."""
     if mask.all():
@@ -25,7 +29,7 @@ def unpack_group(name: str, entry: Mapping[str, Any]) -> np.ndarray:
     """The states of a group's units (uint8, `[size]`) from its entry in a checked dict. Raises `SensiLoadError`."""
     kept, tuned = (_unpack_mask(entry[key], entry["size"], f"{name}.{key}") for key in ("kept", "tuned"))
     if (tuned & ~kept).any():
-        raise SensiLoadError(f"The plan tunes units of {name!r} that it also trims.")
+        raise SensiLoadError(f"The plan tunes units of {name!r} that it also trims. {DAMAGED}")
     return kept.astype(np.uint8) + tuned.astype(np.uint8)
 
 
@@ -35,7 +39,9 @@ def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     states = {}
     for name, entry in values["groups"].items():
         if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
-            raise SensiLoadError(f"The plan's group {name!r} claims {entry['size']:,} units, more than any model has.")
+            raise SensiLoadError(
+                f"The plan's group {name!r} claims {entry['size']:,} units, more than any model has. {DAMAGED}"
+            )
         states[name] = unpack_group(name, entry)
     return states
 
@@ -45,13 +51,17 @@ def _unpack_mask(text: str, size: int, where: str) -> np.ndarray:
         return np.full(size, text == "all")
     length = -(-size // 24) * 4
     if len(text) != length:  # checked first, so that a long text is never decoded
-        raise SensiLoadError(f"The plan's mask {where!r} has {len(text)} characters, but {size} units need {length}.")
+        raise SensiLoadError(
+            f"The plan's mask {where!r} has {len(text)} characters, but {size} units need {length}. {DAMAGED}"
+        )
     try:
         bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8))
     except ValueError as error:
-        raise SensiLoadError(f"The plan's mask {where!r} is not base64: {error}.") from None
+        raise SensiLoadError(f"The plan's mask {where!r} is not base64: {error}. {DAMAGED}") from None
     if len(bits) != -(-size // 8) * 8 or bits[size:].any():
-        raise SensiLoadError(f"The plan's mask {where!r} does not hold exactly one bit for each of {size} units.")
+        raise SensiLoadError(
+            f"The plan's mask {where!r} does not hold exactly one bit for each of {size} units. {DAMAGED}"
+        )
     return bits[:size].astype(bool)
 
 
@@ -64,17 +74,20 @@ def check_plan_dict(values: Any) -> None:
     keys = {"sequence_length", "always_trained", "groups"}
     if not isinstance(values, Mapping) or set(values) != keys:
         found = sorted(map(str, values)) if isinstance(values, Mapping) else values
-        raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}.")
+        raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}. {DAMAGED}")
     for name in ("sequence_length", "always_trained"):
         if not is_count(values[name]):
-            raise SensiLoadError(f"The plan's `{name}` must be a whole number, got {shown(values[name])}.")
+            raise SensiLoadError(f"The plan's `{name}` must be a whole number, got {shown(values[name])}. {DAMAGED}")
     if not isinstance(values["groups"], Mapping):
-        raise SensiLoadError(f"The plan's groups must be a mapping from names, got {shown(values['groups'])}.")
+        raise SensiLoadError(
+            f"The plan's groups must be a mapping from names, got {shown(values['groups'])}. {DAMAGED}"
+        )
     for name, entry in values["groups"].items():
         good = isinstance(entry, Mapping) and set(entry) == {"size", "kept", "tuned"} and is_count(entry["size"])
         if not good or not all(isinstance(entry[key], str) for key in ("kept", "tuned")):
             raise SensiLoadError(
-                f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}."
+                f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}. "
+                f"{DAMAGED}"
             )
 
 
@@ -85,28 +98,25 @@ def states_for(group: Group, entry: Mapping[str, Any]) -> np.ndarray:
     """
     if entry["size"] != group.size and group.kind != "token":
         raise SensiLoadError(
-            f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}."
+            f"The plan has {entry['size']} units in {group.name!r}, this base model has {group.size}. {OTHER_BASE}"
         )
     state = unpack_group(group.name, entry)
     if len(state) != group.size:  # a vocabulary that was resized: tokens are known by their number
         if (state[group.size :] != FROZEN).any():
             raise SensiLoadError(
                 f"The plan tunes the token {group.size + np.argmax(state[group.size :] != FROZEN)} of "
-                f"{group.name!r}, but this base model has only {group.size} tokens."
+                f"{group.name!r}, but this base model has only {group.size} tokens. {OTHER_BASE}"
             )
         state = np.pad(state[: group.size], (0, max(0, group.size - len(state))), constant_values=FROZEN)
     kept = state != TRIMMED
     if not group.trimmable and not kept.all():
-        reason = "only heads and neurons can be trimmed"
+        reason = f"only heads and neurons can be trimmed. {DAMAGED}"
         if group.fixed:
-            reason = (
-                "this group cannot be trimmed in this model (is it quantized?): load the adapter on the base "
-                "model that it was made for"
-            )
-        raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}.")
+            reason = f"this group cannot be trimmed in this model (is it quantized?). {OTHER_BASE}"
+        raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}")
     if kept.sum() < group.least:
         raise SensiLoadError(
             f"The plan keeps {int(kept.sum())} units of {group.name!r}, which cannot run with fewer than "
-            f"{group.least}."
+            f"{group.least}. {OTHER_BASE}"
         )
     return state

@@ -15,7 +15,7 @@ from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.formatting import data_frame, find_name, html_table, human, short_names, text_table, wrapped
 from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, UPDATED, Row
-from .packing import check_plan_dict, pack_mask, states_for
+from .packing import OTHER_BASE, check_plan_dict, pack_mask, states_for
 from .rows import drawn_rows, rows_of, units_by_kind
 
 
@@ -279,11 +279,13 @@ class Plan:
         check_plan_dict(values)
         groups = values["groups"]
         if extra := sorted(set(groups) - set(anatomy.by_name)):
-            raise SensiLoadError(f"The plan names the group {extra[0]!r}, which this base model does not have.")
+            unknown = f"The plan names the group {extra[0]!r}, which this base model does not have."
+            raise SensiLoadError(f"{unknown} {OTHER_BASE}")
         states = []
         for group in anatomy.groups:
             if group.name not in groups:
-                raise SensiLoadError(f"The plan says nothing about {group.name!r}, which this base model has.")
+                unknown = f"The plan says nothing about {group.name!r}, which this base model has."
+                raise SensiLoadError(f"{unknown} {OTHER_BASE}")
             states.append(states_for(group, groups[group.name]).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 
@@ -329,7 +331,10 @@ class Plan:
         scored = [group for group in self.anatomy.groups if group.name in scores and group.kind != "token"]
         groups = [group for group in scored if group.trimmable] or scored
         if not groups or any(len(scores[group.name]) != group.size for group in groups):
-            raise SensiError("These scores do not belong to this plan's model: groups or numbers of units differ.")
+            raise SensiError(
+                "These scores do not belong to this plan's model: groups or numbers of units differ. Give the scores "
+                "from which the plan was made."
+            )
         costs = [g.unit_params if cost == "params" else 2 * g.unit_macs(self.sequence_length) for g in groups]
         unit_costs = np.repeat(np.array(costs, dtype=float), [group.size for group in groups])
         return Ranking(

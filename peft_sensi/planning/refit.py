@@ -13,6 +13,7 @@ form, and only the activations of one layer are needed at a time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,8 +23,9 @@ from torch import nn
 
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
+from ..scoring.calibration import LossFn, calibration_loss, device_of, not_finite, to_device, token_mask
 from ..utils import distributed
+from ..utils.errors import SensiError
 from ..utils.progress import progress_bar
 from ..utils.states import FROZEN, TRIMMED, TUNED
 from .layer_fit import fit_layer
@@ -54,16 +56,18 @@ def refit(
     other Linears of these groups, as far as the plan targets them.
 
     `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if nothing is
-    trimmed, or if the model runs a layer more than once.
+    trimmed. A layer that runs more than once is not refitted; a warning says so.
 
     Up to eight batches, every fourth one, are held out for three guards. First, each output projection goes no step,
     half a step or a whole step from its old values to the solution, whichever gives the smallest error after the
     LayerNorm. Second, the fit of a whole layer must make its error smaller. Third, if all new values together make the
     loss of the trimmed model worse by more than 2 percent of its absolute value, they are all dropped. Raises
-    `CalibrationError` if a held-out batch has no finite loss.
+    `CalibrationError` if the model does not accept a batch, or has no finite hidden states or loss for it.
     """
     states = {g: plan.of(g) for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and g.output in plan.targets}
     groups = [g for g, s in states.items() if (s == TUNED).any() and not (s == FROZEN).any()]
+    if any(g.repeats > 1 and (plan.of(g) == TRIMMED).any() for g in plan.anatomy.trimmable):
+        _warn_of_repeats("Some layers of this model run more than once")
     if not any((states[g] == TRIMMED).any() for g in groups):
         return {}
     device = device_of(model)
@@ -73,6 +77,7 @@ def refit(
         layers = list(dict.fromkeys(g.layer for g in plan.anatomy.trimmable if g.layer))
         recorded = record_calls(model, layers, batches, loss_fn)
         if recorded is None:
+            _warn_of_repeats("Some layers run more than once for a batch, as when `loss_fn` calls the model twice")
             return {}
         # Chosen by a batch's position among those of all processes, so that the number of processes does not matter.
         positions = distributed.batch_positions(len(batches))
@@ -99,6 +104,14 @@ def refit(
     return refitted if after <= before + MARGIN * abs(before) else {}
 
 
+def _warn_of_repeats(what: str) -> None:
+    warnings.warn(
+        f"{what}, so their kept units are not fitted to the calibration batches. Set `refit=False` to leave the refit "
+        f"out without this warning.",
+        stacklevel=3,
+    )
+
+
 def _follow_trimmed_model(
     model: nn.Module, plan: Plan, done: list[str], refitted: Refitted, streams: list[Stream], loss_fn: LossFn | None
 ) -> None:
@@ -111,6 +124,19 @@ def _follow_trimmed_model(
     assert recorded is not None
     for stream, calls in zip(streams, recorded, strict=True):
         stream.trimmed_calls = calls
+
+
+def _check_output(stream: Stream, layer: str) -> None:
+    """Raises an error if the untrimmed model has no finite hidden states after a layer: nothing could be fitted."""
+    hidden = stream.untrimmed
+    if not isinstance(hidden, torch.Tensor):
+        raise SensiError(
+            f"{layer!r} returns a {type(hidden).__name__}, and only layers that return hidden states, alone or first "
+            f"in a tuple, can be refitted. Set `refit=False`."
+        )
+    mask = token_mask(stream.batch, hidden.shape[:-1])
+    if not (hidden if mask is None else hidden[mask]).isfinite().all():
+        raise not_finite(f"The output of {layer!r} is not finite for a calibration batch (refit)")
 
 
 def _refit_layer(
@@ -134,6 +160,7 @@ def _refit_layer(
             stream.trimmed = stream.trimmed_calls.entries[layer]
         arguments, observers = stream.untrimmed_calls.arguments[layer], {g: partial(keep_sum, g) for g in groups}
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
+        _check_output(stream, layer)
     originals: dict[Group, Values] = {}  # the kept columns of the base model's weights, and its biases
     for group in groups:
         weight, bias = kept_values(linear_of(model, group.output), group.output, group, plan)

@@ -126,23 +126,12 @@ def calibration_loss(
         check_loss_fn(loss_fn)
         loss = loss_fn(model, batch)
         if not isinstance(loss, torch.Tensor):
-            raise CalibrationError(f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}.")
-    else:
-        texts = sorted(k for k, v in batch.items() if isinstance(v, str) or (isinstance(v, list) and _is_text(v)))
-        if texts:
             raise CalibrationError(
-                f"The key {texts[0]!r} of {where} holds text. `calibration` must yield batches that `model(**batch)` "
-                f"accepts: tokenize the texts first, and leave out columns that are not inputs of the model."
+                f"`loss_fn` must return a tensor for {where}, got {type(loss).__name__}: return the loss itself, "
+                f"without `.item()`."
             )
-        try:
-            output = model(**batch)
-        except (SensiError, torch.OutOfMemoryError):
-            raise
-        # An id beyond the vocabulary or a label beyond the classes is an `IndexError`, a wrong dtype a `RuntimeError`.
-        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-            raise CalibrationError(
-                f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: {error}"
-            ) from error
+    else:
+        output = run_model(model, batch, where)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) and not output[0].dim():
             loss = output[0]  # with `config.return_dict=False`, the loss comes first if there are labels
@@ -156,8 +145,45 @@ def calibration_loss(
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == -100).all()):
             raise CalibrationError(f"All labels of {where} are -100, so it has no loss: leave it out.")
-        raise CalibrationError(f"The loss of {where} is {loss.item()}: the calibration data or the model is broken.")
+        raise not_finite(f"The loss of {where} is {loss.item()}")
     return loss
+
+
+def check_differentiable(loss: torch.Tensor, where: str) -> None:
+    """Raises `CalibrationError` if a loss has no gradient, by which units could be ranked."""
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"The loss of {where} has no gradient. `loss_fn` must compute it from the model's output, without "
+            f"`detach()` and `torch.no_grad()`; or score without gradients: score='magnitude'."
+        )
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any], where: str) -> Any:
+    """What the model returns for a batch. Raises `CalibrationError` if it does not accept the batch."""
+    texts = sorted(k for k, v in batch.items() if isinstance(v, str) or (isinstance(v, list) and _is_text(v)))
+    if texts:
+        raise CalibrationError(
+            f"The key {texts[0]!r} of {where} holds text. `calibration` must yield batches that `model(**batch)` "
+            f"accepts: tokenize the texts first, and leave out columns that are not inputs of the model."
+        )
+    try:
+        return model(**batch)
+    except (SensiError, torch.OutOfMemoryError):
+        raise
+    # An id beyond the vocabulary or a label beyond the classes is an `IndexError`, a wrong dtype a `RuntimeError`.
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise CalibrationError(
+            f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: give batches that "
+            f"the model accepts. Its error was: {error}"
+        ) from error
+
+
+def not_finite(what: str) -> CalibrationError:
+    """The error for a loss, a gradient or a score that is NaN or infinite. `what` says which one, and where."""
+    return CalibrationError(
+        f"{what}: the calibration data or the model is broken. Look for NaN in this batch and in the weights, and "
+        f"load a float16 model as bfloat16 or float32, because float16 overflows."
+    )
 
 
 def _is_text(values: list[Any]) -> bool:

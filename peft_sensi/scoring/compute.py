@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.build import build_anatomy, nothing_to_score
+from ..anatomy.build import build_anatomy, check_module, nothing_to_score
 from ..anatomy.layouts import BlockLayout
 from ..anatomy.modules import input_embedding, unwrapped
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
+from ..utils.checks import check_types, shown
 from ..utils.errors import SensiError
 from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
 from .criteria import CRITERIA
 from .head import head_to_train
+from .priming import OPTIMIZERS
 from .scores import Scores
 
 
@@ -61,11 +63,19 @@ def compute_scores(
         AnatomyError: The model has no known units, or `targets` or `blocks` do not fit it.
         CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
             the batch.
-        SensiError: `score` is unknown, or it is learned during priming and `priming_steps` is 0. Or the weights are
-            sharded or offloaded.
+        SensiError: An argument has a wrong type or range, or `score` is learned during priming and `priming_steps` is
+            0. Or the weights are
+            sharded, offloaded or on the meta device.
     """
     if score not in CRITERIA:
         raise SensiError(f"`score` must be one of {', '.join(CRITERIA)}, got {score!r}.")
+    numbers = {"calibration_steps": calibration_steps, "priming_steps": priming_steps}
+    check_types({**numbers, "priming_lr": priming_lr, "seed": seed})
+    if priming_optimizer not in OPTIMIZERS:
+        raise SensiError(f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {priming_optimizer!r}.")
+    if isinstance(targets, str) or not isinstance(targets, Iterable):
+        raise SensiError(f"`targets` must be a list of names of modules, got {shown(targets)}.")
+    check_module(model)
     replicas.check_whole(model)
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress
@@ -90,6 +100,11 @@ def score_units(
     """`compute_scores` for a given anatomy and given batches. The caller must be inside `calibration.preserved`."""
     if not anatomy.groups:
         raise nothing_to_score(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SensiError(
+            "Weights of the base are on the meta device, so they have no values by which units could be ranked. Load "
+            "the base first, without `init_empty_weights` or `torch.device('meta')`."
+        )
     method = options.score
     if CRITERIA[method].needs_data and batches is None:
         warnings.warn(

@@ -20,9 +20,8 @@ from ..anatomy.linears import oriented
 from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
-from ..utils.errors import CalibrationError
 from ..utils.progress import progress_bar
-from .calibration import ScoringOptions, device_of
+from .calibration import ScoringOptions, device_of, not_finite
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
 from .outliers import OutlierFinder
@@ -137,7 +136,7 @@ def _mean_over_examples(
                 for name, gradient in gradients.items():
                     total = function(gradient).sum(0).cpu()
                     if not torch.isfinite(total).all():
-                        raise CalibrationError(f"The scores of {name!r} are not finite for {where}.")
+                        raise not_finite(f"The scores of {name!r} are not finite for {where}")
                     totals[name] += total
     distributed.all_sum(list(totals.values()), "adding up scores")
     examples = sum(distributed.gather("counting examples", examples))

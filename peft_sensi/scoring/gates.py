@@ -17,7 +17,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError
-from .calibration import LossFn, calibration_loss, examples_in, examples_of
+from .calibration import LossFn, calibration_loss, check_differentiable, examples_in, examples_of, not_finite
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -39,7 +39,7 @@ def gate_gradients(
     loss come from example `i`, the example's own gradient is `N / n_i` times its row of the batch's gradient.
     `weighting` gives the `n_i`; it defaults to `find_weighting` on this batch. An example without terms gets zeros.
 
-    Raises `CalibrationError` if the loss or a gradient is not finite.
+    Raises `CalibrationError` if the loss or a gradient is not finite, or if the loss does not depend on the model.
     """
     if weighting is None:
         weighting = find_weighting(model, anatomy, [batch], loss_fn)
@@ -75,13 +75,19 @@ def _batch_gradients(
 
     with hooked(model, anatomy, gated), torch.enable_grad():
         loss = calibration_loss(model, batch, loss_fn, where)
+        check_differentiable(loss, where)
+        if not gates:
+            raise CalibrationError(
+                f"The loss of {where} runs none of the modules whose units are scored: `loss_fn` must call the model "
+                f"that it gets."
+            )
         grads = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
     found = dict(zip(gates, grads, strict=True))
     result = {}
     for group in anatomy.groups:
         grad = found.get(group.name)
         if grad is not None and not torch.isfinite(grad).all():
-            raise CalibrationError(f"The gradient of {group.name!r} is not finite for {where}.")
+            raise not_finite(f"The gradient of {group.name!r} is not finite for {where}")
         result[group.name] = group.zeros()[None] if grad is None else grad.float()
     return result
 

@@ -17,10 +17,9 @@ from torch import nn
 from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
-from ..utils.errors import CalibrationError
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
+from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of, not_finite
 from .head import head_bias, start_head_at_prior
 
 
@@ -85,6 +84,7 @@ def _prime(
             name = f"calibration batch {index} (priming step {step})"
             batch = _some_examples(batches[index], turn)
             loss = calibration_loss(model, batch, options.loss_fn, name)
+            check_differentiable(loss, name)
             if gates:
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
@@ -92,7 +92,7 @@ def _prime(
             share = distributed.weight_of(batch, options.loss_fn is not None)
             distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
             if not stepper.step():
-                raise CalibrationError(f"The gradient of calibration batch {index} is not finite.")
+                raise not_finite(f"The gradient of calibration batch {index} is not finite")
             if gate_optimizer is not None:
                 gate_optimizer.param_groups[0]["lr"] = GATE_LR * warm_up
                 gate_optimizer.step()

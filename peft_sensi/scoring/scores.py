@@ -91,19 +91,22 @@ class Scores:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != "peft_sensi.scores.1":
-                raise SensiLoadError(f"{path} is not a file of scores: its format is {metadata.get('format')!r}.")
+                raise SensiLoadError(
+                    f"{path} is not a file of scores: its format is {metadata.get('format')!r}. Give a file that "
+                    f"`Scores.save` has written."
+                )
             parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
             for key in file.keys():
                 kind, _, name = key.partition(":")
                 if kind not in parts:
-                    raise SensiLoadError(f"{path} holds an unexpected tensor {key!r}.")
+                    raise SensiLoadError(f"{path} holds an unexpected tensor {key!r}. {_AGAIN}")
                 parts[kind][name] = file.get_tensor(key)
         try:
             method, length = metadata["method"], json.loads(metadata["length"])
         except (KeyError, ValueError):
             method = length = None
         if method not in METHODS or not (length is None or type(length) is int and 0 < length < 2**31):
-            raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}.")
+            raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}. {_AGAIN}")
         _check_tensors(path, parts)
         return cls(method=method, sequence_length=length, **parts)
 
@@ -124,24 +127,27 @@ class Scores:
 
 
 _KINDS = ("values", "protected", "head")
+_AGAIN = "The file was damaged or edited: save the scores again."
 
 
 def _check_tensors(path: str | os.PathLike, parts: dict[str, dict[str, torch.Tensor]]) -> None:
     """Checks dtypes, shapes and values."""
     for kind, tensors in parts.items():
         for name, tensor in tensors.items():
-            where = f"{path}: {kind}:{name}"
+            fault = None
             if kind != "head" and tensor.dim() != 1:
-                raise SensiLoadError(f"{where} has shape {tuple(tensor.shape)}, expected one number for each unit.")
-            if kind == "protected":
+                fault = f"has shape {tuple(tensor.shape)}, expected one number for each unit"
+            elif kind == "protected":
                 if tensor.dtype != torch.bool or name not in parts["values"]:
-                    raise SensiLoadError(f"{where} is {tensor.dtype}, expected one boolean for each score.")
-                if tensor.shape != parts["values"][name].shape:
-                    raise SensiLoadError(f"{where} has {len(tensor)} units, expected {len(parts['values'][name])}.")
+                    fault = f"is {tensor.dtype}, expected one boolean for each score"
+                elif tensor.shape != parts["values"][name].shape:
+                    fault = f"has {len(tensor)} units, expected {len(parts['values'][name])}"
             elif tensor.dtype not in _FLOATS or (kind == "values" and tensor.dtype != torch.float32):
-                raise SensiLoadError(f"{where} has dtype {tensor.dtype}, expected torch.float32.")
+                fault = f"has dtype {tensor.dtype}, expected torch.float32"
             elif not torch.isfinite(tensor).all():
-                raise SensiLoadError(f"{where} contains NaN or infinity.")
+                fault = "contains NaN or infinity"
+            if fault is not None:
+                raise SensiLoadError(f"{path}: {kind}:{name} {fault}. {_AGAIN}")
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

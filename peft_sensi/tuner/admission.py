@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
 from ..anatomy.modules import (
+    HEAD_NAMES,
     base_of,
     embedding_of,
     head_parameters_outside_modules,
@@ -20,7 +21,7 @@ from ..anatomy.modules import (
     not_linear,
     task_head,
 )
-from ..anatomy.units import Anatomy
+from ..anatomy.units import Anatomy, Group
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..utils import replicas
 from ..utils.errors import SensiError
@@ -124,6 +125,31 @@ def check_saved(model: nn.Module, config: SensiConfig) -> None:
                 stacklevel=2,
             )
             return
+
+
+def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> None:
+    """Raises `SensiError` if a module is to be saved whole whose units may be trimmed: one of these groups.
+
+    Warns of names in `target_modules` and `modules_to_save` that fit no module, beside others that fit.
+    """
+    saved = saved_whole(model, config)
+    if both := [name for group in trimmed for name in group.modules if saved(name)]:
+        raise SensiError(
+            f"`modules_to_save` has {both[0]!r}, whose units the budget may trim. A module that is saved whole keeps "
+            f"its shape: leave it out of `modules_to_save`, or set a budget that trims nothing, such as "
+            f"{{'trainable': 0.01}}."
+        )
+    paths = [f".{name}" for name, _ in model.named_modules() if name]
+    for field in ("target_modules", "modules_to_save"):
+        names = getattr(config, field) or ()
+        # PEFT adds the usual names of heads, of which a model has one.
+        wanted = () if isinstance(names, str) else set(names) - set(HEAD_NAMES)
+        if unknown := sorted(name for name in wanted if not any(path.endswith(f".{name}") for path in paths)):
+            warnings.warn(
+                f"`{field}` names {unknown[0]!r}, but no module of the model is called so, and it has no effect: is "
+                f"it misspelled?",
+                stacklevel=2,
+            )
 
 
 def held_twice(name: str) -> SensiError:

@@ -32,10 +32,6 @@ _CHOICES = {
     "widths": ("free", "uniform"),
 }
 
-# Field -> the smallest whole number. The optional ones may be None.
-_OPTIONAL = {"sequence_length": 1, "rank": 1, "sparse": 1, "tuned_layers": 1}
-_COUNTS = {"calibration_steps": 1, "priming_steps": 0, "multiple_of": 1, "min_units": 0, "seed": 0, **_OPTIONAL}
-
 # Field -> the part of an update that it belongs to.
 _PART_OF = {
     "rank": "low_rank",
@@ -159,18 +155,8 @@ def _check_values(config: Any) -> None:
         if getattr(config, name) not in choices:
             names = ", ".join(choice for choice in choices if choice is not None)
             raise SensiError(f"`{name}` must be one of {names}, got {getattr(config, name)!r}.")
-    for name, smallest in _COUNTS.items():
-        value = getattr(config, name)
-        if not (value is None and name in _OPTIONAL) and not (type(value) is int and smallest <= value < 2**31):
-            raise SensiError(f"`{name}` must be a whole number of at least {smallest}, got {shown(value)}.")
-    for name in ("sparsity", "retention"):
-        value = getattr(config, name)
-        if value is not None and not (is_number(value) and 0 <= value < 1):
-            raise SensiError(f"`{name}` must be a share in [0, 1), got {shown(value)}.")
     if config.scale is not None and not (is_number(config.scale) and 0 < config.scale <= _LARGEST_SCALE):
         raise SensiError(f"`scale` must be a number in (0, {_LARGEST_SCALE:g}], got {shown(config.scale)}.")
-    if config.priming_lr <= 0:
-        raise SensiError(f"`priming_lr` must be positive, got {config.priming_lr!r}.")
     if any(name not in ALSO_TRAIN for name in config.also_train or ()):
         raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {config.also_train!r}.")
     kinds = compressed_kinds(config.update)

@@ -37,7 +37,15 @@ from ..scoring.head import head_to_train
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .admission import check_plain, check_saved, head_to_save, is_partly_frozen, leave_frozen, warn_of_frozen_linears
+from .admission import (
+    check_names,
+    check_plain,
+    check_saved,
+    head_to_save,
+    is_partly_frozen,
+    leave_frozen,
+    warn_of_frozen_linears,
+)
 from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
 from .loading import prefix_of
@@ -106,6 +114,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     reached = [group for group in anatomy.groups if targets & set(group.modules) or (others and group.in_block)]
     if config.plan is None:
         warn_of_frozen_linears(model, blocks, targets, config)
+        check_names(model, config, [group for group in anatomy.trimmable if others and group.in_block])
         check_plain(model, {name for group in reached for name in group.modules})
     if config.update is None:
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -23,23 +22,14 @@ from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from . import wrapping
 from .admission import check_addition, check_name
-from .checkpoint import (
-    PLAN_KEY,
-    check_pair,
-    check_scale,
-    config_mark,
-    described_by,
-    plan_from_tensor,
-    plan_key,
-    plan_to_tensor,
-)
+from .checkpoint import check_pair, check_scale, described_by, plan_from_tensor, plan_key
 from .config import SensiConfig
 from .decision import Decision, prepare
-from .head_settings import head_settings
 from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
 from .operations import AdapterOperations
+from .saving import check_present, completed
 from .stale import check_wrapper
-from .wrapping import copy_saved_modules, drop_base, note_plan, replanned, root_of, set_head, wrap_head, wrap_module
+from .wrapping import copy_saved_modules, drop_base, note_plan, replanned, set_head, wrap_head, wrap_module
 
 
 class SensiModel(AdapterOperations, BaseTuner):
@@ -216,7 +206,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Trained values are float32 already, and PEFT's version would re-wrap them and set `requires_grad`. Only under
         # `low_cpu_mem_usage` an older file can have brought modules in 16 bits.
-        hold_masters(self.model, adapter_name)
+        hold_masters(self.model, adapter_name, autocast_adapter_dtype)
 
     # -- several adapters, merging ------------------------------------------------------------------------------------
 
@@ -322,16 +312,13 @@ class SensiModel(AdapterOperations, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(LAYER_MARK)}
-        prefix = "base_model.model." if isinstance(model, PeftModel) else ""
-        config.head_settings = head_settings(root_of(model))  # PEFT saves the config after the tensors
-        tensors[prefix + PLAN_KEY] = plan_to_tensor(config.plan, config_mark(config), config.scale)
-        return tensors
+        return completed(tensors, model, config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        check_present(model, adapter_name)
         state_dict = dict(state_dict)
         stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:

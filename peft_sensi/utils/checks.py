@@ -75,6 +75,16 @@ _NAMES_OR_TEXT = (lambda v: v is None or isinstance(v, str) or _is_names(v), "a 
 _TEXT_OR_NONE = (_is(str, NoneType), "a string or None")
 _TEXT = (_is(str), "a string")
 _BOOL = (_is(bool), "True or False")
+
+
+def _count(smallest: int, or_none: bool = False) -> tuple[Callable[[Any], bool], str]:
+    def is_good(value: Any) -> bool:
+        return (value is None and or_none) or (type(value) is int and smallest <= value < 2**31)
+
+    return is_good, f"a whole number of at least {smallest}"
+
+
+_SHARE = (lambda v: v is None or (is_number(v) and 0 <= v < 1), "a share in [0, 1)")
 # For each field: a function that says whether a value is accepted, and a description for the message.
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": _NAMES_OR_TEXT,
@@ -92,7 +102,19 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "keep_base": _BOOL,
     "init_weights": _BOOL,
     "inference_mode": _BOOL,
-    "priming_lr": (is_number, "a finite number"),
+    "priming_lr": (lambda v: is_number(v) and v > 0, "a finite number above 0"),
+    "calibration_steps": _count(1),
+    "priming_steps": _count(0),
+    "multiple_of": _count(1),
+    "min_units": _count(0),
+    "seed": _count(0),
+    "always_trained": (lambda v: type(v) is int and v >= 0, "a whole number of at least 0"),
+    "sequence_length": _count(1, or_none=True),
+    "rank": _count(1, or_none=True),
+    "sparse": _count(1, or_none=True),
+    "tuned_layers": _count(1, or_none=True),
+    "sparsity": _SHARE,
+    "retention": _SHARE,
     "fingerprint": (_is_fingerprint, "None, or a dict of `shapes` and a list of finite `marks`"),
     "head_settings": (_is_head_settings, "None, or a dict of `labels`, `problem_type` and `pad_token_id`"),
     "auto_mapping": (
@@ -106,7 +128,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_types(values: Mapping[str, Any]) -> None:
-    """Raises `SensiError` for a field of a config that has a wrong type."""
+    """Raises `SensiError` for a field of a config, or an argument of the same name, that has a wrong type or range."""
     for name, (is_good, expected) in _TYPES.items():
         if name in values and not is_good(values[name]):
             raise SensiError(f"`{name}` must be {expected}, got {shown(values[name])}.")

@@ -135,7 +135,7 @@ def _exchange(where: str, payload: Any = None, error: Exception | None = None) -
     try:
         dist.all_gather_object(reports, (where, payload, failure))
     except RuntimeError as lost:
-        gone = f"Another process has ended or does not respond during {where}: {lost}"
+        gone = f"Another process has ended or does not respond during {where}. Look for its error: {lost}"
         raise _FailedTogether(SensiError(gone)) from lost
     places, payloads, failures = zip(*reports, strict=True)
     if failed := [(number, *failure) for number, failure in enumerate(failures) if failure is not None]:
@@ -200,7 +200,10 @@ def average_gradients(
     used = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients and not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
-        raise CalibrationError(f"The gradient of {batch_name} is not finite.")
+        raise CalibrationError(
+            f"The gradient of {batch_name} is not finite. Look for NaN in this batch and in the weights, and load a "
+            f"float16 model as bfloat16 or float32."
+        )
     reports = gather(where, (used, weight))
     share = weight / sum(w for _, w in reports)
     for i in sorted(set().union(*(indices for indices, _ in reports))):
