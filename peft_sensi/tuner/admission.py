@@ -146,7 +146,7 @@ def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> 
         wanted = () if isinstance(names, str) else set(names) - set(HEAD_NAMES)
         if unknown := sorted(name for name in wanted if not any(path.endswith(f".{name}") for path in paths)):
             warnings.warn(
-                f"`{field}` names {unknown[0]!r}, but no module of the model is called so, and it has no effect: is "
+                f"`{field}` names {unknown[0]!r}, but no module of the model has this name, so it has no effect: is "
                 f"it misspelled?",
                 stacklevel=2,
             )
