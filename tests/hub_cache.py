@@ -23,12 +23,12 @@ def add_dataset(cache: Path, name: str, splits: dict[str, list[dict]]) -> None:
     from datasets import load_dataset
 
     files = {}
-    for split, rows in splits.items():
-        files[split] = str(cache / f"{split}.jsonl")
-        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    load_dataset("json", data_files=files, cache_dir=str(cache / "made"))
-    (made,) = (path.parent for path in (cache / "made").rglob("dataset_info.json"))
     owner, _, short = name.partition("/")
+    for split, rows in splits.items():
+        files[split] = str(cache / f"{short}-{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_dataset("json", data_files=files, cache_dir=str(cache / "made" / short))
+    (made,) = (path.parent for path in (cache / "made" / short).rglob("dataset_info.json"))
     place = cache / "datasets" / f"{owner}___{short}" / "default" / "0.0.0" / COMMIT
     shutil.copytree(made, place)
     for file in place.glob("json-*.arrow"):

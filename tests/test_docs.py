@@ -77,6 +77,8 @@ def cache(tmp_path_factory) -> Path:
         for i in range(40)
     ]
     hub_cache.add_dataset(cache, "stanfordnlp/sst2", {"train": rows, "validation": rows[:8]})
+    pairs = [{"query": row["sentence"], "answer": f"{row['sentence']} w9"} for row in rows]
+    hub_cache.add_dataset(cache, "sentence-transformers/natural-questions", {"train": pairs})
     return cache
 
 
