@@ -246,6 +246,20 @@ def hub(monkeypatch, tmp_path):
     close_session()
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["check"], ["merge", "out"], ["measure"], ["plan", "--data", "a.csv"]])
+def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, tmp_path, monkeypatch):
+    """huggingface_hub tries again for 23 s for each file of a repository that is not in the cache."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text,label\nso fine,1\nso bad,0\n")
+    hub.server.shutdown()
+    hub.server.server_close()
+    result = run(words[0], "me/unknown", *words[1:])
+    assert result.exit_code == 1 and "it cannot be reached" in result.output, result.output
+    assert not waits
+
+
 def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -29,7 +29,7 @@ from ..utils.checks import PROBLEM_TYPES
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import short_repr
-from ..utils.places import not_found
+from ..utils.places import is_out_of_reach, not_found
 
 
 CONFIG, WEIGHTS, METRICS = "adapter_config.json", "adapter_model.safetensors", "metrics.json"
@@ -134,7 +134,8 @@ def file_in(name: str, file: str) -> Path | None:
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).exists() else None
     with contextlib.suppress(Exception):  # no connection, no such repository: loading the model says that
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        local = is_out_of_reach(name)
+        found = cached_file(name, file, local_files_only=local, _raise_exceptions_for_missing_entries=False)
         return None if found is None else Path(found)
     return None
 
@@ -187,6 +188,8 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
                 options = {key: getattr(config, key) for key in ("num_labels", "id2label", "label2id", "problem_type")}
             changes = {key: value for key, value in options.items() if key != "ignore_mismatched_sizes"}
             return load_merged_as(folder, auto_class, changes)
+        if is_out_of_reach(name):
+            options["local_files_only"] = True
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except SensiError:
         raise
@@ -200,6 +203,8 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 def pretrained_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer of a folder or of a repository. Raises `SensiError` if it has none, or a damaged one."""
     try:
+        if is_out_of_reach(name):
+            options["local_files_only"] = True
         found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # a damaged file can raise anything, also errors of the tokenizers library
         folder = Path(name)

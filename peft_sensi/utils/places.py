@@ -16,6 +16,25 @@ def is_repo(name: str) -> bool:
     return not Path(name).is_dir()
 
 
+def is_out_of_reach(name: str | Path) -> bool:
+    """Whether a name leads to the Hub, and the Hub cannot be reached, so that only copies in the cache can be used.
+
+    This asks once. huggingface_hub tries again for 23 seconds for each file that is not in the cache.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE or not is_repo(str(name)):
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(str(name), "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:  # an answer, such as that there is no such file
+        return False
+    except Exception:  # the classes of network errors depend on the Hub library's HTTP client
+        return True
+    return False
+
+
 def is_onnx(place: Path) -> bool:
     """Whether this is an exported ONNX model: a file, or a folder without another model."""
     others = ("config.json", "adapter_config.json")
