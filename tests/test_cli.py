@@ -79,11 +79,12 @@ def test_help_has_an_example_and_fits_80_columns(command):
     text = call(command, "--help")
     assert f"Example: peft-sensi {command}" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
-    assert text.count("<bool>") == text.count("--help "), "flags take no value"
+    assert "--help" in text and "<bool>" not in text, "flags take no value"
 
 
 def test_the_commands_are_listed():
     text = call("--help")
+    assert "<bool>" not in text
     assert all(f" {command} " in text for command in COMMANDS)
     assert call("--version") == f"peft-sensi {peft_sensi.__version__}\n"
 

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from importlib.metadata import version as version_of
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from . import adapter_commands, base_commands, check, measure, prediction_commands, sweep, training_commands
 from .terminal import one_line_errors
 
 
+class PlainHelp:
+    """Without a text, typer would show `<bool>` beside --help, as if it took a value."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class Command(PlainHelp, TyperCommand):
+    pass
+
+
+class Group(PlainHelp, TyperGroup):
+    pass
+
+
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,6 +76,6 @@ for function, example in (
     (adapter_commands.push, "push adapter me/my-adapter --private"),
     (base_commands.list_recipes, "recipes --json"),
 ):
-    app.command(example.split()[0], epilog=f"Example: peft-sensi {example}")(
+    app.command(example.split()[0], cls=Command, epilog=f"Example: peft-sensi {example}")(
         one_line_errors(function, loads=function is not base_commands.list_recipes, trains=function in TRAINING)
     )
