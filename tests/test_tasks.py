@@ -769,3 +769,66 @@ def test_headers_and_comments_in_files_of_words(tmp_path):
         assert [row["tokens"] for row in found] == [["red", "#"], ["# id 3"]]  # only what is written as a comment
     with pytest.raises(DataError, match="row 1 has no list of words in 'tokens', but 'a b'. Files of words"):
         words.to_raw("f", [{"tokens": "a b", "ner_tags": "O O"}], None, None)
+
+
+WORD_ROWS = [
+    ("Sentence: 1", "Anna", "NNP", "B-per"),
+    ("", "is", "VBZ", "O"),
+    ("", "in", "IN", "O"),
+    ("", "New", "NNP", "B-geo"),
+    ("", "York", "NNP", "I-geo"),
+    ("Sentence: 2", "Rain", "NN", "O"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_table_with_one_word_in_each_row_is_read_as_sentences(suffix, repeated, tmp_path, base):
+    """As in the table of named entities on Kaggle: the number of the sentence in its first row, or in every row."""
+    delimiter = "," if suffix == ".csv" else "\t"
+    lines, last = [delimiter.join(["Sentence #", "Word", "POS", "Tag"])], ""
+    for sentence, *others in WORD_ROWS:
+        last = sentence or last
+        lines.append(delimiter.join([last if repeated else sentence, *others]))
+    path = tmp_path / f"ner{suffix}"
+    path.write_text("\n".join(lines))
+    expected = [["Anna", "is", "in", "New", "York"], ["Rain"]]
+    for kind in (None, "words"):
+        task = read_task(str(base), path, kind=kind, validation_share=0.0)
+        assert task.kind == "words" and [row["tokens"] for row in task.train.raw] == expected
+        assert [row["tags"] for row in task.train.raw] == [["B-per", "O", "O", "B-geo", "I-geo"], ["O"]]
+    rows, _, _ = rows_for_prediction("words", task.tokenizer, path)
+    assert [row["tokens"] for row in rows.raw] == expected and "tags" not in rows.raw[0]
+
+
+def test_a_sentence_with_one_of_its_words_and_a_class_is_no_table_of_words(tmp_path):
+    (tmp_path / "a.csv").write_text("sentence,word,label\nthe bank of the river,bank,1\nmoney in the bank,bank,0\n")
+    assert kind_of(read_source(tmp_path / "a.csv", None, Options()).train[0]) == "text"
+
+
+def test_words_in_rows_need_a_column_for_the_sentence_and_one_for_the_tag(tmp_path, base):
+    for header, reason in (
+        ("tokens,tags", r"no list of words in 'tokens', but 'Anna'.*with the columns sentence, word and tag"),
+        ("word,sentence", "holds the tags with --label-column"),
+    ):
+        (tmp_path / "a.csv").write_text(f"{header}\nAnna,B-per\nsleeps,O\n")
+        with pytest.raises(DataError, match=reason):
+            read_task(str(base), tmp_path / "a.csv", kind="words")
+
+
+def test_blank_lines_between_rows_are_named(tmp_path):
+    """Predictions have one row for each row of the file, so a reader who counts lines must know which are left out."""
+    (tmp_path / "a.csv").write_text("text\nso fine\n\nso bad\n  \nso so\n\n")
+    table = read_rows(tmp_path / "a.csv")
+    assert [row["text"] for row in table.rows] == ["so fine", "so bad", "so so"]
+    assert table.notes == ["a.csv: left out 2 empty rows (lines 3, 5)"]
+
+
+def test_one_column_is_no_task_and_the_advice_is_for_who_can_follow_it(tmp_path, base):
+    """`evaluate` has no --task: its model knows what it predicts."""
+    (tmp_path / "a.csv").write_text("text\nso fine\nso bad\n")
+    with pytest.raises(DataError, match=r"one column, 'text'.*--task words"):
+        read_task(str(base), tmp_path / "a.csv")
+    with pytest.raises(DataError, match="--label-column") as caught:
+        read_task(str(base), tmp_path / "a.csv", kind="text")
+    assert "--task" not in str(caught.value)

@@ -28,10 +28,9 @@ def label_columns(name: Any, rows: Sequence[dict[str, Any]], given: Sequence[str
     usual |= {column.strip().lower(): column for column in reversed(names)}
     found = [usual[column] for column in LABEL_COLUMNS if column in usual]
     if not found:
-        words = " For words with tags, give --task words." if len(names) == 1 else ""
         raise DataError(
             f"{name}: name the column that holds the labels with --label-column; there are {known(names)}. If the "
-            f"file has no header, write one.{words}"
+            f"file has no header, write one."
         )
     return found[:1]
 

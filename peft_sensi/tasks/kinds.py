@@ -110,14 +110,22 @@ def decode(
 
 
 def kind_of(part: Part) -> Kind:
-    """The kind of task that the rows are for."""
+    """The kind of task that the rows are for.
+
+    Raises `DataError` if there is one column only: it can be texts without labels, or words with tags.
+    """
     if part.form in ("words", "answers"):
         return part.form  # type: ignore[return-value]
     names, first = set(part.rows[0]), part.rows[0]
     if {"question", "context"} <= names and ("answers" in names or any({*both} <= names for both in answers.COLUMNS)):
         return "answers"
-    if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS):
+    if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS) or words.has_word_rows(part.rows):
         return "words"
+    if len(names) == 1:
+        raise DataError(
+            f"{part.name} has one column, {next(iter(names))!r}, and labels need another one. If the file has no "
+            f"header, write one. For words with tags, give --task words."
+        )
     return "text"
 
 

@@ -101,7 +101,7 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     if '"' in text and delimiter == "\t":
         part = "enclose cells" if quotes else "are part of the text"
         notes.append(f"{path.name}: double quotes {part} (--{'no-' if quotes else ''}quotes for the other way)")
-    header, *lines = _cells(text, delimiter, quotes) or [(1, [])]
+    header, *lines = _cells(text, delimiter, quotes, blank=True) or [(1, [])]
     names = [name.strip() for name in header[1]]
     # Spreadsheets write delimiters for empty columns beside the table.
     while len(names) > 1 and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for _, cells in lines):
@@ -109,12 +109,13 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
         lines = [(line, cells[: len(names)]) for line, cells in lines]
     check_names(path, names)
     rows: list[dict[str, Any]] = []
-    repeated = empty = 0
+    empty: list[int] = []
+    repeated = 0
     for line, cells in lines:
         if [cell.strip() for cell in cells] == names:
             repeated += 1
         elif not any(cell.strip() for cell in cells):
-            empty += 1
+            empty.append(line)
         elif len(cells) != len(names):
             other = "" if given else " Perhaps the columns are separated otherwise: see --delimiter and --quotes."
             count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
@@ -125,7 +126,9 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     if repeated:
         notes.append(f"{path.name}: left out {repeated} repeated header{'s' * (repeated > 1)}")
     if empty:
-        notes.append(f"{path.name}: left out {empty} empty row{'s' * (empty > 1)}")
+        shown = ", ".join(map(str, empty[:3])) + ", ..." * (len(empty) > 3)
+        several = "s" * (len(empty) > 1)
+        notes.append(f"{path.name}: left out {len(empty)} empty row{several} (line{several} {shown})")
     return rows
 
 
@@ -138,18 +141,25 @@ def _is_json(text: str) -> bool:
     return False
 
 
-def _cells(text: str, delimiter: str, quotes: bool, limit: int | None = None) -> list[tuple[int, list[str]]]:
-    """The lines of a table that are not blank: number of the (last) line, and its cells."""
+def _cells(
+    text: str, delimiter: str, quotes: bool, limit: int | None = None, blank: bool = False
+) -> list[tuple[int, list[str]]]:
+    """The lines of a table: number of the (last) line, and its cells.
+
+    Blank lines are left out, or have no cells with `blank`. Those at the start and the end are always left out.
+    """
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     old = csv.field_size_limit(2**31 - 1)  # texts may be long: the tokenizer cuts them later
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-        found = []
+        found: list[tuple[int, list[str]]] = []
         for cells in reader:
-            if cells:
+            if cells or (blank and found):
                 found.append((reader.line_num, cells))
             if limit is not None and len(found) >= limit:
                 break
+        while found and not found[-1][1]:
+            found.pop()
         return found
     finally:
         csv.field_size_limit(old)

@@ -124,7 +124,11 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
     form = Format(options.encoding, options.delimiter, options.quotes)
     suffix = suffix_of(path)
     content = hashlib.sha256(path.read_bytes()).hexdigest()
-    if suffix in (".conll", ".iob", ".bio") or (kind == "words" and suffix in words.CONLL_SUFFIXES):
+    is_conll = suffix in (".conll", ".iob", ".bio")
+    if kind == "words" and suffix in words.CONLL_SUFFIXES and not is_conll:
+        header = read_text(path, encoding=options.encoding).partition("\n")[0]
+        is_conll = not words.is_word_header(re.split(r"[\t,;|]", header))
+    if is_conll:
         label = options.label_columns()
         token, tag = words.column_numbers(options.text_column, label[0] if label else None)
         rows = words.read_conll(path, token, tag if labeled else None, encoding=options.encoding)

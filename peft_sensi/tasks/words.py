@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import metrics
-from .columns import check_known
+from .columns import check_known, known
 from .decoding import read_text
 from .labels import DataError, Labels
 from .metrics import Quality
@@ -25,9 +25,11 @@ CONLL_SUFFIXES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".tab")
 FORMS = (
     "Files of words (CoNLL) have a word and its tag in each line and an empty line after each sentence "
     f"({', '.join(CONLL_SUFFIXES)}); tables have a list of words and a list of tags in each row, in the columns "
-    "tokens and ner_tags (.jsonl, .parquet)."
+    "tokens and ner_tags (.jsonl, .parquet), or a word in each row, with the columns sentence, word and tag (.csv)."
 )
 WORD_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner")
+WORD_NAMES, TAG_NAMES = (*WORD_COLUMNS, "token", "word"), (*TAG_COLUMNS, "tag", "label", "ner_tag")
+SENTENCE_NAMES = ("sentence #", "sentence", "sentence_id", "sentence_number", "sent_id")
 _COMMENT = re.compile(r"#\s.*=")
 
 
@@ -79,13 +81,32 @@ def read_conll(
 
 def is_header(cells: Sequence[str]) -> bool:
     """Whether the cells of a line are names of columns: one for words, and one for tags."""
-    names = {cell.strip().lower() for cell in cells}
-    return bool(names & {*WORD_COLUMNS, "token", "word"}) and bool(names & {*TAG_COLUMNS, "tag", "label", "ner_tag"})
+    return _usual(cells, WORD_NAMES) is not None and _usual(cells, TAG_NAMES) is not None
+
+
+def has_word_rows(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a table has one word in each row, with columns for its sentence and its tag."""
+    tag = _usual(list(rows[0]), TAG_NAMES)
+    return tag is not None and is_word_header(list(rows[0])) and all(is_tag(row[tag]) for row in rows[:100])
+
+
+def is_word_header(names: Sequence[str]) -> bool:
+    """Whether a table with these columns has one word in each row, and says to which sentence it belongs."""
+    return _usual(names, WORD_NAMES) is not None and _usual(names, SENTENCE_NAMES) is not None
+
+
+def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    """The first of the names that is a usual one."""
+    return next((name for name in names if name.strip().lower() in usual), None)
+
+
+def is_tag(tag: Any) -> bool:
+    prefix, dash, kind = str(tag).partition("-")
+    return tag == OUTSIDE or (prefix in "BIESLU" and len(prefix) == 1 and bool(dash and kind))
 
 
 def check_tag(tag: Any, place: str) -> None:
-    prefix, dash, kind = str(tag).partition("-")
-    if tag != OUTSIDE and not (prefix in "BIESLU" and len(prefix) == 1 and dash and kind):
+    if not is_tag(tag):
         hint = "" if isinstance(tag, str) else " Tags need their names, not their numbers."
         raise DataError(
             f"{place}: {tag!r} is not a tag such as O, B-person or I-person (--label-column).{hint} {FORMS}"
@@ -103,10 +124,17 @@ def column_numbers(text: str | None, label: str | None) -> tuple[int, int]:
 def to_raw(
     name: Any, rows: Sequence[dict[str, Any]], text: str | None, label: str | None, needs_tags: bool = True
 ) -> list[dict[str, Any]]:
-    """Sentences from a table with a list of words and, if tags are needed, a list of tags in each row."""
+    """Sentences from a table with a list of words and, if tags are needed, a list of tags in each row.
+
+    A table with one word in each row has a column for the sentence (see `in_sentences`).
+    """
     names = list(rows[0])
     check_known(name, names, [text] if text else [], "--text-column")
     check_known(name, names, [label] if label else [], "--label-column")
+    word = text or _usual(names, WORD_NAMES)
+    sentence = _usual([column for column in names if column not in (word, label)], SENTENCE_NAMES)
+    if word is not None and sentence is not None and isinstance(rows[0].get(word), str):
+        return in_sentences(name, rows, sentence, word, label or _usual(names, TAG_NAMES), needs_tags)
     text = text or next((column for column in WORD_COLUMNS if column in names), None)
     if needs_tags:
         label = label or next((column for column in TAG_COLUMNS if column in names), None)
@@ -130,6 +158,36 @@ def to_raw(
             found.append({"row": number, "tokens": tokens, **tagged})
     if not found:
         raise DataError(f"{name} has no sentences.")
+    return found
+
+
+def in_sentences(
+    name: Any, rows: Sequence[dict[str, Any]], sentence: str, word: str, tag: str | None, needs_tags: bool = True
+) -> list[dict[str, Any]]:
+    """Sentences from a table with one word in each row.
+
+    A sentence begins where the column of the sentence has another value. Some tables have the value only in the first
+    row of each sentence.
+    """
+    if tag is None and needs_tags:
+        raise DataError(
+            f"{name}: name the column that holds the tags with --label-column; there are {known(list(rows[0]))}."
+        )
+    found: list[dict[str, Any]] = []
+    current: Any = None
+    for number, row in enumerate(rows, start=1):
+        value = "" if row[sentence] is None else str(row[sentence]).strip()
+        if not found or value not in ("", current):
+            found.append({"row": len(found) + 1, "tokens": []} | ({"tags": []} if needs_tags else {}))
+            current = value
+        if not isinstance(row[word], str):
+            raise DataError(f"{name}: row {number} has no word in {word!r}, but {row[word]!r:.60}.")
+        found[-1]["tokens"].append(row[word].strip())
+        if needs_tags:
+            label = row[str(tag)]
+            label = label.strip() if isinstance(label, str) else label
+            check_tag(label, f"{name}, row {number}")
+            found[-1]["tags"].append(label)
     return found
 
 
