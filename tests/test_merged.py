@@ -844,3 +844,23 @@ def test_a_folder_that_does_not_exist_and_one_without_a_model(tmp_path):
         load_merged(tmp_path / "nothing")
     with pytest.raises(SensiLoadError, match="holds no config.json: it is not a merged model"):
         load_merged(tmp_path)
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 1,000 bytes, as on a disk without room."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_nothing_stays_behind(tmp_path, full_disk):
+    model = wrap(tiny_model(), budget=0.5)
+    with pytest.raises(SensiError, match=r"merged could not be written .*Nothing was changed\."):
+        save_merged(model, tmp_path / "new" / "merged")
+    (tmp_path / "old").mkdir()
+    with pytest.raises(SensiError, match=r"old could not be written"):
+        save_merged(model, tmp_path / "old")
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"] and not list((tmp_path / "old").iterdir())

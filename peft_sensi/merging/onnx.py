@@ -256,6 +256,8 @@ def _trace(
                 opset_version=opset,
                 dynamo=False,
             )
+    except OSError as error:  # the disk is full, for example
+        raise SensiError(f"The ONNX graph could not be written ({error}). Nothing was changed.") from error
     except Exception as error:  # the exporter's errors have no common base class
         message = str(error).strip().partition("\n")[0]
         raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {message}") from error

@@ -32,7 +32,7 @@ from ..anatomy.widths import RECORD_KEY, SAVED_BY, compare, expressed, is_merged
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
-from ..utils.files import move_files, open_safetensors, read_json_object
+from ..utils.files import move_files, new_folder, open_safetensors, read_json_object, writing
 from .foreign import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS
 from .hashes import HASH_KEY, hashes_of
 from .modeling_file import write_modeling_file
@@ -86,7 +86,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         Whether the folder is a plain checkpoint, which any `from_pretrained` loads.
 
     Raises:
-        SensiError: The model cannot be rebuilt from files, or loaders would mix it up with something in the folder.
+        SensiError: The model cannot be rebuilt from files, or loaders would mix it up with something in the folder, or
+            the folder cannot be written.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -102,8 +103,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     config.update(edits or {})
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return plain  # only the first process writes
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as name:
+    with writing(folder), new_folder(folder), tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as name:
         temporary = Path(name)
         # Transformers writes dtypes, tied weights and generation settings in the form that it reads.
         type(model).save_pretrained(

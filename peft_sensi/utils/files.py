@@ -45,18 +45,40 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     # Not `mkstemp`: only the owner may read the files that it creates.
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        write(str(temporary))
-        make_readable(temporary)
-        flush(temporary)
-        os.replace(temporary, path)
+        with writing(path):
+            write(str(temporary))
+            make_readable(temporary)
+            flush(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises a `SensiError` that names the file or folder if the block cannot write: the disk is full, for example."""
+    try:
+        yield
     except Exception as error:
         # By its name, because safetensors may not be installed where this runs.
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise SensiError(f"{path} could not be written ({error}). Nothing was changed.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Creates a folder that does not exist, and removes it if the block fails before anything is in it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
