@@ -171,6 +171,12 @@ def test_a_failed_prediction_leaves_the_old_file(work, tmp_path, monkeypatch):
     assert "predictions are written as" in fails("predict", work / "merged", work / "new.csv", "--out", "p.txt")
 
 
+def test_evaluate_advises_no_option_that_it_lacks(work, tmp_path):
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": text, "label": "so"}) + "\n" for text in TEXTS))
+    remarks = json.loads(call("evaluate", work / "merged", tmp_path / "one.jsonl", "--json"))["remarks"]
+    assert len(remarks) == 1 and remarks[0].endswith("give more rows.") and "validation" not in remarks[0]
+
+
 def test_evaluate_agrees_with_the_predictions(work):
     found = json.loads(call("evaluate", work / "merged", work / "test.jsonl", "--json"))
     truth = [("good", "bad", "so")[i % 3] for i in range(len(TEXTS))]

@@ -116,8 +116,10 @@ def evaluate(
         outputs = predictor.outputs(task.train, batch_size)
     with step("computing metrics and their intervals", show=not json):
         quality = task.measure(outputs, task.train, None)
-    for remark in quality.remarks:
-        print_warning(remark.replace("validation rows", "rows"))
+    # Here, all rows are measured, and there is no --validation.
+    remarks = [text.replace("validation rows", "rows").replace(", or --validation", "") for text in quality.remarks]
+    for remark in remarks:
+        print_warning(remark)
     rows = [
         [name, metric_text(value), interval_text(quality.intervals.get(name)), metric_text(quality.baseline.get(name))]
         for name, value in quality.values.items()
@@ -126,7 +128,7 @@ def evaluate(
         json,
         {
             "model": model, "data_sha256": task.hashes, "rows": len(task.train.raw), "metrics": quality.values,
-            "baseline": quality.baseline, "intervals": quality.intervals, "remarks": quality.remarks,
+            "baseline": quality.baseline, "intervals": quality.intervals, "remarks": remarks,
         },
         records_table(["metric", "value", "95 % interval", "baseline"], rows),
         f"baseline: {baseline_words(task.record)}",
