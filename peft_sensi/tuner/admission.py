@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -130,7 +131,8 @@ def check_saved(model: nn.Module, config: SensiConfig) -> None:
 def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> None:
     """Raises `SensiError` if a module is to be saved whole whose units may be trimmed: one of these groups.
 
-    Warns of names in `target_modules` and `modules_to_save` that fit no module, beside others that fit.
+    Warns of names that fit no module beside others that fit: all of these in `modules_to_save`, and in
+    `target_modules` those that are nearly the name of a module.
     """
     saved = saved_whole(model, config)
     if both := [name for group in trimmed for name in group.modules if saved(name)]:
@@ -144,12 +146,21 @@ def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> 
         names = getattr(config, field) or ()
         # PEFT adds the usual names of heads, of which a model has one.
         wanted = () if isinstance(names, str) else set(names) - set(HEAD_NAMES)
-        if unknown := sorted(name for name in wanted if not any(path.endswith(f".{name}") for path in paths)):
+        unknown = sorted(name for name in wanted if not any(path.endswith(f".{name}") for path in paths))
+        if field == "target_modules":  # a list may have the names of several architectures, as those of our recipes
+            unknown = [name for name in unknown if _nearly_in(name, paths)]
+        if unknown:
             warnings.warn(
                 f"`{field}` names {unknown[0]!r}, but no module of the model has this name, so it has no effect: is "
                 f"it misspelled?",
                 stacklevel=2,
             )
+
+
+def _nearly_in(name: str, paths: list[str]) -> bool:
+    """Whether a name differs by a letter or two from the end of a path."""
+    parts = name.count(".") + 1
+    return bool(get_close_matches(name, {".".join(path.split(".")[-parts:]) for path in paths}, n=1, cutoff=0.88))
 
 
 def held_twice(name: str) -> SensiError:
