@@ -335,7 +335,7 @@ def test_data_that_cannot_be_meant(work, tmp_path):
     assert "nothing to learn" in with_rows([row | {"label": "x"} for row in rows])
     assert "different labels" in with_rows([row | {"label": f"id{i}"} for i, row in enumerate(rows)])
     assert "no text in 'text'" in with_rows([*rows * 20, {"text": 5, "label": 1}])
-    assert "--label-column" in with_rows([{"text": "a"}])
+    assert "labels need another one" in with_rows([{"text": "a"}])
     text = fails("plan", work / "base", "--data", work / "data.tsv", "--regression", "--budget", "0.5")
     assert "as --regression needs" in text
 

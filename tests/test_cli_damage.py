@@ -131,7 +131,8 @@ def test_names_that_are_not_found(work, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "file").write_text("x")
     save_tokenizer(tmp_path / "models" / "tokens")
-    data = ("--data", work / "new.csv")
+    (tmp_path / "labeled.csv").write_text("text,label\na good film,1\na poor plot,0\n")
+    data = ("--data", tmp_path / "labeled.csv")
     for name, words in (
         ("file", "file is a file, not the folder of a model"),
         ("models/nothing", "There is no folder models/nothing."),
