@@ -66,7 +66,7 @@ from common import (
 
 
 WHOLE = "whole model"
-ROWS, WORDS, MAX_LENGTH = 112, 16, 24  # training rows per library; words and tokens of a text
+ROWS, WORDS, MAX_LENGTH = 125, 16, 24  # training rows per library; words and tokens of a text
 BATCH_SIZE = 16
 CHECKED_ROWS = 128  # held-out rows on which logits are compared
 SEED = 0
