@@ -23,9 +23,9 @@ from torch import nn
 
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn, calibration_loss, device_of, not_finite, to_device, token_mask
+from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
 from ..utils import distributed
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, not_finite
 from ..utils.progress import progress_bar
 from ..utils.states import FROZEN, TRIMMED, TUNED
 from .layer_fit import fit_layer

@@ -11,6 +11,7 @@ from typing import Any
 from ..merging.onnx import ExportReport
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
+from ..utils.places import is_onnx
 from .results import metrics_of, task_record
 from .saved import SavedAdapter, task_of
 from .saved_merged import SavedMerged, tokenizer_of
@@ -101,10 +102,10 @@ def find_onnx(place: Path) -> Path | None:
     """
     if place.suffix == ".onnx" and not place.exists():
         raise SensiError(f"There is no file {place}. Check the path.")
-    if place.is_file():
-        return place if place.suffix == ".onnx" else None
-    if not place.is_dir() or any((place / name).exists() for name in ("config.json", "adapter_config.json")):
+    if not is_onnx(place):
         return None
+    if place.is_file():
+        return place
     found = sorted(path for path in place.glob("*.onnx") if not path.name.endswith(".int8.onnx"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)

@@ -19,7 +19,7 @@ from torch import nn
 from ..anatomy.units import Group
 from ..utils import distributed
 from ..utils.checks import shown
-from ..utils.errors import CalibrationError, SensiError
+from ..utils.errors import CalibrationError, SensiError, not_finite
 from ..utils.undo import snapshot, surely
 
 
@@ -176,14 +176,6 @@ def run_model(model: nn.Module, batch: Mapping[str, Any], where: str) -> Any:
             f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: give batches that "
             f"the model accepts. Its error was: {error}"
         ) from error
-
-
-def not_finite(what: str) -> CalibrationError:
-    """The error for a loss, a gradient or a score that is NaN or infinite. `what` says which one, and where."""
-    return CalibrationError(
-        f"{what}: the calibration data or the model is broken. Look for NaN in this batch and in the weights, and "
-        f"load a float16 model as bfloat16 or float32, because float16 overflows."
-    )
 
 
 def _is_text(values: list[Any]) -> bool:

@@ -64,8 +64,7 @@ def compute_scores(
         CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
             the batch.
         SensiError: An argument has a wrong type or range, or `score` is learned during priming and `priming_steps` is
-            0. Or the weights are
-            sharded, offloaded or on the meta device.
+            0. Or the weights are sharded, offloaded or on the meta device.
     """
     if score not in CRITERIA:
         raise SensiError(f"`score` must be one of {', '.join(CRITERIA)}, got {score!r}.")

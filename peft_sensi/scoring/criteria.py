@@ -20,8 +20,9 @@ from ..anatomy.linears import oriented
 from ..anatomy.modules import linear_of, task_head, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
+from ..utils.errors import not_finite
 from ..utils.progress import progress_bar
-from .calibration import ScoringOptions, device_of, not_finite
+from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
 from .outliers import OutlierFinder

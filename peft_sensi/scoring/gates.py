@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..anatomy.units import Anatomy, Group
-from ..utils.errors import CalibrationError
-from .calibration import LossFn, calibration_loss, check_differentiable, examples_in, examples_of, not_finite
+from ..utils.errors import CalibrationError, not_finite
+from .calibration import LossFn, calibration_loss, check_differentiable, examples_in, examples_of
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns

@@ -17,9 +17,10 @@ from torch import nn
 from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
 from ..utils import distributed
+from ..utils.errors import not_finite
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of, not_finite
+from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of
 from .head import head_bias, start_head_at_prior
 
 

@@ -26,7 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from . import errors
-from .errors import CalibrationError, SensiError
+from .errors import SensiError, not_finite
 
 
 _synchronized: ContextVar[bool] = ContextVar("synchronized", default=False)
@@ -200,10 +200,7 @@ def average_gradients(
     used = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients and not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
-        raise CalibrationError(
-            f"The gradient of {batch_name} is not finite. Look for NaN in this batch and in the weights, and load a "
-            f"float16 model as bfloat16 or float32."
-        )
+        raise not_finite(f"The gradient of {batch_name} is not finite")
     reports = gather(where, (used, weight))
     share = weight / sum(w for _, w in reports)
     for i in sorted(set().union(*(indices for indices, _ in reports))):

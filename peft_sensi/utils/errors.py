@@ -26,6 +26,14 @@ class CalibrationError(SensiError):
     """The calibration data cannot be used: it is empty, has no labels, or its loss is not finite."""
 
 
+def not_finite(what: str) -> CalibrationError:
+    """The error for a loss, a gradient or a score that is NaN or infinite. `what` says which one, and where."""
+    return CalibrationError(
+        f"{what}: the calibration data or the model is broken. Look for NaN in this batch and in the weights, and "
+        f"load a float16 model as bfloat16 or float32, because float16 overflows."
+    )
+
+
 class SensiLoadError(SensiError):
     """A file is damaged, has unexpected content, or does not belong to this base model."""
 
