@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -42,12 +41,11 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
 def kept_values(linear: Any, name: str, group: Group, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight `[out, in]` and the bias `[out]` of the Linear `name`, without the units that the plan trims."""
     weight, bias = matrix(linear).detach(), bias_of(linear)
-    kept = np.flatnonzero(plan.of(group) != TRIMMED)
-    sides = [side for side in group.sides if side.module == name]
-    index = torch.from_numpy(np.concatenate([side.positions(kept) for side in sides])).to(weight.device)
+    index = group.positions(name, plan.of(group) != TRIMMED).to(weight.device)
+    dim = next(side.dim for side in group.sides if side.module == name)
     if bias is not None:
-        bias = bias.detach().index_select(0, index) if sides[0].dim == 0 else bias.detach()
-    return weight.index_select(sides[0].dim, index), bias
+        bias = bias.detach().index_select(0, index) if dim == 0 else bias.detach()
+    return weight.index_select(dim, index), bias
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+"""Which units a trained model can do without, and the values of the others: for a trim, and for cuts in a training.
+
+A budget far below what is there is reached in stages. A unit that is superfluous beside others may be needed once they
+are gone, so each stage scores the model that the stage before has left, refitted. What remains after the last stage is
+fitted to the model before the first one, so that the errors of the stages do not add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..anatomy.linears import bias_of, matrix
+from ..anatomy.modules import linear_of
+from ..anatomy.units import Anatomy
+from ..planning.allocate import make_plan
+from ..planning.budget import Budget, allowance
+from ..planning.costs import costs_of
+from ..planning.plan import Plan
+from ..planning.refit import Refitted
+from ..planning.trimmed import assign, reassigned
+from ..scoring.calibration import LossFn, ScoringOptions
+from ..scoring.compute import score_units
+from ..scoring.scores import Scores
+from ..utils.states import TRIMMED
+from .config import SensiConfig
+from .decision import is_refitted
+from .in_place import refit_changes
+from .rescoring import FIT_ROUNDS, enough, labeled_by
+from .targets import anatomy_of
+
+
+@dataclass(frozen=True)
+class Data:
+    """With what units are scored and refitted. `scores` (of all units) take the place of scores that are computed."""
+
+    batches: list[Mapping[str, Any]] | None
+    loss_fn: LossFn | None
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which units stay.
+
+    `refitted` are changes of weights and biases (see `refit_changes`). `scores` has a number for each unit of the
+    base; units that were trimmed before have 0.
+    """
+
+    plan: Plan
+    refitted: Refitted
+    scores: Scores
+
+
+def choose(
+    root: nn.Module,
+    config: SensiConfig,
+    before: Plan,
+    opened: Plan,
+    limits: Budget,
+    data: Data,
+    options: ScoringOptions,
+    refits: bool | None,
+    progress: float | None = None,
+) -> Choice:
+    """Scores the model inside `merged_in_place`, in evaluation mode, and chooses units under `limits`.
+
+    `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
+    choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
+    fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages.
+    """
+    present = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
+    # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
+    now = anatomy_of(root, config, before.targets)
+    # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
+    now = replace(now, groups=tuple(g for g in now.groups if g.name in present and present[g.name].any()))
+    to_refit = None
+    if data.batches is not None and is_refitted(root, config, now, refits):
+        to_refit = enough(data.batches, options.calibration_steps)
+    stages = stages_to(opened, limits)
+    rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
+
+    def ranked(kept: Mapping[str, np.ndarray]) -> Scores:
+        if data.scores is not None:
+            return data.scores
+        found = score_units(root, now, labeled_by(root, config, data.batches, options), options)
+        return _of_all_units(found, present, kept)
+
+    after, changes = opened, Refitted()  # `changes` are of all columns (see `_add`)
+    for stage in stages if data.scores is None else stages[-1:]:
+        with _closed(root, _plan_of_merged(now, before, after), changes):
+            kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
+            scores = ranked(kept)
+            length = config.sequence_length or scores.sequence_length if progress is None else None
+            # The last stage may open units again, to use up the budget where no open unit fits any more.
+            reopens = stage is limits and (progress is None or progress >= 1)
+            wanted = make_plan(
+                before.anatomy,
+                _open_first(scores, kept) if reopens else scores,
+                stage,
+                targets=before.targets,
+                available=present if reopens else kept,
+                sequence_length=length or before.sequence_length,
+                latency=config.tables,
+                **config.width_options,
+            )
+            after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
+            small = _plan_of_merged(now, before, after)
+            if to_refit is not None and stage is not limits:
+                some = to_refit[: options.calibration_steps]
+                _add(root, changes, refit_changes(root, small, some, data.loss_fn, options.progress), small)
+    refitted = Refitted()
+    if to_refit is not None:
+        refitted = refit_changes(root, small, to_refit, data.loss_fn, options.progress, rounds)
+    return Choice(after, refitted, scores)
+
+
+def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
+    """Limits on the way from what `opened` keeps to `limits`, which are the last ones.
+
+    Each stage keeps about half of what the stage before has kept. In the interim stages only parameters and FLOPs are
+    limited, because these limits say how far the way is.
+    """
+    counted = Budget(params=limits.params, flops=limits.flops)
+    costs = costs_of(counted, opened.anatomy, opened.sequence_length, {})
+    targets = {name: allowance(getattr(limits, name), cost.whole) for name, cost in costs.items()}
+    kept = {"params": opened.kept_params, "flops": opened.kept_flops}
+    ratios = {name: min(1.0, max(target, 1) / max(kept[name], 1)) for name, target in targets.items()}
+    count = max([1, *(round(-math.log2(ratio)) for ratio in ratios.values())])
+    # A count of 1 would be read as a share.
+    ways = [{n: max(2, int(kept[n] * ratio ** (i / count))) for n, ratio in ratios.items()} for i in range(1, count)]
+    return [*(Budget(**way) for way in ways), limits]
+
+
+@contextmanager
+def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
+    """Inside the block, the merged model computes without the units that `plan` trims, and with `changes` added.
+
+    `changes` are of all columns of the merged output projections (see `_add`).
+    """
+    with ExitStack() as restore:
+        for group in plan.anatomy.trimmable:
+            trimmed = group.positions(group.output, plan.of(group) == TRIMMED)
+            if group.output not in changes and not len(trimmed):
+                continue
+            linear = linear_of(root, group.output)
+            restore.enter_context(reassigned(linear))
+            weight, bias = matrix(linear).detach(), bias_of(linear)
+            change, bias_change = changes.get(group.output, (torch.zeros(()), None))
+            weight = (weight.float() + change.to(weight.device)).index_fill(1, trimmed.to(weight.device), 0.0)
+            if bias is not None and bias_change is not None:
+                bias = bias.detach().float() + bias_change.to(bias.device)
+            assign(linear, weight, bias)
+        yield
+
+
+def _add(root: nn.Module, changes: Refitted, more: Refitted, plan: Plan) -> None:
+    """Adds changes of the columns that `plan` keeps (see `refit_changes`) to changes of all columns."""
+    groups = {group.output: group for group in plan.anatomy.trimmable}
+    for name, (weight, bias) in more.items():
+        columns = groups[name].positions(name, plan.of(groups[name]) != TRIMMED).to(weight.device)
+        wide = torch.zeros_like(matrix(linear_of(root, name)), dtype=weight.dtype).index_copy_(1, columns, weight)
+        old, old_bias = changes.get(name, (torch.zeros_like(wide), None))
+        changes[name] = old + wide, bias if bias is None or old_bias is None else old_bias + bias
+
+
+def _of_all_units(found: Scores, present: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> Scores:
+    """Scores of the `present` units as scores of all units. Units that are not `kept` have 0."""
+
+    def spread(values: torch.Tensor | None, name: str) -> torch.Tensor:
+        everywhere = torch.zeros(len(present[name]), dtype=torch.float32)
+        if values is not None:
+            everywhere[torch.from_numpy(present[name])] = values.float()
+        return everywhere * torch.from_numpy(kept[name])
+
+    return replace(
+        found,
+        values={name: spread(found.values.get(name), name) for name in kept},
+        protected={name: spread(found.protected.get(name), name).bool() for name in kept},
+    )
+
+
+def _open_first(scores: Scores, opened: Mapping[str, np.ndarray]) -> Scores:
+    """Scores with which every open unit of a group ranks above every closed one, even if the open unit scores zero."""
+    tiny = torch.finfo(torch.float32).tiny
+    return replace(
+        scores, values={n: value.clamp_min(tiny) * torch.from_numpy(opened[n]) for n, value in scores.values.items()}
+    )
+
+
+def _plan_of_merged(now: Anatomy, before: Plan, after: Plan) -> Plan:
+    """The plan `after` for the merged model, which does not have the units that `before` trims."""
+    own = {g.name: after.of(g)[before.of(g) != TRIMMED] for g in before.anatomy.groups}
+    return Plan(now, tuple(own[g.name].tobytes() for g in now.groups), before.targets, 1)
