@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -461,20 +462,23 @@ def test_a_trim_far_down_chooses_units_in_stages():
     torch.testing.assert_close(logits(at_once), logits(step_by_step), rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_stage_is_fitted_to_the_untrimmed_model(monkeypatch):
-    """Not to what the stages before have left, whose errors would add up."""
-    whole, seen = learned(), []
-    inner = stages.refit_changes
+def test_every_stage_is_fitted_to_the_untrimmed_model(monkeypatch):
+    """Not to what the stages before have left, whose errors would add up. But the second one scores what is left."""
+    whole, fitted, scored = learned(), [], []
+    inner = {name: getattr(stages, name) for name in ("refit", "refit_changes", "score_units")}
 
-    def watched(root, *others):
+    def watched(name, seen, root, *others):
         seen.append(logits(root))
-        return inner(root, *others)
+        return inner[name](root, *others)
 
-    monkeypatch.setattr(stages, "refit_changes", watched)
+    for name, seen in (("refit", fitted), ("refit_changes", fitted), ("score_units", scored)):
+        monkeypatch.setattr(stages, name, partial(watched, name, seen))
     small = clone(whole)
     small.base_model.trim(0.25, BATCHES)
-    assert len(seen) == 2  # the second stage has scored a smaller model
-    torch.testing.assert_close(seen[-1], logits(whole), rtol=1e-4, atol=1e-5)
+    assert len(fitted) == len(scored) == 2
+    for seen in (*fitted, scored[0]):
+        torch.testing.assert_close(seen, logits(whole), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scored[1], logits(whole), atol=1e-3)
 
 
 def test_keeping_everything_needs_no_scores(monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
-from ..planning.refit import Refitted
-from ..planning.trimmed import assign, reassigned
+from ..planning.refit import Refitted, refit
+from ..planning.trimmed import assign, trimmed
 from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
@@ -77,45 +76,44 @@ def choose(
     fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages.
     """
     present = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
-    # The merged model is smaller where units were trimmed before; its units are the present ones in their order.
-    now = anatomy_of(root, config, before.targets)
-    # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
-    now = replace(now, groups=tuple(g for g in now.groups if g.name in present and present[g.name].any()))
+    now = _anatomy_of_merged(root, config, before)
     to_refit = None
     if data.batches is not None and is_refitted(root, config, now, refits):
         to_refit = enough(data.batches, options.calibration_steps)
     stages = stages_to(opened, limits)
     rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
 
-    def ranked(kept: Mapping[str, np.ndarray]) -> Scores:
+    def ranked(after: Plan) -> Scores:
         if data.scores is not None:
             return data.scores
-        found = score_units(root, now, labeled_by(root, config, data.batches, options), options)
-        return _of_all_units(found, present, kept)
+        found = score_units(
+            root, _anatomy_of_merged(root, config, after), labeled_by(root, config, data.batches, options), options
+        )
+        return _of_all_units(found, {name: ~trimmed for name, trimmed in after.trimmed_units.items()})
 
-    after, changes = opened, Refitted()  # `changes` are of all columns (see `_add`)
+    after, values = opened, Refitted()
     for stage in stages if data.scores is None else stages[-1:]:
-        with _closed(root, _plan_of_merged(now, before, after), changes):
-            kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
-            scores = ranked(kept)
-            length = config.sequence_length or scores.sequence_length if progress is None else None
-            # The last stage may open units again, to use up the budget where no open unit fits any more.
-            reopens = stage is limits and (progress is None or progress >= 1)
-            wanted = make_plan(
-                before.anatomy,
-                _open_first(scores, kept) if reopens else scores,
-                stage,
-                targets=before.targets,
-                available=present if reopens else kept,
-                sequence_length=length or before.sequence_length,
-                latency=config.tables,
-                **config.width_options,
-            )
-            after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
-            small = _plan_of_merged(now, before, after)
-            if to_refit is not None and stage is not limits:
-                some = to_refit[: options.calibration_steps]
-                _add(root, changes, refit_changes(root, small, some, data.loss_fn, options.progress), small)
+        with _small(root, _plan_of_merged(now, before, after), values):
+            scores = ranked(after)
+        kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
+        length = config.sequence_length or scores.sequence_length if progress is None else None
+        # The last stage may open units again, to use up the budget where no open unit fits any more.
+        reopens = stage is limits and (progress is None or progress >= 1)
+        wanted = make_plan(
+            before.anatomy,
+            _open_first(scores, kept) if reopens else scores,
+            stage,
+            targets=before.targets,
+            available=present if reopens else kept,
+            sequence_length=length or before.sequence_length,
+            latency=config.tables,
+            **config.width_options,
+        )
+        after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
+        small = _plan_of_merged(now, before, after)
+        if to_refit is not None and stage is not limits:
+            some = to_refit[: options.calibration_steps]
+            values = refit(root, small, some, data.loss_fn, options.progress)
     refitted = Refitted()
     if to_refit is not None:
         refitted = refit_changes(root, small, to_refit, data.loss_fn, options.progress, rounds)
@@ -140,45 +138,30 @@ def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
 
 
 @contextmanager
-def _closed(root: nn.Module, plan: Plan, changes: Refitted) -> Iterator[None]:
-    """Inside the block, the merged model computes without the units that `plan` trims, and with `changes` added.
-
-    `changes` are of all columns of the merged output projections (see `_add`).
-    """
-    with ExitStack() as restore:
-        for group in plan.anatomy.trimmable:
-            trimmed = group.positions(group.output, plan.of(group) == TRIMMED)
-            if group.output not in changes and not len(trimmed):
-                continue
-            linear = linear_of(root, group.output)
-            restore.enter_context(reassigned(linear))
-            weight, bias = matrix(linear).detach(), bias_of(linear)
-            change, bias_change = changes.get(group.output, (torch.zeros(()), None))
-            weight = (weight.float() + change.to(weight.device)).index_fill(1, trimmed.to(weight.device), 0.0)
-            if bias is not None and bias_change is not None:
-                bias = bias.detach().float() + bias_change.to(bias.device)
-            assign(linear, weight, bias)
+def _small(root: nn.Module, plan: Plan, values: Refitted) -> Iterator[None]:
+    """Inside the block, the merged model is without the units that `plan` trims, and has refitted `values`."""
+    with trimmed(root, plan, plan.anatomy.trimmable):
+        for name, value in values.items():
+            assign(linear_of(root, name), *value)
         yield
 
 
-def _add(root: nn.Module, changes: Refitted, more: Refitted, plan: Plan) -> None:
-    """Adds changes of the columns that `plan` keeps (see `refit_changes`) to changes of all columns."""
-    groups = {group.output: group for group in plan.anatomy.trimmable}
-    for name, (weight, bias) in more.items():
-        columns = groups[name].positions(name, plan.of(groups[name]) != TRIMMED).to(weight.device)
-        wide = torch.zeros_like(matrix(linear_of(root, name)), dtype=weight.dtype).index_copy_(1, columns, weight)
-        old, old_bias = changes.get(name, (torch.zeros_like(wide), None))
-        changes[name] = old + wide, bias if bias is None or old_bias is None else old_bias + bias
+def _anatomy_of_merged(root: nn.Module, config: SensiConfig, plan: Plan) -> Anatomy:
+    """The units of the merged model, which are those that `plan` keeps, in their order."""
+    found = anatomy_of(root, config, plan.targets)
+    # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
+    kept = {group.name for group in plan.anatomy.groups if (plan.of(group) != TRIMMED).any()}
+    return replace(found, groups=tuple(group for group in found.groups if group.name in kept))
 
 
-def _of_all_units(found: Scores, present: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> Scores:
-    """Scores of the `present` units as scores of all units. Units that are not `kept` have 0."""
+def _of_all_units(found: Scores, kept: Mapping[str, np.ndarray]) -> Scores:
+    """Scores of the `kept` units as scores of all units. The others have 0."""
 
     def spread(values: torch.Tensor | None, name: str) -> torch.Tensor:
-        everywhere = torch.zeros(len(present[name]), dtype=torch.float32)
+        everywhere = torch.zeros(len(kept[name]), dtype=torch.float32)
         if values is not None:
-            everywhere[torch.from_numpy(present[name])] = values.float()
-        return everywhere * torch.from_numpy(kept[name])
+            everywhere[torch.from_numpy(kept[name])] = values.float()
+        return everywhere
 
     return replace(
         found,
