@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,10 +17,16 @@ from .plan import Plan
 
 
 @contextmanager
-def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[None]:
+def trimmed(
+    model: nn.Module,
+    plan: Plan,
+    groups: Iterable[Group],
+    values: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+) -> Iterator[None]:
     """Inside the block, the units of these groups that the plan trims are removed from the model.
 
-    The kept units stay in the base model's order. The new weights have no gradients.
+    The kept units stay in the base model's order. `values` are other weights and biases of their Linears (see
+    `assign`), by module name. The new weights have no gradients.
     """
     with ExitStack() as restore:
         for group in groups:
@@ -35,6 +41,8 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
                 module = model.get_submodule(parent)
                 restore.callback(setattr, module, attribute, getattr(module, attribute))
                 setattr(module, attribute, kept * per_unit)
+        for name, value in (values or {}).items():
+            assign(linear_of(model, name), *value)
         yield
 
 

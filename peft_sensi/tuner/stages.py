@@ -1,15 +1,14 @@
 """Which units a trained model can do without, and the values of the others: for a trim, and for cuts in a training.
 
 A budget far below what is there is reached in stages. A unit that is superfluous beside others may be needed once they
-are gone, so each stage scores the model that the stage before has left, refitted. What remains after the last stage is
-fitted to the model before the first one, so that the errors of the stages do not add up.
+are gone, so each stage scores the model that the stage before has left, refitted. All of them are refitted to the
+model before the first stage, so that their errors do not add up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
-from ..planning.trimmed import assign, trimmed
+from ..planning.trimmed import trimmed
 from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
@@ -75,7 +73,6 @@ def choose(
     choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
     fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages.
     """
-    present = {g.name: before.of(g) != TRIMMED for g in before.anatomy.groups}
     now = _anatomy_of_merged(root, config, before)
     to_refit = None
     if data.batches is not None and is_refitted(root, config, now, refits):
@@ -83,28 +80,27 @@ def choose(
     stages = stages_to(opened, limits)
     rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
 
-    def ranked(after: Plan) -> Scores:
+    def ranked(kept: Plan) -> Scores:
         if data.scores is not None:
             return data.scores
-        found = score_units(
-            root, _anatomy_of_merged(root, config, after), labeled_by(root, config, data.batches, options), options
-        )
-        return _of_all_units(found, {name: ~trimmed for name, trimmed in after.trimmed_units.items()})
+        anatomy = _anatomy_of_merged(root, config, kept)
+        found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
+        return _of_all_units(found, _kept(kept))
 
     after, values = opened, Refitted()
     for stage in stages if data.scores is None else stages[-1:]:
-        with _small(root, _plan_of_merged(now, before, after), values):
+        left = _plan_of_merged(now, before, after)
+        with trimmed(root, left, left.anatomy.trimmable, values):
             scores = ranked(after)
-        kept = {name: ~trimmed for name, trimmed in after.trimmed_units.items()}
         length = config.sequence_length or scores.sequence_length if progress is None else None
         # The last stage may open units again, to use up the budget where no open unit fits any more.
         reopens = stage is limits and (progress is None or progress >= 1)
         wanted = make_plan(
             before.anatomy,
-            _open_first(scores, kept) if reopens else scores,
+            _open_first(scores, _kept(after)) if reopens else scores,
             stage,
             targets=before.targets,
-            available=present if reopens else kept,
+            available=_kept(before if reopens else after),
             sequence_length=length or before.sequence_length,
             latency=config.tables,
             **config.width_options,
@@ -137,13 +133,9 @@ def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
     return [*(Budget(**way) for way in ways), limits]
 
 
-@contextmanager
-def _small(root: nn.Module, plan: Plan, values: Refitted) -> Iterator[None]:
-    """Inside the block, the merged model is without the units that `plan` trims, and has refitted `values`."""
-    with trimmed(root, plan, plan.anatomy.trimmable):
-        for name, value in values.items():
-            assign(linear_of(root, name), *value)
-        yield
+def _kept(plan: Plan) -> dict[str, np.ndarray]:
+    """For each group's name a boolean mask `[units]` of the units that stay."""
+    return {group.name: plan.of(group) != TRIMMED for group in plan.anatomy.groups}
 
 
 def _anatomy_of_merged(root: nn.Module, config: SensiConfig, plan: Plan) -> Anatomy:
