@@ -197,12 +197,12 @@ def labels_of(*parts: Sequence[dict[str, Any]]) -> Labels:
 
 
 def encode(
-    raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int, name: Any = "the data"
+    raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int
 ) -> tuple[Rows, int, int]:
     """Windows over the sentences, the longest sentence in tokens, and the number of sentences with several windows.
 
-    The first sub-word of a word gets its tag. A word for which the tokenizer produces no token (such as a lone
-    variation selector) has no position.
+    `labels` must have all tags of the sentences. The first sub-word of a word gets its tag. A word for which the
+    tokenizer produces no token (such as a lone variation selector) has no position.
     """
     index = None if labels is None else {tag: i for i, tag in enumerate(labels.names)}
     found = Rows([], list(raw))
@@ -228,8 +228,6 @@ def encode(
         if index is not None and tags is not None:
             row["labels"] = [IGNORED] * len(row["input_ids"])
             for position, word in places:
-                if tags[word] not in index:
-                    raise DataError(f"{name}: row {raw[sentence]['row']} has the tag {tags[word]!r}, not in training.")
                 row["labels"][position] = index[tags[word]]
         found.inputs.append(row)
         found.places.append((sentence, np.array(places, dtype=np.int64).reshape(-1, 2)))
