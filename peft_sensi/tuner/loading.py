@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.modules import linear_of
 from ..layers.layer import SensiLayer, layers_of
+from ..layers.saved import saved_modules
 from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiError, SensiLoadError
@@ -121,9 +121,8 @@ def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
     """Checks the file's tensors of modules that are saved whole, after these modules have been wrapped."""
     expected: dict[str, Spec] = {
         f"{name}.{key}": (tuple(tensor.shape), tensor.dtype)
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+        for name, wrapper in saved_modules(model, adapter_name).items()
+        for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items()
     }
     with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)

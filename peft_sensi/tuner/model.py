@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
-from ..layers.saved import hold_masters
+from ..layers.saved import hold_masters, saved_modules
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
@@ -214,8 +214,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         self._check_combination(adapter_names or self.active_adapters)
         self._check_codes()
         if adapter_names and set(adapter_names) != set(self.active_adapters):
-            wrappers = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
-            if any(name in m.modules_to_save for m in wrappers for name in adapter_names):
+            if any(saved_modules(self.model, name) for name in adapter_names):
                 raise SensiError(
                     f"Merging {list(adapter_names)} while {self.active_adapters} is active would combine the Linears "
                     f"of the one with the task head and the norms of the other. Call `set_adapter` first."
