@@ -36,6 +36,7 @@ from ..utils.files import Spec, open_safetensors, read_json_object, read_specs
 
 FORMAT_VERSION = 1
 PLAN_KEY = "sensi_plan"
+PEFT_PREFIX = "base_model.model."  # of the names in a file that PEFT's model has saved
 
 # The fields that say what the values mean. `None` is left out of the mark, so that a new field with this default does
 # not change the marks of older files.
@@ -304,7 +305,7 @@ def _compare(pairs: list[tuple[float, float]], wide: bool, least: float = _TOLER
         )
 
 
-def embeddings_of(model: nn.Module) -> dict[str, Spec]:
+def embedding_specs(model: nn.Module) -> dict[str, Spec]:
     """The parameters of the base that a file may hold: PEFT saves embeddings that were resized."""
     tables = [embedding_of(model, "input"), embedding_of(model, "output")]
     embeddings = {id(p) for table in tables if table is not None for p in table.parameters()}
@@ -317,9 +318,9 @@ def check_strays(found: Iterable[str], model: nn.Module) -> None:
 
     This happens if the file's adapter saves a module whole and the model's adapter does not.
     """
-    allowed = set(embeddings_of(model))
+    allowed = set(embedding_specs(model))
     for name in found:
-        if is_base_parameter(name) and not {name, name.removeprefix("base_model.model.")} & allowed:
+        if is_base_parameter(name) and not {name, name.removeprefix(PEFT_PREFIX)} & allowed:
             raise SensiLoadError(
                 f"{WEIGHTS} holds {name!r}, which this model does not save. The file was made with another "
                 f"`also_train` or `modules_to_save`: wrap the model with the same."
