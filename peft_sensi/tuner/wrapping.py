@@ -119,11 +119,6 @@ def root_of(model: nn.Module) -> nn.Module:
     return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
-def save_whole(config: SensiConfig, names: list[str]) -> None:
-    """Adds modules to `modules_to_save`."""
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
-
-
 def wrap_head(model: nn.Module, heads: list[str], adapter_name: str, inference_mode: bool, active: bool) -> None:
     """Wraps the task head as PEFT does for `modules_to_save`, but only the modules with exactly these paths.
 
