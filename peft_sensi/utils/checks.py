@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
 from typing import Any
 
@@ -91,6 +91,8 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": _NAMES_OR_TEXT,
     "modules_to_save": _NAMES_OR_NONE,
     "also_train": _NAMES_OR_NONE,
+    # An argument of `compute_scores` and `make_plan`.
+    "targets": (lambda v: isinstance(v, Iterable | None) and not isinstance(v, str), "a list of names or None"),
     "score": _TEXT,
     "granularity": _TEXT,
     "update": _TEXT_OR_NONE,
@@ -154,11 +156,10 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
     layouts = [layout for layout in values.get("blocks") or () if isinstance(layout, Mapping)]
-    for name, value in (
-        field for layout in layouts for field in layout.items()
-    ):  # one dotted path or several, whose parts do not begin with an underscore
+    for name, value in (field for layout in layouts for field in layout.items()):
         if name == "head_size" and type(value) is int:
             continue
+        # One dotted path or several, whose parts do not begin with an underscore.
         pattern = _LAYER_PATH if name == "layer" else _PATH
         for path in value if isinstance(value, _COLLECTIONS) else [value]:
             good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
