@@ -117,8 +117,9 @@ def load_base(name: str, length: int) -> Any:
     import transformers
 
     from ..anatomy.widths import RECORD_KEY
+    from ..merging.load import load_merged
     from ..reporting.saved import is_adapter, load_pretrained
-    from ..reporting.saved_merged import load_whole, open_saved
+    from ..reporting.saved_merged import open_saved
 
     if is_adapter(name):
         raise SensiError(f"{name} is an adapter: give its base model with --against to compare the two.")
@@ -127,7 +128,7 @@ def load_base(name: str, length: int) -> Any:
     known = getattr(transformers, architecture, None)
     is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
     if hasattr(config, RECORD_KEY):
-        model: Any = load_whole(open_saved(name))  # type: ignore[arg-type]
+        model: Any = load_merged(open_saved(name).folder)
     else:
         model = load_pretrained(known if is_model else transformers.AutoModel, name).eval()
     check_length(model, length)

@@ -17,21 +17,24 @@ from ..anatomy.build import build_anatomy
 from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
 from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
 from ..merging.hashes import check_hashes
-from ..merging.load import load_merged, without_weights
+from ..merging.load import without_weights
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import open_safetensors, read_json_object
+from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
 from ..utils.places import is_onnx, not_found
 from .saved import (
+    CARD,
     METRICS,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     SavedAdapter,
+    Tensors,
     file_in,
     is_adapter,
     load_pretrained,
     open_adapter,
     pretrained_tokenizer,
+    tensors_in,
 )
 
 
@@ -49,7 +52,7 @@ class SavedMerged:
         folder: Where the files are.
         values: The object in `config.json`.
         weights: The name of the weights file.
-        tensors: Each tensor's dtype, as safetensors spells it, and its shape.
+        tensors: What the header of the weights file says.
         file_bytes: The size of the weights file.
     """
 
@@ -57,7 +60,7 @@ class SavedMerged:
     folder: Path
     values: dict[str, Any]
     weights: str
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: Tensors
     file_bytes: int
 
     @property
@@ -119,7 +122,7 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         folder, shown = Path(name), Path(name).resolve().name
     else:
         code = "modeling_sensi_*.py"  # is not executed, but an upload of the model to another repository needs it
-        wanted = [CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, "README.md", "*.png"]
+        wanted = [CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, CARD, "*.png"]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted))
     if not (folder / weights).is_file():
         raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {CONFIG} names.")
@@ -128,15 +131,8 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
             check_hashes(folder, values, folder / weights)
         except ValueError as error:
             raise SensiLoadError(str(error)) from None
-    with open_safetensors(folder / weights) as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}
-        tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    return SavedMerged(shown, folder, values, weights, tensors, (folder / weights).stat().st_size)
-
-
-def load_whole(model: SavedMerged) -> PreTrainedModel:
-    """The merged model, in evaluation mode."""
-    return load_merged(model.folder)
+    size = (folder / weights).stat().st_size
+    return SavedMerged(shown, folder, values, weights, tensors_in(folder / weights), size)
 
 
 def empty_models(model: SavedMerged) -> tuple[PreTrainedModel, PreTrainedModel]:

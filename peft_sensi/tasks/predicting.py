@@ -105,9 +105,10 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
     """
     import torch
 
+    from ..merging.load import load_merged
     from ..reporting.onnx_folder import find_onnx
     from ..reporting.saved import TOKENIZER_CONFIG, load_adapter, task_of
-    from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
+    from ..reporting.saved_merged import SavedMerged, open_saved
 
     if (file := find_onnx(Path(name))) is not None:
         return _of_onnx(file)
@@ -115,7 +116,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
     task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
     kind = _checked(name, kind_of_model(task), task)
     if isinstance(saved, SavedMerged):
-        model: Any = load_whole(saved)
+        model: Any = load_merged(saved.folder)
         other = None
     else:
         model, other = load_adapter(saved, base).merge_and_unload(), base or saved.base
