@@ -76,12 +76,9 @@ def measure(
                 decode=decode, **options)  # fmt: skip
         return
     if export is not None:
-        args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
-    else:
-        check_files({"--out": out}, overwrite)
-    if export is not None:
         from ..merging.latency import export_graphs
 
+        args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
         measured = how | {"--rounds": rounds, "--out": out}
         args.refuse(measured, "is about a measurement, and --export only writes graphs of whole sequences")
         base = load_base(model, options["sequence_length"])
@@ -90,6 +87,7 @@ def measure(
         lines = f"{export}: copy it to the device and run there: peft-sensi measure {export.name} --out table.json"
         print_result(json, {"folder": str(export)}, lines)
         return
+    check_files({"--out": out}, overwrite)
     if (Path(model) / GRAPHS).is_file():
         known = shape | {"--decode": decode, "--runtime": runtime == TORCH}
         args.refuse(known, f"was chosen when the graphs in {model} were exported, for onnxruntime")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.modules import positions_of, unwrapped
 from ..utils.errors import SensiError, how_to_install
-from .onnx_graph import move_graph, pack, parts, quantize
+from .onnx_graph import move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
 
 
@@ -286,12 +286,8 @@ def _measure(
     batches: list[dict[str, Any]],
 ) -> ExportedFile:
     """Runs a file in onnxruntime and compares. `path` is where the file will be moved to."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = open_session(source)
         found = [session.run(None, {n: batch[n].numpy() for n in names}) for batch in examples]
     except Exception as error:  # onnxruntime's errors have no common base class either
         raise SensiError(f"onnxruntime cannot run the exported model: {error}") from error

@@ -1,4 +1,4 @@
-"""ONNX graphs on disk: packing one into one or two files, quantizing it, and moving it to its place."""
+"""ONNX graphs on disk: packing one into one or two files, quantizing it, moving it to its place, and running it."""
 
 from __future__ import annotations
 
@@ -94,6 +94,20 @@ def quantize(source: Path, target: Path, external: bool) -> None:
         )
     finally:
         logging.disable(level)
+
+
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """onnxruntime's session of a graph on the CPU, which prints errors only.
+
+    A file that is no graph raises errors of onnxruntime, which have no common base class.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def parts(path: Path) -> list[Path]:

@@ -142,18 +142,15 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
 
 
 def _of_onnx(file: Path) -> Predictor:
+    from ..merging.onnx_graph import open_session
     from ..reporting.onnx_folder import read_companion
 
     values = read_companion(file)
     kind = _checked(str(file), values.get("kind"), values.get("model_class"))
     try:
-        import onnxruntime
+        session = open_session(file)
     except ImportError as error:
         raise SensiError(f"{file} needs onnxruntime ({error}): {how_to_install('onnx')}.") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own classes, which have no common one
         reason = str(error).strip().splitlines()[0]
         raise SensiError(f"{file} is damaged, or not a file of onnxruntime: {reason} Export it again.") from error
