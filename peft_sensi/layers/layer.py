@@ -19,6 +19,7 @@ from .functional import Pair
 from .integers import keep_integers
 from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
 from .masters import without_rounding
+from .saved import activate
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .values import round_integers
@@ -323,9 +324,7 @@ class SensiLayer(ComposedWeights):
         for wrapper in self.sensi_saved_modules:
             if wrapper.disable_adapters != self.disable_adapters:
                 wrapper.enable_adapters(not self.disable_adapters)
-            names = [n for n in self.active_adapters if n in wrapper._get_available_adapters()]
-            if len(names) == 1 and wrapper.active_adapters != names:
-                wrapper.set_adapter(names)
+            activate(wrapper, self.active_adapters)
 
     def __repr__(self) -> str:
         return "sensi." + super().__repr__()

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.func import functional_call
 
@@ -78,6 +78,13 @@ def saved_modules(model: nn.Module, adapter_name: str) -> dict[str, ModulesToSav
     """The wrappers of the modules that an adapter saves whole, by their paths."""
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     return {name: wrapper for name, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save}
+
+
+def activate(wrapper: AuxiliaryTrainingWrapper, adapters: list[str], inference_mode: bool = False) -> None:
+    """Activates the copy of the active `adapters`, if exactly one of them has a copy of the module."""
+    names = [name for name in adapters if name in wrapper._get_available_adapters()]
+    if len(names) == 1 and wrapper.active_adapters != names:
+        wrapper.set_adapter(names, inference_mode=inference_mode)
 
 
 def hold_masters(model: nn.Module, adapter_name: str, wanted: bool = True) -> None:

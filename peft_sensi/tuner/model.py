@@ -16,7 +16,7 @@ from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
-from ..layers.saved import hold_masters, saved_modules
+from ..layers.saved import activate, hold_masters, saved_modules
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
@@ -148,8 +148,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                     note_plan(model, config, adapter_name)
                     self.sensi_stepped = self.sensi_stepped - {adapter_name}
                     self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
-                    scores = {**self._sensi_scores, adapter_name: decision.scores}
-                    self._sensi_scores = {name: s for name, s in scores.items() if s is not None}
+                    self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
                     set_head(model, adapter_name, decision.head)
                     if self._sensi_source is not None:
                         copy_saved_modules(model, self._sensi_source, adapter_name)
@@ -163,9 +162,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
         for wrapper in companions:  # a second adapter is active before those of the first have a copy for it
-            names = [name for name in self.active_adapters if name in wrapper._get_available_adapters()]
-            if len(names) == 1 and wrapper.active_adapters != names:
-                wrapper.set_adapter(names, inference_mode=config.inference_mode)
+            activate(wrapper, self.active_adapters, config.inference_mode)
         if config.from_file:  # if Transformers reads the file, it calls no hook
             layers = layers_of(model, adapter_name)
             for layer in layers.values():
