@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths
-from ..utils.checks import is_number, shown
+from ..utils.checks import is_count, is_number, shown
 from ..utils.errors import SensiLoadError, how_to_install
 
 
@@ -51,8 +51,7 @@ def check_record(record: Any) -> None:
         )
     shapes, attributes = record.get("shapes"), record.get("attributes")
     if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)
-        for shape in shapes.values()
+        isinstance(shape, list) and all(is_count(size, 0) for size in shape) for shape in shapes.values()
     ):
         raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter.")
     if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):

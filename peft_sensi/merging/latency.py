@@ -33,7 +33,7 @@ from ..planning.measuring import (
     start_run,
 )
 from ..planning.trimmed import trimmed
-from ..utils.checks import shown
+from ..utils.checks import is_count, shown
 from ..utils.errors import SensiError
 from ..utils.timing import Run, clock_for, time_variants
 from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
@@ -228,7 +228,7 @@ def _check(model: nn.Module, runtime: str, counts: Mapping[str, Any], threads: A
     if runtime not in ("torch", "onnxruntime"):
         raise SensiError(f"`runtime` must be 'torch' or 'onnxruntime', got {shown(runtime)}.")
     for name, value in {**counts, **({} if threads is None else {"threads": threads})}.items():
-        if type(value) is not int or not 1 <= value < 2**31:
+        if not is_count(value):
             raise SensiError(f"`{name}` must be a positive whole number, got {shown(value)}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise SensiError("The model has an adapter: measure the base model, or merge the adapter first.")

@@ -198,7 +198,7 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
 
 def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:
     """The quality of logits `[rows, classes]`, or of numbers `[rows, 1]`."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    logits = np.asarray(logits_in(outputs), dtype=float)
     expected = np.array([row["labels"] for row in rows.inputs])
     trained = [row["labels"] for row in train.inputs] if train is not None and len(train) else list(expected)
     remarks = []
@@ -228,7 +228,7 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
 
 def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
     """For each row, `label` and `scores` (one per class); `labels` for several; `value` for numbers."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    logits = np.asarray(logits_in(outputs), dtype=float)
     found: list[dict[str, Any]] = []
     for row in logits.reshape(len(rows), -1):
         if labels.regression:
@@ -241,6 +241,11 @@ def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
         else:
             found.append({"label": labels.names[int(row.argmax())], "score": float(scores.max()), "scores": by_name})
     return found
+
+
+def logits_in(outputs: Any) -> Any:
+    """The logits in what Trainer returns for a model: them alone, or a tuple that starts with them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from .decoding import read_text
 from .labels import DataError, Labels
 from .metrics import Quality
 from .task import Rows
-from .texts import softmax
+from .texts import logits_in, softmax
 
 
 OUTSIDE = "O"
@@ -259,9 +259,7 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
 def tags_of(labels: Labels, outputs: Any, rows: Rows) -> list[list[str]]:
     """The tags of all words of each sentence. Entities are read over words, also if windows divide a sentence."""
     tags = [[OUTSIDE] * len(row["tokens"]) for row in rows.raw]
-    for (sentence, places), values in zip(
-        rows.places, outputs[0] if isinstance(outputs, tuple) else outputs, strict=True
-    ):
+    for (sentence, places), values in zip(rows.places, logits_in(outputs), strict=True):
         numbers = best_classes(values) if np.ndim(values) == 2 else values
         for position, word in places:
             tags[sentence][word] = labels.names[int(numbers[position])]
@@ -270,12 +268,12 @@ def tags_of(labels: Labels, outputs: Any, rows: Rows) -> list[list[str]]:
 
 def best_classes(logits: Any) -> Any:
     """The numbers of the most likely classes, from an array or tensor `[..., classes]` (or a tuple that starts so)."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+    return logits_in(logits).argmax(-1)
 
 
 def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
     """For each sentence, `tokens`, `tags`, `scores` and `entities` (type, text, first and last word)."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    logits = np.asarray(logits_in(outputs), dtype=float)
     tags = tags_of(labels, logits, rows)
     scores: list[list[float | None]] = [[None] * len(row["tokens"]) for row in rows.raw]
     for (sentence, places), values in zip(rows.places, logits, strict=True):

@@ -34,6 +34,11 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether this is a whole number of at least `least` that fits into 32 bits. Booleans are not numbers here."""
+    return type(value) is int and least <= value < 2**31
+
+
 def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types)
 
@@ -79,7 +84,7 @@ _BOOL = (_is(bool), "True or False")
 
 def _count(smallest: int, or_none: bool = False) -> tuple[Callable[[Any], bool], str]:
     def is_good(value: Any) -> bool:
-        return (value is None and or_none) or (type(value) is int and smallest <= value < 2**31)
+        return (value is None and or_none) or is_count(value, smallest)
 
     return is_good, f"a whole number of at least {smallest}"
 
