@@ -54,7 +54,7 @@ def load_predictor(name: str, base: str | None, show: bool = True) -> Predictor:
 @contextlib.contextmanager
 def command_advice() -> Iterator[None]:
     """In errors about another base, replaces the advice for Python."""
-    from ..tuner.checkpoint import WAY_OUT
+    from ..tuner.fingerprint import WAY_OUT
 
     try:
         yield

@@ -37,8 +37,8 @@ from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from .admission import check_plain
-from .checkpoint import check_fingerprint, fingerprint
 from .config import RunInputs, SensiConfig
+from .fingerprint import check_fingerprint, fingerprint
 from .predictions import measure_missing, note_latency
 from .reach import Reach, reach_of
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
