@@ -31,7 +31,7 @@ from peft_sensi import (
 )
 from peft_sensi.anatomy.units import Group, Side
 from peft_sensi.planning.budget import allowance
-from peft_sensi.planning.plan import units_by_kind
+from peft_sensi.planning.rows import units_by_kind
 
 
 def heads(name: str, size: int, width: int = 2, hidden: int = 8) -> Group:

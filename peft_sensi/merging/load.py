@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..anatomy.widths import RECORD_KEY, Widths, apply, on_meta
+from ..anatomy.widths import RECORD_KEY, Widths, apply_widths, on_meta
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, read_json_object, read_specs
 from .foreign import (
@@ -97,7 +97,7 @@ def without_weights(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
         source = on_meta(architecture_of(record["architecture"]), config)
         widths = _widths_of(record)
         check_widths(widths, source)
-        apply(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
+        apply_widths(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
     return empty
 
 
@@ -163,7 +163,7 @@ def _read(folder: Path) -> _Folder:
     except Exception as error:
         raise SensiLoadError(f"No {cls.__name__} can be built from {folder / CONFIG}: {error}") from error
     check_widths(widths, empty)
-    apply(empty, widths)
+    apply_widths(empty, widths)
     check_buffers(empty, tensors)
     return _Folder(folder, empty, config, widths, _state(empty, tensors, folder / weights))
 
@@ -229,7 +229,7 @@ def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -
     class Built(cls):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            apply(self, found.widths)
+            apply_widths(self, found.widths)
 
     Built.__name__ = cls.__name__  # Transformers reads the task from the class's name
     folder, state = found.path, found.state

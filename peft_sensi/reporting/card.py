@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from yaml import YAMLError
 
 from ..anatomy.latency import LABELS, latency_facts
-from ..planning.plan import Plan, drawn_rows, rows_of
+from ..planning.plan import Plan
+from ..planning.rows import drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
