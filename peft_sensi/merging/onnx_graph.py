@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.checks import label_names
 from ..utils.files import move_files
 
 
@@ -31,7 +32,7 @@ def pack(
 
     graph = onnx.load(draft)
     metadata = {}
-    if labels and any(name != f"LABEL_{i}" for i, name in labels.items()):
+    if label_names(labels):
         metadata["id2label"] = json.dumps(labels)
     if positions:
         metadata["max_length"] = str(positions[1])

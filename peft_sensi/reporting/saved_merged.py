@@ -18,6 +18,7 @@ from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
 from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
 from ..merging.hashes import check_hashes
 from ..merging.load import without_weights
+from ..utils.checks import label_names
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
@@ -84,9 +85,7 @@ class SavedMerged:
     @property
     def labels(self) -> list[str]:
         """Names of the classes; empty if nobody named them."""
-        names = self.values.get("id2label")
-        found = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
-        return [] if all(name.startswith("LABEL_") for name in found) else found
+        return label_names(self.values.get("id2label"))
 
     @property
     def parameters(self) -> int:

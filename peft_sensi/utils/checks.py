@@ -39,6 +39,19 @@ def is_count(value: Any, least: int = 1) -> bool:
     return type(value) is int and least <= value < 2**31
 
 
+def label_names(id2label: Any) -> list[str]:
+    """The names of the classes in a Transformers config, in the order of their numbers.
+
+    The list is empty if the numbers do not count from 0, and for `LABEL_0`, `LABEL_1` and so on, which are the names
+    that Transformers gives if nobody has named the classes.
+    """
+    found = {str(number): str(name) for number, name in id2label.items()} if isinstance(id2label, Mapping) else {}
+    numbers = [str(i) for i in range(len(found))]
+    if found.keys() != set(numbers) or all(found[i] == f"LABEL_{i}" for i in numbers):
+        return []
+    return [found[i] for i in numbers]
+
+
 def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types)
 
