@@ -228,7 +228,7 @@ def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy, wanted:
 
 def _warn_of_lost_inputs(config: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
     """Warns about token types for question answering: PEFT's model accepts and ignores them (PEFT 0.21)."""
-    if str(config.task_type).rpartition(".")[2] != "QUESTION_ANS":
+    if config.task_type != "QUESTION_ANS":
         return
     types = [batch.get("token_type_ids") for batch in batches]
     if any(isinstance(ids, torch.Tensor) and bool(ids.any()) for ids in types):
