@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths
 from ..utils.checks import is_count, is_number, shown
 from ..utils.errors import SensiLoadError, how_to_install
+from .hashes import check_hashes
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -59,6 +61,31 @@ def check_record(record: Any) -> None:
     weights = record.get("weights", WEIGHTS)
     if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
         raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file.")
+
+
+def weights_in(values: Mapping[str, Any], folder: str | Path) -> str:
+    """The name of the weights file of a merged folder, from the object in its config.
+
+    Raises `SensiLoadError` if the record of the widths is malformed, or the name is not that of a file in the folder.
+    """
+    record = values.get(RECORD_KEY)
+    if record is not None:
+        check_record(record)
+    weights = values.get("transformers_weights", WEIGHTS) if record is None else record.get("weights", WEIGHTS)
+    if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
+        raise SensiLoadError(f"{folder}: {CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
+    return weights
+
+
+def check_unchanged(values: Mapping[str, Any], folder: Path, weights: str) -> None:
+    """Raises `SensiLoadError` if the config or the weights of a merged folder were changed after it was saved."""
+    # A plain checkpoint may have been loaded and saved again without this package. That removes `transformers_weights`
+    # and copies the hash, which is of the old config.
+    if values.get(RECORD_KEY) is not None or "transformers_weights" in values:
+        try:
+            check_hashes(folder, dict(values), folder / weights)
+        except ValueError as error:
+            raise SensiLoadError(str(error)) from None
 
 
 def architecture_of(name: Any) -> type[PreTrainedModel]:

@@ -20,15 +20,16 @@ from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, read_json_object, read_specs
 from .foreign import (
     CONFIG,
-    WEIGHTS,
     architecture_of,
     check_buffers,
     check_record,
+    check_unchanged,
     check_widths,
     config_of,
     few_modules,
+    weights_in,
 )
-from .hashes import HASH_KEY, check_hashes
+from .hashes import HASH_KEY
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,9 @@ def _read(folder: Path) -> _Folder:
         raise SensiLoadError(
             f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
         ) from None
-    record = values.get(RECORD_KEY)
-    weights = values.get("transformers_weights", WEIGHTS)
-    if record is not None:
-        check_record(record)
-        weights = record.get("weights", WEIGHTS)
+    record, weights = values.get(RECORD_KEY), weights_in(values, folder)
     tensors = _open(folder, weights)
-    # A plain checkpoint may have been loaded and saved again without this package. That removes `transformers_weights`
-    # and copies the hash, which is of the old config.
-    if record is not None or "transformers_weights" in values:
-        try:
-            check_hashes(folder, values, folder / weights)
-        except ValueError as error:
-            raise SensiLoadError(str(error)) from None
+    check_unchanged(values, folder, weights)
     for key in (RECORD_KEY, HASH_KEY):
         values.pop(key, None)
     named = values.get("architectures")
@@ -168,10 +159,8 @@ def _read(folder: Path) -> _Folder:
     return _Folder(folder, empty, config, widths, _state(empty, tensors, folder / weights))
 
 
-def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
+def _open(folder: Path, weights: str) -> dict[str, torch.Tensor]:
     """The tensors of the file, mapped into memory. Their values are read when they are used."""
-    if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
-        raise SensiLoadError(f"{folder / CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
     try:
         with open_safetensors(folder / weights) as file:
             read_specs(folder / weights, file)  # refuses dtypes that no model of this package has

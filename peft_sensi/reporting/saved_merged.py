@@ -15,8 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
-from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
-from ..merging.hashes import check_hashes
+from ..merging.foreign import CONFIG, architecture_of, check_unchanged, weights_in
 from ..merging.load import without_weights
 from ..utils.checks import label_names
 from ..utils.errors import SensiError, SensiLoadError
@@ -112,10 +111,7 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         raise SensiLoadError(
             f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
         )
-    record = values.get(RECORD_KEY)
-    if record is not None:
-        check_record(record)
-    weights = str((record or {}).get("weights") or values.get("transformers_weights") or WEIGHTS)
+    weights = weights_in(values, name)
     folder, shown = file.parent, str(name)
     if Path(name).is_dir():
         folder, shown = Path(name), Path(name).resolve().name
@@ -125,11 +121,7 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         folder = Path(snapshot_download(str(name), allow_patterns=wanted))
     if not (folder / weights).is_file():
         raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {CONFIG} names.")
-    if record is not None or "transformers_weights" in values:  # as in `load_merged`
-        try:
-            check_hashes(folder, values, folder / weights)
-        except ValueError as error:
-            raise SensiLoadError(str(error)) from None
+    check_unchanged(values, folder, weights)
     size = (folder / weights).stat().st_size
     return SavedMerged(shown, folder, values, weights, tensors_in(folder / weights), size)
 
