@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -83,8 +82,9 @@ def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any]) -> Difference:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """The two-sided p-value of McNemar's exact test: how likely so unequal numbers are if both models are as good."""
-    count, fewer = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(comb(count, i) for i in range(fewer + 1)) / 2**count)
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def _scored(tasks: Sequence[Task], found: Sequence[list[dict[str, Any]]]) -> tuple[str, list[np.ndarray]]:

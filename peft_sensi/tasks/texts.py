@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, softmax
 
 from . import metrics
 from .labels import (
@@ -234,7 +235,7 @@ def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
         if labels.regression:
             found.append({"value": float(row[0])})
             continue
-        scores = 1 / (1 + np.exp(-row)) if labels.several else softmax(row)
+        scores = expit(row) if labels.several else softmax(row)
         by_name = dict(zip(labels.names, scores.tolist(), strict=True))
         if labels.several:
             found.append({"labels": [name for name, score in by_name.items() if score > 0.5], "scores": by_name})
@@ -246,9 +247,3 @@ def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
 def logits_in(outputs: Any) -> Any:
     """The logits in what Trainer returns for a model: them alone, or a tuple that starts with them."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)

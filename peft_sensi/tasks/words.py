@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from . import metrics
 from .columns import check_known, known
@@ -16,7 +17,7 @@ from .decoding import read_text
 from .labels import DataError, Labels
 from .metrics import Quality
 from .task import Rows
-from .texts import logits_in, softmax
+from .texts import logits_in
 
 
 OUTSIDE = "O"
