@@ -54,6 +54,8 @@ _MEANING = (
     "target_modules",
     "update",
 )
+# The settings that change what values mean, although neither names nor shapes of tensors show it.
+_HIDDEN = ("scale", "sparsity")
 _LARGEST_PLAN = 2**26  # bytes; a model of 70 billion parameters needs one megabyte
 
 
@@ -73,20 +75,22 @@ def config_mark(config: Any) -> str:
 
 
 class StoredPlan(NamedTuple):
-    """What `sensi_plan` holds: the plan (see `Plan.to_dict`), the config's mark, and the scale of low-rank terms.
+    """What `sensi_plan` holds: the plan (see `Plan.to_dict`), the config's mark, and the settings in `_HIDDEN`.
 
-    The mark is `None` in files of the first versions, and the scale in files of adapters that have none.
+    The mark is `None` in files of the first versions. Settings that the adapter does not have are left out.
     """
 
     plan: dict[str, Any]
-    mark: str | None = None
-    scale: float | None = None
+    mark: str | None
+    hidden: dict[str, float]
 
 
-def plan_to_tensor(plan: Mapping[str, Any], mark: str | None = None, scale: float | None = None) -> torch.Tensor:
-    """The content of a `StoredPlan` as JSON in a uint8 vector."""
-    extra = {"config": mark, "scale": scale}
-    values = {**plan, **{key: value for key, value in extra.items() if value is not None}}
+def plan_to_tensor(plan: Mapping[str, Any], config: Any = None) -> torch.Tensor:
+    """The content of a `StoredPlan` as JSON in a uint8 vector. Without the config, it is the plan alone."""
+    values = {**plan}
+    if config is not None:
+        values["config"] = config_mark(config)
+        values |= {name: value for name in _HIDDEN if (value := getattr(config, name)) is not None}
     return torch.frombuffer(bytearray(json.dumps(values, sort_keys=True).encode()), dtype=torch.uint8)
 
 
@@ -97,16 +101,17 @@ def plan_from_tensor(tensor: torch.Tensor, where: str = WEIGHTS) -> StoredPlan:
             f"{where}: {PLAN_KEY!r} must be a vector of bytes, got {tensor.dtype} {tuple(tensor.shape)}."
         )
     try:
-        plan = json.loads(tensor.cpu().numpy().tobytes())
-        mark, scale = (plan.pop(key, None) if isinstance(plan, dict) else None for key in ("config", "scale"))
+        values = json.loads(tensor.cpu().numpy().tobytes())
+        extra = {key: values.pop(key) for key in ("config", *_HIDDEN) if isinstance(values, dict) and key in values}
+        mark = extra.pop("config", None)
         if not isinstance(mark, str | None):
             raise ValueError("its `config` is not a hash")
-        if not (scale is None or is_number(scale)):
-            raise ValueError("its `scale` is not a number")
-        check_plan_dict(plan)
+        if wrong := [name for name, value in extra.items() if not is_number(value)]:
+            raise ValueError(f"its `{wrong[0]}` is not a number")
+        check_plan_dict(values)
     except (ValueError, RecursionError) as error:
         raise SensiLoadError(f"{where}: {PLAN_KEY!r} does not hold a plan: {error}") from None
-    return StoredPlan(plan, mark, scale)
+    return StoredPlan(values, mark, extra)
 
 
 def check_pair(stored: torch.Tensor, config: Any, where: str = WEIGHTS) -> None:
@@ -120,14 +125,16 @@ def check_pair(stored: torch.Tensor, config: Any, where: str = WEIGHTS) -> None:
         )
 
 
-def check_scale(stored: float | None, config: Any) -> None:
-    """Checks the scale of a file against that of a wrapped model: the tensors' shapes do not show it."""
-    found, expected = (1.0 if scale is None else scale for scale in (stored, config.scale))
-    if found != expected:
-        raise SensiLoadError(
-            f"{WEIGHTS}: its low-rank terms have the scale {found:g}, but those of the model have {expected:g}. Wrap "
-            f"the model with `scale={found:g}`."
-        )
+def check_hidden(stored: Mapping[str, float], config: Any) -> None:
+    """Checks the settings in `_HIDDEN` of a file against those of a wrapped model."""
+    for name, absent in (("scale", 1.0), ("sparsity", config.sparsity)):  # earlier versions wrote no sparsity
+        own = getattr(config, name)
+        found, expected = stored.get(name, absent), absent if own is None else own
+        if found != expected:
+            raise SensiLoadError(
+                f"{WEIGHTS}: its values were trained with `{name}` = {found}, but the model has {expected}. Wrap the "
+                f"model with `{name}={found}`."
+            )
 
 
 def check_config_file(path: str | os.PathLike, forbidden: Iterable[str] = ()) -> None:

@@ -22,7 +22,7 @@ from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from . import wrapping
 from .admission import check_addition, check_name
-from .checkpoint import check_pair, check_scale, described_by, plan_from_tensor, plan_key
+from .checkpoint import check_hidden, check_pair, described_by, plan_from_tensor, plan_key
 from .config import SensiConfig
 from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
@@ -319,8 +319,8 @@ class SensiModel(AdapterOperations, BaseTuner):
         stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:
             check_pair(stored, config)
-        plan, _, scale = plan_from_tensor(stored)
-        check_scale(scale, config)
+        plan, _, hidden = plan_from_tensor(stored)
+        check_hidden(hidden, config)
         gated = any(name.rpartition(".")[2] == "sensi_gate" for name in state_dict)
         as_is = plan == config.plan and gated == (config.phase == "cut")
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):

@@ -11,7 +11,7 @@ from torch import nn
 from ..layers.layer import layers_of
 from ..layers.marks import LAYER_MARK
 from ..utils.errors import SensiError
-from .checkpoint import PEFT_PREFIX, PLAN_KEY, config_mark, plan_to_tensor
+from .checkpoint import PEFT_PREFIX, PLAN_KEY, plan_to_tensor
 from .config import SensiConfig
 from .head_settings import head_settings
 from .wrapping import root_of
@@ -39,5 +39,5 @@ def completed(
     check_present(model, adapter_name)
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     config.head_settings = head_settings(root_of(model))
-    plan = {prefix + PLAN_KEY: plan_to_tensor(config.plan, config_mark(config), config.scale)}
+    plan = {prefix + PLAN_KEY: plan_to_tensor(config.plan, config)}
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(LAYER_MARK)} | plan
