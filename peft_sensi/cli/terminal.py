@@ -124,25 +124,20 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             if kwargs.get("debug"):
                 traceback.print_exc()
             err.quiet = False
-            err.print(Text.assemble(("error: ", "bold red"), line_of(error)), soft_wrap=True)
+            expected = isinstance(error, (SensiError, OSError, ImportError))
+            reason = str(error)
+            if isinstance(error, FileNotFoundError) and error.filename is not None:
+                reason = f"There is no file {error.filename}. Check the path."
+            elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+                reason = f"{error.filename}: {error.strerror}."  # without Python's number of the error
+            text = " ".join(reason.split()) or "no reason was given"
+            if isinstance(error, ModuleNotFoundError):
+                text += f": {how_to_install('cli')}"
+            line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
+            err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
             raise typer.Exit(1) from None
 
     return wrapper
-
-
-def line_of(error: Exception) -> str:
-    """What an error says, in one line."""
-    reason = str(error)
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        reason = f"There is no file {error.filename}. Check the path."
-    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-        reason = f"{error.filename}: {error.strerror}."  # without Python's number of the error
-    text = " ".join(reason.split()) or "no reason was given"
-    if isinstance(error, ModuleNotFoundError):
-        text += f": {how_to_install('cli')}"
-    if isinstance(error, (SensiError, OSError, ImportError)):
-        return text
-    return f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
 
 
 def load_libraries() -> None:
