@@ -1,8 +1,8 @@
 """Which units a trained model can do without, and the values of the others: for a trim, and for cuts in a training.
 
 A budget far below what is there is reached in stages. A unit that is superfluous beside others may be needed once they
-are gone, so each stage scores the model that the stage before has left, refitted. All of them are refitted to the
-model before the first stage, so that their errors do not add up.
+are gone, so each stage scores the model that the stage before has left, refitted. What remains after the last stage is
+fitted to the model before the first one, so that the errors of the stages do not add up.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
-from ..planning.trimmed import trimmed
+from ..planning.trimmed import kept_values, trimmed
 from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
@@ -80,38 +81,36 @@ def choose(
     stages = stages_to(opened, limits)
     rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
 
-    def ranked(kept: Plan) -> Scores:
-        if data.scores is not None:
-            return data.scores
-        anatomy = _anatomy_of_merged(root, config, kept)
-        found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
-        return _of_all_units(found, _kept(kept))
-
     after, values = opened, Refitted()
     for stage in stages if data.scores is None else stages[-1:]:
         left = _plan_of_merged(now, before, after)
         with trimmed(root, left, left.anatomy.trimmable, values):
-            scores = ranked(after)
-        length = config.sequence_length or scores.sequence_length if progress is None else None
-        # The last stage may open units again, to use up the budget where no open unit fits any more.
-        reopens = stage is limits and (progress is None or progress >= 1)
-        wanted = make_plan(
-            before.anatomy,
-            _open_first(scores, _kept(after)) if reopens else scores,
-            stage,
-            targets=before.targets,
-            available=_kept(before if reopens else after),
-            sequence_length=length or before.sequence_length,
-            latency=config.tables,
-            **config.width_options,
-        )
+            anatomy = _anatomy_of_merged(root, config, after)
+            if data.scores is None:
+                found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
+                scores = _of_all_units(found, _kept(after))
+            else:
+                scores = data.scores
+            length = config.sequence_length or scores.sequence_length if progress is None else None
+            # The last stage may open units again, to use up the budget where no open unit fits any more.
+            reopens = stage is limits and (progress is None or progress >= 1)
+            wanted = make_plan(
+                before.anatomy,
+                _open_first(scores, _kept(after)) if reopens else scores,
+                stage,
+                targets=before.targets,
+                available=_kept(before if reopens else after),
+                sequence_length=length or before.sequence_length,
+                latency=config.tables,
+                **config.width_options,
+            )
+            if to_refit is not None and stage is not limits:
+                cut = _plan_of_merged(anatomy, after, before.without(wanted.trimmed_units))
+                values = _values_after(root, cut, to_refit[: options.calibration_steps], data.loss_fn, options)
         after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
-        small = _plan_of_merged(now, before, after)
-        if to_refit is not None and stage is not limits:
-            some = to_refit[: options.calibration_steps]
-            values = refit(root, small, some, data.loss_fn, options.progress)
     refitted = Refitted()
     if to_refit is not None:
+        small = _plan_of_merged(now, before, after)
         refitted = refit_changes(root, small, to_refit, data.loss_fn, options.progress, rounds)
     return Choice(after, refitted, scores)
 
@@ -131,6 +130,15 @@ def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
     # A count of 1 would be read as a share.
     ways = [{n: max(2, int(kept[n] * ratio ** (i / count))) for n, ratio in ratios.items()} for i in range(1, count)]
     return [*(Budget(**way) for way in ways), limits]
+
+
+def _values_after(
+    root: nn.Module, cut: Plan, batches: list[Mapping[str, Any]], loss_fn: LossFn | None, options: ScoringOptions
+) -> Refitted:
+    """Values of all output projections after a stage: refitted ones, or the kept columns of those before it."""
+    found = refit(root, cut, batches, loss_fn, options.progress)
+    groups = {group.output: group for group in cut.anatomy.trimmable}
+    return {n: found.get(n) or kept_values(linear_of(root, n), n, group, cut) for n, group in groups.items()}
 
 
 def _kept(plan: Plan) -> dict[str, np.ndarray]:
