@@ -20,6 +20,7 @@ from tiny import (
     train,
 )
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from peft_sensi import (
     SensiConfig,
@@ -384,6 +385,34 @@ def test_embeddings_that_no_adapter_trains_are_resized(size, mean_resizing, make
     base = make()
     base.resize_token_embeddings(size, mean_resizing=False)
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path), KNOWN)[..., :width], outputs[..., :width])
+
+
+@pytest.mark.parametrize("how", ["auto", True])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"also_train": ["embeddings"]}, {"modules_to_save": ["word_embeddings"]}, {"keep_base": False}],
+    ids=str,
+)
+def test_resized_embeddings_that_the_adapter_trains_are_saved_with_it(fields, how, tmp_path):
+    """PEFT adds all entries of embeddings to the file if the vocabulary was resized."""
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def resized(seed: int) -> nn.Module:  # new tokens start from other values each time
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(VOCABULARY + 6, mean_resizing=False)
+        return base
+
+    batch = {"input_ids": torch.tensor([[5, VOCABULARY + 5, 7, VOCABULARY]])}
+    batches = [{**batch, "labels": torch.tensor([1])}]
+    model = wrapped(resized(0), calibration=batches, **fields)
+    train(model, batches)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=how)
+    again = PeftModel.from_pretrained(resized(1), tmp_path / "adapter")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    if "keep_base" not in fields:
+        with model.disable_adapter(), again.disable_adapter():
+            assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 @pytest.mark.parametrize("size", [VOCABULARY + 8, VOCABULARY - 4])

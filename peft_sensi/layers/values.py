@@ -28,7 +28,7 @@ def check_specs(found: Mapping[str, Spec], expected: Mapping[str, Spec], where: 
         if shape != want_shape:
             raise SensiLoadError(
                 f"{where}: {name!r} has shape {shape}, expected {want_shape}. Load the base that the adapter was made "
-                f"for, with the same `num_labels`."
+                f"for, with the same `num_labels` and the same number of tokens."
             )
         if dtype != want_dtype and not (dtype in FLOATS and want_dtype in FLOATS):
             raise SensiLoadError(f"{where}: {name!r} has dtype {dtype}, expected {want_dtype}.")

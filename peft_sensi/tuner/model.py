@@ -21,7 +21,7 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from . import wrapping
-from .admission import check_addition, check_name
+from .admission import check_addition
 from .checkpoint import check_hidden, check_pair, described_by, plan_from_tensor, plan_key
 from .config import SensiConfig
 from .decision import Decision, prepare
@@ -129,7 +129,6 @@ class SensiModel(AdapterOperations, BaseTuner):
                 with errors_of_file(users_config):
                     check_task(model, config)
                     decision = prepare(model, config, users_config.inputs)
-                    check_name(model, config, adapter_name)
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision
@@ -308,7 +307,16 @@ class SensiModel(AdapterOperations, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # This is PEFT's own copy. From it, PEFT takes all entries of embeddings if the vocabulary was resized.
+        for name in [name for name in state_dict if name.endswith(LAYER_MARK)]:
+            del state_dict[name]
         return completed(tensors, model, config, adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Embeddings that are saved whole would be in the file twice if the vocabulary was resized.
+        key = key.replace(f".modules_to_save.{adapter_name}.", ".")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
