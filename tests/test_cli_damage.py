@@ -14,6 +14,10 @@ from folders import NAMES, save_adapter, save_tokenizer
 from safetensors import SafetensorError
 from tiny import tiny_model
 
+from peft_sensi.cli.run import check_same_options
+from peft_sensi.utils.errors import SensiError
+from peft_sensi.utils.files import read_json_object
+
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -182,3 +186,11 @@ def test_a_disk_without_room_is_noticed_before_the_training(tmp_path, monkeypatc
         text = fails(*line, "--epochs", "1")
     assert "error: The adapter could not be written to" in text and "unexpected" not in text
     assert "replace it with --overwrite" in fails(*line), "there is no checkpoint that --resume could use"
+
+
+def test_an_interrupted_training_is_named_where_its_adapter_is_needed(tmp_path):
+    (tmp_path / "unfinished.json").write_text(json.dumps({"options": {"--lr": None, "--epochs": 3}}))
+    for command in (("predict", tmp_path, tmp_path / "new.csv"), ("push", tmp_path, "me/x", "--dry-run")):
+        assert "holds an interrupted training: finish it with --resume" in fails(*command)
+    with pytest.raises(SensiError, match="--lr was not given, and is 0.1 now"):
+        check_same_options(read_json_object(tmp_path / "unfinished.json"), {"--lr": 0.1, "--epochs": 3})

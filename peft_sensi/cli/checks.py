@@ -10,10 +10,10 @@ from typing import Any
 
 from ..utils.errors import BudgetError, SensiError
 from ..utils.files import read_json_object
+from ..utils.places import UNFINISHED
 
 
 PICTURES = (".png", ".svg", ".pdf")
-UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
 SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 
 

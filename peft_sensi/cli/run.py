@@ -34,8 +34,8 @@ from ..tasks.weights import balanced_weights, weighted_loss
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import size_of
+from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
-from .checks import UNFINISHED
 from .rates import WHOLE, default_rate
 from .terminal import ENDING, err, handling, leave_lost_terminal, stop_at_once
 
@@ -253,9 +253,10 @@ def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> 
     now, before = json.loads(json.dumps(options, default=str)), state.get("options", {})
     if changed := [name for name in now if now[name] != before.get(name)]:
         name = changed[0]
-        raise SensiError(
-            f"--resume goes on with the same options, but {name} was {before.get(name)!r} and is {now[name]!r}."
+        was, is_now = (
+            "not given" if value in (None, False, []) else repr(value) for value in (before.get(name), now[name])
         )
+        raise SensiError(f"--resume goes on with the same options, but {name} was {was}, and is {is_now} now.")
 
 
 def saved_training(folder: Path, state: Mapping[str, Any]) -> str | None:

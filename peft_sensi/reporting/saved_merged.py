@@ -21,7 +21,7 @@ from ..merging.load import load_merged, without_weights
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import human, size_of
-from ..utils.places import is_onnx, not_found
+from ..utils.places import UNFINISHED, is_onnx, not_found
 from .saved import (
     METRICS,
     TOKENIZER_CONFIG,
@@ -107,6 +107,8 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         if is_onnx(Path(name)):
             raise SensiLoadError(not_found(name, FileNotFoundError()))
         found = f"a model that peft_sensi has not merged ({CONFIG})" if file else "neither of the two"
+        if (Path(name) / UNFINISHED).is_file():
+            found = "an interrupted training: finish it with --resume"
         raise SensiLoadError(
             f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
         )
