@@ -85,6 +85,21 @@ def test_files_that_do_not_belong_together(folder, tmp_path):
     assert status == 1 and "changed after" in found["files"][1]
 
 
+@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/secret.safetensors", "config.json", None])
+def test_a_config_that_names_weights_elsewhere(folder, tmp_path, place):
+    """Without this check, `push` would upload another file of this machine."""
+    merged = shutil.copytree(folder / "merged", tmp_path / "merged")
+    shutil.copy(next(merged.glob("*.safetensors")), tmp_path / "secret.safetensors")
+    values = json.loads((merged / "config.json").read_text())
+    del values["peft_sensi"], values["peft_sensi_hash"]
+    values |= {"saved_by": "peft_sensi", "transformers_weights": place}
+    (merged / "config.json").write_text(json.dumps(values))
+    status, found = check(merged)
+    assert status == 1 and "which is not a safetensors file of this folder" in found["files"][1]
+    result = CliRunner().invoke(app, ["push", str(merged), "me/model", "--dry-run"])
+    assert result.exit_code == 1 and "which is not a safetensors file of this folder" in result.output
+
+
 def test_what_is_neither_adapter_nor_merged(folder, tmp_path):
     for place, words in ((folder / "base", "has not merged"), (tmp_path, "neither"), ("nobody/nothing", "not found")):
         status, found = check(place)

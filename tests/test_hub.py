@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from peft_sensi.reporting.hub import push_folder
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
 from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
+from peft_sensi.utils import places
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +260,21 @@ def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, tmp_p
     result = run(words[0], "me/unknown", *words[1:])
     assert result.exit_code == 1 and "it cannot be reached" in result.output, result.output
     assert not waits
+
+
+def test_the_hub_is_asked_once_in_a_minute_whether_it_is_there(hub, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(places, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    hub.repos["me/model"] = {"config.json": b"{}"}
+    assert not any(places.is_out_of_reach("me/model") for _ in range(5))
+    assert len(hub.received) == 1
+    hub.server.shutdown()
+    hub.server.server_close()
+    close_session()
+    now[0] = 59.0
+    assert not places.is_out_of_reach("me/model")
+    now[0] = 60.0
+    assert places.is_out_of_reach("me/model")
 
 
 def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):

@@ -158,7 +158,7 @@ def test_a_trimmed_adapter_holds_the_fitted_values(config, monkeypatch):
     whole, changes = tiny.trained("bert", budget=1.0, calibration=tiny_batches(6, seed=3), **config), {}
     logits = []
     for rounds in (0, ROUNDS):
-        monkeypatch.setattr("peft_sensi.tuner.trim.FIT_ROUNDS", rounds)
+        monkeypatch.setattr("peft_sensi.tuner.stages.FIT_ROUNDS", rounds)
         small = tiny.clone(whole)
         small.base_model.trim(0.25, calibration=tiny_batches(24, seed=4))
         logits.append(torch.cat([tiny.logits(small, batch) for batch in UNSEEN]))

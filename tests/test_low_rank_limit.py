@@ -164,19 +164,27 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale):
         SensiConfig(scale=0.5)
 
 
-def test_values_are_not_loaded_under_another_scale(tmp_path):
-    """A resumed training never reads the checkpoint's config, and the shapes do not show the scale."""
-    fields = {"update": "low_rank", "rank": 4}
+@pytest.mark.parametrize(
+    ("fields", "name", "values"),
+    [
+        ({"update": "low_rank", "rank": 4}, "scale", (0.25, 1.0)),
+        ({"update": "mask", "sparsity": 0.5}, "sparsity", (0.5, 0.75)),
+    ],
+    ids=str,
+)
+def test_values_are_not_loaded_under_another_setting(fields, name, values, tmp_path):
+    """A resumed training never reads the checkpoint's config, and the shapes do not show these settings."""
+    value, another = values
     steps(wrapped(tiny_model(), **fields), 1e-2).save_pretrained(tmp_path)
-    values = load_file(tmp_path / "adapter_model.safetensors")
-    same, other = wrapped(tiny_model(), **fields), wrapped(tiny_model(), **fields, scale=1.0)
-    set_peft_model_state_dict(same, values)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    same, other = wrapped(tiny_model(), **fields), wrapped(tiny_model(), **{**fields, name: another})
+    set_peft_model_state_dict(same, tensors)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(SensiLoadError, match=r"scale 0.25.*`scale=0.25`"):
-        set_peft_model_state_dict(other, values)
+    with pytest.raises(SensiLoadError, match=f"`{name}` = {value}, .*`{name}={value}`"):
+        set_peft_model_state_dict(other, tensors)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
     config = tmp_path / "adapter_config.json"
-    config.write_text(config.read_text().replace('"scale": 0.25', '"scale": 0.5'))
+    config.write_text(config.read_text().replace(f'"{name}": {value}', f'"{name}": {another}'))
     with pytest.raises(SensiLoadError, match="different settings"):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 

@@ -31,7 +31,7 @@ from peft_sensi import (
 )
 from peft_sensi.anatomy.units import Group, Side
 from peft_sensi.planning.budget import allowance
-from peft_sensi.planning.plan import units_by_kind
+from peft_sensi.planning.rows import units_by_kind
 
 
 def heads(name: str, size: int, width: int = 2, hidden: int = 8) -> Group:
@@ -519,7 +519,7 @@ def test_a_model_of_seven_billion_is_planned_in_time(budget):
         ({"tuned_layers": 0}, "`tuned_layers` must be"),
         ({"retention": 2.0}, "`retention` must be a share"),
         ({"always_trained": 0.5}, "`always_trained` must be"),
-        ({"targets": "query"}, "`targets` must be a set of names"),
+        ({"targets": "query"}, "`targets` must be a list of names"),
         ({"protected": [True]}, "`protected` and `available` must be mappings"),
         ({"protected": {"bert.encoder.layer.0.heads": [True]}}, r"4 units.*shape \(1,\): give masks"),
     ],

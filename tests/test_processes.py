@@ -9,8 +9,7 @@ from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import compute_scores
-from peft_sensi.scoring.calibration import materialize
-from peft_sensi.utils.distributed import weight_of
+from peft_sensi.scoring.calibration import materialize, weight_of
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +128,9 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
 
 def test_weight_of_a_batch():
     batch = tiny_batches(1, task="TOKEN_CLS")[0]
-    assert weight_of(batch) == int((batch["labels"] >= 0).sum()) < batch["labels"].numel()
+    assert weight_of(batch, own_loss=False) == int((batch["labels"] >= 0).sum()) < batch["labels"].numel()
     assert weight_of(batch, own_loss=True) == len(batch["labels"])
-    assert weight_of(tiny_batches(1, size=5)[0]) == 5
+    assert weight_of(tiny_batches(1, size=5)[0], own_loss=False) == 5
 
 
 def test_nothing_is_exchanged_in_one_process(monkeypatch):

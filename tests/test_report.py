@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
 from peft_sensi.planning.packing import unpack_states
-from peft_sensi.planning.plan import drawn_rows, rows_of
+from peft_sensi.planning.rows import drawn_rows, rows_of
 from peft_sensi.plotting.canvas import STYLES
 from peft_sensi.plotting.plots import plot_plan
 from peft_sensi.reporting.facts import group_counts, plan_figures

@@ -21,7 +21,7 @@ from peft_sensi.anatomy.modules import linear_of
 from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.scoring.calibration import preserved
 from peft_sensi.scoring.gates import gate_gradients
-from peft_sensi.tuner import cuts
+from peft_sensi.tuner import cuts, stages
 from peft_sensi.tuner.in_place import merged_in_place
 from peft_sensi.tuner.schedule import unwrapped
 
@@ -83,7 +83,7 @@ def test_closed_units_stay_closed_where_open_ones_tie(score, monkeypatch):
         return {g.name: g.zeros() for g in anatomy.groups}
 
     monkeypatch.setattr(cuts, "trained_movement", zeros)
-    monkeypatch.setattr(cuts, "score_units", lambda *a, **k: Scores(zeros(*a), "random"))
+    monkeypatch.setattr(stages, "score_units", lambda *a, **k: Scores(zeros(*a), "random"))
     schedule.step(done_steps=6)
     for name, after in opened(model).items():
         # Only what is left of the budget may open units again, in a group that has lost none.
@@ -124,8 +124,8 @@ def test_cuts_look_for_outliers_in_the_trained_weights(monkeypatch):
     with torch.no_grad():
         layer.part("weight", "default")[:, 5] *= 1e4
     found = []
-    make_plan = cuts.make_plan
-    monkeypatch.setattr(cuts, "make_plan", lambda *a, **k: found.append(k["protected"]) or make_plan(*a, **k))
+    make_plan = stages.make_plan
+    monkeypatch.setattr(stages, "make_plan", lambda *a, **k: found.append(a[1].protected) or make_plan(*a, **k))
     schedule.step(done_steps=2)
     assert found[0]["bert.encoder.layer.0.neurons"].nonzero()[0].tolist() == [5]
 

@@ -25,6 +25,7 @@ SAME_SHAPES = {
     "other units": ({"budget": 0.5, "widths": "uniform"}, {"score": "random", "seed": 3}),
     "other tuned units": ({"retention": 0.5}, {"score": "random", "seed": 3}),
     "another sparsity": ({"update": "mask", "sparsity": 0.5}, {"sparsity": 0.7}),
+    "another scale": ({"update": "low_rank", "rank": 2}, {"scale": 1.0}),
 }
 # Other shapes, or other names.
 OTHER_SHAPES = {

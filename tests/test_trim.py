@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -25,10 +26,9 @@ from torch.utils.data import DataLoader
 
 from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
-from peft_sensi.tuner import cuts, in_place, wrapping
-from peft_sensi.tuner import trim as trim_module
+from peft_sensi.tuner import cuts, in_place, stages, wrapping
 from peft_sensi.tuner.rescoring import REFIT_TOKENS, enough
-from peft_sensi.tuner.trim import _stages
+from peft_sensi.tuner.stages import stages_to
 from peft_sensi.utils.states import TRIMMED, TUNED
 
 
@@ -409,15 +409,35 @@ def test_a_late_cut_is_refitted(tmp_path):
     assert float((after - before).square().mean()) == errors[True], "the refit is the default"
 
 
+def test_a_late_cut_far_down_is_a_trim(family):
+    """It chooses units in stages, and fits queries, keys, values and neurons as well."""
+    batches = tiny_batches(9, seed=4)
+    trimmed = learned(family, score="fisher", calibration=batches)
+    cut = wrap(tiny_model(family), score="fisher", calibration=batches, budget=0.25, schedule=LATE)
+    trained_values = dict(trimmed.named_parameters())
+    with torch.no_grad():
+        for path, p in cut.named_parameters():
+            if p.requires_grad:
+                p.copy_(trained_values[path])
+    plan = trimmed.base_model.trim(0.25, batches)
+    schedule = Schedule(cut, 4, calibration=batches)
+    schedule.step(done_steps=2)
+    torch.testing.assert_close(logits(cut), logits(trimmed), rtol=1e-3, atol=1e-4)
+    schedule.finish()
+    masks = cut.base_model.plan().trimmed_units
+    assert all((mask == plan.trimmed_units[group]).all() for group, mask in masks.items())
+    torch.testing.assert_close(logits(cut), logits(trimmed), rtol=1e-3, atol=1e-4)
+
+
 def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
-    def refitted(root, config, adapter_name, plan, *others):
-        counts = {g.output: len(g.output_columns(plan.of(g) != TRIMMED)) for g in plan.anatomy.trimmable}
+    def refitted(root, plan, *others):
+        counts = {g.output: len(g.positions(g.output, plan.of(g) != TRIMMED)) for g in plan.anatomy.trimmable}
         return {name: (torch.ones(32, count), torch.ones(32)) for name, count in counts.items()}
 
     model = wrap(tiny_model(), budget=0.5, schedule=LATE, also_train=["output_biases"])
     schedule = Schedule(model, 4, calibration=BATCHES)
     before = snapshot(model)
-    monkeypatch.setattr(cuts, "_refitted", refitted)
+    monkeypatch.setattr(stages, "refit_changes", refitted)
     monkeypatch.setattr(cuts, "_add_change", interrupted(cuts._add_change, at=3))
     with pytest.warns(UserWarning, match="units are cut now"), pytest.raises(KeyboardInterrupt):
         schedule.finish()
@@ -426,9 +446,9 @@ def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
 
 def trims_in_stages(model, budget, **options):
     """Trims to the limits of each stage on the way to `budget`, and returns the last plan."""
-    stages = _stages(model.base_model.plan(), Budget(budget))
-    assert len(stages) == 2
-    for stage in stages:
+    way = stages_to(model.base_model.plan(), Budget(budget))
+    assert len(way) == 2
+    for stage in way:
         limits = {name: limit for name, limit in asdict(stage).items() if limit is not None}
         plan = model.base_model.trim(limits, BATCHES, **options)
     return plan
@@ -442,20 +462,23 @@ def test_a_trim_far_down_chooses_units_in_stages():
     torch.testing.assert_close(logits(at_once), logits(step_by_step), rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_stage_is_fitted_to_the_untrimmed_model(monkeypatch):
-    """Not to what the stages before have left, whose errors would add up."""
-    whole, seen = learned(), []
-    inner = trim_module.refit_changes
+def test_every_stage_is_fitted_to_the_untrimmed_model(monkeypatch):
+    """Not to what the stages before have left, whose errors would add up. But the second one scores what is left."""
+    whole, fitted, scored = learned(), [], []
+    inner = {name: getattr(stages, name) for name in ("refit", "refit_changes", "score_units")}
 
-    def watched(root, *others):
+    def watched(name, seen, root, *others):
         seen.append(logits(root))
-        return inner(root, *others)
+        return inner[name](root, *others)
 
-    monkeypatch.setattr(trim_module, "refit_changes", watched)
+    for name, seen in (("refit", fitted), ("refit_changes", fitted), ("score_units", scored)):
+        monkeypatch.setattr(stages, name, partial(watched, name, seen))
     small = clone(whole)
     small.base_model.trim(0.25, BATCHES)
-    assert len(seen) == 2  # the second stage has scored a smaller model
-    torch.testing.assert_close(seen[-1], logits(whole), rtol=1e-4, atol=1e-5)
+    assert len(fitted) == len(scored) == 2
+    for seen in (*fitted, scored[0]):
+        torch.testing.assert_close(seen, logits(whole), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scored[1], logits(whole), atol=1e-3)
 
 
 def test_keeping_everything_needs_no_scores(monkeypatch):

@@ -1,15 +1,17 @@
-"""File access: what each function does with a file that is missing, damaged, or of another kind."""
+"""What functions do with a file that is missing, damaged, or of another kind, and with values from outside."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from peft_sensi import SensiLoadError
-from peft_sensi.utils import files, places
+from peft_sensi.reporting.saved_merged import SavedMerged
+from peft_sensi.utils import checks, files, places
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ufeff{}"])
@@ -100,3 +102,24 @@ def test_names_that_can_only_be_paths(tmp_path, monkeypatch):
         assert places.not_found(name, OSError("?")) == f"There is no folder {name}. Check the path."
     assert "is a web address" in places.not_found("https://huggingface.co/me/x", OSError("?"))
     assert places.is_repo("me/x") and not places.is_repo("models") and not places.is_repo("a/b/c")
+
+
+@pytest.mark.parametrize(
+    ("id2label", "names"),
+    [
+        ({0: "bad", 1: "good"}, ["bad", "good"]),
+        ({str(i): f"class {i}" for i in (10, 2, 0, 1, *range(3, 10))}, [f"class {i}" for i in range(11)]),
+        ({"0": "LABEL_A", "1": "LABEL_B"}, ["LABEL_A", "LABEL_B"]),
+        ({0: "LABEL_1", 1: "LABEL_0"}, ["LABEL_1", "LABEL_0"]),
+        ({0: "LABEL_0", 1: "LABEL_1"}, []),
+        ({1: "bad", 2: "good"}, []),
+        ({"a": "bad"}, []),
+        ({}, []),
+        (None, []),
+        ("bad", []),
+    ],
+    ids=str,
+)
+def test_names_of_labels(id2label, names):
+    assert checks.label_names(id2label) == names
+    assert SavedMerged("m", Path(), {"id2label": id2label}, "w", {}, 0).labels == names

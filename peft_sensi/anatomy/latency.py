@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..utils.checks import is_number, shown
+from ..utils.checks import is_count, is_number, shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import data_frame, html_table
@@ -264,10 +264,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
 def _is_ms(value: Any) -> bool:
     return is_number(value) and 0 <= value <= _MOST_MS
 
@@ -282,7 +278,7 @@ _TYPES = {
     ),
     **dict.fromkeys(("table", "model", "device", "dtype", "shape"), (_is_text, "a short string")),
     **dict.fromkeys(
-        ("threads", "batch_size", "sequence_length", "groups", "units"), (_is_count, "a positive whole number")
+        ("threads", "batch_size", "sequence_length", "groups", "units"), (is_count, "a positive whole number")
     ),
     **dict.fromkeys(("rest_ms", "rest_spread_ms", "whole_ms", "predicted_ms"), (_is_ms, "a number of milliseconds")),
 }
@@ -316,4 +312,4 @@ def _sublayer(values: Any) -> SublayerTimes:
 
 
 def _nanoseconds(ms: float) -> int:
-    return int(math.floor(ms * 1e6 + 0.5))
+    return math.floor(ms * 1e6 + 0.5)

@@ -131,11 +131,12 @@ class Group:
         sides = [side for side in self.sides if side.module in targets]
         return sum(side.unit_params if with_bias else side.width * side.fan for side in sides)
 
-    def output_columns(self, units: np.ndarray) -> torch.Tensor:
-        """The columns (int64) of the output projection that belong to the units of a boolean mask `[units]`."""
+    def positions(self, module: str, units: np.ndarray) -> torch.Tensor:
+        """The rows or columns (int64) of a module's weight that belong to the units of a boolean mask `[units]`."""
         import torch
 
-        return torch.from_numpy(self.sides[-1].positions(np.flatnonzero(units)))
+        chosen = np.flatnonzero(units)
+        return torch.from_numpy(np.concatenate([s.positions(chosen) for s in self.sides if s.module == module]))
 
     def zeros(self) -> torch.Tensor:
         """A float32 zero for each unit, on the CPU. Torch's default dtype and device have no influence."""

@@ -80,7 +80,7 @@ def on_meta(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
         return cls(copy.deepcopy(config))
 
 
-def compare(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[str] = frozenset()) -> Widths:
+def find_widths(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[str] = frozenset()) -> Widths:
     """The differences of `model` from `stock`. Raises `SensiError` if they are more than shapes and numbers.
 
     Numbers are compared only for modules that are in `within` or contain a parameter of another shape.
@@ -118,7 +118,7 @@ def changed_modules(shapes: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(".".join(path[:depth]) for path in parts for depth in range(len(path)))
 
 
-def apply(model: nn.Module, widths: Widths) -> None:
+def apply_widths(model: nn.Module, widths: Widths) -> None:
     """Gives a fresh model these widths. The changed parameters are not initialized."""
     for name, shape in widths.shapes.items():
         path, _, leaf = name.rpartition(".")
@@ -131,7 +131,7 @@ def apply(model: nn.Module, widths: Widths) -> None:
         setattr(model.get_submodule(path), attribute, value)
 
 
-def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
+def config_fields(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
     """Fields of the config with which the stock class builds exactly this model, or `None` if there are none.
 
     Candidates are tried out, so no table of families is needed, and a field is not used if it changes anything
@@ -154,7 +154,7 @@ def expressed(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | None:
                 setattr(trial, key, value)
             if hasattr(trial, "validate"):
                 trial.validate()
-            after = compare(model, on_meta(cls, trial), within)
+            after = find_widths(model, on_meta(cls, trial), within)
         except Exception:  # a class may refuse a combination of numbers with any error
             continue
         if len(after.shapes) < len(left.shapes):
@@ -181,8 +181,8 @@ def note_widths(model: nn.Module) -> None:
         assert isinstance(model, PreTrainedModel)
         if hasattr(model.config, RECORD_KEY):
             delattr(model.config, RECORD_KEY)
-        widths = compare(model, on_meta(cls, model.config))
-        edits = expressed(model, widths)
+        widths = find_widths(model, on_meta(cls, model.config))
+        edits = config_fields(model, widths)
     except Exception as error:
         logger.info("The widths of %s cannot be described in its config: %s", type(model).__name__, error)
         return

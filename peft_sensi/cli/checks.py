@@ -94,18 +94,16 @@ def check_place(path: Path, option: str) -> None:
     _check_folder_writable(path.parent, option)
 
 
-def check_picture(path: Path | None, option: str = "--plot") -> None:
-    """Checks that a picture can be drawn, and that the name of the file fits."""
+def check_picture(path: Path | None) -> None:
+    """Checks that the picture of --plot can be drawn, and that the name of the file fits."""
     if path is None:
         return
     if path.suffix.lower() not in PICTURES:
-        raise SensiError(
-            f"{path}: {option} writes {', '.join(PICTURES)}, not {path.suffix or 'a name without ending'}."
-        )
+        raise SensiError(f"{path}: --plot writes {', '.join(PICTURES)}, not {path.suffix or 'a name without ending'}.")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise SensiError(f"{option} needs matplotlib: pip install matplotlib") from None
+        raise SensiError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def check_budget(anatomy: Any, limits: Mapping[str, Any] | None) -> None:
@@ -142,11 +140,7 @@ def check_latency_tables(paths: Iterable[Path] | None) -> None:
 
 def _check_folder_writable(folder: Path, option: str) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    _check_writable(there, folder, option)
-
-
-def _check_writable(place: Path, folder: Path, option: str) -> None:
     try:
-        tempfile.TemporaryFile(dir=place).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise SensiError(f"{option}: nothing can be written to {folder}: {error.strerror}.") from None

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 def load_saved(name: str, base: str | None, json: bool) -> tuple[Any, Any]:
     """The adapter or merged model, opened and loaded. Raises `SensiError`."""
+    from ..merging.load import load_merged
     from ..reporting.saved import load_adapter
-    from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
+    from ..reporting.saved_merged import SavedMerged, open_saved
 
     saved = open_saved(name)
     with step("loading the model", show=not json):
         if isinstance(saved, SavedMerged):
             refuse_base(name, base)
-            return saved, load_whole(saved)
+            return saved, load_merged(saved.folder)
         check_base(saved, base)
         with command_advice():
             return saved, load_adapter(saved, base)
@@ -53,7 +54,7 @@ def load_predictor(name: str, base: str | None, show: bool = True) -> Predictor:
 @contextlib.contextmanager
 def command_advice() -> Iterator[None]:
     """In errors about another base, replaces the advice for Python."""
-    from ..tuner.checkpoint import WAY_OUT
+    from ..tuner.fingerprint import WAY_OUT
 
     try:
         yield

@@ -76,12 +76,9 @@ def measure(
                 decode=decode, **options)  # fmt: skip
         return
     if export is not None:
-        args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
-    else:
-        check_files({"--out": out}, overwrite)
-    if export is not None:
         from ..merging.latency import export_graphs
 
+        args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
         measured = how | {"--rounds": rounds, "--out": out}
         args.refuse(measured, "is about a measurement, and --export only writes graphs of whole sequences")
         base = load_base(model, options["sequence_length"])
@@ -90,6 +87,7 @@ def measure(
         lines = f"{export}: copy it to the device and run there: peft-sensi measure {export.name} --out table.json"
         print_result(json, {"folder": str(export)}, lines)
         return
+    check_files({"--out": out}, overwrite)
     if (Path(model) / GRAPHS).is_file():
         known = shape | {"--decode": decode, "--runtime": runtime == TORCH}
         args.refuse(known, f"was chosen when the graphs in {model} were exported, for onnxruntime")
@@ -117,8 +115,9 @@ def load_base(name: str, length: int) -> Any:
     import transformers
 
     from ..anatomy.widths import RECORD_KEY
+    from ..merging.load import load_merged
     from ..reporting.saved import is_adapter, load_pretrained
-    from ..reporting.saved_merged import load_whole, open_saved
+    from ..reporting.saved_merged import open_saved
 
     if is_adapter(name):
         raise SensiError(f"{name} is an adapter: give its base model with --against to compare the two.")
@@ -127,7 +126,7 @@ def load_base(name: str, length: int) -> Any:
     known = getattr(transformers, architecture, None)
     is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
     if hasattr(config, RECORD_KEY):
-        model: Any = load_whole(open_saved(name))  # type: ignore[arg-type]
+        model: Any = load_merged(open_saved(name).folder)
     else:
         model = load_pretrained(known if is_model else transformers.AutoModel, name).eval()
     check_length(model, length)

@@ -177,12 +177,11 @@ def compare(
         {"model": name, "metrics": quality.values, "intervals": quality.intervals, **size}
         for name, quality, size in zip((first, second), qualities, sizes, strict=True)
     ]
-    facts = {label: str(value) for label, value in result.facts().items()}
     print_result(
         json,
         {"models": figures, "rows": len(task.train.raw), "difference": result.to_dict()},
         records_table(["", "A", "B"], rows),
-        facts_table({"A": first, "B": second} | facts),
+        facts_table({"A": first, "B": second} | result.facts()),
     )
 
 

@@ -29,6 +29,5 @@ def default_rate(model: Any) -> float:
 def rate_line(rate: float, model: Any) -> str:
     """What the default was chosen for, in words for the user."""
     config, share = model.active_peft_config, model.base_model.plan().trainable_share
-    names = {"low_rank": "low-rank", "dense": "dense", "mask": "mask", "sparse": "sparse"}
-    update = " + ".join(names.get(part, part) for part in config.parts)
+    update = " + ".join(part.replace("_", "-") for part in config.parts)
     return f"learning rate {rate:g}, the default for a {update} update of {share:.1%} of the base (--lr)"

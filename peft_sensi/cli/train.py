@@ -106,8 +106,7 @@ def train_for(
             wrapped = get_peft_model(model, config)
         state["score"] = wrapped.active_peft_config.score if scores is None else scores.method
     run = Run(wrapped, task, folder, training, state, is_whole=late or thorough)
-    prepared = float(state.get("preparation", 0.0)) + time.perf_counter() - start
-    run.state["preparation"] = prepared
+    run.state["preparation"] = float(state.get("preparation", 0.0)) + time.perf_counter() - start
     if not (late or thorough):
         show(wrapped.base_model.plan())
         if training.lr is None:
@@ -116,11 +115,10 @@ def train_for(
         run.train(training.epochs, [SensiCallback(calibration=calibration, loss_fn=loss_fn)])
         if late:
             show(wrapped.base_model.plan())
-    if thorough and stage in (None, "train"):
-        start = time.perf_counter()
-        show(wrapped.base_model.trim(limits or 0.5, calibration, loss_fn=loss_fn))
-        prepared += time.perf_counter() - start
-        run.state["preparation"] = prepared
+        if thorough:
+            start = time.perf_counter()
+            show(wrapped.base_model.trim(limits or 0.5, calibration, loss_fn=loss_fn))
+            run.state["preparation"] += time.perf_counter() - start
     if thorough:
         run.train(training.epochs, stage="train on")
     quality = run.evaluate()
@@ -135,7 +133,7 @@ def train_for(
         epochs=training.epochs,
         steps=run.state["steps"],
         **quality.to_dict(),
-        seconds={"preparation": prepared, "training": run.seconds},
+        seconds={"preparation": run.state["preparation"], "training": run.seconds},
     )
 
 

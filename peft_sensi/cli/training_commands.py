@@ -200,21 +200,20 @@ def trim(
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
     saved = open_adapter(model) if is_adapter(model) else None
-    config: Any = load_pretrained(AutoConfig, model) if saved is None else base_config(saved, base)
+    task_type, record, source = None, dict[str, Any](), model
     if saved is None:
+        config: Any = load_pretrained(AutoConfig, model)
         refuse_base(model, base)
+    else:
+        config = base_config(saved, base)
+        task_type, record = task_of(saved.config), saved_record(saved.folder)
+        source = str(saved.folder) if (saved.folder / TOKENIZER_CONFIG).is_file() else str(base or saved.base)
     wanted = task_options(reading)
-    record = {} if saved is None else saved_record(saved.folder)
-    known = kind_of_model(None if saved is None else task_of(saved.config), config.architectures)
-    wanted["kind"] = wanted["kind"] or known
+    wanted["kind"] = wanted["kind"] or kind_of_model(task_type, config.architectures)
     wanted["label_separator"] = wanted["label_separator"] or record.get("label_separator")
     is_regressor = config.problem_type == "regression" or config.num_labels == 1
     names = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
     head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
-    if saved is None:
-        source = model
-    else:
-        source = str(saved.folder) if (saved.folder / TOKENIZER_CONFIG).is_file() else str(base or saved.base)
     task = read_data(
         source, data, seed=seed, head=head, config=config,
         **wanted | {"regression": is_regressor or wanted["regression"]},
@@ -224,9 +223,8 @@ def trim(
     with step("loading the model"):
         if resume:
             saved = open_adapter(str(saved_training(out_folder, state)))
+        if saved is not None:
             trained: Any = load_adapter(saved, base, is_trainable=True)
-        elif saved is not None:
-            trained = load_adapter(saved, base, is_trainable=True)
         else:
             trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model).float()
     result = trim_for(

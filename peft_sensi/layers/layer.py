@@ -19,6 +19,7 @@ from .functional import Pair
 from .integers import keep_integers
 from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
 from .masters import without_rounding
+from .saved import activate
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import pack_mask, top_mask, unpack_mask
 from .values import round_integers
@@ -108,28 +109,26 @@ class SensiLayer(ComposedWeights):
 
     def drop_base(self, adapter_name: str) -> None:
         """Drops the base's rows or columns that this adapter does not need. The others get the adapter's order."""
-        slice_, base = self.sensi_slices[adapter_name], self.get_base_layer()
-        kept = (slice_.kept[:0] if slice_.whole else slice_.kept).to(base.weight.device)
-        # Written into `_parameters`: under PEFT's `low_cpu_mem_usage`, a registered parameter loses its values.
-        parameters = base._parameters
-        weight = oriented(base, matrix(base).detach().index_select(slice_.dim, kept)).contiguous()
-        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        if bias_of(base) is not None and slice_.dim == 0:
-            parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, kept), requires_grad=False)
-        update_features(base)
+        slice_ = self.sensi_slices[adapter_name]
+        self._select_base(slice_.dim, slice_.kept[:0] if slice_.whole else slice_.kept)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 
     def reduce_base(self, adapter_name: str, slice_: Slice) -> None:
         """After `drop_base`: drops the rows or columns of the base of units that the new `slice_` does not keep."""
-        old, base = self.sensi_slices[adapter_name], self.get_base_layer()
-        if old.whole:  # nothing of the base is left
-            return
-        index = positions_in(old.kept, slice_.kept).to(base.weight.device)
-        weight = oriented(base, matrix(base).detach().index_select(slice_.dim, index)).contiguous()
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        if bias_of(base) is not None and slice_.dim == 0:
-            base.bias = nn.Parameter(base.bias.detach().index_select(0, index), requires_grad=False)
+        old = self.sensi_slices[adapter_name]
+        if not old.whole:  # if it is, nothing of the base is left
+            self._select_base(slice_.dim, positions_in(old.kept, slice_.kept))
+
+    def _select_base(self, dim: int, index: torch.Tensor) -> None:
+        """Replaces the base's weight and bias by these rows (`dim` 0) or columns (1) of them, in this order."""
+        base = self.get_base_layer()
+        index = index.to(base.weight.device)
+        # Written into `_parameters`: under PEFT's `low_cpu_mem_usage`, a registered parameter loses its values.
+        weight = oriented(base, matrix(base).detach().index_select(dim, index)).contiguous()
+        base._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        if bias_of(base) is not None and dim == 0:
+            base._parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, index), requires_grad=False)
         update_features(base)
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
@@ -325,9 +324,7 @@ class SensiLayer(ComposedWeights):
         for wrapper in self.sensi_saved_modules:
             if wrapper.disable_adapters != self.disable_adapters:
                 wrapper.enable_adapters(not self.disable_adapters)
-            names = [n for n in self.active_adapters if n in wrapper._get_available_adapters()]
-            if len(names) == 1 and wrapper.active_adapters != names:
-                wrapper.set_adapter(names)
+            activate(wrapper, self.active_adapters)
 
     def __repr__(self) -> str:
         return "sensi." + super().__repr__()

@@ -47,13 +47,14 @@ class SensiLinear(SensiLayer):
         self.check_loaded(name)
         if self.sensi_coded and not slice_.whole:
             return self._forward_beside(x.to(dtype), name)
+        own = self.own_parts(name).values()
         # During the forward pass FSDP2 replaces sharded parameters by whole ones. Only a flag of the module shows it.
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
-            type(p) is not nn.Parameter for p in (self.base_layer.weight, *self.own_parts(name).values())
+            type(p) is not nn.Parameter for p in (self.base_layer.weight, *own)
         )
         plain = sharded or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training and not sharded and torch.is_grad_enabled():
-            warn_of_short(self.own_parts(name).values())
+            warn_of_short(own)
         if slice_.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
             pair = weight, self.base_layer.bias if bias is None else bias

@@ -41,6 +41,7 @@ def slice_mark(slice_: Slice, plan: bytes) -> bytes:
     options = (
         slice_.base_shape, slice_.has_bias, slice_.dim, slice_.units, slice_.train_bias, slice_.rank, slice_.sparse,
         slice_.sparsity, slice_.learns_mask, slice_.gated, slice_.compressed,
+        *([slice_.scale] if slice_.scale != 1 else []),  # the marks of adapters without a scale stay as they were
     )  # fmt: skip
     mark = hashlib.sha256(plan + json.dumps(options).encode())
     for positions in (slice_.kept, slice_.tuned_positions):

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.func import functional_call
 
@@ -74,6 +74,19 @@ class SavedWhole(ModulesToSaveWrapper):
         return module
 
 
+def saved_modules(model: nn.Module, adapter_name: str) -> dict[str, ModulesToSaveWrapper]:
+    """The wrappers of the modules that an adapter saves whole, by their paths."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {name: wrapper for name, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save}
+
+
+def activate(wrapper: AuxiliaryTrainingWrapper, adapters: list[str], inference_mode: bool = False) -> None:
+    """Activates the copy of the active `adapters`, if exactly one of them has a copy of the module."""
+    names = [name for name in adapters if name in wrapper._get_available_adapters()]
+    if len(names) == 1 and wrapper.active_adapters != names:
+        wrapper.set_adapter(names, inference_mode=inference_mode)
+
+
 def hold_masters(model: nn.Module, adapter_name: str, wanted: bool = True) -> None:
     """Gives the modules that this adapter saves whole float32 masters. Warns if they are not `wanted`, but needed."""
     if not wanted and any(parameter.dtype in SHORT for parameter in model.parameters()):
@@ -82,7 +95,6 @@ def hold_masters(model: nn.Module, adapter_name: str, wanted: bool = True) -> No
             "16 bits would round small steps away. `compress` makes a finished adapter smaller.",
             stacklevel=2,
         )
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            module.__class__ = SavedWhole  # PEFT has made the wrapper, and nothing else of it changes
-            module.hold_masters(adapter_name)
+    for wrapper in saved_modules(model, adapter_name).values():
+        wrapper.__class__ = SavedWhole  # PEFT has made the wrapper, and nothing else of it changes
+        wrapper.hold_masters(adapter_name)

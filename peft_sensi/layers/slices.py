@@ -71,6 +71,10 @@ class Slice:
         parts = self.tuned_count or self.train_bias or self.rank or self.sparse or self.sparsity is not None
         return self.natural and not parts and not self.gated
 
+    def tuned_on(self, device: torch.device) -> Positions:
+        """`tuned`, with an index on this device."""
+        return self.tuned if isinstance(self.tuned, int) else self.tuned.to(device)
+
     @property
     def tuned_index(self) -> torch.Tensor:
         """Positions (int64) of the tuned rows or columns among the kept ones."""

@@ -182,14 +182,14 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
             **trained,
             places=None if places is None else places.long(),
             dim=slice_.dim,
-            tuned=slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(device),
+            tuned=slice_.tuned_on(device),
             mask=mask,
         )
 
     def _base_values(self, slice_: Slice, names: Container[str]) -> dict[str, torch.Tensor]:
         """The base's values (float32) at the positions of the trained weight and bias, as far as `names` has them."""
         weight, bias = self._kept_base(slice_)
-        index = slice_.tuned if isinstance(slice_.tuned, int) else slice_.tuned.to(weight.device)
+        index = slice_.tuned_on(weight.device)
         values = {}
         if "weight" in names:
             values["weight"] = take(weight, slice_.dim, index).float()

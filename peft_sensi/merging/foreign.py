@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths
-from ..utils.checks import is_number, shown
+from ..utils.checks import is_count, is_number, shown
 from ..utils.errors import SensiLoadError, how_to_install
+from .hashes import check_hashes
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -51,8 +53,7 @@ def check_record(record: Any) -> None:
         )
     shapes, attributes = record.get("shapes"), record.get("attributes")
     if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)
-        for shape in shapes.values()
+        isinstance(shape, list) and all(is_count(size, 0) for size in shape) for shape in shapes.values()
     ):
         raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter.")
     if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):
@@ -60,6 +61,31 @@ def check_record(record: Any) -> None:
     weights = record.get("weights", WEIGHTS)
     if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
         raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file.")
+
+
+def weights_in(values: Mapping[str, Any], folder: str | Path) -> str:
+    """The name of the weights file of a merged folder, from the object in its config.
+
+    Raises `SensiLoadError` if the record of the widths is malformed, or the name is not that of a file in the folder.
+    """
+    record = values.get(RECORD_KEY)
+    if record is not None:
+        check_record(record)
+    weights = values.get("transformers_weights", WEIGHTS) if record is None else record.get("weights", WEIGHTS)
+    if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
+        raise SensiLoadError(f"{folder}: {CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
+    return weights
+
+
+def check_unchanged(values: Mapping[str, Any], folder: Path, weights: str) -> None:
+    """Raises `SensiLoadError` if the config or the weights of a merged folder were changed after it was saved."""
+    # A plain checkpoint may have been loaded and saved again without this package. That removes `transformers_weights`
+    # and copies the hash, which is of the old config.
+    if values.get(RECORD_KEY) is not None or "transformers_weights" in values:
+        try:
+            check_hashes(folder, dict(values), folder / weights)
+        except ValueError as error:
+            raise SensiLoadError(str(error)) from None
 
 
 def architecture_of(name: Any) -> type[PreTrainedModel]:

@@ -33,7 +33,7 @@ from ..planning.measuring import (
     start_run,
 )
 from ..planning.trimmed import trimmed
-from ..utils.checks import shown
+from ..utils.checks import is_count, shown
 from ..utils.errors import SensiError
 from ..utils.timing import Run, clock_for, time_variants
 from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
@@ -174,42 +174,29 @@ def compare_latency(
                 path = Path(name) / f"{number}.onnx"
                 trace_graph(copy.deepcopy(each).float().cpu().eval(), batch, path)
                 runs.append(start_session(path, arrays, threads))
-
-        @contextmanager
-        def merged() -> Iterator[Run]:
-            yield runs[1]
-
         device = next(base.parameters()).device.type if runtime == "torch" else "cpu"
-        whole, timings = time_variants(runs[0], {"merged": merged}, clock_for(threads, device), rounds)
+        variants = {"merged": partial(_ready, runs[1])}
+        whole, timings = time_variants(runs[0], variants, clock_for(threads, device), rounds)
     return timings["merged"].seconds * 1e3, whole.seconds * 1e3
 
 
 def time_models(
-    base: nn.Module,
-    models: Mapping[str, nn.Module],
-    *,
-    batch_size: int = 1,
-    sequence_length: int = 128,
-    rounds: int = 7,
+    base: nn.Module, models: Mapping[str, nn.Module], sequence_length: int, rounds: int
 ) -> tuple[float, dict[str, float]]:
-    """Milliseconds of the base, and of each model by its name. Each model takes turns with the base, in PyTorch.
+    """Milliseconds of the base for one sequence, and of each model by its name. Each takes turns with the base.
 
     The errors are those of `measure_latency`. The models are in evaluation mode, and do not change.
     """
-    with number_of_threads(None) as threads:
-        runs = {
-            name: start_run(model, batch_size=batch_size, length=sequence_length, decode=False)
-            for name, model in {"": base, **models}.items()
-        }
-        reference = runs.pop("")
-        variants = {name: partial(_ready, run) for name, run in runs.items()}
-        clock = clock_for(threads, next(base.parameters()).device.type)
-        whole, timings = time_variants(reference, variants, clock, rounds)
+    start = partial(start_run, batch_size=1, length=sequence_length, decode=False)
+    variants = {name: partial(_ready, start(model)) for name, model in models.items()}
+    clock = clock_for(torch.get_num_threads(), next(base.parameters()).device.type)
+    whole, timings = time_variants(start(base), variants, clock, rounds)
     return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
 
 
 @contextmanager
 def _ready(run: Run) -> Iterator[Run]:
+    """A variant for `time_variants` that needs no preparation."""
     yield run
 
 
@@ -241,7 +228,7 @@ def _check(model: nn.Module, runtime: str, counts: Mapping[str, Any], threads: A
     if runtime not in ("torch", "onnxruntime"):
         raise SensiError(f"`runtime` must be 'torch' or 'onnxruntime', got {shown(runtime)}.")
     for name, value in {**counts, **({} if threads is None else {"threads": threads})}.items():
-        if type(value) is not int or not 1 <= value < 2**31:
+        if not is_count(value):
             raise SensiError(f"`{name}` must be a positive whole number, got {shown(value)}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise SensiError("The model has an adapter: measure the base model, or merge the adapter first.")

@@ -25,6 +25,7 @@ from ..utils.checks import shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.timing import Run, clock_for, processor_name, time_variants
+from .onnx_graph import open_session
 
 
 GRAPHS = "graphs.json"
@@ -87,11 +88,9 @@ def import_runtime() -> Any:
 
 def start_session(path: Path, batch: Mapping[str, np.ndarray], threads: int) -> Callable[[], object]:
     """A function that runs a graph once. Raises `SensiError` if onnxruntime cannot run it."""
-    onnxruntime = import_runtime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads, options.inter_op_num_threads = 3, threads, 1
+    import_runtime()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, threads)
         session.run(None, dict(batch))
     except Exception as error:  # onnxruntime's errors have no common base class
         reason = str(error).strip().partition("\n")[0]

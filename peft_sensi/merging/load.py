@@ -15,20 +15,21 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..anatomy.widths import RECORD_KEY, Widths, apply, on_meta
+from ..anatomy.widths import RECORD_KEY, Widths, apply_widths, on_meta
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, read_json_object, read_specs
 from .foreign import (
     CONFIG,
-    WEIGHTS,
     architecture_of,
     check_buffers,
     check_record,
+    check_unchanged,
     check_widths,
     config_of,
     few_modules,
+    weights_in,
 )
-from .hashes import HASH_KEY, check_hashes
+from .hashes import HASH_KEY
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def without_weights(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
         source = on_meta(architecture_of(record["architecture"]), config)
         widths = _widths_of(record)
         check_widths(widths, source)
-        apply(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
+        apply_widths(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
     return empty
 
 
@@ -134,19 +135,9 @@ def _read(folder: Path) -> _Folder:
         raise SensiLoadError(
             f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
         ) from None
-    record = values.get(RECORD_KEY)
-    weights = values.get("transformers_weights", WEIGHTS)
-    if record is not None:
-        check_record(record)
-        weights = record.get("weights", WEIGHTS)
+    record, weights = values.get(RECORD_KEY), weights_in(values, folder)
     tensors = _open(folder, weights)
-    # A plain checkpoint may have been loaded and saved again without this package. That removes `transformers_weights`
-    # and copies the hash, which is of the old config.
-    if record is not None or "transformers_weights" in values:
-        try:
-            check_hashes(folder, values, folder / weights)
-        except ValueError as error:
-            raise SensiLoadError(str(error)) from None
+    check_unchanged(values, folder, weights)
     for key in (RECORD_KEY, HASH_KEY):
         values.pop(key, None)
     named = values.get("architectures")
@@ -163,15 +154,13 @@ def _read(folder: Path) -> _Folder:
     except Exception as error:
         raise SensiLoadError(f"No {cls.__name__} can be built from {folder / CONFIG}: {error}") from error
     check_widths(widths, empty)
-    apply(empty, widths)
+    apply_widths(empty, widths)
     check_buffers(empty, tensors)
     return _Folder(folder, empty, config, widths, _state(empty, tensors, folder / weights))
 
 
-def _open(folder: Path, weights: Any) -> dict[str, torch.Tensor]:
+def _open(folder: Path, weights: str) -> dict[str, torch.Tensor]:
     """The tensors of the file, mapped into memory. Their values are read when they are used."""
-    if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
-        raise SensiLoadError(f"{folder / CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
     try:
         with open_safetensors(folder / weights) as file:
             read_specs(folder / weights, file)  # refuses dtypes that no model of this package has
@@ -229,7 +218,7 @@ def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -
     class Built(cls):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            apply(self, found.widths)
+            apply_widths(self, found.widths)
 
     Built.__name__ = cls.__name__  # Transformers reads the task from the class's name
     folder, state = found.path, found.state

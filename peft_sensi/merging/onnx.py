@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 
 from ..anatomy.modules import positions_of, unwrapped
 from ..utils.errors import SensiError, how_to_install
-from .onnx_graph import move_graph, pack, parts, quantize
+from .onnx_graph import move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
 
 
 # Shapes [batch, length] on which the file must agree with the model. The exporter sees the first one only.
 _SHAPES = ((2, 7), (1, 12), (3, 5))
+OPSET = 17  # the version of ONNX's operators, if the user names no other
 _LABELS = ("labels", "start_positions", "end_positions")
 
 
@@ -84,7 +85,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     inputs: Mapping[str, torch.Tensor] | None = None,
-    opset: int = 17,
+    opset: int = OPSET,
     tolerance: float = 1e-4,
     int8: bool | str | os.PathLike[str] = False,
     data: Iterable[Mapping[str, Any]] | None = None,
@@ -263,7 +264,7 @@ def _trace(
         raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {message}") from error
 
 
-def trace_graph(model: Any, batch: Mapping[str, torch.Tensor], path: Path, opset: int = 17) -> None:
+def trace_graph(model: Any, batch: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes the graph of a float32 model on the CPU for this batch, unchecked and as its inputs are: not padded.
 
     Batch size and length are free, as in an exported file. Raises `SensiError` if PyTorch cannot export the model.
@@ -272,7 +273,7 @@ def trace_graph(model: Any, batch: Mapping[str, torch.Tensor], path: Path, opset
         expected = [_run(model, batch)]  # images: their shape is fixed
     else:
         expected = [_run(model, example) for example in _examples(model, batch)]
-    _trace(model, batch, expected, path, opset)
+    _trace(model, batch, expected, path, OPSET)
 
 
 def _measure(
@@ -285,12 +286,8 @@ def _measure(
     batches: list[dict[str, Any]],
 ) -> ExportedFile:
     """Runs a file in onnxruntime and compares. `path` is where the file will be moved to."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = open_session(source)
         found = [session.run(None, {n: batch[n].numpy() for n in names}) for batch in examples]
     except Exception as error:  # onnxruntime's errors have no common base class either
         raise SensiError(f"onnxruntime cannot run the exported model: {error}") from error

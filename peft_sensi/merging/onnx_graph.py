@@ -1,4 +1,4 @@
-"""ONNX graphs on disk: packing one into one or two files, quantizing it, and moving it to its place."""
+"""ONNX graphs on disk: packing one into one or two files, quantizing it, moving it to its place, and running it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.checks import label_names
 from ..utils.files import move_files
 
 
@@ -31,7 +32,7 @@ def pack(
 
     graph = onnx.load(draft)
     metadata = {}
-    if labels and any(name != f"LABEL_{i}" for i, name in labels.items()):
+    if label_names(labels):
         metadata["id2label"] = json.dumps(labels)
     if positions:
         metadata["max_length"] = str(positions[1])
@@ -94,6 +95,20 @@ def quantize(source: Path, target: Path, external: bool) -> None:
         )
     finally:
         logging.disable(level)
+
+
+def open_session(path: Path, threads: int | None = None) -> Any:
+    """onnxruntime's session of a graph on the CPU, which prints errors only.
+
+    A file that is no graph raises errors of onnxruntime, which have no common base class.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def parts(path: Path) -> list[Path]:

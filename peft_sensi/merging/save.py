@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.modules import unwrapped
-from ..anatomy.widths import RECORD_KEY, SAVED_BY, compare, expressed, is_merged, on_meta, stock_class
+from ..anatomy.widths import RECORD_KEY, SAVED_BY, config_fields, find_widths, is_merged, on_meta, stock_class
 from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
@@ -97,8 +97,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
     for key in (RECORD_KEY, HASH_KEY):
         vars(config).pop(key, None)
     empty = on_meta(type(model), config)
-    widths = compare(model, empty)
-    edits = expressed(model, widths)
+    widths = find_widths(model, empty)
+    edits = config_fields(model, widths)
     plain = edits is not None
     config.update(edits or {})
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:

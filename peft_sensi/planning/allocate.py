@@ -8,7 +8,7 @@ No limit is exceeded, and no further step of any group would fit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..anatomy.units import Anatomy, Group
 from ..scoring.scores import Scores
-from ..utils.checks import check_types, shown
+from ..utils.checks import check_types
 from ..utils.errors import BudgetError, SensiError
 from .budget import TIMES, Budget, allowance
 from .costs import Cost, Tables, costs_of, tables_by_limit
@@ -80,11 +80,10 @@ def make_plan(
     if not isinstance(anatomy, Anatomy):
         raise SensiError(f"`anatomy` must be what `build_anatomy(model)` returns, got {type(anatomy).__name__}.")
     counts = {"multiple_of": multiple_of, "min_units": min_units, "sequence_length": sequence_length}
-    check_types({**counts, "tuned_layers": tuned_layers, "retention": retention, "always_trained": always_trained})
+    shares = {"tuned_layers": tuned_layers, "retention": retention, "always_trained": always_trained}
+    check_types({**counts, **shares, "targets": targets})
     if not all(isinstance(masks, Mapping | None) for masks in (protected, available)):
         raise SensiError("`protected` and `available` must be mappings from group names to masks.")
-    if isinstance(targets, str) or not isinstance(targets, Iterable | None):
-        raise SensiError(f"`targets` must be a set of names of modules, got {shown(targets)}.")
     length = sequence_length or 128
     limits = Budget() if budget is None else Budget.parse(budget)
     tables = tables_by_limit(latency)

@@ -117,9 +117,7 @@ def _follow_trimmed_model(
 ) -> None:
     """Records how the model calls a new stack of layers after the trimmed and refitted layers `done`."""
     layers = list(streams[0].untrimmed_calls.arguments)
-    with trimmed(model, plan, [group for group in plan.anatomy.trimmable if group.layer in done]):
-        for name, values in refitted.items():
-            assign(linear_of(model, name), *values)
+    with trimmed(model, plan, [group for group in plan.anatomy.trimmable if group.layer in done], refitted):
         recorded = record_calls(model, layers, [stream.batch for stream in streams], loss_fn)
     assert recorded is not None
     for stream, calls in zip(streams, recorded, strict=True):
@@ -244,8 +242,6 @@ def _trimmed_loss(
     model: nn.Module, plan: Plan, refitted: Refitted, batches: Mapping[int, Mapping[str, Any]], loss_fn: LossFn | None
 ) -> float:
     """Sum of the trimmed model's losses over these batches (by number) of all processes."""
-    with trimmed(model, plan, plan.anatomy.trimmable):
-        for name, values in refitted.items():
-            assign(linear_of(model, name), *values)
+    with trimmed(model, plan, plan.anatomy.trimmable, refitted):
         losses = [calibration_loss(model, b, loss_fn, f"calibration batch {i} (refit)") for i, b in batches.items()]
     return sum(distributed.gather("comparing losses", sum(float(loss) for loss in losses)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,10 +17,16 @@ from .plan import Plan
 
 
 @contextmanager
-def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[None]:
+def trimmed(
+    model: nn.Module,
+    plan: Plan,
+    groups: Iterable[Group],
+    values: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+) -> Iterator[None]:
     """Inside the block, the units of these groups that the plan trims are removed from the model.
 
-    The kept units stay in the base model's order. The new weights have no gradients.
+    The kept units stay in the base model's order. `values` are other weights and biases of their Linears (see
+    `assign`), by module name. The new weights have no gradients.
     """
     with ExitStack() as restore:
         for group in groups:
@@ -36,18 +41,19 @@ def trimmed(model: nn.Module, plan: Plan, groups: Iterable[Group]) -> Iterator[N
                 module = model.get_submodule(parent)
                 restore.callback(setattr, module, attribute, getattr(module, attribute))
                 setattr(module, attribute, kept * per_unit)
+        for name, value in (values or {}).items():
+            assign(linear_of(model, name), *value)
         yield
 
 
 def kept_values(linear: Any, name: str, group: Group, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight `[out, in]` and the bias `[out]` of the Linear `name`, without the units that the plan trims."""
     weight, bias = matrix(linear).detach(), bias_of(linear)
-    kept = np.flatnonzero(plan.of(group) != TRIMMED)
-    sides = [side for side in group.sides if side.module == name]
-    index = torch.from_numpy(np.concatenate([side.positions(kept) for side in sides])).to(weight.device)
+    index = group.positions(name, plan.of(group) != TRIMMED).to(weight.device)
+    dim = next(side.dim for side in group.sides if side.module == name)
     if bias is not None:
-        bias = bias.detach().index_select(0, index) if sides[0].dim == 0 else bias.detach()
-    return weight.index_select(sides[0].dim, index), bias
+        bias = bias.detach().index_select(0, index) if dim == 0 else bias.detach()
+    return weight.index_select(dim, index), bias
 
 
 @contextmanager

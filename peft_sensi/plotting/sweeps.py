@@ -15,7 +15,6 @@ def plot_sweep(
     intervals: Sequence[Sequence[float] | None],
     names: Sequence[str],
     sizes: Mapping[str, Sequence[float]],
-    style: str = "light",
 ) -> None:
     """Draws a metric with its intervals over each of the `sizes`, side by side.
 
@@ -26,12 +25,11 @@ def plot_sweep(
         intervals: The lower and the upper bound of each value, or `None`.
         names: A short name of each model, written beside its point.
         sizes: For each panel, the label of its horizontal axis, and the share of the base that each model has.
-        style: `"light"` or `"dark"`.
 
     Raises:
-        SensiError: matplotlib is not installed, or the format or the style is unknown.
+        SensiError: matplotlib is not installed, or the format is unknown.
     """
-    look = canvas.look_of(style)
+    look = canvas.STYLES["light"]
     height = 2.9
     figure = canvas.new_figure(height, look, f"{metric} under each budget, with 95 % intervals")
     color = look["methods"][0]

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from yaml import YAMLError
 
 from ..anatomy.latency import LABELS, latency_facts
-from ..planning.plan import Plan, drawn_rows, rows_of
+from ..planning.plan import Plan
+from ..planning.rows import drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
@@ -28,6 +29,8 @@ from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
 from .results import is_number, metrics_of, model_index, results_table, task_record, training_rows
 from .saved import (
+    CARD,
+    PICTURE,
     TASKS,
     TOKENIZER_CONFIG,
     SavedAdapter,
@@ -40,7 +43,7 @@ from .saved import (
 )
 from .saved_merged import SavedMerged, merged_facts, merged_figures
 from .snippets import Head, adapter_snippet, merged_snippet
-from .uploads import CARD, PICTURE, last_part
+from .uploads import last_part
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

@@ -13,12 +13,13 @@ import torch
 from transformers import AutoConfig
 
 from ..merging.hashes import HASH_KEY
+from ..merging.load import load_merged
 from ..planning.measuring import example_inputs
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from .results import metrics_of
 from .saved import CONFIG, TOKENIZER_CONFIG, WEIGHTS, SavedAdapter, load_adapter, load_pretrained
-from .saved_merged import SavedMerged, load_whole, open_saved, tokenizer_of
+from .saved_merged import SavedMerged, open_saved, tokenizer_of
 
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -50,10 +51,9 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
     except (SensiError, OSError) as error:
         yield Finding("files", WRONG, str(error))
         return
-    is_merged = isinstance(saved, SavedMerged)
-    weights = saved.folder / (saved.weights if isinstance(saved, SavedMerged) else WEIGHTS)
-    if is_merged:
-        hashed = HASH_KEY in saved.values  # type: ignore[union-attr]
+    weights = saved.folder / WEIGHTS
+    if isinstance(saved, SavedMerged):
+        weights, hashed = saved.folder / saved.weights, HASH_KEY in saved.values
         text = "config.json and the weights are those that were saved"
         yield Finding("files", OK if hashed else NOTE, text if hashed else "the folder has no hash to compare with")
     else:
@@ -61,14 +61,14 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
     yield Finding("checksum", OK, f"{weights.name}: SHA-256 {checksum(weights)}")
     yield from _versions(saved)
     yield _tokenizer(saved)
-    if is_merged and base:
+    if isinstance(saved, SavedMerged) and base:
         yield Finding("base", NOTE, f"{base} was not compared: the weights of a merged model are its own")
     if isinstance(saved, SavedAdapter) and (missing := _missing_base(saved, base)):
         yield Finding("base", NOTE, missing)
         return
     try:
         if isinstance(saved, SavedMerged):
-            model: Any = load_whole(saved)
+            model: Any = load_merged(saved.folder)
             yield Finding("values", OK, f"{saved.parameters:,} values in {len(saved.tensors)} tensors are finite")
         else:
             model = load_adapter(saved, base)
@@ -76,7 +76,7 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
             text = "it is the one that the adapter was made for" if known else "the adapter has no fingerprint of it"
             yield Finding("base", OK if known else NOTE, f"{base or saved.base}: {text}")
     except (SensiError, OSError, RuntimeError) as error:
-        yield Finding("values" if is_merged else "base", WRONG, str(error))
+        yield Finding("values" if isinstance(saved, SavedMerged) else "base", WRONG, str(error))
         return
     yield _outputs(model)
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..anatomy.latency import latency_facts
-from ..planning.plan import Plan, rows_of, units_by_kind
+from ..planning.plan import Plan
+from ..planning.rows import rows_of, units_by_kind
 from ..utils.formatting import human, size_of
 from ..utils.states import KINDS, STATES
 from .saved import SavedAdapter, short_fingerprint, task_of

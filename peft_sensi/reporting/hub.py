@@ -22,20 +22,10 @@ from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from ..utils.places import is_repo
 from .card import load_card, new_card, save_card, save_with_tags, write_card
-from .saved import CONFIG, METRICS, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
+from .saved import CARD, CONFIG, METRICS, PICTURE, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
-from .uploads import (
-    CARD,
-    PICTURE,
-    Upload,
-    check_links,
-    collect,
-    local_paths,
-    public_config,
-    renew_hash,
-    without_paths,
-)
+from .uploads import Upload, check_links, collect, local_paths, public_config, renew_hash, without_paths
 
 
 # Everything that an upload may contain. `metrics.json` is what the command `train` writes.
@@ -213,7 +203,7 @@ def hook_cards() -> None:
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
         if not isinstance(self.base_model, SensiModel):
             return update_original(self, output_dir)
-        path, tags = Path(output_dir) / "README.md", list[str]()
+        path, tags = Path(output_dir) / CARD, list[str]()
         if path.is_file():
             try:
                 load_card(path)
@@ -246,7 +236,7 @@ def hook_cards() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             name = self.active_adapters[0]
             self.save_pretrained(temporary, selected_adapters=[name])
-            (Path(temporary) / "README.md").unlink()  # `push_folder` writes one that contains more
+            (Path(temporary) / CARD).unlink()  # `push_folder` writes one that contains more
             saved = open_adapter(Path(temporary) if name == "default" else Path(temporary) / name)
             plan, scores = self.base_model.plan(name), self.base_model._sensi_scores.get(name)
             return push_folder(saved, repo_id, plan=plan, scores=scores, **kwargs)

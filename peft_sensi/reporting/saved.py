@@ -33,6 +33,7 @@ from ..utils.places import is_out_of_reach, not_found
 
 
 CONFIG, WEIGHTS, METRICS = "adapter_config.json", "adapter_model.safetensors", "metrics.json"
+CARD, PICTURE = "README.md", "plan.png"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # The files that the tokenizers of Transformers save (`vocab_files_names`), and those that all of them have in common.
 TOKENIZER_FILES = (
@@ -53,18 +54,21 @@ TASKS = {
 }
 
 
+# For each tensor's name its dtype, as safetensors spells it (`"F32"`), and its shape.
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
 @dataclass(frozen=True, repr=False)
 class SavedAdapter:
     """The config of an adapter and the header of its weights file. The weights are not in memory.
 
-    `name` is that of the repository on the Hub, or of the folder. `tensors` maps each tensor's name to its dtype, as
-    safetensors spells it (`"F32"`), and its shape.
+    `name` is that of the repository on the Hub, or of the folder.
     """
 
     name: str
     folder: Path
     config: SensiConfig
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: Tensors
     file_bytes: int
 
     __repr__ = short_repr
@@ -94,7 +98,7 @@ def open_adapter(name: str | Path) -> SavedAdapter:
     """
     folder = Path(name)
     if not folder.is_dir():
-        files = [CONFIG, WEIGHTS, METRICS, "config.json", *TOKENIZER_FILES, "README.md", "*.png"]
+        files = [CONFIG, WEIGHTS, METRICS, "config.json", *TOKENIZER_FILES, CARD, "*.png"]
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=files))
         except (HFValidationError, OSError) as error:
@@ -106,11 +110,16 @@ def open_adapter(name: str | Path) -> SavedAdapter:
     config = SensiConfig.from_pretrained(str(folder))
     if not (folder / WEIGHTS).is_file():
         raise SensiLoadError(f"{name} holds no {WEIGHTS}: the adapter is not complete.")
-    with open_safetensors(folder / WEIGHTS) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}
-        tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     shown = folder.resolve().name if Path(name).is_dir() else str(name)
-    return SavedAdapter(shown, folder, config, tensors, (folder / WEIGHTS).stat().st_size)
+    weights = folder / WEIGHTS
+    return SavedAdapter(shown, folder, config, tensors_in(weights), weights.stat().st_size)
+
+
+def tensors_in(path: Path) -> Tensors:
+    """What the header of a safetensors file says. Raises `SensiLoadError` if the file is damaged."""
+    with open_safetensors(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
 
 
 def plan_without_weights(adapter: SavedAdapter, base: str | None = None) -> Plan | None:
@@ -171,7 +180,7 @@ def _tokens_of(adapter: SavedAdapter, model: PreTrainedModel, embedding: Any) ->
     groups = (adapter.config.plan or {}).get("groups", {})
     if f"{name}.tokens" in groups:
         return int(groups[f"{name}.tokens"]["size"])
-    if (adapter.folder / "tokenizer_config.json").is_file():
+    if (adapter.folder / TOKENIZER_CONFIG).is_file():
         with contextlib.suppress(SensiError):
             return len(pretrained_tokenizer(str(adapter.folder)))
     return 0

@@ -15,23 +15,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
-from ..merging.foreign import CONFIG, WEIGHTS, architecture_of, check_record
-from ..merging.hashes import check_hashes
-from ..merging.load import load_merged, without_weights
+from ..merging.foreign import CONFIG, architecture_of, check_unchanged, weights_in
+from ..merging.load import without_weights
+from ..utils.checks import label_names
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import open_safetensors, read_json_object
+from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
 from ..utils.places import UNFINISHED, is_onnx, not_found
 from .saved import (
+    CARD,
     METRICS,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     SavedAdapter,
+    Tensors,
     file_in,
     is_adapter,
     load_pretrained,
     open_adapter,
     pretrained_tokenizer,
+    tensors_in,
 )
 
 
@@ -49,7 +52,7 @@ class SavedMerged:
         folder: Where the files are.
         values: The object in `config.json`.
         weights: The name of the weights file.
-        tensors: Each tensor's dtype, as safetensors spells it, and its shape.
+        tensors: What the header of the weights file says.
         file_bytes: The size of the weights file.
     """
 
@@ -57,7 +60,7 @@ class SavedMerged:
     folder: Path
     values: dict[str, Any]
     weights: str
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: Tensors
     file_bytes: int
 
     @property
@@ -81,9 +84,7 @@ class SavedMerged:
     @property
     def labels(self) -> list[str]:
         """Names of the classes; empty if nobody named them."""
-        names = self.values.get("id2label")
-        found = [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
-        return [] if all(name.startswith("LABEL_") for name in found) else found
+        return label_names(self.values.get("id2label"))
 
     @property
     def parameters(self) -> int:
@@ -112,33 +113,19 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         raise SensiLoadError(
             f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
         )
-    record = values.get(RECORD_KEY)
-    if record is not None:
-        check_record(record)
-    weights = str((record or {}).get("weights") or values.get("transformers_weights") or WEIGHTS)
+    weights = weights_in(values, name)
     folder, shown = file.parent, str(name)
     if Path(name).is_dir():
         folder, shown = Path(name), Path(name).resolve().name
     else:
         code = "modeling_sensi_*.py"  # is not executed, but an upload of the model to another repository needs it
-        wanted = [CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, "README.md", "*.png"]
+        wanted = [CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, CARD, "*.png"]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted))
     if not (folder / weights).is_file():
         raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {CONFIG} names.")
-    if record is not None or "transformers_weights" in values:  # as in `load_merged`
-        try:
-            check_hashes(folder, values, folder / weights)
-        except ValueError as error:
-            raise SensiLoadError(str(error)) from None
-    with open_safetensors(folder / weights) as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}
-        tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    return SavedMerged(shown, folder, values, weights, tensors, (folder / weights).stat().st_size)
-
-
-def load_whole(model: SavedMerged) -> PreTrainedModel:
-    """The merged model, in evaluation mode."""
-    return load_merged(model.folder)
+    check_unchanged(values, folder, weights)
+    size = (folder / weights).stat().st_size
+    return SavedMerged(shown, folder, values, weights, tensors_in(folder / weights), size)
 
 
 def empty_models(model: SavedMerged) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -15,7 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..planning.plan import Plan, drawn_rows
+from ..planning.plan import Plan
+from ..planning.rows import drawn_rows
 from ..utils.formatting import short_names, shortened
 from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, UPDATED, Row, shown_states
 

@@ -24,7 +24,6 @@ from ..utils.places import is_repo
 from .saved import CONFIG, METRICS, TOKENIZER_CONFIG, TOKENIZER_FILES
 
 
-CARD, PICTURE = "README.md", "plan.png"
 _TEXTS = (".md", ".jinja")
 # JSON files in which strings are names and settings. Those with tokens, such as `tokenizer.json`, stay as they are.
 _SCRUBBED = (METRICS, TOKENIZER_CONFIG, "special_tokens_map.json", "config.json", "generation_config.json")

@@ -200,6 +200,18 @@ def examples_in(batch: Mapping[str, Any]) -> int:
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
 
 
+def weight_of(batch: Mapping[str, Any], own_loss: bool) -> int:
+    """The weight of a batch in a mean over the batches of all processes.
+
+    It is the number of labeled positions if the loss is a mean over these, otherwise the number of examples.
+    `own_loss` says that the user's own function computes the loss. It is then assumed to be a mean over examples.
+    """
+    labels = batch.get("labels")
+    if not own_loss and isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        return int((labels >= 0).sum())
+    return examples_in(batch)
+
+
 def examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
     """These examples of a batch. Values that do not have one row for each example stay as they are."""
     size = examples_in(batch)

@@ -14,7 +14,7 @@ from ..anatomy.layouts import BlockLayout
 from ..anatomy.modules import input_embedding, unwrapped
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
-from ..utils.checks import check_types, shown
+from ..utils.checks import check_types
 from ..utils.errors import SensiError
 from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
 from .criteria import CRITERIA
@@ -34,7 +34,7 @@ def compute_scores(
     priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
     seed: int = 0,
-    targets: Iterable[str] = (),
+    targets: Iterable[str] | None = None,
     blocks: Iterable[BlockLayout] | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -69,11 +69,9 @@ def compute_scores(
     if score not in CRITERIA:
         raise SensiError(f"`score` must be one of {', '.join(CRITERIA)}, got {score!r}.")
     numbers = {"calibration_steps": calibration_steps, "priming_steps": priming_steps}
-    check_types({**numbers, "priming_lr": priming_lr, "seed": seed})
+    check_types({**numbers, "priming_lr": priming_lr, "seed": seed, "targets": targets})
     if priming_optimizer not in OPTIMIZERS:
         raise SensiError(f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {priming_optimizer!r}.")
-    if isinstance(targets, str) or not isinstance(targets, Iterable):
-        raise SensiError(f"`targets` must be a list of names of modules, got {shown(targets)}.")
     check_module(model)
     replicas.check_whole(model)
     options = ScoringOptions(
@@ -82,7 +80,7 @@ def compute_scores(
     model = unwrapped(model)
     # Priming does not train embeddings, so movement cannot rank tokens.
     table = input_embedding(model) if calibration is not None and score != "movement" else None
-    named = set(targets)
+    named = set(targets or ())
     anatomy = build_anatomy(model, named | ({table} if table else set()), blocks)
     if all(group.output == table and table not in named for group in anatomy.groups):
         raise nothing_to_score(model)

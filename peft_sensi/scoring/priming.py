@@ -20,7 +20,7 @@ from ..utils import distributed
 from ..utils.errors import not_finite
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of
+from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of, weight_of
 from .head import head_bias, start_head_at_prior
 
 
@@ -90,8 +90,8 @@ def _prime(
                 loss = loss + GATE_PENALTY * torch.stack([gate.abs().sum() for gate in gates]).sum().to(loss.device)
             stepper.factor = warm_up
             loss.backward()
-            share = distributed.weight_of(batch, options.loss_fn is not None)
-            distributed.average_gradients([*stepper.moving, *gates], share, f"priming step {step}", name)
+            weight = weight_of(batch, options.loss_fn is not None)
+            distributed.average_gradients([*stepper.moving, *gates], weight, f"priming step {step}", name)
             if not stepper.step():
                 raise not_finite(f"The gradient of calibration batch {index} is not finite")
             if gate_optimizer is not None:

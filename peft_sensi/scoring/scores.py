@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..plotting.plots import plot_scores
-from ..utils.checks import shown
+from ..utils.checks import is_count, shown
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, write_atomically
 from ..utils.formatting import data_frame, find_name, html_table, short_names
@@ -105,7 +105,7 @@ class Scores:
             method, length = metadata["method"], json.loads(metadata["length"])
         except (KeyError, ValueError):
             method = length = None
-        if method not in METHODS or not (length is None or type(length) is int and 0 < length < 2**31):
+        if method not in METHODS or not (length is None or is_count(length)):
             raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}. {_AGAIN}")
         _check_tensors(path, parts)
         return cls(method=method, sequence_length=length, **parts)

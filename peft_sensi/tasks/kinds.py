@@ -81,7 +81,7 @@ def rows_for_prediction(
     parts = source.train
     notes = [*source.notes, *(note for part in parts for note in part.notes)]
     if kind == "text":
-        _only(parts, "table", kind)
+        _only_tables(parts, kind)
         columns, doubts = text_columns(parts[0].name, parts[0].rows, [], wanted.text_column, wanted.pair_column)
         for part in parts:
             _check_columns(part, columns)
@@ -171,9 +171,9 @@ def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
     return load_pretrained(AutoConfig, model)
 
 
-def _only(parts: Sequence[Part], form: str, kind: str) -> None:
+def _only_tables(parts: Sequence[Part], kind: str) -> None:
     for part in parts:
-        if part.form != form:
+        if part.form != "table":
             raise DataError(f"{part.name} has rows for the task {part.form}, not for the task {kind}.")
 
 
@@ -188,7 +188,7 @@ def _check_columns(part: Part, columns: Sequence[str]) -> None:
 
 
 def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
-    _only([*source.train, *source.validation], "table", "text")
+    _only_tables([*source.train, *source.validation], "text")
     first = source.train[0]
     label = label_columns(first.name, first.rows, options.label_columns())
     columns, doubts = text_columns(first.name, first.rows, label, options.text_column, options.pair_column)
@@ -276,7 +276,7 @@ def _count(rows: Rows, held: Rows, what: str) -> str:
 def _sentences(part: Part, options: Options, needs_tags: bool = True) -> list[dict[str, Any]]:
     if part.form == "words":
         return part.rows
-    _only([part], "table", "words")
+    _only_tables([part], "words")
     label = options.label_columns()
     return words.to_raw(part.name, part.rows, options.text_column, label[0] if label else None, needs_tags)
 
@@ -307,7 +307,7 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
 def _questions(part: Part, labeled: bool = True) -> list[dict[str, Any]]:
     rows = part.rows
     if part.form != "answers":
-        _only([part], "table", "answers")
+        _only_tables([part], "answers")
         rows, notes = answers.from_table(part.name, part.rows, labeled)
         part.notes += notes
     if labeled and (open_ones := [row["row"] for row in rows if "answers" not in row]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..utils.checks import label_names
 from ..utils.errors import SensiError
 
 
@@ -105,7 +106,7 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any) -> Labels:
     Raises:
         DataError: The file has labels that the head does not know, or numbers where the head has classes.
     """
-    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in head)  # then both have the order of the numbers
+    unnamed = not label_names(dict(enumerate(head)))  # then both have the order of the numbers
     if labels.regression == bool(head) or (unnamed and len(labels.names) > len(head)):
         found = f"{len(labels.names)} classes" if labels.names else "numbers"
         raise DataError(f"{data} has {found} as labels, but the model's head has {len(head) or 1} outputs.")

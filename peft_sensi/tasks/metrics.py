@@ -41,7 +41,6 @@ def measured(
     measure: Callable[[np.ndarray], Values],
     rows: int,
     shares: Mapping[str, int] | None = None,
-    seed: int = 0,
     fast: Callable[[np.ndarray], Values] | None = None,
 ) -> tuple[Values, dict[str, tuple[float, float]]]:
     """The metrics of all rows and their 95 % intervals.
@@ -51,14 +50,13 @@ def measured(
         rows: The number of rows: texts, sentences or questions.
         shares: For metrics that are shares of independent rows, the number of these rows. They have Wilson's interval,
             which is right for shares near 0 and 1 too. All other intervals are bootstrapped over rows.
-        seed: The seed of the bootstrap.
         fast: A faster form of `measure` with the same values, for the resamples.
     """
     values = measure(np.arange(rows))
     intervals = {name: wilson(float(values[name] or 0), n) for name, n in (shares or {}).items() if n}
     others = [name for name, value in values.items() if name not in intervals and value is not None]
     if others and rows > 1:
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         samples = [(fast or measure)(generator.integers(rows, size=rows)) for _ in range(RESAMPLES)]
         for name in others:
             found = [value for sample in samples if (value := sample[name]) is not None]

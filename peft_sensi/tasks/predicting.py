@@ -105,9 +105,10 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
     """
     import torch
 
+    from ..merging.load import load_merged
     from ..reporting.onnx_folder import find_onnx
     from ..reporting.saved import TOKENIZER_CONFIG, load_adapter, task_of
-    from ..reporting.saved_merged import SavedMerged, load_whole, open_saved
+    from ..reporting.saved_merged import SavedMerged, open_saved
 
     if (file := find_onnx(Path(name))) is not None:
         return _of_onnx(file)
@@ -115,7 +116,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
     task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
     kind = _checked(name, kind_of_model(task), task)
     if isinstance(saved, SavedMerged):
-        model: Any = load_whole(saved)
+        model: Any = load_merged(saved.folder)
         other = None
     else:
         model, other = load_adapter(saved, base).merge_and_unload(), base or saved.base
@@ -141,18 +142,15 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
 
 
 def _of_onnx(file: Path) -> Predictor:
+    from ..merging.onnx_graph import open_session
     from ..reporting.onnx_folder import read_companion
 
     values = read_companion(file)
     kind = _checked(str(file), values.get("kind"), values.get("model_class"))
     try:
-        import onnxruntime
+        session = open_session(file)
     except ImportError as error:
         raise SensiError(f"{file} needs onnxruntime ({error}): {how_to_install('onnx')}.") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own classes, which have no common one
         reason = str(error).strip().splitlines()[0]
         raise SensiError(f"{file} is damaged, or not a file of onnxruntime: {reason} Export it again.") from error

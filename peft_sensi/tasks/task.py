@@ -213,25 +213,19 @@ def limit_of(tokenizer: Any, max_length: int, config: Any = None) -> int:
     return limit
 
 
-def load_for(
-    task: Task | str, model: str, labels: Labels | None = None, tokenizer: Any = None, dtype: str = "float32"
-) -> Any:
+def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     """The base model with a fresh head for the task's labels.
 
     Args:
-        task: The task, or its kind.
+        task: The task, or only its kind. The checkpoint then keeps its own head.
         model: The name of a model on the Hub, or a folder.
-        labels: The labels, if only the kind is given. `None` keeps the checkpoint's own head.
-        tokenizer: Gives a decoder its padding token.
         dtype: The dtype of the weights, or `"auto"` for that of the checkpoint.
     """
     import transformers
 
     from ..reporting.saved import load_pretrained
 
-    kind = task if isinstance(task, str) else task.kind
-    if isinstance(task, Task):
-        labels, tokenizer = task.labels, task.tokenizer
+    kind, labels, tokenizer = (task, None, None) if isinstance(task, str) else (task.kind, task.labels, task.tokenizer)
     heads: dict[str, Any] = {}
     if kind == "answers":
         heads = {"num_labels": 2}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, softmax
 
 from ..utils.formatting import counted
 from . import metrics
@@ -226,7 +227,7 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
 
 def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:
     """The quality of logits `[rows, classes]`, or of numbers `[rows, 1]`."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    logits = np.asarray(logits_in(outputs), dtype=float)
     expected = np.array([row["labels"] for row in rows.inputs])
     trained = [row["labels"] for row in train.inputs] if train is not None and len(train) else list(expected)
     remarks = []
@@ -256,13 +257,13 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
 
 def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
     """For each row, `label` and `scores` (one per class); `labels` for several; `value` for numbers."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    logits = np.asarray(logits_in(outputs), dtype=float)
     found: list[dict[str, Any]] = []
     for row in logits.reshape(len(rows), -1):
         if labels.regression:
             found.append({"value": float(row[0])})
             continue
-        scores = 1 / (1 + np.exp(-row)) if labels.several else softmax(row)
+        scores = expit(row) if labels.several else softmax(row)
         by_name = dict(zip(labels.names, scores.tolist(), strict=True))
         if labels.several:
             found.append({"labels": [name for name, score in by_name.items() if score > 0.5], "scores": by_name})
@@ -271,7 +272,6 @@ def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
+def logits_in(outputs: Any) -> Any:
+    """The logits in what Trainer returns for a model: them alone, or a tuple that starts with them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs

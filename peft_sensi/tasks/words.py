@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from . import metrics
 from .columns import check_known
@@ -16,7 +17,7 @@ from .decoding import read_text
 from .labels import OUTSIDE, DataError, Labels, is_tag, listed
 from .metrics import Quality
 from .task import Rows
-from .texts import softmax
+from .texts import logits_in
 
 
 IGNORED = -100  # the label of positions without a loss
@@ -192,12 +193,12 @@ def labels_of(*parts: Sequence[dict[str, Any]]) -> Labels:
 
 
 def encode(
-    raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int, name: Any = "the data"
+    raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int
 ) -> tuple[Rows, int, int]:
     """Windows over the sentences, the longest sentence in tokens, and the number of sentences with several windows.
 
-    The first sub-word of a word gets its tag. A word for which the tokenizer produces no token (such as a lone
-    variation selector) has no position.
+    `labels` must have all tags of the sentences. The first sub-word of a word gets its tag. A word for which the
+    tokenizer produces no token (such as a lone variation selector) has no position.
     """
     index = None if labels is None else {tag: i for i, tag in enumerate(labels.names)}
     found = Rows([], list(raw))
@@ -223,8 +224,6 @@ def encode(
         if index is not None and tags is not None:
             row["labels"] = [IGNORED] * len(row["input_ids"])
             for position, word in places:
-                if tags[word] not in index:
-                    raise DataError(f"{name}: row {raw[sentence]['row']} has the tag {tags[word]!r}, not in training.")
                 row["labels"][position] = index[tags[word]]
         found.inputs.append(row)
         found.places.append((sentence, np.array(places, dtype=np.int64).reshape(-1, 2)))
@@ -258,9 +257,7 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
 def tags_of(labels: Labels, outputs: Any, rows: Rows) -> list[list[str]]:
     """The tags of all words of each sentence. Entities are read over words, also if windows divide a sentence."""
     tags = [[OUTSIDE] * len(row["tokens"]) for row in rows.raw]
-    for (sentence, places), values in zip(
-        rows.places, outputs[0] if isinstance(outputs, tuple) else outputs, strict=True
-    ):
+    for (sentence, places), values in zip(rows.places, logits_in(outputs), strict=True):
         numbers = best_classes(values) if np.ndim(values) == 2 else values
         for position, word in places:
             tags[sentence][word] = labels.names[int(numbers[position])]
@@ -269,12 +266,12 @@ def tags_of(labels: Labels, outputs: Any, rows: Rows) -> list[list[str]]:
 
 def best_classes(logits: Any) -> Any:
     """The numbers of the most likely classes, from an array or tensor `[..., classes]` (or a tuple that starts so)."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+    return logits_in(logits).argmax(-1)
 
 
 def decode(labels: Labels, outputs: Any, rows: Rows) -> list[dict[str, Any]]:
     """For each sentence, `tokens`, `tags`, `scores` and `entities` (type, text, first and last word)."""
-    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=float)
+    logits = np.asarray(logits_in(outputs), dtype=float)
     tags = tags_of(labels, logits, rows)
     scores: list[list[float | None]] = [[None] * len(row["tokens"]) for row in rows.raw]
     for (sentence, places), values in zip(rows.places, logits, strict=True):

@@ -179,7 +179,7 @@ def leave_frozen(model: nn.Module, names: set[str], chosen: bool) -> set[str]:
     """
     trained = {name for name in names if _requires_grad(base_of(model.get_submodule(name)))}
     frozen = sorted(names - trained)
-    if partly := sorted(name for name in trained if _is_partly_frozen(base_of(model.get_submodule(name)))):
+    if partly := sorted(name for name in trained if _has_frozen_part(base_of(model.get_submodule(name)))):
         warnings.warn(
             f"The weight or the bias of {len(partly)} modules was frozen before the wrap, such as in {partly[0]!r}. "
             f"They are trained all the same: units have both. Freeze a module as a whole to leave it out.",
@@ -201,7 +201,8 @@ def is_partly_frozen(model: nn.Module, targets: Iterable[str]) -> bool:
     return any(_requires_grad(module) for module in modules if not is_quantized(module))
 
 
-def _is_partly_frozen(module: nn.Module) -> bool:
+def _has_frozen_part(module: nn.Module) -> bool:
+    """Whether the weight requires gradients and the bias does not, or the other way round."""
     return not is_quantized(module) and len({parameter.requires_grad for parameter in module.parameters()}) > 1
 
 

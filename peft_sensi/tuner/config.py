@@ -106,7 +106,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
             data's tokens; under a `trainable` limit the most sensitive of them) and `"embeddings"` (all of them,
             saved whole). `None`: norms, pooler, output biases and, with calibration data, tokens, if dense units are
             tuned without a `trainable` limit or `retention`; otherwise nothing.
-        calibration_steps: Number of calibration batches that are used for scores. The refit uses half as many again.
+        calibration_steps: Number of calibration batches that are used for scores. The refit uses a quarter more.
         priming_steps: Steps of a short fine-tuning before the scores are taken, each on 8 examples of a batch; 0
             switches it off. Its changes are undone, except that the task head starts from what it learned.
         priming_lr: Learning rate of these steps.

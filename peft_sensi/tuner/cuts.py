@@ -20,25 +20,22 @@ from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy, Group
 from ..layers.functional import Pair
 from ..layers.layer import layers_of
-from ..layers.slices import positions_in
-from ..planning.allocate import make_plan
+from ..layers.slices import Slice, positions_in
 from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
-from ..planning.refit import Refitted
 from ..scoring.calibration import LossFn, preserved
-from ..scoring.compute import score_units
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
 from ..utils.undo import surely
 from .config import SensiConfig
-from .decision import is_refitted
-from .in_place import merged_in_place, refit_changes
+from .in_place import merged_in_place
 from .predictions import read_latency
-from .rescoring import SCORED_BATCHES, enough, labeled_by, trained_options
+from .rescoring import trained_options
 from .slicing import config_after, trained_beside_units
-from .targets import anatomy_of, plan_of, targets_of
+from .stages import Data, choose
+from .targets import plan_of
 
 
 def close_units(
@@ -54,45 +51,36 @@ def close_units(
     The limits go from the whole prunable part (`progress` 0) to the budget (`progress` 1).
 
     Closed units stay closed. Only the last cut (`progress` 1) may open units again: those that still fit when no
-    open unit does, so that the budget is used up. The output projections are refitted to the model before the cut
-    (see `planning.refit`).
+    open unit does, so that the budget is used up. The others are refitted to the model before the cut (see `choose`).
     """
     read_latency(config)
-    targets = targets_of(root, config)
-    anatomy = anatomy_of(root, config, targets)
+    before = plan_of(root, config)
     gates = gates_of(root, adapter_name)
+    opened = before.without(_closed_units(before, gates))
+    limits = _on_the_way(config, before.anatomy, before.sequence_length, progress)
+    movement = None
     if config.score == "movement":
-        scores = Scores(trained_movement(root, anatomy, adapter_name), "movement")
-    else:
-        with preserved(root), merged_in_place(root, adapter_name):
-            root.eval()
-            options = trained_options(config, loss_fn, progress=False)
-            scores = score_units(root, anatomy, labeled_by(root, config, batches, options), options)
-    opened = {g.name: gates[g.output].cpu().numpy() > 0 for g in anatomy.groups if g.output in gates}
-    length = plan_of(root, config).sequence_length
-    plan = make_plan(
-        anatomy,
-        {name: _open_first(value.numpy(), opened.get(name)) for name, value in scores.values.items()},
-        _on_the_way(config, anatomy, length, progress),
-        targets=targets,
-        protected={name: mask.numpy() & opened.get(name, True) for name, mask in scores.protected.items()},
-        available=opened if progress < 1 else None,
-        sequence_length=length,
-        **config.width_options,
-        latency=config.tables,
-    )
-    changes = _refitted(root, config, adapter_name, plan, batches, loss_fn)
+        movement = Scores(trained_movement(root, before.anatomy, adapter_name), "movement")
+    data = Data(batches, loss_fn, movement)
+    options = trained_options(config, loss_fn)
+    refits = (config.schedule or {}).get("refit", config.refit)
+    with preserved(root), merged_in_place(root, adapter_name):
+        root.eval()
+        choice = choose(root, config, before, opened, limits, data, options, refits, progress)
     distributed.gather("cutting")
     layers = layers_of(root, adapter_name)
-    refitted = [layers[name].part(part, adapter_name) for name in changes for part in ("weight", "bias")]
+    refitted = [layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias")]
     with _values_restored_on_error([*gates.values(), *(p for p in refitted if p is not None)]), torch.no_grad():
-        for group in anatomy.trimmable:
+        for group in before.anatomy.trimmable:
+            kept = choice.plan.of(group) != TRIMMED
             if group.output in gates:
                 gate = gates[group.output]
-                gate.copy_(torch.from_numpy((plan.of(group) != TRIMMED).astype("uint8")))
+                gate.copy_(torch.from_numpy(kept.astype("uint8")))
                 distributed.broadcast(gate)
-            if group.output in changes:
-                _add_change(root.get_submodule(group.output), adapter_name, group, plan, opened, changes[group.output])
+            reopened = kept & (opened.of(group) == TRIMMED)
+            for name in group.modules:
+                if name in choice.refitted:
+                    _add_change(layers[name], adapter_name, group, name, kept, reopened, choice.refitted[name])
         closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
         distributed.check_equal("its cut", closed, "The processes must have the same model.")
 
@@ -114,56 +102,33 @@ def _values_restored_on_error(tensors: list[torch.Tensor]) -> Iterator[None]:
         raise
 
 
-def _refitted(
-    root: nn.Module,
-    config: SensiConfig,
-    adapter_name: str,
-    wanted: Plan,
-    batches: list[Mapping[str, Any]] | None,
-    loss_fn: LossFn | None,
-) -> Refitted:
-    """Changes of the output projections that make up for the cut, if the schedule does not switch the refit off."""
-    before = plan_of(root, config)
-    wanted_by_user = (config.schedule or {}).get("refit", config.refit)
-    if batches is None or not is_refitted(root, config, before.anatomy, wanted_by_user):
-        return {}
-    with preserved(root), merged_in_place(root, adapter_name):
-        root.eval()
-        to_refit = enough(batches, SCORED_BATCHES * config.calibration_steps)
-        return refit_changes(root, before.without(wanted.trimmed_units), to_refit, loss_fn, progress=False)
-
-
 def _add_change(
-    layer: Any, adapter_name: str, group: Group, plan: Plan, opened: Mapping[str, np.ndarray], change: Pair
+    layer: Any, adapter_name: str, group: Group, name: str, kept: np.ndarray, reopened: np.ndarray, change: Pair
 ) -> None:
-    """Adds the change of a refit to a trained output projection, on the columns of the units that `plan` keeps."""
-
-    def columns(units: np.ndarray) -> torch.Tensor:
-        slice_ = layer.sensi_slices[adapter_name]
-        return positions_in(slice_.tuned_positions, group.output_columns(units)).to(weight.device)
-
+    """Adds the change of a refit to the trained weight of the Linear `name`, on the part of the `kept` units."""
+    slice_: Slice = layer.sensi_slices[adapter_name]
     weight, bias = layer.part("weight", adapter_name), layer.part("bias", adapter_name)
-    kept = plan.of(group) != TRIMMED
-    # A unit that is opened again contributed nothing to the model that the refit saw.
-    weight.index_fill_(1, columns(kept & ~opened[group.name]), 0.0)
-    weight.index_add_(1, columns(kept), change[0].to(weight))
+
+    def positions(units: np.ndarray) -> torch.Tensor:
+        return positions_in(slice_.tuned_positions, group.positions(name, units)).to(weight.device)
+
+    if name == group.output:  # a unit that is opened again contributed nothing to the model that the refit saw
+        weight.index_fill_(1, positions(reopened), 0.0)
+    weight.index_add_(slice_.dim, positions(kept), change[0].to(weight))
     distributed.broadcast(weight)
-    if change[1] is not None:
+    if change[1] is None:
+        return
+    if slice_.dim == 0:
+        bias.index_add_(0, positions(kept), change[1].to(bias))
+    else:
         bias.add_(change[1].to(bias))
-        distributed.broadcast(bias)
+    distributed.broadcast(bias)
 
 
 def gates_of(root: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The gates (uint8, one for each unit) of all output projections, by module name."""
     gates = {name: layer.part("gate", adapter_name) for name, layer in layers_of(root, adapter_name).items()}
     return {name: gate for name, gate in gates.items() if gate is not None}
-
-
-def _open_first(values: np.ndarray, opened: np.ndarray | None) -> np.ndarray:
-    """Scores of a group in which every open unit ranks above every closed one, even if the open unit scores zero."""
-    if opened is None or opened.all():
-        return values
-    return np.where(opened, np.maximum(values, np.finfo(np.float32).tiny), 0.0)
 
 
 @torch.no_grad()
@@ -202,10 +167,13 @@ def trained_movement(root: nn.Module, anatomy: Anatomy, adapter_name: str) -> di
 def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
     """The plan that trims all closed units; the others keep their states."""
     before = plan_of(root, config)
-    gates = gates_of(root, adapter_name)
-    groups = [group for group in before.anatomy.trimmable if group.output in gates]
-    closed = {group.name: gates[group.output].cpu().numpy() == 0 for group in groups}
+    closed = _closed_units(before, gates_of(root, adapter_name))
     return recounted(root, config, before, before.without(closed))
+
+
+def _closed_units(plan: Plan, gates: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """For each group with a gate a boolean mask `[units]` of the units that it has closed."""
+    return {g.name: gates[g.output].cpu().numpy() == 0 for g in plan.anatomy.trimmable if g.output in gates}
 
 
 def recounted(root: nn.Module, config: SensiConfig, before: Plan, after: Plan) -> Plan:

@@ -17,14 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.build import build_anatomy, nothing_to_trim
-from ..anatomy.linears import bias_of, check_quantized, is_plain, is_quantized
-from ..anatomy.modules import base_of, linear_of
+from ..anatomy.build import nothing_to_trim
+from ..anatomy.linears import bias_of, is_quantized
+from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import Budget
@@ -37,32 +36,13 @@ from ..scoring.head import head_to_train
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
-from .admission import (
-    check_names,
-    check_plain,
-    check_saved,
-    head_to_save,
-    is_partly_frozen,
-    leave_frozen,
-    warn_of_frozen_linears,
-)
-from .checkpoint import check_fingerprint, fingerprint
+from .admission import check_plain
 from .config import RunInputs, SensiConfig
-from .loading import prefix_of
+from .fingerprint import check_fingerprint, fingerprint
 from .predictions import measure_missing, note_latency
+from .reach import Reach, reach_of
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
-from .targets import (
-    also_saved,
-    anatomy_of,
-    bias_values,
-    check_targets,
-    default_also_train,
-    default_update,
-    described,
-    name_targets,
-    targets_of,
-)
-from .wrapping import save_whole
+from .targets import bias_values, described
 
 
 logger = logging.getLogger(__name__)
@@ -93,33 +73,10 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
 
     Returns `None` if the config targets no module; PEFT raises its own error for that.
     """
-    blocks = build_anatomy(model, (), config.layouts())
-    if not config.from_file:  # a file lists what it holds
-        save_whole(config, head_to_save(model))
-    if not _choose_targets(model, config, blocks):
+    reach = reach_of(model, config, inputs)
+    if reach is None:
         return None
-    partly_frozen = is_partly_frozen(model, targets_of(model, config))
-    but_frozen = partly_frozen and config.also_train is None
-    if config.also_train is None:
-        config.also_train = default_also_train(model, config, inputs, blocks, partly_frozen)
-    saved = [] if config.from_file else also_saved(model, blocks, config, but_frozen)
-    save_whole(config, saved)
-    check_saved(model, config)
-    saved_values = sum(p.numel() for name in saved for p in base_of(model.get_submodule(name)).parameters())
-    targets = name_targets(model, config)
-    anatomy = anatomy_of(model, config, targets)
-    check_targets(model, config, targets, anatomy)
-    others = config.limits.trims or config.chooses_nothing or config.sparsity is not None or config.phase == "cut"
-    # The modules of a group are changed together: tuned units come first in all of them.
-    reached = [group for group in anatomy.groups if targets & set(group.modules) or (others and group.in_block)]
-    if config.plan is None:
-        warn_of_frozen_linears(model, blocks, targets, config)
-        check_names(model, config, [group for group in anatomy.trimmable if others and group.in_block])
-        check_plain(model, {name for group in reached for name in group.modules})
-    if config.update is None:
-        config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
-    linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
-    check_quantized(linears, config.update, config.sparsity, config.keep_base)
+    targets, anatomy, saved_values = reach
     planned = config.plan is not None
     if planned:
         if config.fingerprint is not None:
@@ -130,7 +87,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     else:
         with preserved(model), others_disabled(model):
             measure_missing(model, config)
-            make = partial(decide, model, config, inputs, anatomy, targets, saved_values)
+            make = partial(decide, model, config, inputs, reach)
             if distributed.world_size() == 1:
                 decision = make()
             else:
@@ -151,46 +108,6 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     if not (planned and config.fingerprint is not None):
         config.fingerprint = distributed.broadcast_object(fingerprint(model, anatomy)) or config.fingerprint
     return decision
-
-
-def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> bool:
-    """Fills in `target_modules`. Returns whether they match anything."""
-    was_default = config.target_modules is None
-    if was_default:
-        names = {module for group in blocks.groups for module in group.modules}
-        config.target_modules = names or "all-linear"  # type: ignore[assignment]
-    was_text = isinstance(config.target_modules, str)
-    _maybe_include_all_linear_layers(config, model)
-    was_all = was_text and isinstance(config.target_modules, set)
-    if was_all and isinstance(config.target_modules, set):  # "all-linear" has become a set of names
-        special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
-        if special:
-            warnings.warn(
-                f"{len(special)} modules are not tuned, such as {min(special)!r}: they are subclasses of Linear whose "
-                f"forward pass computes something else.",
-                stacklevel=2,
-            )
-        config.target_modules -= special
-    if not config.from_file and (targets := targets_of(model, config)):
-        staying = leave_frozen(model, set(targets), chosen=not (was_default or was_all))
-        if staying != targets:
-            config.target_modules = staying  # type: ignore[assignment]
-    if targets_of(model, config):
-        return True
-    bare = config.own_copy()
-    bare.modules_to_save = None
-    if config.target_modules and not config.exclude_modules and not targets_of(model, bare):
-        # PEFT counts a task head that is saved whole as excluded; its message then does not name the targets.
-        advice = "Please check the target modules and try again."
-        if prefix := prefix_of(config, model):
-            advice = (
-                f"The adapter was made for a model with a head, and {type(model).__name__} is only the base model "
-                f"inside of it: load the adapter on the model with the head, and use its `{prefix[:-1]}`."
-            )
-        raise NoMatchingPeftModuleError(
-            f"Target modules {config.target_modules} not found in the base model. {advice}"
-        )
-    return False
 
 
 def _decide_together(make: Callable[[], Decision], model: nn.Module, config: SensiConfig, data: RunInputs) -> Decision:
@@ -215,18 +132,9 @@ def _decide_together(make: Callable[[], Decision], model: nn.Module, config: Sen
     return distributed.broadcast_object(decision)
 
 
-def decide(
-    model: nn.Module,
-    config: SensiConfig,
-    inputs: RunInputs,
-    anatomy: Anatomy,
-    targets: frozenset[str],
-    saved_values: int,
-) -> Decision:
-    """Scores the units, makes the plan and refits, inside `calibration.preserved`. Fills in `config.rank`.
-
-    `saved_values` is the number of values of base modules that are trained whole.
-    """
+def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reach) -> Decision:
+    """Scores the units, makes the plan and refits, inside `calibration.preserved`. Fills in `config.rank`."""
+    targets, anatomy, saved_values = reach
     limits = _limits_on_units(model, config, anatomy)
     batches = read = None
     if inputs.calibration is not None:
@@ -320,7 +228,7 @@ def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy, wanted:
 
 def _warn_of_lost_inputs(config: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
     """Warns about token types for question answering: PEFT's model accepts and ignores them (PEFT 0.21)."""
-    if str(config.task_type).rpartition(".")[2] != "QUESTION_ANS":
+    if config.task_type != "QUESTION_ANS":
         return
     types = [batch.get("token_type_ids") for batch in batches]
     if any(isinstance(ids, torch.Tensor) and bool(ids.any()) for ids in types):

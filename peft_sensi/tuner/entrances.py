@@ -41,7 +41,7 @@ from .trainer_loads import hook_trainer
 
 
 def hook_entrances() -> None:
-    """Wraps the constructors, `add_adapter`, the loaders, and the resizing. A second call changes nothing."""
+    """Wraps all of these methods. A second call changes nothing."""
     classes = [PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()]
     for owner in (*classes, PeftAdapterMixin):
         for name in ("__init__", "add_adapter", "load_adapter", "from_pretrained"):

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 
+from ..utils.checks import label_names
+
 
 def head_settings(model: nn.Module) -> dict[str, Any] | None:
-    """`SensiConfig.head_settings` of a base model; `None` if its config says nothing that a fresh one does not.
-
-    The names `LABEL_0` and so on are not kept: they are what a config without names has.
-    """
+    """`SensiConfig.head_settings` of a base model; `None` if its config says nothing that a fresh one does not."""
     config: Any = getattr(model, "config", None)
-    names = getattr(config, "id2label", None) or {}
     settings: dict[str, Any] = {}
-    if set(names) == set(range(len(names))) and not all(re.fullmatch(r"LABEL_\d+", str(n)) for n in names.values()):
-        settings["labels"] = [str(names[i]) for i in range(len(names))]
+    if names := label_names(getattr(config, "id2label", None)):
+        settings["labels"] = names
     if (problem := getattr(config, "problem_type", None)) is not None:
         settings["problem_type"] = problem
     text = config.get_text_config() if hasattr(config, "get_text_config") else None

@@ -19,22 +19,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..anatomy.modules import linear_of
 from ..layers.layer import SensiLayer, layers_of
+from ..layers.saved import saved_modules
 from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
-from .checkpoint import PLAN_KEY, check_strays, embeddings_of, meaning
+from .checkpoint import PEFT_PREFIX, PLAN_KEY, check_strays, embedding_specs, meaning
 from .config import SensiConfig
 from .slicing import Slices
-
-
-_PREFIX = "base_model.model."
-_GENERATES = "prepare_inputs_for_generation"  # a method that PEFT needs
 
 
 def file_to_check(config: SensiConfig) -> str | None:
@@ -94,7 +90,8 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
 def check_task(model: nn.Module, config: SensiConfig) -> None:
     """Checks that the model can do the task of a file: PEFT finds this out after the layers have been replaced."""
     task = str(config.task_type).rpartition(".")[2]
-    if config.from_file and task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, _GENERATES):
+    generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT calls this method
+    if config.from_file and task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not generates:
         raise SensiError(
             f"`task_type` is {task!r}, but {type(model).__name__} generates no text: load the model class that the "
             f"adapter was made for, or set `task_type` to None."
@@ -121,14 +118,13 @@ def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
     """Checks the file's tensors of modules that are saved whole, after these modules have been wrapped."""
     expected: dict[str, Spec] = {
         f"{name}.{key}": (tuple(tensor.shape), tensor.dtype)
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+        for name, wrapper in saved_modules(model, adapter_name).items()
+        for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items()
     }
     with open_safetensors(path) as file:
         specs = _own_names(read_specs(path, file), path)
     found = {name: spec for name, (_, spec) in specs.items() if not _is_part(name)}
-    resized = {name: spec for name, spec in embeddings_of(model).items() if name in found and name not in expected}
+    resized = {name: spec for name, spec in embedding_specs(model).items() if name in found and name not in expected}
     check_specs(found, {**expected, **resized}, path)
 
 
@@ -160,8 +156,8 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
             f"continue training, use an uncompressed checkpoint."
         )
     check_strays(tensors, model)
-    embeddings = {name.removeprefix(_PREFIX) for name in embeddings_of(model)}
-    found = {k: t for k, t in tensors.items() if k in expected or k.removeprefix(_PREFIX) not in embeddings}
+    embeddings = {name.removeprefix(PEFT_PREFIX) for name in embedding_specs(model)}
+    found = {k: t for k, t in tensors.items() if k in expected or k.removeprefix(PEFT_PREFIX) not in embeddings}
     check_specs({key: (tuple(t.shape), t.dtype) for key, t in found.items()}, expected)
     for key, tensor in tensors.items():
         layer = layers.get(".".join(key.split(".")[:-2]))
@@ -179,7 +175,7 @@ def _is_part(name: str) -> bool:
 
 def _own_names(specs: dict[str, Spec], path: str) -> dict[str, tuple[str, Spec]]:
     """The file's names and specs by the names in the user's own model. PEFT's prefix is optional in a file."""
-    names = {key.removeprefix(_PREFIX): (key, spec) for key, spec in specs.items()}
+    names = {key.removeprefix(PEFT_PREFIX): (key, spec) for key, spec in specs.items()}
     if len(names) != len(specs):
-        raise SensiLoadError(f"{path}: expected every tensor once, found some with and without {_PREFIX!r}.")
+        raise SensiLoadError(f"{path}: expected every tensor once, found some with and without {PEFT_PREFIX!r}.")
     return {name: value for name, value in names.items() if name != PLAN_KEY}

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
-from ..layers.saved import hold_masters
+from ..layers.saved import activate, hold_masters, saved_modules
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from . import wrapping
 from .admission import check_addition, check_name
-from .checkpoint import check_pair, check_scale, described_by, plan_from_tensor, plan_key
+from .checkpoint import check_hidden, check_pair, described_by, plan_from_tensor, plan_key
 from .config import SensiConfig
 from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
@@ -148,8 +148,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                     note_plan(model, config, adapter_name)
                     self.sensi_stepped = self.sensi_stepped - {adapter_name}
                     self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
-                    scores = {**self._sensi_scores, adapter_name: decision.scores}
-                    self._sensi_scores = {name: s for name, s in scores.items() if s is not None}
+                    self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
                     set_head(model, adapter_name, decision.head)
                     if self._sensi_source is not None:
                         copy_saved_modules(model, self._sensi_source, adapter_name)
@@ -163,9 +162,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         for layer in layers_of(model).values():
             layer.sensi_saved_modules = companions
         for wrapper in companions:  # a second adapter is active before those of the first have a copy for it
-            names = [name for name in self.active_adapters if name in wrapper._get_available_adapters()]
-            if len(names) == 1 and wrapper.active_adapters != names:
-                wrapper.set_adapter(names, inference_mode=config.inference_mode)
+            activate(wrapper, self.active_adapters, config.inference_mode)
         if config.from_file:  # if Transformers reads the file, it calls no hook
             layers = layers_of(model, adapter_name)
             for layer in layers.values():
@@ -214,8 +211,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         self._check_combination(adapter_names or self.active_adapters)
         self._check_codes()
         if adapter_names and set(adapter_names) != set(self.active_adapters):
-            wrappers = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
-            if any(name in m.modules_to_save for m in wrappers for name in adapter_names):
+            if any(saved_modules(self.model, name) for name in adapter_names):
                 raise SensiError(
                     f"Merging {list(adapter_names)} while {self.active_adapters} is active would combine the Linears "
                     f"of the one with the task head and the norms of the other. Call `set_adapter` first."
@@ -323,8 +319,8 @@ class SensiModel(AdapterOperations, BaseTuner):
         stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:
             check_pair(stored, config)
-        plan, _, scale = plan_from_tensor(stored)
-        check_scale(scale, config)
+        plan, _, hidden = plan_from_tensor(stored)
+        check_hidden(hidden, config)
         gated = any(name.rpartition(".")[2] == "sensi_gate" for name in state_dict)
         as_is = plan == config.plan and gated == (config.phase == "cut")
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):

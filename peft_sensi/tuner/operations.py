@@ -34,8 +34,8 @@ class AdapterOperations:
     # PEFT's constructor injects the first adapter, so these have class-level defaults and are replaced, not changed.
     # The base at the time of each wrap: merging and `keep_base=False` change the shapes that can be seen later.
     _sensi_anatomies: dict[str, Anatomy] = {}
-    # The scores from which the plans of this process were made.
-    _sensi_scores: dict[str, Scores] = {}
+    # The scores from which the plans of this process were made; `None` if no units were ranked.
+    _sensi_scores: dict[str, Scores | None] = {}
 
     def plan(self, adapter_name: str = "default") -> Plan:
         """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
@@ -120,8 +120,8 @@ class AdapterOperations:
         (task head, norms, embeddings) stay as they are.
 
         Args:
-            kind: `"bfloat16"` (2 bytes a value) or `"int8"` (a little more than 1 byte), which hold the differences
-                from the base's values with a scale for each tuned unit (see `layers.compression`); for
+            kind: `"bfloat16"` (2 bytes a value) or `"int8"` (a little more than 1 byte, because each tuned unit has
+                a scale), which hold the differences from the base's values (see `layers.compression`); for
                 `update="mask"`: `"bits"`, one bit for each weight.
             adapter_name: The adapter.
 

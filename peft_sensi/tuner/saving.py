@@ -11,7 +11,7 @@ from torch import nn
 from ..layers.layer import layers_of
 from ..layers.marks import LAYER_MARK
 from ..utils.errors import SensiError
-from .checkpoint import PLAN_KEY, config_mark, plan_to_tensor
+from .checkpoint import PEFT_PREFIX, PLAN_KEY, plan_to_tensor
 from .config import SensiConfig
 from .head_settings import head_settings
 from .wrapping import root_of
@@ -37,7 +37,7 @@ def completed(
     after the tensors. Raises `SensiError` as `check_present`.
     """
     check_present(model, adapter_name)
-    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     config.head_settings = head_settings(root_of(model))
-    plan = {prefix + PLAN_KEY: plan_to_tensor(config.plan, config_mark(config), config.scale)}
+    plan = {prefix + PLAN_KEY: plan_to_tensor(config.plan, config)}
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(LAYER_MARK)} | plan

@@ -8,9 +8,9 @@
   again, and more and more of them are closed (Sensi-BERT, arXiv 2307.11764), on a cubic schedule (Zhu & Gupta 2017,
   arXiv 1710.01878). A closed unit is masked. `start` = `end` with one cut is a cut after a warm-up, or a late cut.
   After each cut the output projections are refitted to the model before it, if there are calibration batches and the
-  adapter trains output biases; `"refit": False` switches that off. After the last cut the closed units leave the
-  model: at once where the optimizer can follow, so that the remaining steps cost less, otherwise when training is
-  finished.
+  adapter trains output biases; `"refit": False` switches that off. A cut that keeps less than about a third of what is
+  open is made in stages, like a trim, and fits whole layers. After the last cut the closed units leave the model: at
+  once where the optimizer can follow, so that the remaining steps cost less, otherwise when training is finished.
 - `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn once
   (DSEE, arXiv 2111.00160). It keeps the weights with the largest update, or the largest weights without an update.
 

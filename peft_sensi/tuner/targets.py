@@ -119,7 +119,7 @@ def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str]
         )
 
 
-def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_frozen: bool = False) -> list[str]:
+def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_frozen: bool) -> list[str]:
     """Names of the base modules outside the blocks that `also_train` trains, for PEFT's `modules_to_save`.
 
     With `but_frozen`, modules that require no gradients are left out, because the user has frozen them.
@@ -156,6 +156,10 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
     return [name for name in dict.fromkeys(found) if not saved(name.rpartition(".")[0])]
 
 
+def add_modules_to_save(config: SensiConfig, names: list[str]) -> None:
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
+
+
 def saved_whole(model: nn.Module, config: SensiConfig) -> Callable[[str], bool]:
     """A function of a module's path: whether `modules_to_save` names this module or one that contains it.
 
@@ -175,7 +179,7 @@ def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -
 
 
 def default_also_train(
-    model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy, partly_frozen: bool = False
+    model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy, partly_frozen: bool
 ) -> list[str]:
     """What `also_train=None` stands for. The list is empty unless dense units are tuned without a `trainable` limit.
 

@@ -24,6 +24,7 @@ from ..layers.functional import Pair
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.linear import SensiLinear
 from ..layers.marks import plan_mark
+from ..layers.saved import saved_modules
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
@@ -116,11 +117,6 @@ def note_plan(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
 def root_of(model: nn.Module) -> nn.Module:
     """The user's own model. The names of groups and modules are paths in it."""
     return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[return-value]
-
-
-def save_whole(config: SensiConfig, names: list[str]) -> None:
-    """Adds modules to `modules_to_save`."""
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
 
 
 def wrap_head(model: nn.Module, heads: list[str], adapter_name: str, inference_mode: bool, active: bool) -> None:
@@ -289,31 +285,29 @@ def drop_base(model: nn.Module, adapter_name: str) -> None:
     """Frees what an adapter does not need of the base: values of Linears, and originals of modules saved whole."""
     for layer in layers_of(model, adapter_name).values():
         layer.drop_base(adapter_name)
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-            for module in wrapper.original_module.modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
+    for wrapper in saved_modules(model, adapter_name).values():
+        for module in wrapper.original_module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.new_empty(0), requires_grad=False)
 
 
 def copy_saved_modules(model: nn.Module, source: str, adapter_name: str) -> None:
     """Copies the values of modules that are saved whole from the adapter `source` to another one."""
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and {source, adapter_name} <= wrapper.modules_to_save.keys():
-            if not any(parameter.is_meta for parameter in wrapper.modules_to_save[adapter_name].parameters()):
-                values = wrapper.modules_to_save[source].state_dict()
-                wrapper.modules_to_save[adapter_name].load_state_dict(values)
+    for wrapper in saved_modules(model, adapter_name).values():
+        own = wrapper.modules_to_save[adapter_name]
+        if source in wrapper.modules_to_save and not any(parameter.is_meta for parameter in own.parameters()):
+            own.load_state_dict(wrapper.modules_to_save[source].state_dict())
 
 
 def set_head(model: nn.Module, adapter_name: str, head: dict[str, torch.Tensor]) -> None:
     """Starts the adapter's copy of the task head from `head`: parameters by name. The base's own head stays."""
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    wrappers = saved_modules(model, adapter_name)
     with torch.no_grad():
         for name, value in head.items():
             top = next((path for path in wrappers if name.startswith(f"{path}.")), "")
             rest = name.removeprefix(f"{top}.")
-            if (wrapper := wrappers.get(top)) is not None and adapter_name in wrapper.modules_to_save:
+            if (wrapper := wrappers.get(top)) is not None:
                 own = dict(wrapper.modules_to_save[adapter_name].named_parameters())
                 if (parameter := own.get(rest)) is None or parameter.shape != value.shape:
                     found = "no such parameter" if parameter is None else tuple(parameter.shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
 from typing import Any
 
@@ -32,6 +32,24 @@ def is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether this is a whole number of at least `least` that fits into 32 bits. Booleans are not numbers here."""
+    return type(value) is int and least <= value < 2**31
+
+
+def label_names(id2label: Any) -> list[str]:
+    """The names of the classes in a Transformers config, in the order of their numbers.
+
+    The list is empty if the numbers do not count from 0, and for `LABEL_0`, `LABEL_1` and so on, which are the names
+    that Transformers gives if nobody has named the classes.
+    """
+    found = {str(number): str(name) for number, name in id2label.items()} if isinstance(id2label, Mapping) else {}
+    numbers = [str(i) for i in range(len(found))]
+    if found.keys() != set(numbers) or all(found[i] == f"LABEL_{i}" for i in numbers):
+        return []
+    return [found[i] for i in numbers]
 
 
 def _is(*types: type) -> Callable[[Any], bool]:
@@ -79,7 +97,7 @@ _BOOL = (_is(bool), "True or False")
 
 def _count(smallest: int, or_none: bool = False) -> tuple[Callable[[Any], bool], str]:
     def is_good(value: Any) -> bool:
-        return (value is None and or_none) or (type(value) is int and smallest <= value < 2**31)
+        return (value is None and or_none) or is_count(value, smallest)
 
     return is_good, f"a whole number of at least {smallest}"
 
@@ -91,6 +109,8 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": _NAMES_OR_TEXT,
     "modules_to_save": _NAMES_OR_NONE,
     "also_train": _NAMES_OR_NONE,
+    # An argument of `compute_scores` and `make_plan`.
+    "targets": (lambda v: isinstance(v, Iterable | None) and not isinstance(v, str), "a list of names or None"),
     "score": _TEXT,
     "granularity": _TEXT,
     "update": _TEXT_OR_NONE,
@@ -154,11 +174,10 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
     layouts = [layout for layout in values.get("blocks") or () if isinstance(layout, Mapping)]
-    for name, value in (
-        field for layout in layouts for field in layout.items()
-    ):  # one dotted path or several, whose parts do not begin with an underscore
+    for name, value in (field for layout in layouts for field in layout.items()):
         if name == "head_size" and type(value) is int:
             continue
+        # One dotted path or several, whose parts do not begin with an underscore.
         pattern = _LAYER_PATH if name == "layer" else _PATH
         for path in value if isinstance(value, _COLLECTIONS) else [value]:
             good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS

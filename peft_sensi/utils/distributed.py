@@ -186,14 +186,12 @@ def _in_place(tensor: torch.Tensor, collective: Callable[[torch.Tensor], object]
         tensor.copy_(copy)
 
 
-def average_gradients(
-    parameters: Sequence[torch.Tensor], weight: float, where: str, batch_name: str = "a calibration batch"
-) -> None:
+def average_gradients(parameters: Sequence[torch.Tensor], weight: float, where: str, batch_name: str) -> None:
     """Replaces gradients by their mean over all processes, in place. The result is the gradient of the joint batch.
 
-    `weight` is the weight of this process in the mean: its number of examples or labeled tokens (see `weight_of`). A
-    parameter that has a gradient in one process has one in all processes afterwards. A gradient that is not finite is
-    a `CalibrationError` in all processes, which names the batch.
+    `weight` is the weight of this process in the mean: its number of examples or labeled tokens. A parameter that has
+    a gradient in one process has one in all processes afterwards. A gradient that is not finite is a
+    `CalibrationError` in all processes, which names the batch.
     """
     if world_size() == 1:
         return
@@ -208,19 +206,6 @@ def average_gradients(
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         _in_place(parameter.grad.mul_(share), dist.all_reduce)
-
-
-def weight_of(batch: Mapping[str, Any], own_loss: bool = False) -> float:
-    """The weight of a batch in a mean over the batches of all processes.
-
-    It is the number of labeled positions if the loss is a mean over these, otherwise the number of examples.
-    `own_loss` says that the user's own function computes the loss. It is then assumed to be a mean
-    over examples.
-    """
-    labels = batch.get("labels")
-    if not own_loss and isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        return float((labels >= 0).sum())
-    return float(max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1))
 
 
 def batch_positions(batches: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from pathlib import Path
 
 
@@ -22,15 +24,24 @@ def is_repo(name: str) -> bool:
 def is_out_of_reach(name: str | Path) -> bool:
     """Whether a name leads to the Hub, and the Hub cannot be reached, so that only copies in the cache can be used.
 
-    This asks once. huggingface_hub tries again for 23 seconds for each file that is not in the cache.
+    huggingface_hub tries again for 23 seconds for each file that is not in the cache. This asks once, and the answer
+    holds for up to a minute, because several files of a model are loaded one after the other.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or not is_repo(str(name)):
         return False
+    return _gives_no_answer(constants.ENDPOINT, str(name), int(time.monotonic() // 60))
+
+
+@functools.lru_cache
+def _gives_no_answer(endpoint: str, name: str, minute: int) -> bool:
+    """Whether the Hub does not answer a request about a repository. The other arguments are for the cache."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        get_hf_file_metadata(hf_hub_url(str(name), "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except HfHubHTTPError:  # an answer, such as that there is no such file
         return False
     except Exception:  # the classes of network errors depend on the Hub library's HTTP client

@@ -1,0 +1,176 @@
+"""Which units a trained model can do without, and the values of the others: for a trim, and for cuts in a training.
+
+A budget far below what is there is reached in stages. A unit that is superfluous beside others may be needed once they
+are gone, so each stage scores the model that the stage before has left, refitted. All of them are refitted to the
+model before the first stage, so that their errors do not add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..anatomy.units import Anatomy
+from ..planning.allocate import make_plan
+from ..planning.budget import Budget, allowance
+from ..planning.costs import costs_of
+from ..planning.plan import Plan
+from ..planning.refit import Refitted, refit
+from ..planning.trimmed import trimmed
+from ..scoring.calibration import LossFn, ScoringOptions
+from ..scoring.compute import score_units
+from ..scoring.scores import Scores
+from ..utils.states import TRIMMED
+from .config import SensiConfig
+from .decision import is_refitted
+from .in_place import refit_changes
+from .rescoring import FIT_ROUNDS, enough, labeled_by
+from .targets import anatomy_of
+
+
+@dataclass(frozen=True)
+class Data:
+    """With what units are scored and refitted. `scores` (of all units) take the place of scores that are computed."""
+
+    batches: list[Mapping[str, Any]] | None
+    loss_fn: LossFn | None
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which units stay.
+
+    `refitted` are changes of weights and biases (see `refit_changes`). `scores` has a number for each unit of the
+    base; units that were trimmed before have 0.
+    """
+
+    plan: Plan
+    refitted: Refitted
+    scores: Scores
+
+
+def choose(
+    root: nn.Module,
+    config: SensiConfig,
+    before: Plan,
+    opened: Plan,
+    limits: Budget,
+    data: Data,
+    options: ScoringOptions,
+    refits: bool | None,
+    progress: float | None = None,
+) -> Choice:
+    """Scores the model inside `merged_in_place`, in evaluation mode, and chooses units under `limits`.
+
+    `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
+    choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
+    fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages.
+    """
+    now = _anatomy_of_merged(root, config, before)
+    to_refit = None
+    if data.batches is not None and is_refitted(root, config, now, refits):
+        to_refit = enough(data.batches, options.calibration_steps)
+    stages = stages_to(opened, limits)
+    rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
+
+    def ranked(kept: Plan) -> Scores:
+        if data.scores is not None:
+            return data.scores
+        anatomy = _anatomy_of_merged(root, config, kept)
+        found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
+        return _of_all_units(found, _kept(kept))
+
+    after, values = opened, Refitted()
+    for stage in stages if data.scores is None else stages[-1:]:
+        left = _plan_of_merged(now, before, after)
+        with trimmed(root, left, left.anatomy.trimmable, values):
+            scores = ranked(after)
+        length = config.sequence_length or scores.sequence_length if progress is None else None
+        # The last stage may open units again, to use up the budget where no open unit fits any more.
+        reopens = stage is limits and (progress is None or progress >= 1)
+        wanted = make_plan(
+            before.anatomy,
+            _open_first(scores, _kept(after)) if reopens else scores,
+            stage,
+            targets=before.targets,
+            available=_kept(before if reopens else after),
+            sequence_length=length or before.sequence_length,
+            latency=config.tables,
+            **config.width_options,
+        )
+        after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
+        small = _plan_of_merged(now, before, after)
+        if to_refit is not None and stage is not limits:
+            some = to_refit[: options.calibration_steps]
+            values = refit(root, small, some, data.loss_fn, options.progress)
+    refitted = Refitted()
+    if to_refit is not None:
+        refitted = refit_changes(root, small, to_refit, data.loss_fn, options.progress, rounds)
+    return Choice(after, refitted, scores)
+
+
+def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
+    """Limits on the way from what `opened` keeps to `limits`, which are the last ones.
+
+    Each stage keeps about half of what the stage before has kept. In the interim stages only parameters and FLOPs are
+    limited, because these limits say how far the way is.
+    """
+    counted = Budget(params=limits.params, flops=limits.flops)
+    costs = costs_of(counted, opened.anatomy, opened.sequence_length, {})
+    targets = {name: allowance(getattr(limits, name), cost.whole) for name, cost in costs.items()}
+    kept = {"params": opened.kept_params, "flops": opened.kept_flops}
+    ratios = {name: min(1.0, max(target, 1) / max(kept[name], 1)) for name, target in targets.items()}
+    count = max([1, *(round(-math.log2(ratio)) for ratio in ratios.values())])
+    # A count of 1 would be read as a share.
+    ways = [{n: max(2, int(kept[n] * ratio ** (i / count))) for n, ratio in ratios.items()} for i in range(1, count)]
+    return [*(Budget(**way) for way in ways), limits]
+
+
+def _kept(plan: Plan) -> dict[str, np.ndarray]:
+    """For each group's name a boolean mask `[units]` of the units that stay."""
+    return {group.name: plan.of(group) != TRIMMED for group in plan.anatomy.groups}
+
+
+def _anatomy_of_merged(root: nn.Module, config: SensiConfig, plan: Plan) -> Anatomy:
+    """The units of the merged model, which are those that `plan` keeps, in their order."""
+    found = anatomy_of(root, config, plan.targets)
+    # A sublayer without any unit has nothing to score. Its Linears then look like Linears outside the blocks.
+    kept = {group.name for group in plan.anatomy.groups if (plan.of(group) != TRIMMED).any()}
+    return replace(found, groups=tuple(group for group in found.groups if group.name in kept))
+
+
+def _of_all_units(found: Scores, kept: Mapping[str, np.ndarray]) -> Scores:
+    """Scores of the `kept` units as scores of all units. The others have 0."""
+
+    def spread(values: torch.Tensor | None, name: str) -> torch.Tensor:
+        everywhere = torch.zeros(len(kept[name]), dtype=torch.float32)
+        if values is not None:
+            everywhere[torch.from_numpy(kept[name])] = values.float()
+        return everywhere
+
+    return replace(
+        found,
+        values={name: spread(found.values.get(name), name) for name in kept},
+        protected={name: spread(found.protected.get(name), name).bool() for name in kept},
+    )
+
+
+def _open_first(scores: Scores, opened: Mapping[str, np.ndarray]) -> Scores:
+    """Scores with which every open unit of a group ranks above every closed one, even if the open unit scores zero."""
+    tiny = torch.finfo(torch.float32).tiny
+    return replace(
+        scores, values={n: value.clamp_min(tiny) * torch.from_numpy(opened[n]) for n, value in scores.values.items()}
+    )
+
+
+def _plan_of_merged(now: Anatomy, before: Plan, after: Plan) -> Plan:
+    """The plan `after` for the merged model, which does not have the units that `before` trims."""
+    own = {g.name: after.of(g)[before.of(g) != TRIMMED] for g in before.anatomy.groups}
+    return Plan(now, tuple(own[g.name].tobytes() for g in now.groups), before.targets, 1)
