@@ -6,7 +6,7 @@
         --output_dir out
 
 Data is read as by the command `peft-sensi train`, with options of the same names: tables (.tsv, .csv, .json, .jsonl,
-.parquet, also compressed), folders of them, and data sets. Labels are classes, several classes in a row, or numbers.
+.parquet, also compressed), folders of them, and data sets. Labels are classes, several classes per row, or numbers.
 All options of `transformers.TrainingArguments` work. The adapter, the tokenizer and `metrics.json` are written to
 `out`.
 """

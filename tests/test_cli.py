@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from command import call, fails, run
+from rich.console import Console
 from tiny import tiny_config, tiny_model, wrap
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
 import peft_sensi
 from peft_sensi import Scores, SensiError, load_merged, recipes
-from peft_sensi.cli import main
+from peft_sensi.cli import main, terminal
 from peft_sensi.cli.arguments import limits_of, number
 from peft_sensi.cli.commands import app
 from peft_sensi.tasks.columns import label_columns, text_columns
@@ -80,6 +82,31 @@ def test_help_has_an_example_and_fits_80_columns(command):
     assert f"Example: peft-sensi {command}" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
     assert "--help" in text and "<bool>" not in text, "flags take no value"
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "trim", "sweep", "compare"])
+def test_help_keeps_the_names_of_options_on_a_narrow_terminal(command):
+    wide = call(command, "--help")
+    narrow = re.sub(r"-\n +", "-", run(command, "--help", COLUMNS="60").stdout)  # sentences may break at hyphens
+    options = set(re.findall(r"--[a-z0-9][a-z0-9-]+", wide))
+    assert options <= set(re.findall(r"--[a-z0-9][a-z0-9-]+", narrow)) and "…" not in narrow
+
+
+def test_paragraphs_of_the_help_are_wrapped_as_one():
+    text = " ".join(line.strip() for line in call("check", "--help").splitlines())
+    assert "versions, the tokenizer, the base of an adapter (is it the one" in text
+    assert not re.search(r"of an$", call("check", "--help"), re.MULTILINE)
+
+
+def test_a_long_message_ends_its_lines_between_words_on_a_terminal_only(monkeypatch):
+    text = "name the column that holds the labels with --label-column; there are words and /a/long/path/of/a/folder-1"
+    for is_terminal in (True, False):
+        shown = io.StringIO()
+        console = Console(file=shown, width=60, force_terminal=is_terminal, color_system=None, highlight=False)
+        monkeypatch.setattr(terminal, "err", console)
+        terminal.print_warning(text)
+        lines = shown.getvalue().splitlines()
+        assert " ".join(lines) == f"warning: {text}" and len(lines) == (3 if is_terminal else 1)
 
 
 def test_the_commands_are_listed():

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import call, fails, run
 from folders import NAMES, save_adapter, save_tokenizer
+from safetensors import SafetensorError
 from tiny import tiny_model
+
+from peft_sensi.cli.run import check_same_options
+from peft_sensi.utils.errors import SensiError
+from peft_sensi.utils.files import read_json_object
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -157,3 +164,33 @@ def test_names_that_are_not_found(work, tmp_path, monkeypatch):
         ),
     ):
         assert words in fails("predict", work / "adapter", name)
+
+
+def test_a_disk_without_room_is_noticed_before_the_training(tmp_path, monkeypatch):
+    tiny_model(num_labels=2).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    (tmp_path / "data.csv").write_text("text,label\n" + "a good film,yes\na poor film,no\n" * 20)
+    out = tmp_path / "out"
+    line = ("train", tmp_path / "base", "--data", tmp_path / "data.csv", "--budget", "0.5", "--out", out)
+    with monkeypatch.context() as full:
+        full.setattr("peft_sensi.cli.run.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        full.setattr("peft_sensi.cli.run.Trainer.train", lambda *_, **__: pytest.fail("trained"))
+        assert re.search("would write .* kB, and the disk has 1.00 kB left. Make room", fails(*line))
+    assert sorted(path.name for path in out.iterdir()) == ["scores.safetensors"]
+
+    def save(*_):
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("peft_sensi.cli.run.Trainer.save_model", save)
+        text = fails(*line, "--epochs", "1")
+    assert "error: The adapter could not be written to" in text and "unexpected" not in text
+    assert "replace it with --overwrite" in fails(*line), "there is no checkpoint that --resume could use"
+
+
+def test_an_interrupted_training_is_named_where_its_adapter_is_needed(tmp_path):
+    (tmp_path / "unfinished.json").write_text(json.dumps({"options": {"--lr": None, "--epochs": 3}}))
+    for command in (("predict", tmp_path, tmp_path / "new.csv"), ("push", tmp_path, "me/x", "--dry-run")):
+        assert "holds an interrupted training: finish it with --resume" in fails(*command)
+    with pytest.raises(SensiError, match="--lr was not given, and is 0.1 now"):
+        check_same_options(read_json_object(tmp_path / "unfinished.json"), {"--lr": 0.1, "--epochs": 3})

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..utils.errors import BudgetError, SensiError
 from ..utils.files import read_json_object
+from ..utils.places import UNFINISHED
 
 
 PICTURES = (".png", ".svg", ".pdf")
-UNFINISHED = "unfinished.json"  # a training that was interrupted, see `run`
 SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 
 
@@ -41,7 +41,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
     own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED, *more) if (folder / name).exists()]
     if own and not overwrite and not resume:
         ways = "give another --out, or replace it with --overwrite"
-        if UNFINISHED in own:
+        if can_resume(folder):
             ways = "go on with --resume, or start again with --overwrite"
         raise SensiError(f"{folder} has the results of another run ({own[0]}): {ways}.")
     if resume and UNFINISHED not in own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version as version_of
 from typing import Annotated, Any
 
@@ -23,7 +24,10 @@ class PlainHelp:
 
 
 class Command(PlainHelp, TyperCommand):
-    pass
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if shutil.get_terminal_size().columns < 80:  # boxes would cut the names of options
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
 
 
 class Group(PlainHelp, TyperGroup):
@@ -76,6 +80,8 @@ for function, example in (
     (adapter_commands.push, "push adapter me/my-adapter --private"),
     (base_commands.list_recipes, "recipes --json"),
 ):
-    app.command(example.split()[0], cls=Command, epilog=f"Example: peft-sensi {example}")(
+    # Lines inside of a paragraph would be kept as they are in the source.
+    text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
+    app.command(example.split()[0], cls=Command, help=text, epilog=f"Example: peft-sensi {example}")(
         one_line_errors(function, loads=function is not base_commands.list_recipes, trains=function in TRAINING)
     )

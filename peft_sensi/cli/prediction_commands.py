@@ -85,11 +85,12 @@ def predict(
         predictor.predictions(rows, batch_size, longest), "predicting", len(rows.raw), show=not json
     )
     separator = predictor.record.get("label_separator") or " "
+    columns = list(originals[0]) if originals else []
     records = records_of(predictor, rows, originals, predicted, scores or suffix == ".jsonl")
     if to_stdout:
-        write_records(None, suffix, records, separator)
+        write_records(None, suffix, records, separator, columns)
         return
-    write_atomically(out_file, lambda path: write_records(Path(path), suffix, records, separator))
+    write_atomically(out_file, lambda path: write_records(Path(path), suffix, records, separator, columns))
     count = len(rows.raw)
     print_result(json, {"file": str(out_file), "rows": count}, f"{out_file}: {count:,} rows")
 
@@ -196,7 +197,7 @@ def rows_of(
     source: Any = data
     with step("reading the data", show=show):
         if predictor.kind == "text":
-            source = read_tables(data, options)
+            source = read_tables(data, options, labeled=False)
             originals = same_columns([row for part in source.train for row in part.rows])
             options = trained_columns(predictor, originals[0]) | options
         rows, lines, doubts = rows_for_prediction(predictor.kind, predictor.tokenizer, source, **options)
@@ -222,7 +223,7 @@ def labeled_rows(
     source: Any = data
     with step("reading the data", show=show):
         if predictor.kind == "text":
-            source = read_tables(data, options)
+            source = read_tables(data, options, labeled=True)
             options = trained_columns(predictor, source.train[0].rows[0], labels=True) | options
             if len(options.get("label_column") or ()) > 1 and "label_separator" not in named:
                 options.pop("label_separator", None)
@@ -236,12 +237,13 @@ def labeled_rows(
     return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
 
 
-def read_tables(data: list[str], options: Mapping[str, Any]) -> Source:
+def read_tables(data: list[str], options: Mapping[str, Any], labeled: bool) -> Source:
     """The tables of texts. Their columns are needed to choose the options with which they become a task."""
     from ..tasks.sources import read_source
     from ..tasks.task import Options
 
-    return read_source(data, "text", Options(**{name: options[name] for name in _FORMAT if name in options}))
+    form = Options(**{name: options[name] for name in _FORMAT if name in options})
+    return read_source(data, "text", form, labeled)
 
 
 def trained_lengths(predictor: Predictor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,25 @@ from typing import Any
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
-def write_records(path: Path | None, suffix: str, records: Iterable[Mapping[str, Any]], separator: str = " ") -> None:
+def write_records(
+    path: Path | None,
+    suffix: str,
+    records: Iterable[Mapping[str, Any]],
+    separator: str = " ",
+    columns: Sequence[str] = (),
+) -> None:
     """Writes the records, one after the other as they come. `path` is `None` for stdout.
 
     In tables, texts in a list are joined by the separator, and a dict becomes one column for each of its keys. Other
-    lists, and those with the separator in a text, are written as JSON. All records have the same keys.
+    lists, those with the separator in a text, and those in `columns` (of the user's file) are written as JSON. All
+    records have the same keys.
     """
     with contextlib.nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8", newline="") as file:
         if suffix == ".jsonl":
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
             return
-        rows = (_flat(record, separator) for record in records)
+        rows = (_flat(record, separator, columns) for record in records)
         first = next(rows, None)
         if first is None:
             return
@@ -37,12 +44,16 @@ def write_records(path: Path | None, suffix: str, records: Iterable[Mapping[str,
             writer.writerow(row)
 
 
-def _flat(record: Mapping[str, Any], separator: str) -> dict[str, Any]:
+def _flat(record: Mapping[str, Any], separator: str, columns: Sequence[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}_{key}": part for key, part in value.items()}
-        elif isinstance(value, list) and all(isinstance(part, str) and separator not in part for part in value):
+        elif (
+            isinstance(value, list)
+            and name not in columns
+            and all(isinstance(part, str) and separator not in part for part in value)
+        ):
             flat[name] = separator.join(value)
         elif isinstance(value, list):
             flat[name] = json.dumps(value, ensure_ascii=False)

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -32,8 +33,9 @@ from ..tasks.task import Task
 from ..tasks.weights import balanced_weights, weighted_loss
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
+from ..utils.formatting import size_of
+from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
-from .checks import UNFINISHED
 from .rates import WHOLE, default_rate
 from .terminal import ENDING, err, handling, leave_lost_terminal, stop_at_once
 
@@ -146,21 +148,42 @@ class Run:
         checkpoint = get_last_checkpoint(str(self.folder)) if is_resumed else None
         if checkpoint is None:
             remove_checkpoints(self.folder)
+        self.check_room()
         self.state |= {"stage": stage, "steps": None, "seconds": self.seconds}
         write_record(self.folder / UNFINISHED, self.state)
         start = time.perf_counter()
         stop = StopAfterStep()
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
-        with handling([signal.SIGINT, *ENDING], stop.request):
+        with handling([signal.SIGINT, *ENDING], stop.request), self.saving():
             trainer.train(resume_from_checkpoint=checkpoint)
         self.seconds += time.perf_counter() - start
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise SensiError(
                 "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
             )
-        trainer.save_model()  # before anything else can go wrong
+        with self.saving():
+            trainer.save_model()  # before anything else can go wrong
         self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
         write_record(self.folder / UNFINISHED, self.state)  # what comes now can be interrupted, too
+
+    def check_room(self) -> None:
+        """Raises `SensiError` if the disk has no room for the adapter (and, with --early-stopping, a checkpoint)."""
+        values = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        needed = values * (4 if self.training.early_stopping else 1)  # a checkpoint has two moments of each value, too
+        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        if needed > (free := shutil.disk_usage(there).free):
+            raise SensiError(
+                f"{self.folder}: the training would write {size_of(needed)}, and the disk has {size_of(free)} left. "
+                f"Make room, or give another --out."
+            )
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Says what could not be written."""
+        try:
+            yield
+        except SafetensorError as error:
+            raise SensiError(f"The adapter could not be written to {self.folder}: {error}") from error
 
     def evaluate(self) -> Quality:
         """The quality on the validation rows; without such rows, it is empty and says so."""
@@ -230,9 +253,10 @@ def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> 
     now, before = json.loads(json.dumps(options, default=str)), state.get("options", {})
     if changed := [name for name in now if now[name] != before.get(name)]:
         name = changed[0]
-        raise SensiError(
-            f"--resume goes on with the same options, but {name} was {before.get(name)!r} and is {now[name]!r}."
+        was, is_now = (
+            "not given" if value in (None, False, []) else repr(value) for value in (before.get(name), now[name])
         )
+        raise SensiError(f"--resume goes on with the same options, but {name} was {was}, and is {is_now} now.")
 
 
 def saved_training(folder: Path, state: Mapping[str, Any]) -> str | None:

@@ -16,10 +16,11 @@ from ..reporting.tables import records_table
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import human, interval_text, metric_text
+from ..utils.places import UNFINISHED
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables
-from .checks import SCORES, UNFINISHED, check_budget, check_out
+from .checks import SCORES, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
 from .terminal import err, print_result, print_warning, step
 

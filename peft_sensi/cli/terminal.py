@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -115,7 +116,7 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             word = "interrupted" if number == signal.SIGINT else "terminated"
             way = " instead of --overwrite" * bool(kwargs.get("overwrite"))
             hint = f": the same command with --resume{way} goes on" if can_resume(kwargs.get("out_folder")) else ""
-            err.print(Text(word + hint), soft_wrap=True)
+            say(word + hint, style="")
             raise typer.Exit(128 + number) from None
         except BrokenPipeError:  # the program that reads our output has ended, as `head` does
             sys.stderr.close()
@@ -134,7 +135,7 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             if isinstance(error, ModuleNotFoundError):
                 text += f": {how_to_install('cli')}"
             line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
-            err.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+            say(line, "error: ", "bold red")
             raise typer.Exit(1) from None
 
     return wrapper
@@ -175,16 +176,26 @@ def step(what: str, show: bool = True) -> Iterator[None]:
         err.print(Text(f"{what}: {time.perf_counter() - start:.1f} s", "dim"))
 
 
+def say(text: str, kind: str = "", style: str = "dim") -> None:
+    """Prints a text on stderr, after its kind. A terminal gets lines that end between words; a pipe gets one line."""
+    line = kind + text
+    if err.is_terminal:
+        line = "\n".join(textwrap.wrap(line, err.width, break_long_words=False, break_on_hyphens=False))
+    shown = Text(line)
+    shown.stylize(style, 0, len(kind) or None)
+    err.print(shown, soft_wrap=True)
+
+
 def print_warning(text: str) -> None:
-    err.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+    say(text, "warning: ", "yellow")
 
 
 def print_understood(lines: Sequence[str], doubts: Sequence[str]) -> None:
     """Says on stderr what was understood about data, and what may be wrong about it."""
     for line in lines:
-        err.print(Text(line, "dim"), soft_wrap=True)
+        say(line)
     for doubt in doubts:
-        err.print(Text.assemble(("note: ", "yellow"), doubt), soft_wrap=True)
+        say(doubt, "note: ", "yellow")
 
 
 def print_result(as_json: bool, value: Mapping[str, Any] | list[Any], *parts: Any) -> None:

@@ -193,7 +193,9 @@ def trim_for(
         run.train(training.epochs, stage="heal")
         quality = run.evaluate()
     else:
-        run.trainer().save_model()
+        run.check_room()
+        with run.saving():
+            run.trainer().save_model()
     return run.write_metrics(
         base,
         model=name,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from ..reporting.tables import facts_table, records_table
 from ..utils.errors import SensiError
-from ..utils.formatting import metric_text, size_of
+from ..utils.formatting import interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables, read_data
@@ -245,9 +245,8 @@ def quality_facts(result: dict[str, Any]) -> dict[str, str]:
     """The metrics with their intervals and baselines, as texts by name."""
     facts = {}
     for name, value in result["validation"].items():
-        low, high = result["validation_interval"].get(name, (None, None))
+        interval = interval_text(result["validation_interval"].get(name))
         constant = result["validation_baseline"].get(name)
-        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         baseline = "" if constant is None else f", baseline {metric_text(constant)}"
-        facts[name] = metric_text(value) + ("" if value is None else interval + baseline)
+        facts[name] = metric_text(value) + ("" if value is None else (f" ({interval})" if interval else "") + baseline)
     return facts

@@ -174,7 +174,7 @@ def _check_weights(folder: Path, model: PreTrainedModel) -> None:
         if all(name in state and _equal(file.get_tensor(name), state[name]) for name in file.keys()):
             return
     raise SensiError(
-        f"{folder / WEIGHTS} holds other values, which `save_merged` did not write: perhaps a merged model that was "
+        f"{folder / WEIGHTS} holds other values, which peft_sensi did not write: perhaps a merged model that was "
         f"trained on, or the adapter's base. They would be lost: give another folder, or delete the file first."
     )
 
@@ -190,7 +190,7 @@ def check_folder(folder: Path) -> None:
     values = read_json_object(folder / CONFIG, optional=True)
     if (folder / WEIGHTS).exists() and not is_merged(values):
         raise SensiError(
-            f"{folder} holds a model that `save_merged` did not write, perhaps the adapter's base, and it would be "
+            f"{folder} holds a model that peft_sensi did not write, perhaps the adapter's base, and it would be "
             f"lost: give another folder."
         )
     for name in ("adapter_config.json", *OTHER_WEIGHTS):

@@ -21,7 +21,7 @@ from ..utils.checks import label_names
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
-from ..utils.places import is_onnx, not_found
+from ..utils.places import UNFINISHED, is_onnx, not_found
 from .saved import (
     CARD,
     METRICS,
@@ -108,6 +108,8 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         if is_onnx(Path(name)):
             raise SensiLoadError(not_found(name, FileNotFoundError()))
         found = f"a model that peft_sensi has not merged ({CONFIG})" if file else "neither of the two"
+        if (Path(name) / UNFINISHED).is_file():
+            found = "an interrupted training: finish it with --resume"
         raise SensiLoadError(
             f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
         )

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.formatting import counted
 from . import metrics
-from .labels import DataError
+from .labels import DataError, listed
 from .metrics import Quality
 from .task import Rows
 
@@ -68,7 +69,7 @@ def from_table(
     names = list(table[0])
     if missing := [column for column in ("question", "context") if column not in names]:
         raise DataError(
-            f"{name} has no column {missing[0]!r}; it has {', '.join(names)}. Questions need a file in SQuAD format, "
+            f"{name} has no column {missing[0]!r}; it has {listed(names)}. Questions need a file in SQuAD format, "
             f"or the columns question, context and answers."
         )
     for number, row in enumerate(table, start=1):
@@ -90,6 +91,8 @@ def _pairs_of(row: dict[str, Any]) -> list[tuple[str, int]] | None:
         return [(a["text"], int(a["answer_start"])) for a in row["answers"]]
     columns = next((both for both in COLUMNS if row.get(both[0]) is not None), None)
     if columns is None:
+        if isinstance(row.get("answers"), str) and row["answers"].strip():
+            raise ValueError("a text, and no list of answers")
         return None if row.get("answers") is None else []
     texts: Any = row[columns[0]]
     starts: Any = row.get(columns[1])
@@ -111,7 +114,8 @@ def _add(rows: list[dict[str, Any]], article: str, context: str, question: str, 
 
 
 def _note(name: Any, misplaced: int) -> list[str]:
-    return [f"{name}: skipped {misplaced} answers that are not at their `answer_start`"] if misplaced else []
+    where = "that is not at its" if misplaced == 1 else "that are not at their"
+    return [f"{name}: skipped {counted(misplaced, 'answer')} {where} `answer_start`"] if misplaced else []
 
 
 def _checked(name: Any, rows: list[dict[str, Any]], misplaced: int) -> list[dict[str, Any]]:
@@ -183,7 +187,8 @@ def answer_tokens(places: np.ndarray, answer: str, start: int) -> tuple[int, int
 def describe(raw: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
     silent = sum(not row.get("answers") for row in raw)
     texts = len({row["context"] for row in raw})
-    return [f"{len(raw):,} questions about {texts:,} texts, {silent:,} of them without an answer"], []
+    doubts = ["no question has an answer, so there is nothing to find"] if silent == len(raw) else []
+    return [f"{len(raw):,} questions about {texts:,} texts, {silent:,} of them without an answer"], doubts
 
 
 def may_be_silent(raw: Sequence[dict[str, Any]]) -> bool:

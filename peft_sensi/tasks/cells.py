@@ -6,10 +6,16 @@ import ast
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 
-_NUMPY = re.compile(r"['\"]\s+['\"]")  # arrays are written without commas; Python would join their texts
+# NumPy writes ['O' 'B-person'], without commas, and inside of other objects array(['O'], dtype=object).
+_TEXT = r"""'[^'\\]*'|"[^"\\]*\""""
+_ITEM = rf"(?:{_TEXT}|[-+]?\d+\.?\d*(?:e[-+]?\d+)?|True|False)"
+_ARRAY = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})*\s*\]")
+_JOINED = re.compile(r"""['"]\s+['"]""")  # Python would join these texts
+_INNER = re.compile(r"\barray\((\[.*?\])(?:, dtype=\w+)?\)", re.DOTALL)
 
 
 def with_lists(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -33,13 +39,13 @@ def _value_of(text: str) -> list[Any] | dict[str, Any] | None:
     """The list or object that a text is the form of; `None` if it is something else."""
     if (text[0], text[-1]) not in (("[", "]"), ("{", "}")):
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        if _NUMPY.search(text):
-            return None
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return None
-    return value if isinstance(value, list | dict) else None
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    if _ARRAY.fullmatch(text):
+        text = "[" + ",".join(re.findall(_ITEM, text)) + "]"
+    elif _JOINED.search(_INNER.sub("", text)):
+        return None
+    with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        value = ast.literal_eval(_INNER.sub(r"\1", text))
+        return sorted(value, key=str) if isinstance(value, set) else value if isinstance(value, list | dict) else None
+    return None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .labels import DataError, is_number
+from .decoding import TEXT_SUFFIXES, suffix_of
+from .labels import DataError, is_number, is_tag, listed
 
 
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "score", "y")
@@ -17,20 +19,36 @@ _ID = re.compile(
 _CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
 
 
+def usual_label_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns with usual names of labels, the most usual one first."""
+    names = list(rows[0])
+    # A label inside of an object ("meta.label") has the name of its last part, too.
+    usual = {column.strip().lower().rpartition(".")[2]: column for column in reversed(names)}
+    usual |= {column.strip().lower(): column for column in reversed(names)}
+    return list(dict.fromkeys(usual[column] for column in LABEL_COLUMNS if column in usual))
+
+
+def other_label_columns(rows: Sequence[dict[str, Any]], given: Sequence[str], chosen: str) -> list[str]:
+    """Columns that could hold the labels as well as the chosen one. None, if that was given or has a sure name."""
+    if given or chosen.strip().lower() in LABEL_COLUMNS[:2]:
+        return []
+    return [column for column in usual_label_columns(rows) if column != chosen]
+
+
 def label_columns(name: Any, rows: Sequence[dict[str, Any]], given: Sequence[str]) -> list[str]:
     """The label columns: those that were given, or the only one with a usual name."""
     names = list(rows[0])
     check_known(name, names, given, "--label-column")
     if given:
         return list(given)
-    # A label inside of an object ("meta.label") has the name of its last part, too.
-    usual = {column.strip().lower().rpartition(".")[2]: column for column in reversed(names)}
-    usual |= {column.strip().lower(): column for column in reversed(names)}
-    found = [usual[column] for column in LABEL_COLUMNS if column in usual]
+    found = usual_label_columns(rows)
     if not found:
+        hint = " If the file has no header, write one." if suffix_of(Path(str(name))) in TEXT_SUFFIXES else ""
+        if any(all(is_tag(row[column]) for row in rows[:100]) for column in names):
+            hint += " For words with tags, give --task words."
         raise DataError(
-            f"{name}: name the column that holds the labels with --label-column; there are {known(names)}. If the "
-            f"file has no header, write one."
+            f"{name}: name the column that holds the labels with --label-column (several times for columns of 0 and "
+            f"1); there are {listed(names)}.{hint}"
         )
     return found[:1]
 
@@ -63,13 +81,16 @@ def text_columns(
         if len(usual) != 1:
             raise DataError(
                 f"{name}: name the column that holds the text with --text-column (and a second one with "
-                f"--pair-column); there are {known(names)}."
+                f"--pair-column); there are {listed(names)}."
             )
-        left_out = ", ".join(column for column in found if column not in usual)
+        left_out = listed([column for column in found if column not in usual])
         doubt = [f"{name}: not read are the texts in {left_out} (--text-column, --pair-column)"]
         return (usual[0], pair) if pair else (usual[0],), doubt
     if not found:
-        raise DataError(f"{name}: name the column that holds the text with --text-column; there are {known(names)}.")
+        raise DataError(
+            f"{name}: name the column that holds the text with --text-column; there are {listed(names)}. Empty "
+            f"columns, numbers and ids are not taken for texts."
+        )
     columns = (*found, pair) if pair else tuple(found)
     if len(found) == 2:
         return columns, [f"both {found[0]} and {found[1]} are read, as a pair (--text-column NAME for one only)"]
@@ -103,8 +124,4 @@ def _is_text(column: str, values: Sequence[Any], words: bool = False) -> bool:
 def check_known(name: Any, names: Sequence[str], given: Sequence[str], option: str) -> None:
     for column in given:
         if column not in names:
-            raise DataError(f"{name} has no column {column!r}; it has {known(names)}. See {option}.")
-
-
-def known(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names))
+            raise DataError(f"{name} has no column {column!r}; it has {listed(names)}. See {option}.")

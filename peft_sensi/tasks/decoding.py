@@ -10,6 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .labels import DataError
@@ -20,6 +21,7 @@ _UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     b"BZh": bz2.decompress,
     b"\xfd7zXZ": lzma.decompress,
 }
+TEXT_SUFFIXES = (".tsv", ".csv", ".txt", ".tab")
 OFFICE = "a spreadsheet or document of an office program: save its table as .csv"
 OFFICE_SUFFIXES = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
 _OFFICE_FILES = {"xl/workbook.xml", "xl/workbook.bin", "content.xml", "word/document.xml", "Index/Document.iwa"}
@@ -29,8 +31,12 @@ _OTHER_FORMATS = {
     rb"par1": "a Parquet file: let its name end in .parquet",
     rb"arrow1": "an Arrow file: let its name end in .arrow",
     rb"%pdf-": "a PDF file: save its table as .csv",
-    rb"<!doctype html|<html[\s>]": "a web page, perhaps a login or an error instead of the file: download it again",
 }
+_NO_DATA = {
+    rb"<!doctype html|<html[\s>]": "a web page, perhaps a login or an error instead of the file: download it again",
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`",
+}
+LATIN = ("cp1252", "latin-1")  # what is not Unicode is taken for one of these
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # hardly any text has these
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
@@ -46,11 +52,12 @@ def suffix_of(path: Path) -> str:
 def read_text(path: Path, notes: list[str] | None = None, encoding: str | None = None) -> str:
     """The text of a file, unpacked and decoded. What is not UTF-8 is noted."""
     content = unpacked(path)
-    start = content[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for pattern, what in _OTHER_FORMATS.items():
-        if re.match(pattern, start):
-            raise DataError(f"{path} is {what}.")
+    _refuse(path, content, _NO_DATA | _OTHER_FORMATS)
     used = encoding or encoding_of(content)
+    if encoding is None and used in LATIN and (line := _other_line(content)):
+        raise DataError(
+            f"{path} is in UTF-8, but not in line {line}: save the whole file in one encoding, or see --encoding."
+        )
     try:
         text = content.decode(used)
     except LookupError:
@@ -64,8 +71,17 @@ def read_text(path: Path, notes: list[str] | None = None, encoding: str | None =
     return text.removeprefix("\ufeff")
 
 
+def _refuse(path: Path, content: bytes, formats: dict[bytes, str]) -> None:
+    """Raises `DataError` if a file begins as one of these formats does."""
+    start = content[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for pattern, what in formats.items():
+        if re.match(pattern, start):
+            raise DataError(f"{path} is {what}.")
+
+
 def unpacked(path: Path) -> bytes:
     content = path.read_bytes()
+    _refuse(path, content, _NO_DATA)
     try:
         for magic, unpack in _UNPACK.items():
             if content.startswith(magic):
@@ -92,13 +108,29 @@ def encoding_of(content: bytes) -> str:
     for offset, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         if len(start) >= 4 and start[offset::2].count(0) > len(start) // 4:
             return encoding
-    try:
+    with suppress(UnicodeDecodeError):
         content.decode("utf-8")
         return "utf-8"
-    except UnicodeDecodeError:
-        pass
-    try:
-        content.decode("cp1252")
-        return "cp1252"
-    except UnicodeDecodeError:
-        return "latin-1"
+    for encoding in LATIN[:-1]:
+        with suppress(UnicodeDecodeError):
+            content.decode(encoding)
+            return encoding
+    return LATIN[-1]
+
+
+def _other_line(content: bytes) -> int | None:
+    """The first line that is not UTF-8, if more of the lines with other letters than ASCII are UTF-8 than are not.
+
+    Such a file has parts of several sources. In one encoding, all of its lines cannot be read right.
+    """
+    wrong: list[int] = []
+    right = 0
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.isascii():
+            continue
+        try:
+            line.decode("utf-8")
+            right += 1
+        except UnicodeDecodeError:
+            wrong.append(number)
+    return wrong[0] if right > len(wrong) else None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import answers, texts, words
-from .columns import known, label_columns, text_columns
-from .labels import DataError, Labels, find_labels, find_several, name_of, order_of_head, parts_of
+from .columns import label_columns, other_label_columns, text_columns, usual_label_columns
+from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .sources import Part, Source, read_source
 from .splitting import by_group, hold_out, sample
@@ -50,7 +50,7 @@ def read_task(
     if validation is not None:
         other = _source_of(validation, kind, replace(wanted, split=None), beside=data)
         source = Source(source.train, other.validation or other.train, source.notes + other.notes)
-    kind = kind or kind_of(source.train[0])
+    kind = kind or kind_of(source.train[0], bool(wanted.label_columns()))
     check_options(kind, wanted)
     tokenizer = load_tokenizer(kind, model, config)
     limit = limit_of(tokenizer, wanted.max_length or KINDS[kind][2], _config_of(model, config, tokenizer))
@@ -109,22 +109,25 @@ def decode(
     return (texts.decode if kind == "text" else words.decode)(labels, outputs, rows)
 
 
-def kind_of(part: Part) -> Kind:
-    """The kind of task that the rows are for.
+def kind_of(part: Part, has_label: bool = False) -> Kind:
+    """The kind of task that the rows are for. `has_label` says that the user has named a column of labels.
 
     Raises `DataError` if there is one column only: it can be texts without labels, or words with tags.
     """
     if part.form in ("words", "answers"):
         return part.form  # type: ignore[return-value]
     names, first = set(part.rows[0]), part.rows[0]
-    if {"question", "context"} <= names and ("answers" in names or any({*both} <= names for both in answers.COLUMNS)):
-        return "answers"
+    if {"question", "context"} <= names:
+        has_label = has_label or bool(usual_label_columns(part.rows))
+        known = [text for text, start in answers.COLUMNS if text in names and (start in names or not has_label)]
+        if known or "answers" in names:
+            return "answers"
     if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS) or words.has_word_rows(part.rows):
         return "words"
     if len(names) == 1:
         raise DataError(
-            f"{part.name} has one column, {next(iter(names))!r}, and labels need another one. If the file has no "
-            f"header, write one. For words with tags, give --task words."
+            f"{part.name} has one column, {next(iter(names))!r:.60}, and labels need another one. If the file has no "
+            f"header, write one. For other delimiters, see --delimiter. For words with tags, give --task words."
         )
     return "text"
 
@@ -177,7 +180,7 @@ def _only_tables(parts: Sequence[Part], kind: str) -> None:
 def _check_columns(part: Part, columns: Sequence[str]) -> None:
     """All files have the columns that were found in the first one."""
     if missing := [name for name in columns if name not in part.rows[0]]:
-        there = known(list(part.rows[0]))
+        there = listed(list(part.rows[0]))
         raise DataError(f"{part.name} has no column {missing[0]!r}, as the first file has; it has {there}.")
 
 
@@ -201,8 +204,14 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
         return [found[i] for i in sample(len(found), at_most, options.seed)]
 
     train, held = raw_of(source.train, options.max_rows), raw_of(source.validation, options.max_validation_rows)
+    if not any(row["text"].strip() for row in train):
+        raise DataError(f"{first.name}: all texts in {columns[0]!r} are empty (--text-column).")
     labels = _labels_for(first.name, train, label, options, head)
     lines, more = texts.describe(labels, train)
+    if others := other_label_columns(first.rows, options.label_columns(), label[0]):
+        more.append(f"the labels could also be in {listed(others)} (--label-column)")
+    if words.OUTSIDE in labels.names and all(map(is_tag, labels.names)):
+        more.append("the labels look like tags of words: --task words reads words and sentences")
     if not source.validation and options.validation_share:
         strata = [None if labels.regression else str((parts_of(row["label"], labels.separator) or [""])[0])
                   for row in train]  # fmt: skip
@@ -212,9 +221,7 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
         texts.encode(name, part, labels, tokenizer, limit)
         for name, part in ((first.name, train), (source.validation[0].name if source.validation else first.name, held))
     )
-    known = {(row["text"], row.get("pair")) for row in train}
-    if again := sum((row["text"], row.get("pair")) in known for row in held):
-        more.append(f"{again:,} of the validation texts {'is' if again == 1 else 'are'} also among the training texts")
+    more += _repeated(train, held, "texts", "text", "pair")
     size = _size([*train, *held], longest, cut + cut_too, limit)
     described = [f"{_count(rows, held_rows, 'rows')}; text in {' + '.join(columns)}, labels in {', '.join(label)}"]
     record = record_of("text", labels, options, limit, text_columns=list(columns), label_columns=label)
@@ -222,6 +229,14 @@ def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer
         "text", tokenizer, labels, rows, held_rows, partial(texts.measure, labels), [*described, *lines, size],
         [*notes, *doubts, *more], record,
     )  # fmt: skip
+
+
+def _repeated(train: Sequence[dict], held: Sequence[dict], what: str, *keys: str) -> list[str]:
+    """A doubt, if validation rows are among the training rows."""
+    known = {str([row.get(key) for key in keys]) for row in train}
+    again = sum(str([row.get(key) for key in keys]) in known for row in held)
+    which = f"{again:,} of the validation {what} {'is' if again == 1 else 'are'} also among the training {what}"
+    return [which] if again else []
 
 
 def _size(raw: Sequence[dict[str, Any]], longest: int, cut: int, limit: int) -> str:
@@ -279,6 +294,7 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
         strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
         kept, out = hold_out(strata, _held_share(len(train), options), options.seed, "sentences")
         train, held = [train[i] for i in kept], [train[i] for i in out]
+    doubts += _repeated(train, held, "sentences", "tokens")
     rows, longest, cut = words.encode(train, labels, tokenizer, limit)
     held_rows, _, cut_too = words.encode(held, labels, tokenizer, limit)
     size = f"longest sentence {longest:,} tokens, {cut + cut_too:,} in several windows of {limit} (--max-length)"
@@ -310,6 +326,7 @@ def _read_answers(source: Source, options: Options, head: Labels | None, tokeniz
         kept, out = by_group([row["article"] for row in train], _held_share(len(train), options), options.seed)
         train, held = [train[i] for i in kept], [train[i] for i in out]
         held = [held[i] for i in sample(len(held), options.max_validation_rows, options.seed)]  # groups differ in size
+    doubts += _repeated(train, held, "questions", "question", "context")
     silent = answers.may_be_silent(train)
     rows, longest, cut = answers.encode(train, tokenizer, limit, options.stride)
     held_rows, _, cut_too = answers.encode(held, tokenizer, limit, options.stride)

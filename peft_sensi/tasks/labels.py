@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..utils.checks import label_names
 from ..utils.errors import SensiError
 
 
+OUTSIDE = "O"  # the tag of a word that is in no entity
 FEW = 20  # whole numbers that are written with a fraction (4.0) are classes if there are at most so many of them
 
 
@@ -118,7 +120,7 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any) -> Labels:
         names = [str(i) for i in range(len(head))] if whole else labels.names
         return Labels(names if head else [], labels.several, labels.separator)
     if unknown := [name for name in labels.names if name not in head]:
-        raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {', '.join(head)}.")
+        raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {listed(head)}.")
     return Labels(list(head), labels.several, labels.separator)
 
 
@@ -165,6 +167,36 @@ def is_missing(value: Any, numbers: bool) -> bool:
         return True
     nan = isinstance(value, float) or (numbers and isinstance(value, str) and value.strip().lower() == "nan")
     return nan and not math.isfinite(float(value))
+
+
+def listed(names: Sequence[Any], most: int = 12) -> str:
+    """Names of classes or columns in one line, at most so many. Those with commas, quotes or odd blanks are quoted."""
+    shown = [
+        name if re.fullmatch(r"[^\s,\"']+( [^\s,\"']+)*", name) else repr(name) for name in map(str, names[:most])
+    ]
+    return ", ".join(shown) + (f", and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def is_tag(tag: Any) -> bool:
+    """Whether a value is the tag of a word: O, or a type of entities after a letter for the place in the entity."""
+    prefix, dash, kind = str(tag).partition("-")
+    return tag == OUTSIDE or (prefix in "BIESLU" and len(prefix) == 1 and bool(dash and kind))
+
+
+def look(name: str) -> str:
+    """What a name looks like, so that names which differ only in capitals, blanks or the code of accents are equal."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join("".join(c for c in plain if unicodedata.category(c) != "Cf").split())
+
+
+def separator_of(names: Sequence[str]) -> str | None:
+    """The text that seems to separate several labels in the names of classes, as in "fun|long" beside "fun"."""
+    for separator in "|;,/+&":
+        joined = [name for name in names if separator in name.strip(separator)]
+        parts = {part.strip() for name in names for part in name.split(separator)}
+        if len(joined) > 1 and len(parts) < len(names):
+            return separator
+    return None
 
 
 def counts_of(labels: Labels, encoded: Iterable[Any]) -> Counter[str]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.formatting import counted
 from .cells import with_lists
-from .decoding import OFFICE, OFFICE_SUFFIXES, read_text, suffix_of, unpacked
-from .labels import DataError
+from .decoding import OFFICE, OFFICE_SUFFIXES, TEXT_SUFFIXES, read_text, suffix_of, unpacked
+from .delimited import DELIMITERS, delimiter_of, has_quotes, lines_of, open_quote
+from .labels import DataError, listed
 
 
-DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
-TEXT_SUFFIXES = (".tsv", ".csv", ".txt", ".tab")
 SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".conll", ".iob", ".bio")
 
 
@@ -42,11 +42,12 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rows(path: str | Path, form: Format | None = None) -> Table:
+def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) -> Table:
     """The rows of a table or of JSON objects.
 
     Cells of text files stay strings: a text such as "1984", "null" or "NA" is not read as a number or a missing value.
-    Objects inside of JSON rows become columns such as "meta.label".
+    With `lists`, columns of lists that a program has written as texts are read as lists (`with_lists`). Objects inside
+    of JSON rows become columns such as "meta.label".
 
     Raises:
         DataError: The file has another form, is empty, or its rows do not fit the header.
@@ -67,9 +68,9 @@ def read_rows(path: str | Path, form: Format | None = None) -> Table:
             text = read_text(path, notes, form.encoding)
             is_table = kind in TEXT_SUFFIXES
             rows = _read_table(path, text, kind, form, notes) if is_table else json_rows(path, parse_json(text))
-            if is_table:
-                rows, lists = with_lists(rows)
-                notes += [f"{path.name}: the cells in {', '.join(lists)} are read as lists or objects"] * bool(lists)
+            if is_table and lists:
+                rows, found = with_lists(rows)
+                notes += [f"{path.name}: the cells in {listed(found)} are read as lists or objects"] * bool(found)
     except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
         if isinstance(error, DataError):
             raise
@@ -94,42 +95,66 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     if (first := re.match(r"sep=(.)\r?\n", text)) is not None:  # Excel writes and reads this line
         text, given = "\n" + text[first.end() :], given or first[1]
     expected = "," if kind == ".csv" else "\t"
-    delimiter = given or _delimiter_of(text, expected)
-    quotes = form.quotes if form.quotes is not None else _has_quotes(text, delimiter)
+    delimiter = given or delimiter_of(text, expected)
+    quotes = form.quotes if form.quotes is not None else has_quotes(text, delimiter)
     if given is None and delimiter != expected:
         notes.append(f"{path.name}: columns are separated by {DELIMITERS[delimiter]} (--delimiter)")
     if '"' in text and delimiter == "\t":
         part = "enclose cells" if quotes else "are part of the text"
         notes.append(f"{path.name}: double quotes {part} (--{'no-' if quotes else ''}quotes for the other way)")
-    header, *lines = _cells(text, delimiter, quotes, blank=True) or [(1, [])]
+    if quotes and (open_at := open_quote(text, delimiter)) is not None:
+        raise DataError(
+            f"{path}: a double quote in line {open_at[0]} opens a cell that is not closed, so that the lines up to "
+            f"{open_at[1]} become one row. Close it, or give --no-quotes if quotes are part of the texts."
+        )
+    header, *lines = lines_of(text, delimiter, quotes, blank=True) or [(1, [])]
     names = [name.strip() for name in header[1]]
-    # Spreadsheets write delimiters for empty columns beside the table.
-    while len(names) > 1 and not names[-1] and not any("".join(cells[len(names) - 1 :]).strip() for _, cells in lines):
-        names.pop()
-        lines = [(line, cells[: len(names)]) for line, cells in lines]
+    names, lines = _without_blank_columns(names, lines)
     check_names(path, names)
     rows: list[dict[str, Any]] = []
     empty: list[int] = []
-    repeated = 0
+    heights: list[int] = []
+    repeated, before = 0, header[0]
     for line, cells in lines:
+        heights.append(line - before)
+        before = line
         if [cell.strip() for cell in cells] == names:
             repeated += 1
         elif not any(cell.strip() for cell in cells):
             empty.append(line)
         elif len(cells) != len(names):
             other = "" if given else " Perhaps the columns are separated otherwise: see --delimiter and --quotes."
-            count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
-            raise DataError(f"{path}: row {len(rows) + 1} (it ends in line {line}) has {count}, and the header has "
-                            f"{len(names)}.{other}")  # fmt: skip
+            raise DataError(
+                f"{path}: row {len(rows) + 1} (it ends in line {line}) has {counted(len(cells), 'cell')}, and the "
+                f"header has {len(names)} ({listed(names, 6)}).{other}"
+            )
         else:
             rows.append(dict(zip(names, cells, strict=True)))
     if repeated:
-        notes.append(f"{path.name}: left out {repeated} repeated header{'s' * (repeated > 1)}")
+        notes.append(f"{path.name}: left out {counted(repeated, 'repeated header')}")
     if empty:
         shown = ", ".join(map(str, empty[:3])) + ", ..." * (len(empty) > 3)
         several = "s" * (len(empty) > 1)
-        notes.append(f"{path.name}: left out {len(empty)} empty row{several} (line{several} {shown})")
+        notes.append(f"{path.name}: left out {counted(len(empty), 'empty row')} (line{several} {shown})")
+    if high := sum(height > 1 for height in heights):
+        notes.append(
+            f"{path.name}: {counted(high, 'row')} with line breaks inside of quotes, up to {max(heights):,} lines "
+            f"(--no-quotes if each line is a row)"
+        )
     return rows
+
+
+def _without_blank_columns(
+    names: list[str], lines: list[tuple[int, list[str]]]
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Without the columns that have neither a name nor values: spreadsheets write their delimiters."""
+    used = {i for _, cells in lines for i, cell in enumerate(cells) if cell.strip()}
+    blank = {i for i, name in enumerate(names) if not name and i not in used}
+    width = max(len(names), max(used, default=0) + 1)  # delimiters beyond the header are blank columns, too
+    if len(blank) == len(names):
+        return names, lines
+    kept = [(line, [cell for i, cell in enumerate(cells[:width]) if i not in blank]) for line, cells in lines]
+    return [name for i, name in enumerate(names) if i not in blank], kept
 
 
 def _is_json(text: str) -> bool:
@@ -141,65 +166,6 @@ def _is_json(text: str) -> bool:
     return False
 
 
-def _cells(
-    text: str, delimiter: str, quotes: bool, limit: int | None = None, blank: bool = False
-) -> list[tuple[int, list[str]]]:
-    """The lines of a table: number of the (last) line, and its cells.
-
-    Blank lines are left out, or have no cells with `blank`. Those at the start and the end are always left out.
-    """
-    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    old = csv.field_size_limit(2**31 - 1)  # texts may be long: the tokenizer cuts them later
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-        found: list[tuple[int, list[str]]] = []
-        for cells in reader:
-            if cells or (blank and found):
-                found.append((reader.line_num, cells))
-            if limit is not None and len(found) >= limit:
-                break
-        while found and not found[-1][1]:
-            found.pop()
-        return found
-    finally:
-        csv.field_size_limit(old)
-
-
-def _delimiter_of(text: str, expected: str) -> str:
-    """The delimiter with which the first rows have as many cells as the header, and more than one.
-
-    The delimiter of the file's suffix wins unless it gives one column or rows that do not fit.
-    """
-    best, most = expected, (0.0, 0)
-    for delimiter in (expected, *(d for d in DELIMITERS if d != expected)):
-        tables = [_cells(text, delimiter, quotes, 200) for quotes in (False, True)]
-        for rows in tables:
-            width = len(rows[0][1]) if rows else 0
-            fitting = sum(len(cells) == width for _, cells in rows) / max(1, len(rows))
-            quality = (round(fitting, 2), min(width, 2))
-            if width > 1 and quality > most:
-                best, most = delimiter, quality
-    return best
-
-
-def _has_quotes(text: str, delimiter: str) -> bool:
-    """Whether double quotes enclose cells. In files with tabs they often are a part of the text, as in GLUE."""
-    if '"' not in text:
-        return True
-    if delimiter != "\t":
-        return True
-    plain, quoted = (_cells(text, delimiter, quotes) for quotes in (False, True))
-    fits = [len({len(cells) for _, cells in rows}) == 1 for rows in (plain, quoted)]
-    if fits[0] != fits[1]:
-        return fits[1]
-    cells = [cell for _, row in plain for cell in row if '"' in cell]
-    whole = all(re.fullmatch('"([^"]|"")*"', cell) for cell in cells)
-    # Cells that need no quotes have some in a file that was written with quotes around every text.
-    escaped = any('""' in cell[1:-1] for cell in cells)
-    header = all(cell.startswith('"') and cell.endswith('"') for cell in plain[0][1])
-    return whole and (escaped or header)
-
-
 # -- JSON and Arrow ---------------------------------------------------------------------------------------------------
 
 
@@ -208,19 +174,29 @@ def parse_json(text: str) -> Any:
     if not text.strip():
         return []
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text)
+    except json.JSONDecodeError as whole:
         # Not splitlines(): it also splits at characters such as U+2028, which JSON strings may contain.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         if len(lines) < 2 and not text.lstrip().startswith("{"):
             raise
-        values = []
+        value = []
         for number, line in lines:
             try:
-                values.append(json.loads(line))
+                value.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg} (column {error.colno})") from None
-        return values
+                reason = f"line {number}: {error.msg} (column {error.colno})" if value else str(whole)
+                raise ValueError(f"{reason}. In JSON Lines, each line is a whole value") from None
+    return _with_whole_characters(value) if re.search(r"\\u[dD][89a-fA-F]", text) else value
+
+
+def _with_whole_characters(value: Any) -> Any:
+    """The value with U+FFFD for halves of characters, such as a cut emoji: no tokenizer and no file takes them."""
+    if isinstance(value, dict):
+        return {_with_whole_characters(name): _with_whole_characters(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_characters(item) for item in value]
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
 def json_rows(path: Path, value: Any) -> list[Any]:
@@ -320,4 +296,5 @@ def _read_arrow(path: Path, kind: str) -> list[dict[str, Any]]:
 
 def check_names(path: Path, names: Sequence[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{path} has two columns {twice[0]!r}.")
+        what = f"two columns {twice[0]!r}: rename or remove one of them" if twice[0] else "two columns without a name"
+        raise DataError(f"{path} has {what}.")

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..utils.places import not_found
 from . import answers, words
-from .decoding import read_text, suffix_of
+from .decoding import TEXT_SUFFIXES, read_text, suffix_of
 from .labels import DataError
-from .reading import SUFFIXES, TEXT_SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
+from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
 from .task import Options
 
 
@@ -139,11 +139,12 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
         except (ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path} cannot be read as {suffix}: {error}.") from None
+            raise DataError(f"{path} cannot be read as {suffix}: {str(error).rstrip('.')}.") from None
         if answers.is_squad(value) or (kind == "answers" and suffix == ".json" and isinstance(value, dict)):
             rows, notes = answers.from_squad(path, value, labeled)
             return Part(str(path), "answers", rows, notes, content)
-    table = read_rows(path, form)
+    # The cells of texts to predict are written again, as they are.
+    table = read_rows(path, form, lists=labeled or kind != "text")
     return Part(str(path), "table", table.rows, table.notes, content)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
+from ..utils.formatting import counted
 from . import metrics
 from .labels import (
     DataError,
@@ -19,8 +20,11 @@ from .labels import (
     find_several,
     is_missing,
     is_number,
+    listed,
+    look,
     name_of,
     parts_of,
+    separator_of,
 )
 from .metrics import Quality
 from .task import Options, Rows
@@ -59,9 +63,11 @@ def to_raw(
     if missing:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         if not options.skip_unlabeled:
+            separator = separator_of(sorted({str(raw["label"]) for raw in found})) if len(labels) == 1 else None
+            several = f" If rows can have several labels or none, give --label-separator {separator!r}."
             raise DataError(
                 f"{name}: row {missing[0]}{more} has no label in {', '.join(map(repr, labels))}. Fill it in, or leave "
-                f"such rows out with --skip-unlabeled."
+                f"such rows out with --skip-unlabeled.{several if separator else ''}"
             )
         notes.append(f"left out {len(missing):,} rows without a label, the first is row {missing[0]}")
     if not found:
@@ -101,6 +107,12 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
     if options.label_separator is not None or any(isinstance(value, list | tuple) for value in values):
         if options.regression:
             raise DataError(f"{name}: the cells in {shown} are lists, and --regression predicts one number.")
+        if _are_vectors(values):
+            raise DataError(
+                f"{name}: the lists in {shown} are a 0 or 1 for each label, such as {values[0]!r:.60}. Write the "
+                f"names of a row's labels into the list, or a column of 0 and 1 for each label (several "
+                f"--label-column)."
+            )
         labels = find_several(values, options.label_separator)
         if not labels.names:
             raise DataError(f"{name}: no row has a label in {shown} (--label-column).")
@@ -136,6 +148,13 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
     return labels
 
 
+def _are_vectors(values: Sequence[Any]) -> bool:
+    """Whether all values are equally long lists of 0 and 1. A list of numbers of classes repeats none of them."""
+    lists = [value for value in values if isinstance(value, list | tuple)]
+    same = len(lists) == len(values) and len({len(value) for value in lists}) == 1
+    return same and {part for value in lists for part in value} <= {0, 1} and any(len({*v}) < len(v) for v in lists)
+
+
 def encode(
     name: Any, raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int
 ) -> tuple[Rows, int, int]:
@@ -159,7 +178,7 @@ def encode(
         try:
             values["labels"] = labels.encode(row["label"])
         except (KeyError, ValueError, TypeError):
-            one = "a number" if labels.regression else f"one of {', '.join(labels.names[:8])}"
+            one = "a number" if labels.regression else f"one of {listed(labels.names)}"
             raise DataError(
                 f"{name}: the label {row['label']!r} of row {row['row']} is not {one}, as in training."
             ) from None
@@ -172,20 +191,28 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     doubts: list[str] = []
     if labels.regression:
         found = [float(value) for value in values]
+        if all(re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", str(value).strip()) for value in values):
+            doubts.append(f"labels such as {values[0]} are read as decimals; write no points between thousands")
+        if np.std(found) > 100:
+            doubts.append("the labels differ so much that they are learned slowly: divide them, or use a logarithm")
         return [f"labels: numbers from {min(found):g} to {max(found):g}, mean {np.mean(found):.4g}"], doubts
     counts = counts_of(labels, (labels.encode(value) for value in values))
-    shown = ", ".join(f"{label} ({count:,})" for label, count in list(counts.items())[:MANY])
+    shown = ", ".join(f"{listed([label])} ({count:,})" for label, count in list(counts.items())[:MANY])
     more = f", and {len(counts) - MANY:,} more" if len(counts) > MANY else ""
-    what = "labels, several in a row" if labels.several else "classes"
+    what = "labels, a row can have several" if labels.several else "classes"
     if labels.several:
-        more += f"; {sum(not any(labels.encode(value)) for value in values):,} rows have none"  # type: ignore[arg-type]
+        none = sum(not any(labels.encode(value)) for value in values)  # type: ignore[arg-type]
+        more += f"; {counted(none, 'row')} without a label"
     if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
         doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
+    if (separator := separator_of(labels.names)) is not None:
+        joined = next(label for label in labels.names if separator in label)
+        doubts.append(f"{joined!r} is read as one label; for several labels, give --label-separator {separator!r}")
     if stray := sum(isinstance(value, str) and value != value.strip() for value in values):
-        doubts.append(f"blanks around {stray:,} labels were removed")
-    alike = Counter(label.casefold() for label in labels.names)
-    if same := [label for label in labels.names if alike[label.casefold()] > 1]:
-        doubts.append(f"the classes {', '.join(map(repr, same[:4]))} differ in capitals only: are they the same?")
+        doubts.append(f"removed the blanks around {counted(stray, 'label')}")
+    looks = Counter(look(label) for label in labels.names)
+    if same := [label for label in labels.names if looks[look(label)] > 1]:
+        doubts.append(f"the classes {', '.join(map(ascii, same[:4]))} look alike: are they the same?")
     found_for: dict[Any, set[str]] = {}
     for row in raw:
         found_for.setdefault((row["text"], row.get("pair")), set()).add(str(labels.encode(row["label"])))
@@ -193,7 +220,8 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
         doubts.append(f"{unsure:,} text{'s have' if unsure > 1 else ' has'} different labels in different rows")
     rare = [label for label, count in counts.items() if count == 1]
     if rare and len(rare) < len(labels.names):
-        doubts.append(f"{len(rare)} of the classes have one row only, such as {rare[0]!r}")
+        classes = f"{len(rare):,} classes have" if len(rare) > 1 else "1 class has"
+        doubts.append(f"{classes} one row only, such as {rare[0]!r}")
     return [f"{len(labels.names)} {what}: {shown}{more}"], doubts
 
 

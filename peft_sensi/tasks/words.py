@@ -12,15 +12,14 @@ import numpy as np
 from scipy.special import softmax
 
 from . import metrics
-from .columns import check_known, known
+from .columns import check_known
 from .decoding import read_text
-from .labels import DataError, Labels
+from .labels import OUTSIDE, DataError, Labels, is_tag, listed
 from .metrics import Quality
 from .task import Rows
 from .texts import logits_in
 
 
-OUTSIDE = "O"
 IGNORED = -100  # the label of positions without a loss
 CONLL_SUFFIXES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".tab")
 FORMS = (
@@ -101,16 +100,12 @@ def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
     return next((name for name in names if name.strip().lower() in usual), None)
 
 
-def is_tag(tag: Any) -> bool:
-    prefix, dash, kind = str(tag).partition("-")
-    return tag == OUTSIDE or (prefix in "BIESLU" and len(prefix) == 1 and bool(dash and kind))
-
-
 def check_tag(tag: Any, place: str) -> None:
     if not is_tag(tag):
         hint = "" if isinstance(tag, str) else " Tags need their names, not their numbers."
         raise DataError(
-            f"{place}: {tag!r} is not a tag such as O, B-person or I-person (--label-column).{hint} {FORMS}"
+            f"{place}: {tag!r} is not a tag of an entity: O, or a type after B-, I-, E-, S-, L- or U-, such as "
+            f"B-person (--label-column).{hint} {FORMS}"
         )
 
 
@@ -141,7 +136,7 @@ def to_raw(
         label = label or next((column for column in TAG_COLUMNS if column in names), None)
     if text is None or (label is None and needs_tags):
         option = "words with --text-column" if text is None else "tags with --label-column"
-        raise DataError(f"{name}: name the column that holds the {option}; there are {', '.join(names)}. {FORMS}")
+        raise DataError(f"{name}: name the column that holds the {option}; there are {listed(names)}. {FORMS}")
     found = []
     for number, row in enumerate(rows, start=1):
         tokens = row.get(text)
@@ -172,7 +167,7 @@ def in_sentences(
     """
     if tag is None and needs_tags:
         raise DataError(
-            f"{name}: name the column that holds the tags with --label-column; there are {known(list(rows[0]))}."
+            f"{name}: name the column that holds the tags with --label-column; there are {listed(list(rows[0]))}."
         )
     found: list[dict[str, Any]] = []
     current: Any = None
@@ -244,6 +239,8 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     words, tagged = sum(len(row["tokens"]) for row in raw), sum(tag != OUTSIDE for row in raw for tag in row["tags"])
     shown = ", ".join(f"{kind} {count:,}" for kind, count in sorted(kinds.items())) or "none"
     doubts = [] if tagged else ["no word has a tag other than O, so there is nothing to find (--label-column)"]
+    if words > 1000 * len(raw):
+        doubts.append("the sentences are very long: is there an empty line after each of them?")
     return [f"{words:,} words, {tagged:,} in entities: {shown}"], doubts
 
 

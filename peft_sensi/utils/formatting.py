@@ -28,14 +28,22 @@ def size_of(count: float) -> str:
     return f"{human(count)}{'B' if count >= 1000 else ' B'}"
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def metric_text(value: float | None) -> str:
-    """A metric with four digits. `None` is one that is undefined."""
-    return "undefined" if value is None else f"{value:.4f}"
+    """A metric with four digits, or six in all if it is large. `None` is one that is undefined."""
+    return "undefined" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
 
 def interval_text(bounds: Sequence[float] | None) -> str:
     """The lower and the upper bound of a metric, with three digits; empty if it has no interval."""
-    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+    if bounds is None:
+        return ""
+    low, high = (f"{bound:.3f}" if abs(bound) < 1000 else f"{bound:.4g}" for bound in bounds)
+    return f"{low} to {high}"
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 
+UNFINISHED = "unfinished.json"  # in the folder of a training that was interrupted, see `cli.run`
+
+
 def is_repo(name: str) -> bool:
     """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id

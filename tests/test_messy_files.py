@@ -1,0 +1,191 @@
+"""Files as people have them: what is recognized is right, and what may be wrong is said with the way to settle it."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pandas
+import pytest
+from folders import save_tokenizer
+from tiny import tiny_config
+
+from peft_sensi.cli.prediction_files import write_records
+from peft_sensi.tasks import answers, texts, words
+from peft_sensi.tasks.kinds import kind_of, read_task
+from peft_sensi.tasks.labels import DataError, Labels, find_labels, listed, separator_of
+from peft_sensi.tasks.reading import read_rows
+from peft_sensi.tasks.sources import Part, read_part
+from peft_sensi.tasks.task import Options
+
+
+ROWS = [(f"a film number {i}", "good" if i % 2 else "bad") for i in range(12)]
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    """A tokenizer with a config of a model, but without the model."""
+    tiny_config("bert").save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def doubts(values: list, labels: Labels | None = None) -> str:
+    raw = [{"text": f"film {i}", "label": value} for i, value in enumerate(values)]
+    return "\n".join(texts.describe(labels or find_labels(values), raw)[1])
+
+
+def lines(path, opened: dict[int, str]) -> None:
+    rows = [f"{opened.get(i, '')}{text},{label}" for i, (text, label) in enumerate(ROWS)]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("opened", [{3: '"'}, {3: '"', 8: '"'}], ids=["to the end", "to the next one"])
+def test_a_quote_that_is_not_closed_swallows_no_rows(opened, tmp_path):
+    lines(tmp_path / "f.csv", opened)
+    with pytest.raises(DataError, match=r"double quote in line 5 opens a cell that is not closed.*--no-quotes"):
+        read_rows(tmp_path / "f.csv")
+    lines(tmp_path / "f.csv", {3: 'a "quoted" word, '})
+    with pytest.raises(DataError, match="row 4 .* has 3 cells, and the header has 2 \\(text, label\\)"):
+        read_rows(tmp_path / "f.csv")
+    lines(tmp_path / "f.csv", {3: 'a "quoted" word '})
+    assert len(read_rows(tmp_path / "f.csv").rows) == 12
+
+
+def test_a_sloppy_quote_in_one_line_does_not_hide_an_open_one(tmp_path):
+    lines(tmp_path / "f.csv", {1: '"so" called ', 3: '"'})
+    with pytest.raises(DataError, match="double quote in line 5"):
+        read_rows(tmp_path / "f.csv")
+    lines(tmp_path / "f.csv", {1: '"so" called '})
+    assert read_rows(tmp_path / "f.csv").rows[1]["text"].startswith("so called")
+
+
+def test_rows_over_several_lines_are_noted(tmp_path):
+    with (tmp_path / "f.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), ("one\ntwo\n\nfour", "good"), *ROWS])
+    table = read_rows(tmp_path / "f.csv")
+    assert len(table.rows) == 13 and "1 row with line breaks inside of quotes, up to 4 lines" in table.notes[0]
+
+
+def test_blanks_before_quotes(tmp_path):
+    (tmp_path / "f.csv").write_text("label, text\n" + "\n".join(f'{label}, "{text}, really"' for text, label in ROWS))
+    assert read_rows(tmp_path / "f.csv").rows[0] == {"label": "bad", "text": "a film number 0, really"}
+    (tmp_path / "f.csv").write_text("text, label\n" + "\n".join(f'"{text}", "{label}"' for text, label in ROWS))
+    assert {row["label"] for row in read_rows(tmp_path / "f.csv").rows} == {"good", "bad"}
+
+
+def test_several_sources_with_other_encodings(tmp_path):
+    made = [f"un café {text},{label}".encode("cp1252" if i == 7 else "utf-8") for i, (text, label) in enumerate(ROWS)]
+    (tmp_path / "f.csv").write_bytes(b"\n".join([b"text,label", *made]))
+    with pytest.raises(DataError, match="UTF-8, but not in line 9.*--encoding"):
+        read_rows(tmp_path / "f.csv")
+    made = [f"un café {text},{label}".encode("cp1252") for text, label in ROWS]
+    (tmp_path / "f.csv").write_bytes(b"\n".join([b"text,label", *made]))
+    assert read_rows(tmp_path / "f.csv").rows[0]["text"] == "un café a film number 0"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_a_pointer_of_git_lfs(suffix, tmp_path):
+    (tmp_path / f"f{suffix}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match="git lfs pull"):
+        read_part(tmp_path / f"f{suffix}", None, Options())
+
+
+def test_lists_as_numpy_and_sets_write_them(tmp_path):
+    tags = [["O", "B-person", "it's"], ["O"]]
+    frame = pandas.DataFrame({"tags": [np.array(row) for row in tags]})
+    frame["answers"] = [{"text": np.array(["a b"], dtype=object), "answer_start": np.array([3])}] * 2
+    frame["labels"] = [{"sad", "fun"}, {"sad"}]
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    rows = read_rows(tmp_path / "f.csv").rows
+    assert [row["tags"] for row in rows] == tags and rows[0]["labels"] == ["fun", "sad"]
+    assert rows[0]["answers.text"] == ["a b"] and rows[0]["answers.answer_start"] == [3]
+
+
+def test_answers_that_cannot_be_read_are_not_taken_for_none():
+    row = {"question": "what?", "context": "a red stone", "answers": "{'text': red}"}
+    with pytest.raises(DataError, match="row 1 needs"):
+        answers.from_table("f", [row])
+    part = Part("f", "table", [{"question": "what?", "context": "a red stone", "answer": "red"}], [], "")
+    assert kind_of(part) == "answers" and kind_of(part, has_label=True) == "text"
+    assert "no question has an answer" in answers.describe([{"context": "a", "answers": []}])[1][0]
+
+
+def test_vectors_of_labels_are_not_taken_for_their_numbers():
+    raw = [{"row": i, "text": "a", "label": value} for i, value in enumerate(([0, 1, 0], [1, 1, 0]), start=1)]
+    with pytest.raises(DataError, match="0 or 1 for each label.*several --label-column"):
+        texts.labels_of("f", raw, ["labels"], Options())
+    raw = [{"row": i, "text": "a", "label": value} for i, value in enumerate(([0, 1], [1]), start=1)]
+    assert texts.labels_of("f", raw, ["labels"], Options()).names == ["0", "1"]
+
+
+def test_half_characters_in_json(tmp_path):
+    (tmp_path / "f.jsonl").write_text(
+        '{"text": "cut \\ud83d", "label": "a"}\n{"text": "\\ud83d\\ude00", "label": "b"}\n'
+    )
+    assert [row["text"] for row in read_rows(tmp_path / "f.jsonl").rows] == ["cut \ufffd", "\U0001f600"]
+
+
+def test_labels_with_a_separator_are_doubted():
+    several = ["fun|sad", "fun", "sad", "sad|long", "long"]
+    assert "'fun|sad' is read as one label; for several labels, give --label-separator '|'" in doubts(several * 2)
+    assert "--label-separator" not in doubts(["New York, NY", "Boston, MA", "Ames, IA"] * 2)
+    assert separator_of(["n/a", "yes", "no"]) is None and separator_of(["C++", "C", "C#"]) is None
+    rows = [{"text": "a film", "label": value} for value in ["a,b", "", "b,a", "a", "b"]]
+    with pytest.raises(DataError, match="--skip-unlabeled. If rows can have several labels or none.*','"):
+        texts.to_raw("f", rows, ("text",), ("label",), Options())
+
+
+@pytest.mark.parametrize("pair", [("a", "A"), ("a", "a\u200b"), ("caf\u00e9", "cafe\u0301"), ("a b", "a  b")])
+def test_classes_that_look_alike_are_doubted(pair):
+    assert "look alike" in doubts([*pair, "other"] * 2)
+    assert "look alike" not in doubts(["a", "b"] * 2)
+
+
+def test_numbers_that_may_be_read_wrong_are_doubted():
+    assert "no points between thousands" in doubts(["1.500", "12.250", "3.125"])
+    assert "thousands" not in doubts(["0.500", "0.250", "0.125"]) + doubts(["1.5", "12.250", "3.125"])
+    assert "learned slowly" in doubts([1.5e6, 2e6, 9e6], Labels([]))
+    assert "learned slowly" not in doubts([1.5, 2.5, 4.25])
+
+
+def test_other_columns_and_texts_are_said(base, tmp_path):
+    rows = [{"text": text, "category": label, "sentiment": label} for text, label in ROWS]
+    (tmp_path / "f.json").write_text(json.dumps(rows))
+    assert "could also be in sentiment (--label-column)" in "".join(read_task(base, tmp_path / "f.json").doubts)
+    (tmp_path / "f.json").write_text(json.dumps([row | {"text": ""} for row in rows]))
+    with pytest.raises(DataError, match="all texts in 'text' are empty"):
+        read_task(base, tmp_path / "f.json", text_column="text", label_column="category")
+    (tmp_path / "f.json").write_text(
+        json.dumps([row | {"category": ("O", "B-x")[i % 2]} for i, row in enumerate(rows)])
+    )
+    assert "look like tags of words" in "".join(read_task(base, tmp_path / "f.json").doubts)
+
+
+def test_rows_that_are_in_both_parts_are_doubted_for_every_kind(base, tmp_path):
+    (tmp_path / "f.conll").write_text("a B-x\nfilm O\n\n" * 12)
+    assert "1 of the validation sentences is also" in "".join(read_task(base, tmp_path / "f.conll").doubts)
+    row = {"question": "what?", "context": "a red stone", "answers": {"text": ["red"], "answer_start": [2]}}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    doubts = read_task(base, tmp_path / "f.jsonl", tmp_path / "f.jsonl", stride=8).doubts
+    assert "1 of the validation questions is also among the training questions" in doubts
+
+
+def test_sentences_without_lines_between_them_are_doubted():
+    raw = [{"tokens": ["a"] * 2000, "tags": ["O"] * 1999 + ["B-x"]}]
+    assert "empty line after each" in words.describe(words.labels_of(raw), raw)[1][0]
+
+
+def test_names_are_listed_so_that_they_can_be_told_apart():
+    assert listed(["a b", 'c, "d"', "e\tf", ""]) == "a b, 'c, \"d\"', 'e\\tf', ''"
+    assert listed(list("abcdefghijklmnop"), 3) == "a, b, c, and 13 more"
+
+
+def test_lists_in_the_columns_of_a_file_stay_lists_in_predictions(tmp_path):
+    record = {"tags": ["New York", "b"], "prediction": ["a", "b"]}
+    write_records(tmp_path / "p.csv", ".csv", [record], columns=["tags"])
+    assert (tmp_path / "p.csv").read_text() == 'tags,prediction\n"[""New York"", ""b""]",a b\n'
+    (tmp_path / "f.csv").write_text("text,tags\na film,\"['a', 'b']\"\n")
+    part = read_part(tmp_path / "f.csv", "text", Options(), labeled=False)
+    assert part.rows == [{"text": "a film", "tags": "['a', 'b']"}] and not part.notes
