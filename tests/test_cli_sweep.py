@@ -66,7 +66,7 @@ def test_an_interrupted_sweep_keeps_what_is_finished(work, tmp_path, monkeypatch
     half = (*arguments, "--out", tmp_path / "half")
     assert "--resume" in interrupted(monkeypatch, 6, *half)  # a training has 4 steps
     assert "--resume" in fails(*half)
-    assert "--seed was 0" in fails(*half, "--resume", "--seed", "3")
+    assert "--seed was not given, and is 3 now" in fails(*half, "--resume", "--seed", "3")
     first = (tmp_path / "half" / "0.8" / "adapter_model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(train, "compute_scores", None)  # would fail
     again = json.loads(call(*half, "--resume", "--json"))

@@ -340,8 +340,8 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was(name):
 
 
 # The first cannot be attributes. PEFT would take the others for parts of tensors' names.
-NO_NAMES = ["half", "keys", "a.b", "", "weight", "dense", "classifier", "LayerNorm", "query", "0", "encoder", "bert",
-            "model", "base_model", "base_layer", "modules_to_save", "_extra_state", "sensi_weight"]  # fmt: skip
+NO_NAMES = ["half", "keys", "a.b", "", "weight", "dense", "classifier", "LayerNorm", "model", "base_model",
+            "base_layer", "modules_to_save", "_extra_state", "sensi_weight"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NO_NAMES)
@@ -355,6 +355,17 @@ def test_names_that_modules_cannot_hold_are_refused_before_anything_changes(name
     with pytest.raises(SensiError, match="cannot be called"):
         model.add_adapter(name, SensiConfig(task_type="SEQ_CLS", **TRIM))
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", ["query", "0", "encoder", "bert"])
+def test_an_adapter_that_is_called_like_a_module_must_be_alone(name, tmp_path):
+    model = get_peft_model(tiny_model(), SensiConfig(task_type="SEQ_CLS", **TRIM), adapter_name=name)
+    train(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / name)), logits(model))
+    for first, second in ((model, "other"), (trained(**TRIM), name)):
+        with pytest.raises(SensiError, match=f"{name!r} here, because it is a part of the name"):
+            first.add_adapter(second, SensiConfig(task_type="SEQ_CLS", **TRIM))
 
 
 @pytest.mark.parametrize("when", ["first layer", "fifth layer", "before the head", "after the head"])

@@ -335,7 +335,7 @@ def test_misplaced_answers_are_left_out_and_counted(tmp_path):
     content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
     rows, notes = answers.from_squad(path, content)
     assert len(rows) == 8  # of 9
-    assert "skipped 1 answers" in notes[0]
+    assert "skipped 1 answer that is not" in notes[0]
 
 
 # --- language models -------------------------------------------------------------------------------------------------

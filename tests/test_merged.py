@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -846,21 +847,24 @@ def test_a_folder_that_does_not_exist_and_one_without_a_model(tmp_path):
         load_merged(tmp_path)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file can grow beyond 1,000 bytes, as on a disk without room."""
+    """No file can grow beyond 1,000 bytes, as on a disk without room. Not a fixture: pytest's own log must grow."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named_and_nothing_stays_behind(tmp_path, full_disk):
+def test_a_full_disk_is_named_and_nothing_stays_behind(tmp_path):
     model = wrap(tiny_model(), budget=0.5)
-    with pytest.raises(SensiError, match=r"merged could not be written .*Nothing was changed\."):
-        save_merged(model, tmp_path / "new" / "merged")
     (tmp_path / "old").mkdir()
-    with pytest.raises(SensiError, match=r"old could not be written"):
-        save_merged(model, tmp_path / "old")
+    with full_disk():
+        with pytest.raises(SensiError, match=r"merged could not be written .*Nothing was changed\."):
+            save_merged(model, tmp_path / "new" / "merged")
+        with pytest.raises(SensiError, match=r"old could not be written"):
+            save_merged(model, tmp_path / "old")
     assert list(tmp_path.iterdir()) == [tmp_path / "old"] and not list((tmp_path / "old").iterdir())

@@ -60,14 +60,7 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
             f"The model has an adapter of another PEFT method ({type(foreign[0]).__module__}). Merge or remove it "
             f"first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of Transformers."
         )
-    # PEFT takes adapters' names out of the names of tensors when it saves, and leaves out what has another's name.
-    paths = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if is_base_parameter(name)]
-    if path := next((path for path in [*_OUR_NAMES, *paths] if adapter_name in path.split(".")), None):
-        raise SensiError(
-            f"An adapter cannot be called {adapter_name!r} here, because it is a part of the name {path!r}: PEFT "
-            f"could not tell them apart, and would save this adapter, or others beside it, without some of their "
-            f"values. Choose another name."
-        )
+    _check_names_of_tensors(model, adapter_name, others)
     if any(layer.sensi_base_dropped for layer in layers):
         raise base_is_dropped("add another adapter")
     if not config.keep_base and others:
@@ -85,6 +78,38 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
     if any(layer.merged for layer in layers):
         raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
     replicas.check_whole(model)
+
+
+def _check_names_of_tensors(model: nn.Module, adapter_name: str, others: list[str]) -> None:
+    """Raises `SensiError` if PEFT could not tell an adapter's name from a part of a tensor's name.
+
+    PEFT takes adapters' names out of the names of tensors when it saves, and leaves out what has another's name. So an
+    adapter may be called like a module only if it is alone.
+    """
+    paths = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if is_base_parameter(name)]
+    for name in (adapter_name, *others):
+        if path := next((path for path in [*_OUR_NAMES, *(paths if others else ())] if name in path.split(".")), None):
+            raise SensiError(
+                f"An adapter cannot be called {name!r} here, because it is a part of the name {path!r}: PEFT could "
+                f"not tell them apart, and would save this adapter, or others beside it, without some of their "
+                f"values. Choose another name."
+            )
+
+
+def check_name(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+    """Raises `SensiError` if PEFT could not tell the adapter's name from names in a module that is saved whole.
+
+    PEFT takes the adapter's name out of a parameter's name when it saves, and puts it in when it loads.
+    """
+    saved = saved_whole(model, config)
+    for path, module in model.named_modules():
+        if saved(path) and not saved(path.rpartition(".")[0]):
+            inside = {part for name, _ in base_of(module).named_parameters() for part in name.split(".")}
+            if adapter_name in {path.rpartition(".")[2], *inside}:
+                raise SensiError(
+                    f"An adapter cannot be called {adapter_name!r} here: {path!r}, which it saves whole, has this "
+                    f"name or has it inside, and PEFT could not load what it saves. Choose another name."
+                )
 
 
 def check_plain(model: nn.Module, names: Iterable[str]) -> None:

@@ -86,11 +86,13 @@ def choose(
         left = _plan_of_merged(now, before, after)
         with trimmed(root, left, left.anatomy.trimmable, values):
             anatomy = _anatomy_of_merged(root, config, after)
-            if data.scores is None:
-                found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
-                scores = _of_all_units(found, _kept(after))
-            else:
+            if data.scores is not None:
                 scores = data.scores
+            else:
+                found = Scores({}, options.score)
+                if anatomy.groups:  # earlier cuts may have closed all units
+                    found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
+                scores = _of_all_units(found, _kept(after))
             length = config.sequence_length or scores.sequence_length if progress is None else None
             # The last stage may open units again, to use up the budget where no open unit fits any more.
             reopens = stage is limits and (progress is None or progress >= 1)
