@@ -34,7 +34,7 @@ from .in_place import merged_in_place
 from .predictions import read_latency
 from .rescoring import trained_options
 from .slicing import config_after, trained_beside_units
-from .stages import Data, choose
+from .stages import choose
 from .targets import plan_of
 
 
@@ -61,12 +61,11 @@ def close_units(
     movement = None
     if config.score == "movement":
         movement = Scores(trained_movement(root, before.anatomy, adapter_name), "movement")
-    data = Data(batches, loss_fn, movement)
     options = trained_options(config, loss_fn)
     refits = (config.schedule or {}).get("refit", config.refit)
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
-        choice = choose(root, config, before, opened, limits, data, options, refits, progress)
+        choice = choose(root, config, before, opened, limits, batches, options, refits, progress, movement)
     distributed.gather("cutting")
     layers = layers_of(root, adapter_name)
     refitted = [layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias")]

@@ -24,7 +24,7 @@ from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
 from ..planning.trimmed import kept_values, trimmed
-from ..scoring.calibration import LossFn, ScoringOptions
+from ..scoring.calibration import ScoringOptions
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
 from ..utils.states import TRIMMED
@@ -33,15 +33,6 @@ from .decision import is_refitted
 from .in_place import refit_changes
 from .rescoring import FIT_ROUNDS, enough, labeled_by
 from .targets import anatomy_of
-
-
-@dataclass(frozen=True)
-class Data:
-    """With what units are scored and refitted. `scores` (of all units) take the place of scores that are computed."""
-
-    batches: list[Mapping[str, Any]] | None
-    loss_fn: LossFn | None
-    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -63,36 +54,32 @@ def choose(
     before: Plan,
     opened: Plan,
     limits: Budget,
-    data: Data,
+    batches: list[Mapping[str, Any]] | None,
     options: ScoringOptions,
     refits: bool | None,
     progress: float | None = None,
+    given: Scores | None = None,
 ) -> Choice:
     """Scores the model inside `merged_in_place`, in evaluation mode, and chooses units under `limits`.
 
     `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
     choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
     fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages.
+    `given` scores (of all units) take the place of scores that are computed; there is then one stage.
     """
     now = _anatomy_of_merged(root, config, before)
     to_refit = None
-    if data.batches is not None and is_refitted(root, config, now, refits):
-        to_refit = enough(data.batches, options.calibration_steps)
+    if batches is not None and is_refitted(root, config, now, refits):
+        to_refit = enough(batches, options.calibration_steps)
     stages = stages_to(opened, limits)
     rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
 
     after, values = opened, Refitted()
-    for stage in stages if data.scores is None else stages[-1:]:
+    for stage in stages if given is None else stages[-1:]:
         left = _plan_of_merged(now, before, after)
         with trimmed(root, left, left.anatomy.trimmable, values):
             anatomy = _anatomy_of_merged(root, config, after)
-            if data.scores is not None:
-                scores = data.scores
-            else:
-                found = Scores({}, options.score)
-                if anatomy.groups:  # earlier cuts may have closed all units
-                    found = score_units(root, anatomy, labeled_by(root, config, data.batches, options), options)
-                scores = _of_all_units(found, _kept(after))
+            scores = _all_scores(root, config, anatomy, after, batches, options) if given is None else given
             length = config.sequence_length or scores.sequence_length if progress is None else None
             # The last stage may open units again, to use up the budget where no open unit fits any more.
             reopens = stage is limits and (progress is None or progress >= 1)
@@ -108,12 +95,12 @@ def choose(
             )
             if to_refit is not None and stage is not limits:
                 cut = _plan_of_merged(anatomy, after, before.without(wanted.trimmed_units))
-                values = _values_after(root, cut, to_refit[: options.calibration_steps], data.loss_fn, options)
+                values = _values_after(root, cut, to_refit[: options.calibration_steps], options)
         after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
     refitted = Refitted()
     if to_refit is not None:
         small = _plan_of_merged(now, before, after)
-        refitted = refit_changes(root, small, to_refit, data.loss_fn, options.progress, rounds)
+        refitted = refit_changes(root, small, to_refit, options.loss_fn, options.progress, rounds)
     return Choice(after, refitted, scores)
 
 
@@ -134,11 +121,24 @@ def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
     return [*(Budget(**way) for way in ways), limits]
 
 
-def _values_after(
-    root: nn.Module, cut: Plan, batches: list[Mapping[str, Any]], loss_fn: LossFn | None, options: ScoringOptions
-) -> Refitted:
+def _all_scores(
+    root: nn.Module,
+    config: SensiConfig,
+    anatomy: Anatomy,
+    left: Plan,
+    batches: list[Mapping[str, Any]] | None,
+    options: ScoringOptions,
+) -> Scores:
+    """Scores of the units that `left` keeps, which are those of `anatomy`. The other units have 0."""
+    found = Scores({}, options.score)
+    if anatomy.groups:  # earlier cuts may have closed all units
+        found = score_units(root, anatomy, labeled_by(root, config, batches, options), options)
+    return _of_all_units(found, _kept(left))
+
+
+def _values_after(root: nn.Module, cut: Plan, batches: list[Mapping[str, Any]], options: ScoringOptions) -> Refitted:
     """Values of all output projections after a stage: refitted ones, or the kept columns of those before it."""
-    found = refit(root, cut, batches, loss_fn, options.progress)
+    found = refit(root, cut, batches, options.loss_fn, options.progress)
     groups = {group.output: group for group in cut.anatomy.trimmable}
     return {n: found.get(n) or kept_values(linear_of(root, n), n, group, cut) for n, group in groups.items()}
 

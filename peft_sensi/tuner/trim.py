@@ -24,7 +24,7 @@ from .cuts import recounted
 from .in_place import merged_in_place
 from .predictions import read_latency
 from .rescoring import REFIT_BATCHES, trained_options
-from .stages import Choice, Data, choose
+from .stages import Choice, choose
 from .wrapping import shrink
 
 
@@ -123,7 +123,7 @@ def _decide(
         batches = None if inputs.calibration is None else materialize(inputs.calibration, most)
         root.eval()
         refits = config.refit if refits is None else refits
-        choice = choose(root, config, before, before, limits, Data(batches, inputs.loss_fn), options, refits)
+        choice = choose(root, config, before, before, limits, batches, options, refits)
     return _same_everywhere(replace(choice, plan=recounted(root, config, before, choice.plan)))
 
 
