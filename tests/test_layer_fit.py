@@ -123,13 +123,13 @@ def test_a_fit_that_is_no_better_is_dropped(monkeypatch):
 
 def test_a_gradient_that_is_not_finite_ends_the_fit(monkeypatch):
     model = tiny_model()
-    inner = layer_fit._error
+    inner = layer_fit.distance
 
     def broken(*args):
         error, weight = inner(*args)
         return error * float("nan"), weight
 
-    monkeypatch.setattr(layer_fit, "_error", broken)
+    monkeypatch.setattr(layer_fit, "distance", broken)
     plan, batches = half_plan(model), data(model)
     assert fit(model, plan, batches, rounds=2).keys() == fit(model, plan, batches).keys()
 

@@ -14,7 +14,7 @@ form, and only the activations of one layer are needed at a time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..utils import distributed
 from ..utils.errors import SensiError, not_finite
 from ..utils.progress import progress_bar
 from ..utils.states import FROZEN, TRIMMED, TUNED
+from .joint_fit import fit_layers
 from .layer_fit import fit_layer
 from .layerwise import Stream, record_calls, run_layer
 from .least_squares import GuardErrors, LeastSquares, Values
@@ -49,19 +50,22 @@ def refit(
     loss_fn: LossFn | None = None,
     progress: bool = True,
     rounds: int = 0,
+    joint: Sequence[Mapping[str, Any]] = (),
 ) -> Refitted:
     """New values for the output projections of all groups whose kept units are all tuned.
 
     With `rounds`, each layer is then fitted as a whole (see `layer_fit`), and the result also has new values for the
-    other Linears of these groups, as far as the plan targets them.
+    other Linears of these groups, as far as the plan targets them. With batches in `joint` as well, all layers are
+    then fitted together to these batches, which may be more (see `joint_fit`).
 
     `model` is the whole base model, in evaluation mode; it is left as it was. Nothing is refitted if nothing is
     trimmed. A layer that runs more than once is not refitted; a warning says so.
 
     Up to eight batches, every fourth one, are held out for three guards. First, each output projection goes no step,
     half a step or a whole step from its old values to the solution, whichever gives the smallest error after the
-    LayerNorm. Second, the fit of a whole layer must make its error smaller. Third, if all new values together make the
-    loss of the trimmed model worse by more than 2 percent of its absolute value, they are all dropped. Raises
+    LayerNorm. Second, the fit of a whole layer, and that of all layers, must make the error smaller. Third, if all new
+    values together make the loss of the trimmed model worse by more than 2 percent of its absolute value, they are all
+    dropped. Raises
     `CalibrationError` if the model does not accept a batch, or has no finite hidden states or loss for it.
     """
     states = {g: plan.of(g) for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and g.output in plan.targets}
@@ -79,12 +83,9 @@ def refit(
         if recorded is None:
             _warn_of_repeats("Some layers run more than once for a batch, as when `loss_fn` calls the model twice")
             return {}
-        # Chosen by a batch's position among those of all processes, so that the number of processes does not matter.
-        positions = distributed.batch_positions(len(batches))
-        total = sum(distributed.gather("counting batches", len(batches)))
-        held_out = {i for i, place in enumerate(positions) if (place in HELD_OUT if total > 3 else place == 0)}
+        fits, held_out = _split(len(batches))
         streams = [
-            Stream(batch, calls, calls, holds_out=i in held_out, fits=i not in held_out or total == 1)
+            Stream(batch, calls, calls, holds_out=i in held_out, fits=i in fits)
             for i, (batch, calls) in enumerate(zip(batches, recorded, strict=True))
         ]
         refitted: Refitted = {}
@@ -97,11 +98,23 @@ def refit(
             _refit_layer(model, plan, layer, own, refitted, streams, rounds if trims else 0)
         if not refitted:
             return {}
+        if rounds and joint:
+            parts = [[to_device(joint[i], device) for i in sorted(part)] for part in _split(len(joint))]
+            refitted |= fit_layers(model, plan, order, refitted, parts[0], parts[1], loss_fn, rounds, progress)
         test = {i: batches[i] for i in sorted(held_out)}
         after, before = (_trimmed_loss(model, plan, values, test, loss_fn) for values in (refitted, {}))
     # A fresh task head has not learned anything yet, so a good refit may raise its loss a little: by up to 0.5 percent
     # for MiniLM on TREC-6 and SST-2. Losses can be negative, so the margin is a share of the absolute value.
     return refitted if after <= before + MARGIN * abs(before) else {}
+
+
+def _split(count: int) -> tuple[set[int], set[int]]:
+    """Of so many batches of this process, those to which values are fitted, and those with which they are checked."""
+    # By a batch's position among those of all processes, so that the number of processes does not matter.
+    positions = distributed.batch_positions(count)
+    total = sum(distributed.gather("counting batches", count))
+    held_out = {i for i, place in enumerate(positions) if (place in HELD_OUT if total > 3 else place == 0)}
+    return set(range(count)) - (held_out if total > 1 else set()), held_out
 
 
 def _warn_of_repeats(what: str) -> None:

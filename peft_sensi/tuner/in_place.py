@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,7 @@ def refit_changes(
     loss_fn: LossFn | None,
     progress: bool,
     rounds: int = 0,
+    joint: Sequence[Mapping[str, Any]] = (),
 ) -> Refitted:
     """`refit` inside `merged_in_place`, as changes of the adapted weights: float32, of the kept units in base order.
 
@@ -60,7 +61,7 @@ def refit_changes(
     would undo a part of the change, so masked layers are left out.
     """
     changes: Refitted = {}
-    for name, (weight, bias) in refit(root, plan, batches, loss_fn, progress, rounds).items():
+    for name, (weight, bias) in refit(root, plan, batches, loss_fn, progress, rounds, joint).items():
         layer: Any = root.get_submodule(name)
         if layer.sensi_slices[layer.merged_adapters[-1]].sparsity is not None:
             continue

@@ -17,12 +17,13 @@ from .config import SensiConfig
 
 
 # A trained model is scored and refitted on more batches than a pretrained one, because little or no training follows
-# that could make up for what is removed. The limit on tokens bounds memory: the hidden states of all these tokens are
-# held at the same time.
-SCORED_BATCHES = 2  # times `calibration_steps`
-REFIT_BATCHES = 6  # times `calibration_steps`, at most
-REFIT_TOKENS = 65_536
-FIT_ROUNDS = 3  # how often a trim uses each batch to fit whole layers (see `planning.layer_fit`)
+# that could make up for what is removed. All counts of batches are multiples of `calibration_steps`.
+SCORED_BATCHES = 2
+# The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
+REFIT_BATCHES, REFIT_TOKENS = 6, 65_536
+# The fit of all layers together holds one batch at a time. Its limit on tokens bounds the time.
+JOINT_BATCHES, JOINT_TOKENS = 16, 131_072
+FIT_ROUNDS = 3  # how often a trim uses each batch to fit layers (see `planning.layer_fit` and `planning.joint_fit`)
 
 
 def trained_options(config: SensiConfig, loss_fn: LossFn | None, **changes: Any) -> ScoringOptions:
@@ -41,8 +42,18 @@ def labeled_by(
     return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
 
 
-def enough(batches: list[Mapping[str, Any]], least: int) -> list[Mapping[str, Any]]:
-    """The first `least` batches, and more of them as long as all have at most `REFIT_TOKENS` tokens."""
+def to_refit(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:
+    """The batches to which the kept units are refitted."""
+    return _enough(batches[: REFIT_BATCHES * config.calibration_steps], config, REFIT_TOKENS)
+
+
+def to_fit_jointly(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:
+    """The batches to which all layers are fitted together."""
+    return _enough(batches[: JOINT_BATCHES * config.calibration_steps], config, JOINT_TOKENS)
+
+
+def _enough(batches: list[Mapping[str, Any]], config: SensiConfig, tokens: int) -> list[Mapping[str, Any]]:
+    """As many batches as are scored, and more of them as long as all have at most so many tokens."""
     sizes = [ids.numel() if isinstance(ids := batch.get("input_ids"), torch.Tensor) else math.inf for batch in batches]
     totals = list(itertools.accumulate(sizes))
-    return batches[: max(least, sum(total <= REFIT_TOKENS for total in totals))]
+    return batches[: max(SCORED_BATCHES * config.calibration_steps, sum(total <= tokens for total in totals))]

@@ -31,7 +31,7 @@ from ..utils.states import TRIMMED
 from .config import SensiConfig
 from .decision import is_refitted
 from .in_place import refit_changes
-from .rescoring import FIT_ROUNDS, enough, labeled_by
+from .rescoring import FIT_ROUNDS, labeled_by, to_fit_jointly, to_refit
 from .targets import anatomy_of
 
 
@@ -64,15 +64,15 @@ def choose(
 
     `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
     choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
-    fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages.
+    fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages. After
+    several stages, all layers are also fitted together.
     `given` scores (of all units) take the place of scores that are computed; there is then one stage.
     """
     now = _anatomy_of_merged(root, config, before)
-    to_refit = None
+    fitted_to = None
     if batches is not None and is_refitted(root, config, now, refits):
-        to_refit = enough(batches, options.calibration_steps)
+        fitted_to = to_refit(batches, config)
     stages = stages_to(opened, limits)
-    rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
 
     after, values = opened, Refitted()
     for stage in stages if given is None else stages[-1:]:
@@ -93,14 +93,16 @@ def choose(
                 latency=config.tables,
                 **config.width_options,
             )
-            if to_refit is not None and stage is not limits:
+            if fitted_to is not None and stage is not limits:
                 cut = _plan_of_merged(anatomy, after, before.without(wanted.trimmed_units))
-                values = _values_after(root, cut, to_refit[: options.calibration_steps], options)
+                values = _values_after(root, cut, fitted_to[: options.calibration_steps], options)
         after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
     refitted = Refitted()
-    if to_refit is not None:
+    if batches is not None and fitted_to is not None:
         small = _plan_of_merged(now, before, after)
-        refitted = refit_changes(root, small, to_refit, options.loss_fn, options.progress, rounds)
+        rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
+        joint = to_fit_jointly(batches, config) if len(stages) > 1 else []
+        refitted = refit_changes(root, small, fitted_to, options.loss_fn, options.progress, rounds, joint)
     return Choice(after, refitted, scores)
 
 

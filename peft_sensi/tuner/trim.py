@@ -23,7 +23,7 @@ from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .in_place import merged_in_place
 from .predictions import read_latency
-from .rescoring import REFIT_BATCHES, trained_options
+from .rescoring import JOINT_BATCHES, trained_options
 from .stages import Choice, choose
 from .wrapping import shrink
 
@@ -119,7 +119,7 @@ def _decide(
     distributed.check_equal("its trim", given, "Give all processes the same.")
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
-        most = REFIT_BATCHES * config.calibration_steps
+        most = JOINT_BATCHES * config.calibration_steps
         batches = None if inputs.calibration is None else materialize(inputs.calibration, most)
         root.eval()
         refits = config.refit if refits is None else refits

@@ -1,0 +1,85 @@
+"""Fits all layers of a trimmed model together by gradient descent, until they compute what the untrimmed layers do.
+
+`layer_fit` fits one layer after the other, so no layer makes up for what a later one lacks. For all weights W of the
+trimmed layers, this minimizes
+
+    sum_l sum_t |h_lt(W) - y_lt|^2 / var(y_lt)
+
+For each layer l and token t, `h_lt` is the hidden state of the trimmed model after the layer, and `y_lt` that of the
+untrimmed model. No labels are used. Hidden states of all layers as targets are those of TinyBERT (Jiao et al. 2020,
+arXiv 1909.10351). Both models run on each batch, so the hidden states of other batches need not be held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ..anatomy.modules import linear_of
+from ..scoring.calibration import LossFn, first_of, run_model
+from .descent import Weights, cast_like, distance, fit_linears
+from .least_squares import Values
+from .plan import Plan
+from .trimmed import trimmed
+
+
+RATE = 0.005  # see `descent.fit_linears`
+
+
+def fit_layers(
+    model: nn.Module,
+    plan: Plan,
+    layers: Sequence[str],
+    refitted: Mapping[str, Values],
+    batches: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+    loss_fn: LossFn | None,
+    rounds: int,
+    progress: bool,
+) -> dict[str, Values]:
+    """New values for the Linears that `refitted` names, for which it has values to start from.
+
+    `model` is the untrimmed model, in evaluation mode; it is left as it is. `layers` are those whose hidden states are
+    compared. `rounds` says how often each batch is used. See `descent.fit_linears` for the result; it is also empty if
+    `loss_fn` runs the model without gradients.
+    """
+    runner = _HiddenStates(model, layers, loss_fn)
+
+    def error_of(values: Weights, batch: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
+        with torch.no_grad():
+            targets = runner(batch)
+        with trimmed(model, plan, plan.anatomy.trimmable, refitted):
+            outputs = functional_call(runner, cast_like(runner, values), (batch,))
+        errors, weights = zip(*(distance(*pair, batch) for pair in zip(outputs, targets, strict=True)), strict=True)
+        return torch.stack(errors).sum(), sum(weights)
+
+    linears = {name: linear_of(model, name) for name in refitted}
+    return fit_linears(runner, linears, refitted, batches, held_out, error_of, rounds, RATE, progress)
+
+
+class _HiddenStates(nn.Module):
+    """A model whose output is the hidden states `[batch, tokens, features]` after each of its `layers`, in order.
+
+    A module, because `functional_call` needs one, and `loss_fn` takes the model as its argument.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], loss_fn: LossFn | None) -> None:
+        super().__init__()
+        self.model, self.layers, self.loss_fn = model, layers, loss_fn
+
+    def forward(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        with ExitStack() as hooks:
+            for name in self.layers:
+                layer = self.model.get_submodule(name)
+                hooks.enter_context(layer.register_forward_hook(lambda module, args, out: found.append(first_of(out))))
+            if self.loss_fn is None:
+                run_model(self.model, batch, "a batch (fit of all layers)")
+            else:
+                self.loss_fn(self.model, batch)
+        return found
