@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import cuts, in_place, stages, wrapping
-from peft_sensi.tuner.rescoring import REFIT_TOKENS, enough
+from peft_sensi.tuner.rescoring import REFIT_TOKENS, to_fit_jointly, to_refit
 from peft_sensi.tuner.stages import stages_to
 from peft_sensi.utils.states import TRIMMED, TUNED
 
@@ -539,8 +539,11 @@ def test_a_phase_that_is_not_a_cut_stays(tmp_path):
 
 
 def test_a_trim_refits_on_more_batches_than_it_scores_unless_they_are_long():
-    batches = tiny_batches(9)
-    assert enough(batches, 3) == batches
-    long = [{"input_ids": torch.zeros(REFIT_TOKENS // 2, 1, dtype=torch.long)}] * 9
-    assert len(enough(long, 1)) == 2 and len(enough(long, 3)) == 3
-    assert len(enough([{"pixel_values": torch.zeros(1, 3, 2, 2)}] * 9, 3)) == 3
+    config = SensiConfig(budget=1.0, calibration_steps=2)  # of which a trim scores 4
+    batches = tiny_batches(40)
+    assert to_refit(batches, config) == batches[:12] and to_fit_jointly(batches, config) == batches[:32]
+    long = [{"input_ids": torch.zeros(REFIT_TOKENS // 6, 1, dtype=torch.long)}] * 40
+    assert len(to_refit(long, config)) == 6 and len(to_fit_jointly(long, config)) == 12
+    for without_tokens in (long[0] | {"input_ids": None}, {"pixel_values": torch.zeros(1, 3, 2, 2)}):
+        assert len(to_refit([without_tokens] * 9, config)) == 4
+    assert len(to_refit([{"input_ids": torch.zeros(REFIT_TOKENS, 1)}] * 9, config)) == 4
