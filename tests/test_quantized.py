@@ -198,3 +198,35 @@ def test_a_quantized_base_needs_a_budget():
     with pytest.raises(SensiError, match=r"trained whole in float32.*'trainable'"):
         wrap(base)
     assert not hasattr(base, "peft_config")
+
+
+def partly_quantized() -> nn.Module:
+    """The first layer has codes; heads and neurons of the second can be trimmed."""
+    model = quantized_model(codes)
+    exact = plain_model()
+    model.bert.encoder.layer[1] = exact.bert.encoder.layer[1]
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: quantized_model(codes), partly_quantized], ids=["all", "a part"])
+def test_an_adapter_on_a_quantized_base_is_trimmed_on_another(make, tmp_path):
+    batches = [token_batch(seed=seed) for seed in range(2)]
+    model = wrap(make(), budget={"trainable": 0.15}, update="dense")
+    train(model)
+    before = run(model, batches[0])
+    with pytest.raises(AnatomyError, match="Load the adapter on the base model without quantization, and trim"):
+        model.trim(0.5, calibration=batches)
+    assert torch.equal(run(model, batches[0]), before)
+    model.save_pretrained(tmp_path)
+    exact = PeftModel.from_pretrained(plain_model(), tmp_path, is_trainable=True)
+    assert exact.trim(0.5, calibration=batches).params_share <= 0.5
+
+
+def test_cuts_during_training_are_refused_before_the_training(tmp_path):
+    fields = {"budget": 0.8, "schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}}
+    with pytest.raises(SensiError, match="quantized.*cuts of `schedule`"):
+        wrap(partly_quantized(), **fields)
+    # Codes cannot be masked, so a file from before the end of the cuts is refused by the same words.
+    wrap(plain_model(), **fields).save_pretrained(tmp_path)
+    with pytest.raises(SensiLoadError, match="quantized.*cuts of `schedule`"):
+        PeftModel.from_pretrained(partly_quantized(), tmp_path)

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.errors import SensiError
+from ..utils.errors import AnatomyError, SensiError
 from ..utils.replicas import offloaded
 
 
@@ -155,13 +155,25 @@ def unpack(linear: Any) -> None:
         linear.state_dict()
 
 
-def check_quantized(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
+def check_quantized(
+    linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool, has_cuts: bool
+) -> None:
     """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
     problem = "" if keep_base else "`keep_base=False` would have to cut its quantized weights"
+    if has_cuts:
+        problem = "its units cannot be scored and masked for the cuts of `schedule`"
     if update == "mask" or sparsity is not None:
         problem = "its weights cannot be masked"
     if problem and any(is_quantized(linear) for linear in linears):
         raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
+
+
+def not_trimmable() -> AnatomyError:
+    """The error for trimming an adapter on a model of which at least a part is quantized."""
+    return AnatomyError(
+        "The base model is quantized, so its adapter can be trained, but not trimmed. Load the adapter on the base "
+        "model without quantization, and trim and merge it there. Then the merged model can be quantized."
+    )
 
 
 def not_mergeable() -> SensiError:
