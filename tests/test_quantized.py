@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from family_checks import make_lively, run, token_batch
@@ -10,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, build_anatomy
-from peft_sensi.anatomy.linears import dequantized, is_quantized
+from peft_sensi.anatomy.linears import dequantized, is_quantized, unpack
+from peft_sensi.layers.linear import SensiLinear
 
 
 class Coded(nn.Linear):
@@ -230,3 +235,71 @@ def test_cuts_during_training_are_refused_before_the_training(tmp_path):
     wrap(plain_model(), **fields).save_pretrained(tmp_path)
     with pytest.raises(SensiLoadError, match="quantized.*cuts of `schedule`"):
         PeftModel.from_pretrained(partly_quantized(), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["pooler"], "also_train": []}], ids=["head", "named"])
+def test_a_quantized_module_cannot_be_saved_whole(fields, tmp_path):
+    whole = "pooler" if fields else "classifier"
+    model = quantized_model(codes)
+    owner, name = (model.bert.pooler, "dense") if fields else (model, "classifier")
+    setattr(owner, name, codes(getattr(owner, name)))
+    with pytest.raises(SensiError, match=rf"is quantized.*llm_int8_skip_modules=\['(bert\.)?{whole}'\]"):
+        wrap(model, budget={"trainable": 0.15}, update="dense", **fields)
+    wrap(plain_model(), budget={"trainable": 0.15}, update="dense", **fields).save_pretrained(tmp_path)
+    with pytest.raises(SensiLoadError, match="is quantized, so it cannot be trained and saved whole"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+class WithoutBackward(Coded):
+    """A kernel without a backward pass, as torchao's for quantized activations."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def test_a_kernel_without_a_backward_pass_is_reported():
+    model = wrap(quantized_model(WithoutBackward), budget={"trainable": 0.15}, update="dense")
+    with pytest.warns(UserWarning, match="WithoutBackward layers of the base pass no gradients on"):
+        model.train()(**token_batch()).loss.backward()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**token_batch())
+
+
+class PackedLinear(nn.Linear):
+    """A Linear whose scales were packed for the CPU, and come back in another order, as in bitsandbytes 0.50."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        super().__init__(2, 2)
+        packed = scales.view(2, -1).t().to(torch.bfloat16)
+        self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True, absmax=packed)  # type: ignore[attr-defined]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.weight.quant_state.packing_format_for_cpu = False  # type: ignore[attr-defined]
+        super()._save_to_state_dict(*args)
+
+
+def test_scales_that_were_packed_for_the_cpu_come_back_in_their_order():
+    scales = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    linear = PackedLinear(scales)
+    unpack(linear)
+    assert torch.equal(linear.weight.quant_state.absmax, scales)
+    layer = SensiLinear(PackedLinear(scales), "default")
+    layer.state_dict()  # as when an adapter is saved
+    assert torch.equal(layer.base_layer.weight.quant_state.absmax, scales)
+
+
+def test_four_bits_survive_an_evaluation_on_the_cpu():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 64)
+    with torch.no_grad():
+        plain.weight.mul_(torch.linspace(1, 8, 64)[:, None])
+    four = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=False)
+    four.load_state_dict(plain.state_dict())
+    four.to("cpu").eval()
+    before = dequantized(four)
+    with torch.no_grad():
+        four(torch.randn(3, 128))
+    torch.testing.assert_close(dequantized(four), before, atol=0.01, rtol=0.01)
