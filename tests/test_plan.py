@@ -282,7 +282,7 @@ def test_only_targets_are_trained():
     scores = {g.name: np.ones(g.size) for g in anatomy.groups}
     plan = make_plan(anatomy, scores, None, targets=frozenset({"h.q", "n.down"}))
     assert plan.trainable_params == 2 * 2 * 9 + 8 * 8
-    plan = make_plan(anatomy, scores, None, targets=frozenset({"n.down"}))
+    plan = make_plan(anatomy, scores, None, targets=["n.down"])
     assert (plan.of(anatomy.groups[0]) == 1).all()
 
 
@@ -520,6 +520,9 @@ def test_a_model_of_seven_billion_is_planned_in_time(budget):
         ({"retention": 2.0}, "`retention` must be a share"),
         ({"always_trained": 0.5}, "`always_trained` must be"),
         ({"targets": "query"}, "`targets` must be a list of names"),
+        ({"targets": ["query"]}, "`targets` has 'query', but the anatomy has no such name.*'bert.encoder.layer.0.att"),
+        ({"protected": {"layer.0.heads": [True] * 4}}, "`protected` has 'layer.0.heads'.*'bert.encoder.layer.0"),
+        ({"available": {"layer.0.heads": [True] * 4}}, "`available` has 'layer.0.heads'"),
         ({"protected": [True]}, "`protected` and `available` must be mappings"),
         ({"protected": {"bert.encoder.layer.0.heads": [True]}}, r"4 units.*shape \(1,\): give masks"),
     ],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from family_checks import make_lively, run, token_batch
@@ -10,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, build_anatomy
-from peft_sensi.anatomy.linears import dequantized, is_quantized
+from peft_sensi.anatomy.linears import dequantized, is_quantized, unpack
+from peft_sensi.layers.linear import SensiLinear
 
 
 class Coded(nn.Linear):
@@ -198,3 +203,103 @@ def test_a_quantized_base_needs_a_budget():
     with pytest.raises(SensiError, match=r"trained whole in float32.*'trainable'"):
         wrap(base)
     assert not hasattr(base, "peft_config")
+
+
+def partly_quantized() -> nn.Module:
+    """The first layer has codes; heads and neurons of the second can be trimmed."""
+    model = quantized_model(codes)
+    exact = plain_model()
+    model.bert.encoder.layer[1] = exact.bert.encoder.layer[1]
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: quantized_model(codes), partly_quantized], ids=["all", "a part"])
+def test_an_adapter_on_a_quantized_base_is_trimmed_on_another(make, tmp_path):
+    batches = [token_batch(seed=seed) for seed in range(2)]
+    model = wrap(make(), budget={"trainable": 0.15}, update="dense")
+    train(model)
+    before = run(model, batches[0])
+    with pytest.raises(AnatomyError, match="Load the adapter on the base model without quantization, and trim"):
+        model.trim(0.5, calibration=batches)
+    assert torch.equal(run(model, batches[0]), before)
+    model.save_pretrained(tmp_path)
+    exact = PeftModel.from_pretrained(plain_model(), tmp_path, is_trainable=True)
+    assert exact.trim(0.5, calibration=batches).params_share <= 0.5
+
+
+def test_cuts_during_training_are_refused_before_the_training(tmp_path):
+    fields = {"budget": 0.8, "schedule": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 2}}
+    with pytest.raises(SensiError, match="quantized.*cuts of `schedule`"):
+        wrap(partly_quantized(), **fields)
+    # Codes cannot be masked, so a file from before the end of the cuts is refused by the same words.
+    wrap(plain_model(), **fields).save_pretrained(tmp_path)
+    with pytest.raises(SensiLoadError, match="quantized.*cuts of `schedule`"):
+        PeftModel.from_pretrained(partly_quantized(), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["pooler"], "also_train": []}], ids=["head", "named"])
+def test_a_quantized_module_cannot_be_saved_whole(fields, tmp_path):
+    whole = "pooler" if fields else "classifier"
+    model = quantized_model(codes)
+    owner, name = (model.bert.pooler, "dense") if fields else (model, "classifier")
+    setattr(owner, name, codes(getattr(owner, name)))
+    with pytest.raises(SensiError, match=rf"is quantized.*llm_int8_skip_modules=\['(bert\.)?{whole}'\]"):
+        wrap(model, budget={"trainable": 0.15}, update="dense", **fields)
+    wrap(plain_model(), budget={"trainable": 0.15}, update="dense", **fields).save_pretrained(tmp_path)
+    with pytest.raises(SensiLoadError, match="is quantized, so it cannot be trained and saved whole"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+class WithoutBackward(Coded):
+    """A kernel without a backward pass, as torchao's for quantized activations."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def test_a_kernel_without_a_backward_pass_is_reported():
+    model = wrap(quantized_model(WithoutBackward), budget={"trainable": 0.15}, update="dense")
+    with pytest.warns(UserWarning, match="WithoutBackward layers of the base pass no gradients on"):
+        model.train()(**token_batch()).loss.backward()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**token_batch())
+
+
+class PackedLinear(nn.Linear):
+    """A Linear whose scales were packed for the CPU, and come back in another order, as in bitsandbytes 0.50."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        super().__init__(2, 2)
+        packed = scales.view(2, -1).t().to(torch.bfloat16)
+        self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True, absmax=packed)  # type: ignore[attr-defined]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.weight.quant_state.packing_format_for_cpu = False  # type: ignore[attr-defined]
+        super()._save_to_state_dict(*args)
+
+
+def test_scales_that_were_packed_for_the_cpu_come_back_in_their_order():
+    scales = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    linear = PackedLinear(scales)
+    unpack(linear)
+    assert torch.equal(linear.weight.quant_state.absmax, scales)
+    layer = SensiLinear(PackedLinear(scales), "default")
+    layer.state_dict()  # as when an adapter is saved
+    assert torch.equal(layer.base_layer.weight.quant_state.absmax, scales)
+
+
+def test_four_bits_survive_an_evaluation_on_the_cpu():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 64)
+    with torch.no_grad():
+        plain.weight.mul_(torch.linspace(1, 8, 64)[:, None])
+    four = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=False)
+    four.load_state_dict(plain.state_dict())
+    four.to("cpu").eval()
+    before = dequantized(four)
+    with torch.no_grad():
+        four(torch.randn(3, 128))
+    torch.testing.assert_close(dequantized(four), before, atol=0.01, rtol=0.01)

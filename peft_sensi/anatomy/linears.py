@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.errors import SensiError
+from ..utils.errors import AnatomyError, SensiError
 from ..utils.replicas import offloaded
 
 
@@ -151,17 +151,32 @@ def check_weight(base: Any, x: torch.Tensor | None = None) -> None:
 def unpack(linear: Any) -> None:
     """Undoes the layout of 4-bit weights with which bitsandbytes evaluates models on the CPU."""
     # This layout supports no gradients, and `dequantize_4bit` cannot read it. Only `state_dict()` undoes it.
-    if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
+    state: Any = getattr(getattr(linear, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
         linear.state_dict()
+        if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves scales that are not compressed in the packed order
+            state.absmax = state.absmax.t().reshape(-1).float()
 
 
-def check_quantized(linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool) -> None:
+def check_quantized(
+    linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool, has_cuts: bool
+) -> None:
     """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
     problem = "" if keep_base else "`keep_base=False` would have to cut its quantized weights"
+    if has_cuts:
+        problem = "its units cannot be scored and masked for the cuts of `schedule`"
     if update == "mask" or sparsity is not None:
         problem = "its weights cannot be masked"
     if problem and any(is_quantized(linear) for linear in linears):
         raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
+
+
+def not_trimmable() -> AnatomyError:
+    """The error for trimming an adapter on a model of which at least a part is quantized."""
+    return AnatomyError(
+        "The base model is quantized, so its adapter can be trained, but not trimmed. Load the adapter on the base "
+        "model without quantization, and trim and merge it there. Then the merged model can be quantized."
+    )
 
 
 def not_mergeable() -> SensiError:

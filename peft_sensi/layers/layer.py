@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, update_features
+from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, unpack, update_features
 from ..utils.errors import SensiError
 from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
@@ -268,6 +268,7 @@ class SensiLayer(ComposedWeights):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name in self.sensi_slices:
             keep_integers(self, name)
+        unpack(self.get_base_layer())  # the base's own `state_dict` would do it, and lose the order of the scales
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if marks_are_written():
             destination[prefix + LAYER_MARK] = marks_to_tensor(self.marks())

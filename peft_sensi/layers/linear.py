@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..anatomy.linears import bias_of, check_weight, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
-from .masters import warn_of_merged, warn_of_short
+from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short
 from .sources import Source
 from .values import version_of
 
@@ -85,6 +85,8 @@ class SensiLinear(SensiLayer):
         if self.training or x.requires_grad:
             unpack(base)
         y, parts = base(x), self._parts(name, slice_)
+        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            warn_of_lost_gradients(base)
         trained = {"weight": parts.tuned_weight, "bias": parts.tuned_bias}
         replaced = [part for part, value in trained.items() if value is not None]
         key = id(base.weight), base.weight.device, version_of(bias_of(base))

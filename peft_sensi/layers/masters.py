@@ -55,3 +55,14 @@ def warn_of_merged() -> None:
             "`unmerge_adapter()` before the training goes on, or `model.eval()` if this is no training.",
             stacklevel=2,
         )
+
+
+def warn_of_lost_gradients(base: torch.nn.Module) -> None:
+    """Warns that a kernel has no backward pass, so earlier layers are trained by a part of their gradients."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"The quantized {type(base).__name__} layers of the base pass no gradients on, so earlier layers get a "
+            f"part of their gradients only, with any PEFT method. Use a format with a backward pass: in torchao, one "
+            f"that quantizes weights only, such as `Int8WeightOnlyConfig`.",
+            stacklevel=2,
+        )

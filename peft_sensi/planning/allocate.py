@@ -8,7 +8,7 @@ No limit is exceeded, and no further step of any group would fit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ def make_plan(
     scores: Scores | Mapping[str, Any],
     budget: Budget | float | Mapping[str, float] | None,
     *,
-    targets: frozenset[str] | None = None,
+    targets: Iterable[str] | None = None,
     protected: Mapping[str, Any] | None = None,
     available: Mapping[str, Any] | None = None,
     sequence_length: int | None = None,
@@ -67,7 +67,7 @@ def make_plan(
     Raises:
         BudgetError: If even the smallest plan exceeds a limit, or if a group's scores are missing, have the wrong
             shape or are not finite.
-        SensiError: If another argument has a wrong type or range.
+        SensiError: If another argument has a wrong type or range, or names a module or group that is not in `anatomy`.
     """
     if isinstance(scores, Scores):
         protected = scores.protected if protected is None else protected
@@ -84,12 +84,17 @@ def make_plan(
     check_types({**counts, **shares, "targets": targets})
     if not all(isinstance(masks, Mapping | None) for masks in (protected, available)):
         raise SensiError("`protected` and `available` must be mappings from group names to masks.")
+    modules = frozenset(module for g in anatomy.groups for module in g.modules)
+    targets = modules if targets is None else frozenset(targets)
+    # Scores may have been made for more groups than this anatomy has, such as tokens, and have masks of these.
+    groups = {g.name for g in anatomy.groups} | scores.keys()
+    _check_names("targets", targets, modules, "modules")
+    _check_names("protected", protected or (), groups, "groups")
+    _check_names("available", available or (), groups, "groups")
     length = sequence_length or 128
     limits = Budget() if budget is None else Budget.parse(budget)
     tables = tables_by_limit(latency)
     values = {g.name: _scores_of(g, scores) for g in anatomy.groups}
-    if targets is None:
-        targets = frozenset(module for g in anatomy.groups for module in g.modules)
     if limits != Budget() or retention or tuned_layers is not None:
         _warn_if_all_equal([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
 
@@ -119,6 +124,16 @@ def make_plan(
                 tuned[group.name] = first_units(order, count, group)
     states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
     return Plan(anatomy, states, targets, length, always_trained).predicted(tables)
+
+
+def _check_names(argument: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
+    """Raises `SensiError` for a name that would have no effect."""
+    if unknown := sorted(set(names) - set(known)):
+        example = f", such as {min(known)!r}" if known else ""
+        raise SensiError(
+            f"`{argument}` has {unknown[0]!r}, but the anatomy has no such name: give the names of its {kind}, which "
+            f"are whole paths{example}."
+        )
 
 
 _ADVICE = "give the scores that `compute_scores` returns for this model."

@@ -131,6 +131,12 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
 def check_saved(model: nn.Module, config: SensiConfig) -> None:
     """Raises `SensiError` if a module that is to be saved whole cannot be copied. Warns of weights that it shares."""
     saved, shared = saved_whole(model, config), in_several_places(model)
+
+    def whole_of(path: str) -> str:
+        """The module that is saved whole and contains `path`; empty if there is none."""
+        parts = path.split(".")
+        return next(filter(saved, (".".join(parts[:i]) for i in range(1, len(parts) + 1))), "")
+
     for name, module in model.named_modules(remove_duplicate=False):
         if not saved(name):
             continue
@@ -138,10 +144,15 @@ def check_saved(model: nn.Module, config: SensiConfig) -> None:
             raise held_twice(name)
         if (reason := computed_by_hooks(module)) is not None:
             raise SensiError(f"{name!r} cannot be trained and saved whole, because {reason}.")
+        if is_quantized(base_of(module)):
+            raise SensiError(
+                f"{name!r} is quantized, so it cannot be trained and saved whole. Load the base model without "
+                f"quantizing it: `BitsAndBytesConfig(..., llm_int8_skip_modules=[{whole_of(name)!r}])` or "
+                f"`TorchAoConfig(..., modules_to_not_convert=[{whole_of(name)!r}])`."
+            )
     wholes: dict[int, dict[str, str]] = {}  # for each parameter, its name in each module that is saved whole
     for path, module in model.named_modules():
-        parts = path.split(".")
-        whole = next(filter(saved, (".".join(parts[:i]) for i in range(1, len(parts) + 1))), "")
+        whole = whole_of(path)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 wholes.setdefault(id(parameter), {}).setdefault(whole, f"{path}.{name}")

@@ -80,7 +80,7 @@ def reach_of(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Reach 
     if config.update is None:
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
-    check_quantized(linears, config.update, config.sparsity, config.keep_base)
+    check_quantized(linears, config.update, config.sparsity, config.keep_base, config.phase == "cut")
     return Reach(targets, anatomy, saved_values)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..anatomy.build import nothing_to_trim
+from ..anatomy.linears import not_trimmable
 from ..layers.layer import layers_of
 from ..planning.budget import Budget
 from ..planning.plan import Plan
@@ -71,6 +72,8 @@ def trim_adapter(
 def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget: Any, score: str | None) -> Budget:
     """The limits of a trim. Raises `SensiError` if the adapter, as it is now, cannot be trimmed like this."""
     limits = Budget.parse(budget)
+    if any(layer.sensi_coded for layer in layers_of(root, name).values()):
+        raise not_trimmable()
     if not before.anatomy.trimmable:
         raise nothing_to_trim(root)
     if limits.trainable is not None or not limits.trims:
