@@ -68,8 +68,11 @@ def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeyp
     short = ("--sequence-length", "16")
     text = call("measure", folder / "adapter", "--against", folder / "base", *short)
     assert "1 ms of 2 (50.00%)" in text and timed == [(True, 16)]
-    assert "at most 40 tokens" in fails("measure", folder / "adapter", "--against", folder / "base")
-    assert "at most 40 tokens" in fails("measure", folder / "base")
+    call("measure", folder / "adapter", "--against", folder / "base")
+    assert timed[1:] == [(True, 40)], "the default is 128, or as many as the model takes"
+    long = ("--sequence-length", "41")
+    assert "at most 40 tokens" in fails("measure", folder / "adapter", "--against", folder / "base", *long)
+    assert "at most 40 tokens" in fails("measure", folder / "base", *long)
     assert "with --against" in fails("measure", folder / "adapter")
     assert "--out is about files" in fails(
         "measure", folder / "adapter", "--against", folder / "base", "--out", "x.json"
