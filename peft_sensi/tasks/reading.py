@@ -22,7 +22,7 @@ from .delimited import DELIMITERS, delimiter_of, has_quotes, lines_of, open_quot
 from .labels import DataError, listed
 
 
-SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".conll", ".iob", ".bio")
+SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) 
         )
     notes: list[str] = []
     try:
-        if kind in (".parquet", ".arrow"):
+        if kind in (".parquet", ".arrow", ".feather"):
             rows = _read_arrow(path, kind)
         else:
             text = read_text(path, notes, form.encoding)
@@ -202,12 +202,17 @@ def _with_whole_characters(value: Any) -> Any:
 def json_rows(path: Path, value: Any) -> list[Any]:
     """The list of rows in a JSON value: the value itself, the only list of objects inside, or columns of values.
 
-    In JSON Lines, an object with lists is one row, such as a sentence.
+    All forms that pandas writes are known, except bare lists of values, which have no names of columns. In JSON Lines,
+    an object with lists is one row, such as a sentence.
     """
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
         raise DataError(f"{path} has no list of rows.")
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data", "index_names", "column_names"}:
+        names, cells = value["columns"], value["data"]  # pandas' form "split" or "tight"
+        if isinstance(cells, list) and all(isinstance(row, list) and len(row) == len(names) for row in cells):
+            return [dict(zip(map(str, names), row, strict=True)) for row in cells]
     if suffix_of(path) == ".json" and value and all(isinstance(column, list) for column in value.values()):
         columns: dict[str, Sequence[Any]] = value
         lists = [name for name, column in columns.items() if column and all(isinstance(x, dict) for x in column)]
@@ -215,17 +220,31 @@ def json_rows(path: Path, value: Any) -> list[Any]:
             return list(columns[lists[0]])
         if not lists and len({len(column) for column in columns.values()}) == 1:
             return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    if value and all(isinstance(column, dict) for column in value.values()):
-        keys = [list(column) for column in value.values()]
-        if len(value) > 1 and all(own == keys[0] for own in keys) and all(key.isdecimal() for key in keys[0]):
-            return [{name: column[key] for name, column in value.items()} for key in keys[0]]  # pandas' to_json
+    if isinstance(value.get("schema"), dict) and "fields" in value["schema"]:  # pandas' form "table"
+        value = {name: item for name, item in value.items() if name != "schema"}
     found = _lists_of_objects(value)
     if len(found) == 1:
         return found[0][1]
     if not found:
-        return [value]  # JSON Lines with one line
+        return _rows_by_name(value, guess=suffix_of(path) == ".json") or [value]  # JSON Lines with one line
     names = ", ".join(name for name, _ in found)
     raise DataError(f"{path} has several lists of rows ({names}): write the right one to a file of its own.")
+
+
+def _rows_by_name(value: dict[str, Any], guess: bool) -> list[Any]:
+    """The rows of an object of objects: columns with a value for each row, or rows with a value for each column.
+
+    With `guess`, also if neither has numbers as names: there are more rows than columns. Empty for another value.
+    """
+    inner = list(value.values())
+    if len(inner) < 2 or not all(isinstance(item, dict) and item for item in inner):
+        return []
+    names = list(inner[0])
+    same, columns = all(list(item) == names for item in inner), {name for item in inner for name in item}
+    numbered, inner_numbered = (all(map(str.isdecimal, keys)) for keys in (value, names))
+    if same and (inner_numbered or (guess and not numbered and len(names) > len(value))):
+        return [{name: column[row] for name, column in value.items()} for row in names]
+    return inner if numbered or (guess and len(value) > len(columns)) else []
 
 
 def _lists_of_objects(value: dict[str, Any], above: str = "") -> list[tuple[str, list[Any]]]:
