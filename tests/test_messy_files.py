@@ -285,3 +285,15 @@ def test_a_window_without_room_is_named(base, tmp_path):
         read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=30, stride=16)
     with pytest.raises(DataError, match=r"window of 6 tokens has no room for a question and a text \(--max-length"):
         read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=6)
+
+
+@pytest.mark.parametrize("columns", [["text"], ["text", "more"]])
+def test_rows_with_empty_texts_get_a_prediction_each(columns, tmp_path):
+    """The file with predictions has the rows that pandas reads, in the same order."""
+    frame = pandas.DataFrame({"text": ["a film", "", "bad"], "more": ["x", "", "y"]})[columns]
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    (tmp_path / "f.csv").write_text((tmp_path / "f.csv").read_text() + "\n\n")
+    part = read_part(tmp_path / "f.csv", "text", Options(), labeled=False)
+    assert [row["text"] for row in part.rows] == ["a film", "", "bad"] and not part.notes
+    assert len(part.rows) == len(pandas.read_csv(tmp_path / "f.csv"))
+    assert [row["text"] for row in read_part(tmp_path / "f.csv", "text", Options()).rows] == ["a film", "bad"]

@@ -42,12 +42,12 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) -> Table:
+def read_rows(path: str | Path, form: Format | None = None, as_is: bool = False) -> Table:
     """The rows of a table or of JSON objects.
 
     Cells of text files stay strings: a text such as "1984", "null" or "NA" is not read as a number or a missing value.
-    With `lists`, columns of lists that a program has written as texts are read as lists (`with_lists`). Objects inside
-    of JSON rows become columns such as "meta.label".
+    Objects inside of JSON rows become columns such as "meta.label". Unless rows stay `as_is`, columns of lists that a
+    program has written as texts are read as lists (`with_lists`), and rows of empty cells are left out.
 
     Raises:
         DataError: The file has another form, is empty, or its rows do not fit the header.
@@ -67,8 +67,8 @@ def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) 
         else:
             text = read_text(path, notes, form.encoding)
             is_table = kind in TEXT_SUFFIXES
-            rows = _read_table(path, text, kind, form, notes) if is_table else json_rows(path, parse_json(text))
-            if is_table and lists:
+            rows = _read_table(path, text, kind, form, notes, as_is) if is_table else json_rows(path, parse_json(text))
+            if is_table and not as_is:
                 rows, found = with_lists(rows)
                 notes += [f"{path.name}: the cells in {listed(found)} are read as lists or objects"] * bool(found)
     except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
@@ -86,7 +86,7 @@ def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]) -> list[dict[str, Any]]:
+def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str], as_is: bool) -> list[dict[str, Any]]:
     given = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(form.delimiter or "", form.delimiter)
     if given is not None and len(given) != 1:
         raise DataError(f"--delimiter {form.delimiter}: give one character, or tab.")
@@ -120,7 +120,7 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
         before = line
         if [cell.strip() for cell in cells] == names:
             repeated += 1
-        elif not any(cell.strip() for cell in cells):
+        elif not any(cell.strip() for cell in cells) and not (as_is and len(cells) == len(names)):
             empty.append(line)
         elif len(cells) != len(names):
             other = "" if given else " Perhaps the columns are separated otherwise: see --delimiter and --quotes."

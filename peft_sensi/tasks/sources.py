@@ -145,7 +145,7 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
             rows, notes = answers.from_squad(path, value, labeled)
             return Part(str(path), "answers", rows, [*recognized, *notes], content)
     # The cells of texts to predict are written again, as they are.
-    table = read_rows(path, form, lists=labeled or kind != "text")
+    table = read_rows(path, form, as_is=not labeled and kind == "text")
     return Part(str(path), "table", table.rows, table.notes, content)
 
 
