@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer.core
 import typer.main
-from command import call, fails
+from command import call, fails, run
 from folders import NAMES, save_adapter
 from tiny import tiny_model, wrap
 from transformers import ViTConfig, ViTForImageClassification
@@ -84,6 +84,14 @@ def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeyp
     )
     with pytest.raises(pytest.fail.Exception, match="BertForSequenceClassification"):
         measure.measure(str(folder / "merged"), sequence_length=16)
+
+
+def test_inspect_an_adapter_that_does_not_name_its_base(folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    text = " ".join(run("inspect", tmp_path / "a").output.split())
+    assert "which the adapter does not name: give it with --base" in text and "None" not in text
 
 
 def test_inspect_a_merged_model(folder):
