@@ -287,8 +287,11 @@ NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
     ("failing", "error"),
     [
         ("save_model", NO_ROOM),
-        ("_save_optimizer_and_scheduler", RuntimeError("PytorchStreamWriter failed writing file data/0\nmore")),
-        ("_save_rng_state", NO_ROOM),
+        (
+            "_save_optimizer_and_scheduler",
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2 vs 1"),
+        ),
+        ("_save_rng_state", RuntimeError("basic_ios::clear: iostream error")),
     ],
 )
 def test_a_checkpoint_that_could_not_be_written_is_not_used(failing, error, work, tmp_path, monkeypatch):

@@ -198,10 +198,12 @@ class Run:
             yield
         except (SafetensorError, OSError, RuntimeError) as error:
             # PyTorch's writer has no class of errors of its own. A closed pipe is an OSError, too.
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "PytorchStreamWriter" in str(error)
-            if not full and not isinstance(error, SafetensorError):
+            is_torch = any(part in str(error) for part in ("inline_container.cc", "iostream error"))
+            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if not (is_torch or is_full or isinstance(error, SafetensorError)):
                 raise
-            reason, checkpoint = str(error).partition("\n")[0].rstrip("."), last_checkpoint(self.folder)
+            reason = "a file could not be written whole" if is_torch else str(error).rstrip(".")
+            checkpoint = last_checkpoint(self.folder)
             rest = f" The same command with --resume goes on from {checkpoint.name}." if checkpoint else ""
             raise SensiError(
                 f"The adapter could not be written to {self.folder}: {reason}. Make room.{rest}"
