@@ -49,10 +49,15 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
-    """The cells of a notebook and what they printed as Markdown, and the pictures that they showed by file name."""
-    parts, pictures = [], {}
+    """The cells of a notebook and what they printed as Markdown, and the pictures that they showed by file name.
+
+    The text for those who cannot see a picture is the heading above it.
+    """
+    parts, pictures, heading = [], {}, ""
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            heading = ([heading] + re.findall(r"^#+ (.+)$", source, re.M))[-1]
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         printed, shown = "", []
         for output in cell.get("outputs", ()):
@@ -60,7 +65,7 @@ def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
             if "image/png" in data:
                 name = f"{path.stem}-{len(pictures)}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
-                shown.append(f"![]({name})")
+                shown.append(f"![{heading}]({name})")
             else:
                 printed += "".join(output.get("text") or data.get("text/plain") or ())
         parts += [f"```text\n{printed.rstrip()}\n```"] if printed else []

@@ -119,7 +119,10 @@ class DataOptions:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a text or window; by default 128, and 384 for answers"}
     )
-    stride: int = field(default=128, metadata={"help": "Tokens that neighboring windows share, for answers"})
+    stride: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that neighboring windows share, for answers; by default 128 or less"},
+    )
     max_answer_length: int = field(default=30, metadata={"help": "Longest answer, in tokens"})
     subset: str | None = field(default=None, metadata={"help": "The subset of a data set of the Hub"})
     split: str | None = field(default=None, metadata={"help": "The split of a data set; by default train"})

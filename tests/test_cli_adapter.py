@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer.core
 import typer.main
-from command import call, fails
+from command import call, fails, run
 from folders import NAMES, save_adapter
 from tiny import tiny_model, wrap
 from transformers import ViTConfig, ViTForImageClassification
@@ -68,8 +68,11 @@ def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeyp
     short = ("--sequence-length", "16")
     text = call("measure", folder / "adapter", "--against", folder / "base", *short)
     assert "1 ms of 2 (50.00%)" in text and timed == [(True, 16)]
-    assert "at most 40 tokens" in fails("measure", folder / "adapter", "--against", folder / "base")
-    assert "at most 40 tokens" in fails("measure", folder / "base")
+    call("measure", folder / "adapter", "--against", folder / "base")
+    assert timed[1:] == [(True, 40)], "the default is 128, or as many as the model takes"
+    long = ("--sequence-length", "41")
+    assert "at most 40 tokens" in fails("measure", folder / "adapter", "--against", folder / "base", *long)
+    assert "at most 40 tokens" in fails("measure", folder / "base", *long)
     assert "with --against" in fails("measure", folder / "adapter")
     assert "--out is about files" in fails(
         "measure", folder / "adapter", "--against", folder / "base", "--out", "x.json"
@@ -81,6 +84,11 @@ def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeyp
     )
     with pytest.raises(pytest.fail.Exception, match="BertForSequenceClassification"):
         measure.measure(str(folder / "merged"), sequence_length=16)
+
+
+def test_inspect_an_adapter_that_does_not_name_its_base(folder, tmp_path):
+    text = " ".join(run("inspect", without_base(folder, tmp_path / "a", None)).output.split())
+    assert "which the adapter does not name: give it with --base" in text and "None" not in text
 
 
 def test_inspect_a_merged_model(folder):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from safetensors.torch import load_file
 from tiny import tiny_config
-from transformers import AutoModel, BertTokenizerFast
+from transformers import AutoModel, BertTokenizerFast, Trainer
 
 from peft_sensi import Scores, SensiError, SensiModel, load_merged
 from peft_sensi.cli import train as train_module
@@ -276,6 +278,58 @@ def test_a_finished_training_is_not_lost_by_what_comes_after(options, target, wo
     call(*train, "--out", tmp_path / "half", "--resume")
     assert sum(epochs) == len(options)  # only the second stage was trained
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("failing", "error"),
+    [
+        ("save_model", NO_ROOM),
+        (
+            "_save_optimizer_and_scheduler",
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2 vs 1"),
+        ),
+        ("_save_rng_state", RuntimeError("basic_ios::clear: iostream error")),
+    ],
+)
+def test_a_checkpoint_that_could_not_be_written_is_not_used(failing, error, work, tmp_path, monkeypatch):
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "9",
+             "--epochs", "4", "--batch-size", "8")  # fmt: skip
+    call(*train, "--out", tmp_path / "whole")
+    half, save = (*train, "--out", tmp_path / "half"), getattr(Trainer, failing)
+
+    def full(trainer, *args, **others):
+        if trainer.state.global_step == 10:
+            raise error
+        save(trainer, *args, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, failing, full)
+        text = fails(*half)
+    assert "Make room. The same command with --resume goes on from checkpoint-5." in text and "unexpected" not in text
+    (tmp_path / "half" / "checkpoint-10").mkdir(exist_ok=True)  # it lacks files
+    (tmp_path / "half" / "checkpoint-10" / "trainer_state.json").write_text('{"global_')
+    call(*half, "--resume")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_a_trained_adapter_is_saved_elsewhere_if_the_disk_is_full(work, tmp_path, monkeypatch):
+    save = Trainer.save_model
+
+    def only_elsewhere(trainer, folder=None, **others):
+        if folder is None:
+            raise NO_ROOM
+        save(trainer, folder, **others)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Trainer, "save_model", only_elsewhere)
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT)
+    text = fails(*train, "--out", tmp_path / "out")
+    (folder,) = tmp_path.glob("peft-sensi-*")
+    assert f"Make room. The adapter, without metrics.json, is in {folder} instead." in text
+    assert call("check", folder)["ok"] and not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_a_signal_before_the_training_ends_the_command_in_one_line(work, tmp_path, monkeypatch):

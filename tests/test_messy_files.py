@@ -13,11 +13,11 @@ from tiny import tiny_config
 
 from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.tasks import answers, texts, words
-from peft_sensi.tasks.kinds import kind_of, read_task
+from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import DataError, Labels, find_labels, listed, separator_of
-from peft_sensi.tasks.reading import read_rows
+from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import Part, read_part
-from peft_sensi.tasks.task import Options
+from peft_sensi.tasks.task import Options, stride_of
 
 
 ROWS = [(f"a film number {i}", "good" if i % 2 else "bad") for i in range(12)]
@@ -116,6 +116,12 @@ def test_vectors_of_labels_are_not_taken_for_their_numbers():
     raw = [{"row": i, "text": "a", "label": value} for i, value in enumerate(([0, 1, 0], [1, 1, 0]), start=1)]
     with pytest.raises(DataError, match="0 or 1 for each label.*several --label-column"):
         texts.labels_of("f", raw, ["labels"], Options())
+    for given, separator in ((("0 1 0", "1 1 0"), None), (("0,1,0", "1,1,0"), ","), ((["0", "0"], ["1", "0"]), None)):
+        raw = [{"row": i, "text": "a", "label": value} for i, value in enumerate(given, start=1)]
+        with pytest.raises(DataError, match="0 or 1 for each label"):
+            texts.labels_of("f", raw, ["labels"], Options(label_separator=separator))
+    raw = [{"row": i, "text": "a", "label": value} for i, value in enumerate(("0", "1", "1"), start=1)]
+    assert texts.labels_of("f", raw, ["labels"], Options()).names == ["0", "1"]
     raw = [{"row": i, "text": "a", "label": value} for i, value in enumerate(([0, 1], [1]), start=1)]
     assert texts.labels_of("f", raw, ["labels"], Options()).names == ["0", "1"]
 
@@ -146,6 +152,9 @@ def test_classes_that_look_alike_are_doubted(pair):
 def test_numbers_that_may_be_read_wrong_are_doubted():
     assert "no points between thousands" in doubts(["1.500", "12.250", "3.125"])
     assert "thousands" not in doubts(["0.500", "0.250", "0.125"]) + doubts(["1.5", "12.250", "3.125"])
+    for labels in (["12%", "3%", "50%"], ["$1,000.00", "$5.00", "$7.00"]):
+        assert "for amounts, write plain numbers" in doubts(labels * 2) and "separator" not in doubts(labels * 2)
+    assert "plain numbers" not in doubts(["1/5", "2/5", "3/5"] * 2) + doubts(["1", "2", "3"] * 2)
     assert "learned slowly" in doubts([1.5e6, 2e6, 9e6], Labels([]))
     assert "learned slowly" not in doubts([1.5, 2.5, 4.25])
 
@@ -189,3 +198,102 @@ def test_lists_in_the_columns_of_a_file_stay_lists_in_predictions(tmp_path):
     (tmp_path / "f.csv").write_text("text,tags\na film,\"['a', 'b']\"\n")
     part = read_part(tmp_path / "f.csv", "text", Options(), labeled=False)
     assert part.rows == [{"text": "a film", "tags": "['a', 'b']"}] and not part.notes
+
+
+OTHER_TEXTS = {
+    "cp1251": "Очень хороший фильм, посмотрел ещё раз", "koi8-r": "Очень хороший фильм", "gbk": "这部电影非常好看",
+    "shift_jis": "とても面白い映画でした。テスト", "euc_kr": "이 영화는 정말 재미있어요", "cp1253": "Πολύ καλή ταινία",
+    "big5": "這部電影非常好看,我們昨天晚上去看了,覺得劇情十分精彩,演員的表演也很自然,推薦給大家",
+    "cp1256": "فيلم رائع جدا", "cp1250": "Příliš žluťoučký kůň úpěl ďábelské ódy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", OTHER_TEXTS)
+def test_texts_in_an_encoding_that_is_not_recognized_are_not_read_as_latin(encoding, tmp_path):
+    rows = [{"text": f"A title in English: {OTHER_TEXTS[encoding]}", "label": label} for _, label in ROWS]
+    pandas.DataFrame(rows).to_csv(tmp_path / "f.csv", index=False, encoding=encoding)
+    with pytest.raises(DataError, match="not in UTF-8, and looks wrong as .* Name its encoding with --encoding"):
+        read_rows(tmp_path / "f.csv")
+    assert read_rows(tmp_path / "f.csv", Format(encoding=encoding)).rows == rows
+    assert read_rows(tmp_path / "f.csv", Format(encoding="latin-1")).rows
+
+
+@pytest.mark.parametrize("text", ["un café très créé — «\xa0Égalité\xa0»", "ações da educação", "það er góð æðarfugl"])
+def test_latin_texts_are_noted_with_a_word_in_every_form(text, base, tmp_path):
+    word = max((word for word in text.split() if word.isalpha()), key=len)
+    (tmp_path / "f.csv").write_bytes(f"text,label\n{text},a\n{text},b\n".encode("cp1252"))
+    (tmp_path / "f.conll").write_bytes("".join(f"{word} B-x\nfilm O\n\n" for word in text.split()).encode("cp1252"))
+    question = {"question": "what?", "answers": [{"text": text[:3], "answer_start": 0}]}
+    squad = {"data": [{"paragraphs": [{"context": text, "qas": [question]}]}]}
+    (tmp_path / "f.json").write_bytes(json.dumps(squad, ensure_ascii=False).encode("cp1252"))
+    for name in ("f.csv", "f.conll", "f.json"):
+        notes = "".join(read_part(tmp_path / name, None, Options()).notes)
+        assert f"{name} was read as cp1252 (--encoding), such as {word!r}" in notes
+
+
+@pytest.mark.parametrize("rows", [2, 12])
+@pytest.mark.parametrize("names", ["numbers", "ids"])
+@pytest.mark.parametrize("orient", ["records", "columns", "index", "split", "table"])
+def test_json_as_pandas_writes_it(orient, names, rows, tmp_path):
+    frame = pandas.DataFrame(ROWS[:rows], columns=["text", "label"])
+    frame["more"] = [{"year": 1990 + i} for i in range(rows)]
+    if names == "ids":
+        frame.index = [f"row-{i}" for i in range(rows)]
+    if rows == 2 and names == "ids" and orient in ("columns", "index"):
+        return  # nothing tells rows from columns there
+    frame.to_json(tmp_path / "f.json", orient=orient)
+    found = [
+        {name: row[name] for name in ("text", "label", "more.year")} for row in read_rows(tmp_path / "f.json").rows
+    ]
+    assert found == [{"text": t, "label": n, "more.year": 1990 + i} for i, (t, n) in enumerate(ROWS[:rows])]
+
+
+def test_json_that_is_one_row_stays_one(tmp_path):
+    row = {"premise": {"text": "a film"}, "claim": {"text": "so bad"}}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    assert read_rows(tmp_path / "f.jsonl").rows == [{"premise.text": "a film", "claim.text": "so bad"}]
+    (tmp_path / "f.json").write_text(json.dumps({"train": {"rows": [row]}, "test": {"rows": [row]}}))
+    with pytest.raises(DataError, match="several lists of rows"):
+        read_rows(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize("window", [None, 384, 30, 17])
+def test_the_default_stride_fits_the_window(base, tmp_path, window):
+    """The tiny model has 40 positions."""
+    row = {"question": "what?", "context": "a red stone " * 30, "answers": {"text": ["red"], "answer_start": [2]}}
+    (tmp_path / "f.jsonl").write_text("\n".join(json.dumps(row | {"id": str(i)}) for i in range(4)))
+    task = read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=window)
+    limit = min(window or 40, 40)
+    assert task.record["max_length"] == limit == max(len(row["input_ids"]) for row in task.train)
+    assert task.record["stride"] == limit // 3 and stride_of(Options(), 384) == 128 == stride_of(Options(), 512)
+    found = rows_for_prediction("answers", task.tokenizer, tmp_path / "f.jsonl", max_length=limit)[0]
+    assert found.inputs == [{k: v for k, v in row.items() if "positions" not in k} for row in task.train]
+
+
+def test_texts_in_a_language_that_the_tokenizer_does_not_know_are_doubted(base, tmp_path):
+    for text, unknown in (("a film", False), ("a film 映画", True)):
+        frame = pandas.DataFrame([(f"{text} {'good ' * i}", label) for i, (_, label) in enumerate(ROWS)])
+        frame.to_json(tmp_path / "f.json", orient="records")
+        found = "".join(read_task(base, tmp_path / "f.json", text_column="0", label_column="1").doubts)
+        assert ("of the tokens are unknown to the tokenizer: is the model for this language?" in found) is unknown
+
+
+def test_a_window_without_room_is_named(base, tmp_path):
+    row = {"question": "what?", "context": "a red stone", "answers": {"text": ["red"], "answer_start": [2]}}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="--stride 16 must be less than half of the window of 30 tokens"):
+        read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=30, stride=16)
+    with pytest.raises(DataError, match=r"window of 6 tokens has no room for a question and a text \(--max-length"):
+        read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=6)
+
+
+@pytest.mark.parametrize("columns", [["text"], ["text", "more"]])
+def test_rows_with_empty_texts_get_a_prediction_each(columns, tmp_path):
+    """The file with predictions has the rows that pandas reads, in the same order."""
+    frame = pandas.DataFrame({"text": ["a film", "", "bad"], "more": ["x", "", "y"]})[columns]
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    (tmp_path / "f.csv").write_text((tmp_path / "f.csv").read_text() + "\n\n")
+    part = read_part(tmp_path / "f.csv", "text", Options(), labeled=False)
+    assert [row["text"] for row in part.rows] == ["a film", "", "bad"] and not part.notes
+    assert len(part.rows) == len(pandas.read_csv(tmp_path / "f.csv"))
+    assert [row["text"] for row in read_part(tmp_path / "f.csv", "text", Options()).rows] == ["a film", "bad"]

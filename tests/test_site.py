@@ -75,6 +75,6 @@ def test_a_notebook_becomes_a_page_with_what_it_printed_and_showed(hooks, tmp_pa
     ]
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
     text, pictures = hooks.read_notebook(tmp_path / "a.ipynb")
-    code = "# Title\ntext\n\n```python\nf()\n```\n\n```text\none\ntwo\n```\n\n```python\ng()\n```\n\n![](a-0.png)"
+    code = "# Title\ntext\n\n```python\nf()\n```\n\n```text\none\ntwo\n```\n\n```python\ng()\n```\n\n![Title](a-0.png)"
     assert text == f"{code}\n\n```python\nh()\n```\n\n```text\n[1]\n```"
     assert pictures == {"a-0.png": b"a picture"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,6 +35,18 @@ def test_reload_without_the_base(family, budget, options, saved_adapter):
     expected, folder = saved_adapter(family, keep_base=False, **budget)
     loaded = PeftModel.from_pretrained(tiny_model(family), folder, **options).eval()
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_several_threads_can_call_an_adapter(family, budget, kind, saved_adapter):
+    """The first calls make the cached weights."""
+    _, folder = saved_adapter(family, **budget)
+    model = PeftModel.from_pretrained(tiny_model(family), folder).eval()
+    if kind:
+        model.base_model.compress(kind)
+    expected = logits(copy.deepcopy(model))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(lambda _: logits(model), range(24)))
 
 
 def test_an_unknown_adapter_is_not_activated():

@@ -45,7 +45,9 @@ def inspect(
     tables = facts_table(adapter_facts(saved, plan)), plan_table(shown, ascii_only()), legend(shown, ascii_only())
     print_result(json, adapter_figures(saved, plan), *tables)
     if plan is None and not json:
-        err.print(Text(f"The shares need the base model, which was not found: {base or saved.base}", "dim"))
+        named = base or saved.base
+        why = f"which was not found: {named}" if named else "which the adapter does not name: give it with --base"
+        err.print(Text(f"The shares need the base model, {why}", "dim"))
 
 
 def merge(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,20 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
 def can_resume(folder: Path | None) -> bool:
     """Whether what was interrupted in this folder has left something that --resume goes on from."""
     state = {} if folder is None else read_json_object(folder / UNFINISHED, optional=True)
-    has_checkpoint = folder is not None and any(folder.glob("checkpoint-*"))
+    has_checkpoint = folder is not None and last_checkpoint(folder) is not None
     return bool(state) and (state.get("steps") is not None or "finished" in state or has_checkpoint)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is complete: its last file, which says what was trained, can be read.
+
+    The newest one may lack files, because the disk was full or the process was killed.
+    """
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+    return max(complete, default=(0, None))[1]
 
 
 def check_merged(folder: Path, overwrite: bool) -> None:

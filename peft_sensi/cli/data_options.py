@@ -59,8 +59,10 @@ DATA_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "stride": (
-        Annotated[int, option("--stride", "N", "Tokens that neighboring windows share, for answers.", DATA, min=0)],
-        128,
+        Annotated[int | None,
+                  option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: 128, or a "
+                         "third of a short window.", DATA, min=0)],
+        None,
     ),
     "max_answer_length": (
         Annotated[int, option("--max-answer-length", "N", "The longest answer, in tokens.", DATA, min=1)], 30

@@ -31,7 +31,7 @@ def measure(
         option(
             "--sequence-length",
             "N",
-            "Tokens of a sequence; with --decode, tokens in the cache. Default: 128.",
+            "Tokens of a sequence; with --decode, tokens in the cache. Default: 128, or as many as the model takes.",
             min=1,
         ),
     ] = None,
@@ -68,12 +68,12 @@ def measure(
     """
     shape = {"--batch-size": batch_size, "--sequence-length": sequence_length}
     how = {"--runtime": runtime, "--threads": threads, "--decode": decode}
-    options: dict[str, Any] = {"batch_size": batch_size or 1, "sequence_length": sequence_length or 128}
+    options: dict[str, Any] = {"batch_size": batch_size or 1}
     if against is not None:
         writing = {"--out": out, "--export": export, "--overwrite": overwrite}
         args.refuse(writing, "is about files to write, and --against compares two models")
-        compare(model, against, rounds or 7, json, shape | how, runtime=(runtime or TORCH).value, threads=threads,
-                decode=decode, **options)  # fmt: skip
+        options |= {"runtime": (runtime or TORCH).value, "threads": threads, "decode": decode}
+        compare(model, against, rounds or 7, json, shape | how, sequence_length, **options)
         return
     if export is not None:
         from ..merging.latency import export_graphs
@@ -81,9 +81,10 @@ def measure(
         args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
         measured = how | {"--rounds": rounds, "--out": out}
         args.refuse(measured, "is about a measurement, and --export only writes graphs of whole sequences")
-        base = load_base(model, options["sequence_length"])
+        base = load_base(model)
+        length = length_for(base, sequence_length)
         with step("exporting the graphs", show=not json):
-            export_graphs(base, export, **options)
+            export_graphs(base, export, sequence_length=length, **options)
         lines = f"{export}: copy it to the device and run there: peft-sensi measure {export.name} --out table.json"
         print_result(json, {"folder": str(export)}, lines)
         return
@@ -96,11 +97,10 @@ def measure(
     else:
         from ..merging.latency import measure_latency
 
-        base = load_base(model, options["sequence_length"])
+        base = load_base(model)
+        options |= {"sequence_length": length_for(base, sequence_length), "decode": decode, "rounds": rounds or 7}
         with step("measuring", show=not json):
-            table = measure_latency(
-                base, runtime=(runtime or TORCH).value, threads=threads, decode=decode, rounds=rounds or 7, **options
-            )
+            table = measure_latency(base, runtime=(runtime or TORCH).value, threads=threads, **options)
     report(table, out, json)
 
 
@@ -110,8 +110,8 @@ def report(table: LatencyTable, out: Path | None, json: bool) -> None:
     print_result(json, table.to_dict(), Text(str(table)), *([] if out is None else [f"saved as {out}"]))
 
 
-def load_base(name: str, length: int) -> Any:
-    """The model with the head that its config names, in evaluation mode. It must take inputs of this length."""
+def load_base(name: str) -> Any:
+    """The model with the head that its config names, in evaluation mode."""
     import transformers
 
     from ..anatomy.widths import RECORD_KEY
@@ -126,26 +126,33 @@ def load_base(name: str, length: int) -> Any:
     known = getattr(transformers, architecture, None)
     is_model = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
     if hasattr(config, RECORD_KEY):
-        model: Any = load_merged(open_saved(name).folder)
-    else:
-        model = load_pretrained(known if is_model else transformers.AutoModel, name).eval()
-    check_length(model, length)
-    return model
+        return load_merged(open_saved(name).folder)
+    return load_pretrained(known if is_model else transformers.AutoModel, name).eval()
 
 
-def check_length(model: Any, length: int) -> None:
+def length_for(model: Any, given: int | None) -> int:
+    """The given length, or by default 128 tokens; fewer if the model takes only fewer.
+
+    Raises `SensiError` if the model does not take inputs of the given length.
+    """
     from ..anatomy.modules import positions_of
 
     table = positions_of(model)
-    if table is not None and table[1] < length:
-        raise SensiError(f"The model takes at most {table[1]} tokens: give --sequence-length {table[1]} or less.")
+    longest = None if table is None else table[1]
+    if given is None:
+        return min(128, longest or 128)
+    if longest is not None and longest < given:
+        raise SensiError(f"The model takes at most {longest} tokens: give --sequence-length {longest} or less.")
+    return given
 
 
-def compare(adapter: str, base: str, rounds: int, json: bool, given: Mapping[str, Any], **options: Any) -> None:
+def compare(
+    adapter: str, base: str, rounds: int, json: bool, given: Mapping[str, Any], length: int | None, **options: Any
+) -> None:
     """Times the merged model and its base for each table that the adapter's plan was predicted with.
 
     If the plan was made without a table, both are timed once, as the `options` of `compare_latency` say. `given` are
-    the same options as the user gave them.
+    the same options as the user gave them, and `length` is --sequence-length.
     """
     from ..merging.latency import check_prediction, compare_latency
     from ..reporting.saved import load_adapter, open_adapter
@@ -157,7 +164,7 @@ def compare(adapter: str, base: str, rounds: int, json: bool, given: Mapping[str
         merged: Any = load_adapter(saved, base).merge_and_unload().eval()
         whole = load_adapter(saved, base).unload().eval()
     if not saved.config.latency:
-        check_length(whole, options["sequence_length"])
+        options["sequence_length"] = length_for(whole, length)
         with step("measuring", show=not json):
             merged_ms, base_ms = compare_latency(merged, whole, rounds=rounds, **options)
         found = {"merged_ms": merged_ms, "base_ms": base_ms, "measured_share": merged_ms / base_ms}

@@ -29,8 +29,8 @@ _FORMAT = ("subset", "split", "encoding", "delimiter", "quotes")
 _TRAINED = {
     "max_length": option("--max-length", "N", "Cut texts after this many tokens. Default: as in training.", args.DATA,
                          min=2),
-    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training, "
-                     "or 128.", args.DATA, min=0),
+    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training.",
+                     args.DATA, min=0),
     "max_answer_length": option("--max-answer-length", "N", "The longest answer, in tokens. Default: as in training, "
                                 "or 30.", args.DATA, min=1),
 }  # fmt: skip

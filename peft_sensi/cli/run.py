@@ -6,11 +6,13 @@ Ctrl-C, SIGTERM and SIGHUP end a training after the running step, with a checkpo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from accelerate.utils import reduce
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..reporting.facts import plan_figures
 from ..reporting.saved import METRICS, WEIGHTS
@@ -36,6 +37,7 @@ from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
+from .checks import last_checkpoint
 from .rates import WHOLE, default_rate
 from .terminal import ENDING, err, handling, leave_lost_terminal, stop_at_once
 
@@ -145,7 +147,7 @@ class Run:
         is_resumed = self.state.get("stage") == stage
         if is_resumed and self.state.get("steps") is not None:
             return  # only what comes after this stage was interrupted
-        checkpoint = get_last_checkpoint(str(self.folder)) if is_resumed else None
+        checkpoint = last_checkpoint(self.folder) if is_resumed else None
         if checkpoint is None:
             remove_checkpoints(self.folder)
         self.check_room()
@@ -155,14 +157,13 @@ class Run:
         stop = StopAfterStep()
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
         with handling([signal.SIGINT, *ENDING], stop.request), self.saving():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds += time.perf_counter() - start
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise SensiError(
                 "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
             )
-        with self.saving():
-            trainer.save_model()  # before anything else can go wrong
+        self.save(trainer)  # before anything else can go wrong
         self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
         write_record(self.folder / UNFINISHED, self.state)  # what comes now can be interrupted, too
 
@@ -177,13 +178,36 @@ class Run:
                 f"Make room, or give another --out."
             )
 
+    def save(self, trainer: Trainer) -> None:
+        """Saves the adapter; where that fails, in a temporary folder, because the training would be lost."""
+        try:
+            with self.saving():
+                trainer.save_model()
+        except SensiError as error:
+            other = tempfile.mkdtemp(prefix="peft-sensi-")
+            try:
+                trainer.save_model(other)
+            except Exception:
+                raise error from None
+            raise SensiError(f"{error} The adapter, without metrics.json, is in {other} instead.") from error
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Says what could not be written."""
+        """Says what could not be written, and what is left of the training."""
         try:
             yield
-        except SafetensorError as error:
-            raise SensiError(f"The adapter could not be written to {self.folder}: {error}") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            # PyTorch's writer has no class of errors of its own. A closed pipe is an OSError, too.
+            is_torch = any(part in str(error) for part in ("inline_container.cc", "iostream error"))
+            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if not (is_torch or is_full or isinstance(error, SafetensorError)):
+                raise
+            reason = "a file could not be written whole" if is_torch else str(error).rstrip(".")
+            checkpoint = last_checkpoint(self.folder)
+            rest = f" The same command with --resume goes on from {checkpoint.name}." if checkpoint else ""
+            raise SensiError(
+                f"The adapter could not be written to {self.folder}: {reason}. Make room.{rest}"
+            ) from error
 
     def evaluate(self) -> Quality:
         """The quality on the validation rows; without such rows, it is empty and says so."""
@@ -261,14 +285,16 @@ def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> 
 
 def saved_training(folder: Path, state: Mapping[str, Any]) -> str | None:
     """Where an interrupted training has saved its adapter: its last checkpoint, or the folder if it was finished."""
-    return get_last_checkpoint(str(folder)) if state.get("steps") is None else str(folder)
+    place = last_checkpoint(folder) if state.get("steps") is None else folder
+    return None if place is None else str(place)
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Removes the checkpoints of an earlier training in this folder."""
+    """Removes the checkpoints of a training in this folder, also those that lack files if the training is ours."""
     if PartialState().process_index == 0:
+        are_ours = (folder / UNFINISHED).is_file()
         for path in folder.glob("checkpoint-*"):
-            if path.is_dir() and (path / "trainer_state.json").is_file():
+            if path.is_dir() and (are_ours or (path / "trainer_state.json").is_file()):
                 shutil.rmtree(path)
 
 

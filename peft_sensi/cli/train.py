@@ -195,8 +195,7 @@ def trim_for(
         quality = run.evaluate()
     else:
         run.check_room()
-        with run.saving():
-            run.trainer().save_model()
+        run.save(run.trainer())
     return run.write_metrics(
         base,
         model=name,

@@ -136,7 +136,9 @@ def encode(raw: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, strid
     number of contexts with several windows.
     """
     longest_question = max_length // 2 - tokenizer.num_special_tokens_to_add(pair=True)
-    if not 0 <= stride < max_length - max_length // 2 or longest_question < 1:
+    if longest_question < 1:
+        raise DataError(f"A window of {max_length} tokens has no room for a question and a text (--max-length).")
+    if not 0 <= stride < max_length - max_length // 2:
         raise DataError(
             f"--stride {stride} must be less than half of the window of {max_length} tokens. Give a smaller one."
         )

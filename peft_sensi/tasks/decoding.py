@@ -38,6 +38,8 @@ _NO_DATA = {
 }
 LATIN = ("cp1252", "latin-1")  # what is not Unicode is taken for one of these
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # hardly any text has these
+_ACCENTS = re.compile(r"[^\x00-\x7f\xa0«»–—‘’“”…]+")  # letters with accents, and others, without punctuation
+_NO_LETTER = re.compile(r"[\x80-\x84\x86-\x9f]")  # hardly any text in a Latin encoding has these
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -66,9 +68,29 @@ def read_text(path: Path, notes: list[str] | None = None, encoding: str | None =
         raise DataError(f"{path} is not {used} text ({error.reason} at byte {error.start}): see --encoding.") from None
     if len(_CONTROL.findall(text)) > max(2, len(text) // 100):  # a stray one or two are no reason to refuse a file
         raise DataError(f"{path} is not a text file, or not in {used}: save it as text, or see --encoding.")
+    sample = ""
+    if encoding is None and used in LATIN:
+        words = [word for word in re.findall(r"(?:\w|[^\s\x00-\x7f])+", text) if not word.isascii()]
+        sample = f", such as {max(words, key=len)[:30]!r}" if words else ""
+        if not _is_latin(text):
+            raise DataError(
+                f"{path} is not in UTF-8, and looks wrong as {used}{sample}. Name its encoding with --encoding, such "
+                f"as cp1251, shift_jis or gb18030; if {used} is right, name that."
+            )
     if notes is not None and used not in ("utf-8", "utf-8-sig"):
-        notes.append(f"{path.name} was read as {used} (--encoding)")
+        notes.append(f"{path.name} was read as {used} (--encoding){sample}")
     return text.removeprefix("\ufeff")
+
+
+def _is_latin(text: str) -> bool:
+    """Whether a text that was decoded as a Latin encoding can be one.
+
+    In Cyrillic, Greek, Chinese and other encodings, most bytes above 127 are beside each other. In some of these, and
+    in those of Central Europe, many of them stand for no letter in `LATIN`.
+    """
+    runs = _ACCENTS.findall(text)
+    others, close = sum(map(len, runs)), sum(len(run) for run in runs if len(run) > 2)
+    return 2 * close <= others and len(_NO_LETTER.findall(text)) <= max(2, others // 100)
 
 
 def _refuse(path: Path, content: bytes, formats: dict[bytes, str]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from . import answers, texts, words
 from .columns import label_columns, other_label_columns, text_columns, usual_label_columns
+from .decoding import TEXT_SUFFIXES, suffix_of
 from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .sources import Part, Source, read_source
 from .splitting import by_group, hold_out, sample
-from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of
+from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of, stride_of, unknown_tokens
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -57,7 +58,7 @@ def read_task(
     read = {"text": _read_texts, "words": _read_words, "answers": _read_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
     notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
-    task.doubts[:0] = notes
+    task.doubts[:0] = [*notes, *unknown_tokens(task.train, tokenizer)]
     task.hashes = {part.name: part.sha256 for part in (*source.train, *source.validation)}
     return task
 
@@ -93,7 +94,7 @@ def rows_for_prediction(
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
         return words.encode(raw, None, tokenizer, limit)[0], lines, notes
     raw = [row for part in parts for row in _questions(part, labeled=False)]
-    return answers.encode(raw, tokenizer, limit, wanted.stride)[0], [], notes
+    return answers.encode(raw, tokenizer, limit, stride_of(wanted, limit))[0], [], notes
 
 
 def decode(
@@ -125,10 +126,9 @@ def kind_of(part: Part, has_label: bool = False) -> Kind:
     if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS) or words.has_word_rows(part.rows):
         return "words"
     if len(names) == 1:
-        raise DataError(
-            f"{part.name} has one column, {next(iter(names))!r:.60}, and labels need another one. If the file has no "
-            f"header, write one. For other delimiters, see --delimiter. For words with tags, give --task words."
-        )
+        hint = " If the file has no header, write one. For other delimiters, see --delimiter."
+        hint = hint * (suffix_of(Path(part.name)) in TEXT_SUFFIXES) + " For words with tags, give --task words."
+        raise DataError(f"{part.name} has one column, {next(iter(names))!r:.60}, and labels need another one.{hint}")
     return "text"
 
 
@@ -328,10 +328,11 @@ def _read_answers(source: Source, options: Options, head: Labels | None, tokeniz
         held = [held[i] for i in sample(len(held), options.max_validation_rows, options.seed)]  # groups differ in size
     doubts += _repeated(train, held, "questions", "question", "context")
     silent = answers.may_be_silent(train)
-    rows, longest, cut = answers.encode(train, tokenizer, limit, options.stride)
-    held_rows, _, cut_too = answers.encode(held, tokenizer, limit, options.stride)
+    stride = stride_of(options, limit)
+    rows, longest, cut = answers.encode(train, tokenizer, limit, stride)
+    held_rows, _, cut_too = answers.encode(held, tokenizer, limit, stride)
     size = f"longest input {longest:,} tokens, {cut + cut_too:,} in several windows of {limit} (--max-length)"
-    record = record_of("answers", Labels([]), options, limit, silent=silent)
+    record = record_of("answers", Labels([]), replace(options, stride=stride), limit, silent=silent)
     described = [_count(rows, held_rows, "questions"), *lines, size]
 
     def measure(outputs: Any, measured: Rows, _: Rows | None) -> Quality:

@@ -22,7 +22,7 @@ from .delimited import DELIMITERS, delimiter_of, has_quotes, lines_of, open_quot
 from .labels import DataError, listed
 
 
-SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".conll", ".iob", ".bio")
+SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) -> Table:
+def read_rows(path: str | Path, form: Format | None = None, as_is: bool = False) -> Table:
     """The rows of a table or of JSON objects.
 
     Cells of text files stay strings: a text such as "1984", "null" or "NA" is not read as a number or a missing value.
-    With `lists`, columns of lists that a program has written as texts are read as lists (`with_lists`). Objects inside
-    of JSON rows become columns such as "meta.label".
+    Objects inside of JSON rows become columns such as "meta.label". Unless rows stay `as_is`, columns of lists that a
+    program has written as texts are read as lists (`with_lists`), and rows of empty cells are left out.
 
     Raises:
         DataError: The file has another form, is empty, or its rows do not fit the header.
@@ -62,13 +62,13 @@ def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) 
         )
     notes: list[str] = []
     try:
-        if kind in (".parquet", ".arrow"):
+        if kind in (".parquet", ".arrow", ".feather"):
             rows = _read_arrow(path, kind)
         else:
             text = read_text(path, notes, form.encoding)
             is_table = kind in TEXT_SUFFIXES
-            rows = _read_table(path, text, kind, form, notes) if is_table else json_rows(path, parse_json(text))
-            if is_table and lists:
+            rows = _read_table(path, text, kind, form, notes, as_is) if is_table else json_rows(path, parse_json(text))
+            if is_table and not as_is:
                 rows, found = with_lists(rows)
                 notes += [f"{path.name}: the cells in {listed(found)} are read as lists or objects"] * bool(found)
     except (UnicodeError, csv.Error, ValueError, RecursionError, EOFError) as error:
@@ -86,7 +86,7 @@ def read_rows(path: str | Path, form: Format | None = None, lists: bool = True) 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]) -> list[dict[str, Any]]:
+def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str], as_is: bool) -> list[dict[str, Any]]:
     given = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(form.delimiter or "", form.delimiter)
     if given is not None and len(given) != 1:
         raise DataError(f"--delimiter {form.delimiter}: give one character, or tab.")
@@ -120,7 +120,7 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
         before = line
         if [cell.strip() for cell in cells] == names:
             repeated += 1
-        elif not any(cell.strip() for cell in cells):
+        elif not any(cell.strip() for cell in cells) and not (as_is and len(cells) == len(names)):
             empty.append(line)
         elif len(cells) != len(names):
             other = "" if given else " Perhaps the columns are separated otherwise: see --delimiter and --quotes."
@@ -202,12 +202,17 @@ def _with_whole_characters(value: Any) -> Any:
 def json_rows(path: Path, value: Any) -> list[Any]:
     """The list of rows in a JSON value: the value itself, the only list of objects inside, or columns of values.
 
-    In JSON Lines, an object with lists is one row, such as a sentence.
+    All forms that pandas writes are known, except bare lists of values, which have no names of columns. In JSON Lines,
+    an object with lists is one row, such as a sentence.
     """
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
         raise DataError(f"{path} has no list of rows.")
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data", "index_names", "column_names"}:
+        names, cells = value["columns"], value["data"]  # pandas' form "split" or "tight"
+        if isinstance(cells, list) and all(isinstance(row, list) and len(row) == len(names) for row in cells):
+            return [dict(zip(map(str, names), row, strict=True)) for row in cells]
     if suffix_of(path) == ".json" and value and all(isinstance(column, list) for column in value.values()):
         columns: dict[str, Sequence[Any]] = value
         lists = [name for name, column in columns.items() if column and all(isinstance(x, dict) for x in column)]
@@ -215,17 +220,31 @@ def json_rows(path: Path, value: Any) -> list[Any]:
             return list(columns[lists[0]])
         if not lists and len({len(column) for column in columns.values()}) == 1:
             return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    if value and all(isinstance(column, dict) for column in value.values()):
-        keys = [list(column) for column in value.values()]
-        if len(value) > 1 and all(own == keys[0] for own in keys) and all(key.isdecimal() for key in keys[0]):
-            return [{name: column[key] for name, column in value.items()} for key in keys[0]]  # pandas' to_json
+    if isinstance(value.get("schema"), dict) and "fields" in value["schema"]:  # pandas' form "table"
+        value = {name: item for name, item in value.items() if name != "schema"}
     found = _lists_of_objects(value)
     if len(found) == 1:
         return found[0][1]
     if not found:
-        return [value]  # JSON Lines with one line
+        return _rows_by_name(value, guess=suffix_of(path) == ".json") or [value]  # JSON Lines with one line
     names = ", ".join(name for name, _ in found)
     raise DataError(f"{path} has several lists of rows ({names}): write the right one to a file of its own.")
+
+
+def _rows_by_name(value: dict[str, Any], guess: bool) -> list[Any]:
+    """The rows of an object of objects: columns with a value for each row, or rows with a value for each column.
+
+    With `guess`, also if neither has numbers as names: there are more rows than columns. Empty for another value.
+    """
+    inner = list(value.values())
+    if len(inner) < 2 or not all(isinstance(item, dict) and item for item in inner):
+        return []
+    names = list(inner[0])
+    same, columns = all(list(item) == names for item in inner), {name for item in inner for name in item}
+    numbered, inner_numbered = (all(map(str.isdecimal, keys)) for keys in (value, names))
+    if same and (inner_numbered or (guess and not numbered and len(names) > len(value))):
+        return [{name: column[row] for name, column in value.items()} for row in names]
+    return inner if numbered or (guess and len(value) > len(columns)) else []
 
 
 def _lists_of_objects(value: dict[str, Any], above: str = "") -> list[tuple[str, list[Any]]]:

@@ -124,6 +124,7 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
     form = Format(options.encoding, options.delimiter, options.quotes)
     suffix = suffix_of(path)
     content = hashlib.sha256(path.read_bytes()).hexdigest()
+    recognized: list[str] = []
     is_conll = suffix in (".conll", ".iob", ".bio")
     if kind == "words" and suffix in words.CONLL_SUFFIXES and not is_conll:
         header = read_text(path, encoding=options.encoding).partition("\n")[0]
@@ -131,20 +132,20 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
     if is_conll:
         label = options.label_columns()
         token, tag = words.column_numbers(options.text_column, label[0] if label else None)
-        rows = words.read_conll(path, token, tag if labeled else None, encoding=options.encoding)
-        return Part(str(path), "words", rows, [], content)
+        rows = words.read_conll(path, token, tag if labeled else None, options.encoding, recognized)
+        return Part(str(path), "words", rows, recognized, content)
     if suffix in (".json", ".jsonl", ".ndjson"):
         try:
-            value = parse_json(read_text(path, encoding=options.encoding))
+            value = parse_json(read_text(path, recognized, options.encoding))
         except (ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} cannot be read as {suffix}: {str(error).rstrip('.')}.") from None
         if answers.is_squad(value) or (kind == "answers" and suffix == ".json" and isinstance(value, dict)):
             rows, notes = answers.from_squad(path, value, labeled)
-            return Part(str(path), "answers", rows, notes, content)
+            return Part(str(path), "answers", rows, [*recognized, *notes], content)
     # The cells of texts to predict are written again, as they are.
-    table = read_rows(path, form, lists=labeled or kind != "text")
+    table = read_rows(path, form, as_is=not labeled and kind == "text")
     return Part(str(path), "table", table.rows, table.notes, content)
 
 

@@ -34,7 +34,7 @@ class Options:
         label_separator: The text between the labels of a cell, if rows can have several labels.
         skip_unlabeled: Whether rows without a label are left out; otherwise they are an error.
         max_length: Longest input in tokens. `None`: the default of the kind, in `KINDS`.
-        stride: How many tokens neighboring windows of a long text share (answers only).
+        stride: How many tokens neighboring windows of a long text share (answers only). `None`: see `stride_of`.
         max_answer_length: The longest answer, in tokens.
         max_rows, max_validation_rows: At most so many rows, chosen at random.
         validation_share: The share of the rows that is held out if there are no validation rows.
@@ -50,7 +50,7 @@ class Options:
     label_separator: str | None = None
     skip_unlabeled: bool = False
     max_length: int | None = None
-    stride: int = 128
+    stride: int | None = None
     max_answer_length: int = 30
     max_rows: int | None = None
     max_validation_rows: int | None = None
@@ -211,6 +211,23 @@ def limit_of(tokenizer: Any, max_length: int, config: Any = None) -> int:
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
         limit = min(limit, most or limit)
     return limit
+
+
+def unknown_tokens(rows: Rows, tokenizer: Any) -> list[str]:
+    """A doubt, if the tokenizer does not know many of the words: all of these are one token to the model."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:  # GPT-2 uses one token for both, and knows all words
+        return []
+    special = {*tokenizer.all_special_ids} - {unknown}
+    ids = [i for row in rows.inputs for i in row["input_ids"] if i not in special]
+    share = ids.count(unknown) / max(1, len(ids))
+    text = f"{share:.0%} of the tokens are unknown to the tokenizer: is the model for this language?"
+    return [text] if share > 0.1 else []
+
+
+def stride_of(options: Options, window: int) -> int:
+    """How many tokens neighboring windows of so many tokens share: 128, or a third of a short window, by default."""
+    return min(128, window // 3) if options.stride is None else options.stride
 
 
 def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:

@@ -31,6 +31,7 @@ from .task import Options, Rows
 
 
 MANY = 25  # a table of so many classes is cut
+_AMOUNT = re.compile(r"[^\w\s]?\s?[+-]?\d[\d.,]*\s?[^\w\s]?")  # such as 12% and $1,000.00
 
 
 def to_raw(
@@ -66,8 +67,9 @@ def to_raw(
             separator = separator_of(sorted({str(raw["label"]) for raw in found})) if len(labels) == 1 else None
             several = f" If rows can have several labels or none, give --label-separator {separator!r}."
             raise DataError(
-                f"{name}: row {missing[0]}{more} has no label in {', '.join(map(repr, labels))}. Fill it in, or leave "
-                f"such rows out with --skip-unlabeled.{several if separator else ''}"
+                f"{name}: row {missing[0]}{more} has no label in {', '.join(map(repr, labels))}. Fill it in"
+                f"{' (0 or 1)' if len(labels) > 1 else ''}, or leave such rows out with --skip-unlabeled."
+                f"{several if separator else ''}"
             )
         notes.append(f"left out {len(missing):,} rows without a label, the first is row {missing[0]}")
     if not found:
@@ -104,15 +106,14 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
     shown = ", ".join(map(repr, columns))
     if len(columns) > 1:
         return Labels(list(columns), several=True)
+    if _are_vectors(values):
+        raise DataError(
+            f"{name}: the cells in {shown} have a 0 or 1 for each label, such as {values[0]!r:.60}. Write the names "
+            f"of a row's labels into the cell, or a column of 0 and 1 for each label (several --label-column)."
+        )
     if options.label_separator is not None or any(isinstance(value, list | tuple) for value in values):
         if options.regression:
             raise DataError(f"{name}: the cells in {shown} are lists, and --regression predicts one number.")
-        if _are_vectors(values):
-            raise DataError(
-                f"{name}: the lists in {shown} are a 0 or 1 for each label, such as {values[0]!r:.60}. Write the "
-                f"names of a row's labels into the list, or a column of 0 and 1 for each label (several "
-                f"--label-column)."
-            )
         labels = find_several(values, options.label_separator)
         if not labels.names:
             raise DataError(f"{name}: no row has a label in {shown} (--label-column).")
@@ -149,10 +150,17 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
 
 
 def _are_vectors(values: Sequence[Any]) -> bool:
-    """Whether all values are equally long lists of 0 and 1. A list of numbers of classes repeats none of them."""
-    lists = [value for value in values if isinstance(value, list | tuple)]
-    same = len(lists) == len(values) and len({len(value) for value in lists}) == 1
-    return same and {part for value in lists for part in value} <= {0, 1} and any(len({*v}) < len(v) for v in lists)
+    """Whether all values are equally many 0 and 1, in lists or in texts such as "0 1 1".
+
+    A list of numbers of classes repeats none of them.
+    """
+    lists = [re.split(r"[\s,;|]+", value.strip()) if isinstance(value, str) else value for value in values]
+    same = all(isinstance(value, list | tuple) for value in lists) and len({len(value) for value in lists}) == 1
+    return (
+        same
+        and all(part in (0, 1, "0", "1") for value in lists for part in value)
+        and any(len({*value}) < len(value) for value in lists)
+    )
 
 
 def encode(
@@ -205,7 +213,10 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
         more += f"; {counted(none, 'row')} without a label"
     if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
         doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
-    if (separator := separator_of(labels.names)) is not None:
+    if len(labels.names) > 2 and not labels.several and all(_AMOUNT.fullmatch(label) for label in labels.names):
+        if not all(is_number(label) for label in labels.names):
+            doubts.append(f"labels such as {labels.names[0]!r} are classes; for amounts, write plain numbers")
+    elif (separator := separator_of(labels.names)) is not None:
         joined = next(label for label in labels.names if separator in label)
         doubts.append(f"{joined!r} is read as one label; for several labels, give --label-separator {separator!r}")
     if stray := sum(isinstance(value, str) and value != value.strip() for value in values):

@@ -34,9 +34,15 @@ _COMMENT = re.compile(r"#\s.*=")
 
 
 def read_conll(
-    path: str | Path, token_column: int = 0, tag_column: int | None = -1, encoding: str | None = None
+    path: str | Path,
+    token_column: int = 0,
+    tag_column: int | None = -1,
+    encoding: str | None = None,
+    notes: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows with `tokens` and `tags`, one row per sentence; without `tags` if `tag_column` is `None`.
+
+    A note about the encoding is added to `notes`.
 
     An empty line, a line without a word, or a -DOCSTART- line ends a sentence. Not read are a header in the first line
     and, before a sentence, comments such as `# id = 3`.
@@ -49,7 +55,7 @@ def read_conll(
     tags: list[str] = []
     width = 0
     # Split only at "\n", because U+0085, U+2028 and similar characters can be tokens.
-    lines = read_text(Path(path), encoding=encoding).split("\n")
+    lines = read_text(Path(path), notes, encoding).split("\n")
     for number, line in enumerate([*lines, ""], start=1):
         cells = line.rstrip("\r").split("\t") if "\t" in line else line.split()
         if not line.strip() or not cells[0] or cells[0] == "-DOCSTART-":
