@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..utils import distributed
-from .calibration import device_of, to_device
+from ..utils.errors import CalibrationError
+from .calibration import device_of, run_model, to_device
 
 
 def draw_labels(
@@ -49,9 +50,9 @@ def _drawn(
         return {}
     try:
         with torch.no_grad():
-            output: Any = model(**to_device(batch, device_of(model)))
-    except (TypeError, ValueError, AttributeError):
-        return {}  # the loss of this batch is computed next, and `calibration_loss` explains the error
+            output = run_model(model, to_device(batch, device_of(model)), "a calibration batch")
+    except CalibrationError:
+        return {}  # the loss of this batch is computed next, which raises the error again and tells the batch's number
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if not isinstance(logits, torch.Tensor):
         return {}
@@ -62,7 +63,8 @@ def _drawn(
         if labels.dim() == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
             new = torch.bernoulli(logits.sigmoid(), generator=generator)
         elif logits.shape in (labels.shape, (*labels.shape, 1)):
-            new = logits.reshape(labels.shape) + torch.randn(labels.shape, dtype=torch.float32, generator=generator)
+            noise = torch.randn(labels.shape, dtype=torch.float32, generator=generator, device="cpu")
+            new = logits.reshape(labels.shape) + noise
         else:
             return {}
         return {"labels": new.to(labels)}
