@@ -115,7 +115,7 @@ class Run:
             report_to="none",
             disable_tqdm=False,
             remove_unused_columns=False,
-            average_tokens_across_devices=False,  # otherwise Trainer multiplies these means by the number of processes
+            average_tokens_across_devices=False,  # otherwise Trainer multiplies these means by the number of devices
             **(best if stops else {"save_strategy": "no"}),  # type: ignore[arg-type]
         )
         trainer = Trainer(

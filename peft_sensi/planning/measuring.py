@@ -105,7 +105,10 @@ def example_inputs(
         return to_device(given, device)
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
-        raise SensiError(f"{type(model).__name__} has no config of Transformers: give a batch as `inputs`.")
+        raise SensiError(
+            f"{type(model).__name__} has no config of Transformers, which tells what it takes: give a batch as "
+            f"`inputs` of `measure_latency`."
+        )
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator("cpu").manual_seed(0)
     if "input_ids" in accepted:

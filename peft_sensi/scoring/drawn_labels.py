@@ -30,9 +30,9 @@ def draw_labels(
       squared error is the likelihood of such noise.
 
     A batch with other labels stays as it is. In language models, labels are shifted or are inputs as well. The chances
-    of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch for which the
-    model predicts no chances at all (NaN) also stays: its loss is computed next, and explains the error. The draws
-    depend on `seed` and on a batch's position among those of all processes.
+    of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch that the model
+    refuses, or for which it predicts no chances at all (NaN), also stays: its loss is computed next, and that error
+    tells the number of the batch. The draws depend on `seed` and on a batch's position among those of all processes.
     """
     positions = distributed.batch_positions(len(batches))
     drawn: list[Mapping[str, Any]] = []
@@ -52,7 +52,7 @@ def _drawn(
         with torch.no_grad():
             output = run_model(model, to_device(batch, device_of(model)), "a calibration batch")
     except CalibrationError:
-        return {}  # the loss of this batch is computed next, which raises the error again and tells the batch's number
+        return {}
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if not isinstance(logits, torch.Tensor):
         return {}
