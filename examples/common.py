@@ -38,6 +38,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
     "warmup_steps": 0.1,  # a number below 1 is a share of all steps
     "train_sampling_strategy": "group_by_length",
+    "average_tokens_across_devices": False,  # otherwise Trainer multiplies means by their number
     "logging_strategy": "epoch",
     "save_strategy": "no",
     "report_to": "none",

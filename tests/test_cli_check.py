@@ -60,6 +60,14 @@ def test_another_base(folder, tmp_path):
     assert status == 1 and found["base"][0] == "wrong" and "another base" in found["base"][1]
 
 
+def test_a_base_that_returns_tuples(folder, tmp_path):
+    copy = shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    status, found = check(folder / "adapter", "--base", copy)
+    assert status == 0 and found["outputs"] == ("ok", "finite")
+
+
 def test_a_base_that_is_not_here(folder, tmp_path):
     copy = shutil.copytree(folder / "adapter", tmp_path / "adapter")
     config = json.loads((copy / "adapter_config.json").read_text())

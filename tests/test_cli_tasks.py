@@ -23,10 +23,12 @@ from tiny import tiny_config
 from transformers import AutoModel, BertTokenizerFast, Trainer
 
 from peft_sensi import Scores, SensiError, SensiModel, load_merged
+from peft_sensi.cli import run as run_module
 from peft_sensi.cli import train as train_module
 from peft_sensi.cli.run import Run, StopAfterStep
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
+from peft_sensi.tasks.task import Task
 from peft_sensi.tuner import decision
 
 
@@ -109,6 +111,36 @@ def test_class_weights_change_the_loss(work, tmp_path):
     assert any(not torch.equal(plain[key], weighted[key]) for key in plain if plain[key].is_floating_point())
     answers = ("--data", work / "squad.json", "--max-length", "24", "--stride", "4", "--out", tmp_path / "no")
     assert "--class-weights" in fails("train", work / "base", *answers, "--class-weights", "balanced")
+
+
+@pytest.mark.parametrize("options", [(), ("--class-weights", "balanced")])
+def test_the_loss_does_not_grow_with_the_number_of_processes(options, work, tmp_path, monkeypatch):
+    show, trainers = run_module.show_progress, []
+    monkeypatch.setattr(run_module, "show_progress", lambda trainer: trainers.append(trainer) or show(trainer))
+    call("train", work / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT, *options, "--out", tmp_path)
+    trainer = trainers[0]
+    model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
+    items = torch.tensor(len(batch["labels"]))
+    alone = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert torch.equal(trainer.compute_loss(model, dict(batch), num_items_in_batch=items), alone)
+
+
+def test_only_the_batches_that_calibrate_are_made(work, tmp_path, monkeypatch):
+    real, read = Task.batches, []
+
+    def batches(task, *arguments):
+        for batch in real(task, *arguments):
+            read.append(batch)
+            yield batch
+
+    monkeypatch.setattr(Task, "batches", batches)
+    monkeypatch.setattr(train_module, "CALIBRATION", 2)
+    data = ("--data", work / "texts.csv", "--batch-size", "8")
+    call("train", work / "base", *data, "--budget", "0.7", "--epochs", "0", "--out", tmp_path / "out")
+    assert len(read) == 2
+    call("trim", tmp_path / "out", *data, "--budget", "0.5", "--out", tmp_path / "half")
+    assert len(read) == 4
 
 
 def test_plan_scores_with_the_class_weights_of_train(work, tmp_path):
@@ -245,7 +277,8 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, wo
     assert "--resume" in interrupted(monkeypatch, step, *half, number=number)
     assert "--resume" in fails(*half)
     assert "--seed was not given, and is 3 now" in fails(*half, "--resume", "--seed", "3")
-    call(*half, "--resume")
+    seconds = json.loads((tmp_path / "half" / "unfinished.json").read_text())["seconds"]
+    assert call(*half, "--resume")["seconds"]["training"] > seconds > 0
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import LABELS, tiny_batches, tiny_model
+from tiny import LABELS, tiny_batches, tiny_model, trained
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from peft_sensi import CalibrationError
 from peft_sensi.scoring.drawn_labels import draw_labels
 
 
@@ -64,6 +65,23 @@ def test_one_class_and_batches_that_the_model_refuses_stay():
     assert torch.equal(draw_labels(Fixed(torch.tensor([3.0])), [many(labels)], seed=0)[0]["labels"], labels)
     refused = {"text": ["a"], "labels": labels}
     assert draw_labels(tiny_model(), [refused], seed=0) == [refused]
+
+
+def test_a_batch_that_the_model_refuses_is_named_by_the_trim():
+    model, batches = trained(budget=1.0), tiny_batches(3)
+    batches[1]["labels"][0] = 99  # beyond the classes
+    assert torch.equal(draw_labels(model, batches, seed=0)[1]["labels"], batches[1]["labels"])
+    with pytest.raises(CalibrationError, match="failed for calibration batch 1 "):
+        model.base_model.trim(0.5, batches)
+
+
+def test_a_default_device_changes_no_draws():
+    batch = many(torch.zeros(8))
+    [expected] = draw_labels(Fixed(torch.tensor([5.0])), [batch], seed=0)
+    model = Fixed(torch.tensor([5.0]))
+    with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
+        [found] = draw_labels(model, [batch], seed=0)
+    assert torch.equal(found["labels"], expected["labels"])
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(4, dtype=torch.long), torch.zeros(4, 2), torch.zeros(4)])

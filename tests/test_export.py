@@ -55,6 +55,15 @@ def test_the_file_says_what_the_model_says(family, tmp_path):
         np.testing.assert_allclose(run(tmp_path / "model.onnx", batch)[0], expected, atol=1e-4)
 
 
+def test_a_default_device_does_not_reach_the_example(bert):
+    given = tiny_batches(1, labels=False)[0]
+    expected = [export_module._examples(bert, batch) for batch in (None, given)]
+    with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
+        found = [export_module._examples(bert, batch) for batch in (None, given)]
+    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        assert_same_tensors(ours, theirs)
+
+
 def test_for_a_text_that_is_too_long_the_error_names_the_limit(family, tmp_path):
     report = export_onnx(tiny_model(family), tmp_path / "model.onnx", int8=True)
     for file in (report.file, report.int8):

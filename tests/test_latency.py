@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 from typer.testing import CliRunner
 
 from peft_sensi import (
+    BlockLayout,
     BudgetError,
     LatencyTable,
     Schedule,
@@ -136,6 +137,39 @@ def test_models_that_cannot_be_measured(bert):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64}
     with pytest.raises(SensiError, match="has an encoder, too"):
         measure_latency(AutoModelForSeq2SeqLM.from_config(BartConfig(**sizes)), sequence_length=8, decode=True)
+
+
+class Own(nn.Module):
+    """A model that is none of Transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(4, 16), "down": nn.Linear(16, 4)}) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block["down"](torch.relu(block["up"](x)))
+        return x
+
+
+def test_a_model_of_the_users_own_needs_a_batch(counting):
+    model, blocks = Own(), [BlockLayout(layer="blocks.*", up="up", down="down")]
+    with pytest.raises(SensiError, match="Own has no config of Transformers.*give a batch as `inputs`"):
+        measure_latency(model, blocks=blocks)
+    with pytest.raises(SensiError, match="give a batch as `inputs`"):
+        wrap(model, budget={"latency": 0.5}, blocks=blocks, task_type=None)
+    assert measure_latency(model, blocks=blocks, inputs={"x": torch.ones(1, 4)}, rounds=1).model == "Own"
+
+
+def test_inputs_are_where_the_model_is(bert):
+    given = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    assert measuring.example_inputs(copy.deepcopy(bert).to("meta"), 1, 4, given)["input_ids"].is_meta
+    expected = measuring.example_inputs(bert, 2, 5)
+    with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
+        found = measuring.example_inputs(bert, 2, 5)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------

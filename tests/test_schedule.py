@@ -102,6 +102,20 @@ def test_a_mask_that_is_drawn_again_does_not_depend_on_the_old_one(config):
     assert_same_tensors(*masks)
 
 
+@pytest.mark.parametrize("config", [{"sparsity": 1e-4}, {"sparsity": 0.3, "budget": 0.28, "min_units": 0}])
+def test_a_mask_that_removes_nothing_of_a_layer_is_drawn_once(config, recwarn):
+    model = wrap(tiny_model(), update="low_rank", rank=2, schedule={"phase": "draw_mask", "at": 0.5}, **config)
+    schedule = Schedule(model, 4)
+    assert schedule.step(done_steps=2)
+    train(model)
+    before = snapshot(model)
+    recwarn.clear()
+    schedule.finish()
+    assert not recwarn.list
+    assert_same_tensors(snapshot(model), before)
+    model.base_model.trim(0.25)
+
+
 def test_cuts_by_magnitude_see_trained_weights():
     model, schedule = scheduled(score="magnitude")
     layers = layers_of(model)

@@ -27,7 +27,7 @@ from peft_sensi import (
     compute_scores,
     make_plan,
 )
-from peft_sensi.scoring.calibration import ScoringOptions, preserved
+from peft_sensi.scoring.calibration import ScoringOptions, materialize, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.gates import (
     find_weighting,
@@ -807,6 +807,19 @@ def test_single_examples_are_told_from_batches(row):
     rows = [{"input_ids": row, "attention_mask": [1, 1, 1], "labels": 1}] * 4
     with pytest.raises(CalibrationError, match="single example.*DataLoader"):
         compute_scores(tiny_model(), rows)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [torch.zeros(2, dtype=torch.bfloat16)],
+        [torch.zeros(2, requires_grad=True)],
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), (torch.zeros(2, 3), torch.zeros(2, 3))),  # the cache of a decoder
+    ],
+)
+def test_lists_of_tensors_stay_as_they_are(value):
+    [batch] = materialize([{**tiny_batches(1)[0], "more": value}], 1)
+    assert batch["more"] is value
 
 
 def test_losses_that_are_none_say_why():

@@ -27,7 +27,7 @@ from tiny import (
 )
 
 import peft_sensi
-from peft_sensi import AnatomyError, SensiConfig, SensiError, compute_scores, load_merged, save_merged
+from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, compute_scores, load_merged, save_merged
 from peft_sensi.layers.layer import SensiLayer
 
 
@@ -303,6 +303,25 @@ def test_a_load_that_fails_after_the_injection(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         PeftModel.from_pretrained(base, folder)
     assert state(base) == before
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same plan", "another plan"])
+def test_a_load_of_another_head_leaves_the_adapter_as_it_was(seed, tmp_path):
+    """PyTorch would write all tensors that fit, and raise its error afterwards."""
+    options = {"score": "random", "budget": 0.5}
+    other = wrap(tiny_model(num_labels=5), seed=seed, **options)
+    other.save_pretrained(tmp_path)
+    model = wrap(tiny_model(), seed=0, **options)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    before, tensors, plan = state(model), snapshot(model), model.base_model.plan()
+    with pytest.raises(SensiLoadError, match="same `num_labels`"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert state(model) == before and model.base_model.plan() == plan
+    assert_same_tensors(snapshot(model), tensors)
+    optimizer.step()  # its parameters are still those of the model
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+        model.load_adapter(tmp_path, "default", ignore_mismatched_sizes=True)
+    assert model.base_model.plan() == other.base_model.plan()
 
 
 def test_the_users_config_stays_as_it_was():

@@ -117,6 +117,7 @@ class Run:
             report_to="none",
             disable_tqdm=False,
             remove_unused_columns=False,
+            average_tokens_across_devices=False,  # otherwise Trainer multiplies these means by the number of devices
             **(best if stops else {"save_strategy": "no"}),  # type: ignore[arg-type]
         )
         trainer = Trainer(
@@ -156,8 +157,13 @@ class Run:
         start = time.perf_counter()
         stop = StopAfterStep()
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
-        with handling([signal.SIGINT, *ENDING], stop.request), self.saving():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            with handling([signal.SIGINT, *ENDING], stop.request), self.saving():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:  # what was trained until now counts after `--resume`, too
+            so_far = self.seconds + time.perf_counter() - start
+            write_record(self.folder / UNFINISHED, self.state | {"seconds": so_far})
+            raise
         self.seconds += time.perf_counter() - start
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise SensiError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def train_for(
     `state` is that of an interrupted training, or has its `options` only. Returns what `metrics.json` contains, and an
     empty dict in all processes but the first.
     """
-    calibration = list(itertools.islice(task.batches(training.batch_size, training.seed), CALIBRATION))
+    calibration = list(islice(task.batches(training.batch_size, training.seed), CALIBRATION))
     seed, base, name = training.seed, model.config, model.name_or_path
     loss_fn = weighted_model_loss(task) if training.class_weights else None
     state, start = dict(state), time.perf_counter()
@@ -172,7 +172,7 @@ def trim_for(
     Returns what `metrics.json` contains: the quality before the trim, after it, and after the training. `state` is as
     in `train_for`; `model` then is the adapter of the checkpoint.
     """
-    calibration = list(itertools.islice(task.batches(training.batch_size, training.seed), CALIBRATION))
+    calibration = list(islice(task.batches(training.batch_size, training.seed), CALIBRATION))
     set_seed(training.seed)
     run = Run(model, task, folder, training, state, is_whole=True)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()

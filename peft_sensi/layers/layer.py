@@ -21,7 +21,7 @@ from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, 
 from .masters import without_rounding
 from .saved import activate
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
-from .updates import pack_mask, top_mask, unpack_mask
+from .updates import masked_count, pack_mask, top_mask, unpack_mask
 from .values import round_integers
 from .weights import ComposedWeights
 
@@ -143,9 +143,13 @@ class SensiLayer(ComposedWeights):
         self._sensi_fused.clear()
 
     def is_masked(self, adapter_name: str) -> bool:
-        """Whether the adapter's mask removes at least one weight. True if no mask is stored."""
+        """Whether the adapter's mask removes at least one weight. True if no mask is stored, or if none could."""
         bits = self.part("bits", adapter_name)
-        return bits is None or not bool(unpack_mask(bits, self.sensi_slices[adapter_name].kept_shape).all())
+        if bits is None:
+            return True
+        slice_ = self.sensi_slices[adapter_name]
+        removed = masked_count(slice_.kept_shape.numel(), slice_.sparsity or 0.0)
+        return removed == 0 or not bool(unpack_mask(bits, slice_.kept_shape).all())
 
     def compress(self, adapter_name: str, kind: str) -> None:
         """Replaces the trained values by codes (see `compression`), or the scores of a mask by its bits."""

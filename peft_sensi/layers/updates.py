@@ -41,8 +41,8 @@ def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, se
     if support == "first":
         return torch.arange(count, dtype=torch.int32, device=weight.device)
     if support == "random":
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(weight.numel(), generator=generator)[:count]
+        generator = torch.Generator("cpu").manual_seed(seed)
+        chosen = torch.randperm(weight.numel(), generator=generator, device="cpu")[:count]
     else:
         matrix = weight.detach().float().cpu()
         if support == "decomposition":
@@ -69,13 +69,18 @@ def _sparse_part(weight: torch.Tensor, count: int, rank: int) -> torch.Tensor:
     return rest
 
 
+def masked_count(numel: int, sparsity: float) -> int:
+    """How many of so many weights a mask removes."""
+    return int(sparsity * numel + 1e-9)
+
+
 def top_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """A mask (bool, of the shape of `scores`) that is false for the `floor(sparsity * numel)` smallest scores.
 
     Among equal scores, the first ones are removed.
     """
     flat = scores.detach().flatten()
-    removed = int(sparsity * flat.numel() + 1e-9)
+    removed = masked_count(flat.numel(), sparsity)
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     # `kthvalue` and not `sort`, for speed: a learned mask is computed in every step.

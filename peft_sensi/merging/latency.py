@@ -114,8 +114,7 @@ def export_graphs(
     small = copy.deepcopy(model).float().cpu().eval()
     anatomy = measurable(small, blocks)
     kinds = kinds_of(anatomy)
-    batch = dict(inputs) if inputs is not None else example_inputs(small, batch_size, sequence_length)
-    batch = {name: tensor.cpu() for name, tensor in batch.items()}
+    batch = example_inputs(small, batch_size, sequence_length, inputs)
     largest = 0
 
     def write(name: str) -> None:
@@ -168,12 +167,12 @@ def compare_latency(
             start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
             runs = [start(copy.deepcopy(each).eval()) for each in (base, model)]
         else:
-            batch = dict(inputs) if inputs is not None else example_inputs(base, batch_size, sequence_length)
-            arrays, runs = {key: tensor.cpu().numpy() for key, tensor in batch.items()}, []
+            batch = example_inputs(base, batch_size, sequence_length, inputs)
+            batch, runs = {key: tensor.cpu() for key, tensor in batch.items()}, []
             for number, each in enumerate((base, model)):
                 path = Path(name) / f"{number}.onnx"
                 trace_graph(copy.deepcopy(each).float().cpu().eval(), batch, path)
-                runs.append(start_session(path, arrays, threads))
+                runs.append(start_session(path, {key: tensor.numpy() for key, tensor in batch.items()}, threads))
         device = next(base.parameters()).device.type if runtime == "torch" else "cpu"
         variants = {"merged": partial(_ready, runs[1])}
         whole, timings = time_variants(runs[0], variants, clock_for(threads, device), rounds)

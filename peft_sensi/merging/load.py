@@ -82,7 +82,8 @@ def load_merged_as(folder: str | os.PathLike[str], auto_class: Any, changes: Map
     own = set(empty.state_dict())
     state = {_name_in(empty, found.empty, name): tensor for name, tensor in found.state.items()}
     state = {name: tensor for name, tensor in state.items() if name in own}
-    return _build(cls, replace(found, widths=_widths_in(empty, found), state=state), new_head=True)
+    widths = _widths_in(empty, found.empty, found.widths)
+    return _build(cls, replace(found, widths=widths, state=state), new_head=True)
 
 
 def without_weights(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -98,7 +99,7 @@ def without_weights(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
         source = on_meta(architecture_of(record["architecture"]), config)
         widths = _widths_of(record)
         check_widths(widths, source)
-        apply_widths(empty, _widths_in(empty, _Folder(Path(), source, config, widths, {})))
+        apply_widths(empty, _widths_in(empty, source, widths))
     return empty
 
 
@@ -111,11 +112,11 @@ def _name_in(model: PreTrainedModel, source: PreTrainedModel, name: str) -> str:
     return f"{prefix}.{name}" if has_head else name.removeprefix(f"{prefix}.")
 
 
-def _widths_in(model: PreTrainedModel, found: _Folder) -> Widths:
-    """The widths with the names that they have in `model`. Those of the other head are left out."""
+def _widths_in(model: PreTrainedModel, source: PreTrainedModel, widths: Widths) -> Widths:
+    """The widths of `source` with the names that they have in `model`. Those of the other head are left out."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {_name_in(model, found.empty, name): shape for name, shape in found.widths.shapes.items()}
-    numbers = {_name_in(model, found.empty, name): value for name, value in found.widths.attributes.items()}
+    shapes = {_name_in(model, source, name): shape for name, shape in widths.shapes.items()}
+    numbers = {_name_in(model, source, name): value for name, value in widths.attributes.items()}
     return Widths({name: shape for name, shape in shapes.items() if name in own}, numbers)
 
 

@@ -191,10 +191,10 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
         raise SensiError(
             "Encoder-decoder models cannot be exported as one graph: save the merged model and export it with Optimum."
         )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     examples = []
     for size, length in _SHAPES:
-        ids = torch.randint(0, config.vocab_size, (size, length), generator=generator)
+        ids = torch.randint(0, config.vocab_size, (size, length), generator=generator, device="cpu")
         mask = torch.ones_like(ids)
         mask[1::2, length - length // 3 :] = 0
         if (pad := config.pad_token_id) is not None:
@@ -203,7 +203,7 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
         if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 1) > 1:
             example["token_type_ids"] = torch.zeros_like(ids)
         if given is not None:
-            rows, columns = torch.arange(size)[:, None], torch.arange(length)
+            rows, columns = torch.arange(size, device="cpu")[:, None], torch.arange(length, device="cpu")
             example = {name: v[rows % v.shape[0], columns % v.shape[1]] for name, v in given.items()}
         examples.append({name: value for name, value in example.items() if name in accepted})
     return examples

@@ -18,6 +18,7 @@ from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.latency import LatencyTable, shape_of
 from ..anatomy.latency_points import kinds_of, point_name, table_from
 from ..anatomy.units import Anatomy
+from ..scoring.calibration import to_device
 from ..utils.errors import SensiError
 from ..utils.timing import Run, clock_for, processor_name, time_variants
 from .plan import Plan
@@ -92,14 +93,27 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
 
-def example_inputs(model: nn.Module, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """A batch of this shape: random token ids with a mask, or a random image. Raises `SensiError` for other inputs."""
-    config: Any = model.config
+def example_inputs(
+    model: nn.Module, batch_size: int, length: int, given: Inputs | None = None
+) -> dict[str, torch.Tensor]:
+    """The batch that is `given`, or one of this shape: random token ids with a mask, or a random image.
+
+    It is on the model's device. Raises `SensiError` if none is given and the model takes other inputs.
+    """
+    device = next(model.parameters()).device
+    if given is not None:
+        return to_device(given, device)
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise SensiError(
+            f"{type(model).__name__} has no config of Transformers, which tells what it takes: give a batch as "
+            f"`inputs` of `measure_latency`."
+        )
     accepted = inspect.signature(model.forward).parameters
-    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    generator = torch.Generator("cpu").manual_seed(0)
     if "input_ids" in accepted:
         vocabulary = config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (batch_size, length), generator=generator)
+        ids = torch.randint(0, vocabulary, (batch_size, length), generator=generator, device="cpu")
         if (pad := getattr(config.get_text_config(), "pad_token_id", None)) is not None:
             ids = ids.masked_fill(ids == pad, (pad + 1) % vocabulary)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -107,7 +121,8 @@ def example_inputs(model: nn.Module, batch_size: int, length: int) -> dict[str, 
             batch["decoder_input_ids"] = ids
     elif "pixel_values" in accepted:
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        batch = {"pixel_values": torch.randn(batch_size, config.num_channels, *size, generator=generator)}
+        shape = (batch_size, config.num_channels, *size)
+        batch = {"pixel_values": torch.randn(shape, generator=generator, device="cpu")}
     else:
         raise SensiError(f"{type(model).__name__} takes neither token ids nor images: give a batch as `inputs`.")
     return {name: value.to(device) for name, value in batch.items() if name in accepted}
@@ -126,7 +141,7 @@ def start_run(
             f"A decoding step is measured for decoders only: {type(model).__name__} has an encoder, too. Measure it "
             f"without `decode`."
         )
-    batch: dict[str, Any] = dict(example_inputs(model, batch_size, length) if inputs is None else inputs)
+    batch: dict[str, Any] = example_inputs(model, batch_size, length, inputs)
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1  # as `generate` does

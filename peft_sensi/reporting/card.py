@@ -79,6 +79,7 @@ def write_card(
 
     Raises:
         SensiError: `results` contains no numbers, or a file of results cannot be read.
+        FileNotFoundError: There is no file `results`.
     """
     folder = folder or saved.folder
     if (folder / CARD).exists():

@@ -137,7 +137,7 @@ def _outputs(model: Any) -> Finding:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         batch = example_inputs(inner, 2, 8)
         with torch.no_grad():
-            outputs = model(**batch)
+            outputs = model(**batch, return_dict=True)
     except Exception as error:  # a model can raise anything for a batch that it does not take
         return Finding("outputs", NOTE, f"not computed: {str(error).strip().splitlines()[0]}")
     found = [value for value in outputs.values() if isinstance(value, torch.Tensor)]

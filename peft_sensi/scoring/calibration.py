@@ -91,16 +91,21 @@ def _as_tensors(batch: Any) -> Any:
         return batch
     changed = {}
     for name, value in batch.items():
-        if isinstance(value, np.ndarray) or (isinstance(value, (list, tuple)) and value):
+        if isinstance(value, np.ndarray) or (isinstance(value, (list, tuple)) and value and not _has_tensor(value)):
             try:
                 array = np.asarray(value)
             except ValueError:  # lists of different lengths
                 continue
-            if array.dtype.kind in "biuf" and not any(isinstance(part, torch.Tensor) for part in value):
+            if array.dtype.kind in "biuf":
                 # The types that models compute with; numpy's defaults differ between platforms.
                 kind = {"i": torch.long, "u": torch.long, "b": torch.bool, "f": torch.get_default_dtype()}
                 changed[name] = torch.as_tensor(array).to(kind[array.dtype.kind])
     return {**batch, **changed} if changed else batch
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether there is a tensor in a list, also in lists inside of it, as in the cache of a decoder."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_has_tensor, value)))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -287,7 +292,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Restores what forward and backward passes may change, even if an error occurs inside the block.
 
     This covers the structure of the model (see `utils.undo`; a forward pass with labels sets `config.problem_type`),
-    training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on all devices.
+    training mode, `requires_grad`, `.grad`, buffers, and the random states of Python, NumPy and torch on CPU and CUDA.
     It does not cover weights: code that changes them must restore them (see `priming.primed`). Raises `SensiError` if
     the model cannot have gradients.
     """

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..utils import distributed
-from .calibration import device_of, to_device
+from ..utils.errors import CalibrationError
+from .calibration import device_of, run_model, to_device
 
 
 def draw_labels(
@@ -29,9 +30,9 @@ def draw_labels(
       squared error is the likelihood of such noise.
 
     A batch with other labels stays as it is. In language models, labels are shifted or are inputs as well. The chances
-    of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch for which the
-    model predicts no chances at all (NaN) also stays: its loss is computed next, and explains the error. The draws
-    depend on `seed` and on a batch's position among those of all processes.
+    of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch that the model
+    refuses, or for which it predicts no chances at all (NaN), also stays: its loss is computed next, and that error
+    tells the number of the batch. The draws depend on `seed` and on a batch's position among those of all processes.
     """
     positions = distributed.batch_positions(len(batches))
     drawn: list[Mapping[str, Any]] = []
@@ -49,9 +50,9 @@ def _drawn(
         return {}
     try:
         with torch.no_grad():
-            output: Any = model(**to_device(batch, device_of(model)))
-    except (TypeError, ValueError, AttributeError):
-        return {}  # the loss of this batch is computed next, and `calibration_loss` explains the error
+            output = run_model(model, to_device(batch, device_of(model)), "a calibration batch")
+    except CalibrationError:
+        return {}
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if not isinstance(logits, torch.Tensor):
         return {}
@@ -62,7 +63,8 @@ def _drawn(
         if labels.dim() == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
             new = torch.bernoulli(logits.sigmoid(), generator=generator)
         elif logits.shape in (labels.shape, (*labels.shape, 1)):
-            new = logits.reshape(labels.shape) + torch.randn(labels.shape, dtype=torch.float32, generator=generator)
+            noise = torch.randn(labels.shape, dtype=torch.float32, generator=generator, device="cpu")
+            new = logits.reshape(labels.shape) + noise
         else:
             return {}
         return {"labels": new.to(labels)}

@@ -36,13 +36,12 @@ def hold_out(strata: Sequence[Hashable], share: float, seed: int, what: str = "r
     held = {stratum: min(int(len(numbers) * share), len(numbers) - 1) for stratum, numbers in members.items()}
     # The classes with the largest rest get one row more, until there are enough.
     rest = sorted(members, key=lambda s: (held[s] - len(members[s]) * share, -len(members[s])))
-    while sum(held.values()) < count:
-        before = sum(held.values())
-        for stratum in rest:
-            if sum(held.values()) < count and held[stratum] < len(members[stratum]) - 1:
-                held[stratum] += 1
-        if sum(held.values()) == before:
+    while (left := count - sum(held.values())) > 0:
+        growing = [stratum for stratum in rest if held[stratum] < len(members[stratum]) - 1][:left]
+        if not growing:
             break  # every class has one training row, and no more
+        for stratum in growing:
+            held[stratum] += 1
     chosen = {number for stratum, numbers in members.items() for number in numbers[: held[stratum]]}
     if not chosen:
         raise DataError("Every class has one row only, so none can be held out: give a file with --validation.")

@@ -36,7 +36,7 @@ from ..utils.files import make_readable, open_safetensors, read_json_object
 from ..utils.undo import snapshot, surely, undone_on_error
 from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
-from .loading import named_as_in
+from .loading import named_as_in, sizes_must_fit
 from .trainer_loads import hook_trainer
 
 
@@ -156,7 +156,8 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                     result = function(*args, **kwargs)
                 _check_filled(model)
                 return result
-            return function(*args, **kwargs)
+            with sizes_must_fit(is_load and not kwargs.get("ignore_mismatched_sizes")):
+                return function(*args, **kwargs)
         except BaseException as error:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
                 surely(restore)

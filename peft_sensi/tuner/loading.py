@@ -16,6 +16,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -128,13 +129,30 @@ def check_saved_modules(path: str, model: nn.Module, adapter_name: str) -> None:
     check_specs(found, {**expected, **resized}, path)
 
 
+# PyTorch writes all tensors that fit, and raises its error about the others afterwards.
+_sizes_must_fit = ContextVar("sizes_must_fit", default=False)
+
+
+@contextmanager
+def sizes_must_fit(wanted: bool) -> Iterator[None]:
+    """Inside the block, `check_state` also checks the shapes of modules that are saved whole, if this is wanted.
+
+    Otherwise PEFT may leave out those that differ (`ignore_mismatched_sizes`).
+    """
+    token = _sizes_must_fit.set(wanted)
+    try:
+        yield
+    finally:
+        _sizes_must_fit.reset(token)
+
+
 def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Checks tensors with the model's own names just before they are loaded. Returns them under all these names.
 
     A model may hold one module under several names, such as an encoder for questions and for answers. PEFT saves its
     tensors under the first, and PyTorch expects them under all.
 
-    PyTorch checks the shapes of modules that are saved whole. PEFT has `ignore_mismatched_sizes` for them.
+    Outside of `sizes_must_fit`, PyTorch checks the shapes of modules that are saved whole.
     """
     layers = layers_of(model)
     saved = f".modules_to_save.{adapter_name}."
@@ -147,7 +165,7 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
         if key.endswith(f".{adapter_name}") and key.split(".")[-2] in SensiLayer.tensor_names:
             expected[key] = (tuple(value.shape), value.dtype)
         elif saved in f".{key}" and key in tensors:
-            expected[key] = (tuple(tensors[key].shape), value.dtype)
+            expected[key] = (tuple((value if _sizes_must_fit.get() else tensors[key]).shape), value.dtype)
     in_file, in_model = (any("sensi_codes" in key.split(".")[-2:] for key in keys) for keys in (tensors, expected))
     if in_file != in_model:
         raise SensiLoadError(

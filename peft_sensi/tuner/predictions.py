@@ -73,8 +73,8 @@ def measure_missing(model: nn.Module, config: Any) -> None:
             )
         table = None
         if distributed.rank() == 0:
-            config_of_model: Any = getattr(model, "config", None)
-            text = config_of_model.get_text_config() if config_of_model is not None else None
+            model_config: Any = getattr(model, "config", None)
+            text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
             longest = getattr(text, "max_position_embeddings", None) or 128
             table = measure_torch(
                 model,

@@ -93,9 +93,9 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: s
     return f"<p>{html.escape(caption)}</p><table><tr>{header}</tr>{body}</table>"
 
 
-def wrapped(lines: Iterable[str], width: int = 80) -> str:
-    """Lines of text, where those that are longer than `width` are continued on an indented line."""
-    return "\n".join(textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False) for line in lines)
+def wrapped(lines: Iterable[str]) -> str:
+    """Lines of text, where those that are longer than 80 characters are continued on an indented line."""
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="    ", break_long_words=False) for line in lines)
 
 
 def data_frame(records: Sequence[Mapping[str, Any]]) -> Any:
