@@ -25,7 +25,8 @@ from transformers import AutoModel, BertTokenizerFast, Trainer
 from peft_sensi import Scores, SensiError, SensiModel, load_merged
 from peft_sensi.cli import run as run_module
 from peft_sensi.cli import train as train_module
-from peft_sensi.cli.run import Run, StopAfterStep
+from peft_sensi.cli.run import Run
+from peft_sensi.cli.stopping import StopAfterStep
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
 from peft_sensi.tasks.task import Task
@@ -409,7 +410,7 @@ print("on stdout, which is no terminal")
 
 def test_signals_that_a_launcher_passes_on_do_not_end_the_checkpoint(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("peft_sensi.cli.run.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("peft_sensi.cli.stopping.time.monotonic", lambda: now[0])
     stop = StopAfterStep()
     stop.request(signal.SIGINT)
     for number, seconds in ((signal.SIGINT, 0.5), (signal.SIGTERM, 5)):
@@ -423,10 +424,10 @@ def test_several_processes_stop_after_the_same_step(monkeypatch):
     """One of two has the signal: the mean is 0.5. All save, wait for each other, and stop."""
     waited: list[int] = []
     two = SimpleNamespace(num_processes=2, device="cpu", wait_for_everyone=lambda: waited.append(1))
-    monkeypatch.setattr("peft_sensi.cli.run.PartialState", lambda: two)
+    monkeypatch.setattr("peft_sensi.cli.stopping.PartialState", lambda: two)
     step = SimpleNamespace(is_world_process_zero=False, global_step=3, max_steps=9)
     for others, stops in ((0.0, False), (0.5, True)):
-        monkeypatch.setattr("peft_sensi.cli.run.reduce", lambda flag, mean=others: torch.full_like(flag, mean))
+        monkeypatch.setattr("peft_sensi.cli.stopping.reduce", lambda flag, mean=others: torch.full_like(flag, mean))
         stop, control = StopAfterStep(), SimpleNamespace(should_save=False)
         stop.on_step_end(None, step, control)
         assert control.should_save is stops and not waited

@@ -1,0 +1,53 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a training after the running step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+
+from .terminal import err, leave_lost_terminal, stop_at_once
+
+
+class StopAfterStep(TrainerCallback):
+    """A signal ends the training after the running step, with a checkpoint. A second Ctrl-C ends it at once.
+
+    A second SIGTERM or SIGHUP does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so
+    it may be the same. Of several processes, all stop after the same step: one that went on would wait for the others
+    forever.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.since = 0.0
+        self.all_stop = False
+
+    def request(self, number: int, *_: Any) -> None:
+        """Handles the signal."""
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+            leave_lost_terminal()
+            if PartialState().process_index == 0:
+                err.print("stopping after this step, and writing a checkpoint; Ctrl-C again stops at once")
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.all_stop = self.signal is not None
+        if (processes := PartialState()).num_processes > 1:
+            self.all_stop = bool(reduce(torch.tensor([float(self.all_stop)], device=processes.device)).item())
+        if self.all_stop:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        # Not `should_training_stop`: what belongs to the end of a training (a cut, the best model) must not happen.
+        if self.all_stop:
+            if state.is_world_process_zero:
+                err.print(f"saved step {state.global_step} of {state.max_steps}")
+            PartialState().wait_for_everyone()  # a launcher ends all processes if one ends
+            stop_at_once(self.signal or signal.SIGINT)
