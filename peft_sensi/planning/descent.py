@@ -133,6 +133,6 @@ def _in_random_order(batches: Sequence[Batch], rounds: int, count: int) -> list[
     generator = torch.Generator("cpu").manual_seed(0)
     order: list[Batch | None] = []
     for _ in range(rounds):
-        order += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        order += [batches[i] for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()]
         order += [None] * (count - len(batches))
     return order

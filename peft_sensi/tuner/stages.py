@@ -162,7 +162,7 @@ def _of_all_units(found: Scores, kept: Mapping[str, np.ndarray]) -> Scores:
     """Scores of the `kept` units as scores of all units. The others have 0."""
 
     def spread(values: torch.Tensor | None, name: str) -> torch.Tensor:
-        everywhere = torch.zeros(len(kept[name]), dtype=torch.float32)
+        everywhere = torch.zeros(len(kept[name]), dtype=torch.float32, device="cpu")
         if values is not None:
             everywhere[torch.from_numpy(kept[name])] = values.float()
         return everywhere
