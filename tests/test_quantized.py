@@ -288,6 +288,10 @@ def test_scales_that_were_packed_for_the_cpu_come_back_in_their_order():
     layer = SensiLinear(PackedLinear(scales), "default")
     layer.state_dict()  # as when an adapter is saved
     assert torch.equal(layer.base_layer.weight.quant_state.absmax, scales)
+    model = wrap(plain_model(), budget={"trainable": 0.15}, update="dense")
+    model.base_model.model.beside = PackedLinear(scales)  # no adapter changes it
+    model.state_dict()
+    assert torch.equal(model.base_model.model.beside.weight.quant_state.absmax, scales)
 
 
 def test_four_bits_survive_an_evaluation_on_the_cpu():

@@ -151,7 +151,8 @@ def check_weight(base: Any, x: torch.Tensor | None = None) -> None:
 def unpack(linear: Any) -> None:
     """Undoes the layout of 4-bit weights with which bitsandbytes evaluates models on the CPU."""
     # This layout supports no gradients, and `dequantize_4bit` cannot read it. Only `state_dict()` undoes it.
-    state: Any = getattr(getattr(linear, "weight", None), "quant_state", None)
+    # Not `linear.weight`, which layers of adapters compute.
+    state: Any = getattr(linear._parameters.get("weight"), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         linear.state_dict()
         if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves scales that are not compressed in the packed order

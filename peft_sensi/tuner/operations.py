@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..anatomy.linears import check_weight, is_quantized, not_mergeable
+from ..anatomy.linears import check_weight, is_quantized, not_mergeable, unpack
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tensor, plan_mark
@@ -204,6 +204,8 @@ class AdapterOperations:
         return {name: plan_mark(plan) for name, plan in plans.items() if plan is not None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for module in self.model.modules():  # also those that no adapter changes
+            unpack(module)
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if marks_are_written():
             destination[prefix + EXTRA] = marks_to_tensor(self.marks())
