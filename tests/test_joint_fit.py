@@ -121,6 +121,7 @@ def test_the_error_is_that_of_the_hidden_states_of_all_layers():
 def test_a_trim_in_stages_fits_all_layers_together(budget, fits, monkeypatch):
     """To more batches than each layer; the trimmed adapter holds the values and is nearer to the untrimmed one."""
     whole = tiny.trained("bert", budget=1.0, calibration=tiny_batches(6, seed=3))
+    monkeypatch.setattr("peft_sensi.tuner.rescoring.LEAST_JOINT_TOKENS", 1)
     batches, counts = tiny_batches(60, seed=4), []
     inner = joint_fit.fit_layers
 

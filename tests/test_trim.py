@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import cuts, in_place, stages, wrapping
-from peft_sensi.tuner.rescoring import REFIT_TOKENS, to_fit_jointly, to_refit
+from peft_sensi.tuner.rescoring import LEAST_JOINT_TOKENS, REFIT_TOKENS, to_fit_jointly, to_refit
 from peft_sensi.tuner.stages import stages_to
 from peft_sensi.utils.states import TRIMMED, TUNED
 
@@ -368,6 +368,8 @@ def test_two_processes_trim_alike(tmp_path):
     assert first["plan"] == second["plan"] == plan.to_dict()
     assert all(torch.equal(first["state"][name], value) for name, value in second["state"].items())
     assert torch.equal(first["gradient"], second["gradient"])
+    assert first["small"].keys() == second["small"].keys()
+    assert all(torch.equal(first["small"][name], value) for name, value in second["small"].items())
     for process in (first, second):
         assert "DistributedDataParallel wrapper was made before" in process["stale"]
         assert "Give all processes the same" in process["failed"]
@@ -541,9 +543,10 @@ def test_a_phase_that_is_not_a_cut_stays(tmp_path):
 def test_a_trim_refits_on_more_batches_than_it_scores_unless_they_are_long():
     config = SensiConfig(budget=1.0, calibration_steps=2)  # of which a trim scores 4
     batches = tiny_batches(40)
-    assert to_refit(batches, config) == batches[:12] and to_fit_jointly(batches, config) == batches[:32]
+    assert to_refit(batches, config) == batches[:12] and to_fit_jointly(batches, config) == []
     long = [{"input_ids": torch.zeros(REFIT_TOKENS // 6, 1, dtype=torch.long)}] * 40
     assert len(to_refit(long, config)) == 6 and len(to_fit_jointly(long, config)) == 12
+    assert len(to_fit_jointly([{"input_ids": torch.zeros(LEAST_JOINT_TOKENS // 32, 1)}] * 40, config)) == 32
     for without_tokens in (long[0] | {"input_ids": None}, {"pixel_values": torch.zeros(1, 3, 2, 2)}):
         assert len(to_refit([without_tokens] * 9, config)) == 4
     assert len(to_refit([{"input_ids": torch.zeros(REFIT_TOKENS, 1)}] * 9, config)) == 4

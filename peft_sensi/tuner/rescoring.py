@@ -13,6 +13,7 @@ from torch import nn
 from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.criteria import DATA_METHODS
 from ..scoring.drawn_labels import draw_labels
+from ..utils import distributed
 from .config import SensiConfig
 
 
@@ -21,8 +22,9 @@ from .config import SensiConfig
 SCORED_BATCHES = 2
 # The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
 REFIT_BATCHES, REFIT_TOKENS = 6, 65_536
-# The fit of all layers together holds one batch at a time. Its limit on tokens bounds the time.
-JOINT_BATCHES, JOINT_TOKENS = 16, 131_072
+# The fit of all layers together holds one batch at a time. Its upper limit on tokens bounds the time. With less than
+# the lower one (of all processes), all layers together fit these batches and no others, as on TREC-6 (55,000 tokens).
+JOINT_BATCHES, LEAST_JOINT_TOKENS, JOINT_TOKENS = 16, 65_536, 131_072
 FIT_ROUNDS = 3  # how often a trim uses each batch to fit layers (see `planning.layer_fit` and `planning.joint_fit`)
 
 
@@ -48,12 +50,19 @@ def to_refit(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapp
 
 
 def to_fit_jointly(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:
-    """The batches to which all layers are fitted together."""
-    return _enough(batches[: JOINT_BATCHES * config.calibration_steps], config, JOINT_TOKENS)
+    """The batches to which all layers are fitted together; none if they have too few tokens."""
+    found = _enough(batches[: JOINT_BATCHES * config.calibration_steps], config, JOINT_TOKENS)
+    counts = distributed.gather("counting tokens", sum(map(_tokens_in, found)))
+    return found if sum(counts) >= LEAST_JOINT_TOKENS else []
 
 
 def _enough(batches: list[Mapping[str, Any]], config: SensiConfig, tokens: int) -> list[Mapping[str, Any]]:
     """As many batches as are scored, and more of them as long as all have at most so many tokens."""
-    sizes = [ids.numel() if isinstance(ids := batch.get("input_ids"), torch.Tensor) else math.inf for batch in batches]
-    totals = list(itertools.accumulate(sizes))
+    totals = list(itertools.accumulate(map(_tokens_in, batches)))
     return batches[: max(SCORED_BATCHES * config.calibration_steps, sum(total <= tokens for total in totals))]
+
+
+def _tokens_in(batch: Mapping[str, Any]) -> float:
+    """The number of tokens, padding included; infinite for inputs that are not token ids."""
+    ids = batch.get("input_ids")
+    return ids.numel() if isinstance(ids, torch.Tensor) else math.inf
