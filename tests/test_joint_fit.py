@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from test_families import CASES
-from test_families_decoders import CASES as DECODERS
-from test_layer_fit import error_of, states_of
+from test_layer_fit import error_of, halved, states_of
 from test_refit import UNSEEN, data, fit, half_plan, hidden_error, tiny_model
 from tiny import assert_same_tensors, snapshot, tiny_batches
 
 import peft_sensi.planning.joint_fit as joint_fit
-from peft_sensi import make_plan
 from peft_sensi.anatomy.linears import matrix
 from peft_sensi.planning.trimmed import assign, trimmed
 
@@ -38,13 +34,8 @@ def test_it_comes_nearer_than_the_fit_of_each_layer(family):
 
 @pytest.mark.parametrize("name", ["deberta-v3", "t5", "bart", "vit", "llama", "gpt2", "opt"])
 def test_layers_of_other_families_are_fitted(name, monkeypatch):
-    (case,) = [case for case in (*CASES, *DECODERS) if case.name == name]
-    model = case.model().eval()
-    anatomy = case.anatomy(model)
-    rng = np.random.default_rng(0)
-    plan = make_plan(anatomy, {g.name: rng.random(g.size) for g in anatomy.groups}, 0.5, multiple_of=1)
-    batches = [case.batch(16, seed=seed, padded=False) for seed in range(24)]
-    before = snapshot(model)
+    case, model, plan, batches = halved(name)
+    anatomy, before = plan.anatomy, snapshot(model)
     monkeypatch.setattr("peft_sensi.planning.refit._trimmed_loss", lambda *args: 0.0)  # of random weights
     distances = []
     with torch.no_grad():

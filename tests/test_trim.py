@@ -27,7 +27,14 @@ from torch.utils.data import DataLoader
 from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import cuts, in_place, stages, wrapping
-from peft_sensi.tuner.rescoring import LEAST_JOINT_TOKENS, REFIT_TOKENS, to_fit_jointly, to_refit
+from peft_sensi.tuner.rescoring import (
+    JOINT_TOKENS,
+    LEAST_JOINT_TOKENS,
+    REFIT_TOKENS,
+    read_batches,
+    to_fit_jointly,
+    to_refit,
+)
 from peft_sensi.tuner.stages import stages_to
 from peft_sensi.utils.states import TRIMMED, TUNED
 
@@ -550,3 +557,14 @@ def test_a_trim_refits_on_more_batches_than_it_scores_unless_they_are_long():
     for without_tokens in (long[0] | {"input_ids": None}, {"pixel_values": torch.zeros(1, 3, 2, 2)}):
         assert len(to_refit([without_tokens] * 9, config)) == 4
     assert len(to_refit([{"input_ids": torch.zeros(REFIT_TOKENS, 1)}] * 9, config)) == 4
+
+
+def test_batches_that_no_fit_would_use_are_not_read():
+    """Images are large, and all batches that are read are held."""
+    config = SensiConfig(budget=1.0, calibration_steps=2)  # of which a trim scores 4
+    images = [{"pixel_values": torch.zeros(1, 3, 2, 2)}] * 40
+    long = [{"input_ids": torch.zeros(JOINT_TOKENS // 8, 1)}] * 40
+    short = tiny_batches(40)
+    for batches, count in ((images, 4), (long, 8), (short, 32)):
+        remaining = iter(batches)
+        assert len(read_batches(remaining, config)) == count and len(list(remaining)) == 40 - count

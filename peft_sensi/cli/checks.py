@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,8 +64,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     complete = []
     for path in folder.glob("checkpoint-*"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
+        with suppress(FileNotFoundError, SensiError, KeyError):
+            complete.append((read_json_object(path / "trainer_state.json")["global_step"], path))
     return max(complete, default=(0, None))[1]
 
 

@@ -169,10 +169,11 @@ def compare_latency(
         else:
             batch = example_inputs(base, batch_size, sequence_length, inputs)
             batch, runs = {key: tensor.cpu() for key, tensor in batch.items()}, []
+            arrays = {key: tensor.numpy() for key, tensor in batch.items()}
             for number, each in enumerate((base, model)):
                 path = Path(name) / f"{number}.onnx"
                 trace_graph(copy.deepcopy(each).float().cpu().eval(), batch, path)
-                runs.append(start_session(path, {key: tensor.numpy() for key, tensor in batch.items()}, threads))
+                runs.append(start_session(path, arrays, threads))
         device = next(base.parameters()).device.type if runtime == "torch" else "cpu"
         variants = {"merged": partial(_ready, runs[1])}
         whole, timings = time_variants(runs[0], variants, clock_for(threads, device), rounds)

@@ -65,8 +65,8 @@ def refit(
     half a step or a whole step from its old values to the solution, whichever gives the smallest error after the
     LayerNorm. Second, the fit of a whole layer, and that of all layers, must make the error smaller. Third, if all new
     values together make the loss of the trimmed model worse by more than 2 percent of its absolute value, they are all
-    dropped. Raises
-    `CalibrationError` if the model does not accept a batch, or has no finite hidden states or loss for it.
+    dropped. Raises `CalibrationError` if the model does not accept a batch, or has no finite hidden states or loss for
+    it.
     """
     states = {g: plan.of(g) for g in plan.anatomy.trimmable if g.layer and g.repeats == 1 and g.output in plan.targets}
     groups = [g for g, s in states.items() if (s == TUNED).any() and not (s == FROZEN).any()]

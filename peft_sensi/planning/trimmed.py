@@ -28,21 +28,22 @@ def trimmed(
     The kept units stay in the base model's order. `values` are other weights and biases of their Linears (see
     `assign`), by module name. The new weights have no gradients.
     """
+    values = values or {}
     with ExitStack() as restore:
         for group in groups:
             kept = int((plan.of(group) != TRIMMED).sum())
             for name in group.modules:
                 linear = linear_of(model, name)
                 restore.enter_context(reassigned(linear))  # also where no unit is removed: `assign` may be called
-                if kept < group.size:
+                if name in values:
+                    assign(linear, *values[name])
+                elif kept < group.size:
                     assign(linear, *kept_values(linear, name, group, plan))
             for path, per_unit in group.attributes if kept < group.size else ():
                 parent, _, attribute = path.rpartition(".")
                 module = model.get_submodule(parent)
                 restore.callback(setattr, module, attribute, getattr(module, attribute))
                 setattr(module, attribute, kept * per_unit)
-        for name, value in (values or {}).items():
-            assign(linear_of(model, name), *value)
         yield
 
 

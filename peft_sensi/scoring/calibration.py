@@ -40,8 +40,15 @@ class ScoringOptions:
     progress: bool = True
 
 
-def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
-    """The first `steps` batches. Raises `CalibrationError` if there is no batch, or if something is not a batch."""
+def materialize(
+    calibration: Iterable[Mapping[str, Any]],
+    steps: int,
+    suffice: Callable[[list[Mapping[str, Any]]], bool] = lambda read: False,
+) -> list[Mapping[str, Any]]:
+    """The first `steps` batches, or fewer if those that were read `suffice`.
+
+    Raises `CalibrationError` if there is no batch, or if something is not a batch.
+    """
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"`calibration` must be an iterable of batches (a DataLoader, a list of dicts, a generator), got "
@@ -53,7 +60,11 @@ def materialize(calibration: Iterable[Mapping[str, Any]], steps: int) -> list[Ma
         f"{read_before} batches, and a generator can be read only once. Give a list or a `DataLoader`, or make a new "
         f"generator each time (`Trainer(model_init=...)` and hyperparameter searches wrap a model several times)."
     )
-    batches = [_as_tensors(batch) for batch in itertools.islice(calibration, steps)]
+    batches: list[Any] = []
+    for batch in itertools.islice(calibration, steps):
+        batches.append(_as_tensors(batch))
+        if suffice(batches):
+            break
     if not batches:
         raise CalibrationError(again if read_before else "`calibration` is empty: it must yield at least one batch.")
     if isinstance(calibration, Generator):

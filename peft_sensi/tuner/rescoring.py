@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..scoring.calibration import LossFn, ScoringOptions
+from ..scoring.calibration import LossFn, ScoringOptions, materialize
 from ..scoring.criteria import DATA_METHODS
 from ..scoring.drawn_labels import draw_labels
 from ..utils import distributed
@@ -44,6 +44,16 @@ def labeled_by(
     return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
 
 
+def read_batches(calibration: Iterable[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:
+    """The batches that a trim or a cut may use. Raises the errors of `materialize`."""
+
+    def suffice(read: list[Any]) -> bool:
+        # The others would not be used. Batches of images are large, and all that were read are held.
+        return len(read) >= SCORED_BATCHES * config.calibration_steps and sum(map(_tokens_in, read)) >= JOINT_TOKENS
+
+    return materialize(calibration, JOINT_BATCHES * config.calibration_steps, suffice)
+
+
 def to_refit(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:
     """The batches to which the kept units are refitted."""
     return _enough(batches[: REFIT_BATCHES * config.calibration_steps], config, REFIT_TOKENS)
@@ -62,7 +72,7 @@ def _enough(batches: list[Mapping[str, Any]], config: SensiConfig, tokens: int) 
     return batches[: max(SCORED_BATCHES * config.calibration_steps, sum(total <= tokens for total in totals))]
 
 
-def _tokens_in(batch: Mapping[str, Any]) -> float:
+def _tokens_in(batch: Any) -> float:
     """The number of tokens, padding included; infinite for inputs that are not token ids."""
-    ids = batch.get("input_ids")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return ids.numel() if isinstance(ids, torch.Tensor) else math.inf

@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 
 from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
-from ..scoring.calibration import LossFn, materialize
+from ..scoring.calibration import LossFn
 from ..scoring.criteria import DATA_METHODS
 from ..utils import distributed, replicas
 from ..utils.checks import is_number, shown
@@ -42,7 +42,7 @@ from .carry import obstacle
 from .config import SensiConfig
 from .cuts import close_units, open_units
 from .predictions import exceeds
-from .rescoring import JOINT_BATCHES
+from .rescoring import read_batches
 from .slicing import config_after, slices_of
 from .wrapping import root_of, shrink
 
@@ -102,7 +102,7 @@ class Schedule:
                 if not is_number(steps) or steps < 0:
                     raise SensiError(f"`{name}` must be a number of optimizer steps, got {shown(steps)}.")
             if calibration is not None and self.phase["phase"] == "cut":
-                self.batches = materialize(calibration, JOINT_BATCHES * self.config.calibration_steps)
+                self.batches = read_batches(calibration, self.config)
             self.switches = self._switches(total_steps, steps_per_epoch)
         self.done_steps = 0
         if isinstance(self.model, PeftModel):  # no other kind of model has the guard

@@ -15,7 +15,7 @@ from ..anatomy.linears import not_trimmable
 from ..layers.layer import layers_of
 from ..planning.budget import Budget
 from ..planning.plan import Plan
-from ..scoring.calibration import ScoringOptions, materialize, preserved
+from ..scoring.calibration import ScoringOptions, preserved
 from ..scoring.methods import METHODS
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
@@ -24,7 +24,7 @@ from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .in_place import merged_in_place
 from .predictions import read_latency
-from .rescoring import JOINT_BATCHES, trained_options
+from .rescoring import read_batches, trained_options
 from .stages import Choice, choose
 from .wrapping import shrink
 
@@ -122,8 +122,7 @@ def _decide(
     distributed.check_equal("its trim", given, "Give all processes the same.")
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
-        most = JOINT_BATCHES * config.calibration_steps
-        batches = None if inputs.calibration is None else materialize(inputs.calibration, most)
+        batches = None if inputs.calibration is None else read_batches(inputs.calibration, config)
         root.eval()
         refits = config.refit if refits is None else refits
         choice = choose(root, config, before, before, limits, batches, options, refits)
