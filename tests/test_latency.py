@@ -36,7 +36,7 @@ from peft_sensi import (
     export_graphs,
     measure_latency,
 )
-from peft_sensi.anatomy.latency_points import kinds_of, monotone
+from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, table_from
 from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
 from peft_sensi.merging import latency_graphs
@@ -44,7 +44,7 @@ from peft_sensi.planning import measuring
 from peft_sensi.reporting.card import write_card
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.utils import timing
-from peft_sensi.utils.timing import time_variants
+from peft_sensi.utils.timing import Timing, time_variants
 
 
 @pytest.fixture
@@ -88,6 +88,27 @@ def test_the_table_has_the_time_of_each_unit(table, bert):
     whole = 20 * anatomy.prunable_macs(1) - 20 * 2 * 4 * 2 * 8  # without the products with the attention matrix
     head = 2 * (32 * 32 + 32 * 3)  # pooler and classifier, for one token of each sequence
     assert table.whole == pytest.approx(whole + head + 1000, abs=50)
+
+
+@pytest.mark.parametrize("alone, together", [((60, 30), 0.5), ((60, 30), 1.0), ((60, 30), 1.1), ((70, 60), 0.7)])
+def test_savings_agree_with_models_that_are_trimmed_all_over(alone, together, table):
+    """The whole model takes 100 ms. Without one kind it takes `alone` less; both together save another amount."""
+    kinds = [Kind("head", 2, 8, tuple(range(9))), Kind("neuron", 2, 64, tuple(range(0, 65, 8)))]
+
+    def ms(counts: dict[str, int]) -> float:
+        removed = [1 - counts.get(kind.shape, kind.units) / kind.units for kind in kinds]
+        saved = sum(share * most for share, most in zip(removed, alone, strict=True))
+        return 100 - saved * (together if all(removed) else 1.0)
+
+    points = {name: Timing(ms(counts) / 1e3, 0.0) for name, counts in points_of(kinds).items()}
+    names = ("phase", "model", "device", "runtime", "versions", "threads", "dtype", "batch_size", "sequence_length")
+    made = table_from(kinds, Timing(0.1, 0.0), points, {name: getattr(table, name) for name in names})
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        counts = {kind.shape: int(share * kind.units) for kind in kinds}
+        predicted = made.rest_ms + sum(
+            times.groups * times.ms[times.counts.index(counts[times.shape])] for times in made.sublayers
+        )
+        assert predicted == pytest.approx(ms(counts), abs=1e-3)
 
 
 def test_measuring_leaves_the_model_as_it_is(counting, bert):

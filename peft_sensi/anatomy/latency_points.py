@@ -3,6 +3,10 @@
 Each kind of sublayer is measured inside the whole model: all sublayers of the kind keep the same number of units, and
 all others stay whole. A sublayer that runs alone would find its weights in the processor's cache, and the times would
 be too short. The difference from the whole model, divided by the number of sublayers, is the time that one saves.
+
+These savings do not add up: a model that is small all over has less to move through the caches, or the other way
+round, its fixed costs weigh more. So models in which all kinds are trimmed together are measured as well, and the
+savings are scaled until their sums agree with those models.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..utils.errors import SensiError
-from ..utils.timing import Timing
+from ..utils.timing import LARGEST_ERROR, Timing
 from .latency import LatencyTable, SublayerTimes, shape_of
 
 
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 
 
 STEPS = 8  # measured numbers of units above zero
+TOGETHER = (0.0, 0.25, 0.5, 0.75)  # kept shares at which all kinds are measured together
+
+Counts = dict[str, int]  # kept units by the shape of the sublayers; those of other shapes are whole
 
 
 @dataclass(frozen=True)
@@ -52,28 +59,40 @@ def kinds_of(anatomy: Anatomy) -> list[Kind]:
     return list(kinds.values())
 
 
-def point_name(kind: Kind, count: int) -> str:
-    """A name for the model in which all sublayers of this kind keep this number of units."""
-    return f"{kind.shape}: {count}"
+def points_of(kinds: list[Kind]) -> dict[str, Counts]:
+    """The models to measure beside the whole one, by name: each kind alone at each count, then all kinds together."""
+    points = [{kind.shape: count} for kind in kinds for count in kind.counts[:-1]]
+    if len(kinds) > 1:
+        points += [{kind.shape: _nearest(kind, share) for kind in kinds} for share in TOGETHER]
+    return {_point_name(counts): counts for counts in points}
+
+
+def _point_name(counts: Counts) -> str:
+    return ", ".join(f"{shape}: {count}" for shape, count in counts.items())
+
+
+def _nearest(kind: Kind, share: float) -> int:
+    """The measured number of units that is nearest to this share of them."""
+    return min(kind.counts, key=lambda count: abs(count - share * kind.units))
 
 
 def table_from(
     kinds: list[Kind], whole: Timing, points: Mapping[str, Timing], described: Mapping[str, Any]
 ) -> LatencyTable:
-    """The table of measured times. `described` has the other fields of `LatencyTable`.
+    """The table of measured times. `points` has the times of all models that `points_of` names, and `described` the
+    other fields of `LatencyTable`.
 
     Raises `SensiError` if the times are nonsense: sublayers that take longer than the whole model.
     """
+    # Milliseconds of one sublayer at each count, more than at the smallest one.
+    times = [_times(kind, whole, points) for kind in kinds]
     sublayers = []
-    for kind in kinds:
-        measured = [points[point_name(kind, count)] for count in kind.counts[:-1]] + [whole]
-        # The whole model was timed far more often than each variant.
-        weights = np.array([1.0] * (len(measured) - 1) + [len(measured)])
-        seconds = monotone(np.array([timing.seconds for timing in measured]), weights)
-        ms = (seconds - seconds[0]) * 1e3 / kind.groups
-        spread = [timing.spread * 1e3 / kind.groups for timing in measured]
-        columns = (tuple(round(float(v), 6) for v in column) for column in (ms, spread))
-        sublayers.append(SublayerTimes(kind.shape, kind.groups, kind.units, kind.counts, *columns))
+    for kind, ms, factors in zip(kinds, times, _factors(kinds, times, whole, points), strict=True):
+        scaled = monotone(-factors * (ms[-1] - ms), np.ones(len(ms)))
+        spread = [points[_point_name({kind.shape: count})].spread for count in kind.counts[:-1]] + [whole.spread]
+        columns = (scaled - scaled[0], np.array(spread) * 1e3 / kind.groups)
+        rounded = (tuple(round(float(v), 6) for v in column) for column in columns)
+        sublayers.append(SublayerTimes(kind.shape, kind.groups, kind.units, kind.counts, *rounded))
     rest = whole.seconds * 1e3 - sum(kind.groups * kind.ms[-1] for kind in sublayers)
     if rest <= 0:
         raise SensiError(
@@ -82,6 +101,35 @@ def table_from(
         )
     values = {**described, "rest_ms": round(rest, 6), "rest_spread_ms": round(whole.spread * 1e3, 6)}
     return LatencyTable(**values, sublayers=tuple(sublayers))
+
+
+def _times(kind: Kind, whole: Timing, points: Mapping[str, Timing]) -> np.ndarray:
+    measured = [points[_point_name({kind.shape: count})] for count in kind.counts[:-1]] + [whole]
+    # The whole model was timed far more often than each variant.
+    weights = np.array([1.0] * (len(measured) - 1) + [len(measured)])
+    seconds = monotone(np.array([timing.seconds for timing in measured]), weights)
+    return (seconds - seconds[0]) * 1e3 / kind.groups
+
+
+def _factors(
+    kinds: list[Kind], times: list[np.ndarray], whole: Timing, points: Mapping[str, Timing]
+) -> list[np.ndarray]:
+    """What the savings of each kind are multiplied with at each count, so that sums agree with the models in which all
+    kinds are trimmed together. Between the measured shares the factors are interpolated.
+    """
+    if len(kinds) < 2:
+        return [np.ones(len(ms)) for ms in times]
+    factors = []
+    for share in TOGETHER:
+        counts = {kind.shape: _nearest(kind, share) for kind in kinds}
+        saved = 0.0
+        for kind, ms in zip(kinds, times, strict=True):
+            saved += kind.groups * float(ms[-1] - ms[kind.counts.index(counts[kind.shape])])
+        together = (whole.seconds - points[_point_name(counts)].seconds) * 1e3
+        # A saving as small as its error says nothing about a factor.
+        is_clear = saved > 2 * LARGEST_ERROR * whole.seconds * 1e3
+        factors.append(max(together, 0.0) / saved if is_clear else 1.0)
+    return [np.interp(np.array(kind.counts) / kind.units, TOGETHER, factors) for kind in kinds]
 
 
 def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.latency import LatencyTable
-from ..anatomy.latency_points import kinds_of
+from ..anatomy.latency_points import kinds_of, points_of
 from ..planning.measuring import (
     Inputs,
     example_inputs,
@@ -127,10 +127,9 @@ def export_graphs(
 
     folder.mkdir(parents=True, exist_ok=True)
     write(graph_name())
-    for number, kind in enumerate(kinds):
-        for count in kind.counts[:-1]:
-            with trimmed(small, plan_keeping(anatomy, {kind.shape: count}), anatomy.trimmable):
-                write(graph_name(number, count))
+    for number, counts in enumerate(points_of(kinds).values()):
+        with trimmed(small, plan_keeping(anatomy, counts), anatomy.trimmable):
+            write(graph_name(number))
     described = {
         "phase": "prefill",
         "model": model_name(model),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..anatomy.latency import FORMAT, LatencyTable
-from ..anatomy.latency_points import Kind, point_name, table_from
+from ..anatomy.latency_points import Kind, points_of, table_from
 from ..utils.checks import shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object, write_text_atomically
@@ -29,7 +29,7 @@ from .onnx_graph import open_session
 
 
 GRAPHS = "graphs.json"
-GRAPHS_FORMAT = "peft_sensi.graphs.1"
+GRAPHS_FORMAT = "peft_sensi.graphs.2"
 WEIGHTS = "weights.bin"
 _LARGEST = 2**37  # bytes of weights
 _OF_TABLE = ("phase", "model", "dtype", "batch_size", "sequence_length", "versions")  # fields of the table
@@ -66,11 +66,7 @@ def measure_graphs(folder: str | os.PathLike, threads: int | None = None, rounds
         def variant(file: str) -> Iterator[Run]:
             yield start(place / file)
 
-        points = {
-            point_name(kind, count): partial(variant, graph_name(number, count))
-            for number, kind in enumerate(kinds)
-            for count in kind.counts[:-1]
-        }
+        points = {name: partial(variant, graph_name(number)) for number, name in enumerate(points_of(kinds))}
         whole, timings = time_variants(start(place / graph_name()), points, clock_for(threads), rounds)
     fields = {name: described[name] for name in _OF_TABLE}
     fields |= {"device": processor_name(), "runtime": "onnxruntime", "threads": threads}
@@ -98,9 +94,9 @@ def start_session(path: Path, batch: Mapping[str, np.ndarray], threads: int) -> 
     return partial(session.run, None, dict(batch))
 
 
-def graph_name(kind: int | None = None, count: int = 0) -> str:
-    """The file of the graph in which the sublayers of a kind keep so many units; without a kind, the whole model's."""
-    return "whole.onnx" if kind is None else f"kind{kind}_{count}.onnx"
+def graph_name(point: int | None = None) -> str:
+    """The file of the graph of a model, by its place in `points_of`; without a place, the whole model's."""
+    return "whole.onnx" if point is None else f"point{point}.onnx"
 
 
 def write_graphs(folder: Path, described: Mapping[str, Any], kinds: list[Kind]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.latency import LatencyTable, shape_of
-from ..anatomy.latency_points import kinds_of, point_name, table_from
+from ..anatomy.latency_points import Counts, kinds_of, points_of, table_from
 from ..anatomy.units import Anatomy
 from ..scoring.calibration import to_device
 from ..utils.errors import SensiError
@@ -47,12 +47,11 @@ def measure_torch(
         start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
 
         @contextmanager
-        def variant(shape: str, count: int) -> Iterator[Run]:
-            plan = plan_keeping(anatomy, {shape: count})
-            with trimmed(small, plan, anatomy.trimmable):
+        def variant(counts: Counts) -> Iterator[Run]:
+            with trimmed(small, plan_keeping(anatomy, counts), anatomy.trimmable):
                 yield start(small)
 
-        points = {point_name(k, count): partial(variant, k.shape, count) for k in kinds for count in k.counts[:-1]}
+        points = {name: partial(variant, counts) for name, counts in points_of(kinds).items()}
         reference, timings = time_variants(start(whole), points, clock_for(threads, device.type), rounds)
     described = {
         "phase": "decode" if decode else "prefill",
