@@ -46,6 +46,21 @@ def test_numbers_are_the_prediction_with_noise():
     assert abs(batch["labels"].mean() - 5.0) < 0.1 and abs(batch["labels"].std() - 1.0) < 0.1
 
 
+def test_the_config_says_whether_labels_are_numbers_or_classes():
+    numbers = tiny_model(num_labels=3, problem_type="regression")
+    [batch] = draw_labels(numbers, [many(torch.full((64, 3), 7.0))], seed=0)
+    expected = numbers(many(torch.zeros(64, 3))["input_ids"]).logits
+    assert abs((batch["labels"] - expected).std() - 1.0) < 0.2
+    one_class = tiny_model(num_labels=1, problem_type="multi_label_classification")
+    [batch] = draw_labels(one_class, [many(torch.zeros(64, 1))], seed=0)
+    assert set(batch["labels"].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_numbers_may_be_integers():
+    [batch] = draw_labels(tiny_model(num_labels=1), [many(torch.full((64,), 5))], seed=0)
+    assert batch["labels"].is_floating_point() and abs(batch["labels"].std() - 1.0) < 0.3
+
+
 def test_labels_that_are_ignored_stay():
     [batch] = tiny_batches(1, task="TOKEN_CLS")
     [drawn] = draw_labels(tiny_model(task="TOKEN_CLS"), [batch], seed=0, per_token=True)

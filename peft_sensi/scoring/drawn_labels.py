@@ -26,8 +26,11 @@ def draw_labels(
     - Classes: int64 `labels` `[examples]` beside `logits` `[examples, classes]`, and with `per_token` also
       `[examples, tokens]` beside `[examples, tokens, classes]`; negative labels stay.
     - Several classes at once: floating `labels` of the shape of `logits`, each 0 or 1.
-    - Numbers: floating `labels` `[examples]`; the prediction plus noise of a standard normal distribution, because the
-      squared error is the likelihood of such noise.
+    - Numbers: `labels` `[examples]`, or several for each example; the prediction plus noise of a standard normal
+      distribution, because the squared error is the likelihood of such noise.
+
+    Several classes and several numbers may have labels of the same shape. The model's `config.problem_type` says which
+    of them it is; without it, several floating labels for each example are classes.
 
     A batch with other labels stays as it is. In language models, labels are shifted or are inputs as well. The chances
     of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch that the model
@@ -56,24 +59,30 @@ def _drawn(
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if not isinstance(logits, torch.Tensor):
         return {}
+    dtype = labels.dtype if labels.is_floating_point() else logits.dtype  # numbers may be given as integers
     logits = logits.detach().float().cpu()
-    if labels.is_floating_point():
-        if not _has_chances(logits):
-            return {}
-        if labels.dim() == 2 and labels.shape == logits.shape and labels.shape[1] > 1:
-            new = torch.bernoulli(logits.sigmoid(), generator=generator)
-        elif logits.shape in (labels.shape, (*labels.shape, 1)):
-            noise = torch.randn(labels.shape, dtype=torch.float32, generator=generator, device="cpu")
-            new = logits.reshape(labels.shape) + noise
-        else:
-            return {}
-        return {"labels": new.to(labels)}
-    if labels.shape != logits.shape[:-1] or labels.dim() != 1 + per_token or logits.shape[-1] < 2:
-        return {}
     if not _has_chances(logits):
+        return {}
+    problem = _problem_of(model, labels)
+    if problem == "multi_label_classification" and labels.shape == logits.shape and labels.dim() == 2:
+        return {"labels": torch.bernoulli(logits.sigmoid(), generator=generator).to(labels)}
+    if problem == "regression" and logits.shape in (labels.shape, (*labels.shape, 1)):
+        noise = torch.randn(labels.shape, dtype=torch.float32, generator=generator, device="cpu")
+        return {"labels": (logits.reshape(labels.shape) + noise).to(labels.device, dtype)}
+    if labels.is_floating_point() or labels.shape != logits.shape[:-1] or labels.dim() != 1 + per_token:
+        return {}
+    if logits.shape[-1] < 2:
         return {}
     new = _classes(logits, generator).to(labels)
     return {"labels": torch.where(labels < 0, labels, new)}
+
+
+def _problem_of(model: nn.Module, labels: torch.Tensor) -> str | None:
+    """What `config.problem_type` says about the labels. Where it says nothing, their dtype and their shape decide."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem is not None or not labels.is_floating_point():
+        return problem
+    return "multi_label_classification" if labels.dim() == 2 and labels.shape[1] > 1 else "regression"
 
 
 def _has_chances(logits: torch.Tensor) -> bool:
