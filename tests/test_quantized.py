@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -307,3 +308,18 @@ def test_four_bits_survive_an_evaluation_on_the_cpu():
     with torch.no_grad():
         four(torch.randn(3, 128))
     torch.testing.assert_close(dequantized(four), before, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("settings", [{"budget": {"trainable": 0.1}}, {"update": "sparse", "sparse": 30}])
+def test_weights_that_were_quantized_in_place_after_the_wrap_are_an_error_that_says_so(settings):
+    """torchao's `quantize_` replaces weights. The Linears stay, so nothing else shows it."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = wrap(plain_model(), **settings)
+    small = copy.deepcopy(model).merge_and_unload()
+    run(model, token_batch(10))  # what is cached from the base does not hide it
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    for use in (lambda: run(model, token_batch(10)), model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(SensiError, match=r"replaced by a torchao.*`merge_and_unload\(\)`"):
+            use()
+    quantization.quantize_(small, quantization.Int8WeightOnlyConfig())
+    assert torch.isfinite(run(small, token_batch(10))).all()

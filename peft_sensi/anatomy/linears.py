@@ -139,13 +139,18 @@ def check_weight(base: Any, x: torch.Tensor | None = None) -> None:
     and the layer does not call it.
     """
     if not isinstance(base.weight, torch.Tensor):
-        raise SensiError(
-            f"After the model was wrapped, one of its Linears was replaced by a {type(base).__module__}."
-            f"{type(base).__name__}, whose weight the adapter cannot use. Wrap or load the model again, call "
-            f"`merge_and_unload()`, and quantize the merged model."
-        )
+        raise quantized_later(base)
     if x is not None and base.weight.is_meta and not x.is_meta:
         raise offloaded()
+
+
+def quantized_later(changed: Any) -> SensiError:
+    """The error for a module, or a weight, that a quantizer has put into the model after it was wrapped."""
+    return SensiError(
+        f"After the model was wrapped, one of its Linears or weights was replaced by a {type(changed).__module__}."
+        f"{type(changed).__name__}, whose values the adapter cannot use. Wrap or load the model again, call "
+        f"`merge_and_unload()`, and quantize the merged model."
+    )
 
 
 def unpack(linear: Any) -> None:

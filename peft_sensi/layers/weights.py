@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.linears import bias_of, features, is_quantized, matrix, oriented
+from ..anatomy.linears import bias_of, features, has_codes, is_quantized, matrix, oriented, quantized_later
 from ..utils.errors import SensiLoadError
 from .compression import PARTS, decode
 from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
@@ -145,6 +145,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         """The base's weight `[out, in]` and bias as they are without merged adapters, detached."""
         base = self.get_base_layer()
         weight, bias = self._sensi_unmerged[0] if self._sensi_unmerged else (base.weight, bias_of(base))
+        if not self.sensi_coded and not torch.compiler.is_compiling() and has_codes(weight):
+            raise quantized_later(weight)
         weight = matrix(base) if self.sensi_coded else oriented(base, weight)
         return weight.detach(), None if bias is None else bias.detach()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..anatomy.linears import check_weight, is_quantized, not_mergeable, unpack
+from ..anatomy.linears import check_weight, is_quantized, not_mergeable, quantized_later, unpack
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tensor, plan_mark
@@ -191,8 +191,8 @@ class AdapterOperations:
     def _check_codes(self) -> None:
         for layer in self._layers():
             check_weight(layer.get_base_layer())
-        if any(is_quantized(layer.get_base_layer()) for layer in self._layers()):
-            raise not_mergeable()
+            if is_quantized(layer.get_base_layer()):
+                raise not_mergeable() if layer.sensi_coded else quantized_later(layer.get_base_layer().weight)
 
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):
