@@ -365,6 +365,9 @@ def test_a_model_that_has_diverged_is_named():
 def test_nothing_to_trim_is_refused():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
     assert not hasattr(model.base_model, "trim")
+    tuned = wrap(tiny_model(), granularity="tensor", score="magnitude", budget={"trainable": 0.5})
+    with pytest.raises(SensiError, match="granularity='tensor'.*Merge it"):
+        tuned.base_model.trim(0.5, calibration=BATCHES)
 
 
 def test_two_processes_trim_alike(tmp_path):
