@@ -5,11 +5,12 @@ Other work slows both of them alike, so their ratio is far steadier than their t
 
 from __future__ import annotations
 
+import ctypes
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,10 @@ LARGEST_ERROR = 0.02
 # A function that is fast is run several times in each round, for this many seconds.
 _SECONDS_PER_ROUND = 0.1
 _FEWEST, _MOST = 2, 200  # runs in each round
+
+# Parameters of glibc's `mallopt` (malloc.h), and the largest values to which glibc itself raises the first two.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_GROWN = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _MMAP_MAX: 65_536}
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def time_variants(
     worst = math.inf
     for count in range(1, 3 * rounds + 1):
         for name, prepare in variants.items():
-            with prepare() as run:
+            with kept_memory(), prepare() as run:
                 run()  # the first run allocates memory and chooses kernels
                 repeats = min(_MOST, max(_FEWEST, math.ceil(_SECONDS_PER_ROUND / max(_time(reference, clock), 1e-9))))
                 for _ in range(repeats):
@@ -97,6 +102,28 @@ def time_variants(
         f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
         f"measure more rounds (`rounds`, --rounds)."
     )
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Inside the block, the C library keeps freed memory for the next run. It does nothing without glibc.
+
+    Otherwise glibc returns large tensors to the system, and the next run waits for the system to clear the pages. How
+    often it does so depends on what the process did before: with 16 sequences, the time of one and the same model
+    changed by 6 % (one thread) and 10 % (two). Afterwards, glibc has the thresholds that a process that frees large
+    tensors reaches.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        for name, value in _GROWN.items():
+            mallopt(name, value)
 
 
 def _time(run: Run, clock: Clock) -> float:
