@@ -4,9 +4,9 @@ Each kind of sublayer is measured inside the whole model: all sublayers of the k
 all others stay whole. A sublayer that runs alone would find its weights in the processor's cache, and the times would
 be too short. The difference from the whole model, divided by the number of sublayers, is the time that one saves.
 
-These savings do not add up: a model that is small all over has less to move through the caches, or the other way
-round, its fixed costs weigh more. So models in which all kinds are trimmed together are measured as well, and the
-savings are scaled until their sums agree with those models.
+These savings do not add up exactly: for example, a model that is small everywhere may fit into a cache that is too
+small for the others. So models in which all kinds are trimmed together are measured too, and the savings are scaled
+until their sums agree with those models.
 """
 
 from __future__ import annotations
