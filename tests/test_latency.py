@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 import random
 import subprocess
 import sys
@@ -224,6 +225,29 @@ def test_too_much_noise_is_an_error():
     clock, run, prepared = fake_times({"whole": 0.1, "half": 0.05, "noise": 5.0})
     with pytest.raises(SensiError, match="too noisy: after 6 rounds"):
         time_variants(partial(run, "whole"), {"half": partial(prepared, "half")}, clock, rounds=2)
+
+
+FAULTS = """
+import resource
+from peft_sensi.utils.timing import kept_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * 40_000_000  # glibc returns as much to the system at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+outside = [faults() for _ in range(4)]
+with kept_memory():
+    inside = [faults() for _ in range(4)]
+print(outside[-1], inside[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_memory_is_kept_for_the_next_run():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    outside, inside = map(int, done.stdout.split())
+    assert inside < outside / 10
 
 
 def test_one_thread_is_timed_by_the_processor():

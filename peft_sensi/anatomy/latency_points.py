@@ -63,7 +63,7 @@ def points_of(kinds: list[Kind]) -> dict[str, Counts]:
     """The models to measure beside the whole one, by name: each kind alone at each count, then all kinds together."""
     points = [{kind.shape: count} for kind in kinds for count in kind.counts[:-1]]
     if len(kinds) > 1:
-        points += [{kind.shape: _nearest(kind, share) for kind in kinds} for share in TOGETHER]
+        points += [_together(kinds, share) for share in TOGETHER]
     return {_point_name(counts): counts for counts in points}
 
 
@@ -71,9 +71,9 @@ def _point_name(counts: Counts) -> str:
     return ", ".join(f"{shape}: {count}" for shape, count in counts.items())
 
 
-def _nearest(kind: Kind, share: float) -> int:
-    """The measured number of units that is nearest to this share of them."""
-    return min(kind.counts, key=lambda count: abs(count - share * kind.units))
+def _together(kinds: list[Kind], share: float) -> Counts:
+    """For each kind, the measured number of units that is nearest to this share of them."""
+    return {kind.shape: min(kind.counts, key=lambda count: abs(count - share * kind.units)) for kind in kinds}
 
 
 def table_from(
@@ -84,15 +84,15 @@ def table_from(
 
     Raises `SensiError` if the times are nonsense: sublayers that take longer than the whole model.
     """
-    # Milliseconds of one sublayer at each count, more than at the smallest one.
-    times = [_times(kind, whole, points) for kind in kinds]
+    measured = [[points[_point_name({k.shape: count})] for count in k.counts[:-1]] + [whole] for k in kinds]
+    times = [_sublayer_ms(kind, timings) for kind, timings in zip(kinds, measured, strict=True)]
+    factors = _factors(kinds, times, whole, points)
     sublayers = []
-    for kind, ms, factors in zip(kinds, times, _factors(kinds, times, whole, points), strict=True):
-        scaled = monotone(-factors * (ms[-1] - ms), np.ones(len(ms)))
-        spread = [points[_point_name({kind.shape: count})].spread for count in kind.counts[:-1]] + [whole.spread]
-        columns = (scaled - scaled[0], np.array(spread) * 1e3 / kind.groups)
-        rounded = (tuple(round(float(v), 6) for v in column) for column in columns)
-        sublayers.append(SublayerTimes(kind.shape, kind.groups, kind.units, kind.counts, *rounded))
+    for kind, timings, ms, factor in zip(kinds, measured, times, factors, strict=True):
+        scaled = monotone(-factor * (ms[-1] - ms), np.ones(len(ms)))
+        spread = np.array([timing.spread for timing in timings]) * 1e3 / kind.groups
+        columns = (tuple(round(float(v), 6) for v in column) for column in (scaled - scaled[0], spread))
+        sublayers.append(SublayerTimes(kind.shape, kind.groups, kind.units, kind.counts, *columns))
     rest = whole.seconds * 1e3 - sum(kind.groups * kind.ms[-1] for kind in sublayers)
     if rest <= 0:
         raise SensiError(
@@ -103,11 +103,13 @@ def table_from(
     return LatencyTable(**values, sublayers=tuple(sublayers))
 
 
-def _times(kind: Kind, whole: Timing, points: Mapping[str, Timing]) -> np.ndarray:
-    measured = [points[_point_name({kind.shape: count})] for count in kind.counts[:-1]] + [whole]
+def _sublayer_ms(kind: Kind, timings: list[Timing]) -> np.ndarray:
+    """What one sublayer takes at each count `[counts]`, in ms more than at the smallest one. Only this kind is trimmed
+    in the models that were timed; the last one is the whole model.
+    """
     # The whole model was timed far more often than each variant.
-    weights = np.array([1.0] * (len(measured) - 1) + [len(measured)])
-    seconds = monotone(np.array([timing.seconds for timing in measured]), weights)
+    weights = np.array([1.0] * (len(timings) - 1) + [len(timings)])
+    seconds = monotone(np.array([timing.seconds for timing in timings]), weights)
     return (seconds - seconds[0]) * 1e3 / kind.groups
 
 
@@ -121,10 +123,11 @@ def _factors(
         return [np.ones(len(ms)) for ms in times]
     factors = []
     for share in TOGETHER:
-        counts = {kind.shape: _nearest(kind, share) for kind in kinds}
-        saved = 0.0
-        for kind, ms in zip(kinds, times, strict=True):
-            saved += kind.groups * float(ms[-1] - ms[kind.counts.index(counts[kind.shape])])
+        counts = _together(kinds, share)
+        saved = sum(
+            kind.groups * float(ms[-1] - ms[kind.counts.index(counts[kind.shape])])
+            for kind, ms in zip(kinds, times, strict=True)
+        )
         together = (whole.seconds - points[_point_name(counts)].seconds) * 1e3
         # A saving as small as its error says nothing about a factor.
         is_clear = saved > 2 * LARGEST_ERROR * whole.seconds * 1e3

@@ -74,13 +74,13 @@ def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget
     limits = Budget.parse(budget)
     if any(layer.sensi_coded for layer in layers_of(root, name).values()):
         raise not_trimmable()
-    if not before.anatomy.trimmable and config.granularity != "unit":
+    if not before.anatomy.trimmable:
+        if config.granularity == "unit":
+            raise nothing_to_trim(root)
         raise SensiError(
             f"The adapter has granularity={config.granularity!r}: heads and neurons were not its units, so `trim()` "
             f"has nothing to remove. Merge it (`merge_and_unload()`), and wrap the merged model with a budget."
         )
-    if not before.anatomy.trimmable:
-        raise nothing_to_trim(root)
     if limits.trainable is not None or not limits.trims:
         raise SensiError(
             "`trim()` removes units under limits on `params`, `flops` or latencies. It cannot change how many values "

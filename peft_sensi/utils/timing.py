@@ -67,6 +67,28 @@ def processor_name() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Inside the block, the C library keeps freed memory for the next run. It does nothing without glibc.
+
+    Otherwise glibc returns large tensors to the system, and the next run waits for the system to clear the pages. How
+    often it does so depends on what the process did before, so one and the same model has different times. Afterwards,
+    glibc has the thresholds that a process that frees large tensors reaches.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        for name, value in _GROWN.items():
+            mallopt(name, value)
+
+
+@kept_memory()
 def time_variants(
     reference: Run, variants: Mapping[str, Prepare], clock: Clock, rounds: int = 7
 ) -> tuple[Timing, dict[str, Timing]]:
@@ -85,7 +107,7 @@ def time_variants(
     worst = math.inf
     for count in range(1, 3 * rounds + 1):
         for name, prepare in variants.items():
-            with kept_memory(), prepare() as run:
+            with prepare() as run:
                 run()  # the first run allocates memory and chooses kernels
                 repeats = min(_MOST, max(_FEWEST, math.ceil(_SECONDS_PER_ROUND / max(_time(reference, clock), 1e-9))))
                 for _ in range(repeats):
@@ -102,28 +124,6 @@ def time_variants(
         f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
         f"measure more rounds (`rounds`, --rounds)."
     )
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    """Inside the block, the C library keeps freed memory for the next run. It does nothing without glibc.
-
-    Otherwise glibc returns large tensors to the system, and the next run waits for the system to clear the pages. How
-    often it does so depends on what the process did before: with 16 sequences, the time of one and the same model
-    changed by 6 % (one thread) and 10 % (two). Afterwards, glibc has the thresholds that a process that frees large
-    tensors reaches.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        for name, value in _GROWN.items():
-            mallopt(name, value)
 
 
 def _time(run: Run, clock: Clock) -> float:
