@@ -26,7 +26,7 @@ from peft_sensi import SensiError, load_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.merging.hashes import hashes_of
 from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
-from peft_sensi.reporting.hub import push_folder
+from peft_sensi.reporting.hub import prepare_upload, push_folder
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
 from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
@@ -342,6 +342,30 @@ def test_without_a_login_the_error_says_what_to_do(hub, adapter, monkeypatch):
     hub.refuse = 401
     result = run("push", adapter, "me/mine")
     assert result.exit_code == 1 and "hf auth login" in " ".join(result.stderr.split()) and not hub.repos
+
+
+@pytest.mark.parametrize(("status", "reason"), [(400, "Bad request"), (403, "hf auth login")])
+def test_a_repository_that_an_upload_leaves_empty_is_named(hub, adapter, status, reason):
+    hub.refuse_files = status
+    for words in (("me/mine was created, but nothing is in it", reason), (reason,)):  # then it exists before
+        result = run("push", adapter, "me/mine")
+        said = " ".join(result.stderr.split())
+        assert result.exit_code == 1 and all(word in said for word in words), said
+        assert ("was created" in said) is (len(words) > 1) and hub.repos == {"me/mine": {}}
+
+
+def test_a_base_in_a_relative_folder_is_no_name_on_the_hub(adapter, tmp_path, monkeypatch):
+    shutil.copytree(adapter.parent / "base", tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    base = tiny_model()
+    base.name_or_path = "models/base"
+    wrap(base).save_pretrained("adapter")
+    monkeypatch.chdir(tmp_path / "adapter")
+    saved = open_adapter(tmp_path / "adapter")
+    assert saved.base == str(tmp_path / "models" / "base")
+    with pytest.warns(UserWarning, match="base, is a folder of this machine"):
+        upload = prepare_upload(saved, "me/mine", tmp_path)
+    assert json.loads(upload.files["adapter_config.json"].read_text())["base_model_name_or_path"] is None
 
 
 @pytest.mark.parametrize("base", [None, "me/never-seen"])

@@ -19,6 +19,7 @@ from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
 from ..layers.saved import activate, hold_masters, saved_modules
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
+from ..utils.places import lasting_name
 from ..utils.undo import undone_on_error
 from . import wrapping
 from .admission import check_addition, check_name
@@ -118,6 +119,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         check_addition(model, adapter_name, users_config)
         # PEFT does not copy configs, so without a copy the plan of this model would end up in the user's object.
         config = self.peft_config[adapter_name] = users_config.own_copy()
+        config.base_model_name_or_path = lasting_name(config.base_model_name_or_path)
         self._sensi_source = described_by(self.peft_config, users_config, adapter_name)
         file = file_to_check(config)
         has_plan = config.plan is not None

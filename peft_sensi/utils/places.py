@@ -21,6 +21,14 @@ def is_repo(name: str) -> bool:
     return not Path(name).is_dir()
 
 
+def lasting_name(name: str | None) -> str | None:
+    """The absolute path of a folder, and any other name as it is.
+
+    From another working directory, `models/base` would be taken for a repository on the Hub: perhaps somebody else's.
+    """
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
 def is_out_of_reach(name: str | Path) -> bool:
     """Whether a name leads to the Hub, and the Hub cannot be reached, so that only copies in the cache can be used.
 
