@@ -70,6 +70,17 @@ def call(*arguments) -> dict:
 # -- kinds ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", [[], ["--thorough"], ["--early-stopping", "1"]])
+def test_mixed_precision_does_not_round_the_metrics(way, work, tmp_path):
+    """Rounded predictions have ties, so that a rank correlation was undefined, and `evaluate` found another one."""
+    rows = [{"text": f"the {word} is {WORDS[-i]}", "score": i / 7} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--data", tmp_path / "rows.jsonl", "--validation", tmp_path / "rows.jsonl")
+    found = call("train", work / "base", *data, "--budget", "0.7", "--bf16", "--out", tmp_path / "out", *SHORT, *way)
+    again = call("evaluate", tmp_path / "out", tmp_path / "rows.jsonl")
+    assert found["bf16"] and found["validation"] == pytest.approx(again["metrics"], rel=1e-3)
+
+
 def test_words_are_tagged(work, tmp_path):
     found = call("train", work / "base", "--data", work / "rows.conll", "--budget", "0.7", "--epochs", "12", "--lr",
                  "3e-3", "--batch-size", "8", "--out", tmp_path / "out")  # fmt: skip
