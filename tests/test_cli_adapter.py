@@ -134,3 +134,8 @@ def test_a_model_of_images_is_loaded(tmp_path):
     assert json.loads(call("check", tmp_path / "adapter", "--json"))["ok"]
     call("merge", tmp_path / "adapter", tmp_path / "small")
     assert json.loads(call("check", tmp_path / "small", "--json"))["ok"]
+    # Given by mistake to a command that needs texts.
+    (tmp_path / "rows.csv").write_text("text,label\na film,good\na plot,bad\n")
+    for command in (("plan", "--score", "random"), ("plan", "--data", tmp_path / "rows.csv"),
+                    ("train", "--data", tmp_path / "rows.csv", "--out", tmp_path / "out")):  # fmt: skip
+        assert "base (vit) takes no texts" in fails(command[0], tmp_path / "base", *command[1:])
