@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -20,7 +20,7 @@ from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
-from ..utils.places import is_repo
+from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import load_card, new_card, save_card, save_with_tags, write_card
 from .saved import CARD, CONFIG, METRICS, PICTURE, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
@@ -82,6 +82,8 @@ def push_folder(
             if announce is not None:
                 announce(upload, None)
             return None
+        if is_out_of_reach(repo):
+            raise SensiError("The Hub cannot be reached, so nothing was uploaded. Check the connection.")
         api = HfApi(token=token)
         with login_advice(repo):
             if "/" not in repo:
@@ -102,16 +104,6 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Inside, nothing is read from the Hub or sent to it; what is in the cache is found."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager
