@@ -16,7 +16,7 @@ class Hub:
     """`repos[name][path]` is the content of a file, `commits` are messages, `strange` are unsupported requests.
 
     `received` has every byte that arrived: request lines, headers and bodies, with base64 parts decoded as well. With
-    `refuse`, every request is answered by an error with this status.
+    `refuse`, every request is answered by an error with this status; with `refuse_files`, the first one of an upload.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -26,6 +26,7 @@ class Hub:
     strange: list[str] = field(default_factory=list)
     received: list[bytes] = field(default_factory=list)
     refuse: int | None = None
+    refuse_files: int | None = None
     url: str = ""
 
     def __enter__(self) -> Hub:
@@ -128,6 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if match := re.fullmatch(r"/api/models/(.+/.+)/preupload/[\w.-]+", path):
+            if self.hub.refuse_files:
+                return self.answer({"error": "No room left"}, self.hub.refuse_files)
             files = [
                 {
                     "path": file["path"],

@@ -18,6 +18,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_sensi.cli import measure
 from peft_sensi.cli.commands import app
 from peft_sensi.cli.data_options import DATA_OPTIONS, VALIDATION_OPTIONS
+from peft_sensi.cli.measure import length_for
+from peft_sensi.planning.measuring import tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,10 @@ def test_a_model_of_images_is_loaded(tmp_path):
     assert json.loads(call("check", tmp_path / "adapter", "--json"))["ok"]
     call("merge", tmp_path / "adapter", tmp_path / "small")
     assert json.loads(call("check", tmp_path / "small", "--json"))["ok"]
+    assert length_for(base, None) == tokens_of(base, 128) == 5
+    assert "an image has 5 tokens here" in fails("measure", tmp_path / "base", "--sequence-length", "9")
+    # Given by mistake to a command that needs texts.
+    (tmp_path / "rows.csv").write_text("text,label\na film,good\na plot,bad\n")
+    for command in (("plan", "--score", "random"), ("plan", "--data", tmp_path / "rows.csv"),
+                    ("train", "--data", tmp_path / "rows.csv", "--out", tmp_path / "out")):  # fmt: skip
+        assert "base (vit) takes no texts" in fails(command[0], tmp_path / "base", *command[1:])

@@ -16,7 +16,7 @@ from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.tasks import sources
 from peft_sensi.tasks.comparing import mcnemar
 from peft_sensi.tasks.metrics import exact
-from peft_sensi.tasks.predicting import chunks, open_predictor
+from peft_sensi.tasks.predicting import Predictor, chunks, open_predictor
 from peft_sensi.tasks.task import Rows
 
 
@@ -244,6 +244,14 @@ def test_words(tmp_path):
     metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.conll", "--json"))["metrics"]
     right = sum(tag == TAGS[i % 3] for row in found for i, tag in enumerate(row["tags"]))
     assert metrics["tag_accuracy"] == pytest.approx(right / 65)
+    # The file has a tag that the training had not: it cannot be found.
+    more = (tmp_path / "rows.conll").read_text() + "\n\nfine\tB-rare\n"
+    (tmp_path / "more.conll").write_text(more)
+    result = run("evaluate", tmp_path / "adapter", tmp_path / "more.conll", "--json")
+    assert "does not know some tags, which count as missed: B-rare" in " ".join(result.stderr.split())
+    assert json.loads(result.stdout)["metrics"]["recall"] < 1
+    (tmp_path / "others.conll").write_text("fine\tB-rare\n")
+    assert "has the label 'B-rare'" in fails("evaluate", tmp_path / "adapter", tmp_path / "others.conll")
 
 
 def test_answers(tmp_path):
@@ -265,6 +273,27 @@ def test_answers(tmp_path):
     assert [row["answer"] for row in rows_in(tmp_path / "q.csv")] == [row["answer"] for row in found]
     metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.jsonl", "--json"))["metrics"]
     assert metrics["exact_match"] == pytest.approx(np.mean([exact(row["answer"], "good") for row in found]))
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_answers_are_measured_as_they_are_predicted(silent, tmp_path, monkeypatch):
+    """Whether a question may get no answer is a matter of the training, not of the rows that are measured."""
+    save_adapter(tmp_path, "QUESTION_ANS")
+    at_good = np.where(np.arange(30) == 11, 1.0, 0.0) + np.where(np.arange(30) == 0, 2.0, 0.0)  # most for no answer
+    monkeypatch.setattr(Predictor, "outputs", lambda self, rows, size: (np.tile(at_good, (len(rows), 1)),) * 2)
+    answers = [{"text": ["good"], "answer_start": [18]}, {"text": [], "answer_start": []}]
+    for name, given in (("known", answers[:1]), ("open", answers)):
+        rows = [{"question": f"the film {i} is ?", "context": "the story is very good . " * 2, "answers": answer}
+                for i in range(8) for answer in given]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        record = {"kind": "answers", "max_length": 30, "stride": 5, "silent": silent}
+        (tmp_path / "adapter" / "metrics.json").write_text(json.dumps({"task": record}))
+        predicted = json.loads("[" + ",".join(call("predict", tmp_path / "adapter", tmp_path / f"{name}.jsonl",
+                                                   "--json").splitlines()) + "]")  # fmt: skip
+        right = [exact(found["answer"], "".join(row["answers"]["text"]))
+                 for found, row in zip(predicted, rows, strict=True)]  # fmt: skip
+        measured = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / f"{name}.jsonl", "--json"))
+        assert measured["metrics"]["exact_match"] == pytest.approx(np.mean(right))
 
 
 def test_numbers(tmp_path):

@@ -40,7 +40,7 @@ def test_one_ranking_serves_all_budgets(work, monkeypatch):
     assert [point["budget"] for point in found["points"]] == [0.8, 0.5] and found["metric"] == "accuracy"
     large, small = found["points"]
     assert small["parameters"] < large["parameters"] < found["base_parameters"]
-    assert (found["base_ms"] is None) == (small["ms"] is None)
+    assert (found["base_ms"] is None) == (small["ms"] is None) and found["sequence_length"] == 40
     for point in found["points"]:
         metrics = json.loads((out / f"{point['budget']:g}" / "metrics.json").read_text())
         assert (
@@ -50,6 +50,14 @@ def test_one_ranking_serves_all_budgets(work, monkeypatch):
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG" and (out / "scores.safetensors").is_file()
     again = run(*arguments)
     assert again.exit_code == 1 and "--overwrite" in again.output and calls == [1]
+
+
+def test_what_cannot_be_done_is_found_before_the_ranking(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "compute_scores", lambda *a, **k: pytest.fail("ranked in vain"))
+    arguments = ("sweep", work / "base", "--data", work / "data.tsv", "--out", tmp_path / "out", "--budgets", "0.5")
+    assert "Give a larger --budget" in fails(*arguments, "10")  # a count, of which the share says nothing
+    assert "The model takes at most 40 tokens" in fails(*arguments, "--sequence-length", "41")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_sweep_keeps_what_is_finished(work, tmp_path, monkeypatch):

@@ -23,6 +23,8 @@ from tiny import tiny_config
 from transformers import AutoModel, BertTokenizerFast, Trainer
 
 from peft_sensi import Scores, SensiError, SensiModel, load_merged
+from peft_sensi.anatomy.build import build_anatomy
+from peft_sensi.anatomy.latency_points import kinds_of, points_of, table_from
 from peft_sensi.cli import run as run_module
 from peft_sensi.cli import train as train_module
 from peft_sensi.cli.run import Run
@@ -31,6 +33,7 @@ from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
 from peft_sensi.tasks.task import Task
 from peft_sensi.tuner import decision
+from peft_sensi.utils.timing import Timing
 
 
 WORDS = "the city of is in lives and red green blue stone ann bob york rome who where good bad".split()
@@ -68,6 +71,17 @@ def call(*arguments) -> dict:
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [[], ["--thorough"], ["--early-stopping", "1"]])
+def test_mixed_precision_does_not_round_the_metrics(way, work, tmp_path):
+    """Rounded predictions have ties, so that a rank correlation was undefined, and `evaluate` found another one."""
+    rows = [{"text": f"the {word} is {WORDS[-i]}", "score": i / 7} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--data", tmp_path / "rows.jsonl", "--validation", tmp_path / "rows.jsonl")
+    found = call("train", work / "base", *data, "--budget", "0.7", "--bf16", "--out", tmp_path / "out", *SHORT, *way)
+    again = call("evaluate", tmp_path / "out", tmp_path / "rows.jsonl")
+    assert found["bf16"] and found["validation"] == pytest.approx(again["metrics"], rel=1e-3)
 
 
 def test_words_are_tagged(work, tmp_path):
@@ -221,6 +235,23 @@ def test_outputs_and_budgets_are_checked_before_the_scoring(work, tmp_path, monk
     assert "nowhere.json" in fails(*plan, "--latency", "0.5", "--latency-table", tmp_path / "nowhere.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib" in fails(*plan, "--budget", "0.5", "--plot", tmp_path / "a.png")
+
+
+def test_limits_on_times_are_checked_against_their_tables_before_the_ranking(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "compute_scores", lambda *a, **k: pytest.fail("ranked in vain"))
+    kinds = kinds_of(build_anatomy(AutoModel.from_pretrained(work / "base")))
+    times = {name: Timing(9e-3, 0.0) for name in points_of(kinds)}  # without one sublayer: 9 of 10 ms
+    about = {"model": "bert", "device": "x", "runtime": "torch", "versions": {}, "threads": 1, "dtype": "float32",
+             "batch_size": 1, "sequence_length": 8}  # fmt: skip
+    for phase in ("prefill", "decode"):
+        table_from(kinds, Timing(1e-2, 0.0), times, {"phase": phase, **about}).save(tmp_path / f"{phase}.json")
+    data = ("--data", work / "texts.csv", "--latency", "1ms", "--latency-table")
+    for words in (("plan", work / "base"), ("train", work / "base", "--out", tmp_path / "out")):
+        small = fails(*words, *data, tmp_path / "prefill.json")
+        assert "needs a latency of" in small and "Give a larger --latency." in small and "min_units" not in small
+        other = fails(*words, *data, tmp_path / "decode.json")
+        assert "--latency needs a table that was measured without --decode" in other
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_that_is_too_small_leaves_no_folder(work, tmp_path):

@@ -30,6 +30,8 @@ from peft_sensi.reporting.hub import push_folder
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
 from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
+from peft_sensi.tasks.sources import read_source
+from peft_sensi.tasks.task import Options
 from peft_sensi.utils import places
 
 
@@ -248,8 +250,9 @@ def hub(monkeypatch, tmp_path):
     close_session()
 
 
-@pytest.mark.parametrize("words", [["inspect"], ["check"], ["merge", "out"], ["measure"], ["plan", "--data", "a.csv"]])
-def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [["inspect"], ["check"], ["merge", "out"], ["measure"], ["plan", "--data", "a.csv"],
+                                   ["push"]])  # fmt: skip
+def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, adapter, tmp_path, monkeypatch):
     """huggingface_hub tries again for 23 s for each file of a repository that is not in the cache."""
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
@@ -257,8 +260,10 @@ def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, tmp_p
     (tmp_path / "a.csv").write_text("text,label\nso fine,1\nso bad,0\n")
     hub.server.shutdown()
     hub.server.server_close()
-    result = run(words[0], "me/unknown", *words[1:])
-    assert result.exit_code == 1 and "it cannot be reached" in result.output, result.output
+    result = run(*words[:1], *([adapter] if words == ["push"] else []), "me/unknown", *words[1:])
+    assert result.exit_code == 1 and "cannot be reached" in result.output, result.output
+    with pytest.raises(SensiError, match="it cannot be reached"):
+        read_source("me/rows", None, Options())
     assert not waits
 
 
@@ -342,6 +347,16 @@ def test_without_a_login_the_error_says_what_to_do(hub, adapter, monkeypatch):
     hub.refuse = 401
     result = run("push", adapter, "me/mine")
     assert result.exit_code == 1 and "hf auth login" in " ".join(result.stderr.split()) and not hub.repos
+
+
+@pytest.mark.parametrize(("status", "reason"), [(400, "Bad request"), (403, "hf auth login")])
+def test_a_repository_that_an_upload_leaves_empty_is_named(hub, adapter, status, reason):
+    hub.refuse_files = status
+    for words in (("me/mine was created, but nothing is in it", reason), (reason,)):  # then it exists before
+        result = run("push", adapter, "me/mine")
+        said = " ".join(result.stderr.split())
+        assert result.exit_code == 1 and all(word in said for word in words), said
+        assert ("was created" in said) is (len(words) > 1) and hub.repos == {"me/mine": {}}
 
 
 @pytest.mark.parametrize("base", [None, "me/never-seen"])

@@ -766,7 +766,7 @@ def test_lists_in_cells_are_read_as_lists(tmp_path):
 
 
 def test_headers_and_comments_in_files_of_words(tmp_path):
-    text = "# sent_id = 1\nred\tB-x\n# O\n\n# text = a = b\n# id 3\tO\n"
+    text = "# newdoc\n# sent_id = 1\nred\tB-x\n# O\n\n# text = a = b\n# id 3\tO\n"
     for header in ("", "token\ttag\n", "Word\tNER\n"):
         (tmp_path / "f.conll").write_text(header + text)
         found = words.read_conll(tmp_path / "f.conll")

@@ -90,11 +90,11 @@ def plan(
         args.refuse({f"--{name.replace('_', '-')}": name != "task" for name in unread}, "is about --data")
     check_picture(plot)
     check_files({"--save-scores": save_scores, "--plot": plot}, overwrite)
-    check_latency_tables(latency_table)
+    check_latency_tables(latency_table, limits)
     ranking = None if scores is None else Scores.load(scores)
     needs_data = ranking is None and score in DATA_METHODS
     base, task = load_base(model, data, needs_data, validation_share=0.0, seed=seed, **task_options(reading))
-    check_budget(build_anatomy(base), limits)
+    check_budget(build_anatomy(base), limits, latency_table)
     if ranking is None:
         batches = None if task is None else task.batches(batch_size, seed)
         steps: dict[str, Any] = {

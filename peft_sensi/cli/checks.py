@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,36 +119,63 @@ def check_picture(path: Path | None) -> None:
         raise SensiError("--plot needs matplotlib: pip install matplotlib") from None
 
 
-def check_budget(anatomy: Any, limits: Mapping[str, Any] | None) -> None:
-    """Raises `BudgetError` if not even the smallest plan fits the limits. Limits on latencies are checked later."""
+def check_budget(anatomy: Any, limits: Mapping[str, Any] | None, latency: Iterable[Path] | None = None) -> None:
+    """Raises `BudgetError` if not even the smallest plan fits the limits.
+
+    `latency` are the tables. Limits on latencies without a table are checked later, when this machine is measured.
+    """
     import numpy as np
 
     from ..planning.allocate import make_plan
+    from ..planning.budget import TIMES
+    from ..planning.costs import tables_by_limit
 
-    counts = {name: limit for name, limit in (limits or {}).items() if name in ("params", "flops", "trainable")}
-    if not counts or not anatomy.groups:
+    tables = tables_by_limit(list(latency or ()))
+    known = {name: limit for name, limit in (limits or {}).items() if name not in TIMES or name in tables}
+    if not known or not anatomy.groups:
         return
     generator = np.random.default_rng(0)
+    scores = {group.name: generator.random(group.size) + 0.5 for group in anatomy.groups}
+    with budget_advice(known):
+        make_plan(anatomy, scores, known, latency=tables or None)
+
+
+@contextmanager
+def budget_advice(limits: Mapping[str, Any] | None) -> Iterator[None]:
+    """In errors about these limits, replaces the advice for Python by the options of the command."""
     try:
-        make_plan(anatomy, {group.name: generator.random(group.size) + 0.5 for group in anatomy.groups}, counts)
+        yield
     except BudgetError as error:
-        if set(counts) == {"trainable"} or "`trainable`" in str(error):
+        if set(limits or ()) == {"trainable"} or "`trainable`" in str(error):
             raise BudgetError(
                 f"{str(error).replace('`trainable` limit', 'limit --trainable')} Give a larger one."
             ) from None
-        what, _, _ = str(error).partition(" Raise the budget")
+        what, found, _ = str(error).partition(" Raise the budget")
+        if not found or not limits:
+            raise
         for name, words in (("params", "parameters"), ("flops", "FLOPs"), ("trainable", "trained values")):
             what = re.sub(rf"\b{name} >= ([\d,]+)", rf"\1 {words}", what)
-        options = " or ".join(f"--{'budget' if name == 'params' else name}" for name in counts)
+        what = re.sub(r"\b(decode_)?latency >= ", "a latency of ", what)
+        options = " or ".join(f"--{'budget' if name == 'params' else name.replace('_', '-')}" for name in limits)
         raise BudgetError(f"{what} Give a larger {options}.") from None
 
 
-def check_latency_tables(paths: Iterable[Path] | None) -> None:
-    """Raises the error of a table that cannot be read."""
-    from ..anatomy.latency import LatencyTable
+def check_latency_tables(paths: Iterable[Path] | None, limits: Mapping[str, Any] | None) -> None:
+    """Raises the error of a table that cannot be read, and `SensiError` if a limit on times has none among them.
 
-    for path in paths or ():
-        LatencyTable.load(path)
+    Without any table, this machine is measured; beside the table of another device, that would be a mistake.
+    """
+    from ..planning.budget import TIMES
+    from ..planning.costs import tables_by_limit
+
+    tables = tables_by_limit(list(paths or ()))
+    for name in TIMES:
+        if tables and name in (limits or {}) and name not in tables:
+            how = "with" if name == "decode_latency" else "without"
+            raise SensiError(
+                f"--{name.replace('_', '-')} needs a table that was measured {how} --decode, and none of "
+                f"--latency-table is one."
+            )
 
 
 def _check_folder_writable(folder: Path, option: str) -> None:

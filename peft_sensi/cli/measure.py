@@ -131,12 +131,16 @@ def load_base(name: str) -> Any:
 
 
 def length_for(model: Any, given: int | None) -> int:
-    """The given length, or by default 128 tokens; fewer if the model takes only fewer.
+    """The given length, or by default 128 tokens; fewer if the model takes only fewer, and those of an image.
 
     Raises `SensiError` if the model does not take inputs of the given length.
     """
     from ..anatomy.modules import positions_of
+    from ..scoring.calibration import image_tokens
 
+    if (tokens := image_tokens(model)) is not None:
+        args.refuse({"--sequence-length": given}, f"is about texts, and an image has {tokens} tokens here")
+        return tokens
     table = positions_of(model)
     longest = None if table is None else table[1]
     if given is None:

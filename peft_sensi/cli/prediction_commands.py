@@ -192,7 +192,7 @@ def rows_of(
     from ..tasks.kinds import rows_for_prediction
     from ..tasks.reading import same_columns
 
-    options = trained_lengths(predictor) | {name: value for name, value in reading.items() if value is not None}
+    options = trained_values(predictor) | {name: value for name, value in reading.items() if value is not None}
     originals: list[dict[str, Any]] = []
     source: Any = data
     with step("reading the data", show=show):
@@ -217,7 +217,7 @@ def labeled_rows(
 
     given = {"task": None, **reading}
     named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
-    options = trained_lengths(predictor) | named
+    options = trained_values(predictor) | named
     if "max_rows" in options:
         options["max_validation_rows"] = options["max_rows"]  # of these rows, if there are some
     source: Any = data
@@ -246,9 +246,10 @@ def read_tables(data: list[str], options: Mapping[str, Any], labeled: bool) -> S
     return read_source(data, "text", form, labeled)
 
 
-def trained_lengths(predictor: Predictor) -> dict[str, Any]:
-    """The options about lengths, as the training has noted them."""
-    return {name: predictor.record[name] for name in _TRAINED if isinstance(predictor.record.get(name), int)}
+def trained_values(predictor: Predictor) -> dict[str, Any]:
+    """The options about lengths, and whether questions may get no answer, as the training has noted them."""
+    names = (*_TRAINED, "silent")
+    return {name: predictor.record[name] for name in names if isinstance(predictor.record.get(name), int)}
 
 
 def trained_columns(predictor: Predictor, row: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:

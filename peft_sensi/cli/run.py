@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -108,7 +109,7 @@ class Run:
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=2 * options.batch_size,
             warmup_steps=0.1,
-            bf16=options.bf16,
+            bf16=options.bf16 and epochs > 0,  # rounded outputs have ties: the final metrics are those of `evaluate`
             use_cpu=not torch.accelerator.is_available(),  # otherwise TrainingArguments refuses bf16 on a CPU
             seed=options.seed,
             logging_strategy="steps",
@@ -219,6 +220,7 @@ class Run:
         """The quality on the validation rows; without such rows, it is empty and says so."""
         if not len(self.task.validation):
             return Quality({}, remarks=["There are no validation rows, so the quality is not known."])
+        extract_model_from_parallel(self.model, keep_fp32_wrapper=False)  # otherwise the training's autocast stays
         outcome = self.trainer().predict(self.task.validation)  # type: ignore[arg-type]
         return self.task.quality(outcome.predictions, self.task.validation)
 

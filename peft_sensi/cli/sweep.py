@@ -22,6 +22,7 @@ from .arguments import option
 from .base_commands import load_base, plan_renderables
 from .checks import SCORES, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
+from .measure import length_for
 from .terminal import err, print_result, print_warning, step
 
 
@@ -54,8 +55,14 @@ def sweep(
     batch_size: args.BatchSize = 32,
     class_weights: args.Weights = None,
     sequence_length: Annotated[
-        int, option("--sequence-length", "N", "Tokens of the sequence whose time is measured.", min=1)
-    ] = 128,
+        int | None,
+        option(
+            "--sequence-length",
+            "N",
+            "Tokens of the sequence whose time is measured. Default: 128, or as many as the model takes.",
+            min=1,
+        ),
+    ] = None,
     rounds: Annotated[int, option("--rounds", "N", "How often the models take turns when they are timed.", min=1)] = 7,
     overwrite: args.Overwrite = False,
     resume: args.Resume = False,
@@ -84,7 +91,7 @@ def sweep(
     args.check_rate(lr)
     args.check_overwrite(overwrite, resume)
     score = score or args.FISHER
-    folders = {limit: out_folder / f"{limit:g}" for limit in limits}
+    folders = {limit: out_folder / f"{limit:.15g}" for limit in limits}
     options = {
         "model": model, "--data": data, "--budgets": limits, "--score": score, "--epochs": epochs, "--lr": lr,
         "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
@@ -101,7 +108,10 @@ def sweep(
     base, task = load_base(model, data, seed=seed, **task_options(reading))
     if not len(task.validation):
         raise SensiError("A sweep compares validation results: give --validation, or a --validation-share above 0.")
-    check_budget(build_anatomy(base), {"params": min(limits)})
+    length = length_for(base, sequence_length)
+    anatomy = build_anatomy(base)
+    for limit in limits:  # shares and counts cannot be compared
+        check_budget(anatomy, {"params": limit})
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)
     if resume and (out_folder / SCORES).is_file():
@@ -114,7 +124,7 @@ def sweep(
         write_record(out_folder / UNFINISHED, state)
     results = []
     for limit, folder in folders.items():
-        err.print(Text(f"budget {limit:g}", "bold"))
+        err.print(Text(f"budget {limit:.15g}", "bold"))
         if limit in state["finished"]:
             err.print(Text(f"finished before: {folder}", "dim"), soft_wrap=True)
             results.append(read_json_object(folder / METRICS))
@@ -133,9 +143,9 @@ def sweep(
     if PartialState().process_index:
         return  # the first process writes and prints
     points = [point_of(limit, result, task.main_metric) for limit, result in zip(limits, results, strict=True)]
-    whole = add_times(points, [str(folder) for folder in folders.values()], base, sequence_length, rounds, json)
+    whole = add_times(points, [str(folder) for folder in folders.values()], base, length, rounds, json)
     table = {"model": model, "metric": task.main_metric, "base_parameters": base.num_parameters(), "base_ms": whole,
-             "sequence_length": sequence_length, "points": points}  # fmt: skip
+             "sequence_length": length, "points": points}  # fmt: skip
     write_text_atomically(out_folder / TABLE, jsonlib.dumps(table, indent=2) + "\n")
     (out_folder / UNFINISHED).unlink(missing_ok=True)
     lines = ["Below each value is its 95 % interval.", f"table: {out_folder / TABLE}"]
@@ -175,7 +185,6 @@ def add_times(
     """
     import torch
 
-    from ..anatomy.modules import positions_of
     from ..merging.latency import time_models
     from ..reporting.saved import load_adapter, open_adapter
 
@@ -184,8 +193,6 @@ def add_times(
         merged: Any = load_adapter(open_adapter(folder)).merge_and_unload()
         point |= {"parameters": merged.num_parameters(), "ms": None}
         models[folder] = merged.float().cpu().eval()
-    if (table := positions_of(base)) is not None:
-        length = min(length, table[1])
     try:
         with step("measuring times", show=not quiet), torch.no_grad():
             whole, times = time_models(base.float().cpu().eval(), models, sequence_length=length, rounds=rounds)
@@ -210,7 +217,7 @@ def draw(points: list[dict[str, Any]], table: dict[str, Any], path: Path) -> Pat
     try:
         plot_sweep(
             path, table["metric"], [point["value"] for point in drawn], [point["interval"] for point in drawn],
-            [f"{point['budget']:g}" for point in drawn], sizes,
+            [f"{point['budget']:.15g}" for point in drawn], sizes,
         )  # fmt: skip
     except SensiError as error:  # no matplotlib
         err.print(Text(f"no picture: {error}", "dim"), soft_wrap=True)
@@ -224,7 +231,7 @@ def points_table(points: list[dict[str, Any]], table: dict[str, Any]) -> Any:
         value, bounds = point["value"], point["interval"]
         share, ms = point["parameters"] / table["base_parameters"], point["ms"]
         rows.append([
-            f"{point['budget']:g}",
+            f"{point['budget']:.15g}",
             f"{human(point['parameters'])} ({share:.0%})",
             "-" if ms is None else f"{ms:.3g} ms ({ms / table['base_ms']:.0%})",
             metric_text(value) + (f"\n{interval_text(bounds)}" if bounds else ""),  # at 60 columns

@@ -27,7 +27,7 @@ from ..tasks.weights import weighted_model_loss
 from ..tuner.config import SensiConfig
 from ..tuner.decision import scores_sent_to
 from ..tuner.schedule import SensiCallback
-from .checks import SCORES, check_budget
+from .checks import SCORES, budget_advice, check_budget
 from .rates import rate_line
 from .run import Run, Training, saved_training
 from .terminal import err
@@ -53,7 +53,8 @@ def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int, latency: 
     """The plan for these limits and scores. Wraps the model with an adapter."""
     scores = for_head_of(model, scores)
     config = SensiConfig(budget=limits, scores=scores, seed=seed, latency=latency, task_type=task_type)
-    peft_model: Any = get_peft_model(model, config)
+    with budget_advice(limits):
+        peft_model: Any = get_peft_model(model, config)
     return peft_model.base_model.plan()
 
 
@@ -95,11 +96,12 @@ def train_for(
     if (stage := state.get("stage")) is not None:
         wrapped: Any = PeftModel.from_pretrained(model, str(saved_training(folder, state)), is_trainable=True)
     else:
-        check_budget(build_anatomy(model), limits)
+        check_budget(build_anatomy(model), limits, latency)
         common: dict[str, Any] = {"calibration": calibration, "task_type": task.task_type, "seed": seed}
         common |= {"scores": None if scores is None else for_head_of(model, scores)}
         common |= {"latency": latency, "loss_fn": loss_fn}
-        with scores_sent_to(partial(save_scores, folder=folder)):  # also if the rest of the wrap fails
+        # The scores are saved also if the rest of the wrap fails.
+        with scores_sent_to(partial(save_scores, folder=folder)), budget_advice(limits):
             if late:
                 config = SensiConfig(budget=limits or 0.5, score=score, schedule=dict(recipes.LATE_CUT), **common)
             else:
@@ -178,14 +180,15 @@ def trim_for(
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
     base = model.get_base_model().config if is_adapter else model.config
     if "stage" not in run.state:
-        check_budget(model.base_model.plan().anatomy if is_adapter else build_anatomy(model), limits)
+        check_budget(model.base_model.plan().anatomy if is_adapter else build_anatomy(model), limits, latency)
         run.state["before"] = run.evaluate().values
         start = time.perf_counter()
         if not is_adapter:
             config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
             run.model = get_peft_model(model, config)
         loss_fn = weighted_model_loss(task) if training.class_weights else None
-        run.model.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn)
+        with budget_advice(limits):
+            run.model.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn)
         run.state["preparation"] = time.perf_counter() - start
         show(run.model.base_model.plan())
         quality = run.evaluate()

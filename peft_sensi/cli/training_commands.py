@@ -104,7 +104,7 @@ def train(
     if whole and early_stopping:
         raise SensiError(f"{whole} trains for a fixed number of epochs: leave out --early-stopping.")
     args.check_rate(lr)
-    check_latency_tables(latency_table)
+    check_latency_tables(latency_table, limits)
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
@@ -190,7 +190,7 @@ def trim(
     if not heal_epochs:
         args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")
     args.check_overwrite(overwrite, resume)
-    check_latency_tables(latency_table)
+    check_latency_tables(latency_table, limits)
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,

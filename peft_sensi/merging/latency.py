@@ -31,6 +31,7 @@ from ..planning.measuring import (
     number_of_threads,
     plan_keeping,
     start_run,
+    tokens_of,
 )
 from ..planning.trimmed import trimmed
 from ..utils.checks import is_count, shown
@@ -65,7 +66,7 @@ def measure_latency(
     Args:
         model: A model without adapters. It does not change.
         batch_size: Sequences in a batch.
-        sequence_length: Tokens of each sequence; with `decode`, tokens in the cache.
+        sequence_length: Tokens of each sequence; with `decode`, tokens in the cache. A model of images has its own.
         runtime: `torch`, or `onnxruntime` (on the CPU, in float32, needs the extra `onnx`).
         threads: Number of threads. Default: as many as PyTorch uses now.
         device: Where to measure. Default: where the model is.
@@ -81,7 +82,8 @@ def measure_latency(
             too busy for precise times.
     """
     _check(model, runtime, {"batch_size": batch_size, "sequence_length": sequence_length, "rounds": rounds}, threads)
-    options: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length, "blocks": blocks}
+    length = tokens_of(model, sequence_length, inputs)
+    options: dict[str, Any] = {"batch_size": batch_size, "sequence_length": length, "blocks": blocks}
     if runtime == "torch":
         here = model if device is None else copy.deepcopy(model).to(device)
         return measure_torch(here, threads=threads, decode=decode, inputs=inputs, rounds=rounds, **options)
@@ -135,7 +137,7 @@ def export_graphs(
         "model": model_name(model),
         "dtype": "float32",
         "batch_size": batch_size,
-        "sequence_length": sequence_length,
+        "sequence_length": tokens_of(model, sequence_length, inputs),
         "versions": {"torch": str(torch.__version__)},
         "weight_bytes": largest,
         "inputs": [_described(name, tensor) for name, tensor in batch.items()],

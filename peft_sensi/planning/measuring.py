@@ -18,7 +18,7 @@ from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.latency import LatencyTable, shape_of
 from ..anatomy.latency_points import Counts, kinds_of, points_of, table_from
 from ..anatomy.units import Anatomy
-from ..scoring.calibration import to_device
+from ..scoring.calibration import image_tokens, to_device
 from ..utils.errors import SensiError
 from ..utils.timing import Run, clock_for, processor_name, time_variants
 from .plan import Plan
@@ -125,6 +125,11 @@ def example_inputs(
     else:
         raise SensiError(f"{type(model).__name__} takes neither token ids nor images: give a batch as `inputs`.")
     return {name: value.to(device) for name, value in batch.items() if name in accepted}
+
+
+def tokens_of(model: nn.Module, length: int, given: Inputs | None = None) -> int:
+    """The tokens of a sequence of `example_inputs`: those of an image, if that is what the model takes."""
+    return length if given is not None else image_tokens(model) or length
 
 
 def start_run(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -20,7 +20,7 @@ from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
-from ..utils.places import is_repo
+from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import load_card, new_card, save_card, save_with_tags, write_card
 from .saved import CARD, CONFIG, METRICS, PICTURE, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
@@ -82,14 +82,17 @@ def push_folder(
             if announce is not None:
                 announce(upload, None)
             return None
+        if is_out_of_reach(repo):
+            raise SensiError("The Hub cannot be reached, so nothing was uploaded. Check the connection.")
         api = HfApi(token=token)
         with login_advice(repo):
             if "/" not in repo:
                 repo = f"{api.whoami()['name']}/{repo}"
-            visibility = _visibility(api, repo, private)
+            is_new, visibility = _visibility(api, repo, private)
             if announce is not None:
                 announce(upload, visibility)
             api.create_repo(repo, private=private, exist_ok=True)
+        with _naming_what_is_left(repo, is_new), login_advice(repo):
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(repo, branch=revision, exist_ok=True)
             return api.create_commit(
@@ -104,13 +107,17 @@ def push_folder(
 
 
 @contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Inside, nothing is read from the Hub or sent to it; what is in the cache is found."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+def _naming_what_is_left(repo: str, is_new: bool) -> Iterator[None]:
+    """Makes an error say that the upload has created a repository, which stays empty."""
     try:
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    except Exception as error:  # the classes of network errors depend on the Hub library's HTTP client
+        if not is_new:
+            raise
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise SensiError(
+            f"{repo} was created, but nothing is in it: {reason}. Push again, or delete the repository."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -174,20 +181,24 @@ def merged_files(saved: SavedMerged) -> list[str]:
     return [MODEL_CONFIG, saved.weights, *code, "generation_config.json", *TOKENIZER_FILES, METRICS, CARD, PICTURE]
 
 
-def _visibility(api: HfApi, repo: str, private: bool | None) -> str:
-    """Who can see the repository. Raises `SensiError` if it is public, but was asked to be private."""
+def _visibility(api: HfApi, repo: str, private: bool | None) -> tuple[bool, str]:
+    """Whether the repository is new, and who can see it.
+
+    Raises `SensiError` if it is public, but was asked to be private.
+    """
     try:
         is_private = api.repo_info(repo).private
     except RepositoryNotFoundError:
         if private is None:
-            return f"{repo} is new: everybody can see it, unless your account makes new repositories private."
-        return f"{repo} is new: {'only you can see it (private)' if private else 'everybody can see it (public)'}."
+            return True, f"{repo} is new: everybody can see it, unless your account makes new repositories private."
+        who = "only you can see it (private)" if private else "everybody can see it (public)"
+        return True, f"{repo} is new: {who}."
     if private and not is_private:
         raise SensiError(
             f"{repo} exists and is public, and an upload does not make it private: change that in the settings of the "
             f"repository, or give another name. Nothing was uploaded."
         )
-    return f"{repo} exists: {'it is private' if is_private else 'everybody can see it (public)'}."
+    return False, f"{repo} exists: {'it is private' if is_private else 'everybody can see it (public)'}."
 
 
 def hook_cards() -> None:

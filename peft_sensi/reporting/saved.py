@@ -205,8 +205,20 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         if not Path(name).is_dir() and isinstance(error, (OSError, HFValidationError)):
             raise SensiError(not_found(name, error)) from error
+        if "Unrecognized configuration class" in str(error):  # no class for this task in the family
+            check_takes_texts(name)
         reason = str(error).strip().split("\n")[0]
         raise SensiError(f"{name} cannot be loaded as a model: {reason}") from error
+
+
+def check_takes_texts(name: str) -> None:
+    """Raises `SensiError` if the config has no vocabulary: the model is one of images or sounds."""
+    config = load_pretrained(transformers.AutoConfig, name)
+    if not hasattr(config.get_text_config(), "vocab_size"):
+        raise SensiError(
+            f"{name} ({config.model_type}) takes no texts, and this command needs a model that does. For other "
+            f"models, use SensiConfig in Python."
+        )
 
 
 def pretrained_tokenizer(name: str, **options: Any) -> Any:
@@ -225,6 +237,8 @@ def pretrained_tokenizer(name: str, **options: Any) -> Any:
         found = None
     # Without its files, Transformers 5 makes one that knows special tokens only: all words would be the same to it.
     if found is None or len(found) <= len(found.all_special_tokens):
+        if file_in(name, "config.json") is not None:
+            check_takes_texts(name)
         raise SensiError(f"{name} has no tokenizer: save the one that belongs to the model into the same folder.")
     return found
 

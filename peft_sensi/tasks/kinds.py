@@ -286,10 +286,11 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
         [row for part in parts for row in _sentences(part, options)] for parts in (source.train, source.validation)
     )
     train, held = _chosen(train, held, options)
-    labels = words.labels_of(train, held)
+    labels, unknown = words.labels_of(train, held), list[str]()
     if head is not None:
-        labels = order_of_head(labels, head.names, source.train[0].name)
+        labels, unknown = words.labels_for(head, labels, source.train[0].name)
     lines, doubts = words.describe(labels, train)
+    doubts += unknown
     if not source.validation and options.validation_share:
         strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
         kept, out = hold_out(strata, _held_share(len(train), options), options.seed, "sentences")
@@ -327,7 +328,7 @@ def _read_answers(source: Source, options: Options, head: Labels | None, tokeniz
         train, held = [train[i] for i in kept], [train[i] for i in out]
         held = [held[i] for i in sample(len(held), options.max_validation_rows, options.seed)]  # groups differ in size
     doubts += _repeated(train, held, "questions", "question", "context")
-    silent = answers.may_be_silent(train)
+    silent = answers.may_be_silent(train) if options.silent is None else options.silent
     stride = stride_of(options, limit)
     rows, longest, cut = answers.encode(train, tokenizer, limit, stride)
     held_rows, _, cut_too = answers.encode(held, tokenizer, limit, stride)

@@ -36,6 +36,7 @@ class Options:
         max_length: Longest input in tokens. `None`: the default of the kind, in `KINDS`.
         stride: How many tokens neighboring windows of a long text share (answers only). `None`: see `stride_of`.
         max_answer_length: The longest answer, in tokens.
+        silent: Whether a question may get no answer. `None`: if some questions of the training rows have none.
         max_rows, max_validation_rows: At most so many rows, chosen at random.
         validation_share: The share of the rows that is held out if there are no validation rows.
         subset, split: The subset and the split of a data set of the Hub.
@@ -52,6 +53,7 @@ class Options:
     max_length: int | None = None
     stride: int | None = None
     max_answer_length: int = 30
+    silent: bool | None = None
     max_rows: int | None = None
     max_validation_rows: int | None = None
     validation_share: float = 0.1

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from . import metrics
 from .columns import check_known
 from .decoding import read_text
-from .labels import OUTSIDE, DataError, Labels, is_tag, listed
+from .labels import OUTSIDE, DataError, Labels, is_tag, listed, order_of_head
 from .metrics import Quality
 from .task import Rows
 from .texts import logits_in
@@ -30,7 +30,7 @@ FORMS = (
 WORD_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner")
 WORD_NAMES, TAG_NAMES = (*WORD_COLUMNS, "token", "word"), (*TAG_COLUMNS, "tag", "label", "ner_tag")
 SENTENCE_NAMES = ("sentence #", "sentence", "sentence_id", "sentence_number", "sent_id")
-_COMMENT = re.compile(r"#\s.*=")
+_COMMENT = re.compile(r"#\s.*=|# new(doc|par)\s*$")
 
 
 def read_conll(
@@ -45,7 +45,7 @@ def read_conll(
     A note about the encoding is added to `notes`.
 
     An empty line, a line without a word, or a -DOCSTART- line ends a sentence. Not read are a header in the first line
-    and, before a sentence, comments such as `# id = 3`.
+    and, before a sentence, comments such as `# id = 3` and `# newdoc`.
 
     Raises `DataError` for a line without such a column or with something else than a tag in it. Without tags, the
     lines must have equally many columns: lines of a text would lose all words but the first.
@@ -198,13 +198,27 @@ def labels_of(*parts: Sequence[dict[str, Any]]) -> Labels:
     return Labels([OUTSIDE, *sorted({tag for rows in parts for row in rows for tag in row["tags"]} - {OUTSIDE})])
 
 
+def labels_for(head: Labels, labels: Labels, data: Any) -> tuple[Labels, list[str]]:
+    """The labels of a trained head for the tags of a file, and a doubt about tags that the head does not know.
+
+    A small file for training lacks rare tags, which a file for an evaluation has. Raises `DataError` if the head knows
+    no entities of the file.
+    """
+    unknown = [tag for tag in labels.names if tag not in head.names]
+    known = [tag for tag in labels.names if tag in head.names]
+    if not unknown or all(tag == OUTSIDE for tag in known):
+        return order_of_head(labels, head.names, data), []
+    doubt = f"the model does not know some tags, which count as missed: {listed(unknown)}"
+    return order_of_head(Labels(known), head.names, data), [doubt]
+
+
 def encode(
     raw: Sequence[dict[str, Any]], labels: Labels | None, tokenizer: Any, max_length: int
 ) -> tuple[Rows, int, int]:
     """Windows over the sentences, the longest sentence in tokens, and the number of sentences with several windows.
 
-    `labels` must have all tags of the sentences. The first sub-word of a word gets its tag. A word for which the
-    tokenizer produces no token (such as a lone variation selector) has no position.
+    The first sub-word of a word gets its tag, if that is among the labels. A word for which the tokenizer produces no
+    token (such as a lone variation selector) has no position.
     """
     index = None if labels is None else {tag: i for i, tag in enumerate(labels.names)}
     found = Rows([], list(raw))
@@ -230,7 +244,7 @@ def encode(
         if index is not None and tags is not None:
             row["labels"] = [IGNORED] * len(row["input_ids"])
             for position, word in places:
-                row["labels"][position] = index[tags[word]]
+                row["labels"][position] = index.get(tags[word], IGNORED)
         found.inputs.append(row)
         found.places.append((sentence, np.array(places, dtype=np.int64).reshape(-1, 2)))
     lengths: Counter[int] = Counter()
@@ -245,8 +259,8 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     words, tagged = sum(len(row["tokens"]) for row in raw), sum(tag != OUTSIDE for row in raw for tag in row["tags"])
     shown = ", ".join(f"{kind} {count:,}" for kind, count in sorted(kinds.items())) or "none"
     doubts = [] if tagged else ["no word has a tag other than O, so there is nothing to find (--label-column)"]
-    if words > 1000 * len(raw):
-        doubts.append("the sentences are very long: is there an empty line after each of them?")
+    if (longest := max(len(row["tokens"]) for row in raw)) > 1000:
+        doubts.append(f"a sentence has {longest:,} words: is there an empty line after each sentence?")
     return [f"{words:,} words, {tagged:,} in entities: {shown}"], doubts
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 UNFINISHED = "unfinished.json"  # in the folder of a training that was interrupted, see `cli.run`
@@ -32,6 +36,23 @@ def is_out_of_reach(name: str | Path) -> bool:
     if constants.HF_HUB_OFFLINE or not is_repo(str(name)):
         return False
     return _gives_no_answer(constants.ENDPOINT, str(name), int(time.monotonic() // 60))
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, nothing is read from the Hub or sent to it; what is in the cache is found."""
+    from huggingface_hub import constants
+
+    # `datasets` has a setting of its own.
+    modules: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 @functools.lru_cache
