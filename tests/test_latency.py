@@ -197,34 +197,48 @@ def test_inputs_are_where_the_model_is(bert):
 # -- timing -----------------------------------------------------------------------------------------------------------
 
 
-def fake_times(durations, seed=0):
-    """A clock and a function that makes runs: each takes its duration, times the noise that the machine has then."""
-    now, noise = [0.0], random.Random(seed)
+def fake_times(durations, noise=0.0, places=0.0, seed=0):
+    """A clock and a function that prepares runs, which take these seconds.
 
-    def run(name):
-        load = 1 + noise.expovariate(1.0) * durations.get("noise", 0.0)
-        now[0] += durations[name] * load
+    `noise` is how much longer a run takes on average on a busy machine, and `places` by how much the time of a run
+    differs when it is prepared again.
+    """
+    now, drawn = [0.0], random.Random(seed)
 
     @contextmanager
     def prepared(name):
-        yield partial(run, name)
+        place = 1 + drawn.uniform(-places, places)
 
-    return (lambda: now[0]), run, prepared
+        def run():
+            now[0] += durations[name] * place * (1 + drawn.expovariate(1.0) * noise)
+
+        yield run
+
+    return (lambda: now[0]), lambda name: partial(prepared, name)
 
 
 def test_medians_of_noisy_runs():
-    clock, run, prepared = fake_times({"whole": 0.01, "half": 0.005, "none": 0.001, "noise": 0.2})
-    variants = {name: partial(prepared, name) for name in ("half", "none")}
-    whole, found = time_variants(partial(run, "whole"), variants, clock)
+    clock, prepared = fake_times({"whole": 0.01, "half": 0.005, "none": 0.001}, noise=0.2)
+    whole, found = time_variants(prepared("whole"), {name: prepared(name) for name in ("half", "none")}, clock)
     assert found["half"].seconds / whole.seconds == pytest.approx(0.5, rel=0.05)
     assert found["none"].seconds / whole.seconds == pytest.approx(0.1, rel=0.05)
     assert 0 < found["half"].error < timing.LARGEST_ERROR * whole.seconds and found["half"].spread > 0
 
 
+@pytest.mark.parametrize("duration", [0.001, 0.1])
+def test_a_model_that_is_prepared_again_has_another_time(duration):
+    """Many runs of one preparation say no more than a few, neither about the whole model nor about a part of it."""
+    clock, prepared = fake_times({"whole": duration, "half": duration / 2}, places=0.1)
+    whole, found = time_variants(prepared("whole"), {"half": prepared("half")}, clock, rounds=49)
+    assert found["half"].seconds / whole.seconds == pytest.approx(0.5, rel=0.03)
+    assert whole.seconds == pytest.approx(duration, rel=0.05)
+    assert 0.002 < found["half"].error / whole.seconds < 0.02
+
+
 def test_too_much_noise_is_an_error():
-    clock, run, prepared = fake_times({"whole": 0.1, "half": 0.05, "noise": 5.0})
+    clock, prepared = fake_times({"whole": 0.1, "half": 0.05}, noise=5.0)
     with pytest.raises(SensiError, match="too noisy: after 6 rounds"):
-        time_variants(partial(run, "whole"), {"half": partial(prepared, "half")}, clock, rounds=2)
+        time_variants(prepared("whole"), {"half": prepared("half")}, clock, rounds=2)
 
 
 FAULTS = """

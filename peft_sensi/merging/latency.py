@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -166,18 +166,18 @@ def compare_latency(
     with number_of_threads(threads) as threads, tempfile.TemporaryDirectory(prefix="sensi-graphs-") as name:
         if runtime == "torch":
             start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
-            runs = [start(copy.deepcopy(each).eval()) for each in (base, model)]
+            starts = [lambda each=each: start(copy.deepcopy(each).eval()) for each in (base, model)]
         else:
             batch = example_inputs(base, batch_size, sequence_length, inputs)
-            batch, runs = {key: tensor.cpu() for key, tensor in batch.items()}, []
+            batch, starts = {key: tensor.cpu() for key, tensor in batch.items()}, []
             arrays = {key: tensor.numpy() for key, tensor in batch.items()}
             for number, each in enumerate((base, model)):
                 path = Path(name) / f"{number}.onnx"
                 trace_graph(copy.deepcopy(each).float().cpu().eval(), batch, path)
-                runs.append(start_session(path, arrays, threads))
+                starts.append(partial(start_session, path, arrays, threads))
         device = next(base.parameters()).device.type if runtime == "torch" else "cpu"
-        variants = {"merged": partial(_ready, runs[1])}
-        whole, timings = time_variants(runs[0], variants, clock_for(threads, device), rounds)
+        reference, merged = (partial(_started, start) for start in starts)
+        whole, timings = time_variants(reference, {"merged": merged}, clock_for(threads, device), rounds)
     return timings["merged"].seconds * 1e3, whole.seconds * 1e3
 
 
@@ -189,16 +189,16 @@ def time_models(
     The errors are those of `measure_latency`. The models are in evaluation mode, and do not change.
     """
     start = partial(start_run, batch_size=1, length=sequence_length, decode=False)
-    variants = {name: partial(_ready, start(model)) for name, model in models.items()}
+    variants = {name: partial(_started, partial(start, model)) for name, model in models.items()}
     clock = clock_for(torch.get_num_threads(), next(base.parameters()).device.type)
-    whole, timings = time_variants(start(base), variants, clock, rounds)
+    whole, timings = time_variants(partial(_started, partial(start, base)), variants, clock, rounds)
     return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
 
 
 @contextmanager
-def _ready(run: Run) -> Iterator[Run]:
-    """A variant for `time_variants` that needs no preparation."""
-    yield run
+def _started(start: Callable[[], Run]) -> Iterator[Run]:
+    """A run for `time_variants` that leaves nothing behind."""
+    yield start()
 
 
 def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any], rounds: int = 7) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def measure_graphs(folder: str | os.PathLike, threads: int | None = None, rounds
             yield start(place / file)
 
         points = {name: partial(variant, graph_name(number)) for number, name in enumerate(points_of(kinds))}
-        whole, timings = time_variants(start(place / graph_name()), points, clock_for(threads), rounds)
+        whole, timings = time_variants(partial(variant, graph_name()), points, clock_for(threads), rounds)
     fields = {name: described[name] for name in _OF_TABLE}
     fields |= {"device": processor_name(), "runtime": "onnxruntime", "threads": threads}
     fields["versions"] = {"onnxruntime": onnxruntime.__version__, **described["versions"]}

@@ -47,12 +47,16 @@ def measure_torch(
         start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
 
         @contextmanager
+        def reference() -> Iterator[Run]:
+            yield start(whole)
+
+        @contextmanager
         def variant(counts: Counts) -> Iterator[Run]:
             with trimmed(small, plan_keeping(anatomy, counts), anatomy.trimmable):
                 yield start(small)
 
         points = {name: partial(variant, counts) for name, counts in points_of(kinds).items()}
-        reference, timings = time_variants(start(whole), points, clock_for(threads, device.type), rounds)
+        of_whole, timings = time_variants(reference, points, clock_for(threads, device.type), rounds)
     described = {
         "phase": "decode" if decode else "prefill",
         "model": model_name(model),
@@ -64,7 +68,7 @@ def measure_torch(
         "batch_size": batch_size,
         "sequence_length": sequence_length,
     }
-    return table_from(kinds, reference, timings, described)
+    return table_from(kinds, of_whole, timings, described)
 
 
 def measurable(model: nn.Module, blocks: Any = None) -> Anatomy:

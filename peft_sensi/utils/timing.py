@@ -20,15 +20,15 @@ from .errors import SensiError
 
 
 Run = Callable[[], object]
-# A function that prepares a run. The run is used inside the context, which may then free its memory.
+# Prepares a run from anew: the same model in other places of the memory. The run is used inside the context.
 Prepare = Callable[[], AbstractContextManager[Run]]
 Clock = Callable[[], float]
 
 # The largest standard error of a time, as a share of the reference's time.
 LARGEST_ERROR = 0.02
-# A function that is fast is run several times in each round, for this many seconds.
-_SECONDS_PER_ROUND = 0.1
-_FEWEST, _MOST = 2, 200  # runs in each round
+# A function that is fast is run several times in each turn, for this many seconds.
+_SECONDS_PER_TURN = 0.1
+_FEWEST, _MOST = 2, 200  # runs in each turn
 
 # Parameters of glibc's `mallopt` (malloc.h), and the largest values to which glibc itself raises the first two.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -90,11 +90,13 @@ def kept_memory() -> Iterator[None]:
 
 @kept_memory()
 def time_variants(
-    reference: Run, variants: Mapping[str, Prepare], clock: Clock, rounds: int = 7
+    reference: Prepare, variants: Mapping[str, Prepare], clock: Clock, rounds: int = 7
 ) -> tuple[Timing, dict[str, Timing]]:
-    """Times the reference and each variant. In each round, all variants take their turns with the reference.
+    """Times the reference and each variant. In each round, each variant has a turn with the reference.
 
-    If the results are not precise enough after `rounds` rounds, up to twice as many more follow.
+    Both are prepared again for each turn. One and the same model can be a tenth slower when its weights and buffers
+    lie elsewhere in the memory, so a turn has one value, however many runs it has. If the results are not precise
+    enough after `rounds` rounds, up to twice as many more follow.
 
     Returns:
         The reference's time, and the time of each variant by name, as it would be while the reference takes that time.
@@ -107,23 +109,28 @@ def time_variants(
     worst = math.inf
     for count in range(1, 3 * rounds + 1):
         for name, prepare in variants.items():
-            with prepare() as run:
+            with reference() as whole, prepare() as run:
                 run()  # the first run allocates memory and chooses kernels
-                repeats = min(_MOST, max(_FEWEST, math.ceil(_SECONDS_PER_ROUND / max(_time(reference, clock), 1e-9))))
-                for _ in range(repeats):
-                    seconds = _time(reference, clock)
-                    of_reference.append(seconds)
-                    ratios[name].append(_time(run, clock) / max(seconds, 1e-12))
+                pairs = _turn(whole, run, clock)
+            of_reference.append(float(np.median(pairs[:, 0])))
+            ratios[name].append(float(np.median(pairs[:, 1] / np.maximum(pairs[:, 0], 1e-12))))
         if count % rounds == 0:
             worst = max((_summary(values, 1.0).error for values in ratios.values()), default=0.0)
             if worst <= LARGEST_ERROR:
-                whole = _summary(of_reference, 1.0)
-                return whole, {name: _summary(values, whole.seconds) for name, values in ratios.items()}
+                found = _summary(of_reference, 1.0)
+                return found, {name: _summary(values, found.seconds) for name, values in ratios.items()}
     raise SensiError(
         f"The measured times are too noisy: after {3 * rounds} rounds, one has a standard error of {worst:.1%} of the "
         f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
         f"measure more rounds (`rounds`, --rounds)."
     )
+
+
+def _turn(reference: Run, run: Run, clock: Clock) -> np.ndarray:
+    """The seconds of the reference and of the run, which alternate, `[runs, 2]`."""
+    seconds = _time(reference, clock)  # not counted, as the first run of the other one
+    repeats = min(_MOST, max(_FEWEST, math.ceil(_SECONDS_PER_TURN / max(seconds, 1e-9))))
+    return np.array([[_time(reference, clock), _time(run, clock)] for _ in range(repeats)])
 
 
 def _time(run: Run, clock: Clock) -> float:
