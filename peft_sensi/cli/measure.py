@@ -43,7 +43,13 @@ def measure(
         bool, option("--decode", None, "Measure one decoding step with a cache, for --decode-latency.")
     ] = False,
     rounds: Annotated[
-        int | None, option("--rounds", "N", "How often each variant takes its turns. Default: 7.", min=1)
+        int | None,
+        option(
+            "--rounds",
+            "N",
+            "How often each variant takes its turn. Default: 7. With --against, three times as often.",
+            min=1,
+        ),
     ] = None,
     out: Annotated[Path | None, option("--out", "FILE", "Save the table as JSON.")] = None,
     export: Annotated[

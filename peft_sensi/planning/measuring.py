@@ -27,6 +27,8 @@ from .trimmed import trimmed
 
 Inputs = Mapping[str, torch.Tensor]
 
+_LARGEST_COPY = 2**30  # bytes of a model's tensors
+
 
 def measure_torch(
     model: nn.Module,
@@ -41,22 +43,19 @@ def measure_torch(
 ) -> LatencyTable:
     """The latency table of a model in PyTorch; see `merging.latency.measure_latency`. The model stays as it is."""
     anatomy = measurable(model, blocks)
-    whole, small, kinds = shared_copy(model), shared_copy(model), kinds_of(anatomy)
+    kinds = kinds_of(anatomy)
     device = next(model.parameters()).device
     with number_of_threads(threads) as threads:
         start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
 
         @contextmanager
-        def reference() -> Iterator[Run]:
-            yield start(whole)
-
-        @contextmanager
-        def variant(counts: Counts) -> Iterator[Run]:
+        def started(counts: Counts) -> Iterator[Run]:
+            small = fresh_copy(model)
             with trimmed(small, plan_keeping(anatomy, counts), anatomy.trimmable):
                 yield start(small)
 
-        points = {name: partial(variant, counts) for name, counts in points_of(kinds).items()}
-        of_whole, timings = time_variants(reference, points, clock_for(threads, device.type), rounds)
+        points = {name: partial(started, counts) for name, counts in points_of(kinds).items()}
+        whole, timings = time_variants(partial(started, {}), points, clock_for(threads, device.type), rounds)
     described = {
         "phase": "decode" if decode else "prefill",
         "model": model_name(model),
@@ -68,7 +67,7 @@ def measure_torch(
         "batch_size": batch_size,
         "sequence_length": sequence_length,
     }
-    return table_from(kinds, of_whole, timings, described)
+    return table_from(kinds, whole, timings, described)
 
 
 def measurable(model: nn.Module, blocks: Any = None) -> Anatomy:
@@ -90,10 +89,14 @@ def plan_keeping(anatomy: Anatomy, counts: Mapping[str, int]) -> Plan:
     return Plan(anatomy, tuple(states), frozenset(), 1)
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules in evaluation mode that shares all tensors with the model, so it needs no memory."""
+def fresh_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode. On a CPU, its tensors lie elsewhere in the memory, where the model may run faster or
+    slower. Large models share their tensors with the copy: they are spread over so much memory that it matters less.
+    """
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    is_small = sum(tensor.nbytes for tensor in tensors) <= _LARGEST_COPY
+    is_copied = is_small and all(tensor.device.type == "cpu" for tensor in tensors)
+    return copy.deepcopy(model, {} if is_copied else {id(tensor): tensor for tensor in tensors}).eval()
 
 
 def example_inputs(
