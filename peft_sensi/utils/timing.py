@@ -9,7 +9,7 @@ import ctypes
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ Run = Callable[[], object]
 Prepare = Callable[[], AbstractContextManager[Run]]
 Clock = Callable[[], float]
 
-# The largest standard error of a time, as a share of the reference's time.
+# The largest standard error of the times, as a share of the reference's time.
 LARGEST_ERROR = 0.02
 # A function that is fast is run several times in each turn, for this many seconds.
 _SECONDS_PER_TURN = 0.1
@@ -106,24 +106,26 @@ def time_variants(
     """
     ratios: dict[str, list[float]] = {name: [] for name in variants}
     of_reference: list[float] = []
-    worst = math.inf
     for count in range(1, 3 * rounds + 1):
         for name, prepare in variants.items():
-            with reference() as whole, prepare() as run:
+            with reference() as base, prepare() as run:
                 run()  # the first run allocates memory and chooses kernels
-                pairs = _turn(whole, run, clock)
+                pairs = _turn(base, run, clock)
             of_reference.append(float(np.median(pairs[:, 0])))
             ratios[name].append(float(np.median(pairs[:, 1] / np.maximum(pairs[:, 0], 1e-12))))
-        if count % rounds == 0:
-            worst = max((_summary(values, 1.0).error for values in ratios.values()), default=0.0)
-            if worst <= LARGEST_ERROR:
-                found = _summary(of_reference, 1.0)
-                return found, {name: _summary(values, found.seconds) for name, values in ratios.items()}
+        if count % rounds == 0 and (error := _mean_error(ratios.values())) <= LARGEST_ERROR:
+            whole = _summary(of_reference, 1.0)
+            return whole, {name: _summary(values, whole.seconds) for name, values in ratios.items()}
     raise SensiError(
-        f"The measured times are too noisy: after {3 * rounds} rounds, one has a standard error of {worst:.1%} of the "
+        f"The measured times are too noisy: after {3 * rounds} rounds, their standard error is {error:.1%} of the "
         f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
         f"measure more rounds (`rounds`, --rounds)."
     )
+
+
+def _mean_error(ratios: Iterable[list[float]]) -> float:
+    """The root mean square of the standard errors. The largest of many estimates from few values says little."""
+    return math.sqrt(float(np.mean([_summary(values, 1.0).error ** 2 for values in ratios])))
 
 
 def _turn(reference: Run, run: Run, clock: Clock) -> np.ndarray:
