@@ -61,7 +61,7 @@ def measure_latency(
 ) -> LatencyTable:
     """Measures how long each kind of sublayer takes for several numbers of kept units, and the rest of the model.
 
-    Each variant of the model takes turns with the whole model, and medians are compared (`utils.timing`). With one
+    Each variant of the model takes turns with the whole model, and their ratio counts (`utils.timing`). With one
     thread on a CPU, processor time is measured, which other programs hardly influence.
 
     Args:

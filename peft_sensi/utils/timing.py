@@ -1,4 +1,4 @@
-"""Times functions on a machine that may be busy: each one takes turns with a reference, and medians are compared.
+"""Times functions on a machine that may be busy: each one takes turns with a reference, and their ratio counts.
 
 Other work slows both of them alike, so their ratio is far steadier than their times. This module needs NumPy only.
 """
@@ -37,7 +37,7 @@ _GROWN = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _MMAP_MAX: 65_536}
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one run: median, half of the interquartile range, and standard error of the median, in seconds."""
+    """The time of one run: mean, half of the interquartile range, and standard error of the mean, in seconds."""
 
     seconds: float
     spread: float
@@ -142,9 +142,17 @@ def _time(run: Run, clock: Clock) -> float:
 
 
 def _summary(values: list[float], unit: float) -> Timing:
-    """Median, spread and standard error of these values, times `unit`."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    # For a normal distribution, the interquartile range is 1.349 standard deviations, and the standard error of a
-    # median 1.2533 times that of a mean.
-    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))
-    return Timing(float(median) * unit, float(high - low) / 2 * unit, float(error) * unit)
+    """Mean, spread and standard error of these values, times `unit`, without about a tenth of them at either end.
+
+    The ends are turns in which other programs ran. A median would jump: in some places of the memory a model is fast,
+    in the others slow, and little between. Error of a trimmed mean: Tukey & McLaughlin 1963.
+    """
+    ordered, count = np.sort(values), len(values)
+    cut = min(math.ceil(count / 10), (count - 1) // 2)
+    low, high = ordered[cut], ordered[count - 1 - cut]
+    deviation = float(np.clip(ordered, low, high).std(ddof=min(1, count - 1)))
+    error = deviation / ((1 - 2 * cut / count) * math.sqrt(count))
+    lower, upper = np.quantile(ordered, [0.25, 0.75])
+    return Timing(
+        float(ordered[cut : count - cut].mean()) * unit, float(upper - lower) / 2 * unit, float(error) * unit
+    )
