@@ -98,7 +98,10 @@ def test_adapter_merged_and_onnx_say_the_same(work, tmp_path):
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-4)
     call("predict", tmp_path / "onnx" / "model.int8.onnx", work / "new.csv", "--out", tmp_path / "p2.csv")
-    (tmp_path / "onnx" / "model.json").unlink()
+    companion = tmp_path / "onnx" / "model.json"
+    companion.write_text(json.dumps(json.loads(companion.read_text()) | {"max_length": -1}))
+    assert "Export the model again" in fails("predict", tmp_path / "onnx", work / "new.csv")
+    companion.unlink()
     assert "Export it again" in fails("predict", tmp_path / "onnx", work / "new.csv")
 
 

@@ -1375,6 +1375,13 @@ def test_traced_without_graph_breaks(budget):
     torch.compiler.reset()
 
 
+def test_a_model_that_learns_its_mask_is_exported():
+    model = trained(update="mask", sparsity=0.5)
+    batch = tiny_batches(1, seed=99, labels=False)[0]
+    exported = torch.export.export(model.base_model.model, (), batch).module()
+    torch.testing.assert_close(exported(**batch).logits, logits(model, batch))
+
+
 @pytest.mark.parametrize("fields", [*BUDGETS.values(), {"update": "sparse", "sparse": 20}], ids=str)
 def test_torchscript(fields):
     """The trace is the same each time, and holds for batches of other sizes."""

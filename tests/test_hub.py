@@ -27,6 +27,7 @@ from peft_sensi.cli.commands import app
 from peft_sensi.merging.hashes import hashes_of
 from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
 from peft_sensi.reporting.hub import push_folder
+from peft_sensi.reporting.results import model_index, training_rows
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
 from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
@@ -129,6 +130,14 @@ def test_results_without_numbers_are_refused(tmp_path):
     with pytest.raises(SensiError, match="not JSON"):
         results_table(tmp_path / "r.json")
     assert results_table({"accuracy": 0.5, "flag": True}) == "| measure | value |\n| --- | --- |\n| accuracy | 0.5 |"
+
+
+def test_numbers_that_no_float_holds_are_left_out_of_a_card():
+    numbers = {"accuracy": 0.5, "loss": float("nan"), "f1": 10**400}
+    assert results_table(numbers) == "| measure | value |\n| --- | --- |\n| accuracy | 0.5 |"
+    assert model_index({"validation": numbers}, "text-classification")[0].metric_value == 0.5
+    metrics = {"epochs": 10**400, "seconds": {"training": 10**400}, "learning_rate": 0.1, "bf16": True, "seed": 0}
+    assert training_rows(metrics) == [("learning rate", "0.1"), ("bfloat16", "yes")]
 
 
 PUSH = """

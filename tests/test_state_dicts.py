@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from peft import get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_model, save_model
 from tiny import TRIM, assert_same_tensors, logits, tiny_model, trained, wrap
 from torch import nn
@@ -164,6 +164,32 @@ def test_a_damaged_mark(entry):
     state[key] = entry(state[key]) if callable(entry) else entry
     with pytest.raises(SensiLoadError, match="plan"):
         target.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"update": "sparse", "sparse": 20}, {"update": "low_rank", "rank": 2}, TRIM], ids=str
+)
+def test_a_merged_state_and_an_unmerged_one_are_not_mixed(options, tmp_path):
+    """The base would have the adapter's changes already, and would get them again; or it would lose them."""
+    source, target = trained(**options), wrap(tiny_model(), **options)
+    unmerged = copy.deepcopy(source.state_dict())
+    source.merge_adapter()
+    before = copy.deepcopy(target.state_dict())
+    for strict in (True, False):
+        with pytest.raises(SensiLoadError, match="unmerge_adapter"):
+            target.load_state_dict(source.state_dict(), strict=strict)
+        with pytest.raises(SensiLoadError, match="unmerge_adapter"):
+            source.load_state_dict(unmerged, strict=strict)
+    with pytest.raises(CheckpointException, match="Size mismatch"):
+        by_distributed_checkpoint(source, target, tmp_path)
+    assert_same_tensors(target.state_dict(), before)
+    target.merge_adapter()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(logits(target), logits(source))
+    source.save_pretrained(tmp_path / "adapter")  # PEFT's files hold nothing of the base
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    source.unmerge_adapter()
+    assert torch.equal(logits(loaded), logits(source))
 
 
 def test_a_plan_that_changes_changes_the_mark(tmp_path):

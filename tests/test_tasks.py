@@ -649,7 +649,8 @@ def test_a_record_from_anywhere_is_checked(tmp_path):
             "problem_type": "multi_label_classification"}  # fmt: skip
     assert saved(good) == good
     assert saved({"kind": "text", "max_length": "64", "labels": [1], "stride": True, "other": 1}) == {"kind": "text"}
-    assert saved({"kind": "evil"}) == saved([]) == saved(None) == {}
+    assert saved({"kind": "text", "max_length": -1, "stride": 10**400, "max_answer_length": 0}) == {"kind": "text"}
+    assert saved({"kind": "evil"}) == saved({"kind": {}}) == saved([]) == saved(None) == {}
     (tmp_path / "metrics.json").unlink()
     assert saved_record(tmp_path) == {}
     assert kind_of_model("TOKEN_CLS") == "words" and kind_of_model(None, ["BertForQuestionAnswering"]) == "answers"

@@ -17,7 +17,7 @@ from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
 from .functional import Pair
 from .integers import keep_integers
-from .marks import LAYER_MARK, check_marks, marks_are_written, marks_to_tensor, slice_mark, warn_of_no_mark
+from .marks import LAYER_MARK, check_marks, layer_marks, marks_are_written, marks_to_tensor, warn_of_no_mark
 from .masters import without_rounding
 from .saved import activate
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
@@ -267,7 +267,7 @@ class SensiLayer(ComposedWeights):
                 parameter.data = parameter.data.to(device)
 
     def marks(self) -> dict[str, bytes]:
-        return {name: slice_mark(self.sensi_slices[name], plan) for name, plan in self.sensi_plans.items()}
+        return layer_marks(self.sensi_slices, self.sensi_plans, self.merged_adapters)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name in self.sensi_slices:

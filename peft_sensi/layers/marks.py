@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .slices import Slice
 EXTRA = "_extra_state"  # the name that PyTorch gives to such an entry
 LAYER_MARK = f"plan_mark.{EXTRA}"  # in the layer (see `Mark`)
 _LENGTH = 32  # bytes of a SHA-256
+_MERGED = ""  # in the place of an adapter's name, which is never empty
 
 
 def plan_mark(plan: Mapping[str, Any]) -> bytes:
@@ -47,6 +48,12 @@ def slice_mark(slice_: Slice, plan: bytes) -> bytes:
     for positions in (slice_.kept, slice_.tuned_positions):
         mark.update(positions.cpu().contiguous().numpy().tobytes())
     return mark.digest()
+
+
+def layer_marks(slices: Mapping[str, Slice], plans: Mapping[str, bytes], merged: Sequence[str]) -> dict[str, bytes]:
+    """The mark of each adapter on a layer. If adapters are `merged` into its base, one more mark says which."""
+    marks = {name: slice_mark(slices[name], plan) for name, plan in plans.items()}
+    return marks | ({_MERGED: hashlib.sha256(json.dumps(merged).encode()).digest()} if merged else {})
 
 
 def marks_to_tensor(marks: Mapping[str, bytes]) -> torch.Tensor:
@@ -69,6 +76,12 @@ def check_marks(stored: Any, marks: Mapping[str, bytes], where: str) -> None:
     rounded = stored.detach().cpu().double().round().clamp(0, 255).to(torch.uint8)
     rows = [bytes(row) for row in rounded.tolist()]
     theirs = {row[:_LENGTH]: row[_LENGTH : 2 * _LENGTH] for row in rows}
+    if theirs.get(hashlib.sha256(_MERGED.encode()).digest()) != marks.get(_MERGED):
+        raise SensiLoadError(
+            f"An adapter was merged into the base when the state dict was made, or is merged into it in this model, "
+            f"but not both ({where!r}). The adapter would be applied twice, or lost. Call `unmerge_adapter()` before "
+            f"a state dict is made, and before one is loaded."
+        )
     for name, mark in marks.items():
         if theirs.get(hashlib.sha256(name.encode()).digest(), mark) != mark:
             raise SensiLoadError(

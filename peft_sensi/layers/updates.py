@@ -85,10 +85,10 @@ def top_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     # `kthvalue` and not `sort`, for speed: a learned mask is computed in every step.
     threshold = flat.kthvalue(removed).values
-    mask = flat > threshold
-    ties = (flat == threshold).nonzero()[:, 0]
-    mask[ties[len(ties) - (flat.numel() - removed - int(mask.sum())) :]] = True
-    return mask.view_as(scores)
+    ties = flat == threshold
+    # No shape here depends on values, so a model can be exported while it learns its mask.
+    kept_ties = ties & (ties.cumsum(0, dtype=torch.int32) > removed - (flat < threshold).sum())
+    return ((flat > threshold) | kept_ties).view_as(scores)
 
 
 def learned_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:

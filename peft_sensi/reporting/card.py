@@ -22,12 +22,13 @@ from ..planning.rows import drawn_rows, rows_of
 from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
+from ..utils.checks import is_number
 from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
 from ..utils.places import is_repo
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
-from .results import is_number, metrics_of, model_index, results_table, task_record, training_rows
+from .results import metrics_of, model_index, results_table, task_record, training_rows
 from .saved import (
     CARD,
     PICTURE,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..merging.onnx import ExportReport
+from ..utils.checks import is_count
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.places import is_onnx
@@ -52,7 +53,7 @@ def write_companions(
     names = config.id2label or {}
     labels = [str(names[i]) for i in sorted(names)]
     limits = [record.get("max_length"), report.longest, getattr(tokenizer, "model_max_length", None)]
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**6]
+    known = [limit for limit in limits if is_count(limit, 2) and limit < 10**6]
     values = {
         "made_by": MADE_BY,
         "version": _version(),
@@ -90,7 +91,7 @@ def read_companion(file: Path) -> dict[str, Any]:
     labels, longest = values.get("labels"), values.get("max_length")
     names = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     known = isinstance(values.get("kind"), str | None) and isinstance(values.get("problem_type"), str | None)
-    if not (names and known and isinstance(longest, int | None)):
+    if not (names and known and (longest is None or is_count(longest, 2))):
         raise SensiError(f"{path} is not as `peft-sensi export` writes it. Export the model again.")
     return values
 

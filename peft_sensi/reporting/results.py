@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..utils.checks import is_number
 from ..utils.errors import SensiError
 from ..utils.files import read_json, read_json_object
 from .saved import METRICS
@@ -76,8 +77,8 @@ def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("data", ", ".join(f"`{name}`" for name in data_names(metrics)))]
     for key, label in _SETTINGS.items():
         value = known.get(key)
-        if isinstance(value, (str, int, float)) and value not in (None, False):
-            rows.append((label, "yes" if value is True else f"{value:g}" if is_number(value) else str(value)))
+        if isinstance(value, str) or value is True or (is_number(value) and value):
+            rows.append((label, "yes" if value is True else value if isinstance(value, str) else f"{value:g}"))
     seconds = metrics.get("seconds")
     if isinstance(seconds, Mapping) and is_number(seconds.get("training")):
         rows.append(("training time", f"{seconds['training']:,.0f} s"))
@@ -107,10 +108,6 @@ def model_index(metrics: Mapping[str, Any], task: str | None) -> list[EvalResult
         if is_number(value)
     ]
     return results or None
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def cell(value: Any) -> str:

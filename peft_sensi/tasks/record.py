@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..utils.checks import is_count
 from ..utils.files import read_json_object
 from .task import KINDS
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "max_length": (int,), "stride": (int,), "max_answer_length": (int,), "silent": (bool,), "problem_type": (str,),
-    "label_separator": (str, type(None)), "labels": (list,), "text_columns": (list,), "label_columns": (list,),
+    "silent": (bool,), "problem_type": (str,), "label_separator": (str, type(None)), "labels": (list,),
+    "text_columns": (list,), "label_columns": (list,),
 }  # fmt: skip
+_LEAST = {"max_length": 2, "stride": 0, "max_answer_length": 1}  # numbers of tokens, and the smallest that make sense
 
 
 def saved_record(folder: str | Path) -> dict[str, Any]:
@@ -22,16 +24,19 @@ def saved_record(folder: str | Path) -> dict[str, Any]:
 
 def checked_record(record: Any) -> dict[str, Any]:
     """The record without entries of another type than expected, because the file may come from anywhere."""
-    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
         return {}
-    return {"kind": record["kind"]} | {name: value for name, value in record.items() if _fits(name, value)}
+    return {"kind": kind} | {name: value for name, value in record.items() if _fits(name, value)}
 
 
 def _fits(name: str, value: Any) -> bool:
     kinds = _TYPES.get(name, ())
+    if name in _LEAST:
+        return is_count(value, _LEAST[name])
     if isinstance(value, list):
         return list in kinds and all(isinstance(item, str) for item in value)
-    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    return isinstance(value, kinds)
 
 
 def kind_of_model(task_type: str | None, architectures: list[str] | None = None) -> str | None:
