@@ -474,6 +474,27 @@ def test_what_an_earlier_run_has_written_is_replaced_only_on_request_and_the_ans
     assert all(path.read_text() == "{}" for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sweep.json", "has the results of another run (sweep.json)"),  # the sweep's scores would be replaced
+        ("checkpoint-500/trainer_state.json", "has the results of another run (checkpoint-500)"),  # removed
+        ("config.json", "holds a model, or a part of one (config.json)"),
+    ],
+)
+def test_a_training_spoils_no_results_of_something_else(name, words, tmp_path):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    for command in ("train", "trim"):
+        line = (command, "none", "--data", "a.csv", "--budget", "0.3", "--out", tmp_path / "out")
+        assert words in fails(*line)
+        assert ("holds a model" in fails(*line, "--overwrite")) is (name == "config.json")
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")  # an older version has written both
+    assert "none" in fails(*line, "--overwrite")
+    assert path.read_text() == "{}"
+
+
 def test_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     assert "a device or a pipe" in fails("predict", "none", "a.csv", "--out", tmp_path / "pipe.csv", "--overwrite")

@@ -37,6 +37,7 @@ from peft_sensi import (
     export_graphs,
     measure_latency,
 )
+from peft_sensi.anatomy.latency import FORMAT
 from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, table_from
 from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
@@ -343,9 +344,10 @@ def test_damaged_tables_are_refused_or_make_sense(table, tmp_path):
         for kind in found.sublayers:
             assert list(kind.ms) == sorted(kind.ms) and kind.counts[-1] == kind.units
     assert accepted < 250
-    for text in ("[]", "{}", "1", '{"format": "peft_sensi.latency.2"}', "[" * 10**5):
+    older = [json.dumps({**table.to_dict(), "format": "peft_sensi.latency.0"}), json.dumps({"format": FORMAT})]
+    for text in ("[]", "{}", "1", *older, "[" * 10**5):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(SensiLoadError, match=r"x\.json"):
+        with pytest.raises(SensiLoadError, match=r"x\.json.*" + "Measure the model again" * (text in older)):
             LatencyTable.load(tmp_path / "x.json")
 
 
@@ -525,3 +527,6 @@ def test_a_device_with_onnxruntime_only(bert, tmp_path):
             continue
         assert path[0] in ("model", "dtype", "versions", "batch_size", "sequence_length", "weight_bytes", "kinds",
                            "inputs"), (path, other)  # fmt: skip
+    (tmp_path / "graphs" / "graphs.json").write_text(json.dumps({**values, "format": "peft_sensi.graphs.1"}))
+    with pytest.raises(SensiLoadError, match="got 'peft_sensi.graphs.1'. Export the graphs again"):
+        latency_graphs.read_graphs(tmp_path / "graphs")
