@@ -6,7 +6,9 @@ No test depends on the machine's speed: the clock counts the multiplications of 
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import platform
 import random
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -500,6 +503,22 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingf
 def light(*arguments, blocked=HEAVY) -> subprocess.CompletedProcess:
     code = LIGHT.format(blocked=blocked, arguments=list(map(str, arguments)))
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_an_export_of_graphs_that_fails_leaves_nothing_in_the_way(bert, tmp_path, monkeypatch):
+    written = []
+
+    def write_bytes(path, content):
+        written.append(path.name)
+        Path(path).open("wb").write(content[:9])
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(SensiError, match=r"graphs could not be written \(.*No space left"):
+            export_graphs(bert, tmp_path / "graphs", sequence_length=10)
+    assert len(written) == 2 and not (tmp_path / "graphs").exists()
 
 
 def test_a_device_with_onnxruntime_only(bert, tmp_path):
