@@ -212,8 +212,10 @@ def test_classes_that_the_model_does_not_know_count_as_wrong(work, tmp_path):
         read_task(str(work / "merged"), [tmp_path / "new.jsonl"], head=Labels(["bad", "good", "so"]))
 
 
-def test_several_labels_of_which_the_model_does_not_know_one():
+def test_several_labels_of_which_the_model_does_not_know_some():
     labels = Labels(["a", "b"], several=True, separator="|", unknown=("c",))
+    _, doubts = texts.describe(Labels(["a", "b"], unknown=("a|b", "b|a")), [{"text": "x", "label": "a|b"}])
+    assert any("give --label-separator '|'" in doubt for doubt in doubts)
     rows = Rows([{"labels": labels.encode(text)} for text in ("a", "a|c", "")], [{}] * 3)
     quality = texts.measure(labels, np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0]]), rows, None)
     assert quality.values == pytest.approx({"accuracy": 2 / 3, "f1_micro": 4 / 5, "f1_macro": 1 / 2})

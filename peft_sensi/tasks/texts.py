@@ -220,8 +220,8 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     if len(labels.names) > 2 and not labels.several and all(_AMOUNT.fullmatch(label) for label in labels.names):
         if not all(is_number(label) for label in labels.names):
             doubts.append(f"labels such as {labels.names[0]!r} are classes; for amounts, write plain numbers")
-    elif (separator := separator_of(labels.names)) is not None:
-        joined = next(label for label in labels.names if separator in label)
+    elif (separator := separator_of(labels.in_data)) is not None:
+        joined = next(label for label in labels.in_data if separator in label)
         doubts.append(f"{joined!r} is read as one label; for several labels, give --label-separator {separator!r}")
     if stray := sum(isinstance(value, str) and value != value.strip() for value in values):
         doubts.append(f"removed the blanks around {counted(stray, 'label')}")
