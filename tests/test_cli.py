@@ -754,7 +754,9 @@ def test_the_folder_of_an_adapter_opens_where_that_of_lora_does(work, tmp_path):
     ours, lora = tmp_path / "ours", tmp_path / "lora"
     (tmp_path / "ours").mkdir()
     tiny_config("bert").save_pretrained(ours)  # of a run of the first versions
-    call("train", tmp_path / "base", "--data", work / "data.tsv", "--budget", "0.5", "--epochs", "1", "--out", ours)
+    (ours / "adapter_config.json").write_text("{}")
+    data = ("--data", work / "data.tsv", "--budget", "0.5", "--epochs", "1")
+    call("train", tmp_path / "base", *data, "--out", ours, "--overwrite")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(lora)
     AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(lora)
