@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,11 @@ from huggingface_hub import ModelCard
 from tiny import tiny_model, wrap
 from typer.testing import CliRunner
 
-from peft_sensi import save_merged
+from peft_sensi import SensiError, save_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.reporting.card import write_card
 from peft_sensi.reporting.saved_merged import SavedMerged, open_saved
+from peft_sensi.utils.files import write_atomically
 
 
 METRICS = {
@@ -91,6 +93,27 @@ def test_a_card_has_no_empty_tables(tmp_path):
     tables = [i for i, line in enumerate(lines) if line.startswith("| ---")]
     assert tables and all(lines[i + 1].startswith("| ") for i in tables)
     assert "## Training" not in lines and "## Results" not in lines and "\n\n\n" not in "\n".join(lines)
+
+
+def test_a_picture_for_which_there_is_no_room_is_not_passed_over_in_silence(tmp_path, monkeypatch):
+    save_adapter(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.warns(UserWarning, match=r"no picture: .*plan\.png could not be written \(.*No space left"):
+        write_card(open_saved(tmp_path / "adapter"))
+    assert "plan.png" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_file_system_that_is_read_only_is_named_and_not_a_temporary_file(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(SensiError, match=r"a\.json could not be written"):
+        write_atomically(tmp_path / "a.json", refuse)
 
 
 @pytest.mark.parametrize("which", ["adapter", "merged"])

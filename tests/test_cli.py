@@ -474,6 +474,27 @@ def test_what_an_earlier_run_has_written_is_replaced_only_on_request_and_the_ans
     assert all(path.read_text() == "{}" for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sweep.json", "has the results of another run (sweep.json)"),  # the sweep's scores would be replaced
+        ("checkpoint-500/trainer_state.json", "has the results of another run (checkpoint-500)"),  # removed
+        ("config.json", "holds a model, or a part of one (config.json)"),
+    ],
+)
+def test_a_training_spoils_no_results_of_something_else(name, words, tmp_path):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    for command in ("train", "trim"):
+        line = (command, "none", "--data", "a.csv", "--budget", "0.3", "--out", tmp_path / "out")
+        assert words in fails(*line)
+        assert ("holds a model" in fails(*line, "--overwrite")) is (name == "config.json")
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")  # an older version has written both
+    assert "none" in fails(*line, "--overwrite")
+    assert path.read_text() == "{}"
+
+
 def test_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     assert "a device or a pipe" in fails("predict", "none", "a.csv", "--out", tmp_path / "pipe.csv", "--overwrite")
@@ -733,7 +754,9 @@ def test_the_folder_of_an_adapter_opens_where_that_of_lora_does(work, tmp_path):
     ours, lora = tmp_path / "ours", tmp_path / "lora"
     (tmp_path / "ours").mkdir()
     tiny_config("bert").save_pretrained(ours)  # of a run of the first versions
-    call("train", tmp_path / "base", "--data", work / "data.tsv", "--budget", "0.5", "--epochs", "1", "--out", ours)
+    (ours / "adapter_config.json").write_text("{}")
+    data = ("--data", work / "data.tsv", "--budget", "0.5", "--epochs", "1")
+    call("train", tmp_path / "base", *data, "--out", ours, "--overwrite")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(lora)
     AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(lora)

@@ -13,8 +13,10 @@ from command import call, fails, run
 from folders import save_adapter
 
 from peft_sensi.cli.prediction_files import write_records
-from peft_sensi.tasks import sources
+from peft_sensi.tasks import sources, texts
 from peft_sensi.tasks.comparing import mcnemar
+from peft_sensi.tasks.kinds import read_task
+from peft_sensi.tasks.labels import DataError, Labels
 from peft_sensi.tasks.metrics import exact
 from peft_sensi.tasks.predicting import Predictor, chunks, open_predictor
 from peft_sensi.tasks.task import Rows
@@ -193,6 +195,33 @@ def test_evaluate_agrees_with_the_predictions(work):
     other.write_text("\n".join(json.dumps({"text": text, "label": i % 2 and "yes" or "no"})
                                for i, text in enumerate(TEXTS)))  # fmt: skip
     assert "the model's labels are bad, good, so" in fails("evaluate", work / "merged", other)
+
+
+def test_classes_that_the_model_does_not_know_count_as_wrong(work, tmp_path):
+    whole = json.loads(call("evaluate", work / "merged", work / "test.jsonl", "--json"))
+    rows = [json.loads(line) for line in (work / "test.jsonl").read_text().splitlines()]
+    new = [{"text": row["text"], "label": "new"} for row in rows]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, [*rows, *new])))
+    result = run("evaluate", work / "merged", tmp_path / "new.jsonl", "--json")
+    assert "note: the model knows bad, good, so, and not new: such labels count as wrong" in result.stderr
+    assert "4 classes: bad (5), good (5), so (5), new (15)" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["metrics"]["accuracy"] == pytest.approx(whole["metrics"]["accuracy"] / 2)
+    assert found["metrics"]["f1_macro"] < whole["metrics"]["f1_macro"] and found["baseline"]["accuracy"] == 0.5
+    data = ("--data", tmp_path / "new.jsonl", "--json")
+    both = json.loads(call("compare", work / "adapter", work / "merged", *data))
+    assert both["models"][0]["metrics"] == found["metrics"] and both["difference"]["mean"] == 0.0
+    with pytest.raises(DataError, match="the model's labels are bad, good, so"):  # for a training
+        read_task(str(work / "merged"), [tmp_path / "new.jsonl"], head=Labels(["bad", "good", "so"]))
+
+
+def test_several_labels_of_which_the_model_does_not_know_some():
+    labels = Labels(["a", "b"], several=True, separator="|", unknown=("c",))
+    _, doubts = texts.describe(Labels(["a", "b"], unknown=("a|b", "b|a")), [{"text": "x", "label": "a|b"}])
+    assert any("give --label-separator '|'" in doubt for doubt in doubts)
+    rows = Rows([{"labels": labels.encode(text)} for text in ("a", "a|c", "")], [{}] * 3)
+    quality = texts.measure(labels, np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0]]), rows, None)
+    assert quality.values == pytest.approx({"accuracy": 2 / 3, "f1_micro": 4 / 5, "f1_macro": 1 / 2})
 
 
 def test_evaluate_takes_the_split_that_was_not_trained_on(work, tmp_path):

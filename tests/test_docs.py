@@ -115,7 +115,8 @@ def test_commands_in_the_documentation_exist():
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     seen = 0
     for path in FILES:
-        for line in re.findall(r"^(?:\$ )?peft-sensi (.+)$", path.read_text(encoding="utf-8"), re.M):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^(?:\$ )?peft-sensi (.+)$", text, re.M):
             name, *words = line.partition("#")[0].split()
             assert name in commands, f"{path.name}: {line}"
             known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from peft_sensi import SensiConfig, build_anatomy
+from peft_sensi import SensiConfig, build_anatomy, save_merged
 
 
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
@@ -91,6 +92,20 @@ def test_an_untrimmed_model_is_a_stock_model(script, encoder, tmp_path):
     script.merge(str(encoder), tmp_path / "adapter", tmp_path / "merged")
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
     np.testing.assert_allclose(again.encode(texts), vectors, atol=1e-5)
+
+
+def test_the_way_of_the_docs_is_right_also_if_the_stock_form_can_hold_the_model(encoder, tmp_path):
+    model = sentence_transformers.SentenceTransformer(str(encoder), device="cpu")
+    config = SensiConfig(budget={"trainable": 0.1}, score="magnitude", task_type="FEATURE_EXTRACTION")
+    model.add_adapter(config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    small = sentence_transformers.SentenceTransformer(str(encoder), device="cpu")
+    small[0].model = PeftModel.from_pretrained(small[0].model, tmp_path / "adapter").merge_and_unload()
+    small.save_pretrained(str(tmp_path / "merged"))
+    assert save_merged(small[0].model, tmp_path / "merged")
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    texts = [pair["first"] for pair in pairs(6)]
+    np.testing.assert_array_equal(again.encode(texts), small.encode(texts))
 
 
 def test_a_reloaded_model_can_be_saved_again(script, encoder, tmp_path):

@@ -295,7 +295,7 @@ def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         result = run("push", private_folder, "me/mine")
-    assert "does not name it: give its name on the Hub" in result.stderr
+    assert "does not name it: give its name on the Hub as --base." in result.stderr
     assert result.exit_code == 0 and not hub.strange, f"{hub.strange} {result.output}"
     files = hub.repos["me/mine"]
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "plan.png"}

@@ -6,7 +6,9 @@ No test depends on the machine's speed: the clock counts the multiplications of 
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import platform
 import random
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +40,7 @@ from peft_sensi import (
     export_graphs,
     measure_latency,
 )
+from peft_sensi.anatomy.latency import FORMAT
 from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, table_from
 from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
@@ -358,9 +362,10 @@ def test_damaged_tables_are_refused_or_make_sense(table, tmp_path):
         for kind in found.sublayers:
             assert list(kind.ms) == sorted(kind.ms) and kind.counts[-1] == kind.units
     assert accepted < 250
-    for text in ("[]", "{}", "1", '{"format": "peft_sensi.latency.2"}', "[" * 10**5):
+    older = [json.dumps({**table.to_dict(), "format": "peft_sensi.latency.0"}), json.dumps({"format": FORMAT})]
+    for text in ("[]", "{}", "1", *older, "[" * 10**5):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(SensiLoadError, match=r"x\.json"):
+        with pytest.raises(SensiLoadError, match=r"x\.json.*" + "Measure the model again" * (text in older)):
             LatencyTable.load(tmp_path / "x.json")
 
 
@@ -515,6 +520,22 @@ def light(*arguments, blocked=HEAVY) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+def test_an_export_of_graphs_that_fails_leaves_nothing_in_the_way(bert, tmp_path, monkeypatch):
+    written = []
+
+    def write_bytes(path, content):
+        written.append(path.name)
+        Path(path).open("wb").write(content[:9])
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(SensiError, match=r"graphs could not be written \(.*No space left"):
+            export_graphs(bert, tmp_path / "graphs", sequence_length=10)
+    assert len(written) == 2 and not (tmp_path / "graphs").exists()
+
+
 def test_a_device_with_onnxruntime_only(bert, tmp_path):
     export_graphs(bert, tmp_path / "graphs", batch_size=2, sequence_length=10)
     assert sum(file.stat().st_size for file in (tmp_path / "graphs").iterdir()) < 3_000_000
@@ -540,3 +561,6 @@ def test_a_device_with_onnxruntime_only(bert, tmp_path):
             continue
         assert path[0] in ("model", "dtype", "versions", "batch_size", "sequence_length", "weight_bytes", "kinds",
                            "inputs"), (path, other)  # fmt: skip
+    (tmp_path / "graphs" / "graphs.json").write_text(json.dumps({**values, "format": "peft_sensi.graphs.1"}))
+    with pytest.raises(SensiLoadError, match="got 'peft_sensi.graphs.1'. Export the graphs again"):
+        latency_graphs.read_graphs(tmp_path / "graphs")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -149,9 +149,7 @@ class LatencyTable:
     def from_dict(cls, values: Any) -> LatencyTable:
         """The inverse of `to_dict`. Raises `SensiLoadError` if the value is not a complete and sensible table."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT or set(values) != names | {"format"}:
-            found = sorted(map(str, values)) if isinstance(values, Mapping) else values
-            raise SensiLoadError(f"A latency table has `format` = {FORMAT!r} and {sorted(names)}, got {shown(found)}.")
+        check_format(values, FORMAT, names, "The latency table", "Measure the model again.")
         for name in names - {"sublayers"}:
             _check(values, name, "The latency table")
         kinds = values["sublayers"]
@@ -255,6 +253,16 @@ def check_records(records: Any) -> None:
             _check(record, name, f"`latency`: the record of {limit!r}", SensiError)
         if LIMITS[record["phase"]] != limit or not 0 < record["whole_ms"] >= record["predicted_ms"]:
             raise SensiError(f"`latency`: the record of {limit!r} is not possible: {shown(record)}.")
+
+
+def check_format(values: Any, form: str, names: Collection[str], what: str, advice: str) -> None:
+    """Raises `SensiLoadError` unless a JSON value has this `format` and exactly these other fields."""
+    if not isinstance(values, Mapping) or values.get("format") != form:
+        found = shown(values.get("format") if isinstance(values, Mapping) else values)
+        raise SensiLoadError(f"{what} must have `format` = {form!r}, got {found}. {advice}")
+    if wrong := sorted(map(str, values.keys() ^ {*names, "format"})):
+        how = "lacks" if wrong[0] in names else "has the unknown field"
+        raise SensiLoadError(f"{what} {how} {wrong[0]!r}. {advice}")
 
 
 _IN_RECORD = ("phase", "device", "runtime", "threads", "batch_size", "sequence_length")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from ..utils.places import UNFINISHED
 
 PICTURES = (".png", ".svg", ".pdf")
 SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
+TABLE = "sweep.json"  # what `sweep` saves at its end
+TRAINER_STATE = "trainer_state.json"  # in a checkpoint of Trainer
 
 
-def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more: Sequence[str] = ()) -> None:
+def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
     """Checks, before a long training, that the adapter can be saved in this folder. Creates nothing.
 
-    `more` are names of other files that the command writes there.
-
     Raises:
-        SensiError: The folder holds a model, or an adapter that neither `overwrite` nor `resume` allows to change; or
+        SensiError: The folder holds a model, or results that neither `overwrite` nor `resume` allows to change; or
             nothing can be written to it.
     """
+    from ..merging.foreign import CONFIG as MODEL_CONFIG
     from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
     from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
     from ..reporting.saved import CONFIG, METRICS, WEIGHTS
@@ -34,12 +35,17 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if found := [name for name in names if name in (MODEL_WEIGHTS, *OTHER_WEIGHTS) or OWN_WEIGHTS.fullmatch(name)]:
+    others = [MODEL_WEIGHTS, *OTHER_WEIGHTS]
+    if not (overwrite and CONFIG in names):  # adapters of older versions have one, which `train` then removes
+        others.append(MODEL_CONFIG)
+    if found := [name for name in names if name in others or OWN_WEIGHTS.fullmatch(name)]:
         raise SensiError(
-            f"{folder} holds a model ({found[0]}), which could not be loaded any more with an adapter beside it: give "
-            f"another folder as --out."
+            f"{folder} holds a model, or a part of one ({found[0]}), and could not be loaded any more with an adapter "
+            f"in it: give another folder as --out."
         )
-    own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED, *more) if (folder / name).exists()]
+    own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE) if (folder / name).exists()]
+    # A training removes the checkpoints of an earlier one in its folder.
+    own += [name for name in names if name.startswith("checkpoint-") and (folder / name / TRAINER_STATE).is_file()]
     if own and not overwrite and not resume:
         ways = "give another --out, or replace it with --overwrite"
         if can_resume(folder):
@@ -65,7 +71,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     complete = []
     for path in folder.glob("checkpoint-*"):
         with suppress(FileNotFoundError, SensiError, KeyError):
-            complete.append((read_json_object(path / "trainer_state.json")["global_step"], path))
+            complete.append((read_json_object(path / TRAINER_STATE)["global_step"], path))
     return max(complete, default=(0, None))[1]
 
 

@@ -229,7 +229,7 @@ def labeled_rows(
                 options.pop("label_separator", None)
         task = read_task(
             predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
-            head=None if predictor.kind == "answers" else predictor.labels, **options,
+            allow_unknown=True, head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
     task.doubts += untrained_columns(predictor, options)
     said = [] if known is None else [*known.lines, *known.doubts]

@@ -37,7 +37,7 @@ from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
-from .checks import last_checkpoint
+from .checks import TRAINER_STATE, last_checkpoint
 from .rates import WHOLE, default_rate
 from .stopping import StopAfterStep
 from .terminal import ENDING, handling
@@ -231,7 +231,7 @@ class Run:
         """
         if PartialState().process_index:
             return {}
-        # Loaders take a folder with this file, of a run of an older version, for a whole model.
+        # Loaders take a folder with this file, of an adapter of an older version, for a whole model.
         (self.folder / "config.json").unlink(missing_ok=True)
         plan = self.model.base_model.plan()
         result = {
@@ -302,7 +302,7 @@ def remove_checkpoints(folder: Path) -> None:
     if PartialState().process_index == 0:
         are_ours = (folder / UNFINISHED).is_file()
         for path in folder.glob("checkpoint-*"):
-            if path.is_dir() and (are_ours or (path / "trainer_state.json").is_file()):
+            if path.is_dir() and (are_ours or (path / TRAINER_STATE).is_file()):
                 shutil.rmtree(path)
 
 

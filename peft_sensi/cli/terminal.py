@@ -134,11 +134,17 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             text = " ".join(reason.split()) or "no reason was given"
             if isinstance(error, ModuleNotFoundError):
                 text += f": {how_to_install('cli')}"
+            text = for_command(text)
             line = text if expected else f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
             say(line, "error: ", "bold red")
             raise typer.Exit(1) from None
 
     return wrapper
+
+
+def for_command(text: str) -> str:
+    """A message of the library with the command's option instead of Python's argument."""
+    return text.replace("`base`", "--base")
 
 
 def load_libraries() -> None:
@@ -160,7 +166,7 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        print_warning(" ".join(str(message).split()))
+        print_warning(for_command(" ".join(str(message).split())))
 
     warnings.showwarning = show
 

@@ -37,6 +37,7 @@ from ..planning.measuring import (
 from ..planning.trimmed import trimmed
 from ..utils.checks import is_count, shown
 from ..utils.errors import SensiError
+from ..utils.files import new_folder, writing
 from ..utils.timing import Run, clock_for, time_variants
 from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
 from .onnx import trace_graph
@@ -128,22 +129,34 @@ def export_graphs(
         (folder / name).write_bytes(graph)
         largest = max(largest, size)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write(graph_name())
-    for number, counts in enumerate(points_of(kinds).values()):
-        with trimmed(small, plan_keeping(anatomy, counts), anatomy.trimmable):
-            write(graph_name(number))
-    described = {
-        "phase": "prefill",
-        "model": model_name(model),
-        "dtype": "float32",
-        "batch_size": batch_size,
-        "sequence_length": tokens_of(model, sequence_length, inputs),
-        "versions": {"torch": str(torch.__version__)},
-        "weight_bytes": largest,
-        "inputs": [_described(name, tensor) for name, tensor in batch.items()],
-    }
-    write_graphs(folder, described, kinds)
+    with writing(folder), _whole_or_nothing(folder):
+        write(graph_name())
+        for number, counts in enumerate(points_of(kinds).values()):
+            with trimmed(small, plan_keeping(anatomy, counts), anatomy.trimmable):
+                write(graph_name(number))
+        described = {
+            "phase": "prefill",
+            "model": model_name(model),
+            "dtype": "float32",
+            "batch_size": batch_size,
+            "sequence_length": tokens_of(model, sequence_length, inputs),
+            "versions": {"torch": str(torch.__version__)},
+            "weight_bytes": largest,
+            "inputs": [_described(name, tensor) for name, tensor in batch.items()],
+        }
+        write_graphs(folder, described, kinds)
+
+
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Creates a folder. If the block fails, the graphs are removed: some of them are of no use without the others."""
+    with new_folder(folder):
+        try:
+            yield
+        except BaseException:
+            for file in folder.glob("*.onnx"):
+                file.unlink()
+            raise
 
 
 def compare_latency(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..anatomy.latency import FORMAT, LatencyTable
+from ..anatomy.latency import FORMAT, LatencyTable, check_format
 from ..anatomy.latency_points import Kind, points_of, table_from
 from ..utils.checks import shown
 from ..utils.errors import SensiError, SensiLoadError
@@ -115,11 +115,9 @@ def read_graphs(folder: str | os.PathLike) -> tuple[dict[str, Any], list[Kind]]:
             f"makes one, on a machine with PyTorch."
         )
     values = read_json_object(path)
-    names = {"format", *_OF_TABLE, "weight_bytes", "inputs", "kinds"}
-    if values.get("format") != GRAPHS_FORMAT or set(values) != names:
-        wanted = sorted(names)
-        raise SensiLoadError(f"{path} must have `format` = {GRAPHS_FORMAT!r} and {wanted}, got {shown(values)}.")
+    names = {*_OF_TABLE, "weight_bytes", "inputs", "kinds"}
     try:
+        check_format(values, GRAPHS_FORMAT, names, GRAPHS, "Export the graphs again (`peft-sensi measure --export`).")
         # The description has the fields of a table whose times are not known yet.
         entries = [{**kind, "ms": [1.0] * len(kind["counts"])} for kind in values["kinds"]]
         table = LatencyTable.from_dict(

@@ -90,7 +90,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
             the folder cannot be written.
     """
     folder = Path(folder)
-    check_folder(folder)
+    _check_place(folder)
     model = merged_copy(model)
     _check_weights(folder, model)
     config = copy.deepcopy(model.config)
@@ -184,15 +184,22 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `SensiError` if a merged model cannot be saved in this folder, because of what is in it."""
-    if folder.exists() and not folder.is_dir():
-        raise SensiError(f"{folder} is a file: give the path of a folder.")
+    """Raises `SensiError` if a merged model cannot be saved in this folder, because of what is in it.
+
+    `save_merged` also allows weights that are equal to those of the model, which is not known here.
+    """
+    _check_place(folder)
     values = read_json_object(folder / CONFIG, optional=True)
     if (folder / WEIGHTS).exists() and not is_merged(values):
         raise SensiError(
             f"{folder} holds a model that peft_sensi did not write, perhaps the adapter's base, and it would be "
             f"lost: give another folder."
         )
+
+
+def _check_place(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SensiError(f"{folder} is a file: give the path of a folder.")
     for name in ("adapter_config.json", *OTHER_WEIGHTS):
         if (folder / name).exists():
             raise SensiError(

@@ -7,8 +7,10 @@ between our two comments is replaced; what others wrote around it stays.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def write_card(
         folder: Where the files are written. Default: the adapter's folder.
 
     Raises:
-        SensiError: `results` contains no numbers, or a file of results cannot be read.
+        SensiError: `results` contains no numbers, a file of results cannot be read, or README.md cannot be written.
         FileNotFoundError: There is no file `results`.
     """
     folder = folder or saved.folder
@@ -95,12 +97,15 @@ def write_card(
         return [folder / CARD]
     plan = plan or plan_without_weights(saved, base)
     written = [folder / CARD]
-    with suppress(SensiError):  # no matplotlib
+    try:
         if plan is not None:
             plan.plot(folder / PICTURE, scores=scores)
         else:
             plot_plan(drawn_rows(saved.config.plan), folder / PICTURE)
         written.append(folder / PICTURE)
+    except SensiError as error:
+        if find_spec("matplotlib") is not None:
+            warnings.warn(f"The card gets no picture: {error}", stacklevel=2)
     source, base_license = base or saved.base, None
     settings, count, other_head = head_settings_of(saved), None, False
     with suppress(SensiError, OSError, ValueError):  # the base model's config cannot be loaded

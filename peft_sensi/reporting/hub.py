@@ -161,7 +161,7 @@ def prepare_upload(
         if saved.base and read_json_object(upload.files[CONFIG]).get("base_model_name_or_path") is None:
             warnings.warn(
                 f"The base model, {Path(saved.base).name}, is a folder of this machine, so the upload does not name "
-                f"it: give its name on the Hub as `base` (--base).",
+                f"it: give its name on the Hub as `base`.",
                 stacklevel=2,
             )
     # The new card keeps what was written around our section, which `collect` has copied.

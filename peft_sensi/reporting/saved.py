@@ -283,7 +283,7 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
     many labels.
     """
     if not (name := base or adapter.base):
-        raise SensiError("The adapter does not name its base model: give it as `base` (`--base`).")
+        raise SensiError("The adapter does not name its base model: give it as `base`.")
     config = load_pretrained(AutoConfig, name)
     saved = head_settings_of(adapter)
     if count := _labels_of_head(adapter, config):

@@ -116,7 +116,7 @@ def _scored(tasks: Sequence[Task], found: Sequence[list[dict[str, Any]]]) -> tup
 
 def _named(task: Task, encoded: Sequence[Any]) -> list[Any]:
     """The correct labels as `decode` writes them."""
-    names = task.labels.names
+    names = task.labels.in_data
     if task.labels.several:
         return [[names[i] for i, chosen in enumerate(row) if chosen] for row in encoded]
     return [names[int(value)] for value in encoded]

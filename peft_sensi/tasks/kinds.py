@@ -251,14 +251,14 @@ def _labels_for(
         return texts.labels_of(name, raw, columns, options)
     values = [row["label"] for row in raw]
     if head.several:
-        return order_of_head(find_several(values, options.label_separator), head.names, name)
+        return order_of_head(find_several(values, options.label_separator), head.names, name, options.allow_unknown)
     try:
         found = find_labels(values, head.regression or options.regression)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{name}: not all labels are numbers, as the model's head predicts.") from None
     if found.regression and {name_of(value) for value in values} <= set(head.names):
         found = Labels(list(head.names))
-    return order_of_head(found, head.names, name)
+    return order_of_head(found, head.names, name, options.allow_unknown)
 
 
 def _held_share(rows: int, options: Options) -> float:

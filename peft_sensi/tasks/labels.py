@@ -31,11 +31,18 @@ class Labels:
         names: Names of the classes, in the order of their numbers. Empty for numbers.
         several: Whether a row can have several of the classes, or none (multi-label).
         separator: The text between the labels of a cell, if a row can have several.
+        unknown: Further classes of a file, which a trained head cannot predict. Their numbers come after the others.
     """
 
     names: list[str]
     several: bool = False
     separator: str | None = None
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def in_data(self) -> list[str]:
+        """The names of all classes that rows can have."""
+        return [*self.names, *self.unknown]
 
     @property
     def regression(self) -> bool:
@@ -58,11 +65,11 @@ class Labels:
         if not self.several:
             return self._number(value)
         chosen = {self._number(part) for part in parts_of(value, self.separator)}
-        return [float(i in chosen) for i in range(len(self.names))]
+        return [float(i in chosen) for i in range(len(self.in_data))]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names)}
+        return {name: number for number, name in enumerate(self.in_data)}
 
     def _number(self, value: Any) -> int:
         return self._numbers[name_of(value)]
@@ -100,11 +107,12 @@ def find_several(values: Sequence[Any], separator: str | None) -> Labels:
     return Labels(sorted(names), several=True, separator=separator)
 
 
-def order_of_head(labels: Labels, head: Sequence[str], data: Any) -> Labels:
+def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown: bool = False) -> Labels:
     """The labels of a file, in the order that the head of a trained model has them. `head` is empty for a regressor.
 
     Raises:
-        DataError: The file has labels that the head does not know, or numbers where the head has classes.
+        DataError: The file has labels that the head does not know (only such labels, with `allow_unknown`), or numbers
+            where the head has classes.
     """
     unnamed = not label_names(dict(enumerate(head)))  # then both have the order of the numbers
     if labels.regression == bool(head) or (unnamed and len(labels.names) > len(head)):
@@ -119,9 +127,10 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any) -> Labels:
             )
         names = [str(i) for i in range(len(head))] if whole else labels.names
         return Labels(names if head else [], labels.several, labels.separator)
-    if unknown := [name for name in labels.names if name not in head]:
+    unknown = [name for name in labels.names if name not in head]
+    if unknown and not (allow_unknown and len(unknown) < len(labels.names)):
         raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {listed(head)}.")
-    return Labels(list(head), labels.several, labels.separator)
+    return Labels(list(head), labels.several, labels.separator, tuple(unknown))
 
 
 def name_of(value: Any) -> str:
@@ -201,8 +210,8 @@ def separator_of(names: Sequence[str]) -> str | None:
 
 def counts_of(labels: Labels, encoded: Iterable[Any]) -> Counter[str]:
     """How many rows have each class, by its name."""
-    counts = Counter(dict.fromkeys(labels.names, 0))
+    counts = Counter(dict.fromkeys(labels.in_data, 0))
     for value in encoded:
         numbers = [i for i, chosen in enumerate(value) if chosen] if labels.several else [value]
-        counts.update(labels.names[number] for number in numbers)
+        counts.update(labels.in_data[number] for number in numbers)
     return counts

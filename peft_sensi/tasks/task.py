@@ -33,6 +33,8 @@ class Options:
         regression: Whether labels are numbers to predict. `None`: found from the labels.
         label_separator: The text between the labels of a cell, if rows can have several labels.
         skip_unlabeled: Whether rows without a label are left out; otherwise they are an error.
+        allow_unknown: Whether classes of texts that a trained head does not know are wrong predictions, as in an
+            evaluation; otherwise they are an error.
         max_length: Longest input in tokens. `None`: the default of the kind, in `KINDS`.
         stride: How many tokens neighboring windows of a long text share (answers only). `None`: see `stride_of`.
         max_answer_length: The longest answer, in tokens.
@@ -50,6 +52,7 @@ class Options:
     regression: bool | None = None
     label_separator: str | None = None
     skip_unlabeled: bool = False
+    allow_unknown: bool = False
     max_length: int | None = None
     stride: int | None = None
     max_answer_length: int = 30

@@ -211,18 +211,22 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     if labels.several:
         none = sum(not any(labels.encode(value)) for value in values)  # type: ignore[arg-type]
         more += f"; {counted(none, 'row')} without a label"
+    if labels.unknown:
+        how = "missed" if labels.several else "wrong"
+        known = listed(labels.names)
+        doubts.append(f"the model knows {known}, and not {listed(labels.unknown)}: such labels count as {how}")
     if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
         doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
     if len(labels.names) > 2 and not labels.several and all(_AMOUNT.fullmatch(label) for label in labels.names):
         if not all(is_number(label) for label in labels.names):
             doubts.append(f"labels such as {labels.names[0]!r} are classes; for amounts, write plain numbers")
-    elif (separator := separator_of(labels.names)) is not None:
-        joined = next(label for label in labels.names if separator in label)
+    elif (separator := separator_of(labels.in_data)) is not None:
+        joined = next(label for label in labels.in_data if separator in label)
         doubts.append(f"{joined!r} is read as one label; for several labels, give --label-separator {separator!r}")
     if stray := sum(isinstance(value, str) and value != value.strip() for value in values):
         doubts.append(f"removed the blanks around {counted(stray, 'label')}")
-    looks = Counter(look(label) for label in labels.names)
-    if same := [label for label in labels.names if looks[look(label)] > 1]:
+    looks = Counter(look(label) for label in labels.in_data)
+    if same := [label for label in labels.in_data if looks[look(label)] > 1]:
         doubts.append(f"the classes {', '.join(map(ascii, same[:4]))} look alike: are they the same?")
     found_for: dict[Any, set[str]] = {}
     for row in raw:
@@ -233,7 +237,7 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     if rare and len(rare) < len(labels.names):
         classes = f"{len(rare):,} classes have" if len(rare) > 1 else "1 class has"
         doubts.append(f"{classes} one row only, such as {rare[0]!r}")
-    return [f"{len(labels.names)} {what}: {shown}{more}"], doubts
+    return [f"{len(labels.in_data)} {what}: {shown}{more}"], doubts
 
 
 def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:
@@ -247,7 +251,8 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
         function: Any = metrics.numbers
         fast: Any = None
     elif labels.several:
-        predicted, expected = logits > 0, expected > 0.5
+        # A class that the model does not know is never predicted.
+        predicted, expected = np.pad(logits > 0, ((0, 0), (0, len(labels.unknown)))), expected > 0.5
         constant = np.broadcast_to(np.mean(np.array(trained), 0) > 0.5, expected.shape)
         function, fast = metrics.several_classes, metrics.counted_several_classes
     else:
@@ -255,7 +260,7 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
         constant = np.full(len(expected), Counter(trained).most_common(1)[0][0])
         if len(set(expected.tolist())) == 1:
             remarks.append(
-                f"All {len(expected):,} validation rows have the class {labels.names[int(expected[0])]!r}, so the "
+                f"All {len(expected):,} validation rows have the class {labels.in_data[int(expected[0])]!r}, so the "
                 f"metrics say nothing about the other classes: give more rows, or --validation."
             )
     shares = {} if labels.regression else {"accuracy": len(expected)}

@@ -88,9 +88,10 @@ class Schedule:
         scheduled = scheduled_adapters(self.model)
         if len(scheduled) != 1:
             found = f"the active adapters {sorted(scheduled)} have one each" if scheduled else "none has one"
+            after = "" if scheduled else " A checkpoint from after the last cut has none: train on without `Schedule`."
             raise SensiError(
                 f"`Schedule` needs a model with one active adapter that has a schedule, but {found}. Set "
-                f"`SensiConfig.schedule`, or activate one adapter with `set_adapter`."
+                f"`SensiConfig.schedule`, or activate one adapter with `set_adapter`.{after}"
             )
         self.adapter_name, self.config = next(iter(scheduled.items()))
         self.phase: dict[str, Any] = dict(self.config.schedule or self.config.past_cuts or {})

@@ -51,7 +51,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
             flush(temporary)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that is read only refuses this also if there is no file
+            temporary.unlink()
     flush(path.parent)
 
 
