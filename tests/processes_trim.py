@@ -5,12 +5,50 @@ from __future__ import annotations
 import os
 import sys
 
+import torch
 import torch.distributed as dist
 from processes import message_of, save_and_exit
-from tiny import tiny_batches, tiny_model, train, wrap
+from tiny import snapshot, tiny_batches, tiny_model, train, wrap
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_sensi.tuner import rescoring
+from peft_sensi import Schedule
+from peft_sensi.tuner import rescoring, stages, wrapping
+
+
+def broken(batches):
+    yield batches[0]
+    raise OSError("the disk is gone")
+
+
+def full(*args, **kwargs):
+    raise MemoryError("full")
+
+
+def errors_of_one_process(model, batches, rank: int) -> dict[str, str | None]:
+    """The errors in this process of trims that fail in process 1 only."""
+    trim = model.base_model.trim
+    errors = {
+        "an iterator": message_of(lambda: trim(0.5, broken(batches) if rank else batches)),
+        "a name": message_of(lambda: trim(0.5, batches, "other" if rank else "default")),
+    }
+    inner = wrapping.wrap_module
+    wrapping.wrap_module = full if rank else inner
+    errors["new layers"] = message_of(lambda: trim(0.5, batches))
+    wrapping.wrap_module = inner
+    return errors
+
+
+def cut_with_another_refit(batches, rank: int) -> dict[str, torch.Tensor]:
+    """A cut before which process 1 finds that its refit does not pay, because its hardware rounds otherwise."""
+    schedule = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}
+    model = wrap(tiny_model(), budget=0.5, calibration=batches, schedule=schedule)
+    phases = Schedule(model, 4, calibration=batches[rank::2])
+    inner = stages.refit_changes
+    stages.refit_changes = lambda *args: inner(*args) if rank == 0 else inner(*args) and {}
+    phases.step(done_steps=2)
+    stages.refit_changes = inner
+    phases.finish()
+    return snapshot(model)
 
 
 def main() -> None:
@@ -34,7 +72,16 @@ def main() -> None:
     train(other)
     other.base_model.trim(0.25, calibration=batches[rank:][: 5 - rank])
     small = {n: p.detach().clone() for n, p in other.named_parameters() if p.requires_grad}
+    third = wrap(tiny_model(), budget=1.0, calibration=batches)
+    train(third)
+    before = snapshot(third)
+    errors = errors_of_one_process(third, batches, rank)
+    after = snapshot(third)
     found = {
+        "errors": errors,
+        "cut": cut_with_another_refit(batches, rank),
+        "unchanged": before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before),
+        "again": third.base_model.trim(0.5, calibration=batches[rank::2]).to_dict(),
         "plan": plan.to_dict(),
         "state": state,
         "stale": stale,

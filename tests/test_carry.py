@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from test_undo import Interrupt, state
 from tiny import assert_same_tensors, interrupted, logits, snapshot, tiny_batches, tiny_model, wrap
 from torch import nn, optim
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_sensi import Schedule, SensiError
 from peft_sensi.layers.layer import layers_of
-from peft_sensi.tuner import carry, schedule, wrapping
+from peft_sensi.tuner import carry, schedule, stale, wrapping
 from peft_sensi.tuner.predictions import exceeds
 from peft_sensi.utils.states import TRIMMED
 
@@ -149,15 +151,16 @@ def test_gradients_are_accumulated_over_batches():
     compare({}, OPTIMIZERS["adamw"], clip=trained, accumulate=3)
 
 
-def cut(model, optimizer, **options):
-    """Trains for one step, then makes the cut."""
+def cut(model, optimizer, done=True, **options):
+    """Trains for one step, then makes the cut, unless it is not to be `done` yet."""
     phases = Schedule(model, 2, calibration=CALIBRATION, **options)
     model.train()
     phases.step(optimizer)
     model(**tiny_batches(1)[0]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    phases.step(optimizer)
+    if done:
+        phases.step(optimizer)
     return phases
 
 
@@ -220,6 +223,19 @@ def test_everything_that_holds_parameters_holds_those_of_the_model():
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] > 5e-3
     assert calls[-1] == hooked.shape != calls[0]
+
+
+def test_removed_parameters_have_no_gradient_that_nothing_clears():
+    model = prepared(min_units=0, budget=0.05)
+    before = trained(model)
+    optimizer = optim.SGD(before, lr=1e-2)
+    phases = Schedule(model, 2, calibration=CALIBRATION)
+    phases.step(optimizer)
+    model(**tiny_batches(1)[0]).loss.backward()
+    phases.step(optimizer)
+    now = {id(p) for p in trained(model)}
+    removed = [p for p in before if id(p) not in now]
+    assert removed and all(p.grad is None for p in removed)
 
 
 def test_removed_parameters_leave_the_optimizer():
@@ -363,6 +379,54 @@ def test_a_cut_that_fails_while_parameters_shrink_leaves_the_masks(where, monkey
     optimizer.step()
     Schedule(model, 2, calibration=CALIBRATION).finish()
     assert not exceeds(model.base_model.plan(), model.peft_config["default"])
+
+
+def interrupt_removal(points: int, follows: bool, **config) -> int:
+    """Interrupts the removal of closed units at evenly spread lines, and at the last ones. Returns how often."""
+    model = prepared(**config)
+    optimizer = optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-2)
+    phases = cut(model, optimizer, done=False)
+    phases.step()  # closes the units
+    root = model.base_model.model
+    plan = schedule.open_units(root, model.peft_config["default"], "default")
+
+    def remove(model, optimizer):
+        stale._stale.clear()  # each call goes through all of them
+        wrapping.shrink(model, model.peft_config["default"], "default", plan, optimizer=optimizer if follows else None)
+
+    for _ in range(2):  # the first call runs lines that no later call runs
+        other, other_optimizer = copy.deepcopy((model, optimizer))
+        with Interrupt() as whole:
+            remove(other, other_optimizer)
+    for p in trained(model):
+        p.grad = torch.ones_like(p)
+    before, tensors, states, fields = state(model), snapshot(model), states_of(optimizer), settings(model)
+    interrupts = 0
+    for at in sorted({*range(1, whole.lines, whole.lines // points), *range(whole.lines - 40, whole.lines)}):
+        with suppress(KeyboardInterrupt), Interrupt(at) as run_:
+            remove(model, optimizer)
+        if run_.lines < at or state(model) != before:
+            assert at > whole.lines - 4, f"line {at} of {whole.lines}"
+            break
+        interrupts += 1
+        assert settings(model) == fields and all(p.grad.shape == p.shape for p in trained(model))
+        found = states_of(optimizer)
+        assert found.keys() == states.keys() and all(torch.equal(found[key], states[key]) for key in states)
+    else:
+        assert_same_tensors(snapshot(model), tensors)
+        optimizer.step()  # it is not refused
+    return interrupts
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_an_interrupt_leaves_the_masks_and_the_optimizer(follows):
+    assert interrupt_removal(10, follows, min_units=0, budget=0.05) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("follows", [True, False])
+def test_many_interrupts_leave_the_masks_and_the_optimizer(follows):
+    print(interrupt_removal(300, follows, min_units=0, budget=0.05), "interrupts")
 
 
 def test_a_failed_finish_leaves_the_config(monkeypatch):

@@ -19,10 +19,10 @@ import torch
 from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from safetensors.torch import load_file
-from tiny import tiny_config
-from transformers import AutoModel, BertTokenizerFast, Trainer
+from tiny import tiny_config, wrap
+from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizerFast, Trainer
 
-from peft_sensi import Scores, SensiError, SensiModel, load_merged
+from peft_sensi import LatencyTable, Scores, SensiError, SensiModel, load_merged
 from peft_sensi.anatomy.build import build_anatomy
 from peft_sensi.anatomy.latency_points import kinds_of, points_of, table_from
 from peft_sensi.cli import run as run_module
@@ -254,6 +254,45 @@ def test_limits_on_times_are_checked_against_their_tables_before_the_ranking(wor
     assert not (tmp_path / "out").exists()
 
 
+def measured_base(work) -> LatencyTable:
+    """What a measurement of the tiny encoder would find: each of its four sublayers takes 1 of 10 ms."""
+    kinds = kinds_of(build_anatomy(AutoModel.from_pretrained(work / "base")))
+
+    def seconds(counts) -> float:
+        return 6e-3 + sum(1e-3 * kind.groups * counts.get(kind.shape, kind.units) / kind.units for kind in kinds)
+
+    times = {name: Timing(seconds(counts), 0.0) for name, counts in points_of(kinds).items()}
+    about = {"model": "bert", "device": "x", "runtime": "torch", "versions": {}, "threads": 1, "dtype": "float32",
+             "batch_size": 1, "sequence_length": 8, "phase": "prefill"}  # fmt: skip
+    return table_from(kinds, Timing(1e-2, 0.0), times, about)
+
+
+@pytest.mark.parametrize("way", ["--late", "--thorough"])
+def test_a_limit_on_times_holds_without_a_table_also_after_an_interrupt(way, work, tmp_path, monkeypatch):
+    """The machine is measured before the whole model is trained, and again when this training goes on."""
+    measured = []
+
+    def measure(model, **options):
+        measured.append(type(model).__name__)
+        return measured_base(work)
+
+    monkeypatch.setattr("peft_sensi.tuner.predictions.measure_torch", measure)
+    train = ("train", work / "base", "--data", work / "texts.csv", way, "--latency", "0.8", *SHORT)
+    small = fails(*train[:-5], "0.1", *SHORT, "--out", tmp_path / "none")
+    assert "too small" in small and "Give a larger --latency." in small
+    whole = call(*train, "--out", tmp_path / "whole")
+    assert whole["plan"]["latency_ms"] <= 8
+    assert len(measured) == 2
+    interrupted(monkeypatch, 2, *train, "--out", tmp_path / "half")
+    half = call(*train, "--out", tmp_path / "half", "--resume")
+    assert half["plan"]["latency_ms"] == whole["plan"]["latency_ms"] and len(measured) == 4
+    for name in ("whole", "half"):
+        trim = ("trim", tmp_path / name, "--data", work / "texts.csv", "--latency", "0.7", "--batch-size", "8")
+        found = call(*trim, "--out", tmp_path / f"{name} trimmed")
+        assert found["plan"]["latency_ms"] <= 7
+    assert measured == ["BertForSequenceClassification"] * 6
+
+
 def test_a_budget_that_is_too_small_leaves_no_folder(work, tmp_path):
     for late in ([], ["--late"]):
         train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "50", *late)
@@ -323,6 +362,48 @@ def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
     half = call(*trim, "--out", tmp_path / "half", "--resume")
     assert half["validation_before"] == whole["validation_before"]
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_what_is_stored_in_16_bits_is_trimmed_and_healed_in_float32(kind, work, tmp_path, monkeypatch):
+    AutoModel.from_pretrained(work / "base").bfloat16().save_pretrained(tmp_path / "base")
+    BertTokenizerFast.from_pretrained(work / "base").save_pretrained(tmp_path / "base")
+    call("train", tmp_path / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT, "--out", tmp_path / "a")
+    name = tmp_path / "a"
+    if kind == "model":
+        name = tmp_path / "model"
+        save_merged_in_16_bits(tmp_path / "a", name)
+    dtypes = []
+    inner = train_module.trim_for
+
+    def watched(model, *others, **options):
+        dtypes.append({parameter.dtype for parameter in model.parameters()})
+        return inner(model, *others, **options)
+
+    monkeypatch.setattr(train_module, "trim_for", watched)
+    trim = ("trim", name, "--data", work / "texts.csv", "--budget", "0.5", "--heal-epochs", "2", "--batch-size", "8",
+            "--out", tmp_path / "half")  # fmt: skip
+    interrupted(monkeypatch, 4, *trim)
+    call(*trim, "--resume")
+    assert dtypes == [{torch.float32}] * 2
+
+
+def save_merged_in_16_bits(adapter: Path, folder: Path) -> None:
+    """Merges an adapter that keeps everything, and saves the model in 16 bits with its tokenizer."""
+    command.call("merge", adapter, folder)
+    AutoModelForSequenceClassification.from_pretrained(folder).bfloat16().save_pretrained(folder)
+
+
+def test_an_adapter_is_trimmed_as_far_as_its_own_settings_allow(work, tmp_path):
+    base = tmp_path / "base"
+    config = tiny_config("bert", num_labels=2, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+    BertTokenizerFast.from_pretrained(work / "base").save_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    wrap(model, budget=1.0, min_units=0).save_pretrained(tmp_path / "a")
+    trim = ("trim", "--data", work / "texts.csv", "--budget", "0.02", "--batch-size", "8")
+    assert call(*trim, tmp_path / "a", "--out", tmp_path / "out")["plan"]["params_share"] <= 0.02
+    assert "Give a larger --budget." in fails(*trim, base, "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize(("options", "target"), [((), (Run, "evaluate")), (("--thorough",), (SensiModel, "trim"))])

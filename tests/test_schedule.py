@@ -16,7 +16,7 @@ from tiny import TRIM, TUNE, assert_same_tensors, clone, snapshot, tiny_batches,
 from torch import nn
 from transformers import TrainingArguments
 
-from peft_sensi import Schedule, Scores, SensiCallback, SensiConfig, SensiError
+from peft_sensi import BudgetError, Schedule, Scores, SensiCallback, SensiConfig, SensiError
 from peft_sensi.anatomy.modules import linear_of
 from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.scoring.calibration import preserved
@@ -42,6 +42,31 @@ def opened(model) -> dict[str, np.ndarray]:
 def layers_of(model, adapter_name: str = "default") -> dict[str, SensiLayer]:
     layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, SensiLayer)}
     return {name: layer for name, layer in layers.items() if adapter_name in layer.sensi_slices}
+
+
+def test_limits_that_no_plan_meets_are_refused_before_the_training():
+    """The cut comes after more than half of the training, which would be lost."""
+    with pytest.raises(BudgetError, match="too small for .* lower `multiple_of`"):
+        wrap(tiny_model(), budget=0.01, schedule=CUT)
+    with pytest.raises(BudgetError, match="too small for"):
+        wrap(tiny_model(), budget={"params": 0.5, "flops": 100}, schedule=CUT, score="fisher")
+    model = wrap(tiny_model(), budget=0.01, schedule=CUT, min_units=0)
+    model.peft_config["default"].budget = {"latency": 0.5}  # as in an adapter from a file, which holds no tables
+    with pytest.raises(BudgetError, match="needs a latency table"):
+        Schedule(model, 8, calibration=DATA["calibration"])
+
+
+def test_a_cut_that_fails_is_made_when_it_is_called_again(monkeypatch):
+    model, schedule = scheduled(score="fisher")
+    schedule.step()
+    schedule.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score_units", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            schedule.step()
+    assert all(gate.all() for gate in opened(model).values())
+    assert schedule.step() and not all(gate.all() for gate in opened(model).values())
+    assert not schedule.step()
 
 
 # -- what a cut ranks -------------------------------------------------------------------------------------------------

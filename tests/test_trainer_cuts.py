@@ -11,7 +11,7 @@ from test_trainer import state, trainer, wrapped
 from tiny import assert_same_tensors, logits, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from peft_sensi import SensiCallback, SensiError
+from peft_sensi import SensiCallback, SensiError, SensiLoadError
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner.predictions import exceeds
 
@@ -68,6 +68,28 @@ def test_a_resumed_training_equals_the_uninterrupted_one(schedule, left, rows, t
         assert configs[0] == configs[1]
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "whole" / "checkpoint-8")
     assert torch.equal(logits(loaded), logits(whole)) and loaded.base_model.plan() == whole.base_model.plan()
+
+
+def test_a_checkpoint_from_after_the_cut_is_followed_also_under_other_limits(rows, tmp_path):
+    """As when a latency is limited and the machine was measured again: the same plan then takes another time."""
+    whole = cutting(rows)
+    run(whole, rows, tmp_path)[0].train()
+    for step in (6, 7, 8):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    again = cutting(rows, budget=0.4)
+    with pytest.warns(UserWarning, match="keeps more units than the budget"):
+        run(again, rows, tmp_path)[0].train(resume_from_checkpoint=True)
+    assert again.base_model.plan() == whole.base_model.plan()
+    assert_same_tensors(state(again), state(whole))
+
+
+def test_checkpoints_with_and_without_a_schedule_do_not_mix(rows, tmp_path):
+    for ours, theirs, words in ((ONE, None, "without one. Wrap"), (None, ONE, "has no schedule with a cut")):
+        folder = tmp_path / str(theirs is None)
+        run(cutting(rows, theirs, budget=1.0 if theirs is None else 0.5), rows, folder, max_steps=2)[0].train()
+        shutil.rmtree(folder / "checkpoint-2")  # with a schedule, it is from after the cut
+        with pytest.raises(SensiLoadError, match=words):
+            run(cutting(rows, ours), rows, folder)[0].train(resume_from_checkpoint=True)
 
 
 class Best(TrainerCallback):

@@ -289,6 +289,14 @@ def test_another_adapter_is_left_alone():
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_stays_in_its_mode(training):
+    model = learned(update="low_rank", rank=2, budget=None, target_modules=["query", "value"])
+    model.train(training)
+    model.base_model.trim(0.5, calibration=BATCHES)  # this adds layers to the Linears that were no targets
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_stale_optimizer_is_refused():
     model = learned()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -300,6 +308,18 @@ def test_a_stale_optimizer_is_refused():
         optimizer.step()
     other.step()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+
+
+def test_an_optimizer_of_values_that_were_frozen_during_the_trim_is_refused():
+    model = learned()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trained_values = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    model.base_model.trim(0.5, calibration=BATCHES)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained_values)
+    with pytest.raises(SensiError, match="new optimizer.* new learning rate scheduler"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
@@ -362,6 +382,35 @@ def test_a_model_that_has_diverged_is_named():
         model.base_model.trim(0.5, calibration=BATCHES, score="fisher")
 
 
+@pytest.mark.parametrize("budget", [0.5, 1.0, {"flops": 0.9, "params": 0.8}], ids=str)
+def test_a_budget_that_is_met_already_changes_nothing(budget, monkeypatch):
+    model = learned()
+    model.base_model.trim(0.5, calibration=BATCHES)
+    plan, config = model.base_model.plan(), model.peft_config["default"].to_dict()
+    values, optimizer = snapshot(model), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    monkeypatch.setattr(stages, "score_units", lambda *_: pytest.fail("units were scored"))
+    with pytest.warns(UserWarning, match=r"Nothing is removed.*keeps \d.*limits refer to the base"):
+        assert model.base_model.trim(budget, calibration=BATCHES) == plan
+    assert model.peft_config["default"].to_dict() == config
+    model(**BATCHES[0]).loss.backward()
+    optimizer.step()  # its parameters are still those of the model
+    assert_same_tensors(snapshot(model), values)
+
+
+def test_a_budget_that_no_plan_meets_is_refused_before_the_units_are_scored(monkeypatch):
+    model = learned()
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score_units", lambda *_: pytest.fail("units were scored"))
+        advice = r"with `min_units=0`\. Set `multiple_of` and `min_units` in .* `model.peft_config\['default'\]`"
+        with pytest.raises(BudgetError, match=advice):
+            model.base_model.trim(0.01, calibration=BATCHES)
+        with pytest.raises(BudgetError, match="needs a latency table"):
+            model.base_model.trim({"params": 0.5, "latency": 0.5}, calibration=BATCHES)
+    model.peft_config["default"].min_units = 0
+    assert model.base_model.trim(0.01, calibration=BATCHES).params_share <= 0.01
+    assert model.peft_config["default"].budget == {"params": 0.01}
+
+
 def test_nothing_to_trim_is_refused():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
     assert not hasattr(model.base_model, "trim")
@@ -380,7 +429,12 @@ def test_two_processes_trim_alike(tmp_path):
     assert torch.equal(first["gradient"], second["gradient"])
     assert first["small"].keys() == second["small"].keys()
     assert all(torch.equal(first["small"][name], value) for name, value in second["small"].items())
+    assert_same_tensors(second["cut"], first["cut"])
     for process in (first, second):
+        assert process["unchanged"] and process["again"] == first["plan"]
+        assert "In process 1 of 2: OSError: the disk is gone" in process["errors"]["an iterator"]
+        assert "In process 1 of 2: There is no adapter 'other'" in process["errors"]["a name"]
+        assert "In process 1 of 2: MemoryError: full" in process["errors"]["new layers"]
         assert "DistributedDataParallel wrapper was made before" in process["stale"]
         assert "Give all processes the same" in process["failed"]
 

@@ -262,6 +262,40 @@ def test_interrupted_values_of_an_adapter_are_the_old_or_the_new_ones(folder):
     assert seen == {True, False}
 
 
+def interrupt_load_of_another_plan(folder: Path, points: int) -> int:
+    """Interrupts a load that gives a trained adapter another plan, and returns how often nothing had changed."""
+    trained(budget=0.3).save_pretrained(folder)
+    model = trained(**TRIM)
+    for _ in range(2):
+        other = copy.deepcopy(model)
+        with Interrupt() as whole:
+            other.load_adapter(folder, "default", is_trainable=True)
+    expected, unchanged = snapshot(other), 0
+    for at in range(1, whole.lines, max(1, whole.lines // points)):
+        other = copy.deepcopy(model)
+        before, values, config = state(other), snapshot(other), other.peft_config["default"].to_dict()
+        optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.0)
+        with suppress(KeyboardInterrupt), Interrupt(at):
+            other.load_adapter(folder, "default", is_trainable=True)
+        if other.base_model.plan() != model.base_model.plan():
+            assert_same_tensors(snapshot(other), expected)
+            continue
+        unchanged += 1
+        assert state(other) == before and other.peft_config["default"].to_dict() == config, f"line {at}"
+        assert_same_tensors(snapshot(other), values)
+        optimizer.step()  # it is not refused: its parameters are those of the model
+    return unchanged
+
+
+def test_an_interrupted_load_of_another_plan(tmp_path):
+    assert interrupt_load_of_another_plan(tmp_path, 40) > 20
+
+
+@pytest.mark.slow
+def test_many_interrupted_loads_of_another_plan(tmp_path):
+    print(interrupt_load_of_another_plan(tmp_path, 800), "interrupts")
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_interrupted_operation_leaves_the_model_as_it_was(name, folder):
     assert interrupt_operation(name, folder, 5) > 4

@@ -125,10 +125,13 @@ def check_picture(path: Path | None) -> None:
         raise SensiError("--plot needs matplotlib: pip install matplotlib") from None
 
 
-def check_budget(anatomy: Any, limits: Mapping[str, Any] | None, latency: Iterable[Path] | None = None) -> None:
+def check_budget(
+    anatomy: Any, limits: Mapping[str, Any] | None, latency: Iterable[Any] | None = None, **widths: Any
+) -> None:
     """Raises `BudgetError` if not even the smallest plan fits the limits.
 
-    `latency` are the tables. Limits on latencies without a table are checked later, when this machine is measured.
+    `latency` are the tables, or their paths. Limits on latencies without a table are checked later, when this machine
+    is measured. `widths` are arguments of `make_plan`.
     """
     import numpy as np
 
@@ -143,7 +146,7 @@ def check_budget(anatomy: Any, limits: Mapping[str, Any] | None, latency: Iterab
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) + 0.5 for group in anatomy.groups}
     with budget_advice(known):
-        make_plan(anatomy, scores, known, latency=tables or None)
+        make_plan(anatomy, scores, known, latency=tables or None, **widths)
 
 
 @contextmanager

@@ -283,7 +283,7 @@ def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raises `SensiError` if what was interrupted had other options, which are in its state."""
     now, before = json.loads(json.dumps(options, default=str)), state.get("options", {})
-    if changed := [name for name in now if now[name] != before.get(name)]:
+    if changed := [name for name in now if now[name] != before.get(name) and (now[name] or before.get(name))]:
         name = changed[0]
         was, is_now = (
             "not given" if value in (None, False, []) else repr(value) for value in (before.get(name), now[name])

@@ -19,14 +19,19 @@ from transformers import set_seed
 from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
+from ..planning.budget import TIMES
+from ..planning.measuring import shared_copy
 from ..planning.plan import Plan
+from ..scoring.calibration import preserved
 from ..scoring.compute import compute_scores
 from ..scoring.scores import Scores
 from ..tasks.task import Task
 from ..tasks.weights import weighted_model_loss
 from ..tuner.config import SensiConfig
 from ..tuner.decision import scores_sent_to
+from ..tuner.predictions import measure_missing, read_latency
 from ..tuner.schedule import SensiCallback
+from ..utils import distributed
 from .checks import SCORES, budget_advice, check_budget
 from .rates import rate_line
 from .run import Run, Training, saved_training
@@ -93,8 +98,14 @@ def train_for(
     loss_fn = weighted_model_loss(task) if training.class_weights else None
     state, start = dict(state), time.perf_counter()
     set_seed(seed)
-    if (stage := state.get("stage")) is not None:
+    stage = state.get("stage")
+    if (late or thorough) and stage in (None, "train"):  # before the training, which would be lost
+        latency = tables_for(model, limits, latency)
+    if stage is not None:
         wrapped: Any = PeftModel.from_pretrained(model, str(saved_training(folder, state)), is_trainable=True)
+        if (config := wrapped.active_peft_config).phase == "cut" and latency:  # files hold no tables
+            config.latency = latency
+            read_latency(config)
     else:
         check_budget(build_anatomy(model), limits, latency)
         common: dict[str, Any] = {"calibration": calibration, "task_type": task.task_type, "seed": seed}
@@ -120,7 +131,7 @@ def train_for(
             show(wrapped.base_model.plan())
         if thorough:
             start = time.perf_counter()
-            show(wrapped.base_model.trim(limits or 0.5, calibration, loss_fn=loss_fn))
+            show(wrapped.base_model.trim(limits or 0.5, calibration, latency=latency, loss_fn=loss_fn))
             run.state["preparation"] += time.perf_counter() - start
     if thorough:
         run.train(training.epochs, stage="train on")
@@ -138,6 +149,21 @@ def train_for(
         **quality.to_dict(),
         seconds={"preparation": run.state["preparation"], "training": run.seconds},
     )
+
+
+def tables_for(model: Any, limits: Any, latency: Any) -> Any:
+    """The latency tables for these limits: those that are given, otherwise this machine is measured, as at a wrap.
+
+    `model` is a base model, or an adapter on its base, which is measured then. It stays as it is.
+    """
+    times = {name: limits[name] for name in TIMES if name in (limits or {})}
+    if latency or not times:
+        return latency
+    base = shared_copy(model).unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
+    config = SensiConfig(budget=times)
+    with preserved(base), distributed.synchronized("measuring the model"):
+        measure_missing(base, config)
+    return list(config.tables.values())
 
 
 def _config(recipe: str | None, limits: Any, score: str, common: dict[str, Any]) -> SensiConfig:
@@ -180,7 +206,10 @@ def trim_for(
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
     base = model.get_base_model().config if is_adapter else model.config
     if "stage" not in run.state:
-        check_budget(model.base_model.plan().anatomy if is_adapter else build_anatomy(model), limits, latency)
+        latency = tables_for(model, limits, latency)
+        widths = model.active_peft_config.width_options if is_adapter else {}
+        anatomy = model.base_model.plan().anatomy if is_adapter else build_anatomy(model)
+        check_budget(anatomy, limits, latency, **widths)
         run.state["before"] = run.evaluate().values
         start = time.perf_counter()
         if not is_adapter:

@@ -226,7 +226,8 @@ def trim(
         if saved is not None:
             trained: Any = load_adapter(saved, base, is_trainable=True)
         else:
-            trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model).float()
+            trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model)
+        trained = trained.float()  # as in `train`: a model may be stored in 16 bits
     result = trim_for(
         trained, task, out_folder, training, name=model, limits=limits, latency=latency_table, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),

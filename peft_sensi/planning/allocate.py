@@ -103,7 +103,8 @@ def make_plan(
         must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
         options = (length, multiple_of, min_units, uniform, tables)
-        kept |= _choose_kept(anatomy, values, limits, must_stay, can_stay, *options)
+        ladders, left = _ladders_within(anatomy, values, limits, must_stay, can_stay, *options)
+        kept |= choose(ladders, left, proportional=limits.latency is None and limits.decode_latency is None)
 
     costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
     if tuned_layers is not None:
@@ -124,6 +125,29 @@ def make_plan(
                 tuned[group.name] = first_units(order, count, group)
     states = tuple((kept[g.name].astype(np.uint8) + tuned[g.name].astype(np.uint8)).tobytes() for g in anatomy.groups)
     return Plan(anatomy, states, targets, length, always_trained).predicted(tables)
+
+
+def check_fits(
+    anatomy: Anatomy,
+    limits: Budget,
+    sequence_length: int,
+    *,
+    available: Mapping[str, Any] | None = None,
+    multiple_of: int = 8,
+    min_units: int = 1,
+    uniform: bool = False,
+    latency: Any = None,
+) -> None:
+    """Raises the error of `make_plan` if not even the smallest plan meets the limits on the size of the model.
+
+    This needs no scores, which take long. The arguments are those of `make_plan`.
+    """
+    if limits.trims:
+        none = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.trimmable}
+        can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
+        options = (sequence_length, multiple_of, min_units, uniform, tables_by_limit(latency))
+        scores = {g.name: np.zeros(g.size) for g in anatomy.trimmable}
+        _ladders_within(anatomy, scores, limits, none, can_stay, *options)
 
 
 def _check_names(argument: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -201,7 +225,7 @@ def _outside_best_layers(
     return [group.name for group in anatomy.groups if group.layer not in best]
 
 
-def _choose_kept(
+def _ladders_within(
     anatomy: Anatomy,
     values: Mapping[str, np.ndarray],
     limits: Budget,
@@ -212,8 +236,11 @@ def _choose_kept(
     min_units: int,
     uniform: bool,
     tables: Tables,
-) -> Masks:
-    """The units that stay under the limits on parameters, FLOPs and latencies."""
+) -> tuple[list[Ladder], np.ndarray]:
+    """How each group can grow, and what the limits on the model's size allow beside the mandatory units.
+
+    Raises `BudgetError` if they do not even allow these.
+    """
     costs = costs_of(limits, anatomy, sequence_length, tables)
     rest = np.array([cost.rest for cost in costs.values()], dtype=np.int64)
     allowed = np.array([allowance(getattr(limits, n), cost.whole) for n, cost in costs.items()], dtype=np.int64) - rest
@@ -255,7 +282,7 @@ def _choose_kept(
             stays = f"{min_units} head(s) and {multiple_of} neurons in each block{number}, and {stays}"
             ways += ", or let whole sublayers go with `min_units=0`"
         raise BudgetError(f"The budget is too small for {stays}: that alone needs {smallest}. {ways}.")
-    return choose(ladders, allowed - mandatory, proportional=not set(TIMES) & set(costs))
+    return ladders, allowed - mandatory
 
 
 def _costs_of_group(costs: Mapping[str, Cost], group: Group, counts: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ that a training loop passes to `clip_grad_norm_`, hooks on parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -59,12 +59,30 @@ class _Move(NamedTuple):
     state: dict[str, Any] | None  # `None` if the optimizer has no state for it
 
 
+def noted(optimizer: Any, before: Before) -> Callable[[], None]:
+    """Notes what `carry_over` may change, and returns a function that restores it."""
+    optimizer = _inner(optimizer)
+    state = optimizer.state
+    parameters = [p for _, parts in before.values() for p in parts.values() if p.is_floating_point()]
+    undo = [(p, p.data, p.grad, state.get(p)) for p in parameters]
+    groups = [dict(group) for group in optimizer.param_groups]
+
+    def restore() -> None:
+        for parameter, data, gradient, old_state in undo:
+            _assign(parameter, data, gradient)
+            if old_state is not None:
+                state[parameter] = old_state
+        for group, old_group in zip(optimizer.param_groups, groups, strict=True):
+            group.update(old_group)
+
+    return restore
+
+
 def carry_over(optimizer: Any, before: Before, layers: Mapping[str, Any], adapter_name: str) -> None:
     """Puts the parameters of `before` back into the rebuilt `layers`, with the values that are there now.
 
     Gradients and the optimizer's state are sliced by the same code as the values. Parameters that no layer has any
-    more leave the optimizer. If this fails, parameters and optimizer are as they were. See `obstacle` for the
-    optimizers that this works with.
+    more leave the optimizer. See `obstacle` for the optimizers that this works with, and `noted` to undo it.
     """
     optimizer = _inner(optimizer)
     state = optimizer.state
@@ -76,30 +94,18 @@ def carry_over(optimizer: Any, before: Before, layers: Mapping[str, Any], adapte
     ]
     stays = {id(move.parameter) for move in moves}
     gone = {id(p): p for _, parts in before.values() for p in parts.values() if id(p) not in stays}
-    undo = [(p, p.data, p.grad, state.get(p)) for p in (move.parameter for move in moves)]
-    lost = {p: state[p] for p in gone.values() if p in state}
-    groups = [dict(group) for group in optimizer.param_groups]
-    try:
-        for move in moves:
-            _assign(move.parameter, move.data, move.gradient)
-            move.place[adapter_name] = move.parameter
-            if move.state is not None:
-                state[move.parameter] = move.state
-        for parameter in lost:
-            del state[parameter]
-        for group in optimizer.param_groups:
-            positions = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
-            for key in {"params", "param_names"} & group.keys():
-                group[key] = [group[key][i] for i in positions]
-    except BaseException:
-        for parameter, data, gradient, old_state in undo:
-            _assign(parameter, data, gradient)
-            if old_state is not None:
-                state[parameter] = old_state
-        state.update(lost)
-        for group, old_group in zip(optimizer.param_groups, groups, strict=True):
-            group.update(old_group)
-        raise
+    for move in moves:
+        _assign(move.parameter, move.data, move.gradient)
+        move.place[adapter_name] = move.parameter
+        if move.state is not None:
+            state[move.parameter] = move.state
+    for parameter in gone.values():
+        state.pop(parameter, None)
+        parameter.grad = None  # nothing clears it any more, and the user may clip the norm of all gradients
+    for group in optimizer.param_groups:
+        positions = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
+        for key in {"params", "param_names"} & group.keys():
+            group[key] = [group[key][i] for i in positions]
 
 
 def _moves(

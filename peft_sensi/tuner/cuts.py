@@ -21,6 +21,7 @@ from ..anatomy.units import Anatomy, Group
 from ..layers.functional import Pair
 from ..layers.layer import layers_of
 from ..layers.slices import Slice, positions_in
+from ..planning.allocate import check_fits
 from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
@@ -34,7 +35,7 @@ from .in_place import merged_in_place
 from .predictions import read_latency
 from .rescoring import trained_options
 from .slicing import config_after, trained_beside_units
-from .stages import choose
+from .stages import choose, same_everywhere
 from .targets import plan_of
 
 
@@ -66,10 +67,11 @@ def close_units(
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
         choice = choose(root, config, before, opened, limits, batches, options, refits, progress, movement)
-    distributed.gather("cutting")
+    choice = same_everywhere(choice)
     layers = layers_of(root, adapter_name)
     refitted = [layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias")]
     with _values_restored_on_error([*gates.values(), *(p for p in refitted if p is not None)]), torch.no_grad():
+        distributed.gather("cutting")  # the copies of the values may have been too large for one process
         for group in before.anatomy.trimmable:
             kept = choice.plan.of(group) != TRIMMED
             if group.output in gates:
@@ -82,6 +84,13 @@ def close_units(
                     _add_change(layers[name], adapter_name, group, name, kept, reopened, choice.refitted[name])
         closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
         distributed.check_equal("its cut", closed, "The processes must have the same model.")
+
+
+def check_cut(root: nn.Module, config: SensiConfig) -> None:
+    """Raises `BudgetError` if a cut cannot meet the limits, or if the latency table of a limit is missing."""
+    read_latency(config)
+    plan = plan_of(root, config)
+    check_fits(plan.anatomy, config.limits, plan.sequence_length, latency=config.tables, **config.width_options)
 
 
 @contextmanager

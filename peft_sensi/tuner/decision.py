@@ -25,7 +25,7 @@ from ..anatomy.build import nothing_to_trim
 from ..anatomy.linears import bias_of, is_quantized
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
-from ..planning.allocate import make_plan
+from ..planning.allocate import check_fits, make_plan
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
@@ -166,6 +166,8 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
         tuned_layers=config.tuned_layers,
         latency=config.tables,
     )
+    if config.phase == "cut":  # the cuts come after a part of the training, which would be lost
+        check_fits(anatomy, config.limits, plan.sequence_length, latency=config.tables, **config.width_options)
     fit_rank(model, config, plan, saved_values)
     # The plan is known now, so what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))

@@ -37,6 +37,7 @@ from ..utils.undo import snapshot, surely, undone_on_error
 from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
 from .loading import named_as_in, sizes_must_fit
+from .stale import unmark_stale
 from .trainer_loads import hook_trainer
 
 
@@ -145,7 +146,7 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 "Merge or remove it first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of "
                 "Transformers."
             )
-        restore = snapshot(model)
+        restore = _snapshot_with_configs(model)
         is_load = function.__name__ == "load_adapter" and isinstance(model, PeftModel) and bool(layers_of(model))
         values = [(parameter, writes(parameter)) for parameter in (model.parameters() if is_load else ())]
         try:
@@ -169,6 +170,21 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.sensi_undoes = function  # type: ignore[attr-defined]
     return call
+
+
+def _snapshot_with_configs(model: nn.Module) -> Callable[[], None]:
+    """Like `snapshot`, with the configs of its adapters: a load may give an adapter another plan."""
+    put_back, adapters = snapshot(model), getattr(model, "peft_config", None) or {}
+    fields = [(vars(config), dict(vars(config))) for config in adapters.values() if isinstance(config, SensiConfig)]
+
+    def restore() -> None:
+        put_back()
+        for now, before in fields:
+            now.clear()
+            now.update(before)
+        unmark_stale(model.parameters())
+
+    return restore
 
 
 def _config_of_folder(

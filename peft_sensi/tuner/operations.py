@@ -14,6 +14,7 @@ from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tenso
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
+from ..utils import distributed
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from .combinations import compressed_kinds
@@ -72,7 +73,7 @@ class AdapterOperations:
         states: tuned or frozen. A budget far below what is there is reached in stages that each keep about half,
         because units may be needed once others are gone. So one training with `SensiConfig(budget=1.0)` and several
         trims give a family of models, each of them an adapter of the same base. It can be trained on after each trim
-        ("healing").
+        ("healing"). If the adapter meets the budget already, nothing changes, with a warning.
 
         The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
         before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
@@ -104,13 +105,15 @@ class AdapterOperations:
                 cuts that is not finished or a mask that is not drawn yet; or if `refit=True` is not possible. A trim
                 that fails leaves the model as it was.
         """
-        before = self.plan(adapter_name)
-        if any(layer.merged for layer in self._layers()):
-            raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
-        inputs = RunInputs(calibration, None, loss_fn)
-        config = self.peft_config[adapter_name]
-        trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit, latency)
-        self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
+        with distributed.synchronized("trimming"):  # a wrong call in one process is an error in all of them
+            before = self.plan(adapter_name)
+            if any(layer.merged for layer in self._layers()):
+                raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
+            inputs = RunInputs(calibration, None, loss_fn)
+            config = self.peft_config[adapter_name]
+            trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit, latency)
+        if trim is not None:
+            self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
         return self.plan(adapter_name)
 
     def compress(self, kind: str, adapter_name: str = "default") -> None:

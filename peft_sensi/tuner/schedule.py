@@ -40,7 +40,7 @@ from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
 from .carry import obstacle
 from .config import SensiConfig
-from .cuts import close_units, open_units
+from .cuts import check_cut, close_units, open_units
 from .predictions import exceeds
 from .rescoring import read_batches
 from .slicing import config_after, slices_of
@@ -105,6 +105,8 @@ class Schedule:
             if calibration is not None and self.phase["phase"] == "cut":
                 self.batches = read_batches(calibration, self.config)
             self.switches = self._switches(total_steps, steps_per_epoch)
+            if self.config.phase == "cut" and not replicas.is_sharded(self.model):
+                check_cut(root_of(self.model), self.config)  # at the cut, a part of the training would be lost
         self.done_steps = 0
         if isinstance(self.model, PeftModel):  # no other kind of model has the guard
             tuner: Any = self.model.base_model
@@ -156,7 +158,12 @@ class Schedule:
                 f"possible in a model that is sharded by FSDP. Train it under DDP, or without a schedule."
             )
         done = self.done_steps if done_steps is None else done_steps
-        self.done_steps = done + 1
+        changed = self._switch(done, optimizer)
+        self.done_steps = done + 1  # not before: a step that failed or was interrupted can be called again
+        return changed
+
+    def _switch(self, done: int, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Does what is due after so many steps. Returns whether something changed."""
         if self.phase["phase"] == "freeze_dense":
             return self._freeze_dense(done >= self.switches[0], optimizer)
         if done not in self.switches:

@@ -27,6 +27,7 @@ from ..planning.trimmed import kept_values, trimmed
 from ..scoring.calibration import ScoringOptions
 from ..scoring.compute import score_units
 from ..scoring.scores import Scores
+from ..utils import distributed
 from ..utils.states import TRIMMED
 from .config import SensiConfig
 from .decision import is_refitted
@@ -80,23 +81,22 @@ def choose(
         with trimmed(root, left, left.anatomy.trimmable, values):
             anatomy = _anatomy_of_merged(root, config, after)
             scores = _all_scores(root, config, anatomy, after, batches, options) if given is None else given
-            length = config.sequence_length or scores.sequence_length if progress is None else None
             # The last stage may open units again, to use up the budget where no open unit fits any more.
             reopens = stage is limits and (progress is None or progress >= 1)
             wanted = make_plan(
                 before.anatomy,
-                _open_first(scores, _kept(after)) if reopens else scores,
+                _open_first(scores, kept_units(after)) if reopens else scores,
                 stage,
                 targets=before.targets,
-                available=_kept(before if reopens else after),
-                sequence_length=length or before.sequence_length,
+                available=kept_units(before if reopens else after),
+                sequence_length=before.sequence_length,
                 latency=config.tables,
                 **config.width_options,
             )
             if fitted_to is not None and stage is not limits:
                 cut = _plan_of_merged(anatomy, after, before.without(wanted.trimmed_units))
                 values = _values_after(root, cut, fitted_to[: options.calibration_steps], options)
-        after = replace(before.without(wanted.trimmed_units), sequence_length=wanted.sequence_length)
+        after = before.without(wanted.trimmed_units)
     refitted = Refitted()
     if batches is not None and fitted_to is not None:
         small = _plan_of_merged(now, before, after)
@@ -104,6 +104,14 @@ def choose(
         joint = to_fit_jointly(batches, config) if len(stages) > 1 else []
         refitted = refit_changes(root, small, fitted_to, options.loss_fn, options.progress, rounds, joint)
     return Choice(after, refitted, scores)
+
+
+def same_everywhere(choice: Choice) -> Choice:
+    """The choice of process 0, for all processes: different hardware may round differently."""
+    if distributed.world_size() == 1:
+        return choice
+    refitted = {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in choice.refitted.items()}
+    return distributed.broadcast_object(replace(choice, refitted=refitted))
 
 
 def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
@@ -135,7 +143,7 @@ def _all_scores(
     found = Scores({}, options.score)
     if anatomy.groups:  # earlier cuts may have closed all units
         found = score_units(root, anatomy, labeled_by(root, config, batches, options), options)
-    return _of_all_units(found, _kept(left))
+    return _of_all_units(found, kept_units(left))
 
 
 def _values_after(root: nn.Module, cut: Plan, batches: list[Mapping[str, Any]], options: ScoringOptions) -> Refitted:
@@ -145,7 +153,7 @@ def _values_after(root: nn.Module, cut: Plan, batches: list[Mapping[str, Any]], 
     return {n: found.get(n) or kept_values(linear_of(root, n), n, group, cut) for n, group in groups.items()}
 
 
-def _kept(plan: Plan) -> dict[str, np.ndarray]:
+def kept_units(plan: Plan) -> dict[str, np.ndarray]:
     """For each group's name a boolean mask `[units]` of the units that stay."""
     return {group.name: plan.of(group) != TRIMMED for group in plan.anatomy.groups}
 

@@ -34,13 +34,20 @@ def mark_stale(parameters: Iterable[torch.Tensor]) -> None:
         _hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: check_optimizer(optimizer))
 
 
+def unmark_stale(parameters: Iterable[torch.Tensor]) -> None:
+    """Forgets that a model has lost these parameters, because it has them back."""
+    for parameter in parameters:
+        if _is_stale(parameter):
+            del _stale[id(parameter)]
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raises `SensiError` when an optimizer is about to step parameters that a model has lost."""
     if _stale and any(_is_stale(p) for group in optimizer.param_groups for p in group["params"]):
         raise SensiError(
             "This optimizer was made before units were removed (by `trim()`, at the end of a schedule of cuts, or by "
             "a checkpoint with another plan). It holds parameters that the model no longer has, so its steps would "
-            "change nothing. Make a new optimizer (or a new `Trainer`)."
+            "change nothing. Make a new optimizer, and a new learning rate scheduler for it (or a new `Trainer`)."
         )
 
 

@@ -5,6 +5,7 @@ Scores the units of the adapted model, makes a plan, refits the kept weights by 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,19 +14,20 @@ from torch import nn
 from ..anatomy.build import nothing_to_trim
 from ..anatomy.linears import not_trimmable
 from ..layers.layer import layers_of
+from ..planning.allocate import check_fits
 from ..planning.budget import Budget
 from ..planning.plan import Plan
-from ..scoring.calibration import ScoringOptions, preserved
+from ..scoring.calibration import ScoringOptions, mean_length, preserved
 from ..scoring.methods import METHODS
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
-from ..utils.errors import SensiError
+from ..utils.errors import BudgetError, SensiError
 from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .in_place import merged_in_place
-from .predictions import read_latency
+from .predictions import exceeds, read_latency
 from .rescoring import read_batches, trained_options
-from .stages import Choice, choose
+from .stages import Choice, choose, kept_units, same_everywhere
 from .wrapping import shrink
 
 
@@ -42,31 +44,32 @@ def trim_adapter(
     score: str | None,
     refits: bool | None,
     latency: Any = None,
-) -> Choice:
-    """Carries out `SensiModel.trim`. If it fails, model and config are as they were."""
-    plan, budget_before, latency_before, tables_before = config.plan, config.budget, config.latency, config.tables
+) -> Choice | None:
+    """Carries out `SensiModel.trim`. If it fails, model and config are as they were.
+
+    They also stay as they are, with a warning, if the adapter meets the budget already. The result is then `None`.
+    """
+    plan, fields = config.plan, (config.budget, config.latency, config.tables)
     try:
-        # A wrong call in one process is an error in all of them.
-        with distributed.synchronized("trimming"):
-            limits = _check(root, config, adapter_name, before, budget, score)
-            check_types({"refit": refits})
-            config.latency = config.latency if latency is None else latency
-            read_latency(config)
-            if refits and inputs.calibration is None:
-                raise SensiError(
-                    "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
-                )
-            default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
-            options = trained_options(config, inputs.loss_fn, score=score or default)
-            trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
+        limits = _check(root, config, adapter_name, before, budget, score)
+        check_types({"refit": refits})
+        config.latency = config.latency if latency is None else latency
+        read_latency(config)
+        if refits and inputs.calibration is None:
+            raise SensiError(
+                "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
+            )
         given = asdict(limits) | {"trainable": config.limits.trainable}
         config.budget = {name: limit for name, limit in given.items() if limit is not None}
-        shrink(root, config, adapter_name, trim.plan, trim.refitted)
-    except BaseException:
-        if config.plan is plan:  # an interrupt may also come when the adapter is trimmed already
-            config.budget, config.latency, config.tables = budget_before, latency_before, tables_before
-        raise
-    return trim
+        default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
+        options = trained_options(config, inputs.loss_fn, score=score or default)
+        trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
+        if trim is not None:
+            shrink(root, config, adapter_name, trim.plan, trim.refitted)
+        return trim
+    finally:
+        if config.plan is plan:  # an error or an interrupt may also come when the adapter is trimmed already
+            config.budget, config.latency, config.tables = fields
 
 
 def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget: Any, score: str | None) -> Budget:
@@ -120,8 +123,11 @@ def _decide(
     inputs: RunInputs,
     options: ScoringOptions,
     refits: bool | None,
-) -> Choice:
-    """Scores, plan and refitted values of the adapted model. The model stays as it was."""
+) -> Choice | None:
+    """Scores, plan and refitted values of the adapted model; `None` if nothing has to be removed.
+
+    The model stays as it was.
+    """
     has_data = inputs.calibration is not None
     given = {**asdict(limits), "score": options.score, "refit": refits, "calibration": has_data}
     distributed.check_equal("its trim", given, "Give all processes the same.")
@@ -129,15 +135,39 @@ def _decide(
         # Inside `preserved`, because a shuffling data loader draws random numbers.
         batches = None if inputs.calibration is None else read_batches(inputs.calibration, config)
         root.eval()
+        length = mean_length(batches[: options.calibration_steps]) if batches else None
+        before = replace(before, sequence_length=config.sequence_length or length or before.sequence_length)
+        if not exceeds(before, config):
+            warnings.warn(
+                f"Nothing is removed, because the adapter meets the budget already. It keeps "
+                f"{before.params_share:.1%} of the base's prunable parameters and {before.flops_share:.1%} of its "
+                f"prunable FLOPs, and limits refer to the base.",
+                stacklevel=5,
+            )
+            return None
+        _check_fits(config, adapter_name, before, limits)
         refits = config.refit if refits is None else refits
         choice = choose(root, config, before, before, limits, batches, options, refits)
-    return _same_everywhere(replace(choice, plan=recounted(root, config, before, choice.plan)))
+    distributed.check_equal("its plan", choice.plan.to_dict(), "The processes must have the same model.")
+    return same_everywhere(replace(choice, plan=recounted(root, config, before, choice.plan)))
 
 
-def _same_everywhere(trim: Choice) -> Choice:
-    """The trim of process 0, for all processes: different hardware may round differently."""
-    if distributed.world_size() == 1:
-        return trim
-    distributed.check_equal("its plan", trim.plan.to_dict(), "The processes must have the same model.")
-    refitted = {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in trim.refitted.items()}
-    return replace(trim, refitted=distributed.broadcast_object(refitted))
+def _check_fits(config: SensiConfig, adapter_name: str, before: Plan, limits: Budget) -> None:
+    """Raises `BudgetError` if the limits allow no plan. This is found out before the units are scored."""
+    try:
+        check_fits(
+            before.anatomy,
+            limits,
+            before.sequence_length,
+            available=kept_units(before),
+            latency=config.tables,
+            **config.width_options,
+        )
+    except BudgetError as error:
+        settings = [name for name in ("multiple_of", "min_units", "widths") if f"`{name}" in str(error)]
+        if not settings:
+            raise
+        raise BudgetError(
+            f"{error} Set {' and '.join(f'`{name}`' for name in settings)} in the config of the adapter, which is "
+            f"`model.peft_config[{adapter_name!r}]`, before you trim it."
+        ) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy.linears import is_plain, is_plain_embedding, update_features
+from ..anatomy.linears import is_plain, is_plain_embedding
 from ..anatomy.modules import move_hooks, not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
@@ -28,14 +29,14 @@ from ..layers.saved import saved_modules
 from ..layers.slices import Slice, kept_parts
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
-from ..utils import replicas
+from ..utils import distributed, replicas
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.undo import surely
-from .carry import Before, carry_over
+from ..utils.undo import snapshot, surely
+from .carry import Before, carry_over, noted
 from .config import SensiConfig
 from .predictions import exceeds, note_latency
 from .slicing import Slices, config_after, slices_of
-from .stale import mark_stale
+from .stale import mark_stale, unmark_stale
 from .targets import plan_of
 
 
@@ -165,9 +166,23 @@ def replanned(
         found = plan_of(root, config)
         if gated and config.past_cuts is not None:  # from before the cut
             config.schedule, config.past_cuts = config.past_cuts, None
-        elif not gated and config.phase == "cut" and not exceeds(found, config):  # from after the cut
+        elif not gated and config.phase == "cut" and (found.trims or not exceeds(found, config)):  # from after the cut
+            if exceeds(found, config):  # such as times that were measured again
+                warnings.warn(
+                    "The checkpoint keeps more units than the budget of this model allows. The model follows the "
+                    "checkpoint, and no more units are cut.",
+                    stacklevel=2,
+                )
             config.past_cuts = config.schedule
             _follow(config, config_after(config, found))
+        if gated != (config.phase == "cut"):
+            raise SensiLoadError(
+                "The checkpoint is from before the cut of its schedule, and the model has no schedule with a cut. "
+                "Wrap the model with the same `schedule`."
+                if gated
+                else "The model has a schedule of cuts, and the checkpoint is of a training without one. Wrap the "
+                "model without `schedule`, and call `trim` after the training."
+            )
         note_latency(config, found)
         _rebuild(root, config, adapter_name, slices_of(root, config, found))
         yield
@@ -186,15 +201,15 @@ def shrink(
 
     `refitted` are changes of weights and biases (see `in_place.refit_changes`). With an `optimizer`, its parameters
     stay the same objects and keep their state (see `carry.obstacle` for the optimizers that this works with).
-    Otherwise the parameters are new objects, and older optimizers are refused.
+    Otherwise the parameters are new objects, and older optimizers are refused. Of the processes of
+    `distributed.synchronized`, all remove the units or none does.
     """
     root = root_of(model)
-    with _rebuilding(root, config, adapter_name) as before:
+    with _rebuilding(root, config, adapter_name, optimizer):
         _follow(config, config_after(config, plan))
         note_latency(config, plan)
         _rebuild(root, config, adapter_name, slices_of(root, config, plan), keep_values=True, refitted=refitted)
-        if optimizer is not None:
-            carry_over(optimizer, before, layers_of(root, adapter_name), adapter_name)
+        distributed.gather("removing units")
 
 
 def _follow(config: SensiConfig, other: SensiConfig) -> None:
@@ -228,57 +243,49 @@ def _rebuild(
                 values[part] = values[part] + change.to(values[part])
         if layer is not None and layer.sensi_base_dropped:
             layer.reduce_base(adapter_name, slice_)
-        layer = wrap_module(root, name, adapter_name, slice_, group, config, kept=values)
+        rebuilt = wrap_module(root, name, adapter_name, slice_, group, config, kept=values)
+        if layer is None:
+            rebuilt.train(rebuilt.get_base_layer().training)
 
 
 @contextmanager
-def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str) -> Iterator[Before]:
-    """Inside the block, the layers of one adapter may be rebuilt. Gives what they were before.
+def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str, optimizer: Any = None) -> Iterator[None]:
+    """Inside the block, the layers of one adapter may be rebuilt.
 
     Afterwards the same adapters are active, and the same tensors require gradients. Tensors that did not exist before
-    require gradients if the adapter's other tensors did. Optimizers that hold lost parameters are refused. If the
-    block raises, the adapter is as it was before.
+    require gradients if the adapter's other tensors did. The `optimizer` follows (see `carry.carry_over`), and others
+    that hold lost parameters are refused. If this fails or is interrupted, adapter and optimizer are as before.
     """
-    layers = layers_of(root)
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.merged for layer in layers_of(root).values()):
         raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
     fields = copy.copy(config)
     own = layers_of(root, adapter_name)
-    before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
-    dropped = [layer.get_base_layer() for layer in own.values() if layer.sensi_base_dropped]
-    bases = [(base, dict(base._parameters)) for base in dropped]
+    before: Before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
+    put_back, put_optimizer_back = snapshot(root), None if optimizer is None else noted(optimizer, before)
     flags = {(n, part): p.requires_grad for n, (_, parts) in before.items() for part, p in parts.items()}
     trained = any(flags.values()) or not flags
 
     def restore() -> None:
+        if put_optimizer_back is not None:
+            put_optimizer_back()
+        put_back()
         _follow(config, fields)
-        for base, parameters in bases:  # `reduce_base` may have replaced them
-            base._parameters.update(parameters)
-            update_features(base)
-        for name, layer in layers_of(root).items():
-            layer.discard_parts(adapter_name)
-            if name not in layers:
-                release(layer, layer.get_base_layer())
-                replace_module(root, name, layer.get_base_layer())
-            elif name in before:
-                layer.sensi_slices[adapter_name], parts = before[name]
-                for part, parameter in parts.items():
-                    getattr(layer, f"sensi_{part}")[adapter_name] = parameter
-            layer.update_parents()
-        note_plan(root, config, adapter_name)
+        unmark_stale(p for _, parts in before.values() for p in parts.values())
 
     try:
-        yield before
+        yield
         note_plan(root, config, adapter_name)
-        now = {n: layer.own_parts(adapter_name) for n, layer in layers_of(root, adapter_name).items()}
-        for name, parts in now.items():
-            for part, parameter in parts.items():
+        now = layers_of(root, adapter_name)
+        for name, layer in now.items():
+            for part, parameter in layer.own_parts(adapter_name).items():
                 parameter.requires_grad_(flags.get((name, part), parameter.requires_grad and trained))
+        if optimizer is not None:
+            carry_over(optimizer, before, now, adapter_name)
+        there = {id(parameter) for layer in now.values() for parameter in layer.own_parts(adapter_name).values()}
+        mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there)
     except BaseException:
         surely(restore)
         raise
-    there = {id(parameter) for parts in now.values() for parameter in parts.values()}
-    mark_stale(p for _, parts in before.values() for p in parts.values() if id(p) not in there and p.requires_grad)
 
 
 def drop_base(model: nn.Module, adapter_name: str) -> None:
