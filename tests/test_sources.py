@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import BOTH, TRIM, TUNE, logits, tiny_batches, tiny_model, train, trained, wrap
 from torch.nn import functional as F
 
+from peft_sensi import recipes
 from peft_sensi.layers import functional, linear
 from peft_sensi.layers.functional import Parts, compose, fuse, fused_linear
 from peft_sensi.layers.sources import Source, source_of
@@ -267,6 +269,16 @@ def test_with_many_tokens_a_step_is_the_same(kind, family, setting, monkeypatch)
             )
 
 
+def nodes_of(loss):
+    nodes, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return nodes
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_many_tokens_no_second_copy_of_the_weights_is_held_or_saved(kind, monkeypatch):
     monkeypatch.setattr(linear, "_MANY_TOKENS", {"cpu": 1})
@@ -279,12 +291,31 @@ def test_with_many_tokens_no_second_copy_of_the_weights_is_held_or_saved(kind, m
     assert not any(t.is_floating_point() for t in held)
     there = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = {tuple(layer.base_layer.weight.shape) for layer in layers}
-    nodes, waiting = set(), [output.loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            waiting += [following for following, _ in node.next_functions]
+    nodes = nodes_of(output.loss)
     saved = [t for n in nodes if "FusedLinear" in n.name() for t in n.saved_tensors if t is not None]
     new = [t for t in saved if t.untyped_storage().data_ptr() not in there and t.is_floating_point()]
     assert saved and not any(tuple(t.shape) in weights for t in new)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_far_holds_no_copy_of_frozen_weights_and_saves_one_activation(attention, monkeypatch):
+    """Only the input of the first layer, which comes from dropout, is saved for the gradients of weights alone."""
+    monkeypatch.setattr(linear, "_MANY_TOKENS", {"cpu": 1})
+    model = get_peft_model(tiny_model("distilbert"), recipes.far(score="random", task_type="SEQ_CLS"))
+    model.get_base_model().set_attn_implementation(attention)
+    batch = tiny_batches(1)[0]
+    loss = model.train()(**batch).loss
+    layers = [m for m in model.modules() if isinstance(m, linear.SensiLinear)]
+    held = [t for layer in layers for entry in layer._sensi_fused.values() for t in entry if torch.is_tensor(t)]
+    assert not any(t.is_floating_point() for t in held)
+    saved, there = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for node in nodes_of(loss):
+        if "FusedLinear" in node.name():
+            tensors = [t for t in node.saved_tensors if t is not None and t.is_floating_point()]
+            saved |= {t.untyped_storage().data_ptr(): t.shape for t in tensors}
+        else:
+            names = [name for name in dir(node) if name.startswith("_saved_")]
+            values = [getattr(node, name) for name in names]
+            there |= {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
+    hidden_states = (*batch["input_ids"].shape, model.config.hidden_size)
+    assert [tuple(shape) for at, shape in saved.items() if at not in there] == [hidden_states]
