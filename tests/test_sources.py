@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import BOTH, TRIM, TUNE, logits, tiny_batches, tiny_model, train, trained, wrap
 from torch.nn import functional as F
 
+from peft_sensi import recipes
 from peft_sensi.layers import functional, linear
 from peft_sensi.layers.functional import Parts, compose, fuse, fused_linear
 from peft_sensi.layers.sources import Source, source_of
@@ -26,7 +28,33 @@ PRODUCERS = {
     "scaled": lambda z: z * z.sum(-1, keepdim=True),
     "layer norm": lambda z: F.layer_norm(z, z.shape[-1:], torch.linspace(0.5, 2, IN).to(z), torch.ones(IN).to(z)),
 }
+
+
+def heads(z: torch.Tensor) -> torch.Tensor:
+    return z.unflatten(-1, (2, IN // 2)).transpose(1, 2)
+
+
+def eager_attention(z: torch.Tensor, keys: int = 5) -> torch.Tensor:
+    """Attention over the first positions, written as the models do."""
+    q, k = heads(z), heads(z[:, :keys])
+    output = (q @ k.transpose(-2, -1)).softmax(-1) @ k
+    return output.transpose(-3, -2).contiguous().flatten(-2)
+
+
+def kernel_attention(z: torch.Tensor) -> torch.Tensor:
+    """The same with PyTorch's function. With dropout, it holds the weights of attention on a CPU."""
+    output = F.scaled_dot_product_attention(heads(z), heads(z[:, :5]), heads(z[:, :5]), dropout_p=0.1)
+    return output.transpose(1, 2).reshape(z.shape)
+
+
+PRODUCTS = {
+    "eager attention": eager_attention,
+    "attention with dropout": kernel_attention,
+    "a product": lambda z: z @ z[:, :IN].mT @ z[:, :IN],
+}
 NONE = {
+    "attention over many keys": lambda z: eager_attention(z, IN + 1),
+    "an activation of attention's output": lambda z: torch.tanh(eager_attention(z)),
     "relu": torch.relu,  # saves its result
     "times a number": lambda z: z * 2.0,
     "without weights": lambda z: F.layer_norm(z, z.shape[-1:]),
@@ -56,6 +84,32 @@ def test_a_source_gives_the_tensor_again_and_holds_nothing_new(name, dtype):
     saved = [getattr(x.grad_fn, a) for a in dir(x.grad_fn) if a.startswith("_saved_")]
     held = {t.untyped_storage().data_ptr() for t in saved if isinstance(t, torch.Tensor)}
     assert {t.untyped_storage().data_ptr() for t in source.operands} <= held
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_output_of_attention_is_computed_again(name, dtype):
+    x = PRODUCTS[name](hidden(dtype) * 1.0)
+    source = source_of(x)
+    assert source is not None and not source.by_columns
+    assert torch.equal(source.compute(*source.operands), x)
+    node = x.grad_fn
+    while "Bmm" not in node.name():
+        node = node.next_functions[0][0]
+    held = {node._saved_self.untyped_storage().data_ptr(), node._saved_mat2.untyped_storage().data_ptr()}
+    assert {t.untyped_storage().data_ptr() for t in source.operands} == held
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "low rank", "all"])
+def test_the_output_of_attention_is_saved_only_where_some_columns_are_tuned(kind):
+    x = eager_attention(hidden() * 1.0)
+    weight, bias, parts = parts_of(kind)
+    for tensor in trained_parts(parts).values():
+        tensor.requires_grad_()
+    y = fast(x, weight, bias, parts)
+    saved = [tuple(t.shape) for t in y.grad_fn.saved_tensors if t is not None and t.dim() == 3]
+    expected = (2, 7, parts.tuned) if kind == "columns" else tuple(x.shape)
+    assert (expected in saved) == (kind == "columns")
 
 
 @pytest.mark.parametrize("name", NONE)
@@ -119,9 +173,9 @@ def fast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, parts: Parts
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "some columns", "low rank", "values", "all"])
-@pytest.mark.parametrize("name", ["gelu", "gated", "scaled", "layer norm", "a sum"])
+@pytest.mark.parametrize("name", ["gelu", "gated", "scaled", "layer norm", "a sum", "eager attention"])
 def test_the_same_gradients_as_the_reference(name, kind):
-    producer = (PRODUCERS | NONE)[name]
+    producer = (PRODUCERS | PRODUCTS | NONE)[name]
     found, expected = {}, {}
     for function, gradients in ((fast, found), (lambda x, *a: F.linear(x, *compose(*a)), expected)):
         z, (weight, bias, parts) = hidden(), parts_of(kind)
@@ -134,13 +188,18 @@ def test_the_same_gradients_as_the_reference(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "low rank", "all"])
-@pytest.mark.parametrize("name", ["gelu", "gated", "layer norm"])
+@pytest.mark.parametrize("name", ["gelu", "gated", "layer norm", "eager attention"])
 def test_gradients_are_right(name, kind):
     weight, bias, parts = parts_of(kind)
     names = list(trained_parts(parts))
 
     def function(z, *values):
-        return fast(PRODUCERS[name](z * 1.0), weight, bias, parts._replace(**dict(zip(names, values, strict=True))))
+        return fast(
+            (PRODUCERS | PRODUCTS)[name](z * 1.0),
+            weight,
+            bias,
+            parts._replace(**dict(zip(names, values, strict=True))),
+        )
 
     leaves = [hidden()[:, :2].detach(), *(t.clone() for t in trained_parts(parts).values())]
     assert torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in leaves])
@@ -210,6 +269,16 @@ def test_with_many_tokens_a_step_is_the_same(kind, family, setting, monkeypatch)
             )
 
 
+def nodes_of(loss):
+    nodes, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return nodes
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_many_tokens_no_second_copy_of_the_weights_is_held_or_saved(kind, monkeypatch):
     monkeypatch.setattr(linear, "_MANY_TOKENS", {"cpu": 1})
@@ -222,12 +291,31 @@ def test_with_many_tokens_no_second_copy_of_the_weights_is_held_or_saved(kind, m
     assert not any(t.is_floating_point() for t in held)
     there = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = {tuple(layer.base_layer.weight.shape) for layer in layers}
-    nodes, waiting = set(), [output.loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            waiting += [following for following, _ in node.next_functions]
+    nodes = nodes_of(output.loss)
     saved = [t for n in nodes if "FusedLinear" in n.name() for t in n.saved_tensors if t is not None]
     new = [t for t in saved if t.untyped_storage().data_ptr() not in there and t.is_floating_point()]
     assert saved and not any(tuple(t.shape) in weights for t in new)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_far_holds_no_copy_of_frozen_weights_and_saves_one_activation(attention, monkeypatch):
+    """Only the input of the first layer, which comes from dropout, is saved for the gradients of weights alone."""
+    monkeypatch.setattr(linear, "_MANY_TOKENS", {"cpu": 1})
+    model = get_peft_model(tiny_model("distilbert"), recipes.far(score="random", task_type="SEQ_CLS"))
+    model.get_base_model().set_attn_implementation(attention)
+    batch = tiny_batches(1)[0]
+    loss = model.train()(**batch).loss
+    layers = [m for m in model.modules() if isinstance(m, linear.SensiLinear)]
+    held = [t for layer in layers for entry in layer._sensi_fused.values() for t in entry if torch.is_tensor(t)]
+    assert not any(t.is_floating_point() for t in held)
+    saved, there = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for node in nodes_of(loss):
+        if "FusedLinear" in node.name():
+            tensors = [t for t in node.saved_tensors if t is not None and t.is_floating_point()]
+            saved |= {t.untyped_storage().data_ptr(): t.shape for t in tensors}
+        else:
+            names = [name for name in dir(node) if name.startswith("_saved_")]
+            values = [getattr(node, name) for name in names]
+            there |= {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
+    hidden_states = (*batch["input_ids"].shape, model.config.hidden_size)
+    assert [tuple(shape) for at, shape in saved.items() if at not in there] == [hidden_states]

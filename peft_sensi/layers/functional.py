@@ -88,6 +88,8 @@ class _FusedLinear(torch.autograd.Function):
         tuned_weight, tuned_bias, down, up, values, places, dim, tuned, _ = Parts(*parts)
         needs_x, _, _, _, _, needs_slice, _, needs_down, needs_up, needs_values, *_ = ctx.needs_input_grad
         needs_all = needs_down or needs_up or needs_values or (needs_slice and dim == 0)
+        if source and not (needs_all or source.by_columns):  # to save some columns is cheaper than to compute all
+            source = None
         inputs: tuple[torch.Tensor | None, ...] = ()
         if needs_all or needs_slice:
             saved_x = x if needs_all or source else take(x, -1, tuned).contiguous()
