@@ -20,7 +20,7 @@ from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..planning.budget import TIMES
-from ..planning.measuring import shared_copy
+from ..planning.measuring import fresh_copy
 from ..planning.plan import Plan
 from ..scoring.calibration import preserved
 from ..scoring.compute import compute_scores
@@ -159,7 +159,7 @@ def tables_for(model: Any, limits: Any, latency: Any) -> Any:
     times = {name: limits[name] for name in TIMES if name in (limits or {})}
     if latency or not times:
         return latency
-    base = shared_copy(model).unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
+    base = fresh_copy(model).unload() if isinstance(model, PeftModel) else model  # type: ignore[operator]
     config = SensiConfig(budget=times)
     with preserved(base), distributed.synchronized("measuring the model"):
         measure_missing(base, config)

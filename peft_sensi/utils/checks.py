@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import SensiError, SensiLoadError
 
@@ -34,7 +34,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def is_count(value: Any, least: int = 1) -> bool:
+def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
     """Whether this is a whole number of at least `least` that fits into 32 bits. Booleans are not numbers here."""
     return type(value) is int and least <= value < 2**31
 
