@@ -59,7 +59,8 @@ def _source_of_product(x: torch.Tensor) -> Source | None:
     Kernels that never hold the weights of attention (FlashAttention) save their output, so they need no source.
     """
     node: Any = x.grad_fn
-    shape, views = list(x.shape), []
+    shape = list(x.shape)
+    views: list[Callable[[torch.Tensor], torch.Tensor]] = []
     while node is not None and (name := node.name()) in _VIEWS:
         if name == "TransposeBackward0":
             # Autograd keeps negative dimensions as large unsigned numbers.
