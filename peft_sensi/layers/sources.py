@@ -7,7 +7,7 @@ enough to save the same operands again, which costs nothing, and to repeat the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,9 +79,7 @@ def _source_of_product(x: torch.Tensor) -> Source | None:
     return Source(partial(_product, views=views[::-1]), operands, by_columns=False)
 
 
-def _product(
-    a: torch.Tensor, b: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]
-) -> torch.Tensor:
+def _product(a: torch.Tensor, b: torch.Tensor, views: list[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
     result = torch.bmm(a, b)
     for view in views:
         result = view(result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from ..planning.trimmed import trimmed
 from ..utils.checks import is_count, shown
 from ..utils.errors import SensiError
 from ..utils.files import new_folder, writing
-from ..utils.timing import Run, clock_for, time_variants
+from ..utils.timing import clock_for, started, time_variants
 from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
 from .onnx import trace_graph
 from .onnx_graph import without_weights
@@ -190,7 +190,7 @@ def compare_latency(
                 trace_graph(copy.deepcopy(each).float().cpu().eval(), batch, path)
                 starts.append(partial(start_session, path, arrays, threads))
         device = next(base.parameters()).device.type if runtime == "torch" else "cpu"
-        reference, merged = (partial(_started, start) for start in starts)
+        reference, merged = (partial(started, start) for start in starts)
         # A round of one model takes far less time than a round of a table's models.
         whole, timings = time_variants(reference, {"merged": merged}, clock_for(threads, device), 3 * rounds)
     return timings["merged"].seconds * 1e3, whole.seconds * 1e3
@@ -204,16 +204,10 @@ def time_models(
     The errors are those of `measure_latency`. The models are in evaluation mode, and do not change.
     """
     start = partial(start_run, batch_size=1, length=sequence_length, decode=False)
-    variants = {name: partial(_started, partial(start, model)) for name, model in models.items()}
+    variants = {name: partial(started, partial(start, model)) for name, model in models.items()}
     clock = clock_for(torch.get_num_threads(), next(base.parameters()).device.type)
-    whole, timings = time_variants(partial(_started, partial(start, base)), variants, clock, rounds)
+    whole, timings = time_variants(partial(started, partial(start, base)), variants, clock, rounds)
     return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
-
-
-@contextmanager
-def _started(start: Callable[[], Run]) -> Iterator[Run]:
-    """A run for `time_variants` that leaves nothing behind."""
-    yield start()
 
 
 def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any], rounds: int = 7) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..anatomy.latency_points import Kind, points_of, table_from
 from ..utils.checks import shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object, write_text_atomically
-from ..utils.timing import Run, clock_for, processor_name, time_variants
+from ..utils.timing import clock_for, processor_name, started, time_variants
 from .onnx_graph import open_session
 
 
@@ -62,12 +61,10 @@ def measure_graphs(folder: str | os.PathLike, threads: int | None = None, rounds
         batch = _batch(described["inputs"])
         start = partial(start_session, batch=batch, threads=threads)
 
-        @contextmanager
-        def variant(file: str) -> Iterator[Run]:
-            yield start(place / file)
-
-        points = {name: partial(variant, graph_name(number)) for number, name in enumerate(points_of(kinds))}
-        whole, timings = time_variants(partial(variant, graph_name()), points, clock_for(threads), rounds)
+        files = {name: place / graph_name(number) for number, name in enumerate(points_of(kinds))}
+        points = {name: partial(started, partial(start, file)) for name, file in files.items()}
+        reference = partial(started, partial(start, place / graph_name()))
+        whole, timings = time_variants(reference, points, clock_for(threads), rounds)
     fields = {name: described[name] for name in _OF_TABLE}
     fields |= {"device": processor_name(), "runtime": "onnxruntime", "threads": threads}
     fields["versions"] = {"onnxruntime": onnxruntime.__version__, **described["versions"]}

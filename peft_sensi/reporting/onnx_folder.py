@@ -53,7 +53,7 @@ def write_companions(
     names = config.id2label or {}
     labels = [str(names[i]) for i in sorted(names)]
     limits = [record.get("max_length"), report.longest, getattr(tokenizer, "model_max_length", None)]
-    known = [limit for limit in limits if limit is not None and is_count(limit, 2) and limit < 10**6]
+    known = [limit for limit in limits if is_count(limit, 2) and limit < 10**6]
     values = {
         "made_by": MADE_BY,
         "version": _version(),

@@ -286,11 +286,10 @@ def _read_words(source: Source, options: Options, head: Labels | None, tokenizer
         [row for part in parts for row in _sentences(part, options)] for parts in (source.train, source.validation)
     )
     train, held = _chosen(train, held, options)
-    labels, unknown = words.labels_of(train, held), list[str]()
+    labels = words.labels_of(train, held)
     if head is not None:
-        labels, unknown = words.labels_for(head, labels, source.train[0].name)
+        labels = words.labels_for(head, labels, source.train[0].name)
     lines, doubts = words.describe(labels, train)
-    doubts += unknown
     if not source.validation and options.validation_share:
         strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
         kept, out = hold_out(strata, _held_share(len(train), options), options.seed, "sentences")

@@ -65,7 +65,7 @@ class Labels:
         if not self.several:
             return self._number(value)
         chosen = {self._number(part) for part in parts_of(value, self.separator)}
-        return [float(i in chosen) for i in range(len(self.in_data))]
+        return [float(i in chosen) for i in range(len(self.names) + len(self.unknown))]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -210,8 +210,9 @@ def separator_of(names: Sequence[str]) -> str | None:
 
 def counts_of(labels: Labels, encoded: Iterable[Any]) -> Counter[str]:
     """How many rows have each class, by its name."""
-    counts = Counter(dict.fromkeys(labels.in_data, 0))
+    names = labels.in_data
+    counts = Counter(dict.fromkeys(names, 0))
     for value in encoded:
         numbers = [i for i, chosen in enumerate(value) if chosen] if labels.several else [value]
-        counts.update(labels.in_data[number] for number in numbers)
+        counts.update(names[number] for number in numbers)
     return counts

@@ -198,18 +198,14 @@ def labels_of(*parts: Sequence[dict[str, Any]]) -> Labels:
     return Labels([OUTSIDE, *sorted({tag for rows in parts for row in rows for tag in row["tags"]} - {OUTSIDE})])
 
 
-def labels_for(head: Labels, labels: Labels, data: Any) -> tuple[Labels, list[str]]:
-    """The labels of a trained head for the tags of a file, and a doubt about tags that the head does not know.
+def labels_for(head: Labels, labels: Labels, data: Any) -> Labels:
+    """The labels of a trained head for the tags of a file.
 
     A small file for training lacks rare tags, which a file for an evaluation has. Raises `DataError` if the head knows
     no entities of the file.
     """
-    unknown = [tag for tag in labels.names if tag not in head.names]
-    known = [tag for tag in labels.names if tag in head.names]
-    if not unknown or all(tag == OUTSIDE for tag in known):
-        return order_of_head(labels, head.names, data), []
-    doubt = f"the model does not know some tags, which count as missed: {listed(unknown)}"
-    return order_of_head(Labels(known), head.names, data), [doubt]
+    knows_some = any(tag in head.names for tag in labels.names if tag != OUTSIDE)
+    return order_of_head(labels, head.names, data, allow_unknown=knows_some)
 
 
 def encode(
@@ -261,6 +257,8 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     doubts = [] if tagged else ["no word has a tag other than O, so there is nothing to find (--label-column)"]
     if (longest := max(len(row["tokens"]) for row in raw)) > 1000:
         doubts.append(f"a sentence has {longest:,} words: is there an empty line after each sentence?")
+    if labels.unknown:
+        doubts.append(f"the model does not know some tags, which count as missed: {listed(labels.unknown)}")
     return [f"{words:,} words, {tagged:,} in entities: {shown}"], doubts
 
 
