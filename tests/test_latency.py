@@ -41,7 +41,7 @@ from peft_sensi import (
     measure_latency,
 )
 from peft_sensi.anatomy.latency import FORMAT
-from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, table_from
+from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, smooth, table_from
 from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
 from peft_sensi.merging import latency_graphs
@@ -295,6 +295,18 @@ def test_one_thread_is_timed_by_the_processor():
 )
 def test_monotone(values, expected):
     assert monotone(np.array(values, dtype=float), np.ones(len(values))).tolist() == expected
+
+
+def test_smooth_curves_keep_what_is_larger_than_the_errors():
+    places, random = np.linspace(0, 1, 9), np.random.default_rng(0)
+    noisy = places + random.normal(0, 0.02, 9)
+    smoothed = smooth(places, noisy, np.full(9, 0.02))
+    assert np.abs(np.diff(smoothed, 2)).max() < np.abs(np.diff(noisy, 2)).max() / 5
+    assert np.sqrt(np.mean((smoothed - noisy) ** 2)) <= 0.0201
+    steps = np.repeat([0.0, 1.0, 2.0], 3)
+    np.testing.assert_allclose(smooth(places, steps, np.full(9, 0.01)), steps, atol=0.03)
+    np.testing.assert_array_equal(smooth(places, noisy, np.zeros(9)), noisy)
+    np.testing.assert_array_equal(smooth(places[:2], noisy[:2], np.full(2, 1.0)), noisy[:2])
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

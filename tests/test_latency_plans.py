@@ -15,8 +15,13 @@ from test_plan import anatomies, heads, neurons
 
 from peft_sensi import Anatomy, Budget, BudgetError, LatencyTable, SensiError, make_plan
 from peft_sensi.anatomy.latency import SublayerTimes, shape_of
+from peft_sensi.anatomy.latency_points import kinds_of, points_of, table_from
 from peft_sensi.planning.budget import allowance, nanoseconds
 from peft_sensi.planning.ladders import Ladder, choose
+from peft_sensi.utils.timing import Timing
+
+
+DESCRIBED = ("phase", "model", "device", "runtime", "versions", "threads", "dtype", "batch_size", "sequence_length")
 
 
 def table_for(anatomy: Anatomy, times, rest: float = 1.0, phase: str = "prefill") -> LatencyTable:
@@ -257,3 +262,30 @@ def test_times_of_a_budget(text, expected):
 def test_wrong_times_are_refused(name, value):
     with pytest.raises(BudgetError, match=r"must be a share in \(0, 1\] or a time such as '12ms'"):
         Budget.parse({name: value})
+
+
+@pytest.mark.parametrize("share", [0.5, 0.35])
+def test_noise_does_not_make_plans_that_are_too_slow(share):
+    """A plan takes the counts that look cheap. In a noisy table these would be those that were measured too short."""
+    groups = [neurons(f"n{i}", 512) for i in range(6)] + [heads(f"h{i}", 12) for i in range(6)]
+    anatomy = Anatomy(tuple(groups), sum(group.size * group.unit_params for group in groups))
+    kinds = kinds_of(anatomy)
+    unit = {kind.shape: 57 / (kind.groups * kind.units) for kind in kinds}  # ms; one of twenty is the rest
+
+    def ms(counts) -> float:
+        return 6 + sum(kind.groups * unit[kind.shape] * counts.get(kind.shape, kind.units) for kind in kinds)
+
+    described = {name: getattr(table_for(anatomy, lambda g: {0: 0, g.size: 1}), name) for name in DESCRIBED}
+    over = []
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        points = {}
+        for name, counts in points_of(kinds).items():
+            seconds = ms(counts) / 1e3
+            points[name] = Timing(seconds * random.normal(1, 0.015), 0.0, 0.015 * seconds)
+        table = table_from(kinds, Timing(ms({}) / 1e3, 0.0), points, described)
+        scores = {group.name: random.random(group.size) for group in groups}
+        counts = counts_of(make_plan(anatomy, scores, {"latency": share}, latency=table, min_units=0))
+        spent = 6 + sum(unit[shape_of(group)] * counts[group.name] for group in groups)
+        over.append(spent / ms({}) / share - 1)
+    assert abs(np.mean(over)) < 0.02 and max(over) < 0.05

@@ -7,10 +7,14 @@ be too short. The difference from the whole model, divided by the number of subl
 These savings do not add up exactly: for example, a model that is small everywhere may fit into a cache that is too
 small for the others. So models in which all kinds are trimmed together are measured too, and the savings are scaled
 until their sums agree with those models.
+
+A plan takes the counts that look cheap. Among noisy times these are the ones that were measured too short, and the
+plan would be slower than predicted. So the times of a kind become a smooth curve, as far as their errors allow.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,8 +89,10 @@ def table_from(
     Raises `SensiError` if the times are nonsense: sublayers that take longer than the whole model.
     """
     measured = [[points[_point_name({k.shape: count})] for count in k.counts[:-1]] + [whole] for k in kinds]
-    times = [_sublayer_ms(kind, timings) for kind, timings in zip(kinds, measured, strict=True)]
-    factors = _factors(kinds, times, whole, points)
+    # Each error comes from few values and says little; together, they tell how precise the times are.
+    error = math.sqrt(float(np.mean([(t.error / max(t.seconds, 1e-12)) ** 2 for t in points.values()])))
+    times = [_sublayer_ms(kind, timings, error) for kind, timings in zip(kinds, measured, strict=True)]
+    factors = _factors(kinds, times, whole, points, error)
     sublayers = []
     for kind, timings, ms, factor in zip(kinds, measured, times, factors, strict=True):
         scaled = monotone(-factor * (ms[-1] - ms), np.ones(len(ms)))
@@ -103,36 +109,70 @@ def table_from(
     return LatencyTable(**values, sublayers=tuple(sublayers))
 
 
-def _sublayer_ms(kind: Kind, timings: list[Timing]) -> np.ndarray:
+def _sublayer_ms(kind: Kind, timings: list[Timing], error: float) -> np.ndarray:
     """What one sublayer takes at each count `[counts]`, in ms more than at the smallest one. Only this kind is trimmed
-    in the models that were timed; the last one is the whole model.
+    in the models that were timed, with this relative error; the last one is the whole model.
     """
+    seconds = np.array([timing.seconds for timing in timings])
     # The whole model was timed far more often than each variant.
     weights = np.array([1.0] * (len(timings) - 1) + [len(timings)])
-    seconds = monotone(np.array([timing.seconds for timing in timings]), weights)
+    # A sublayer that is gone has no overhead: from there to the next count, a step is real.
+    first = int(kind.counts[0] == 0)
+    shares = np.array(kind.counts[first:]) / kind.units
+    seconds[first:] = smooth(shares, seconds[first:], error * seconds[first:] / np.sqrt(weights[first:]))
+    seconds = monotone(seconds, weights)
     return (seconds - seconds[0]) * 1e3 / kind.groups
 
 
 def _factors(
-    kinds: list[Kind], times: list[np.ndarray], whole: Timing, points: Mapping[str, Timing]
+    kinds: list[Kind], times: list[np.ndarray], whole: Timing, points: Mapping[str, Timing], error: float
 ) -> list[np.ndarray]:
     """What the savings of each kind are multiplied with at each count, so that sums agree with the models in which all
-    kinds are trimmed together. Between the measured shares the factors are interpolated.
+    kinds are trimmed together, as far as the relative error of the times allows. Between the measured shares the
+    factors are interpolated.
     """
     if len(kinds) < 2:
         return [np.ones(len(ms)) for ms in times]
-    factors = []
+    factors, errors = [], []
     for share in TOGETHER:
         counts = _together(kinds, share)
         saved = sum(
             kind.groups * float(ms[-1] - ms[kind.counts.index(counts[kind.shape])])
             for kind, ms in zip(kinds, times, strict=True)
         )
-        together = (whole.seconds - points[_point_name(counts)].seconds) * 1e3
+        together = points[_point_name(counts)].seconds
         # A saving as small as its error says nothing about a factor.
         is_clear = saved > 2 * LARGEST_ERROR * whole.seconds * 1e3
-        factors.append(max(together, 0.0) / saved if is_clear else 1.0)
+        factors.append(max(whole.seconds - together, 0.0) * 1e3 / saved if is_clear else 1.0)
+        errors.append(error * together * 1e3 / saved if is_clear else 1.0)
+    factors = smooth(np.array(TOGETHER), np.array(factors), np.array(errors)).tolist()
     return [np.interp(np.array(kind.counts) / kind.units, TOGETHER, factors) for kind in kinds]
+
+
+def smooth(places: np.ndarray, values: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """The smoothest sequence that differs from `values` by no more than their standard errors explain, all `[n]`.
+
+    It has the smallest sum of squared second differences for which the mean squared difference, in units of the
+    errors, is at most one (Reinsch 1967). `places` ascend. Values without errors stay as they are.
+    """
+    if len(values) < 3 or not errors.all():
+        return values
+    steps = np.diff(places)
+    bends = np.zeros((len(values) - 2, len(values)))  # second divided differences
+    for row, (left, right) in enumerate(zip(steps, steps[1:], strict=False)):
+        bends[row, row : row + 3] = [1 / left, -1 / left - 1 / right, 1 / right]
+    weights, roughness = np.diag(errors**-2.0), bends.T @ bends
+
+    def curve(strength: float) -> np.ndarray:
+        scaled = strength * np.trace(weights) / np.trace(roughness)
+        return np.linalg.solve(weights + scaled * roughness, weights @ values)
+
+    low, high = -8.0, 8.0  # of the exponent: nearly the values themselves, and nearly a line
+    for _ in range(40):
+        middle = (low + high) / 2
+        is_near = np.mean(((curve(10**middle) - values) / errors) ** 2) <= 1
+        low, high = (middle, high) if is_near else (low, middle)
+    return curve(10**low)
 
 
 def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
