@@ -123,6 +123,22 @@ def test_the_same_movement_of_the_factors_moves_the_weights_as_far_at_every_rank
     assert max(moved.values()) == pytest.approx(0.01, rel=1e-4) == min(moved.values())
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_first_step_moves_the_weights_as_far_at_every_rank(scale):
+    """With `scale=2` at every rank the start is that of LoRA, and the movement grows by the root of the rank."""
+    moved = {}
+    for rank in (1, 16):
+        torch.manual_seed(0)
+        model = wrapped(tiny_model(hidden_size=256), update="low_rank", rank=rank, scale=scale)
+        layer = layers_of(model)["base_model.model.bert.encoder.layer.0.attention.self.query"]
+        up = layer.part("up", "default")
+        with torch.no_grad():
+            up.copy_(0.01 * torch.randn_like(up).sign())
+        change = layer.get_adapted_weight("default")[0] - layer.base_layer.weight
+        moved[rank] = change.square().mean().sqrt().item()
+    assert moved[16] == pytest.approx(moved[1] * (1 if scale is None else 4), rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("fields", "scale"),
     [

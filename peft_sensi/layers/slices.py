@@ -12,7 +12,7 @@ import torch
 from ..anatomy.linears import bias_of, matrix
 from .compression import KINDS, PARTS, sizes
 from .functional import Pair, Positions
-from .updates import pack_mask, sparse_support, top_mask, unpack_mask
+from .updates import pack_mask, sparse_support, start_of_down, top_mask, unpack_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +164,10 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
         bias = bias.detach().to(weight.device)
         # A copy: a whole bias would share the base's storage.
         parts["bias"] = bias.clone() if slice_.dim == 1 else bias[tuned if specs["bias"].tuned_only else kept]
-    if "down" in specs:  # as in LoRA (arXiv 2106.09685): `down` has variance 1 / in, and `up` is zero
+    if "down" in specs:
         shape = specs["down"].shape
-        parts["down"] = torch.randn(shape, dtype=torch.float32, device=weight.device) / max(1, shape[1]) ** 0.5
+        noise = torch.randn(shape, dtype=torch.float32, device=weight.device)
+        parts["down"] = noise * start_of_down(slice_.scale, *shape)
     if {"places", "scores", "bits"} & specs.keys():
         weight = weight.index_select(slice_.dim, kept)
     if "places" in specs:

@@ -27,6 +27,17 @@ def default_scale(rank: int) -> float:
     return 1 / rank
 
 
+def start_of_down(scale: float, rank: int, fan: int) -> float:
+    """The standard deviation of `down`, `[rank, fan]`, at the start, when `up` is zero.
+
+    While `up` is small, a step of Adam at the rate `lr` moves a weight by about `lr * scale * sqrt(rank)` times this
+    deviation: a sum over the ranks, with random signs. With `1 / sqrt(fan)`, as in LoRA (arXiv 2106.09685), and the
+    scale `1 / rank`, high ranks would start slowly. So `down` is larger by up to `sqrt(rank)`, and the first steps are
+    those of rank 1. With a scale of `1 / sqrt(rank)` or more (Kalajdzievski 2023), the start is that of LoRA.
+    """
+    return min(rank**0.5, max(1.0, 1 / (scale * rank**0.5))) / max(1, fan) ** 0.5
+
+
 def sparse_support(weight: torch.Tensor, count: int, support: str, rank: int, seed: int) -> torch.Tensor:
     """Flat positions (int32, ascending, at most `count`) of the single values of a matrix that are trained.
 
