@@ -38,7 +38,7 @@ from ..planning.trimmed import trimmed
 from ..utils.checks import is_count, shown
 from ..utils.errors import SensiError
 from ..utils.files import new_folder, writing
-from ..utils.timing import clock_for, started, time_variants
+from ..utils.timing import Run, clock_for, started, time_variants
 from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
 from .onnx import trace_graph
 from .onnx_graph import without_weights
@@ -179,8 +179,8 @@ def compare_latency(
         _check(each, runtime, {"batch_size": batch_size, "sequence_length": sequence_length}, threads)
     with number_of_threads(threads) as threads, tempfile.TemporaryDirectory(prefix="sensi-graphs-") as name:
         if runtime == "torch":
-            start = partial(start_run, batch_size=batch_size, length=sequence_length, decode=decode, inputs=inputs)
-            starts = [lambda each=each: start(fresh_copy(each)) for each in (base, model)]
+            options = {"batch_size": batch_size, "length": sequence_length, "decode": decode, "inputs": inputs}
+            starts = [partial(_start_copy, each, **options) for each in (base, model)]
         else:
             batch = example_inputs(base, batch_size, sequence_length, inputs)
             batch, starts = {key: tensor.cpu() for key, tensor in batch.items()}, []
@@ -203,11 +203,15 @@ def time_models(
 
     The errors are those of `measure_latency`. The models are in evaluation mode, and do not change.
     """
-    start = partial(start_run, batch_size=1, length=sequence_length, decode=False)
-    variants = {name: partial(started, partial(start, model)) for name, model in models.items()}
+    start = partial(_start_copy, batch_size=1, length=sequence_length, decode=False)
+    reference, *others = (partial(started, partial(start, each)) for each in (base, *models.values()))
     clock = clock_for(torch.get_num_threads(), next(base.parameters()).device.type)
-    whole, timings = time_variants(partial(started, partial(start, base)), variants, clock, rounds)
+    whole, timings = time_variants(reference, dict(zip(models, others, strict=True)), clock, rounds)
     return whole.seconds * 1e3, {name: timing.seconds * 1e3 for name, timing in timings.items()}
+
+
+def _start_copy(model: nn.Module, **options: Any) -> Run:
+    return start_run(fresh_copy(model), **options)
 
 
 def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any], rounds: int = 7) -> dict[str, Any]:
