@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from peft_sensi import SensiConfig, SensiLoadError
+from peft_sensi import Schedule, SensiConfig, SensiError, SensiLoadError, recipes
 
 
 # Two wraps with the same tensors' names and shapes, which differ in the units or in the meaning of the values.
@@ -154,7 +154,7 @@ def test_a_state_dict_without_a_plan_warns():
 
 @pytest.mark.parametrize(
     "entry",
-    [torch.zeros(3), torch.zeros(1, 63), "text", None, lambda mark: mark ^ (torch.arange(mark.shape[1]) == 41)],
+    [torch.zeros(3), torch.zeros(1, 63), "text", None, lambda mark: mark ^ 64 * (torch.arange(mark.shape[1]) == 41)],
     ids=["one dimension", "too narrow", "text", "nothing", "other bits"],
 )
 def test_a_damaged_mark(entry):
@@ -257,6 +257,81 @@ def test_averages_that_are_floats_are_rounded(name):
     integers = {key: t for key, t in model.state_dict().items() if not t.is_floating_point()}
     assert_same_tensors({key: t for key, t in target.state_dict().items() if key in integers}, integers)
     torch.testing.assert_close(logits(target), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def average_of_copies(model, decay):
+    """A loop that averages a dict of copies, and keeps their dtypes."""
+    average = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for _ in range(3):
+        for key, tensor in model.state_dict().items():
+            average[key].copy_(decay * average[key] + (1 - decay) * tensor)
+    return average
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_averages_that_are_cut_off_are_repaired_or_refused(name):
+    """Positions and masks in a dict belong to no layer that could keep them."""
+    config = {**INTEGERS[name], "support": "random"} if name == "positions" else INTEGERS[name]
+    model, same = trained(**config), wrap(tiny_model(), **config)
+    other = wrap(tiny_model(), **config, **({"seed": 1} if name == "positions" else {}))
+    for one in (model, same, other) if name == "masks" else ():
+        one.base_model.compress("bits")
+    if name == "masks":
+        same.load_state_dict(model.state_dict())
+    average = average_of_copies(model, 0.9)
+    kind = "sensi_places" if name == "positions" else "sensi_bits"
+    changed = [key for key, t in average.items() if kind in key and not torch.equal(t, model.state_dict()[key])]
+    assert changed
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(SensiLoadError, match="is not what it was"):
+        other.load_state_dict(average)
+    assert_same_tensors(other.state_dict(), before)
+    same.load_state_dict(average)
+    integers = {key: t for key, t in model.state_dict().items() if not t.is_floating_point()}
+    assert_same_tensors({key: t for key, t in same.state_dict().items() if key in integers}, integers)
+    torch.testing.assert_close(logits(same), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])
+def test_averages_do_not_hide_another_plan(decay):
+    """If the entry with the plan is averaged and cut off, it can still be compared."""
+    options = {"budget": 0.5, "widths": "uniform"}
+    source, same, other = trained(**options), wrap(tiny_model(), **options), wrap(tiny_model(), **options, seed=3,
+                                                                                   score="random")  # fmt: skip
+    average = average_of_copies(source, decay)
+    same.load_state_dict(average)
+    torch.testing.assert_close(logits(same), logits(source), atol=1e-4, rtol=1e-4)
+    with pytest.raises(SensiLoadError, match="another plan"):
+        other.load_state_dict(average)
+    key = next(key for key in average if key.endswith("query.plan_mark._extra_state"))
+    average[key][:, :32] = 0  # the names of the adapters
+    with pytest.raises(SensiLoadError, match="no mark"):
+        same.load_state_dict(average)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_a_mask_that_is_drawn_later_has_no_average(decay, looks):
+    """The copy has no mask yet. Its average with a mask would be a third one, of no meaning."""
+    config = recipes.dsee(rank=2, sparse=8, mask="unstructured", sparsity=0.5, task_type="SEQ_CLS")
+    model = get_peft_model(tiny_model(), config)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    schedule = Schedule(model, total_steps=4)
+    for _ in range(2):
+        average.update_parameters(model)
+        schedule.step()
+    late = copy.deepcopy(model)
+    for _ in range(2):
+        schedule.step()
+        average.update_parameters(model)
+        if looks:
+            with pytest.raises(SensiError, match="make a new copy"):
+                logits(average.module)
+    for use in (logits, nn.Module.state_dict, copy.deepcopy):
+        with pytest.raises(SensiError, match="make a new copy"):
+            use(average.module)
+    late.load_state_dict(model.state_dict())
+    assert torch.equal(logits(late), logits(model))
 
 
 def with_large_positions():

@@ -2,50 +2,119 @@
 
 They are integer parameters of a layer, so that every loader and wrapper of PyTorch sees them. A moving average of all
 parameters (`AveragedModel`, EMA) computes `0.9999 * x + 0.0001 * x` as a float, and cuts it off: a fifth of the
-integers would become smaller by 1, and the copy would compute with wrong weights.
+integers would become smaller by 1, and the copy would compute with wrong weights. What can be recognized as that is
+undone, and everything else is an error.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..utils.errors import SensiError, SensiLoadError
 from .values import version_of
 
 
-INTEGERS = ("places", "bits")
-
-# For each tensor by its name: what tells that it was written to, and a copy.
-Noted: TypeAlias = "dict[str, tuple[tuple[int, int], torch.Tensor]]"
+INTEGERS = ("places", "bits", "codes")
 
 
-def keep_integers(layer: Any, adapter_name: str) -> None:
+class Noted(NamedTuple):
+    """Integers of an adapter as they were: for each by its name what tells that it was written to, and a copy."""
+
+    versions: dict[str, tuple[int, int] | None]
+    copies: dict[str, torch.Tensor]
+    digest: bytes  # SHA-256
+
+
+def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_cut_off`).
 
-    Other changes come from loaders, and stay. Tensors that were not written to since the last call are not looked at.
+    Returns the integers; `None` if there are none, or only shards of them. Tensors that were not written to since the
+    last call are not looked at. Raises `SensiError` if they have changed in another way: loaders and schedules make
+    the layer forget what it has noted.
     """
     parts = {name: p for name in INTEGERS if (p := layer.part(name, adapter_name)) is not None}
+    parts = {name: p for name, p in parts.items() if not (p.is_floating_point() and name == "codes")}
     if not parts or any(type(p) is not nn.Parameter or p.is_meta for p in parts.values()):
-        return
-    noted = layer.sensi_integers.get(adapter_name, {})
-    if noted.keys() == parts.keys() and all(version_of(parts[name]) == noted[name][0] for name in noted):
-        return
+        return None
+    noted: Noted | None = layer.sensi_integers.get(adapter_name)
+    if noted is not None and noted.copies.keys() != parts.keys():
+        noted = None
+    if noted is not None and all(version_of(parts[name]) == version for name, version in noted.versions.items()):
+        return noted
     for name, now in parts.items():
-        copy = noted[name][1].to(now.device) if name in noted and noted[name][1].shape == now.shape else now
-        if _is_cut_off(now.detach().long(), copy.long()):
-            with torch.no_grad():
+        copy = now if noted is None else noted.copies[name].to(now.device)
+        if now.shape == copy.shape and now.dtype == copy.dtype and torch.equal(now, copy):
+            continue
+        if now.shape != copy.shape or not _is_cut_off(now.detach(), copy):
+            raise SensiError(
+                f"Something has changed the integers sensi_{name} of the adapter {adapter_name!r} in place. They "
+                f"are positions or masks, and have no average: average only floating-point values. If this is a copy "
+                f"with averaged weights (EMA) that was made before a schedule drew the mask, make a new copy "
+                f"afterwards."
+            )
+        with torch.no_grad():
+            if now.dtype == copy.dtype:
                 now.copy_(copy)
-    layer.sensi_integers[adapter_name] = {name: (version_of(p), p.detach().clone()) for name, p in parts.items()}
+            else:
+                now.data = copy.clone()
+    versions = {name: version_of(p) for name, p in parts.items()}
+    copies = {name: p.detach().clone() for name, p in parts.items()} if noted is None else noted.copies
+    digest = _digest(copies) if noted is None else noted.digest
+    layer.sensi_integers[adapter_name] = noted = Noted(versions, copies, digest)
+    return noted
+
+
+def check_integers(layer: Any, state_dict: dict[str, Any], prefix: str, digests: Mapping[str, bytes]) -> None:
+    """Compares the integers in a plain state dict with the digests that were saved beside them.
+
+    Integers that were averaged and cut off become those of the layer again, in place of the dict, if the digest says
+    that they were the same. Raises `SensiLoadError` if they are others.
+    """
+    for adapter_name, digest in digests.items():
+        keys = {name: f"{prefix}sensi_{name}.{adapter_name}" for name in INTEGERS}
+        found = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        if not found or any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta for t in found.values()):
+            continue
+        found = {name: tensor for name, tensor in found.items() if not tensor.is_floating_point()}
+        if not found or is_close(_digest(found), digest):
+            continue
+        own = keep_integers(layer, adapter_name)
+        if own is None or own.copies.keys() != found.keys() or not is_close(own.digest, digest):
+            raise SensiLoadError(
+                f"{next(iter(keys.values()))!r} or another integer in the state dict is not what it was when the "
+                f"state dict was made. Average or convert only floats, and copy integers as they are."
+            )
+        state_dict.update({keys[name]: copy.clone() for name, copy in own.copies.items()})
+
+
+def is_close(found: bytes, expected: bytes) -> bool:
+    """Whether two hashes are the same, up to a difference of 1 in each byte, as an average can leave it."""
+    return len(found) == len(expected) and all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True))
+
+
+def _digest(parts: Mapping[str, torch.Tensor]) -> bytes:
+    result = hashlib.sha256()
+    for name, tensor in sorted(parts.items()):
+        result.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return result.digest()
 
 
 def _is_cut_off(now: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether one of the integers (int64) has changed, and all of them by no more than averages do.
+    """Whether `now` are the integers `before` after averages with the same integers.
 
     An average changes a small integer by 1. A position of six digits or more becomes smaller with each average, until
     the average of `now` and `before` adds what the float32 sum loses: a share of up to `2^-23 / (1 - decay)`. This is
-    0.1 % for a decay of 0.9999.
+    0.1 % for a decay of 0.9999. Equal integers become equal ones, which tells a mask from an average of two masks.
     """
-    changes = (now - before).abs()
-    return bool(changes.any() and (changes <= (before // 64).clamp_min(1)).all())
+    now, before = now.round().long(), before.long()
+    if not bool(((now - before).abs() <= (before // 64).clamp_min(1)).all()):
+        return False
+    values, index = before.unique(return_inverse=True)
+    result = now.new_empty(len(values))
+    result[index.flatten()] = now.flatten()
+    return torch.equal(result[index], now)

@@ -16,13 +16,12 @@ from ..utils.errors import SensiError
 from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
 from .functional import Pair
-from .integers import keep_integers
-from .marks import LAYER_MARK, check_marks, layer_marks, marks_are_written, marks_to_tensor, warn_of_no_mark
+from .marks import LAYER_MARK, layer_marks, marks_are_written, warn_of_no_mark
 from .masters import without_rounding
+from .plain_states import check_plain_state, mark_of
 from .saved import activate
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import masked_count, pack_mask, top_mask, unpack_mask
-from .values import round_integers
 from .weights import ComposedWeights
 
 
@@ -270,23 +269,20 @@ class SensiLayer(ComposedWeights):
         return layer_marks(self.sensi_slices, self.sensi_plans, self.merged_adapters)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name in self.sensi_slices:
-            keep_integers(self, name)
+        mark = mark_of(self)
         unpack(self.get_base_layer())  # the base's own `state_dict` would do it, and lose the order of the scales
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if marks_are_written():
-            destination[prefix + LAYER_MARK] = marks_to_tensor(self.marks())
+            destination[prefix + LAYER_MARK] = mark
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
     ) -> None:
         self._sensi_fused.clear()
-        if (key := prefix + LAYER_MARK) in state_dict:
-            check_marks(state_dict[key], self.marks(), key)  # before PyTorch writes a value into this layer
-        elif marks_are_written() and (ours := next((k for k in state_dict if k.startswith(prefix + "sensi_")), None)):
+        check_plain_state(self, state_dict, prefix)  # before PyTorch writes a value into this layer
+        ours = next((key for key in state_dict if key.startswith(prefix + "sensi_")), None)
+        if ours is not None and prefix + LAYER_MARK not in state_dict and marks_are_written():
             warn_of_no_mark(ours)
-        for name in self.sensi_slices:
-            round_integers(state_dict, {f"{prefix}sensi_{part}.{name}": p for part, p in self.own_parts(name).items()})
         self.sensi_integers.clear()  # others may come now
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
 
@@ -313,10 +309,14 @@ class SensiLayer(ComposedWeights):
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
+    def units_in_use(self) -> int:
+        """The number of heads or neurons whose output comes into this layer."""
+        names = self.merged_adapters[-1:] or self._applied()[:1]
+        return self.sensi_slices[names[0]].units if names else self.sensi_units
+
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
-        names = self.merged_adapters[-1:] or self._applied()[:1]
-        units = self.sensi_slices[names[0]].units if names else self.sensi_units
+        units = self.units_in_use()
         for module, attribute, per_unit in self.sensi_attributes:
             setattr(module, attribute, units * per_unit)
 

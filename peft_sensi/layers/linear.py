@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..anatomy.linears import bias_of, check_weight, oriented, unpack
 from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
-from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short
+from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short, warn_of_unfrozen
 from .sources import Source
 from .values import version_of
 
@@ -55,6 +55,7 @@ class SensiLinear(SensiLayer):
         plain = sharded or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training and not sharded and torch.is_grad_enabled():
             warn_of_short(own)
+            warn_of_unfrozen(self.base_layer)
         if slice_.whole:
             weight, bias = self.sensi_weight[name], self.part("bias", name)
             pair = weight, self.base_layer.bias if bias is None else bias

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..utils.errors import SensiLoadError
+from .integers import is_close
 from .slices import Slice
 
 
@@ -30,6 +31,7 @@ EXTRA = "_extra_state"  # the name that PyTorch gives to such an entry
 LAYER_MARK = f"plan_mark.{EXTRA}"  # in the layer (see `Mark`)
 _LENGTH = 32  # bytes of a SHA-256
 _MERGED = ""  # in the place of an adapter's name, which is never empty
+_INTEGERS = "\0"  # after an adapter's name: the row has the hash of its integers (see `integers`)
 
 
 def plan_mark(plan: Mapping[str, Any]) -> bytes:
@@ -56,34 +58,50 @@ def layer_marks(slices: Mapping[str, Slice], plans: Mapping[str, bytes], merged:
     return marks | ({_MERGED: hashlib.sha256(json.dumps(merged).encode()).digest()} if merged else {})
 
 
-def marks_to_tensor(marks: Mapping[str, bytes]) -> torch.Tensor:
-    """Marks by adapter as uint8 `[adapters, 64 to 319]`: each row is a hash of the name, the mark, and zeros.
+def marks_to_tensor(marks: Mapping[str, bytes], digests: Mapping[str, bytes] | None = None) -> torch.Tensor:
+    """Marks by adapter as uint8 `[rows, 64 to 319]`: each row is a hash of the name, the mark, and zeros.
 
-    How many zeros there are depends on the marks, so that other marks usually have another shape.
+    How many zeros there are depends on the marks, so that other marks usually have another shape. `digests` are hashes
+    of the integers of adapters that have some. Each has one more row.
     """
-    rows = [hashlib.sha256(name.encode()).digest() + mark for name, mark in sorted(marks.items())]
+    every = {**marks, **{name + _INTEGERS: digest for name, digest in (digests or {}).items()}}
+    rows = [hashlib.sha256(name.encode()).digest() + mark for name, mark in sorted(every.items())]
     zeros = bytes(hashlib.sha256(b"".join(sorted(marks.values()))).digest()[0])  # the same whatever the names are
     # A new tensor each time: copies that average all entries in place (EMA) then leave the marks alone.
     flat = torch.tensor(list(b"".join(row + zeros for row in rows)), dtype=torch.uint8, device="cpu")
     return flat.view(len(rows), 2 * _LENGTH + len(zeros))
 
 
-def check_marks(stored: Any, marks: Mapping[str, bytes], where: str) -> None:
-    """Raises `SensiLoadError` if a mark in `stored` (see `marks_to_tensor`) differs from that of the same adapter."""
+def check_marks(stored: Any, marks: Mapping[str, bytes], where: str, there: Collection[str] = ()) -> dict[str, bytes]:
+    """Raises `SensiLoadError` if a mark in `stored` (see `marks_to_tensor`) differs from that of the same adapter.
+
+    `there` are the adapters that the state dict has values of: a mark must be there for each. Returns the digests.
+    """
     if not isinstance(stored, torch.Tensor) or stored.dim() != 2 or stored.shape[1] < 2 * _LENGTH:
         raise SensiLoadError(f"{where!r} in the state dict does not hold the mark of a plan.")
-    # A dtype of a copy, such as the average of float tensors, may be another one; bytes survive it up to rounding.
+    # A copy may hold averages, as floats or cut off. They differ from the bytes by 1 at most.
     rounded = stored.detach().cpu().double().round().clamp(0, 255).to(torch.uint8)
     rows = [bytes(row) for row in rounded.tolist()]
-    theirs = {row[:_LENGTH]: row[_LENGTH : 2 * _LENGTH] for row in rows}
-    if theirs.get(hashlib.sha256(_MERGED.encode()).digest()) != marks.get(_MERGED):
+
+    def find(name: str) -> bytes | None:
+        key = hashlib.sha256(name.encode()).digest()
+        return next((row[_LENGTH : 2 * _LENGTH] for row in rows if is_close(row[:_LENGTH], key)), None)
+
+    merged, found = marks.get(_MERGED), find(_MERGED)
+    if (found is None) != (merged is None) or (found and merged and not is_close(found, merged)):
         raise SensiLoadError(
             f"An adapter was merged into the base when the state dict was made, or is merged into it in this model, "
             f"but not both ({where!r}). The adapter would be applied twice, or lost. Call `unmerge_adapter()` before "
             f"a state dict is made, and before one is loaded."
         )
     for name, mark in marks.items():
-        if theirs.get(hashlib.sha256(name.encode()).digest(), mark) != mark:
+        found = find(name)
+        if found is None and name in there:
+            raise SensiLoadError(
+                f"{where!r} in the state dict has no mark of the plan of {name!r}, although there are values of this "
+                f"adapter. The entry was changed: average or convert only floats, and copy integers as they are."
+            )
+        if found is not None and not is_close(found, mark):
             raise SensiLoadError(
                 f"The state dict was made under another plan than the adapter {name!r} of this model has: {where!r} "
                 f"says that its values belong to other units, or were trained with other settings. Wrap the model "
@@ -91,6 +109,7 @@ def check_marks(stored: Any, marks: Mapping[str, bytes], where: str) -> None:
                 f"`SensiConfig.from_pretrained(folder)` of its saved adapter with `inference_mode` set to False. "
                 f"`PeftModel.from_pretrained` follows the plan of a saved adapter by itself."
             )
+    return {name: digest for name in marks if (digest := find(name + _INTEGERS)) is not None}
 
 
 def warn_of_no_mark(key: str) -> None:

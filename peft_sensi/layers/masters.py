@@ -47,6 +47,18 @@ def warn_of_short(parameters: Iterable[torch.Tensor]) -> None:
         )
 
 
+def warn_of_unfrozen(base: torch.nn.Module) -> None:
+    """Warns that a base weight requires gradients, but gets none. Call it in forward passes of training only."""
+    weight = base._parameters.get("weight")
+    if weight is not None and weight.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            "Weights of the base require gradients, as after `model.requires_grad_(True)`. In layers that have an "
+            "adapter they get none, and are not trained: the adapter's own tensors are trained in their place. To "
+            "train more of the base, use a larger `budget`, `target_modules` or `modules_to_save`.",
+            stacklevel=2,
+        )
+
+
 def warn_of_merged() -> None:
     """Warns that merged values are not trained. Call it in forward passes of training only."""
     if not torch.compiler.is_compiling():

@@ -16,6 +16,7 @@ from ..anatomy.modules import task_head, unwrapped
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
+from ..layers.plain_states import check_plain_state
 from ..layers.saved import activate, hold_masters, saved_modules
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -296,10 +297,10 @@ class SensiModel(AdapterOperations, BaseTuner):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *lists: Any
     ) -> None:
         # All marks are compared before PyTorch writes the first value. Two plans may have no layer in common.
-        checked: dict[str, Any] = {"": self, **layers_of(self)}
-        for name, module in checked.items():
-            if (key := f"{prefix}{name}.{LAYER_MARK}" if name else prefix + EXTRA) in state_dict:
-                check_marks(state_dict[key], module.marks(), key)
+        if prefix + EXTRA in state_dict:
+            check_marks(state_dict[prefix + EXTRA], self.marks(), prefix + EXTRA)
+        for name, layer in layers_of(self).items():
+            check_plain_state(layer, state_dict, f"{prefix}{name}.")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
         missing[:] = [name for name in missing if name != prefix + EXTRA]  # the layers warn of it
 
