@@ -183,7 +183,7 @@ def test_a_disk_without_room_is_noticed_before_the_training(tmp_path, monkeypatc
 
     with monkeypatch.context() as full:
         full.setattr("peft_sensi.cli.run.Trainer.save_model", save)
-        text = fails(*line, "--epochs", "1")
+        text = fails(*line, "--epochs", "1", "--overwrite")  # of the scores
     assert "error: The adapter could not be written to" in text and "unexpected" not in text
     assert "Make room." in text and "instead" not in text
     assert "replace it with --overwrite" in fails(*line), "there is no checkpoint that --resume could use"

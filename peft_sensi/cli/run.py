@@ -37,7 +37,7 @@ from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
-from .checks import TRAINER_STATE, last_checkpoint
+from .checks import TRAINER_STATE, checkpoints_in, last_checkpoint
 from .rates import WHOLE, default_rate
 from .stopping import StopAfterStep
 from .terminal import ENDING, handling
@@ -301,8 +301,8 @@ def remove_checkpoints(folder: Path) -> None:
     """Removes the checkpoints of a training in this folder, also those that lack files if the training is ours."""
     if PartialState().process_index == 0:
         are_ours = (folder / UNFINISHED).is_file()
-        for path in folder.glob("checkpoint-*"):
-            if path.is_dir() and (are_ours or (path / TRAINER_STATE).is_file()):
+        for path in checkpoints_in(folder):
+            if are_ours or (path / TRAINER_STATE).is_file():
                 shutil.rmtree(path)
 
 

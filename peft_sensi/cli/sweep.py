@@ -20,13 +20,10 @@ from ..utils.places import UNFINISHED
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables
-from .checks import SCORES, TABLE, check_budget, check_out
+from .checks import PICTURE, SCORES, TABLE, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
 from .measure import length_for
 from .terminal import err, print_result, print_warning, step
-
-
-PICTURE = "sweep.png"
 
 
 @with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
@@ -97,7 +94,7 @@ def sweep(
         "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
-    check_out(out_folder, overwrite, resume)
+    check_out(out_folder, overwrite, resume, [SCORES, PICTURE])
     if resume:
         state = read_json_object(out_folder / UNFINISHED)
         check_same_options(state, options)
