@@ -14,7 +14,7 @@ from folders import NAMES, save_adapter, save_tokenizer
 from safetensors import SafetensorError
 from tiny import tiny_model
 
-from peft_sensi.cli.run import check_same_options
+from peft_sensi.cli.run import check_same_options, resumed_state
 from peft_sensi.utils.errors import SensiError
 from peft_sensi.utils.files import read_json_object
 
@@ -58,6 +58,9 @@ DAMAGE = {
     ),
     "half of the tokenizer": ("adapter", lambda f: cut(f / "tokenizer.json"), "The tokenizer of"),
     "a merged model's tokenizer": ("merged", lambda f: cut(f / "tokenizer.json"), "The tokenizer of"),
+    "a text as the longest input": (
+        "merged", lambda f: edited(f / "tokenizer_config.json", model_max_length="40"), "has the longest input '40'"
+    ),
     "a merged model without one": ("merged", without_tokenizer, "has no tokenizer"),
     "half of the graph": ("onnx", lambda f: cut(f / "m.onnx"), "Export it again"),
     "no graph": ("onnx", lambda f: (f / "m.onnx").write_bytes(b""), "Export it again"),
@@ -193,5 +196,10 @@ def test_an_interrupted_training_is_named_where_its_adapter_is_needed(tmp_path):
     (tmp_path / "unfinished.json").write_text(json.dumps({"options": {"--lr": None, "--epochs": 3}}))
     for command in (("predict", tmp_path, tmp_path / "new.csv"), ("push", tmp_path, "me/x", "--dry-run")):
         assert "holds an interrupted training: finish it with --resume" in fails(*command)
+    for damaged in ({"options": []}, {"seconds": "x"}, {"finished": "x"}):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "unfinished.json").write_text(json.dumps(damaged))
+        with pytest.raises(SensiError, match="unfinished.json is damaged: start again with --overwrite"):
+            resumed_state(tmp_path / "damaged", {})
     with pytest.raises(SensiError, match="--lr was not given, and is 0.1 now"):
         check_same_options(read_json_object(tmp_path / "unfinished.json"), {"--lr": 0.1, "--epochs": 3})

@@ -81,7 +81,7 @@ def sweep(
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
-    from .run import Training, check_same_options, check_training, resumed_state, write_record
+    from .run import Training, check_same_options, check_training, read_state, resumed_state, write_record
     from .train import save_scores, score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])
@@ -96,7 +96,7 @@ def sweep(
     }  # fmt: skip
     check_out(out_folder, overwrite, resume, [SCORES, PICTURE])
     if resume:
-        state = read_json_object(out_folder / UNFINISHED)
+        state = {"finished": [], **read_state(out_folder)}
         check_same_options(state, options)
     else:
         state = {"options": options, "finished": []}
