@@ -67,6 +67,7 @@ DAMAGE = {
     "half of its JSON": ("onnx", lambda f: cut(f / "m.json"), "m.json cannot be read"),
     "a number as labels": ("onnx", lambda f: edited(f / "m.json", labels=3), "Export the model again"),
     "a list as kind": ("onnx", lambda f: edited(f / "m.json", kind=["text"]), "Export the model again"),
+    "no config of its tokenizer": ("onnx", lambda f: (f / "tokenizer_config.json").unlink(), "has no padding token"),
     "labels of another model": ("onnx", lambda f: edited(f / "m.json", labels=["a"]), "do not belong together"),
 }  # fmt: skip
 
