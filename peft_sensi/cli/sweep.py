@@ -125,6 +125,8 @@ def sweep(
         if limit in state["finished"]:
             err.print(Text(f"finished before: {folder}", "dim"), soft_wrap=True)
             results.append(read_json_object(folder / METRICS))
+            if not all(isinstance(results[-1].get(name), dict) for name in ("validation", "validation_interval")):
+                raise SensiError(f"{folder / METRICS} is damaged: start again with --overwrite.")
             continue
         own = {"options": options}
         if resume and (folder / UNFINISHED).is_file():
@@ -166,7 +168,7 @@ def point_of(limit: float | int, result: dict[str, Any], metric: str) -> dict[st
     """One line of the table, from the metrics of a training."""
     return {
         "budget": limit,
-        "folder": result["folder"],
+        "folder": result.get("folder"),
         "value": result["validation"].get(metric),
         "interval": result["validation_interval"].get(metric),
         "metrics": result["validation"],
