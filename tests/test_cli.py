@@ -23,7 +23,9 @@ import peft_sensi
 from peft_sensi import Scores, SensiError, load_merged, recipes
 from peft_sensi.cli import main, terminal
 from peft_sensi.cli.arguments import limits_of, number
+from peft_sensi.cli.checks import last_checkpoint
 from peft_sensi.cli.commands import app
+from peft_sensi.cli.run import remove_checkpoints
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.labels import DataError, find_labels
@@ -479,6 +481,8 @@ def test_what_an_earlier_run_has_written_is_replaced_only_on_request_and_the_ans
     [
         ("sweep.json", "has the results of another run (sweep.json)"),  # the sweep's scores would be replaced
         ("checkpoint-500/trainer_state.json", "has the results of another run (checkpoint-500)"),  # removed
+        ("checkpoint-7/model.safetensors", "has the results of another run (checkpoint-7)"),
+        ("tokenizer.json", "has the results of another run (tokenizer.json)"),  # replaced by that of the base
         ("config.json", "holds a model, or a part of one (config.json)"),
     ],
 )
@@ -493,6 +497,43 @@ def test_a_training_spoils_no_results_of_something_else(name, words, tmp_path):
     (tmp_path / "out" / "adapter_config.json").write_text("{}")  # an older version has written both
     assert "none" in fails(*line, "--overwrite")
     assert path.read_text() == "{}"
+
+
+def test_other_files_that_a_command_would_replace(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    train = ("train", "none", "--data", "a.csv", "--budget", "0.3", "--out", out)
+    sweep = ("sweep", "none", "--data", "a.csv", "--budgets", "0.3", "--out", out)
+    merge = ("merge", "none", out)
+    for name, line in (
+        ("scores.safetensors", train), ("scores.safetensors", sweep), ("sweep.png", sweep),
+        ("metrics.json", merge), ("tokenizer.json", merge), ("tokenizer_config.json", merge),
+    ):  # fmt: skip
+        (out / name).write_text("{}")
+        said = fails(*line)
+        assert name in said and "--overwrite" in said
+        assert name not in fails(*line, "--overwrite")
+        (out / name).unlink()
+    (out / "scores.safetensors").write_text("{}")
+    assert "is not a whole safetensors file" in fails(*train, "--scores", out / "scores.safetensors")  # stays
+
+
+def test_folders_that_are_no_checkpoints_of_trainer_stay(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 9}')
+    (tmp_path / "unfinished.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    remove_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "unfinished.json"]
+
+
+def test_a_merge_over_another_model_leaves_none_of_its_metrics(adapter, tmp_path):
+    call("merge", adapter, tmp_path / "merged")
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    (copy / "metrics.json").unlink()
+    call("merge", copy, tmp_path / "merged", "--overwrite")
+    assert not (tmp_path / "merged" / "metrics.json").exists()
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path):

@@ -14,7 +14,7 @@ from folders import NAMES, save_adapter, save_tokenizer
 from safetensors import SafetensorError
 from tiny import tiny_model
 
-from peft_sensi.cli.run import check_same_options
+from peft_sensi.cli.run import check_same_options, resumed_state
 from peft_sensi.utils.errors import SensiError
 from peft_sensi.utils.files import read_json_object
 
@@ -58,12 +58,16 @@ DAMAGE = {
     ),
     "half of the tokenizer": ("adapter", lambda f: cut(f / "tokenizer.json"), "The tokenizer of"),
     "a merged model's tokenizer": ("merged", lambda f: cut(f / "tokenizer.json"), "The tokenizer of"),
+    "a text as the longest input": (
+        "merged", lambda f: edited(f / "tokenizer_config.json", model_max_length="40"), "has the longest input '40'"
+    ),
     "a merged model without one": ("merged", without_tokenizer, "has no tokenizer"),
     "half of the graph": ("onnx", lambda f: cut(f / "m.onnx"), "Export it again"),
     "no graph": ("onnx", lambda f: (f / "m.onnx").write_bytes(b""), "Export it again"),
     "half of its JSON": ("onnx", lambda f: cut(f / "m.json"), "m.json cannot be read"),
     "a number as labels": ("onnx", lambda f: edited(f / "m.json", labels=3), "Export the model again"),
     "a list as kind": ("onnx", lambda f: edited(f / "m.json", kind=["text"]), "Export the model again"),
+    "no config of its tokenizer": ("onnx", lambda f: (f / "tokenizer_config.json").unlink(), "has no padding token"),
     "labels of another model": ("onnx", lambda f: edited(f / "m.json", labels=["a"]), "do not belong together"),
 }  # fmt: skip
 
@@ -183,7 +187,7 @@ def test_a_disk_without_room_is_noticed_before_the_training(tmp_path, monkeypatc
 
     with monkeypatch.context() as full:
         full.setattr("peft_sensi.cli.run.Trainer.save_model", save)
-        text = fails(*line, "--epochs", "1")
+        text = fails(*line, "--epochs", "1", "--overwrite")  # of the scores
     assert "error: The adapter could not be written to" in text and "unexpected" not in text
     assert "Make room." in text and "instead" not in text
     assert "replace it with --overwrite" in fails(*line), "there is no checkpoint that --resume could use"
@@ -193,5 +197,10 @@ def test_an_interrupted_training_is_named_where_its_adapter_is_needed(tmp_path):
     (tmp_path / "unfinished.json").write_text(json.dumps({"options": {"--lr": None, "--epochs": 3}}))
     for command in (("predict", tmp_path, tmp_path / "new.csv"), ("push", tmp_path, "me/x", "--dry-run")):
         assert "holds an interrupted training: finish it with --resume" in fails(*command)
+    for damaged in ({"options": []}, {"seconds": "x"}, {"finished": "x"}):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "unfinished.json").write_text(json.dumps(damaged))
+        with pytest.raises(SensiError, match="unfinished.json is damaged: start again with --overwrite"):
+            resumed_state(tmp_path / "damaged", {})
     with pytest.raises(SensiError, match="--lr was not given, and is 0.1 now"):
         check_same_options(read_json_object(tmp_path / "unfinished.json"), {"--lr": 0.1, "--epochs": 3})

@@ -77,6 +77,11 @@ def test_an_interrupted_sweep_keeps_what_is_finished(work, tmp_path, monkeypatch
     assert "--seed was not given, and is 3 now" in fails(*half, "--resume", "--seed", "3")
     first = (tmp_path / "half" / "0.8" / "adapter_model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(train, "compute_scores", None)  # would fail
+    metrics = tmp_path / "half" / "0.8" / "metrics.json"
+    kept = metrics.read_text()
+    metrics.write_text("{}")
+    assert "metrics.json is damaged" in fails(*half, "--resume")
+    metrics.write_text(kept)
     again = json.loads(call(*half, "--resume", "--json"))
     assert (tmp_path / "half" / "0.8" / "adapter_model.safetensors").stat().st_mtime_ns == first
     assert [point["value"] for point in again["points"]] == [point["value"] for point in whole["points"]]

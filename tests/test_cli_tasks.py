@@ -457,6 +457,11 @@ def test_a_checkpoint_that_could_not_be_written_is_not_used(failing, error, work
     assert "Make room. The same command with --resume goes on from checkpoint-5." in text and "unexpected" not in text
     (tmp_path / "half" / "checkpoint-10").mkdir(exist_ok=True)  # it lacks files
     (tmp_path / "half" / "checkpoint-10" / "trainer_state.json").write_text('{"global_')
+    for name in ("scheduler.pt", "rng_state.pth"):  # as after a power failure
+        whole = (tmp_path / "half" / "checkpoint-5" / name).read_bytes()
+        (tmp_path / "half" / "checkpoint-5" / name).write_bytes(whole[:100])
+        assert "checkpoint-5 cannot be resumed: it may be damaged" in fails(*half, "--resume")
+        (tmp_path / "half" / "checkpoint-5" / name).write_bytes(whole)
     call(*half, "--resume")
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from test_contract import is_plain
 from test_trainer import state, trainer, wrapped
@@ -25,6 +25,8 @@ from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, tiny_batches, ti
 from peft_sensi import Scores, SensiConfig, SensiError, SensiLoadError, compute_scores
 from peft_sensi.merging.load import load_merged
 from peft_sensi.merging.save import save_merged
+from peft_sensi.reporting.card import write_card
+from peft_sensi.reporting.saved import open_adapter
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -252,6 +254,24 @@ def test_a_full_disk_keeps_the_old_config(tmp_path):
     with_full_disk(lambda: SensiConfig(budget=0.3).save_pretrained(tmp_path))
     assert os.listdir(tmp_path) == ["adapter_config.json"]
     assert SensiConfig.from_pretrained(tmp_path).budget == 0.4
+
+
+def test_a_full_disk_keeps_what_somebody_wrote_into_a_card(tmp_path):
+    model = trained(**TUNE)
+    model.save_pretrained(tmp_path)
+    text = "---\nlicense: mit\n---\n" + "Mine.\n" * 100
+    (tmp_path / "README.md").write_text(text)
+    with_full_disk(lambda: write_card(open_adapter(tmp_path)))
+    assert (tmp_path / "README.md").read_text() == text
+
+    def save() -> None:
+        with pytest.raises(SafetensorError):  # after the card
+            model.save_pretrained(tmp_path)
+        raise SensiError("could not be written")
+
+    with_full_disk(save)
+    assert (tmp_path / "README.md").read_text() == text
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
 
 
 def test_other_users_may_read_what_was_saved(tmp_path):

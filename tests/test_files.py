@@ -138,6 +138,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a second adapter": lambda folder: wrap(tiny_model(), **TRIM).load_adapter(folder, "second"),
     "SensiConfig": lambda folder: SensiConfig.from_pretrained(folder),
     "Transformers": lambda folder: tiny_model().load_adapter(str(folder)),
+    "AutoPeft": lambda folder: AutoPeftModelForSequenceClassification.from_pretrained(folder),
     "the command": lambda folder: open_adapter(folder),
 }
 
@@ -150,6 +151,19 @@ def test_a_damaged_config(folder, name):
     for reader, read in READERS.items():
         with pytest.raises(SensiLoadError, match=str(path) if reader != "the command" else str(folder)):
             read(folder)
+
+
+def test_an_adapter_without_weights(folder):
+    """PEFT takes the folder for the name of a repository on the Hub then."""
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model-00001-of-00001.safetensors").write_bytes(b"")
+    config = SensiConfig.from_pretrained(folder)
+    for reader, read in READERS.items():
+        if reader != "SensiConfig":  # there are configs without weights
+            with pytest.raises(SensiLoadError, match=f"holds no {WEIGHTS}: the adapter is not complete"):
+                read(folder)
+    with pytest.raises(SensiLoadError, match="not complete"):
+        PeftModel.from_pretrained(tiny_model(), folder, config=config)
 
 
 def test_a_truncated_file(folder):

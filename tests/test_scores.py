@@ -587,6 +587,9 @@ def test_scores_survive_a_file(tmp_path):
         assert getattr(scores, part)
         assert_same_tensors(getattr(again, part), getattr(scores, part))
     assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]  # no temporary file stays
+    with (tmp_path / "scores.safetensors").open("r+b") as file:  # as `cp` writes over a file
+        file.write(bytes((tmp_path / "scores.safetensors").stat().st_size))
+    assert_same_tensors(again.values, scores.values)
 
 
 def test_one_scoring_serves_many_budgets(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
@@ -65,6 +67,7 @@ def merge(
     from ..merging.save import save_merged
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
+    from ..utils.files import write_atomically
 
     check_merged(folder, overwrite)
     saved, model = load_saved(adapter, base, json)
@@ -76,8 +79,9 @@ def merge(
         plain = save_merged(small, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        (folder / METRICS).unlink(missing_ok=True)  # those of the model that was there before
         if (saved.folder / METRICS).is_file():
-            (folder / METRICS).write_bytes((saved.folder / METRICS).read_bytes())
+            write_atomically(folder / METRICS, partial(copyfile, saved.folder / METRICS))
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print_result(

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..utils.checks import is_count
 from ..utils.errors import BudgetError, SensiError
 from ..utils.files import read_json_object
 from ..utils.places import UNFINISHED
@@ -16,12 +17,14 @@ from ..utils.places import UNFINISHED
 
 PICTURES = (".png", ".svg", ".pdf")
 SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
-TABLE = "sweep.json"  # what `sweep` saves at its end
+TABLE, PICTURE = "sweep.json", "sweep.png"  # what `sweep` saves at its end
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint of Trainer
 
 
-def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> None:
+def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more: Iterable[str] = ()) -> None:
     """Checks, before a long training, that the adapter can be saved in this folder. Creates nothing.
+
+    `more` are names of further files that the command writes into it.
 
     Raises:
         SensiError: The folder holds a model, or results that neither `overwrite` nor `resume` allows to change; or
@@ -30,7 +33,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
     from ..merging.foreign import CONFIG as MODEL_CONFIG
     from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
     from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
-    from ..reporting.saved import CONFIG, METRICS, WEIGHTS
+    from ..reporting.saved import CONFIG, METRICS, TOKENIZER_CONFIG, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
@@ -43,9 +46,9 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False) -> No
             f"{folder} holds a model, or a part of one ({found[0]}), and could not be loaded any more with an adapter "
             f"in it: give another folder as --out."
         )
-    own = [name for name in (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE) if (folder / name).exists()]
-    # A training removes the checkpoints of an earlier one in its folder.
-    own += [name for name in names if name.startswith("checkpoint-") and (folder / name / TRAINER_STATE).is_file()]
+    written = (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE, *more, TOKENIZER_CONFIG, "tokenizer.json")
+    own = [name for name in written if (folder / name).exists()]
+    own += [path.name for path in checkpoints_in(folder)]  # a training removes those of an earlier one in its folder
     if own and not overwrite and not resume:
         ways = "give another --out, or replace it with --overwrite"
         if can_resume(folder):
@@ -69,19 +72,27 @@ def last_checkpoint(folder: Path) -> Path | None:
     The newest one may lack files, because the disk was full or the process was killed.
     """
     complete = []
-    for path in folder.glob("checkpoint-*"):
-        with suppress(FileNotFoundError, SensiError, KeyError):
-            complete.append((read_json_object(path / TRAINER_STATE)["global_step"], path))
+    for path in checkpoints_in(folder):
+        with suppress(FileNotFoundError, SensiError):
+            step = read_json_object(path / TRAINER_STATE).get("global_step")
+            complete += [(step, path)] if is_count(step) else []
     return max(complete, default=(0, None))[1]
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders that have names of Trainer's checkpoints. Others, such as `checkpoint-best`, are the user's own."""
+    found = (path for path in folder.glob("checkpoint-*") if path.is_dir())
+    return sorted(path for path in found if path.name.removeprefix("checkpoint-").isdecimal())
+
+
 def check_merged(folder: Path, overwrite: bool) -> None:
-    """Checks that a merged model can be saved in this folder. Creates nothing."""
+    """Checks that a merged model, its tokenizer and its metrics can be saved in this folder. Creates nothing."""
     from ..merging.foreign import CONFIG
     from ..merging.save import check_folder
+    from ..reporting.saved import METRICS, TOKENIZER_CONFIG
 
     check_folder(folder)
-    check_new([folder / CONFIG], overwrite)
+    check_new([folder / name for name in (CONFIG, METRICS, TOKENIZER_CONFIG, "tokenizer.json")], overwrite)
     _check_folder_writable(folder, "OUT")
 
 

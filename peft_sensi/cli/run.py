@@ -37,13 +37,20 @@ from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
-from .checks import TRAINER_STATE, last_checkpoint
+from .checks import TRAINER_STATE, checkpoints_in, last_checkpoint
 from .rates import WHOLE, default_rate
 from .stopping import StopAfterStep
 from .terminal import ENDING, handling
 
 
 PACKAGES = ("peft-sensi", "peft", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+# Types in the state of a training, see `Run`.
+_STATE: dict[str, Any] = {
+    "options": dict, "stage": str, "steps": int | None, "seconds": float, "preparation": float, "before": dict,
+    "trimmed": dict, "finished": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,13 @@ class Run:
             so_far = self.seconds + time.perf_counter() - start
             write_record(self.folder / UNFINISHED, self.state | {"seconds": so_far})
             raise
+        except Exception as error:  # a damaged file of PyTorch can raise anything
+            if checkpoint is None or stop.has_begun or isinstance(error, SensiError):
+                raise
+            raise SensiError(
+                f"{checkpoint} cannot be resumed: it may be damaged ({' '.join(str(error).split()):.200}). Delete it, "
+                f"and --resume goes on from an older one if there is one. Or start again with --overwrite."
+            ) from error
         self.seconds += time.perf_counter() - start
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise SensiError(
@@ -270,13 +284,21 @@ def write_record(path: Path, value: Mapping[str, Any]) -> None:
 
 def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an interrupted training in this folder had done. Raises `SensiError` if its options were others."""
-    state = read_json_object(folder / UNFINISHED)
+    state = read_state(folder)
     check_same_options(state, options)
     if saved_training(folder, state) is None:
         raise SensiError(
             f"{folder} has no checkpoint to go on from: Ctrl-C, SIGTERM and SIGHUP leave one after the first step of "
             f"a training. Start again with --overwrite."
         )
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a command has noted in the folder of an interrupted training. Raises `SensiError` if it is damaged."""
+    state = read_json_object(folder / UNFINISHED)
+    if not all(isinstance(state[name], kind) for name, kind in _STATE.items() if name in state):
+        raise SensiError(f"{folder / UNFINISHED} is damaged: start again with --overwrite.")
     return state
 
 
@@ -301,8 +323,8 @@ def remove_checkpoints(folder: Path) -> None:
     """Removes the checkpoints of a training in this folder, also those that lack files if the training is ours."""
     if PartialState().process_index == 0:
         are_ours = (folder / UNFINISHED).is_file()
-        for path in folder.glob("checkpoint-*"):
-            if path.is_dir() and (are_ours or (path / TRAINER_STATE).is_file()):
+        for path in checkpoints_in(folder):
+            if are_ours or (path / TRAINER_STATE).is_file():
                 shutil.rmtree(path)
 
 

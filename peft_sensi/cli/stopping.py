@@ -25,6 +25,7 @@ class StopAfterStep(TrainerCallback):
     def __init__(self) -> None:
         self.signal: int | None = None
         self.since = 0.0
+        self.has_begun = False
         self.all_stop = False
 
     def request(self, number: int, *_: Any) -> None:
@@ -36,6 +37,9 @@ class StopAfterStep(TrainerCallback):
                 err.print("stopping after this step, and writing a checkpoint; Ctrl-C again stops at once")
         elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.has_begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.all_stop = self.signal is not None

@@ -20,13 +20,10 @@ from ..utils.places import UNFINISHED
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables
-from .checks import SCORES, TABLE, check_budget, check_out
+from .checks import PICTURE, SCORES, TABLE, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
 from .measure import length_for
 from .terminal import err, print_result, print_warning, step
-
-
-PICTURE = "sweep.png"
 
 
 @with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
@@ -84,7 +81,7 @@ def sweep(
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
-    from .run import Training, check_same_options, check_training, resumed_state, write_record
+    from .run import Training, check_same_options, check_training, read_state, resumed_state, write_record
     from .train import save_scores, score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])
@@ -97,9 +94,9 @@ def sweep(
         "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
-    check_out(out_folder, overwrite, resume)
+    check_out(out_folder, overwrite, resume, [SCORES, PICTURE])
     if resume:
-        state = read_json_object(out_folder / UNFINISHED)
+        state = {"finished": [], **read_state(out_folder)}
         check_same_options(state, options)
     else:
         state = {"options": options, "finished": []}
@@ -128,6 +125,8 @@ def sweep(
         if limit in state["finished"]:
             err.print(Text(f"finished before: {folder}", "dim"), soft_wrap=True)
             results.append(read_json_object(folder / METRICS))
+            if not all(isinstance(results[-1].get(name), dict) for name in ("validation", "validation_interval")):
+                raise SensiError(f"{folder / METRICS} is damaged: start again with --overwrite.")
             continue
         own = {"options": options}
         if resume and (folder / UNFINISHED).is_file():
@@ -169,7 +168,7 @@ def point_of(limit: float | int, result: dict[str, Any], metric: str) -> dict[st
     """One line of the table, from the metrics of a training."""
     return {
         "budget": limit,
-        "folder": result["folder"],
+        "folder": result.get("folder"),
         "value": result["validation"].get(metric),
         "interval": result["validation_interval"].get(metric),
         "metrics": result["validation"],

@@ -11,7 +11,7 @@ from ..utils.formatting import interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables, read_data
-from .checks import check_latency_tables, check_out
+from .checks import SCORES, check_latency_tables, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
 from .loading import refuse_base
 from .terminal import err, print_result, print_warning, step
@@ -105,7 +105,7 @@ def train(
         raise SensiError(f"{whole} trains for a fixed number of epochs: leave out --early-stopping.")
     args.check_rate(lr)
     check_latency_tables(latency_table, limits)
-    check_out(out_folder, overwrite, resume)
+    check_out(out_folder, overwrite, resume, [SCORES] if scores is None else [])
     options = {
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
         "--late": late, "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed,

@@ -26,6 +26,7 @@ from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..utils.checks import is_number
 from ..utils.errors import SensiError, how_to_install
+from ..utils.files import write_atomically
 from ..utils.formatting import human, size_of
 from ..utils.places import is_repo
 from ..utils.states import TRIMMED
@@ -318,7 +319,7 @@ def save_with_tags(card: ModelCard, path: Path, tags: Iterable[str] = ()) -> Non
     card.data.tags = sorted(t for t in own if not t.startswith("base_model:") or is_repo(t.rpartition(":")[2]))  # type: ignore[attr-defined]
     if not is_repo(str(card.data.get("base_model") or "")):
         card.data.base_model = None  # type: ignore[attr-defined]
-    card.save(path)
+    write_atomically(path, card.save)  # somebody may have written a part of it
 
 
 def _sentence(config: SensiConfig, plan: Plan | None) -> str:

@@ -54,7 +54,7 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
     weights = saved.folder / WEIGHTS
     if isinstance(saved, SavedMerged):
         weights, hashed = saved.folder / saved.weights, HASH_KEY in saved.values
-        text = "config.json and the weights are those that were saved"
+        text = "config.json and the header of the weights are those that were saved; the values have no hash"
         yield Finding("files", OK if hashed else NOTE, text if hashed else "the folder has no hash to compare with")
     else:
         yield Finding("files", OK, f"{CONFIG} and the weights were saved together, and all values are finite")

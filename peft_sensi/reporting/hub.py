@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ..merging.foreign import CONFIG as MODEL_CONFIG
 from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
-from ..utils.files import read_json_object
+from ..utils.files import read_json_object, write_atomically
 from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import load_card, new_card, save_card, save_with_tags, write_card
 from .saved import CARD, CONFIG, METRICS, PICTURE, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
@@ -214,13 +216,20 @@ def hook_cards() -> None:
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
         if not isinstance(self.base_model, SensiModel):
             return update_original(self, output_dir)
-        path, tags = Path(output_dir) / CARD, list[str]()
-        if path.is_file():
-            try:
-                load_card(path)
-            except SensiError as error:  # PEFT writes the card before the weights, so an error would lose them
-                warnings.warn(str(error), stacklevel=3)
-                return None
+        path = Path(output_dir) / CARD
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                if path.exists():
+                    load_card(path)
+                    shutil.copyfile(path, Path(temporary) / CARD)
+                write(self, path, temporary)
+                write_atomically(path, partial(shutil.copyfile, Path(temporary) / CARD))
+        except (SensiError, OSError) as error:  # PEFT writes the card before the weights, so an error would lose them
+            warnings.warn(str(error), stacklevel=3)
+
+    def write(self: Any, path: Path, temporary: str) -> None:
+        """Writes the card for `path` into another folder, which may hold the one that is there now."""
+        draft, tags = Path(temporary) / CARD, list[str]()
         with contextlib.suppress(SensiError, IndexError):  # a card that fails must not make the save fail
             name = self.active_adapters[0]
             config, plan = self.peft_config[name], self.base_model.plan(name)
@@ -229,12 +238,12 @@ def hook_cards() -> None:
             count = getattr(getattr(self.base_model.model, "config", None), "num_labels", None)
             head = Head(task_of(config), count, settings.get("labels", []), settings.get("problem_type"))
             card: Any = new_card(config, plan, base=base, repo=path.parent.resolve().name, head=head)
-            save_card(card, path)
+            save_card(card, draft)
             tags = card.data.tags or []
-        update_original(self, output_dir)
-        written: Any = load_card(path)  # PEFT has replaced the tags; a local base stays named, as PEFT does it
+        update_original(self, temporary)
+        written: Any = load_card(draft)  # PEFT has replaced the tags; a local base stays named, as PEFT does it
         written.data.tags = sorted({*(written.data.tags or []), *tags})
-        written.save(path)
+        written.save(draft)
 
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the adapter with its model card. The arguments are those of Transformers' `push_to_hub`.

@@ -25,7 +25,7 @@ from ..merging.load import load_merged_as, without_weights
 from ..planning.plan import Plan
 from ..tuner.config import SensiConfig
 from ..tuner.targets import plan_of
-from ..utils.checks import PROBLEM_TYPES
+from ..utils.checks import PROBLEM_TYPES, is_number, shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import short_repr
@@ -235,6 +235,8 @@ def pretrained_tokenizer(name: str, **options: Any) -> Any:
             reason = str(error).strip().split("\n")[0]
             raise SensiError(f"The tokenizer of {name} cannot be loaded: {reason}") from error
         found = None
+    if found is not None and not (is_number(found.model_max_length) and found.model_max_length >= 1):
+        raise SensiError(f"The tokenizer of {name} has the longest input {shown(found.model_max_length)}.")
     # Without its files, Transformers 5 makes one that knows special tokens only: all words would be the same to it.
     if found is None or len(found) <= len(found.all_special_tokens):
         if file_in(name, "config.json") is not None:

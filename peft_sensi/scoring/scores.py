@@ -100,7 +100,9 @@ class Scores:
                 kind, _, name = key.partition(":")
                 if kind not in parts:
                     raise SensiLoadError(f"{path} holds an unexpected tensor {key!r}. {_AGAIN}")
-                parts[kind][name] = file.get_tensor(key)
+                # A copy: a tensor that is mapped from the file would change, or the process end, if somebody writes
+                # over it.
+                parts[kind][name] = file.get_tensor(key).clone()
         try:
             method, length = metadata["method"], json.loads(metadata["length"])
         except (KeyError, ValueError):

@@ -182,7 +182,7 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     """The tokenizer of a model or adapter, as the kind of task needs it. `config` is the base's, if it is known.
 
     Raises:
-        DataError: The kind needs a fast tokenizer, and the model has none.
+        DataError: The kind needs a fast tokenizer, and the model has none; or the tokenizer has no padding token.
         SensiError: The model has no tokenizer, or a damaged one.
     """
     from transformers import AutoConfig
@@ -202,6 +202,10 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
         raise DataError(f"{model} has no fast tokenizer, which is needed to find words and answers in a text.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise DataError(
+            f"The tokenizer of {model} has no padding token: save it again with one. Is tokenizer_config.json missing?"
+        )
     return tokenizer
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, AutoPeftModel, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,10 +44,11 @@ from .trainer_loads import hook_trainer
 def hook_entrances() -> None:
     """Wraps all of these methods. A second call changes nothing."""
     classes = [PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()]
-    for owner in (*classes, PeftAdapterMixin):
+    others = (PeftAdapterMixin, AutoPeftModel.__base__)  # the base class of all AutoPeft classes
+    for owner in (*classes, *others):
         for name in ("__init__", "add_adapter", "load_adapter", "from_pretrained"):
             original = vars(owner).get(name)
-            if original is None or (owner is PeftAdapterMixin and name == "__init__"):
+            if original is None or (owner in others and name == "__init__"):
                 continue
             if isinstance(original, classmethod):
                 if not hasattr(original.__func__, "sensi_undoes"):
@@ -134,7 +135,12 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
         modules = (a for a in (*args, *kwargs.values()) if isinstance(a, nn.Module) and "_modules" in vars(a))
         model = next(modules, None)
         if model is None:
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if not isinstance(error, SensiError):
+                    _check_folder(*args, **kwargs)
+                raise
         # PEFT writes into the config that it gets, such as more `modules_to_save`. So it gets a copy.
         args = tuple(_own(argument) for argument in args)
         kwargs = {name: _own(argument) for name, argument in kwargs.items()}
@@ -163,7 +169,7 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
                 surely(restore)
             if isinstance(error, Exception) and not isinstance(error, SensiError):
-                _check_config_file(*args, **kwargs)
+                _check_folder(*args, **kwargs)
             if isinstance(error, KeyboardInterrupt) and any(writes(p) != count for p, count in values):
                 function(*args, **kwargs)  # a part of an adapter's old values is lost, so the new ones are completed
             raise
@@ -199,19 +205,24 @@ def _config_of_folder(
     own = kwargs.get("peft_config") or kwargs.get("adapter_state_dict") or any(p.get("subfolder") for p in places)
     if others or own or not isinstance(peft_model_id, str | os.PathLike):
         return None
-    try:
-        values = read_json_object(Path(peft_model_id) / CONFIG_NAME)
-    except (FileNotFoundError, SensiLoadError):
-        return None  # Transformers raises an error, and then `_check_config_file` tells the reason
-    if values.get("peft_type") != "SENSI":
-        return None
+    if not _is_ours(Path(peft_model_id)):
+        return None  # if it is damaged, Transformers raises an error, and then `_check_folder` tells the reason
     return named_as_in(model, SensiConfig.from_pretrained(str(peft_model_id)))
 
 
-def _check_config_file(*args: Any, subfolder: str | None = None, **kwargs: Any) -> None:
-    """Raises `SensiLoadError` if a folder with weights of ours is in the arguments, and its config is no config.
+def _is_ours(folder: Path) -> bool:
+    """Whether there is a config of an adapter of this package in the folder."""
+    try:
+        return read_json_object(folder / CONFIG_NAME).get("peft_type") == "SENSI"
+    except (FileNotFoundError, SensiLoadError):
+        return False
 
-    PEFT reads the config first, and asks us only if it finds our type there.
+
+def _check_folder(*args: Any, subfolder: str | None = None, **kwargs: Any) -> None:
+    """Raises `SensiLoadError` if a folder in the arguments has weights of ours and a file that is no config, or a
+    config of ours without weights.
+
+    PEFT reads the config first, and asks us only if it finds our type there. Without weights, it looks on the Hub.
     """
     for argument in (*args, *kwargs.values()):
         folder = Path(argument, subfolder or "") if isinstance(argument, str | os.PathLike) else None
@@ -220,7 +231,13 @@ def _check_config_file(*args: Any, subfolder: str | None = None, **kwargs: Any) 
         try:
             with open_safetensors(folder / SAFETENSORS_WEIGHTS_NAME) as file:
                 plan_key(file.keys())
-        except (FileNotFoundError, SensiLoadError):
+        except FileNotFoundError:
+            if _is_ours(folder):
+                raise SensiLoadError(
+                    f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: the adapter is not complete."
+                ) from None
+            continue
+        except SensiLoadError:
             continue
         try:
             check_config_file(folder / CONFIG_NAME)
