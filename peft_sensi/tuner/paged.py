@@ -21,8 +21,8 @@ from ..utils.errors import SensiError
 
 def hook_continuous_batching() -> None:
     """Wraps the method of Transformers that all kinds of continuous batching call. A second call changes nothing."""
-    function = GenerationMixin.init_continuous_batching
-    if not hasattr(function, "sensi_refuses"):
+    function = getattr(GenerationMixin, "init_continuous_batching", None)  # versions differ
+    if function is not None and not hasattr(function, "sensi_refuses"):
         GenerationMixin.init_continuous_batching = _checked(function)  # type: ignore[method-assign]
 
 
