@@ -312,8 +312,8 @@ def _questions(part: Part, labeled: bool = True) -> list[dict[str, Any]]:
         part.notes += notes
     if labeled and (open_ones := [row["row"] for row in rows if "answers" not in row]):
         raise DataError(
-            f"{part.name}: question {open_ones[0]} has no answer: give the columns `answer` and `answer_start`, or "
-            f"`answers`, where an empty list means that the text has no answer."
+            f"{part.name}: question {open_ones[0]} has no answer. Give each question `answers`, as in SQuAD (an empty "
+            f"list if the text has no answer), or a table the columns `answer` and `answer_start`."
         )
     return rows
 
