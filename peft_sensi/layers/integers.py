@@ -34,8 +34,8 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_cut_off`).
 
     Returns the integers; `None` if there are none, or only shards of them. Tensors that were not written to since the
-    last call are not looked at. Raises `SensiError` if they have changed in another way: loaders and schedules make
-    the layer forget what it has noted.
+    last call are not looked at. Other changes come from loaders, and stay. Only a mask that a schedule draws later
+    must not change before: `SensiError`.
     """
     parts = {name: p for name in INTEGERS if (p := layer.part(name, adapter_name)) is not None}
     parts = {name: p for name, p in parts.items() if not (p.is_floating_point() and name == "codes")}
@@ -46,22 +46,24 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
         noted = None
     if noted is not None and all(version_of(parts[name]) == version for name, version in noted.versions.items()):
         return noted
-    for name, now in parts.items():
-        copy = now if noted is None else noted.copies[name].to(now.device)
+    for name, before in {} if noted is None else noted.copies.items():
+        now, copy = parts[name], before.to(parts[name].device)
         if now.shape == copy.shape and now.dtype == copy.dtype and torch.equal(now, copy):
             continue
-        if now.shape != copy.shape or not _is_cut_off(now.detach(), copy):
+        if now.shape == copy.shape and _is_cut_off(now.detach(), copy):
+            with torch.no_grad():
+                if now.dtype == copy.dtype:
+                    now.copy_(copy)
+                else:
+                    now.data = copy.clone()
+        elif name == "bits" and layer.sensi_slices[adapter_name].drawn_later:
             raise SensiError(
-                f"Something has changed the integers sensi_{name} of the adapter {adapter_name!r} in place. They "
-                f"are positions or masks, and have no average: average only floating-point values. If this is a copy "
-                f"with averaged weights (EMA) that was made before a schedule drew the mask, make a new copy "
-                f"afterwards."
+                f"Something has written into the mask of the adapter {adapter_name!r}, which a schedule draws later. "
+                f"If this is a copy with averaged weights (EMA), make a new copy after the mask is drawn: masks have "
+                f"no average."
             )
-        with torch.no_grad():
-            if now.dtype == copy.dtype:
-                now.copy_(copy)
-            else:
-                now.data = copy.clone()
+        else:
+            noted = None
     versions = {name: version_of(p) for name, p in parts.items()}
     copies = {name: p.detach().clone() for name, p in parts.items()} if noted is None else noted.copies
     digest = _digest(copies) if noted is None else noted.digest
