@@ -731,6 +731,13 @@ def test_answers_without_a_place_are_an_error_only_where_they_are_needed(row):
         assert answers.from_table("f", [row], labeled=False)[0][0]["question"] == "what?"
 
 
+def test_a_training_needs_answers(base, tmp_path):
+    value = {"data": [{"paragraphs": [{"context": "a red stone", "qas": [{"id": "1", "question": "what?"}]}]}]}
+    (tmp_path / "q.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=r"question 1 has no answer. Give each question `answers`, as in SQuAD"):
+        read_task(str(base), tmp_path / "q.json", kind="answers")
+
+
 def test_misplaced_answers_leave_a_question_out_of_a_training_but_not_of_a_prediction(base, tmp_path):
     question = {"question": "what?", "answers": [{"text": "red", "answer_start": 3}]}
     value = {"data": [{"paragraphs": [{"context": "a red stone", "qas": [question]}]}]}
