@@ -1,13 +1,11 @@
-"""Continuous batching takes the number of heads from the config; and training a base that has been unfrozen."""
+"""Continuous batching takes the number of heads from the config."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import TRIM, tiny_batches, tiny_config, tiny_model, wrap
+from tiny import tiny_config
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from peft_sensi import SensiConfig, SensiError
@@ -39,13 +37,3 @@ def test_layers_with_different_numbers_of_heads_are_refused_after_a_merge():
     assert [layer.self_attn.k_proj.out_features for layer in merged.model.layers] == [8, 16]
     with pytest.raises(SensiError, match="Continuous batching"):
         merged.generate_batch(inputs=[[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2))
-
-
-def test_a_base_that_was_unfrozen_is_not_trained_in_silence():
-    model = wrap(tiny_model(), **TRIM)
-    model.requires_grad_(True)
-    with pytest.warns(UserWarning, match="Weights of the base require gradients"):
-        model.train()(**tiny_batches(1)[0]).loss.backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.eval()(**tiny_batches(1)[0])

@@ -242,3 +242,13 @@ def test_values_that_were_converted_one_by_one_warn_in_training_only(convert):
     model.train()
     with pytest.warns(UserWarning, match="float32"):
         model(**tiny_batches(1)[0])
+
+
+def test_a_base_that_was_unfrozen_is_not_trained_in_silence():
+    model = wrap(tiny_model(), **TRIM)
+    model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="Weights of the base require gradients"):
+        model.train()(**tiny_batches(1)[0]).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(**tiny_batches(1)[0])

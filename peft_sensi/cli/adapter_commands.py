@@ -79,9 +79,10 @@ def merge(
         plain = save_merged(small, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / METRICS).unlink(missing_ok=True)  # those of the model that was there before
         if (saved.folder / METRICS).is_file():
             write_atomically(folder / METRICS, partial(copyfile, saved.folder / METRICS))
+        else:
+            (folder / METRICS).unlink(missing_ok=True)  # those of the model that was there before
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print_result(

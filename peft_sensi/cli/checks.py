@@ -33,7 +33,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
     from ..merging.foreign import CONFIG as MODEL_CONFIG
     from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
     from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
-    from ..reporting.saved import CONFIG, METRICS, TOKENIZER_CONFIG, WEIGHTS
+    from ..reporting.saved import CONFIG, METRICS, TOKENIZER_MARKS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
@@ -46,7 +46,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
             f"{folder} holds a model, or a part of one ({found[0]}), and could not be loaded any more with an adapter "
             f"in it: give another folder as --out."
         )
-    written = (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE, *more, TOKENIZER_CONFIG, "tokenizer.json")
+    written = (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE, *more, *TOKENIZER_MARKS)
     own = [name for name in written if (folder / name).exists()]
     own += [path.name for path in checkpoints_in(folder)]  # a training removes those of an earlier one in its folder
     if own and not overwrite and not resume:
@@ -89,10 +89,10 @@ def check_merged(folder: Path, overwrite: bool) -> None:
     """Checks that a merged model, its tokenizer and its metrics can be saved in this folder. Creates nothing."""
     from ..merging.foreign import CONFIG
     from ..merging.save import check_folder
-    from ..reporting.saved import METRICS, TOKENIZER_CONFIG
+    from ..reporting.saved import METRICS, TOKENIZER_MARKS
 
     check_folder(folder)
-    check_new([folder / name for name in (CONFIG, METRICS, TOKENIZER_CONFIG, "tokenizer.json")], overwrite)
+    check_new([folder / name for name in (CONFIG, METRICS, *TOKENIZER_MARKS)], overwrite)
     _check_folder_writable(folder, "OUT")
 
 

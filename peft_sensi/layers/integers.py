@@ -3,7 +3,8 @@
 They are integer parameters of a layer, so that every loader and wrapper of PyTorch sees them. A moving average of all
 parameters (`AveragedModel`, EMA) computes `0.9999 * x + 0.0001 * x` as a float, and cuts it off: a fifth of the
 integers would become smaller by 1, and the copy would compute with wrong weights. What can be recognized as that is
-undone, and everything else is an error.
+undone. Other changes in place come from loaders, and stay. In a state dict, integers that are not what they were when
+it was made are an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class Noted(NamedTuple):
 
     versions: dict[str, tuple[int, int] | None]
     copies: dict[str, torch.Tensor]
-    digest: bytes  # SHA-256
+
+    @property
+    def digest(self) -> bytes:
+        return _digest(self.copies)
 
 
 def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
@@ -66,8 +70,7 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
             noted = None
     versions = {name: version_of(p) for name, p in parts.items()}
     copies = {name: p.detach().clone() for name, p in parts.items()} if noted is None else noted.copies
-    digest = _digest(copies) if noted is None else noted.digest
-    layer.sensi_integers[adapter_name] = noted = Noted(versions, copies, digest)
+    layer.sensi_integers[adapter_name] = noted = Noted(versions, copies)
     return noted
 
 
@@ -100,6 +103,7 @@ def is_close(found: bytes, expected: bytes) -> bool:
 
 
 def _digest(parts: Mapping[str, torch.Tensor]) -> bytes:
+    """SHA-256 of the names and values."""
     result = hashlib.sha256()
     for name, tensor in sorted(parts.items()):
         result.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

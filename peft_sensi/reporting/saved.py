@@ -35,9 +35,10 @@ from ..utils.places import is_out_of_reach, not_found
 CONFIG, WEIGHTS, METRICS = "adapter_config.json", "adapter_model.safetensors", "metrics.json"
 CARD, PICTURE = "README.md", "plan.png"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_MARKS = (TOKENIZER_CONFIG, "tokenizer.json")  # a folder with one of them has a tokenizer
 # The files that the tokenizers of Transformers save (`vocab_files_names`), and those that all of them have in common.
 TOKENIZER_FILES = (
-    TOKENIZER_CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *TOKENIZER_MARKS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model", "spiece.model", "spm.model",
     "sentencepiece.model", "sentencepiece.bpe.model", "prophetnet.tokenizer", "byte_maps.json", "emoji.json",
     "entity_vocab.json", "normalizer.json", "vocab-src.json", "vocab-tgt.json", "word_pronunciation.json",

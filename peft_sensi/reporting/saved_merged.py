@@ -25,8 +25,8 @@ from ..utils.places import UNFINISHED, is_onnx, not_found
 from .saved import (
     CARD,
     METRICS,
-    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
+    TOKENIZER_MARKS,
     SavedAdapter,
     Tensors,
     file_in,
@@ -186,7 +186,7 @@ def tokenizer_of(saved: SavedAdapter | SavedMerged, base: str | None = None) -> 
 
     Raises `SensiError` if the one beside the model is damaged.
     """
-    if any((saved.folder / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json")):
+    if any((saved.folder / name).is_file() for name in TOKENIZER_MARKS):
         return pretrained_tokenizer(str(saved.folder))
     other = base or (saved.base if isinstance(saved, SavedAdapter) else None)
     with contextlib.suppress(SensiError):
