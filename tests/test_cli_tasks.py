@@ -20,7 +20,7 @@ from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from safetensors.torch import load_file
 from tiny import tiny_config, wrap
-from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizerFast, Trainer
+from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizerFast, Trainer, TrainerCallback
 
 from peft_sensi import LatencyTable, Scores, SensiError, SensiModel, load_merged
 from peft_sensi.anatomy.build import build_anatomy
@@ -423,6 +423,31 @@ def test_a_finished_training_is_not_lost_by_what_comes_after(options, target, wo
     monkeypatch.setattr(Run, "trainer", lambda self, n=0.0, *more: epochs.append(n) or trainer(self, n, *more))
     call(*train, "--out", tmp_path / "half", "--resume")
     assert sum(epochs) == len(options)  # only the second stage was trained
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_the_first_stage_is_not_lost_if_the_second_ends_before_its_first_checkpoint(work, tmp_path, monkeypatch):
+    """As after a power failure: no signal comes, and no checkpoint is written."""
+
+    class Failure(TrainerCallback):
+        def on_step_end(self, args, state, control, **others) -> None:
+            raise RuntimeError("the power failed")
+
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.5", *SHORT, "--thorough")
+    call(*train, "--out", tmp_path / "whole")
+    trainer, stages = Run.trainer, []
+
+    def failing(self, epochs=0.0, callbacks=None):
+        if epochs:
+            stages.append(self.state["stage"])
+        return trainer(self, epochs, [*(callbacks or []), *([Failure()] if stages[-1:] == ["train on"] else [])])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "trainer", failing)
+        run(*train, "--out", tmp_path / "half")
+    assert stages == ["train", "train on"]
+    assert json.loads((tmp_path / "half" / "unfinished.json").read_text())["stage"] == "train"
+    call(*train, "--out", tmp_path / "half", "--resume")
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
 
 

@@ -160,17 +160,20 @@ class Run:
         if checkpoint is None:
             remove_checkpoints(self.folder)
         self.check_room()
+        has_earlier_stage = self.state.get("steps") is not None
         self.state |= {"stage": stage, "steps": None, "seconds": self.seconds}
-        write_record(self.folder / UNFINISHED, self.state)
+        if not has_earlier_stage:  # otherwise `--resume` starts after that stage, until this one has a checkpoint
+            self.note_state()
         start = time.perf_counter()
-        stop = StopAfterStep()
+        stop = StopAfterStep(self.note_state)
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
         try:
             with handling([signal.SIGINT, *ENDING], stop.request), self.saving():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:  # what was trained until now counts after `--resume`, too
-            so_far = self.seconds + time.perf_counter() - start
-            write_record(self.folder / UNFINISHED, self.state | {"seconds": so_far})
+            if last_checkpoint(self.folder) is not None:
+                self.state["seconds"] = self.seconds + time.perf_counter() - start
+                self.note_state()
             raise
         except Exception as error:  # a damaged file of PyTorch can raise anything
             if checkpoint is None or stop.has_begun or isinstance(error, SensiError):
@@ -184,9 +187,14 @@ class Run:
             raise SensiError(
                 "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
             )
+        self.note_state()  # from here on, the folder's adapter may be of this stage
         self.save(trainer)  # before anything else can go wrong
         self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
-        write_record(self.folder / UNFINISHED, self.state)  # what comes now can be interrupted, too
+        self.note_state()  # what comes now can be interrupted, too
+
+    def note_state(self) -> None:
+        """Writes down what was done, for `--resume`."""
+        write_record(self.folder / UNFINISHED, self.state)
 
     def check_room(self) -> None:
         """Raises `SensiError` if the disk has no room for the adapter (and, with --early-stopping, a checkpoint)."""

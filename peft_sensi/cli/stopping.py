@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ class StopAfterStep(TrainerCallback):
 
     A second SIGTERM or SIGHUP does nothing, and nor does a Ctrl-C within a second: launchers pass on what they get, so
     it may be the same. Of several processes, all stop after the same step: one that went on would wait for the others
-    forever.
+    forever. `on_checkpoint` is called after each checkpoint that was written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_checkpoint: Callable[[], None] = lambda: None) -> None:
+        self.on_checkpoint = on_checkpoint
         self.signal: int | None = None
         self.since = 0.0
         self.has_begun = False
@@ -49,6 +51,7 @@ class StopAfterStep(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.on_checkpoint()
         # Not `should_training_stop`: what belongs to the end of a training (a cut, the best model) must not happen.
         if self.all_stop:
             if state.is_world_process_zero:
