@@ -38,7 +38,7 @@ try:
         from .tuner.config import SensiConfig, SensiPeftType
         from .tuner.entrances import hook_entrances as _hook_entrances
         from .tuner.model import SensiModel
-        from .tuner.paged import hook_continuous_batching as _hook_batching
+        from .tuner.paged import hook_caches as _hook_caches
         from .tuner.schedule import Schedule, SensiCallback
         from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 except ModuleNotFoundError as _error:
@@ -101,7 +101,7 @@ def register() -> None:
             )
     _hook_cards()
     _hook_entrances()
-    _hook_batching()
+    _hook_caches()
 
 
 if _missing is None and not _later:

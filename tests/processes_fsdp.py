@@ -92,7 +92,24 @@ def by_fully_shard(folder: Path, rank: int) -> dict:
         loop(model, share=slice(4 * rank, 4 * rank + 4))
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         found[update] = ours(get_model_state_dict(model, options=options))
+    found["errors"] = errors_when_sharded(folder)
+    dropped = wrap(tiny_model(**STILL), budget=0.5, keep_base=False)  # no columns are left of some base weights
+    found["dropped"] = ours(get_model_state_dict(shard(dropped), options=options))
     return found
+
+
+def errors_when_sharded(folder: Path) -> dict[str, str]:
+    """What a sharded model refuses. A merge of single values or of a mask would have no effect."""
+    model = shard(fresh("mask"))
+    small = shard(wrap(tiny_model(**STILL), budget=0.05, min_units=0, update="low_rank", rank=2))
+    return {
+        "merge": message_of(model.merge_adapter),
+        "merge and unload": message_of(model.merge_and_unload),
+        "compress": message_of(lambda: model.compress("bits")),
+        "trim": message_of(lambda: model.trim(0.5)),
+        "save": message_of(lambda: model.save_pretrained(folder / "shards")),
+        "no columns": message_of(lambda: loop(small, 1)),
+    }
 
 
 def on_cpu(plugin: FullyShardedDataParallelPlugin) -> Accelerator:

@@ -1,4 +1,4 @@
-"""Continuous batching takes the number of heads from the config."""
+"""Caches that take the number of heads from the config."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ def test_layers_with_different_numbers_of_heads_are_refused_after_a_merge():
     assert [layer.self_attn.k_proj.out_features for layer in merged.model.layers] == [8, 16]
     with pytest.raises(SensiError, match="Continuous batching"):
         merged.generate_batch(inputs=[[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_chunks_of_a_prompt_in_a_static_cache(merged):
+    model = decoder(0.5)
+    model = model.merge_and_unload() if merged else model
+    ids = torch.arange(5, 14)[None]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, **options)
+    static = {"cache_implementation": "static", "prefill_chunk_size": 4}
+    assert torch.equal(model.generate(input_ids=ids, **options, **static), expected)

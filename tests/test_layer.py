@@ -408,3 +408,28 @@ def test_a_base_that_was_quantized_after_the_wrap_is_an_error_that_says_so():
             use()
     small = quantize(model.merge_and_unload(), {nn.Linear}, dtype=torch.qint8)
     assert torch.isfinite(logits(small)).all()
+
+
+def test_second_derivatives_and_transforms_with_copies_of_the_parameters():
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    model, batch = wrap(tiny_model(dtype=torch.float64, **still), **BOTH), tiny_batches(1)[0]
+    copies = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    at = {name: p for name, p in copies.items() if p.requires_grad}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, {**copies, **parameters}, (), batch).loss
+
+    def gradients(step):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(copies[name] + step * p.requires_grad)
+        return torch.autograd.grad(model(**batch).loss, [p for p in model.parameters() if p.requires_grad])
+
+    for one, other in zip(torch.func.grad(loss)(at).values(), gradients(0.0), strict=True):
+        assert torch.allclose(one, other)
+    first = torch.autograd.grad(loss(at), list(at.values()), create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in first), list(at.values()))
+    for product, up, down in zip(second, gradients(1e-5), gradients(-1e-5), strict=True):
+        assert torch.allclose(product, (up - down) / 2e-5, rtol=1e-3, atol=1e-5)
+    with pytest.raises(SensiError, match="Second derivatives"):
+        model(**batch).loss.backward(create_graph=True)

@@ -40,6 +40,27 @@ def test_fully_shard_trains_as_one_process(sharded, update):
     assert not second["fully_shard"][update]  # only process 0 collects the whole values
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("merge", "not possible to merge the adapter"),
+        ("merge and unload", "not possible to merge the adapter"),
+        ("compress", "not possible to compress the adapter"),
+        ("trim", "not possible to trim the adapter"),
+        ("save", "holds shards of FSDP"),
+        ("no columns", "cannot collect parameters without columns"),
+    ],
+)
+def test_what_needs_whole_weights_says_so(sharded, case, message):
+    for process in sharded[1]:
+        found = process["fully_shard"]["errors"][case]
+        assert "SensiError" in found and message in found
+
+
+def test_an_adapter_without_its_base_can_be_collected(sharded):
+    assert_close(sharded[1][0]["fully_shard"]["dropped"], state(wrap(tiny_model(**STILL), budget=0.5)), 0.0)
+
+
 @pytest.mark.parametrize("name", BY_ACCELERATE)
 def test_accelerate_shards_saves_and_resumes(sharded, name):
     folder, processes = sharded

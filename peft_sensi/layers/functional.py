@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..utils.errors import SensiError
 from .sources import Source, source_of
 
 
@@ -67,9 +67,11 @@ def fused_linear(
     gradient needs it, or what it can be computed from (see `sources`). The gradients of `down` and `up`, `(grad @
     up)^T x` and `grad^T (x @ down^T)`, are computed without a matrix of the size of `weight`.
 
-    The backward pass raises `RuntimeError` if a trained tensor has changed since the forward pass, or if second
-    derivatives are requested.
+    The backward pass raises `RuntimeError` if a trained tensor has changed since the forward pass, and `SensiError` if
+    second derivatives are requested (`create_graph=True`).
     """
+    if again is None and all(part is None for part in parts[:6]):
+        return F.linear(x.to(weight.dtype), weight, bias)  # also inside the transforms of `torch.func`
     source = source_of(x) if torch.is_grad_enabled() else None
     return _FusedLinear.apply(x.to(weight.dtype), weight, bias, source, again, *parts[:-1])
 
@@ -111,8 +113,14 @@ class _FusedLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Not `once_differentiable`: `torch.autograd.grad` leaves its error out, and returns wrong values.
+            raise SensiError(
+                "Second derivatives (`create_graph=True`) need activations that the layers of the adapter do not "
+                "save. Call the model with copies of its parameters, for which they do: "
+                "`torch.func.functional_call(model, {n: p.clone() for n, p in model.named_parameters()}, ...)`."
+            )
         needs_x, _, _, _, _, needs_slice, needs_bias, needs_down, needs_up, needs_values, *_ = ctx.needs_input_grad
         places, tuned_weight, down, up, values, *saved = ctx.saved_tensors
         inputs, weights = saved[: ctx.input_count], saved[ctx.input_count :]

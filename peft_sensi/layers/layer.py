@@ -110,6 +110,8 @@ class SensiLayer(ComposedWeights):
         """Drops the base's rows or columns that this adapter does not need. The others get the adapter's order."""
         slice_ = self.sensi_slices[adapter_name]
         self._select_base(slice_.dim, slice_.kept[:0] if slice_.whole else slice_.kept)
+        if slice_.whole:  # not `[out, 0]`, which FSDP2 cannot collect (see `replicas.check_columns`)
+            self.base_layer.weight.data = self.base_layer.weight.new_empty(0, 0)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..anatomy.linears import bias_of, check_weight, oriented, unpack
+from ..utils.replicas import check_columns
 from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
 from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short, warn_of_unfrozen
@@ -53,6 +54,8 @@ class SensiLinear(SensiLayer):
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *own)
         )
         plain = sharded or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.training and sharded:
+            check_columns((self.base_layer.weight, *own))
         if self.training and not sharded and torch.is_grad_enabled():
             warn_of_short(own)
             warn_of_unfrozen(self.base_layer)

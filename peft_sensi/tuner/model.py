@@ -210,7 +210,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_combination(adapter_names or self.active_adapters)
-        self._check_codes()
+        self._check_mergeable()
         if adapter_names and set(adapter_names) != set(self.active_adapters):
             if any(saved_modules(self.model, name) for name in adapter_names):
                 raise SensiError(
@@ -238,7 +238,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         if merge:
-            self._check_codes()  # before anything is replaced
+            self._check_mergeable()  # before anything is replaced
             names = kwargs.get("adapter_names") or self.active_adapters
             self._check_combination(names)
             if set(names) != set(self.active_adapters) and not any(layer.merged for layer in self._layers()):

@@ -14,7 +14,7 @@ from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tenso
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
-from ..utils import distributed
+from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from .combinations import compressed_kinds
@@ -107,6 +107,7 @@ class AdapterOperations:
         """
         with distributed.synchronized("trimming"):  # a wrong call in one process is an error in all of them
             before = self.plan(adapter_name)
+            replicas.check_gathered(self.model, "trim the adapter")
             if any(layer.merged for layer in self._layers()):
                 raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
             inputs = RunInputs(calibration, None, loss_fn)
@@ -130,7 +131,7 @@ class AdapterOperations:
 
         Raises:
             SensiError: If the adapter's update does not have this form, or if the adapter is compressed already, is
-                merged, or has lost its base to `keep_base=False`.
+                merged, is sharded, or has lost its base to `keep_base=False`.
         """
         self._check_name(adapter_name)
         config, layers = self.peft_config[adapter_name], self._layers()
@@ -147,6 +148,7 @@ class AdapterOperations:
             )
         if any(adapter_name in layer.merged_adapters for layer in layers):
             raise SensiError("The adapter is merged. Call `unmerge_adapter()` before it is compressed.")
+        replicas.check_gathered(self.model, "compress the adapter")
         if kind != "bits":
             self._check_base("compress the adapter, which needs the differences from the base's values")
         with undone_on_error(self.model):
@@ -191,7 +193,8 @@ class AdapterOperations:
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model).values())
 
-    def _check_codes(self) -> None:
+    def _check_mergeable(self) -> None:
+        replicas.check_gathered(self.model, "merge the adapter")
         for layer in self._layers():
             check_weight(layer.get_base_layer())
             if is_quantized(layer.get_base_layer()):

@@ -1,7 +1,8 @@
-"""Transformers' continuous batching is refused for models whose layers have fewer heads than their config says.
+"""Caches of Transformers that take the number of heads from the config, for models whose layers have fewer heads.
 
-Its cache of keys and values takes the number of heads from the config, and has one number for all layers. In a trimmed
-model, a thread would fail in the background: the user would get no output, and no error.
+Continuous batching has one number for all layers and is refused. In a trimmed model, a thread would fail in the
+background: the user would get no output, and no error. A static cache with `prefill_chunk_size` is made before the
+first forward pass. Without the shape, Transformers makes it layer by layer in that pass, as without chunks.
 """
 
 from __future__ import annotations
@@ -19,29 +20,37 @@ from ..layers.layer import SensiLayer, layers_of
 from ..utils.errors import SensiError
 
 
-def hook_continuous_batching() -> None:
-    """Wraps the method of Transformers that all kinds of continuous batching call. A second call changes nothing."""
-    function = getattr(GenerationMixin, "init_continuous_batching", None)  # versions differ
-    if function is not None and not hasattr(function, "sensi_refuses"):
-        GenerationMixin.init_continuous_batching = _checked(function)  # type: ignore[method-assign]
+def hook_caches() -> None:
+    """Wraps the methods of Transformers that make these caches. A second call changes nothing."""
+    hooks = {"init_continuous_batching": _refuse, "_get_static_cache_init_shape": lambda: None}
+    for name, instead in hooks.items():
+        function = getattr(GenerationMixin, name, None)  # versions differ
+        if function is not None and not hasattr(function, "sensi_original"):
+            setattr(GenerationMixin, name, _with_all_heads(function, instead))
 
 
-def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_all_heads(function: Callable[..., Any], instead: Callable[[], Any]) -> Callable[..., Any]:
+    """The function. For a model whose layers have other numbers of heads than its config, `instead` is called."""
+
     @functools.wraps(function)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = getattr(self, "config", None)
         if layers_of(self) or hasattr(config, RECORD_KEY):
             expected = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
             if any(heads != expected for heads in _heads(self)):
-                raise SensiError(
-                    "Continuous batching (`generate_batch`) works only if each layer has the number of heads that the "
-                    "config says, and heads of this model were trimmed. Call `generate`. Or wrap with "
-                    "`widths='uniform'`, and use what `merge_and_unload()` returns: its config has the new number."
-                )
+                return instead()
         return function(self, *args, **kwargs)
 
-    call.sensi_refuses = function  # type: ignore[attr-defined]
+    call.sensi_original = function  # type: ignore[attr-defined]
     return call
+
+
+def _refuse() -> None:
+    raise SensiError(
+        "Continuous batching (`generate_batch`) works only if each layer has the number of heads that the config "
+        "says, and heads of this model were trimmed. Call `generate`. Or wrap with `widths='uniform'`, and use what "
+        "`merge_and_unload()` returns: its config has the new number."
+    )
 
 
 def _heads(model: nn.Module) -> list[int]:

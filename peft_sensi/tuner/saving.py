@@ -34,9 +34,14 @@ def completed(
     tensors: Mapping[str, torch.Tensor], model: nn.Module, config: SensiConfig, adapter_name: str
 ) -> dict[str, torch.Tensor]:
     """The tensors that PEFT found for an adapter, with its plan. Also sets `config.head_settings`, which PEFT saves
-    after the tensors. Raises `SensiError` as `check_present`.
+    after the tensors. Raises `SensiError` as `check_present`, and if the tensors are sharded.
     """
     check_present(model, adapter_name)
+    if any(hasattr(tensor, "device_mesh") for tensor in tensors.values()):
+        raise SensiError(
+            "The state dict holds shards of FSDP. Collect it in all processes, and save it in one with "
+            "`save_pretrained(folder, state_dict=...)` (see docs/multi_gpu.md)."
+        )
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     config.head_settings = head_settings(root_of(model))
     plan = {prefix + PLAN_KEY: plan_to_tensor(config.plan, config)}

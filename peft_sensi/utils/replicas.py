@@ -9,7 +9,7 @@ is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -127,6 +127,27 @@ def is_sharded(module: nn.Module) -> bool:
     return getattr(module, "_is_fsdp_managed_module", False) or any(
         hasattr(p, "device_mesh") for p in module.parameters()
     )
+
+
+def check_gathered(model: nn.Module, action: str) -> None:
+    """Raises `SensiError` if FSDP manages the parameters: it would go on with the old ones, or with a shard."""
+    if is_sharded(model):
+        raise SensiError(
+            f"The model is sharded by FSDP, so it is not possible to {action}. Collect the state dict and save the "
+            f"adapter with it (see docs/multi_gpu.md), then load the adapter in one process."
+        )
+
+
+def check_columns(parameters: Iterable[torch.Tensor]) -> None:
+    """Raises `SensiError` if FSDP2 could not collect the state dict after the training.
+
+    It takes the shards of a parameter `[out, 0]` for `[0, 0]` (PyTorch 2.13), and cannot join them.
+    """
+    if any(p.ndim > 1 and len(p) > 0 and p.numel() == 0 for p in parameters):
+        raise SensiError(
+            "The plan keeps no unit of a sublayer, and PyTorch's FSDP2 cannot collect parameters without columns, so "
+            "the trained adapter could not be saved. Train it under DDP, or leave `min_units=0` out."
+        )
 
 
 def check_whole(model: nn.Module) -> None:
