@@ -23,7 +23,7 @@ Recipe = enum.StrEnum("Recipe", {name: name for name in RECIPES})  # type: ignor
 Style = enum.StrEnum("Style", {name: name for name in STYLES})  # type: ignore[misc]
 ClassWeights = enum.StrEnum("ClassWeights", {"balanced": "balanced"})  # type: ignore[misc]
 FISHER, LIGHT = Score("fisher"), Style("light")
-CALIBRATION_STEPS, PRIMING_STEPS = 12, 32
+CALIBRATION_STEPS, PRIMING_STEPS = 8, 48
 
 
 def option(names: str, metavar: str | None, help: str, panel: str | None = None, **limits: Any) -> Any:

@@ -31,8 +31,8 @@ class ScoringOptions:
     """How units are scored. `compute_scores` describes the fields; `SensiConfig` has fields of the same names."""
 
     score: str = "fisher"
-    calibration_steps: int = 12
-    priming_steps: int = 32
+    calibration_steps: int = 8
+    priming_steps: int = 48
     priming_lr: float = 1e-4
     priming_optimizer: str = "adamw"
     loss_fn: LossFn | None = None

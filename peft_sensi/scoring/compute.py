@@ -28,8 +28,8 @@ def compute_scores(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     *,
     score: str = "fisher",
-    calibration_steps: int = 12,
-    priming_steps: int = 32,
+    calibration_steps: int = 8,
+    priming_steps: int = 48,
     priming_lr: float = 1e-4,
     priming_optimizer: str = "adamw",
     loss_fn: LossFn | None = None,
@@ -50,7 +50,7 @@ def compute_scores(
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.
         calibration_steps: How many batches are scored at most.
         priming_steps: Number of steps of the short fine-tuning before gradients are taken; 0 for none. It also trains
-            the task head that the adapter starts with, whatever the score is. Each step uses 8 examples of a batch.
+            the task head that the adapter starts with, whatever the score is. Each step uses 6 examples of a batch.
         priming_lr: Learning rate of that fine-tuning.
         priming_optimizer: `adamw`, or `sign`, which needs no memory besides the weights.
         loss_fn: Computes the loss from the model and a batch of any size, for models whose output has no `loss`.

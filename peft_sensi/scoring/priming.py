@@ -24,7 +24,7 @@ from .calibration import ScoringOptions, calibration_loss, check_differentiable,
 from .head import head_bias, start_head_at_prior
 
 
-EXAMPLES = 8  # in a priming step
+EXAMPLES = 6  # in a priming step
 GATE_LR = 1e-2
 GATE_PENALTY = 1e-4
 

@@ -106,8 +106,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
             data's tokens; under a `trainable` limit the most sensitive of them) and `"embeddings"` (all of them,
             saved whole). `None`: norms, pooler, output biases and, with calibration data, tokens, if dense units are
             tuned without a `trainable` limit or `retention`; otherwise nothing.
-        calibration_steps: Number of calibration batches that are used for scores. The refit uses a quarter more.
-        priming_steps: Steps of a short fine-tuning before the scores are taken, each on 8 examples of a batch; 0
+        calibration_steps: Number of calibration batches that are used for scores. The refit uses 1.8 times as many.
+        priming_steps: Steps of a short fine-tuning before the scores are taken, each on 6 examples of a batch; 0
             switches it off. Its changes are undone, except that the task head starts from what it learned.
         priming_lr: Learning rate of these steps.
         priming_optimizer: Optimizer of these steps: `"adamw"`, or `"sign"`, which has no optimizer state.
@@ -163,8 +163,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
     schedule: dict[str, Any] | None = field(default=None)
     compressed: str | None = field(default=None)
     also_train: list[str] | None = field(default=None)
-    calibration_steps: int = field(default=12)
-    priming_steps: int = field(default=32)
+    calibration_steps: int = field(default=8)
+    priming_steps: int = field(default=48)
     priming_lr: float = field(default=1e-4)
     priming_optimizer: str = field(default="adamw")
     refit: bool | None = field(default=None)

@@ -48,7 +48,7 @@ from .targets import bias_values, described
 logger = logging.getLogger(__name__)
 
 # A refit has more to fit than a score: its matrices have as many rows as a layer has units.
-REFIT_PER_SCORED = 1.25  # batches that are refitted, for each one that is scored
+REFIT_PER_SCORED = 1.8  # batches that are refitted, for each one that is scored
 
 _receiver: ContextVar[Callable[[Scores], object] | None] = ContextVar("_receiver", default=None)
 

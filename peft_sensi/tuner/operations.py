@@ -83,10 +83,10 @@ class AdapterOperations:
             budget: Limits on `params`, `flops`, `latency` or `decode_latency`, as in `SensiConfig`. Shares are of the
                 base model's heads and neurons (or of its latency), so `trim(0.5)` and then `trim(0.25)` keeps a
                 quarter of the base.
-            calibration: Batches with labels. Twice the config's `calibration_steps` are scored, with labels drawn from
-                the model's predictions (see `scoring.drawn_labels`; not with a `loss_fn`, nor for language models and
-                answers). The refit reads up to three times as many. Without batches the score falls back to magnitude
-                with a warning, and nothing is refitted.
+            calibration: Batches with labels. Three times the config's `calibration_steps` are scored, with labels
+                drawn from the model's predictions (see `scoring.drawn_labels`; not with a `loss_fn`, nor for language
+                models and answers). The refit reads up to three times as many. Without batches the score falls back to
+                magnitude with a warning, and nothing is refitted.
             adapter_name: The adapter, which must be the only active one.
             loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or

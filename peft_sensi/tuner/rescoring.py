@@ -19,12 +19,12 @@ from .config import SensiConfig
 
 # A trained model is scored and refitted on more batches than a pretrained one, because little or no training follows
 # that could make up for what is removed. All counts of batches are multiples of `calibration_steps`.
-SCORED_BATCHES = 2
+SCORED_BATCHES = 3
 # The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
-REFIT_BATCHES, REFIT_TOKENS = 6, 65_536
+REFIT_BATCHES, REFIT_TOKENS = 9, 65_536
 # The fit of all layers together holds one batch at a time. Its upper limit on tokens bounds the time. With less than
 # the lower one (of all processes), all layers together fit these batches and no others, as on TREC-6 (55,000 tokens).
-JOINT_BATCHES, LEAST_JOINT_TOKENS, JOINT_TOKENS = 16, 65_536, 131_072
+JOINT_BATCHES, LEAST_JOINT_TOKENS, JOINT_TOKENS = 24, 65_536, 131_072
 FIT_ROUNDS = 3  # how often a trim uses each batch to fit layers (see `planning.layer_fit` and `planning.joint_fit`)
 
 
