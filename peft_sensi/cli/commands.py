@@ -29,8 +29,8 @@ class Command(PlainHelp, TyperCommand):
         columns = shutil.get_terminal_size().columns
         if columns < 80:  # boxes would cut the names of options
             self.rich_markup_mode = None
-        if columns < 60:  # each text in the line below its option; click's lines have at least 50 characters
-            formatter.width = columns
+            formatter.width = columns - 2  # click would use at least 50
+        if columns < 60:  # each text in the line below its option
             formatter.write_dl = partial(formatter.write_dl, col_max=8)
         super().format_help(ctx, formatter)
 
