@@ -30,9 +30,32 @@ OUTSIDE = {
 }
 NOTEBOOK, NOTEBOOK_PAGE = ROOT / "examples" / "tour.ipynb", "tour.md"
 # The target of a Markdown link, or of an image or link in HTML; without its anchor. Addresses with a scheme are left.
-TARGET = re.compile(r'(?<=\]\()[^)#:\s]+(?=[)#])|(?<=src=")[^":]+(?=")|(?<=srcset=")[^":]+(?=")')
+TARGET = re.compile(
+    r'(?<=\]\()[^)#:\s]+(?=[)#])|(?<=src=")[^":]+(?=")|(?<=srcset=")[^":]+(?=")'
+)
 # Marks for the tests after the language of a block, such as `no-run`. GitHub ignores them; MkDocs would see no block.
 MARK = re.compile(r"^(```\w+) .*$", re.M)
+# Code, which stays as it is, or a formula between dollar signs, as GitHub shows it.
+FORMULA = re.compile(
+    r"^```.*?^```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.S | re.M
+)
+PLACEHOLDER = re.compile(r"formula(block|inline)x([0-9a-f]+)z")
+# The commands of TeX that our formulas use.
+LETTERS = dict(
+    zip("alpha eta lambda rho sigma omega phi".split(), "αηλρσωφ", strict=True)
+)
+SIGNS = dict(
+    zip("approx geq in le partial sum times top { }".split(), "≈≥∈≤∂∑×⊤{}", strict=True)
+)
+SIGNS |= {
+    "-": "−",
+    "lvert": "|",
+    "rvert": "|",
+    "lVert": "‖",
+    "rVert": "‖",
+    "min": "min",
+}
+SPACES = {"!": "-0.17em", ",": "0.17em", ";": "0.28em", "qquad": "2em"}
 # Docstrings name public objects as Hugging Face's do: [`SensiConfig`].
 REFERENCE = re.compile(r"\[<code>(\w+)</code>\]")
 
@@ -40,8 +63,12 @@ REFERENCE = re.compile(r"\[<code>(\w+)</code>\]")
 def on_files(files: Files, config: Any) -> Files:
     for source, address in OUTSIDE.items():
         files.append(File.generated(config, address, abs_src_path=str(ROOT / source)))
-    for path in sorted((ROOT / "examples").glob("*.py")):  # not pages: a link shows the file itself
-        files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
+    for path in sorted(
+        (ROOT / "examples").glob("*.py")
+    ):  # not pages: a link shows the file itself
+        files.append(
+            File.generated(config, f"examples/{path.name}", abs_src_path=str(path))
+        )
     text, pictures = read_notebook(NOTEBOOK)
     for address, content in {NOTEBOOK_PAGE: text, **pictures}.items():
         files.append(File.generated(config, address, content=content))
@@ -58,7 +85,9 @@ def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             heading = ([heading] + re.findall(r"^#+ (.+)$", source, re.M))[-1]
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts.append(
+            source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        )
         printed, shown = "", []
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
@@ -76,15 +105,92 @@ def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     addresses = {file.abs_src_path: file.src_uri for file in files if file.abs_src_path}
     addresses[str(NOTEBOOK)] = NOTEBOOK_PAGE
-    text = with_links_of_site(markdown, page.file.abs_src_path or str(NOTEBOOK), addresses)
-    return MARK.sub(r"\1", text)
+    text = with_links_of_site(
+        markdown, page.file.abs_src_path or str(NOTEBOOK), addresses
+    )
+    return FORMULA.sub(with_placeholder, MARK.sub(r"\1", text))
+
+
+def with_placeholder(match: re.Match[str]) -> str:
+    """A word in place of a formula, in which Markdown would find marks. Code stays as it is."""
+    kind = match.lastgroup
+    return match[0] if kind is None else f"formula{kind}x{match[kind].encode().hex()}z"
+
+
+def formula(match: re.Match[str]) -> str:
+    """The formula of a placeholder as MathML, which browsers show without a script."""
+    tokens = re.findall(r"\\[A-Za-z]+|\\.|\d+|\S", bytes.fromhex(match[2]).decode())
+    return f'<math display="{match[1]}">{_row(tokens, match[1] == "block")}</math>'
+
+
+def _row(tokens: list[str], block: bool) -> str:
+    """Takes tokens up to the end of a group."""
+    parts = []
+    while tokens and tokens[0] not in ("}", r"\right"):
+        limits = "over" if block and tokens[0] in (r"\sum", r"\min") else "sup"
+        base, scripts = _atom(tokens, block), {}
+        while tokens and tokens[0] in ("_", "^"):
+            place = tokens.pop(0)
+            scripts[place] = _atom(tokens, block)
+        tag = {"": "", "_": "sub", "^": "sup", "^_": "subsup"}["".join(sorted(scripts))]
+        tag = (
+            tag.replace("sub", "under").replace("sup", "over")
+            if limits == "over"
+            else tag
+        )
+        parts.append(
+            f"<m{tag}>{base}{scripts.get('_', '')}{scripts.get('^', '')}</m{tag}>"
+            if tag
+            else base
+        )
+    return "".join(parts)
+
+
+def _atom(tokens: list[str], block: bool) -> str:
+    token = tokens.pop(0)
+    name = token.lstrip("\\")
+    if token == "{":
+        inner = _row(tokens, block)
+        tokens.pop(0)
+        return f"<mrow>{inner}</mrow>"
+    if token == r"\left":
+        fence, inner = _fence(tokens), _row(tokens, block)
+        tokens.pop(0)
+        return f"<mrow>{fence}{inner}{_fence(tokens)}</mrow>"
+    if token in (r"\frac", r"\tfrac"):
+        return f"<mfrac>{_atom(tokens, block)}{_atom(tokens, block)}</mfrac>"
+    if token == r"\sqrt":
+        return f"<msqrt>{_atom(tokens, block)}</msqrt>"
+    if token in (r"\text", r"\mathrm", r"\operatorname"):
+        end = tokens.index("}")
+        word = "".join(tokens[1:end])
+        del tokens[: end + 1]
+        return f"<mi>{word}</mi>"
+    if token[0] == "\\" and name in SPACES:
+        return f'<mspace width="{SPACES[name]}"/>'
+    if token.isdigit():
+        return f"<mn>{token}</mn>"
+    if name in LETTERS or (len(token) == 1 and token.isalpha()):
+        return f"<mi>{LETTERS.get(name, token)}</mi>"
+    if token[0] == "\\" and name not in SIGNS:
+        LOG.warning(
+            f"A formula has the command {token}, which is not in the tables of docs/hooks.py."
+        )
+    return f'<mo stretchy="false">{SIGNS.get(name, name)}</mo>'
+
+
+def _fence(tokens: list[str]) -> str:
+    name = tokens.pop(0).lstrip("\\")
+    return f"<mo>{SIGNS.get(name, name)}</mo>"
 
 
 def with_links_of_site(markdown: str, source: str, addresses: dict[str, str]) -> str:
     """The text of the file `source` with links that hold in the site, where each file has the address given."""
 
     def address(match: re.Match[str]) -> str:
-        target = addresses.get(os.path.normpath(os.path.join(os.path.dirname(source), match[0])))
+        target = addresses.get(
+            os.path.normpath(os.path.join(os.path.dirname(source), match[0]))
+        )
         folder = os.path.dirname(addresses[source]) or "."
         return match[0] if target is None else os.path.relpath(target, folder)
 
@@ -92,8 +198,11 @@ def with_links_of_site(markdown: str, source: str, addresses: dict[str, str]) ->
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    html = PLACEHOLDER.sub(formula, html)
     if "```" in re.sub(r"<(pre|code)\b.*?</\1>", "", html, flags=re.S):
-        LOG.warning(f"{page.file.src_uri}: a block of code is not recognized, and what follows is wrong.")
+        LOG.warning(
+            f"{page.file.src_uri}: a block of code is not recognized, and what follows is wrong."
+        )
 
     def link(match: re.Match[str]) -> str:
         anchor = f"peft_sensi.{match[1]}"

@@ -86,10 +86,12 @@ def test_help_has_an_example_and_fits_80_columns(command):
     assert "--help" in text and "<bool>" not in text, "flags take no value"
 
 
+@pytest.mark.parametrize("columns", [40, 60])
 @pytest.mark.parametrize("command", ["plan", "train", "trim", "sweep", "compare"])
-def test_help_keeps_the_names_of_options_on_a_narrow_terminal(command):
-    wide = call(command, "--help")
-    narrow = re.sub(r"-\n +", "-", run(command, "--help", COLUMNS="60").stdout)  # sentences may break at hyphens
+def test_help_keeps_the_names_of_options_on_a_narrow_terminal(command, columns):
+    wide, text = call(command, "--help"), run(command, "--help", COLUMNS=str(columns)).stdout
+    assert max(map(len, text.splitlines())) <= columns
+    narrow = re.sub(r"-\n +", "-", text)  # sentences may break at hyphens
     options = set(re.findall(r"--[a-z0-9][a-z0-9-]+", wide))
     assert options <= set(re.findall(r"--[a-z0-9][a-z0-9-]+", narrow)) and "…" not in narrow
 

@@ -49,7 +49,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 import peft_sensi
-from peft_sensi import CalibrationError, SensiConfig, SensiError, SensiLoadError
+from peft_sensi import CalibrationError, Scores, SensiConfig, SensiError, SensiLoadError
 from peft_sensi.layers.layer import SensiLayer
 
 
@@ -512,6 +512,14 @@ def test_malformed_fields_are_refused_by_name(name, value):
 def test_a_loss_function_without_data_has_no_effect_and_is_refused():
     with pytest.raises(SensiError, match="loss_fn"):
         SensiConfig(loss_fn=lambda model, batch: 0)
+
+
+@pytest.mark.parametrize("unused", ["calibration", "scores"])
+def test_data_beside_a_finished_plan_has_no_effect_and_is_refused(unused):
+    plan = wrap(tiny_model(), budget=0.5).plan()
+    data = {"calibration": tiny_batches(1), "scores": Scores({}, "own")}[unused]
+    with pytest.raises(SensiError, match="`plan` is finished"):
+        SensiConfig(plan=plan, **{unused: data})
 
 
 def edit_config(folder: Path, **changes) -> None:

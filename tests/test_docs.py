@@ -126,6 +126,15 @@ def test_commands_in_the_documentation_exist():
     assert seen >= 5
 
 
+def test_commands_fit_the_site():
+    """A page of the site shows 88 characters of a line. (Python blocks have their own check: `docs/ruff.toml`.)"""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for mark, block in re.findall(r"^```(\w*).*\n((?:.*\n)*?)```", text, re.M):
+            assert mark, f"{path.name}: {block[:80]!r} has no language"
+            assert mark != "bash" or max(map(len, block.splitlines())) <= 88, f"{path.name}: {block}"
+
+
 def headings(path: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)

@@ -26,7 +26,9 @@ from family_checks import (
 from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
@@ -170,6 +172,11 @@ RELATIVES = [
     classifier("xlm-roberta-xl"),
     classifier("xmod", default_language="en_XX"),
     classifier("camembert"),
+    Case("bert-generation", config("bert-generation", is_decoder=True), AutoModelForCausalLM,
+         partial(token_batch, task="CAUSAL_LM"), "CAUSAL_LM"),
+    # Its logits of padding are the smallest number there is, beside which nothing else matters.
+    Case("splinter", config("splinter", question_token_id=5), AutoModelForQuestionAnswering,
+         partial(token_batch, task="QUESTION_ANS", padded=False), "QUESTION_ANS", attention=("eager",)),
     translator("mbart"),
     translator("marian"),
     translator("pegasus"),
@@ -177,7 +184,7 @@ RELATIVES = [
     translator("blenderbot"),
     translator("blenderbot-small"),
     translator("plbart"),
-]
+]  # fmt: skip
 
 
 @pytest.fixture(params=[*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in RELATIVES)], ids=str)

@@ -253,3 +253,17 @@ def test_second_derivatives_are_refused_and_not_wrong():
     # PyTorch's `once_differentiable` lets this pass, and the second derivatives are wrong.
     with pytest.raises(SensiError, match="Second derivatives"):
         torch.autograd.grad(y, arguments["tuned_weight"], create_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)], ids=str)
+def test_the_output_can_be_changed_in_place(shape):
+    """DeBERTa and Longformer do this with queries."""
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(6, 4)
+    tuned = weight[:3].clone().requires_grad_()
+    result = functional.fused_linear(x, weight, None, Parts(tuned_weight=tuned, tuned=3))
+    result += 1
+    result.view(-1).mul_(2)
+    result.square().sum().backward()
+    whole = torch.cat([tuned, weight[3:]])
+    expected = torch.autograd.grad(((x @ whole.t() + 1) * 2).square().sum(), [x, tuned])
+    torch.testing.assert_close([x.grad, tuned.grad], list(expected))

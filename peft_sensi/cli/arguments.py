@@ -53,7 +53,8 @@ Base = Annotated[
 Params = Annotated[
     str | None,
     option("--budget --params", "LIMIT",
-           "Parameters of heads and neurons to keep: a share (0.5) or a count (40000000).", BUDGET),
+           "Parameters of heads and neurons to keep: a share (0.5) or a count (40000000). Default: 0.5, without "
+           "another limit.", BUDGET),
 ]  # fmt: skip
 Flops = Annotated[
     str | None, option("--flops", "LIMIT", "FLOPs of heads and neurons to keep: a share or a count.", BUDGET)

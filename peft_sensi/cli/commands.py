@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from importlib.metadata import version as version_of
 from typing import Annotated, Any
 
@@ -25,8 +26,12 @@ class PlainHelp:
 
 class Command(PlainHelp, TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        if shutil.get_terminal_size().columns < 80:  # boxes would cut the names of options
+        columns = shutil.get_terminal_size().columns
+        if columns < 80:  # boxes would cut the names of options
             self.rich_markup_mode = None
+            formatter.width = columns - 2  # click would use at least 50
+        if columns < 60:  # each text in the line below its option
+            formatter.write_dl = partial(formatter.write_dl, col_max=8)
         super().format_help(ctx, formatter)
 
 

@@ -32,7 +32,9 @@ DATA_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "pair_column": (
-        Annotated[str | None, option("--pair-column", "NAME", "The column with the second text.", DATA)], None
+        Annotated[str | None,
+                  option("--pair-column", "NAME", "The column with the second text, if rows have two texts.", DATA)],
+        None,
     ),
     "label_column": (
         Annotated[list[str] | None,
@@ -47,7 +49,10 @@ DATA_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "regression": (
-        Annotated[bool, option("--regression", None, "Predict the labels as numbers, not as classes.", DATA)], False
+        Annotated[bool,
+                  option("--regression", None, "Predict the labels as numbers, not as classes. Default: recognized.",
+                         DATA)],
+        False,
     ),
     "skip_unlabeled": (
         Annotated[bool, option("--skip-unlabeled", None, "Leave out rows without a label.", DATA)], False
@@ -68,10 +73,14 @@ DATA_OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[int, option("--max-answer-length", "N", "The longest answer, in tokens.", DATA, min=1)], 30
     ),
     "max_rows": (
-        Annotated[int | None, option("--max-rows", "N", "Use this many rows, chosen at random.", DATA, min=2)], None
+        Annotated[int | None,
+                  option("--max-rows", "N", "Use this many rows, chosen at random. Default: all.", DATA, min=2)],
+        None,
     ),
     "subset": (
-        Annotated[str | None, option("--subset", "NAME", "The subset of a data set of the Hub.", FORMAT)], None
+        Annotated[str | None,
+                  option("--subset", "NAME", "The subset of a data set of the Hub. Default: its own one.", FORMAT)],
+        None,
     ),
     "split": (
         Annotated[str | None, option("--split", "NAME", "The split of a data set. Default: train.", FORMAT)], None
@@ -109,8 +118,8 @@ VALIDATION_OPTIONS: dict[str, tuple[Any, Any]] = {
     ),
     "max_validation_rows": (
         Annotated[int | None,
-                  option("--max-validation-rows", "N", "Use this many validation rows, chosen at random.", DATA,
-                         min=1)],
+                  option("--max-validation-rows", "N", "Use this many validation rows, chosen at random. "
+                         "Default: all.", DATA, min=1)],
         None,
     ),
 }  # fmt: skip

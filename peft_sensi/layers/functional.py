@@ -110,7 +110,10 @@ class _FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(places if needs_values else None, *trained, *inputs, *weights)
         if down is not None and up is not None:
             weight = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype))
-        return F.linear(x, weight, bias)
+        result = F.linear(x, weight, bias)
+        # For inputs `[..., in]` PyTorch returns a view, and autograd forbids models (DeBERTa, Longformer) to change a
+        # view from here in place. This is the same tensor, which autograd does not take for a view.
+        return torch.ops.aten._unsafe_view(result, result.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

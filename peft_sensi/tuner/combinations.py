@@ -126,6 +126,9 @@ def _reasons(c: Any) -> dict[str, Any]:
         "`compressed` describes a finished adapter: call `model.compress(...)` instead.": (
             c.compressed is not None and c.plan is None
         ),
+        "`plan` is finished, so nothing is scored or refitted: leave `calibration` and `scores` out.": (
+            c.plan is not None and (c.calibration is not None or c.scores is not None)
+        ),
         "`loss_fn` has no effect without `calibration`.": c.loss_fn is not None and c.calibration is None,
         "`refit=True` needs `calibration`: the kept units are fitted to the activations of these batches.": (
             c.refit and c.calibration is None and c.plan is None

@@ -105,7 +105,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
             blocks without any kept unit; added by the phase `"cut"`), `"tokens"` (embeddings of the calibration
             data's tokens; under a `trainable` limit the most sensitive of them) and `"embeddings"` (all of them,
             saved whole). `None`: norms, pooler, output biases and, with calibration data, tokens, if dense units are
-            tuned without a `trainable` limit or `retention`; otherwise nothing.
+            tuned without a `plan`, a `trainable` limit or `retention`; otherwise nothing.
         calibration_steps: Number of calibration batches that are used for scores. The refit uses 1.8 times as many.
         priming_steps: Steps of a short fine-tuning before the scores are taken, each on 6 examples of a batch; 0
             switches it off. Its changes are undone, except that the task head starts from what it learned.
@@ -130,7 +130,8 @@ class SensiConfig(_InputAttributes, PeftConfig):
             be disabled, deleted or unloaded.
         seed: Seed of random scores, of dropout during priming and of random supports.
         init_weights: `False` starts from perturbed values, for tests.
-        plan: A finished [`Plan`], or its dict, which replaces budget and scores. It is filled in at the wrap.
+        plan: A finished [`Plan`], or its dict, which replaces budget and scores: nothing is scored or refitted. It is
+            filled in at the wrap.
         fingerprint: Statistics of the base's weights, which are compared when the adapter is loaded. It is filled in
             at the wrap; `None` switches the comparison off.
         head_settings: What the task head needs of the base's own config: names of the labels, problem type, pad token.
