@@ -280,6 +280,24 @@ def test_numbers_in_other_notations(base, tmp_path, labels, options, message):
         read_task(str(base), labeled(tmp_path / "a.csv", labels), validation_share=0.0, **options)
 
 
+def test_labels_that_a_trained_head_cannot_have_are_named(base, tmp_path):
+    numbers = labeled(tmp_path / "a.csv", ["1.5", "2.5", "NA"])
+    with pytest.raises(DataError, match="the label 'NA' of row 3 is not a number, as the model predicts"):
+        read_task(str(base), numbers, validation_share=0.0, head=Labels([]))
+    (tmp_path / "a.jsonl").write_text('{"text": "a film", "label": "a"}\n{"text": "a plot", "label": ["a", "b"]}\n')
+    for head in (Labels(["a", "b"]), Labels([])):
+        with pytest.raises(DataError, match="labels are lists, such as .'a', 'b'., and the model predicts one label"):
+            read_task(str(base), tmp_path / "a.jsonl", validation_share=0.0, head=head)
+
+
+@pytest.mark.parametrize("names", ["text", "source,target", "prompt,completion"])
+def test_models_that_write_texts_are_trained_elsewhere(base, tmp_path, names):
+    rows = [",".join([f"the film {i}"] * len(names.split(","))) for i in range(4)]
+    (tmp_path / "a.csv").write_text("\n".join([names, *rows]))
+    with pytest.raises(DataError, match="Models that write texts are trained in Python, with SensiConfig"):
+        read_task(str(base), tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "kind"),
     [
@@ -713,6 +731,16 @@ def test_one_answer_in_each_form(columns):
     assert (raw[0]["answers"], raw[0]["starts"], notes) == (["red"], [2], [])
     empty = {name: "" for name in columns if name != "answers"} or {"answers": []}
     assert answers.from_table("f", [{"question": "?", "context": "x", **empty}])[0][0]["answers"] == []
+
+
+@pytest.mark.parametrize("mark", [True, "True", "true", 1, "1"])
+def test_answers_of_impossible_questions_are_only_plausible(mark):
+    row = {"question": "what?", "context": "a red stone", "answer_text": "red", "answer_start": "2"}
+    for changes in ({}, {"answer_text": None, "answer_start": None}):
+        raw, notes = answers.from_table("f", [row | changes | {"is_impossible": mark}])
+        assert (raw[0]["answers"], notes) == ([], [])
+    for other in (False, "False", "0", "", None):
+        assert answers.from_table("f", [row | {"is_impossible": other}])[0][0]["answers"] == ["red"]
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,8 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
             config.num_labels = count  # replaces the names only if their number is another one
         config.problem_type = saved.get("problem_type") or config.problem_type
     text = config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None and saved.get("pad_token_id") is not None:
+    own = getattr(text, "pad_token_id", None)
+    if (own is None or own < 0) and saved.get("pad_token_id") is not None:
         text.pad_token_id = saved["pad_token_id"]  # decoders look for the last token that is not padding
     return config
 

@@ -256,22 +256,29 @@ def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     if kind == "answers":
         heads = {"num_labels": 2}
     elif labels is not None and labels.regression:
-        heads = {"num_labels": 1, "problem_type": "regression"}
+        heads = {"num_labels": 1}
     elif labels is not None:
         names = dict(enumerate(labels.names))
         heads = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-        if labels.several:
-            heads["problem_type"] = labels.problem_type
+    if labels is not None and kind != "answers":
+        heads["problem_type"] = labels.problem_type  # that of the checkpoint may be another one
     # The checkpoint may have a head for other labels, which is replaced.
     auto = getattr(transformers, KINDS[kind][1])
     if dtype == "float32":  # also for a merged model, which is loaded in its own dtype
         base = load_pretrained(auto, model, ignore_mismatched_sizes=True, **heads).float()
     else:
         base = load_pretrained(auto, model, ignore_mismatched_sizes=True, dtype=dtype, **heads)
-    config = base.config.get_text_config()
-    if config.pad_token_id is None and tokenizer is not None:
-        config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token that is not padding
+    if tokenizer is not None:
+        _agree_on_padding(base.config.get_text_config(), tokenizer)
     return base
+
+
+def _agree_on_padding(config: Any, tokenizer: Any) -> None:
+    """Decoders look for the last token that is not padding, so the tokenizer must pad with the token of the config."""
+    if config.pad_token_id is None or not 0 <= config.pad_token_id < len(tokenizer):
+        config.pad_token_id = tokenizer.pad_token_id
+    elif config.pad_token_id != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 def record_of(kind: str, labels: Labels, options: Options, max_length: int, **more: Any) -> dict[str, Any]:
