@@ -298,6 +298,19 @@ def test_models_that_write_texts_are_trained_elsewhere(base, tmp_path, names):
         read_task(str(base), tmp_path / "a.csv")
 
 
+def test_entities_in_another_scheme_are_not_said_to_be_missed(base, tmp_path):
+    """A model that marks entities as in IOB1 finds those of a file in IOB2."""
+    (tmp_path / "a.conll").write_text("ann B-person\nin O\nrome I-place\n")
+    head = Labels(["O", "I-person", "I-place"])
+    task = read_task(str(base), tmp_path / "a.conll", validation_share=0.0, head=head)
+    assert "another way than with B-person" in "".join(task.doubts) and "missed" not in "".join(task.doubts)
+    numbers = np.zeros((1, len(task.train[0]["input_ids"])), dtype=int)
+    for (_, places), tag in zip(task.train.places, [("I-person", "O", "I-place")], strict=True):
+        numbers[0, places[:, 0]] = [head.names.index(name) for name in tag]
+    found = words.measure(task.labels, numbers, task.train, None).values
+    assert found["f1"] == 1.0 and found["tag_accuracy"] == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "kind"),
     [

@@ -257,8 +257,15 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     doubts = [] if tagged else ["no word has a tag other than O, so there is nothing to find (--label-column)"]
     if (longest := max(len(row["tokens"]) for row in raw)) > 1000:
         doubts.append(f"a sentence has {longest:,} words: is there an empty line after each sentence?")
-    if labels.unknown:
-        doubts.append(f"the model does not know some tags, which count as missed: {listed(labels.unknown)}")
+    types = {tag.partition("-")[2] for tag in labels.names}
+    other = [tag for tag in labels.unknown if tag.partition("-")[2] in types]
+    if missed := [tag for tag in labels.unknown if tag not in other]:
+        doubts.append(f"the model does not know some tags, which count as missed: {listed(missed)}")
+    if other:
+        doubts.append(
+            f"the model marks entities in another way than with {listed(other)}: they are right if their words are, "
+            f"but tag_accuracy compares the tags"
+        )
     return [f"{words:,} words, {tagged:,} in entities: {shown}"], doubts
 
 
