@@ -26,6 +26,7 @@ from transformers import (
     BertTokenizerFast,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaForCausalLM,
     Trainer,
 )
 
@@ -159,6 +160,30 @@ def test_the_padding_of_a_decoder_does_not_change_what_it_predicts(pad, work, tm
         for size in (1, 16)
     }
     assert all(scores == pytest.approx(found["out", 1], abs=1e-5) for scores in found.values())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(work, tmp_path):
+    config = GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt")).save_pretrained(tmp_path / "base")
+    said = fails("train", tmp_path / "base", "--data", work / "texts.csv", "--out", tmp_path / "out")
+    assert "has embeddings of 10 tokens" in said and "resize_token_embeddings" in said
+
+
+def test_an_adapter_is_no_base(work, saved_adapter, tmp_path):
+    """Transformers loaded its base with the adapter, and the training then lost it."""
+    _, adapter = saved_adapter()
+    for name, *options in (("plan",), ("train", "--out", tmp_path / "out")):
+        said = fails(name, adapter, "--data", work / "texts.csv", *options)
+        assert "is an adapter, and this command starts from a whole model" in said
+
+
+def test_a_class_that_cannot_read_the_checkpoint_is_refused(work, tmp_path):
+    """Transformers gave random weights to `LlamaForQuestionAnswering`, whose prefix is not that of other Llamas."""
+    LlamaForCausalLM(tiny_config("llama")).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt"), model_max_length=40).save_pretrained(tmp_path / "base")
+    said = fails("train", tmp_path / "base", "--data", work / "squad.json", "--out", tmp_path / "out")
+    assert "does not have the weights of a LlamaForQuestionAnswering" in said
 
 
 def test_class_weights_change_the_loss(work, tmp_path):

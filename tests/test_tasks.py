@@ -20,6 +20,12 @@ from folders import save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
@@ -30,7 +36,7 @@ from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
-from peft_sensi.tasks.task import Options, Rows, load_tokenizer
+from peft_sensi.tasks.task import Options, Rows, load_tokenizer, token_doubts
 
 
 ROWS = [
@@ -296,6 +302,44 @@ def test_models_that_write_texts_are_trained_elsewhere(base, tmp_path, names):
     (tmp_path / "a.csv").write_text("\n".join([names, *rows]))
     with pytest.raises(DataError, match="Models that write texts are trained in Python, with SensiConfig"):
         read_task(str(base), tmp_path / "a.csv")
+
+
+def byte_level(**options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer as decoders have it: spaces are a part of the token after them, and nothing is added to a text."""
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(**options)
+    inner.decoder = ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    texts = [" ann lives in rome", " bob lives in york"] * 20
+    inner.train_from_iterator(texts, BpeTrainer(special_tokens=["<s>"], initial_alphabet=alphabet, vocab_size=300))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<s>", pad_token="<s>")
+
+
+@pytest.mark.parametrize("options", [{"add_prefix_space": False}, {"add_prefix_space": True}])
+def test_words_have_the_tokens_that_they_have_in_a_text(options):
+    """Without their spaces, words were other tokens in the training than in the texts that the model reads later."""
+    tokenizer = byte_level(**options)
+    raw = [{"row": 1, "tokens": ["ann", "lives", "in", "rome"], "tags": ["B-person", "O", "O", "B-place"]}]
+    rows, _, _ = words.encode(raw, words.labels_of(raw), tokenizer, 30)
+    assert rows[0]["input_ids"] == tokenizer(" ann lives in rome")["input_ids"]
+    assert rows[0]["labels"] == [1, 0, 0, 2] and rows.places[0][1].tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+def test_words_of_other_tokenizers_stay_as_they_are(base):
+    assert not words.lacks_spaces(load_tokenizer("words", str(base)))
+
+
+def test_an_empty_text_has_a_token():
+    """Decoders add none. Alone in a batch, such a text was an error; beside others, its prediction was of padding."""
+    rows, _, _ = texts.encode("f", [{"row": 1, "text": ""}, {"row": 2, "text": "ann"}], None, byte_level(), 30)
+    assert (rows[0]["input_ids"], rows[0]["attention_mask"]) == ([0], [1]) and rows[1]["input_ids"] != [0]
+
+
+def test_two_texts_without_a_border_are_doubted(base):
+    raw = [{"row": 1, "text": "ann lives", "pair": "in rome"}]
+    assert "puts nothing between the two texts" in token_doubts(Rows([{"input_ids": [1]}], raw), byte_level())[0]
+    assert not token_doubts(Rows([{"input_ids": [1]}], [{"row": 1, "text": "ann lives"}]), byte_level())
+    assert not token_doubts(Rows([{"input_ids": [5]}], raw), load_tokenizer("text", str(base)))
 
 
 def test_entities_in_another_scheme_are_not_said_to_be_missed(base, tmp_path):

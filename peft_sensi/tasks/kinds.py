@@ -15,7 +15,7 @@ from .labels import DataError, Labels, find_labels, find_several, is_tag, listed
 from .metrics import Quality
 from .sources import Part, Source, read_source
 from .splitting import by_group, hold_out, sample
-from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of, stride_of, unknown_tokens
+from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of, stride_of, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -58,7 +58,7 @@ def read_task(
     read = {"text": _read_texts, "words": _read_words, "answers": _read_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
     notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
-    task.doubts[:0] = [*notes, *unknown_tokens(task.train, tokenizer)]
+    task.doubts[:0] = [*notes, *token_doubts(task.train, tokenizer)]
     task.hashes = {part.name: part.sha256 for part in (*source.train, *source.validation)}
     return task
 

@@ -188,6 +188,10 @@ def encode(
     lengths = [len(row["input_ids"]) for row in inputs]
     for i in [i for i, length in enumerate(lengths) if length > max_length]:
         inputs[i] = dict(tokenizer(texts[i], pairs and pairs[i], truncation=True, max_length=max_length))
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    start = next((token for token in known if token is not None), 0)
+    for i in [i for i, length in enumerate(lengths) if not length]:  # no model takes a text without any token
+        inputs[i] = dict.fromkeys(inputs[i], [0]) | {"input_ids": [start], "attention_mask": [1]}
     for row, values in zip(raw, inputs, strict=True):
         if labels is None or "label" not in row:
             continue

@@ -220,8 +220,9 @@ def encode(
     found = Rows([], list(raw))
     if not raw:
         return found, 0, 0
+    before_words = " " if lacks_spaces(tokenizer) else ""
     encoded = tokenizer(
-        [row["tokens"] for row in raw],
+        [[before_words + token for token in row["tokens"]] for row in raw],
         is_split_into_words=True,
         truncation=True,
         max_length=max_length,
@@ -247,6 +248,18 @@ def encode(
     for sentence, row in zip(samples, found.inputs, strict=True):
         lengths[sentence] += len(row["input_ids"])
     return found, max(lengths.values()), sum(count > 1 for count in Counter(samples).values())
+
+
+def lacks_spaces(tokenizer: Any) -> bool:
+    """Whether words alone get other tokens than words of a text, in which a space is a part of the token after it.
+
+    So it is with byte-level tokenizers of decoders and of ModernBERT: there, `add_prefix_space` changes nothing.
+    """
+    text, alone, spaced = (
+        tokenizer(value, is_split_into_words=isinstance(value, list), add_special_tokens=False)["input_ids"]
+        for value in ("a a", ["a", "a"], [" a"])
+    )
+    return text != alone and text[-len(spaced) :] == spaced
 
 
 def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
