@@ -20,7 +20,16 @@ from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from safetensors.torch import load_file
 from tiny import tiny_config, wrap
-from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizerFast, Trainer, TrainerCallback
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from peft_sensi import LatencyTable, Scores, SensiError, SensiModel, load_merged
 from peft_sensi.anatomy.build import build_anatomy
@@ -116,6 +125,66 @@ def test_rows_with_several_labels(work, tmp_path):
     trimmed = call("trim", tmp_path / "out", "--data", work / "texts.jsonl", "--label-column", "tags", "--budget",
                    "0.5", "--out", tmp_path / "half")  # fmt: skip
     assert trimmed["classes"] == found["classes"] and "f1_micro" in trimmed["validation"]
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_the_base_may_have_been_trained_for_another_problem(problem, work, tmp_path):
+    """The loss of its config was used: classes were learned as numbers, with a squared error, and without a word."""
+    labels = {"num_labels": 1 if problem == "regression" else 3, "problem_type": problem}
+    AutoModelForSequenceClassification.from_config(tiny_config("bert", **labels)).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt"), model_max_length=64).save_pretrained(tmp_path / "base")
+    for file in ("texts.csv", "rows.conll"):
+        out = tmp_path / file
+        call("train", tmp_path / "base", "--data", work / file, "--budget", "0.7", *SHORT, "--out", out)
+        assert open_adapter(out).config.head_settings["problem_type"] == "single_label_classification"
+        assert call("evaluate", out, work / file)["rows"] == 40
+
+
+@pytest.mark.parametrize("pad", [None, -1, 7])
+def test_the_padding_of_a_decoder_does_not_change_what_it_predicts(pad, work, tmp_path):
+    """A decoder classifies the last token that is not padding for its config; the tokenizer may pad with another."""
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=pad)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt"), model_max_length=64).save_pretrained(tmp_path / "base")
+    options = ("--budget", "0.9", "--lr", "0.05", *SHORT, "--out", tmp_path / "out")
+    call("train", tmp_path / "base", "--data", work / "texts.csv", *options)
+    call("merge", tmp_path / "out", tmp_path / "merged")
+    (tmp_path / "new.csv").write_text("sentence\n" + "".join(f"{' '.join(WORDS[:n])}\n" for n in range(1, 17)))
+    found = {
+        (place, size): [
+            json.loads(line)["scores"]["bad"]
+            for line in command.call(
+                "predict", tmp_path / place, tmp_path / "new.csv", "--batch-size", size, "--json"
+            ).splitlines()
+        ]
+        for place in ("out", "merged")
+        for size in (1, 16)
+    }
+    assert all(scores == pytest.approx(found["out", 1], abs=1e-5) for scores in found.values())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(work, tmp_path):
+    config = GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt")).save_pretrained(tmp_path / "base")
+    said = fails("train", tmp_path / "base", "--data", work / "texts.csv", "--out", tmp_path / "out")
+    assert "has embeddings of 10 tokens" in said and "resize_token_embeddings" in said
+
+
+def test_an_adapter_is_no_base(work, saved_adapter, tmp_path):
+    """Transformers loaded its base with the adapter, and the training then lost it."""
+    _, adapter = saved_adapter()
+    for name, *options in (("plan",), ("train", "--out", tmp_path / "out")):
+        said = fails(name, adapter, "--data", work / "texts.csv", *options)
+        assert "is an adapter, and this command starts from a whole model" in said
+
+
+def test_a_class_that_cannot_read_the_checkpoint_is_refused(work, tmp_path):
+    """Transformers gave random weights to `LlamaForQuestionAnswering`, whose prefix is not that of other Llamas."""
+    LlamaForCausalLM(tiny_config("llama")).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt"), model_max_length=40).save_pretrained(tmp_path / "base")
+    said = fails("train", tmp_path / "base", "--data", work / "squad.json", "--out", tmp_path / "out")
+    assert "does not have the weights of a LlamaForQuestionAnswering" in said
 
 
 def test_class_weights_change_the_loss(work, tmp_path):

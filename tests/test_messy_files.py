@@ -154,6 +154,10 @@ def test_numbers_that_may_be_read_wrong_are_doubted():
     assert "thousands" not in doubts(["0.500", "0.250", "0.125"]) + doubts(["1.5", "12.250", "3.125"])
     for labels in (["12%", "3%", "50%"], ["$1,000.00", "$5.00", "$7.00"]):
         assert "for amounts, write plain numbers" in doubts(labels * 2) and "separator" not in doubts(labels * 2)
+    for odd, others in (("NA", ["0.5", "1.5"]), ("-", ["0.5", "1.5"]), ("0,5", ["0", "1,5"])):
+        assert f"all labels are classes, because {odd!r} is not a number" in doubts([odd, *others] * 2)
+    assert "give --label-separator ','" in doubts(["3", "3,27", "27", "3,10"] * 2)
+    assert "not a number" not in doubts(["1", "2", "3", "NA"] * 2) + doubts(["a", "b", "0.5"] * 2)
     assert "plain numbers" not in doubts(["1/5", "2/5", "3/5"] * 2) + doubts(["1", "2", "3"] * 2)
     assert "learned slowly" in doubts([1.5e6, 2e6, 9e6], Labels([]))
     assert "learned slowly" not in doubts([1.5, 2.5, 4.25])

@@ -20,6 +20,12 @@ from folders import save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
@@ -30,7 +36,7 @@ from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
-from peft_sensi.tasks.task import Options, Rows, load_tokenizer
+from peft_sensi.tasks.task import Options, Rows, load_tokenizer, token_doubts
 
 
 ROWS = [
@@ -278,6 +284,75 @@ def labeled(path: Path, labels: list[str]) -> Path:
 def test_numbers_in_other_notations(base, tmp_path, labels, options, message):
     with pytest.raises(DataError, match=re.escape(message)):
         read_task(str(base), labeled(tmp_path / "a.csv", labels), validation_share=0.0, **options)
+
+
+def test_labels_that_a_trained_head_cannot_have_are_named(base, tmp_path):
+    numbers = labeled(tmp_path / "a.csv", ["1.5", "2.5", "NA"])
+    with pytest.raises(DataError, match="the label 'NA' of row 3 is not a number, as the model predicts"):
+        read_task(str(base), numbers, validation_share=0.0, head=Labels([]))
+    (tmp_path / "a.jsonl").write_text('{"text": "a film", "label": "a"}\n{"text": "a plot", "label": ["a", "b"]}\n')
+    for head in (Labels(["a", "b"]), Labels([])):
+        with pytest.raises(DataError, match="labels are lists, such as .'a', 'b'., and the model predicts one label"):
+            read_task(str(base), tmp_path / "a.jsonl", validation_share=0.0, head=head)
+
+
+@pytest.mark.parametrize("names", ["text", "source,target", "prompt,completion"])
+def test_models_that_write_texts_are_trained_elsewhere(base, tmp_path, names):
+    rows = [",".join([f"the film {i}"] * len(names.split(","))) for i in range(4)]
+    (tmp_path / "a.csv").write_text("\n".join([names, *rows]))
+    with pytest.raises(DataError, match="Models that write texts are trained in Python, with SensiConfig"):
+        read_task(str(base), tmp_path / "a.csv")
+
+
+def byte_level(**options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer as decoders have it: spaces are a part of the token after them, and nothing is added to a text."""
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(**options)
+    inner.decoder = ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    texts = [" ann lives in rome", " bob lives in york"] * 20
+    inner.train_from_iterator(texts, BpeTrainer(special_tokens=["<s>"], initial_alphabet=alphabet, vocab_size=300))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<s>", pad_token="<s>")
+
+
+@pytest.mark.parametrize("options", [{"add_prefix_space": False}, {"add_prefix_space": True}])
+def test_words_have_the_tokens_that_they_have_in_a_text(options):
+    """Without their spaces, words were other tokens in the training than in the texts that the model reads later."""
+    tokenizer = byte_level(**options)
+    raw = [{"row": 1, "tokens": ["ann", "lives", "in", "rome"], "tags": ["B-person", "O", "O", "B-place"]}]
+    rows, _, _ = words.encode(raw, words.labels_of(raw), tokenizer, 30)
+    assert rows[0]["input_ids"] == tokenizer(" ann lives in rome")["input_ids"]
+    assert rows[0]["labels"] == [1, 0, 0, 2] and rows.places[0][1].tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+def test_words_of_other_tokenizers_stay_as_they_are(base):
+    assert not words.lacks_spaces(load_tokenizer("words", str(base)))
+
+
+def test_an_empty_text_has_a_token():
+    """Decoders add none. Alone in a batch, such a text was an error; beside others, its prediction was of padding."""
+    rows, _, _ = texts.encode("f", [{"row": 1, "text": ""}, {"row": 2, "text": "ann"}], None, byte_level(), 30)
+    assert (rows[0]["input_ids"], rows[0]["attention_mask"]) == ([0], [1]) and rows[1]["input_ids"] != [0]
+
+
+def test_two_texts_without_a_border_are_doubted(base):
+    raw = [{"row": 1, "text": "ann lives", "pair": "in rome"}]
+    assert "puts nothing between the two texts" in token_doubts(Rows([{"input_ids": [1]}], raw), byte_level())[0]
+    assert not token_doubts(Rows([{"input_ids": [1]}], [{"row": 1, "text": "ann lives"}]), byte_level())
+    assert not token_doubts(Rows([{"input_ids": [5]}], raw), load_tokenizer("text", str(base)))
+
+
+def test_entities_in_another_scheme_are_not_said_to_be_missed(base, tmp_path):
+    """A model that marks entities as in IOB1 finds those of a file in IOB2."""
+    (tmp_path / "a.conll").write_text("ann B-person\nin O\nrome I-place\n")
+    head = Labels(["O", "I-person", "I-place"])
+    task = read_task(str(base), tmp_path / "a.conll", validation_share=0.0, head=head)
+    assert "another way than with B-person" in "".join(task.doubts) and "missed" not in "".join(task.doubts)
+    numbers = np.zeros((1, len(task.train[0]["input_ids"])), dtype=int)
+    for (_, places), tag in zip(task.train.places, [("I-person", "O", "I-place")], strict=True):
+        numbers[0, places[:, 0]] = [head.names.index(name) for name in tag]
+    found = words.measure(task.labels, numbers, task.train, None).values
+    assert found["f1"] == 1.0 and found["tag_accuracy"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -713,6 +788,16 @@ def test_one_answer_in_each_form(columns):
     assert (raw[0]["answers"], raw[0]["starts"], notes) == (["red"], [2], [])
     empty = {name: "" for name in columns if name != "answers"} or {"answers": []}
     assert answers.from_table("f", [{"question": "?", "context": "x", **empty}])[0][0]["answers"] == []
+
+
+@pytest.mark.parametrize("mark", [True, "True", "true", 1, "1"])
+def test_answers_of_impossible_questions_are_only_plausible(mark):
+    row = {"question": "what?", "context": "a red stone", "answer_text": "red", "answer_start": "2"}
+    for changes in ({}, {"answer_text": None, "answer_start": None}):
+        raw, notes = answers.from_table("f", [row | changes | {"is_impossible": mark}])
+        assert (raw[0]["answers"], notes) == ([], [])
+    for other in (False, "False", "0", "", None):
+        assert answers.from_table("f", [row | {"is_impossible": other}])[0][0]["answers"] == ["red"]
 
 
 @pytest.mark.parametrize(

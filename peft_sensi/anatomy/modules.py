@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..utils.errors import SensiError
 from .linears import is_plain_embedding, matrix
 from .units import Group, Side
 
@@ -72,6 +73,20 @@ def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Modul
         return getattr(model, f"get_{side}_embeddings")()
     except (AttributeError, NotImplementedError):
         return None
+
+
+def check_loaded(model: nn.Module, name: str, missing: Collection[str]) -> None:
+    """Raises `SensiError` if most values of a model are not in its checkpoint `name`, and are random therefore.
+
+    So it is where Transformers' class for the task has another prefix than the others of the family, such as
+    `LlamaForQuestionAnswering`. A task head alone may be `missing`.
+    """
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    if 2 * sum(sizes.get(key, 0) for key in missing) > sum(sizes.values()):
+        raise SensiError(
+            f"{name} does not have the weights of a {type(model).__name__}, which would be random: choose a model of "
+            f"another family for this task."
+        )
 
 
 # Names of task heads, for models that do not hold a transformer in a module of its own.

@@ -141,8 +141,14 @@ def load_base(model: str, data: list[str] | None, needs_data: bool = True, **opt
     """
     from transformers import set_seed
 
+    from ..reporting.saved import is_adapter
     from ..tasks.task import load_for
 
+    if is_adapter(model):  # Transformers would load its base with the adapter, which this training would then lose
+        raise SensiError(
+            f"{model} is an adapter, and this command starts from a whole model: give its base, or merge it first. "
+            f"`peft-sensi trim` makes an adapter smaller."
+        )
     set_seed(options["seed"])  # the fresh head is random
     if not data:
         if needs_data:

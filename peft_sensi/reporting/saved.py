@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..anatomy.modules import embedding_of, task_head
+from ..anatomy.modules import check_loaded, embedding_of, task_head
 from ..anatomy.widths import RECORD_KEY
 from ..merging.load import load_merged_as, without_weights
 from ..planning.plan import Plan
@@ -200,7 +200,11 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return load_merged_as(folder, auto_class, changes)
         if is_out_of_reach(name):
             options["local_files_only"] = True
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        if not hasattr(auto_class, "_model_mapping"):
+            return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        model, report = auto_class.from_pretrained(name, trust_remote_code=False, output_loading_info=True, **options)
+        check_loaded(model, name, report["missing_keys"])
+        return model
     except SensiError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -297,7 +301,8 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
             config.num_labels = count  # replaces the names only if their number is another one
         config.problem_type = saved.get("problem_type") or config.problem_type
     text = config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None and saved.get("pad_token_id") is not None:
+    own = getattr(text, "pad_token_id", None)
+    if (own is None or own < 0) and saved.get("pad_token_id") is not None:
         text.pad_token_id = saved["pad_token_id"]  # decoders look for the last token that is not padding
     return config
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..utils.formatting import counted
 from . import metrics
-from .labels import DataError, listed
+from .labels import DataError, listed, name_of
 from .metrics import Quality
 from .task import Rows
 
@@ -46,7 +46,7 @@ def from_squad(name: Any, value: Any, labeled: bool = True) -> tuple[list[dict[s
                 context = paragraph["context"]
                 for entry in paragraph["qas"]:
                     # If an impossible question has answers, they are only plausible, not correct.
-                    given = [] if entry.get("is_impossible", False) else entry.get("answers")
+                    given = [] if _is_impossible(entry) else entry.get("answers")
                     is_known = labeled and given is not None
                     pairs = [(a["text"], a["answer_start"]) for a in given] if is_known else None
                     title = f"{number} {article.get('title', '')}"
@@ -87,6 +87,8 @@ def from_table(
 
 def _pairs_of(row: dict[str, Any]) -> list[tuple[str, int]] | None:
     """Text and place of each answer of a table's row. `None` if it has no such columns. Raises if they do not fit."""
+    if _is_impossible(row):
+        return []
     if isinstance(row.get("answers"), list):
         return [(a["text"], int(a["answer_start"])) for a in row["answers"]]
     columns = next((both for both in COLUMNS if row.get(both[0]) is not None), None)
@@ -99,6 +101,11 @@ def _pairs_of(row: dict[str, Any]) -> list[tuple[str, int]] | None:
     if isinstance(texts, str):
         texts, starts = ([texts], starts if isinstance(starts, list) else [starts]) if texts.strip() else ([], [])
     return [(text, int(float(start))) for text, start in zip(texts, starts or [], strict=True)]
+
+
+def _is_impossible(row: dict[str, Any]) -> bool:
+    """Whether SQuAD's mark, which is a text in tables, says that the text has no answer."""
+    return name_of(row.get("is_impossible")).lower() in ("1", "true")
 
 
 def _add(rows: list[dict[str, Any]], article: str, context: str, question: str, pairs: Any, id: Any) -> int:

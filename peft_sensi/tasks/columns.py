@@ -13,6 +13,7 @@ from .labels import DataError, is_number, is_tag, listed
 
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "score", "y")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "body", "comment", "tweet", "message", "document", "question")
+WRITTEN = "Models that write texts are trained in Python, with SensiConfig, not by this command."
 _ID = re.compile(
     r"(^|[_\W])(id|idx|index|uuid|guid|key|url|uri|link|date|time|timestamp|file|filename|path|split)$", re.IGNORECASE
 )
@@ -48,7 +49,7 @@ def label_columns(name: Any, rows: Sequence[dict[str, Any]], given: Sequence[str
             hint += " For words with tags, give --task words."
         raise DataError(
             f"{name}: name the column that holds the labels with --label-column (several times for columns of 0 and "
-            f"1); there are {listed(names)}.{hint}"
+            f"1); there are {listed(names)}.{hint} {WRITTEN}"
         )
     return found[:1]
 

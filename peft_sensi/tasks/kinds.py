@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from . import answers, texts, words
-from .columns import label_columns, other_label_columns, text_columns, usual_label_columns
+from .columns import WRITTEN, label_columns, other_label_columns, text_columns, usual_label_columns
 from .decoding import TEXT_SUFFIXES, suffix_of
 from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .sources import Part, Source, read_source
 from .splitting import by_group, hold_out, sample
-from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of, stride_of, unknown_tokens
+from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of, stride_of, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -58,7 +58,7 @@ def read_task(
     read = {"text": _read_texts, "words": _read_words, "answers": _read_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
     notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
-    task.doubts[:0] = [*notes, *unknown_tokens(task.train, tokenizer)]
+    task.doubts[:0] = [*notes, *token_doubts(task.train, tokenizer)]
     task.hashes = {part.name: part.sha256 for part in (*source.train, *source.validation)}
     return task
 
@@ -127,8 +127,9 @@ def kind_of(part: Part, has_label: bool = False) -> Kind:
         return "words"
     if len(names) == 1:
         hint = " If the file has no header, write one. For other delimiters, see --delimiter."
-        hint = hint * (suffix_of(Path(part.name)) in TEXT_SUFFIXES) + " For words with tags, give --task words."
-        raise DataError(f"{part.name} has one column, {next(iter(names))!r:.60}, and labels need another one.{hint}")
+        hint = hint * (suffix_of(Path(part.name)) in TEXT_SUFFIXES) + " For words with tags, give --task words. "
+        column = f"{next(iter(names))!r:.60}"
+        raise DataError(f"{part.name} has one column, {column}, and labels need another one.{hint}{WRITTEN}")
     return "text"
 
 
@@ -252,10 +253,11 @@ def _labels_for(
     values = [row["label"] for row in raw]
     if head.several:
         return order_of_head(find_several(values, options.label_separator), head.names, name, options.allow_unknown)
-    try:
-        found = find_labels(values, head.regression or options.regression)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{name}: not all labels are numbers, as the model's head predicts.") from None
+    if lists := [value for value in values if isinstance(value, list | tuple)]:
+        raise DataError(f"{name}: the labels are lists, such as {lists[0]!r:.60}, and the model predicts one label.")
+    if head.regression or options.regression:
+        texts.check_numbers(name, raw, "as the model predicts")
+    found = find_labels(values, head.regression or options.regression)
     if found.regression and {name_of(value) for value in values} <= set(head.names):
         found = Labels(list(head.names))
     return order_of_head(found, head.names, name, options.allow_unknown)

@@ -222,16 +222,20 @@ def limit_of(tokenizer: Any, max_length: int, config: Any = None) -> int:
     return limit
 
 
-def unknown_tokens(rows: Rows, tokenizer: Any) -> list[str]:
-    """A doubt, if the tokenizer does not know many of the words: all of these are one token to the model."""
+def token_doubts(rows: Rows, tokenizer: Any) -> list[str]:
+    """Doubts about the tokens: two texts without a border, and many words that are the same unknown token."""
+    found = []
+    added = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (True, False)]
+    if added[0] == added[1] and not {"pair", "context"}.isdisjoint(rows.raw[0]):
+        found.append("the tokenizer puts nothing between the two texts: let the first one end in a mark, as a colon")
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown == tokenizer.eos_token_id:  # GPT-2 uses one token for both, and knows all words
-        return []
+        return found
     special = {*tokenizer.all_special_ids} - {unknown}
     ids = [i for row in rows.inputs for i in row["input_ids"] if i not in special]
     share = ids.count(unknown) / max(1, len(ids))
     text = f"{share:.0%} of the tokens are unknown to the tokenizer: is the model for this language?"
-    return [text] if share > 0.1 else []
+    return [*found, text] if share > 0.1 else found
 
 
 def stride_of(options: Options, window: int) -> int:
@@ -256,22 +260,44 @@ def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     if kind == "answers":
         heads = {"num_labels": 2}
     elif labels is not None and labels.regression:
-        heads = {"num_labels": 1, "problem_type": "regression"}
+        heads = {"num_labels": 1}
     elif labels is not None:
         names = dict(enumerate(labels.names))
         heads = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-        if labels.several:
-            heads["problem_type"] = labels.problem_type
+    if labels is not None and kind != "answers":
+        heads["problem_type"] = labels.problem_type  # that of the checkpoint may be another one
     # The checkpoint may have a head for other labels, which is replaced.
     auto = getattr(transformers, KINDS[kind][1])
     if dtype == "float32":  # also for a merged model, which is loaded in its own dtype
         base = load_pretrained(auto, model, ignore_mismatched_sizes=True, **heads).float()
     else:
         base = load_pretrained(auto, model, ignore_mismatched_sizes=True, dtype=dtype, **heads)
-    config = base.config.get_text_config()
-    if config.pad_token_id is None and tokenizer is not None:
-        config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token that is not padding
+    if tokenizer is not None:
+        _agree_on_padding(base.config.get_text_config(), tokenizer)
+        _check_vocabulary(model, base, task)
     return base
+
+
+def _check_vocabulary(name: str, model: Any, task: Any) -> None:
+    """Raises `DataError` if the rows have tokens, or are padded with one, that the model has no embedding of."""
+    from ..anatomy.modules import embedding_of
+
+    table = getattr(embedding_of(model, "input"), "weight", None)
+    largest = max(task.tokenizer.pad_token_id, *(max(row["input_ids"], default=0) for row in task.train.inputs))
+    if table is not None and largest >= table.shape[0]:
+        raise DataError(
+            f"{name} has embeddings of {table.shape[0]:,} tokens, and its tokenizer gives the token "
+            f"{task.tokenizer.convert_ids_to_tokens(largest)!r} the number {largest:,}: save the model again after "
+            f"model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def _agree_on_padding(config: Any, tokenizer: Any) -> None:
+    """Decoders look for the last token that is not padding, so the tokenizer must pad with the token of the config."""
+    if config.pad_token_id is None or not 0 <= config.pad_token_id < len(tokenizer):
+        config.pad_token_id = tokenizer.pad_token_id
+    elif config.pad_token_id != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 def record_of(kind: str, labels: Labels, options: Options, max_length: int, **more: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from scipy.special import expit, softmax
 
 from ..utils.formatting import counted
 from . import metrics
+from .columns import WRITTEN
 from .labels import (
     DataError,
     Labels,
@@ -123,11 +124,8 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
                 f"probably not labels: name the right column with --label-column."
             )
         return labels
-    if options.regression and (wrong := [row for row in raw if not is_number(row["label"])]):
-        raise DataError(
-            f"{name}: the label {wrong[0]['label']!r} of row {wrong[0]['row']} is not a number, as --regression "
-            f"needs. Write numbers as 1234.5, and leave the label empty (--skip-unlabeled) where there is none."
-        )
+    if options.regression:
+        check_numbers(name, raw, "as --regression needs")
     try:
         labels = find_labels(values, options.regression)
     except (TypeError, ValueError, OverflowError):
@@ -139,14 +137,24 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
     if len(labels.names) > 2 and all(re.fullmatch(r"[+-]?\d+(,\d+)+", label) for label in labels.names):
         raise DataError(
             f"{name}: the labels in {shown} are numbers with commas, such as {labels.names[0]!r}: write decimals with "
-            f"a point, and nothing between thousands."
+            f"a point, and nothing between thousands. If they are several labels, give --label-separator ','."
         )
     if len(labels.names) > max(2, len(raw) // 2):
         raise DataError(
             f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "
-            f"not the label: name the right column with --label-column, or predict numbers with --regression."
+            f"not the label: name the right column with --label-column, or predict numbers with --regression. "
+            f"{WRITTEN}"
         )
     return labels
+
+
+def check_numbers(name: Any, raw: Sequence[dict[str, Any]], why: str) -> None:
+    """Raises `DataError` for the first row whose label is not a number."""
+    if (wrong := next((row for row in raw if not is_number(row["label"])), None)) is not None:
+        raise DataError(
+            f"{name}: the label {wrong['label']!r} of row {wrong['row']} is not a number, {why}. Write "
+            f"numbers as 1234.5, and leave the label empty (--skip-unlabeled) where there is none."
+        )
 
 
 def _are_vectors(values: Sequence[Any]) -> bool:
@@ -180,6 +188,10 @@ def encode(
     lengths = [len(row["input_ids"]) for row in inputs]
     for i in [i for i, length in enumerate(lengths) if length > max_length]:
         inputs[i] = dict(tokenizer(texts[i], pairs and pairs[i], truncation=True, max_length=max_length))
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    start = next((token for token in known if token is not None), 0)
+    for i in [i for i, length in enumerate(lengths) if not length]:  # no model takes a text without any token
+        inputs[i] = dict.fromkeys(inputs[i], [0]) | {"input_ids": [start], "attention_mask": [1]}
     for row, values in zip(raw, inputs, strict=True):
         if labels is None or "label" not in row:
             continue
@@ -217,10 +229,14 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
         doubts.append(f"the model knows {known}, and not {listed(labels.unknown)}: such labels count as {how}")
     if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
         doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
-    if len(labels.names) > 2 and not labels.several and all(_AMOUNT.fullmatch(label) for label in labels.names):
-        if not all(is_number(label) for label in labels.names):
-            doubts.append(f"labels such as {labels.names[0]!r} are classes; for amounts, write plain numbers")
-    elif (separator := separator_of(labels.in_data)) is not None:
+    separator = separator_of(labels.in_data)
+    if not labels.several and (odd := _not_a_number(labels.names)) is not None:
+        several = "" if separator is None else f"; for several labels, give --label-separator {separator!r}"
+        doubts.append(
+            f"all labels are classes, because {odd!r} is not a number; for amounts, write plain numbers, such as "
+            f"1234.5, and leave missing ones empty{several}"
+        )
+    elif separator is not None:
         joined = next(label for label in labels.in_data if separator in label)
         doubts.append(f"{joined!r} is read as one label; for several labels, give --label-separator {separator!r}")
     if stray := sum(isinstance(value, str) and value != value.strip() for value in values):
@@ -238,6 +254,18 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
         classes = f"{len(rare):,} classes have" if len(rare) > 1 else "1 class has"
         doubts.append(f"{classes} one row only, such as {rare[0]!r}")
     return [f"{len(labels.in_data)} {what}: {shown}{more}"], doubts
+
+
+def _not_a_number(names: Sequence[str]) -> str | None:
+    """The first name because of which labels are classes, though they look like numbers to predict.
+
+    That is one of amounts, such as 12% or 1,5, or of a few other names beside numbers with a fraction.
+    """
+    others = [name for name in names if not is_number(name)]
+    numbers = [float(name) for name in names if is_number(name)]
+    amounts = all(map(_AMOUNT.fullmatch, names))
+    measured = len(numbers) > len(others) and not all(map(float.is_integer, numbers))
+    return others[0] if others and len(names) > 2 and (amounts or measured) else None
 
 
 def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:

@@ -220,8 +220,9 @@ def encode(
     found = Rows([], list(raw))
     if not raw:
         return found, 0, 0
+    before_words = " " if lacks_spaces(tokenizer) else ""
     encoded = tokenizer(
-        [row["tokens"] for row in raw],
+        [[before_words + token for token in row["tokens"]] for row in raw],
         is_split_into_words=True,
         truncation=True,
         max_length=max_length,
@@ -249,6 +250,18 @@ def encode(
     return found, max(lengths.values()), sum(count > 1 for count in Counter(samples).values())
 
 
+def lacks_spaces(tokenizer: Any) -> bool:
+    """Whether words alone get other tokens than words of a text, in which a space is a part of the token after it.
+
+    So it is with byte-level tokenizers of decoders and of ModernBERT: there, `add_prefix_space` changes nothing.
+    """
+    text, alone, spaced = (
+        tokenizer(value, is_split_into_words=isinstance(value, list), add_special_tokens=False)["input_ids"]
+        for value in ("a a", ["a", "a"], [" a"])
+    )
+    return text != alone and text[-len(spaced) :] == spaced
+
+
 def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """A line about the entities of each type, and doubts about the tags."""
     kinds = Counter(kind for row in raw for kind, _, _ in metrics.entities(row["tags"]))
@@ -257,8 +270,15 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
     doubts = [] if tagged else ["no word has a tag other than O, so there is nothing to find (--label-column)"]
     if (longest := max(len(row["tokens"]) for row in raw)) > 1000:
         doubts.append(f"a sentence has {longest:,} words: is there an empty line after each sentence?")
-    if labels.unknown:
-        doubts.append(f"the model does not know some tags, which count as missed: {listed(labels.unknown)}")
+    types = {tag.partition("-")[2] for tag in labels.names}
+    other = [tag for tag in labels.unknown if tag.partition("-")[2] in types]
+    if missed := [tag for tag in labels.unknown if tag not in other]:
+        doubts.append(f"the model does not know some tags, which count as missed: {listed(missed)}")
+    if other:
+        doubts.append(
+            f"the model marks entities in another way than with {listed(other)}: they are right if their words are, "
+            f"but tag_accuracy compares the tags"
+        )
     return [f"{words:,} words, {tagged:,} in entities: {shown}"], doubts
 
 
