@@ -106,6 +106,21 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path,
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
 
 
+def test_rankings_are_compared_with_the_reference(grid, encoder, tmp_path):  # noqa: F811
+    import rankings
+
+    lines = ["sentence\tlabel", *(f"the {'abcdef'[i % 6]} is in\t{'abcdef'[i % 6]}" for i in range(600))]
+    (tmp_path / "trec6").mkdir()
+    for file in ("train.tsv", "test.tsv"):
+        (tmp_path / "trec6" / file).write_text("\n".join(lines))
+    settings = ["--settings", "1x8/1", "3x8/2", "--reference", "3x8/2", "--seeds", "0"]
+    table = rankings.main(["--model", str(encoder), "--data", str(tmp_path), "--tasks", "trec6", *settings])
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["1x8/1", "3x8/2"]
+    a, b = torch.arange(8.0), torch.arange(8.0).flip(0)
+    assert [rankings.in_common(a, other, 0.25) for other in (a, b)] == [1.0, 0.0]
+    assert rankings.in_common(a, b, 0.75) == pytest.approx(4 / 6)
+
+
 def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys):  # noqa: F811
     import learn_first
     import tables
