@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 
@@ -40,22 +41,6 @@ FORMULA = re.compile(
     r"^```.*?^```|`[^`\n]+`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.S | re.M
 )
 PLACEHOLDER = re.compile(r"formula(block|inline)x([0-9a-f]+)z")
-# The commands of TeX that our formulas use.
-LETTERS = dict(
-    zip("alpha eta lambda rho sigma omega phi".split(), "αηλρσωφ", strict=True)
-)
-SIGNS = dict(
-    zip("approx geq in le partial sum times top { }".split(), "≈≥∈≤∂∑×⊤{}", strict=True)
-)
-SIGNS |= {
-    "-": "−",
-    "lvert": "|",
-    "rvert": "|",
-    "lVert": "‖",
-    "rVert": "‖",
-    "min": "min",
-}
-SPACES = {"!": "-0.17em", ",": "0.17em", ";": "0.28em", "qquad": "2em"}
 # Docstrings name public objects as Hugging Face's do: [`SensiConfig`].
 REFERENCE = re.compile(r"\[<code>(\w+)</code>\]")
 
@@ -119,69 +104,10 @@ def with_placeholder(match: re.Match[str]) -> str:
 
 def formula(match: re.Match[str]) -> str:
     """The formula of a placeholder as MathML, which browsers show without a script."""
-    tokens = re.findall(r"\\[A-Za-z]+|\\.|\d+|\S", bytes.fromhex(match[2]).decode())
-    return f'<math display="{match[1]}">{_row(tokens, match[1] == "block")}</math>'
-
-
-def _row(tokens: list[str], block: bool) -> str:
-    """Takes tokens up to the end of a group."""
-    parts = []
-    while tokens and tokens[0] not in ("}", r"\right"):
-        limits = "over" if block and tokens[0] in (r"\sum", r"\min") else "sup"
-        base, scripts = _atom(tokens, block), {}
-        while tokens and tokens[0] in ("_", "^"):
-            place = tokens.pop(0)
-            scripts[place] = _atom(tokens, block)
-        tag = {"": "", "_": "sub", "^": "sup", "^_": "subsup"}["".join(sorted(scripts))]
-        tag = (
-            tag.replace("sub", "under").replace("sup", "over")
-            if limits == "over"
-            else tag
-        )
-        parts.append(
-            f"<m{tag}>{base}{scripts.get('_', '')}{scripts.get('^', '')}</m{tag}>"
-            if tag
-            else base
-        )
-    return "".join(parts)
-
-
-def _atom(tokens: list[str], block: bool) -> str:
-    token = tokens.pop(0)
-    name = token.lstrip("\\")
-    if token == "{":
-        inner = _row(tokens, block)
-        tokens.pop(0)
-        return f"<mrow>{inner}</mrow>"
-    if token == r"\left":
-        fence, inner = _fence(tokens), _row(tokens, block)
-        tokens.pop(0)
-        return f"<mrow>{fence}{inner}{_fence(tokens)}</mrow>"
-    if token in (r"\frac", r"\tfrac"):
-        return f"<mfrac>{_atom(tokens, block)}{_atom(tokens, block)}</mfrac>"
-    if token == r"\sqrt":
-        return f"<msqrt>{_atom(tokens, block)}</msqrt>"
-    if token in (r"\text", r"\mathrm", r"\operatorname"):
-        end = tokens.index("}")
-        word = "".join(tokens[1:end])
-        del tokens[: end + 1]
-        return f"<mi>{word}</mi>"
-    if token[0] == "\\" and name in SPACES:
-        return f'<mspace width="{SPACES[name]}"/>'
-    if token.isdigit():
-        return f"<mn>{token}</mn>"
-    if name in LETTERS or (len(token) == 1 and token.isalpha()):
-        return f"<mi>{LETTERS.get(name, token)}</mi>"
-    if token[0] == "\\" and name not in SIGNS:
-        LOG.warning(
-            f"A formula has the command {token}, which is not in the tables of docs/hooks.py."
-        )
-    return f'<mo stretchy="false">{SIGNS.get(name, name)}</mo>'
-
-
-def _fence(tokens: list[str]) -> str:
-    name = tokens.pop(0).lstrip("\\")
-    return f"<mo>{SIGNS.get(name, name)}</mo>"
+    result = convert(bytes.fromhex(match[2]).decode(), display=match[1])
+    if unknown := re.search(r"\\\w+", result):
+        LOG.warning(f"A formula has the unknown command {unknown[0]}.")
+    return result
 
 
 def with_links_of_site(markdown: str, source: str, addresses: dict[str, str]) -> str:
