@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from processes import environment, free_port, run_script, run_two
@@ -9,6 +11,7 @@ from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import compute_scores
+from peft_sensi.scoring import priming
 from peft_sensi.scoring.calibration import materialize, weight_of
 
 
@@ -28,7 +31,9 @@ def one_process(name: str) -> dict:
     if name == "fisher":
         return scores_of(0, 1)
     options = {"priming_steps": 3, "priming_lr": 1e-2, "calibration_steps": ALL, "progress": False}
-    scores = compute_scores(tiny_model(**STILL), joint(), score=name, **options)
+    # Each of the two processes has 4 examples in a batch, and uses them all.
+    with mock.patch.object(priming, "EXAMPLES", 8):
+        scores = compute_scores(tiny_model(**STILL), joint(), score=name, **options)
     return {"values": scores.values, "protected": scores.protected, "head": scores.head}
 
 

@@ -885,9 +885,10 @@ def test_a_default_device_does_not_reach_what_lives_on_the_host():
 def test_a_priming_step_has_a_few_examples_and_others_in_each_turn():
     batch = {"input_ids": torch.arange(60).view(20, 3), "labels": torch.arange(20), "return_dict": True}
     rows = [_some_examples(batch, turn)["labels"].tolist() for turn in range(3)]
-    assert rows == [list(range(8)), list(range(8, 16)), [16, 17, 18, 19, 0, 1, 2, 3]]
+    assert rows == [list(range(6)), list(range(6, 12)), list(range(12, 18))]
+    assert _some_examples(batch, 3)["labels"].tolist() == [18, 19, 0, 1, 2, 3]
     assert _some_examples(batch, 1)["input_ids"][:, 0].tolist() == [3 * row for row in rows[1]]
-    small = {"input_ids": torch.ones(8, 3), "labels": torch.ones(8)}
+    small = {"input_ids": torch.ones(6, 3), "labels": torch.ones(6)}
     assert _some_examples(small, 1) is small
 
 
@@ -914,7 +915,7 @@ def test_priming_runs_on_these_examples(score):
     )
     compute_scores(model, tiny_batches(2, size=32), score=score, priming_steps=3, calibration_steps=2, progress=False)
     hook.remove()
-    assert sizes == [(True, 8)] * 3 + [(False, 32)] * (2 if score == "fisher" else 0)
+    assert sizes == [(True, 6)] * 3 + [(False, 32)] * (2 if score == "fisher" else 0)
 
 
 def test_tokens_that_were_read_but_not_scored_count_as_seen():

@@ -112,6 +112,17 @@ def update_features(linear: Any) -> None:
         linear.out_features, linear.in_features = matrix(linear).shape
 
 
+def select(linear: Any, dim: int, index: torch.Tensor) -> None:
+    """Replaces the weight and the bias by these rows (`dim` 0) or columns (1) of `[out, in]`, in this order."""
+    index = index.to(linear.weight.device)
+    # Written into `_parameters`: under PEFT's `low_cpu_mem_usage`, a registered parameter loses its values.
+    weight = oriented(linear, matrix(linear).detach().index_select(dim, index)).contiguous()
+    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if bias_of(linear) is not None and dim == 0:
+        linear._parameters["bias"] = nn.Parameter(linear.bias.detach().index_select(0, index), requires_grad=False)
+    update_features(linear)
+
+
 def count(parameter: torch.Tensor) -> int:
     """The number of weights. bitsandbytes packs two 4-bit weights into a byte."""
     if type(parameter).__name__ != "Params4bit":

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..anatomy.linears import bias_of, matrix, not_mergeable, oriented, unpack, update_features
+from ..anatomy.linears import bias_of, features, not_mergeable, oriented, select, unpack, update_features
 from ..utils.errors import SensiError
 from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
@@ -108,29 +108,20 @@ class SensiLayer(ComposedWeights):
 
     def drop_base(self, adapter_name: str) -> None:
         """Drops the base's rows or columns that this adapter does not need. The others get the adapter's order."""
-        slice_ = self.sensi_slices[adapter_name]
-        self._select_base(slice_.dim, slice_.kept[:0] if slice_.whole else slice_.kept)
+        slice_, base = self.sensi_slices[adapter_name], self.get_base_layer()
+        select(base, slice_.dim, slice_.kept[:0] if slice_.whole else slice_.kept)
         if slice_.whole:  # not `[out, 0]`, which FSDP2 cannot collect (see `replicas.check_columns`)
-            self.base_layer.weight.data = self.base_layer.weight.new_empty(0, 0)
+            base.weight.data = base.weight.new_empty(0, 0)
         self.sensi_base_dropped = True
         self._sensi_fused.clear()
 
     def reduce_base(self, adapter_name: str, slice_: Slice) -> None:
         """After `drop_base`: drops the rows or columns of the base of units that the new `slice_` does not keep."""
-        old = self.sensi_slices[adapter_name]
+        old, base = self.sensi_slices[adapter_name], self.get_base_layer()
         if not old.whole:  # if it is, nothing of the base is left
-            self._select_base(slice_.dim, positions_in(old.kept, slice_.kept))
-
-    def _select_base(self, dim: int, index: torch.Tensor) -> None:
-        """Replaces the base's weight and bias by these rows (`dim` 0) or columns (1) of them, in this order."""
-        base = self.get_base_layer()
-        index = index.to(base.weight.device)
-        # Written into `_parameters`: under PEFT's `low_cpu_mem_usage`, a registered parameter loses its values.
-        weight = oriented(base, matrix(base).detach().index_select(dim, index)).contiguous()
-        base._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        if bias_of(base) is not None and dim == 0:
-            base._parameters["bias"] = nn.Parameter(base.bias.detach().index_select(0, index), requires_grad=False)
-        update_features(base)
+            select(base, slice_.dim, positions_in(old.kept, slice_.kept))
+        elif not len(slice_.kept):  # the base alone computes a sublayer without units, and needs its shape
+            base.weight.data = oriented(base, base.weight.new_empty(features(base)))
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
         """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity."""
