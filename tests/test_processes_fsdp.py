@@ -40,23 +40,6 @@ def test_fully_shard_trains_as_one_process(sharded, update):
     assert not second["fully_shard"][update]  # only process 0 collects the whole values
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("merge", "not possible to merge the adapter"),
-        ("merge and unload", "not possible to merge the adapter"),
-        ("compress", "not possible to compress the adapter"),
-        ("trim", "not possible to trim the adapter"),
-        ("save", "holds shards of FSDP"),
-        ("no columns", "cannot collect parameters without columns"),
-    ],
-)
-def test_what_needs_whole_weights_says_so(sharded, case, message):
-    for process in sharded[1]:
-        found = process["fully_shard"]["errors"][case]
-        assert "SensiError" in found and message in found
-
-
 def test_an_adapter_without_its_base_can_be_collected(sharded):
     assert_close(sharded[1][0]["fully_shard"]["dropped"], state(wrap(tiny_model(**STILL), budget=0.5)), 0.0)
 
@@ -88,14 +71,21 @@ def test_fsdp1_with_original_parameters(sharded, update):
 
 
 @pytest.mark.parametrize(
-    ("case", "message"),
+    ("way", "case", "message"),
     [
-        ("integers", "stores positions or masks as integers, which FSDP1 cannot flatten"),
-        ("flat", "FSDP1 can train an adapter only with `fsdp_use_orig_params: true`"),
-        ("sharded before", "Wrap it with the adapter first, then shard it"),
-        ("schedule", "sharded by FSDP"),
+        ("fsdp1", "integers", "stores positions or masks as integers, which FSDP1 cannot flatten"),
+        ("fsdp1", "flat", "FSDP1 can train an adapter only with `fsdp_use_orig_params: true`"),
+        ("fsdp1", "sharded before", "Wrap it with the adapter first, then shard it"),
+        ("fsdp1", "schedule", "sharded by FSDP"),
+        ("fully_shard", "merge", "not possible to merge the adapter"),
+        ("fully_shard", "merge and unload", "not possible to merge the adapter"),
+        ("fully_shard", "compress", "not possible to compress the adapter"),
+        ("fully_shard", "trim", "not possible to trim the adapter"),
+        ("fully_shard", "save", "holds shards of FSDP"),
+        ("fully_shard", "no columns", "cannot collect parameters without columns"),
     ],
 )
-def test_what_cannot_work_under_fsdp_says_so(sharded, case, message):
+def test_what_cannot_work_under_fsdp_says_so(sharded, way, case, message):
     for process in sharded[1]:
-        assert "SensiError" in process["fsdp1"]["errors"][case] and message in process["fsdp1"]["errors"][case]
+        found = process[way]["errors"][case]
+        assert "SensiError" in found and message in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import random
@@ -27,6 +28,7 @@ from peft_sensi import (
     compute_scores,
     make_plan,
 )
+from peft_sensi.cli.arguments import CALIBRATION_STEPS, PRIMING_STEPS
 from peft_sensi.scoring.calibration import ScoringOptions, materialize, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.gates import (
@@ -916,6 +918,13 @@ def test_priming_runs_on_these_examples(score):
     compute_scores(model, tiny_batches(2, size=32), score=score, priming_steps=3, calibration_steps=2, progress=False)
     hook.remove()
     assert sizes == [(True, 6)] * 3 + [(False, 32)] * (2 if score == "fisher" else 0)
+
+
+def test_all_places_have_the_same_defaults():
+    """The config, the function and the command each show theirs as numbers, for those who read them."""
+    for name, of_command in (("calibration_steps", CALIBRATION_STEPS), ("priming_steps", PRIMING_STEPS)):
+        of_function = inspect.signature(compute_scores).parameters[name].default
+        assert of_function == getattr(SensiConfig(), name) == getattr(ScoringOptions(), name) == of_command
 
 
 def test_tokens_that_were_read_but_not_scored_count_as_seen():

@@ -33,14 +33,14 @@ SHARES = {"head": (0.5, 0.25), "neuron": (0.5, 0.25, 0.1)}
 Ranking = dict[str, torch.Tensor]  # scores per parameter of all heads and of all neurons, `[units]`
 
 
-def ranking(data: Data, model_name: str, setting: str, seed: int, bf16: bool) -> Ranking:
+def ranking(data: Data, model_name: str, setting: str, bf16: bool) -> Ranking:
     """The scores of a fresh model under this setting, each kind divided by its mean."""
     steps, rest = setting.split("x")
     examples, batches = rest.split("/")
-    set_seed(seed)
+    set_seed(data.seed)
     base = fresh_base(data.task, model_name)
     precision = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
-    options = {"priming_steps": int(steps), "calibration_steps": int(batches), "seed": seed, "progress": False}
+    options = {"priming_steps": int(steps), "calibration_steps": int(batches), "seed": data.seed, "progress": False}
     with precision, mock.patch.object(priming, "EXAMPLES", int(examples)):
         scores = compute_scores(base, data.calibration(), **options)
     groups = build_anatomy(base).groups
@@ -70,17 +70,13 @@ def main(arguments: list[str] | None = None) -> str:
     logging.set_verbosity_error()  # no warnings about fresh heads
     columns = [f"{share:.0%} of the {kind}s" for kind, shares in SHARES.items() for share in shares]
     lines = ["| task | setting | " + " | ".join(columns) + " |", "| --- | --- " + "| ---: " * len(columns) + "|"]
+    others = [max(options.seeds) + extra for extra in (1, 2)]
     for task in options.tasks:
-
-        def rank(setting: str, seed: int, task: str = task) -> Ranking:
-            data = load_task(TASKS[task], options.data, options.model, seed)
-            return ranking(data, options.model, setting, seed, options.bf16)
-
-        seeds = [max(options.seeds) + extra for extra in (1, 2)]
-        both = [rank(options.reference, seed) for seed in seeds]
+        data = {seed: load_task(TASKS[task], options.data, options.model, seed) for seed in (*options.seeds, *others)}
+        both = [ranking(data[seed], options.model, options.reference, options.bf16) for seed in others]
         reference = {kind: both[0][kind] + both[1][kind] for kind in SHARES}
         for setting in progress_bar(options.settings, task):
-            found = [rank(setting, seed) for seed in options.seeds]
+            found = [ranking(data[seed], options.model, setting, options.bf16) for seed in options.seeds]
             cells = [
                 statistics.fmean(in_common(one[kind], reference[kind], share) for one in found)
                 for kind, shares in SHARES.items()

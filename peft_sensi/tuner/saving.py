@@ -11,6 +11,7 @@ from torch import nn
 from ..layers.layer import layers_of
 from ..layers.marks import LAYER_MARK
 from ..utils.errors import SensiError
+from ..utils.replicas import has_shards
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, plan_to_tensor
 from .config import SensiConfig
 from .head_settings import head_settings
@@ -37,7 +38,7 @@ def completed(
     after the tensors. Raises `SensiError` as `check_present`, and if the tensors are sharded.
     """
     check_present(model, adapter_name)
-    if any(hasattr(tensor, "device_mesh") for tensor in tensors.values()):
+    if has_shards(tensors.values()):
         raise SensiError(
             "The state dict holds shards of FSDP. Collect it in all processes, and save it in one with "
             "`save_pretrained(folder, state_dict=...)` (see docs/multi_gpu.md)."

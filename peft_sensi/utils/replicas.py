@@ -124,9 +124,12 @@ def any_process_on_meta(model: nn.Module) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP1 or FSDP2 manages the parameters. Each process then holds only a part of them."""
-    return getattr(module, "_is_fsdp_managed_module", False) or any(
-        hasattr(p, "device_mesh") for p in module.parameters()
-    )
+    return getattr(module, "_is_fsdp_managed_module", False) or has_shards(module.parameters())
+
+
+def has_shards(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether at least one of the tensors is FSDP2's, of which each process holds only a part."""
+    return any(hasattr(tensor, "device_mesh") for tensor in tensors)
 
 
 def check_gathered(model: nn.Module, action: str) -> None:
