@@ -61,6 +61,29 @@ def test_two_fits_are_equal_and_draw_no_random_numbers():
         assert all(torch.equal(a, b) for a, b in zip(values, second[name], strict=True))
 
 
+@pytest.mark.parametrize("tokens", [1, 200, 10**9])
+def test_held_hidden_states_are_those_that_are_computed_again(tokens, monkeypatch):
+    """Batches have 96 tokens, so a part has one, two, or all nine batches. Three others are held out."""
+    model = tiny_model()
+    plan, batches = half_plan(model), data(model)
+    monkeypatch.setattr(joint_fit, "HELD_TOKENS", tokens)
+    inner, runs, results = joint_fit.run_model, [0, 0], []
+
+    def counted(*args):
+        runs[len(results)] += 1
+        return inner(*args)
+
+    monkeypatch.setattr(joint_fit, "run_model", counted)
+    results.append(fit(model, plan, batches, rounds=ROUNDS, joint=batches))
+    computed_again = torch.no_grad()(lambda self, runner: runner(self.batch))
+    monkeypatch.setattr(joint_fit._Compared, "targets", computed_again)
+    results.append(fit(model, plan, batches, rounds=ROUNDS, joint=batches))
+    trimmed_runs = 9 * ROUNDS + 3 * 2  # the held-out batches are compared before and after
+    assert runs == [trimmed_runs + 12, 2 * trimmed_runs]
+    for name, values in results[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(values, results[1][name], strict=True))
+
+
 def test_a_fit_that_is_no_better_is_dropped(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(joint_fit, "RATE", 100.0)
@@ -89,8 +112,8 @@ def test_the_error_is_that_of_the_hidden_states_of_all_layers():
     values = fit(model, plan, data(model), rounds=1)
     found = []
 
-    def capture(module, linears, start, batches, held_out, error_of, *others):
-        found.append(error_of({}, batches[0]))
+    def capture(module, linears, start, order, held_out, error_of, *others):
+        found.append(error_of({}, order[0]))
         return {}
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

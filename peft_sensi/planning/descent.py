@@ -30,17 +30,16 @@ def fit_linears(
     module: nn.Module,
     linears: Mapping[str, nn.Module],
     start: Mapping[str, Values],
-    batches: Sequence[Batch],
+    order: Sequence[Batch],
     held_out: Sequence[Batch],
     error_of: ErrorOf,
-    rounds: int,
     rate: float,
     progress: bool = False,
 ) -> dict[str, Values]:
     """New values for these parts of `module`, by the names that they have in `linears` and in `start`.
 
-    `rate` is the highest learning rate of a Linear, as a share of the root mean square of its weight. `batches` are
-    used `rounds` times each. All processes get the same result, whatever their numbers of batches. It is empty if the
+    `rate` is the highest learning rate of a Linear, as a share of the root mean square of its weight. Each batch of
+    `order` makes one step. All processes get the same result, whatever their numbers of batches. It is empty if the
     error of the held-out batches is not smaller than at the start, or if a gradient is not finite. The module is left
     as it is.
     """
@@ -55,7 +54,7 @@ def fit_linears(
             )
             weights |= {part: value.detach().float() for part, value in own.items()}
             rates |= dict.fromkeys(own, rate * float(weight.float().square().mean().sqrt()))
-    values = _descend(weights, rates, batches, rounds, error_of, progress)
+    values = _descend(weights, rates, order, error_of, progress)
     if values is None or not _is_better(values, weights, held_out, error_of):
         return {}
     found = {name: paths[id(linear)] for name, linear in linears.items() if f"{paths[id(linear)]}.weight" in values}
@@ -82,8 +81,7 @@ def distance(output: torch.Tensor, target: torch.Tensor, batch: Mapping[str, Any
 def _descend(
     start: Weights,
     rates: Mapping[str, float],
-    batches: Sequence[Batch],
-    rounds: int,
+    order: Sequence[Batch],
     error_of: ErrorOf,
     progress: bool,
 ) -> Weights | None:
@@ -91,16 +89,15 @@ def _descend(
 
     `rates` has the highest learning rate of each weight.
     """
-    counts = distributed.gather("counting batches of a fit", len(batches))
-    if not start or not max(counts):
+    steps = max(distributed.gather("counting batches of a fit", len(order)))
+    if not start or not steps:
         return None
     values = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = Adam([{"params": [value], "lr": rates[name]} for name, value in values.items()])
-    steps = rounds * max(counts)
     schedule = OneCycleLR(optimizer, [rates[name] for name in values], total_steps=steps, pct_start=WARM_UP)
-    order = _in_random_order(batches, rounds, max(counts))
-    for batch in progress_bar(order, "fit of all layers", show=progress):
-        # A process that has fewer batches than others takes part with zeros.
+    # A process that has fewer batches than others takes part with zeros.
+    filled = [*order, *[None] * (steps - len(order))]
+    for batch in progress_bar(filled, "fit of all layers", show=progress):
         gradients, total_weight = [torch.zeros_like(value) for value in values.values()], 0.0
         if batch is not None:
             with torch.enable_grad():
@@ -123,16 +120,19 @@ def _descend(
 
 def _is_better(values: Weights, start: Weights, held_out: Sequence[Batch], error_of: ErrorOf) -> bool:
     """Whether the error of the held-out batches of all processes is smaller than with `start`."""
-    errors = [sum(float(error_of(weights, batch)[0]) for batch in held_out) for weights in (start, values)]
+    errors = [0.0, 0.0]
+    for batch in held_out:
+        for i, weights in enumerate((start, values)):
+            errors[i] += float(error_of(weights, batch)[0])
     before, after = map(sum, zip(*distributed.gather("checking a fit", errors), strict=True))
     return after < before
 
 
-def _in_random_order(batches: Sequence[Batch], rounds: int, count: int) -> list[Batch | None]:
-    """Each batch once per round, and `None` up to `count` entries a round. The order is the same at each call."""
+def in_random_order(batches: Sequence[Batch], rounds: int) -> list[Batch]:
+    """Each batch once per round. The order is the same at each call."""
     generator = torch.Generator("cpu").manual_seed(0)
-    order: list[Batch | None] = []
-    for _ in range(rounds):
-        order += [batches[i] for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()]
-        order += [None] * (count - len(batches))
-    return order
+    return [
+        batches[i]
+        for _ in range(rounds)
+        for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()
+    ]

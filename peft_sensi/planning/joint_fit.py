@@ -7,13 +7,14 @@ trimmed layers, this minimizes
 
 For each layer l and token t, `h_lt` is the hidden state of the trimmed model after the layer, and `y_lt` that of the
 untrimmed model. No labels are used. Hidden states of all layers as targets are those of TinyBERT (Jiao et al. 2020,
-arXiv 1909.10351). Both models run on each batch, so the hidden states of other batches need not be held.
+arXiv 1909.10351).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ from torch import nn
 from torch.func import functional_call
 
 from ..anatomy.modules import linear_of
-from ..scoring.calibration import LossFn, first_of, run_model
-from .descent import Weights, cast_like, distance, fit_linears
+from ..scoring.calibration import LossFn, first_of, run_model, tokens_in
+from .descent import Weights, cast_like, distance, fit_linears, in_random_order
 from .least_squares import Values
 from .plan import Plan
 from .trimmed import trimmed
 
 
 RATE = 0.005  # see `descent.fit_linears`
+# The untrimmed model runs once for each batch, and its hidden states are held for all rounds. Those of all batches
+# would be gigabytes, so a part of the batches goes through all rounds before the next part.
+HELD_TOKENS = 8_192
 
 
 def fit_layers(
@@ -50,16 +54,49 @@ def fit_layers(
     """
     runner = _HiddenStates(model, layers, loss_fn)
 
-    def error_of(values: Weights, batch: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
-        with torch.no_grad():
-            targets = runner(batch)
+    def error_of(values: Weights, compared: _Compared) -> tuple[torch.Tensor, float]:
+        targets = compared.targets(runner)
         with trimmed(model, plan, plan.anatomy.trimmable, refitted):
-            outputs = functional_call(runner, cast_like(runner, values), (batch,))
-        errors, weights = zip(*(distance(*pair, batch) for pair in zip(outputs, targets, strict=True)), strict=True)
+            outputs = functional_call(runner, cast_like(runner, values), (compared.batch,))
+        pairs = zip(outputs, targets, strict=True)
+        errors, weights = zip(*(distance(*pair, compared.batch) for pair in pairs), strict=True)
         return torch.stack(errors).sum(), sum(weights)
 
     linears = {name: linear_of(model, name) for name in refitted}
-    return fit_linears(runner, linears, refitted, batches, held_out, error_of, rounds, RATE, progress)
+    parts = _parts([_Compared(batch, uses=rounds) for batch in in_random_order(batches, 1)])
+    order = [compared for part in parts for compared in in_random_order(part, rounds)]
+    checks = [_Compared(batch, uses=2) for batch in held_out]
+    return fit_linears(runner, linears, refitted, order, checks, error_of, RATE, progress)
+
+
+@dataclass
+class _Compared:
+    """A batch, and what the untrimmed model computes for it, which is held from its first to its last use."""
+
+    batch: Mapping[str, Any]
+    uses: int
+    held: list[torch.Tensor] | None = None
+
+    def targets(self, runner: _HiddenStates) -> list[torch.Tensor]:
+        if (found := self.held) is None:
+            with torch.no_grad():
+                found = runner(self.batch)
+        self.uses -= 1
+        self.held = found if self.uses else None
+        return found
+
+
+def _parts(batches: Sequence[_Compared]) -> list[list[_Compared]]:
+    """Parts of at most `HELD_TOKENS` tokens, or of one batch. All rounds of a part come before the next part."""
+    parts: list[list[_Compared]] = []
+    tokens = 0.0
+    for compared in batches:
+        tokens += tokens_in(compared.batch)
+        if not parts or tokens > HELD_TOKENS:
+            parts.append([])
+            tokens = tokens_in(compared.batch)
+        parts[-1].append(compared)
+    return parts
 
 
 class _HiddenStates(nn.Module):

@@ -20,7 +20,7 @@ from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..scoring.calibration import first_of
 from ..utils.errors import CalibrationError
-from .descent import Weights, cast_like, distance, fit_linears
+from .descent import Weights, cast_like, distance, fit_linears, in_random_order
 from .layerwise import Stream
 from .least_squares import Values
 
@@ -50,4 +50,4 @@ def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stre
     linears = {name: linear_of(model, name) for name in names}
     start = {name: (matrix(linear), bias_of(linear)) for name, linear in linears.items()}
     fits, held_out = [s for s in streams if s.fits], [s for s in streams if s.holds_out]
-    return fit_linears(module, linears, start, fits, held_out, error_of, rounds, RATE)
+    return fit_linears(module, linears, start, in_random_order(fits, rounds), held_out, error_of, RATE)

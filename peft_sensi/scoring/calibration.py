@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import warnings
 import weakref
@@ -214,6 +215,12 @@ def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | No
 def examples_in(batch: Mapping[str, Any]) -> int:
     """The number of examples of a batch: the largest first dimension of its tensors."""
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
+
+
+def tokens_in(batch: Any) -> float:
+    """The number of tokens, padding included; infinite for inputs that are not token ids."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.numel() if isinstance(ids, torch.Tensor) else math.inf
 
 
 def weight_of(batch: Mapping[str, Any], own_loss: bool) -> int:

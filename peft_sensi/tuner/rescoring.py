@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..scoring.calibration import LossFn, ScoringOptions, materialize
+from ..scoring.calibration import LossFn, ScoringOptions, materialize, tokens_in
 from ..scoring.criteria import DATA_METHODS
 from ..scoring.drawn_labels import draw_labels
 from ..utils import distributed
@@ -49,7 +47,7 @@ def read_batches(calibration: Iterable[Mapping[str, Any]], config: SensiConfig) 
 
     def suffice(read: list[Any]) -> bool:
         # The others would not be used. Batches of images are large, and all that were read are held.
-        return len(read) >= SCORED_BATCHES * config.calibration_steps and sum(map(_tokens_in, read)) >= JOINT_TOKENS
+        return len(read) >= SCORED_BATCHES * config.calibration_steps and sum(map(tokens_in, read)) >= JOINT_TOKENS
 
     return materialize(calibration, JOINT_BATCHES * config.calibration_steps, suffice)
 
@@ -62,17 +60,11 @@ def to_refit(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapp
 def to_fit_jointly(batches: list[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:
     """The batches to which all layers are fitted together; none if they have too few tokens."""
     found = _enough(batches[: JOINT_BATCHES * config.calibration_steps], config, JOINT_TOKENS)
-    counts = distributed.gather("counting tokens", sum(map(_tokens_in, found)))
+    counts = distributed.gather("counting tokens", sum(map(tokens_in, found)))
     return found if sum(counts) >= LEAST_JOINT_TOKENS else []
 
 
 def _enough(batches: list[Mapping[str, Any]], config: SensiConfig, tokens: int) -> list[Mapping[str, Any]]:
     """As many batches as are scored, and more of them as long as all have at most so many tokens."""
-    totals = list(itertools.accumulate(map(_tokens_in, batches)))
+    totals = list(itertools.accumulate(map(tokens_in, batches)))
     return batches[: max(SCORED_BATCHES * config.calibration_steps, sum(total <= tokens for total in totals))]
-
-
-def _tokens_in(batch: Any) -> float:
-    """The number of tokens, padding included; infinite for inputs that are not token ids."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    return ids.numel() if isinstance(ids, torch.Tensor) else math.inf
