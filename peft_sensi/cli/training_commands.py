@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..reporting.tables import facts_table, records_table
+from ..utils.checks import is_regressor
 from ..utils.errors import SensiError
 from ..utils.formatting import interval_text, metric_text, size_of
 from . import arguments as args
@@ -183,7 +184,7 @@ def trim(
     )
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
-    from ..tasks.task import KINDS
+    from ..tasks.task import KINDS, agree_on_padding
     from .run import Training, check_training, resumed_state, saved_training
     from .train import trim_for
 
@@ -213,12 +214,12 @@ def trim(
     wanted = task_options(reading)
     wanted["kind"] = wanted["kind"] or kind_of_model(task_type, config.architectures)
     wanted["label_separator"] = wanted["label_separator"] or record.get("label_separator")
-    is_regressor = config.problem_type == "regression" or config.num_labels == 1
-    names = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
+    numbers = is_regressor(config.problem_type, config.num_labels)
+    names = [] if numbers else [str(config.id2label[i]) for i in range(config.num_labels)]
     head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
     task = read_data(
         source, data, seed=seed, head=head, config=config,
-        **wanted | {"regression": is_regressor or wanted["regression"]},
+        **wanted | {"regression": numbers or wanted["regression"]},
     )  # fmt: skip
     training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)
@@ -230,6 +231,7 @@ def trim(
         else:
             trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model)
         trained = trained.float()  # as in `train`: a model may be stored in 16 bits
+        agree_on_padding(trained, task.tokenizer)
     result = trim_for(
         trained, task, out_folder, training, name=model, limits=limits, latency=latency_table, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),

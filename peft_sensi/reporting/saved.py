@@ -162,9 +162,15 @@ def load_adapter(adapter: SavedAdapter, base: str | None = None, is_trainable: b
     name = base or str(adapter.base)
     model = load_pretrained(_class_of(adapter), name, config=config, ignore_mismatched_sizes=True)
     table = embedding_of(model, "input")  # for images, it is a convolution over patches
-    if isinstance(table, nn.Embedding) and (rows := _tokens_of(adapter, model, table)) > table.weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):
-            model.resize_token_embeddings(rows)
+    if isinstance(table, nn.Embedding):
+        rows = max(table.weight.shape[0], _tokens_of(adapter, model, table))
+        if rows > table.weight.shape[0]:
+            with torch.random.fork_rng(devices=[]):
+                model.resize_token_embeddings(rows)
+        # Decoders look for the last token that is not padding. Not set before: the base may lack this token.
+        pad = head_settings_of(adapter).get("pad_token_id")
+        if pad is not None and 0 <= pad < rows:
+            model.config.get_text_config().pad_token_id = pad
     return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=is_trainable).eval()
 
 
@@ -300,10 +306,6 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
         else:
             config.num_labels = count  # replaces the names only if their number is another one
         config.problem_type = saved.get("problem_type") or config.problem_type
-    text = config.get_text_config()
-    own = getattr(text, "pad_token_id", None)
-    if (own is None or own < 0) and saved.get("pad_token_id") is not None:
-        text.pad_token_id = saved["pad_token_id"]  # decoders look for the last token that is not padding
     return config
 
 
