@@ -24,9 +24,8 @@ import peft_sensi
 from peft_sensi import Scores, SensiError, load_merged, recipes, save_merged
 from peft_sensi.cli import main, terminal
 from peft_sensi.cli.arguments import limits_of, number
-from peft_sensi.cli.checks import last_checkpoint
 from peft_sensi.cli.commands import app
-from peft_sensi.cli.run import remove_checkpoints
+from peft_sensi.cli.resuming import last_checkpoint, remove_checkpoints
 from peft_sensi.reporting.saved import load_adapter, open_adapter
 from peft_sensi.tasks import texts
 from peft_sensi.tasks.columns import label_columns, text_columns

@@ -81,7 +81,8 @@ def sweep(
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
-    from .run import Training, check_same_options, check_training, read_state, resumed_state, write_record
+    from .resuming import check_same_options, read_state, resumed_state
+    from .run import Training, check_training, write_record
     from .train import save_scores, score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])

@@ -82,7 +82,8 @@ def train(
     """
     from ..scoring.scores import Scores
     from ..tasks.task import baseline_words
-    from .run import Training, check_training, resumed_state
+    from .resuming import resumed_state
+    from .run import Training, check_training
     from .train import train_for
 
     latency_tables = asked.pop("latency_table")
@@ -179,7 +180,8 @@ def trim(
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS, agree_on_padding
-    from .run import Training, check_training, resumed_state, saved_training
+    from .resuming import resumed_state, saved_training
+    from .run import Training, check_training
     from .train import trim_for
 
     latency_tables = asked.pop("latency_table")
