@@ -31,7 +31,8 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
     from ..merging.foreign import CONFIG as MODEL_CONFIG
     from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
     from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
-    from ..reporting.saved import CONFIG, METRICS, TOKENIZER_MARKS, WEIGHTS
+    from ..reporting.pretrained import TOKENIZER_MARKS
+    from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
@@ -61,7 +62,8 @@ def check_merged(folder: Path, overwrite: bool) -> None:
     """Checks that a merged model, its tokenizer and its metrics can be saved in this folder. Creates nothing."""
     from ..merging.foreign import CONFIG
     from ..merging.save import check_folder
-    from ..reporting.saved import METRICS, TOKENIZER_MARKS
+    from ..reporting.pretrained import TOKENIZER_MARKS
+    from ..reporting.saved import METRICS
 
     check_folder(folder)
     check_new([folder / name for name in (CONFIG, METRICS, *TOKENIZER_MARKS)], overwrite)

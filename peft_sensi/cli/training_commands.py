@@ -168,15 +168,8 @@ def trim(
     import transformers
     from transformers import AutoConfig
 
-    from ..reporting.saved import (
-        TOKENIZER_CONFIG,
-        base_config,
-        is_adapter,
-        load_adapter,
-        load_pretrained,
-        open_adapter,
-        task_of,
-    )
+    from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
+    from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter, task_of
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS, agree_on_padding

@@ -174,6 +174,6 @@ def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
         return config
     from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.pretrained import load_pretrained
 
     return load_pretrained(AutoConfig, model)

@@ -108,7 +108,8 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
 
     from ..merging.load import load_merged
     from ..reporting.onnx_folder import find_onnx
-    from ..reporting.saved import TOKENIZER_CONFIG, load_adapter, task_of
+    from ..reporting.pretrained import TOKENIZER_CONFIG
+    from ..reporting.saved import load_adapter, task_of
     from ..reporting.saved_merged import SavedMerged, open_saved
 
     if (file := find_onnx(Path(name))) is not None:

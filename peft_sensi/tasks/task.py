@@ -187,7 +187,7 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained, pretrained_tokenizer
+    from ..reporting.pretrained import load_pretrained, pretrained_tokenizer
 
     options: dict[str, Any] = {}
     if kind == "answers":
@@ -253,7 +253,7 @@ def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     """
     import transformers
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.pretrained import load_pretrained
 
     kind, labels, tokenizer = (task, None, None) if isinstance(task, str) else (task.kind, task.labels, task.tokenizer)
     heads: dict[str, Any] = {}
