@@ -11,24 +11,27 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import call, fails, run
 from rich.console import Console
-from tiny import tiny_config, tiny_model, wrap
-from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+from tiny import VOCABULARY, tiny_config, tiny_model, wrap
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import peft_sensi
-from peft_sensi import Scores, SensiError, load_merged, recipes
+from peft_sensi import Scores, SensiError, load_merged, recipes, save_merged
 from peft_sensi.cli import main, terminal
 from peft_sensi.cli.arguments import limits_of, number
-from peft_sensi.cli.checks import last_checkpoint
 from peft_sensi.cli.commands import app
-from peft_sensi.cli.run import remove_checkpoints
+from peft_sensi.cli.resuming import last_checkpoint, remove_checkpoints
+from peft_sensi.reporting.saved import load_adapter, open_adapter
+from peft_sensi.tasks import texts
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.labels import DataError, find_labels
+from peft_sensi.tasks.predicting import open_predictor
 from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils import precision
 from peft_sensi.utils.errors import how_to_install
@@ -655,6 +658,29 @@ def test_a_decoder_keeps_its_pad_token_when_it_is_merged(work, tmp_path):
     call("train", tmp_path / "base", "--data", work / "data.tsv", *options)
     call("merge", tmp_path / "adapter", tmp_path / "merged")
     assert load_merged(tmp_path / "merged").config.pad_token_id == 0
+
+
+def test_a_decoder_gets_the_pad_token_that_was_added_to_it(tmp_path):
+    """The embeddings of the base do not have this token, so its class could not be built with it."""
+    LlamaForSequenceClassification(tiny_config("llama", pad_token_id=None)).save_pretrained(tmp_path / "base")
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(VOCABULARY + 1)
+    base.config.pad_token_id = VOCABULARY
+    wrap(base, budget=0.5, task_type="SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    assert load_adapter(open_adapter(tmp_path / "adapter")).config.pad_token_id == VOCABULARY
+
+
+def test_a_merged_decoder_whose_tokenizer_pads_with_another_token(work, tmp_path):
+    """Then its predictions would depend on the other rows of a batch."""
+    vocabulary = len((work / "vocab.txt").read_text().split())
+    config = tiny_config("llama", vocab_size=vocabulary, pad_token_id=5)
+    save_merged(LlamaForSequenceClassification(config), tmp_path)
+    BertTokenizerFast(str(work / "vocab.txt")).save_pretrained(tmp_path)
+    predictor = open_predictor(str(tmp_path))
+    raw = [{"row": 1, "text": text} for text in ("good", "good bad good bad good bad", "bad good")]
+    rows = texts.encode("", raw, None, predictor.tokenizer, 64)[0]
+    found = [predictor.outputs(rows, batch_size) for batch_size in (1, 3)]
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 def test_many_classes_keep_their_names(work, tmp_path):

@@ -14,7 +14,7 @@ from folders import NAMES, save_adapter, save_tokenizer
 from safetensors import SafetensorError
 from tiny import tiny_model
 
-from peft_sensi.cli.run import check_same_options, resumed_state
+from peft_sensi.cli.resuming import check_same_options, resumed_state
 from peft_sensi.utils.errors import SensiError
 from peft_sensi.utils.files import read_json_object
 

@@ -99,6 +99,14 @@ def test_adapter_merged_and_onnx_say_the_same(work, tmp_path):
     first, *others = predicted.values()
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-4)
+    # Without a mask, a model takes no token for padding.
+    values = json.loads((tmp_path / "onnx" / "tokenizer_config.json").read_text())
+    (tmp_path / "onnx" / "tokenizer_config.json").write_text(json.dumps(values | {"model_input_names": ["input_ids"]}))
+    call("predict", tmp_path / "onnx", work / "new.csv", "--batch-size", "1", "--scores", "--out", tmp_path / "p3.csv")
+    unmasked = [
+        [float(row[f"scores_{name}"]) for name in ("bad", "good", "so")] for row in rows_in(tmp_path / "p3.csv")
+    ]
+    np.testing.assert_allclose(unmasked, first, atol=1e-4)
     call("predict", tmp_path / "onnx" / "model.int8.onnx", work / "new.csv", "--out", tmp_path / "p2.csv")
     companion = tmp_path / "onnx" / "model.json"
     companion.write_text(json.dumps(json.loads(companion.read_text()) | {"max_length": -1}))
@@ -337,6 +345,25 @@ def test_numbers(tmp_path):
     metrics = json.loads(call("evaluate", tmp_path / "adapter", tmp_path / "rows.jsonl", "--json"))["metrics"]
     truth = [row["label"] for row in rows]
     assert metrics["mse"] == pytest.approx(np.mean((np.array(found) - truth) ** 2), rel=1e-4)
+
+
+def test_a_single_label_that_a_row_has_or_has_not(tmp_path):
+    """A head with one output was taken for one that predicts numbers."""
+    save_adapter(tmp_path, names=["spam"], problem="multi_label_classification")
+    rows = [{"text": text, "label": ["spam"] * (i % 2)} for i, text in enumerate(TEXTS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pytest.importorskip("onnxruntime")
+    call("export", tmp_path / "adapter", tmp_path / "onnx" / "model.onnx")
+    for name in ("adapter", "merged", "onnx"):
+        lines = call("predict", tmp_path / name, tmp_path / "rows.jsonl", "--json").splitlines()
+        found = [json.loads(line)["prediction"] for line in lines]
+        metrics = json.loads(call("evaluate", tmp_path / name, tmp_path / "rows.jsonl", "--json"))["metrics"]
+        assert metrics["accuracy"] == np.mean(
+            [labels == row["label"] for labels, row in zip(found, rows, strict=True)]
+        )
+    trimmed = call("trim", tmp_path / "adapter", "--data", tmp_path / "rows.jsonl", "--budget", "0.3", "--out",
+                   tmp_path / "half", "--json")  # fmt: skip
+    assert json.loads(trimmed)["classes"] == ["spam"]
 
 
 def test_windows_of_a_row_stay_together():

@@ -164,6 +164,33 @@ def test_a_change_of_the_base_shows_too():
 
 
 @pytest.mark.parametrize("compressed", [False, True])
+def test_a_base_whose_storage_was_replaced_twice_shows_too(compressed):
+    """The second storage may be at the address of the first one, which was freed."""
+    model = trained(budget={"trainable": 0.1}, update="dense")
+    if compressed:
+        model.base_model.compress("int8")
+    layer = next(iter(layers(model).values()))
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.clone()  # now no other tensor shares the storage
+    before = logits(model)
+    for _ in range(2):
+        weight.data = weight.data * 2
+    changed = logits(model)
+    layer._sensi_fused.clear()
+    assert torch.equal(changed, logits(model))
+    assert not torch.equal(changed, before)
+
+
+def test_a_base_that_was_written_through_data_shows_after_a_change_of_mode():
+    model = trained(budget={"trainable": 0.1}, update="dense").eval()
+    before = logits(model)
+    for layer in layers(model).values():
+        layer.get_base_layer().weight.data.mul_(2.0)
+    model.train().eval()
+    assert not torch.allclose(logits(model), before)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
 def test_a_change_of_the_bases_bias_shows_too(compressed):
     """In a state dict that is filled in place (DCP), nothing else of a Linear may have changed."""
     model = trained(budget={"trainable": 0.1}, update="dense", also_train=())

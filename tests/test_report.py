@@ -285,6 +285,9 @@ def test_a_picture_that_cannot_be_written_leaves_nothing_behind(plan, tmp_path):
     with pytest.raises(SensiError, match=r"a\.png could not be written"):
         plan.plot(tmp_path / "a.png")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SensiError, match=r"b\.png could not be written"):
+        plan.plot(tmp_path / "file" / "b.png")
 
 
 def test_without_matplotlib_one_line_says_what_to_install(plan, tmp_path, monkeypatch):

@@ -129,6 +129,20 @@ def test_no_source_where_hooks_have_packed_the_operands():
     assert source_of(x) is None  # also after the block
 
 
+@pytest.mark.parametrize("name", PRODUCERS | PRODUCTS)
+def test_no_source_of_a_tensor_that_was_changed_in_place(name):
+    """A hook may edit activations under `no_grad`. The gradients are those of the edited activations."""
+    x = (PRODUCERS | PRODUCTS)[name](hidden() * 1.0)
+    assert source_of(x) is not None
+    with torch.no_grad():
+        x.mul_(0.5)
+    weight, bias, parts = parts_of("rows")
+    parts.tuned_weight.requires_grad_()
+    grad = torch.ones(*x.shape[:-1], len(weight), dtype=x.dtype)
+    fast(x, weight, bias, parts).backward(grad)
+    torch.testing.assert_close(parts.tuned_weight.grad, x.detach().flatten(0, -2).sum(0).expand_as(parts.tuned_weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layer_norm_with_coarse_statistics_has_no_source(dtype):
     weight = torch.ones(IN, dtype=dtype)

@@ -255,6 +255,18 @@ def test_without_the_base(tmp_path):
     assert torch.equal(logits(reloaded(dropped, tmp_path)), logits(dropped))
 
 
+def test_whole_sublayers_without_the_base_after_an_unmerge():
+    """`unmerge` puts a base weight without values back, which says nothing about the layer's shape."""
+    found = []
+    for options in ({}, {"keep_base": False}):
+        model = learned(min_units=0, **options)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert not model.trim(0.02, tiny_batches(2), refit=False).kept_params
+        found.append(logits(model))
+    assert torch.equal(*found)
+
+
 def test_an_adapter_from_disk(tmp_path):
     model = learned()
     model.save_pretrained(tmp_path)

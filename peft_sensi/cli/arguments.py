@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import functools
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,31 +52,33 @@ Debug = Annotated[bool, option("--debug", None, "Show Python's traceback after a
 Base = Annotated[
     str | None, option("--base", "MODEL", "Use this base model. Default: the one that the adapter names.")
 ]
-Params = Annotated[
-    str | None,
-    option("--budget --params", "LIMIT",
-           "Parameters of heads and neurons to keep: a share (0.5) or a count (40000000). Default: 0.5, without "
-           "another limit.", BUDGET),
-]  # fmt: skip
-Flops = Annotated[
-    str | None, option("--flops", "LIMIT", "FLOPs of heads and neurons to keep: a share or a count.", BUDGET)
-]
-Latency = Annotated[
-    str | None,
-    option("--latency", "LIMIT", "Latency of the model: a share (0.5) or a time (12ms).", BUDGET),
-]
-DecodeLatency = Annotated[
-    str | None,
-    option("--decode-latency", "LIMIT", "Latency of one decoding step: a share or a time.", BUDGET),
-]
-LatencyTables = Annotated[
-    list[Path] | None,
-    option("--latency-table", "FILE", "A table of `peft-sensi measure`. Default: measure this machine.", BUDGET),
-]
-Trainable = Annotated[
-    str | None,
-    option("--trainable", "LIMIT", "Values to train: a share of the base's parameters, or a count.", BUDGET),
-]
+
+
+def _limit(names: str, help: str) -> tuple[Any, None]:
+    return Annotated[str | None, option(names, "LIMIT", help, BUDGET)], None
+
+
+# The names are those of the arguments of `limits_of`, and `latency_table`.
+BUDGET_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "params": _limit(
+        "--budget --params",
+        "Parameters of heads and neurons to keep: a share (0.5) or a count (40000000). Default: 0.5, without another "
+        "limit.",
+    ),
+    "flops": _limit("--flops", "FLOPs of heads and neurons to keep: a share or a count."),
+    "latency": _limit("--latency", "Latency of the model: a share (0.5) or a time (12ms)."),
+    "decode_latency": _limit("--decode-latency", "Latency of one decoding step: a share or a time."),
+    "latency_table": (
+        Annotated[
+            list[Path] | None,
+            option(
+                "--latency-table", "FILE", "A table of `peft-sensi measure`. Default: measure this machine.", BUDGET
+            ),
+        ],
+        None,
+    ),
+    "trainable": _limit("--trainable", "Values to train: a share of the base's parameters, or a count."),
+}
 Ranking = Annotated[
     Score | None,
     option("--score", "NAME", "Rank by fisher, taylor, mask, movement, magnitude or random. Default: fisher."),
@@ -110,6 +114,37 @@ License = Annotated[
 ]
 
 
+def with_options(**tables: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of tables. The values of each table come as one dict, the argument of its name.
+
+    So a command lists its own options only, and a new option of a table appears in all commands that have the table.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            values = {table: {name: given.pop(name) for name in names} for table, names in tables.items()}
+            command(**values, **given)
+
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for names in tables.values()
+            for name, (annotation, default) in names.items()
+        ]
+        others = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.parameters.items()
+            if name not in tables
+        ]
+        wrapper.__signature__ = own.replace(parameters=[*others, *shared])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*others, *shared)} | {"return": None}
+        return wrapper
+
+    return decorate
+
+
 def refuse(given: Mapping[str, Any], why: str) -> None:
     """Raises `SensiError` for the first of the options that has a value: it would change nothing, without a word."""
     for name, value in given.items():
@@ -136,9 +171,9 @@ def is_bf16(given: bool | None) -> bool:
 
 
 def limits_of(
-    params: str | None,
-    flops: str | None,
-    trainable: str | None,
+    params: str | None = None,
+    flops: str | None = None,
+    trainable: str | None = None,
     latency: str | None = None,
     decode_latency: str | None = None,
 ) -> dict[str, Any] | None:

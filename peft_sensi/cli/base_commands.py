@@ -12,7 +12,7 @@ from ..utils.formatting import human
 from . import arguments as args
 from .arguments import option
 from .checks import check_budget, check_files, check_latency_tables, check_picture
-from .data_options import DATA_OPTIONS, LABELED, task_options, with_data_options
+from .data_options import DATA_OPTIONS, LABELED, task_options
 from .terminal import ascii_only, print_result, print_understood, step
 
 
@@ -21,17 +21,12 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
 
 
-@with_data_options(DATA_OPTIONS)
+@args.with_options(asked=args.BUDGET_OPTIONS, reading=DATA_OPTIONS)
 def plan(
     model: args.Model,
+    asked: dict[str, Any],
     reading: dict[str, Any],
     data: Annotated[list[str] | None, LABELED] = None,
-    budget: args.Params = None,
-    flops: args.Flops = None,
-    latency: args.Latency = None,
-    decode_latency: args.DecodeLatency = None,
-    latency_table: args.LatencyTables = None,
-    trainable: args.Trainable = None,
     score: args.Ranking = None,
     scores: args.SavedScores = None,
     save_scores: Annotated[
@@ -74,7 +69,8 @@ def plan(
     from ..tasks.weights import weighted_model_loss
     from .train import plan_for, score_for
 
-    limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
+    latency_tables = asked.pop("latency_table")
+    limits = args.limits_of(**asked)
     if plot is None:
         args.refuse({"--style": style}, "is about the picture of --plot")
     about_scoring = {
@@ -90,11 +86,11 @@ def plan(
         args.refuse({f"--{name.replace('_', '-')}": name != "task" for name in unread}, "is about --data")
     check_picture(plot)
     check_files({"--save-scores": save_scores, "--plot": plot}, overwrite)
-    check_latency_tables(latency_table, limits)
+    check_latency_tables(latency_tables, limits)
     ranking = None if scores is None else Scores.load(scores)
     needs_data = ranking is None and score in DATA_METHODS
     base, task = load_base(model, data, needs_data, validation_share=0.0, seed=seed, **task_options(reading))
-    check_budget(build_anatomy(base), limits, latency_table)
+    check_budget(build_anatomy(base), limits, latency_tables)
     if ranking is None:
         batches = None if task is None else task.batches(batch_size, seed)
         steps: dict[str, Any] = {
@@ -106,7 +102,7 @@ def plan(
     is_first = PartialState().process_index == 0
     if save_scores is not None and is_first:
         ranking.save(save_scores)  # before the plan, which may fail
-    found = plan_for(base, limits, ranking, seed, latency_table, "SEQ_CLS" if task is None else task.task_type)
+    found = plan_for(base, limits, ranking, seed, latency_tables, "SEQ_CLS" if task is None else task.task_type)
     if not is_first:
         return
     if plot is not None:

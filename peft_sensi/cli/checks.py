@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..utils.checks import is_count
 from ..utils.errors import BudgetError, SensiError
-from ..utils.files import read_json_object
 from ..utils.places import UNFINISHED
+from .resuming import can_resume, checkpoints_in
 
 
 PICTURES = (".png", ".svg", ".pdf")
 SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 TABLE, PICTURE = "sweep.json", "sweep.png"  # what `sweep` saves at its end
-TRAINER_STATE = "trainer_state.json"  # in a checkpoint of Trainer
 
 
 def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more: Iterable[str] = ()) -> None:
@@ -33,7 +31,8 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
     from ..merging.foreign import CONFIG as MODEL_CONFIG
     from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
     from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
-    from ..reporting.saved import CONFIG, METRICS, TOKENIZER_MARKS, WEIGHTS
+    from ..reporting.pretrained import TOKENIZER_MARKS
+    from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
@@ -59,37 +58,12 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
     _check_folder_writable(folder, "--out")
 
 
-def can_resume(folder: Path | None) -> bool:
-    """Whether what was interrupted in this folder has left something that --resume goes on from."""
-    state = {} if folder is None else read_json_object(folder / UNFINISHED, optional=True)
-    has_checkpoint = folder is not None and last_checkpoint(folder) is not None
-    return bool(state) and (state.get("steps") is not None or "finished" in state or has_checkpoint)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is complete: its last file, which says what was trained, can be read.
-
-    The newest one may lack files, because the disk was full or the process was killed.
-    """
-    complete = []
-    for path in checkpoints_in(folder):
-        with suppress(FileNotFoundError, SensiError):
-            step = read_json_object(path / TRAINER_STATE).get("global_step")
-            complete += [(step, path)] if is_count(step) else []
-    return max(complete, default=(0, None))[1]
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The folders that have names of Trainer's checkpoints. Others, such as `checkpoint-best`, are the user's own."""
-    found = (path for path in folder.glob("checkpoint-*") if path.is_dir())
-    return sorted(path for path in found if path.name.removeprefix("checkpoint-").isdecimal())
-
-
 def check_merged(folder: Path, overwrite: bool) -> None:
     """Checks that a merged model, its tokenizer and its metrics can be saved in this folder. Creates nothing."""
     from ..merging.foreign import CONFIG
     from ..merging.save import check_folder
-    from ..reporting.saved import METRICS, TOKENIZER_MARKS
+    from ..reporting.pretrained import TOKENIZER_MARKS
+    from ..reporting.saved import METRICS
 
     check_folder(folder)
     check_new([folder / name for name in (CONFIG, METRICS, *TOKENIZER_MARKS)], overwrite)

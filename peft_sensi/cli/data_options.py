@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import enum
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from ..tasks.task import KINDS
@@ -123,35 +121,6 @@ VALIDATION_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
 }  # fmt: skip
-
-
-def with_data_options(names: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of a table, and calls it with their values as one dict, its argument `reading`.
-
-    So a command lists its own options only, and a new option about the data appears in all commands.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-
-        @functools.wraps(command)
-        def wrapper(**given: Any) -> None:
-            command(reading={name: given.pop(name) for name in names}, **given)
-
-        shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in names.items()
-        ]
-        others = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in own.parameters.items()
-            if name != "reading"
-        ]
-        wrapper.__signature__ = own.replace(parameters=[*others, *shared])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in (*others, *shared)} | {"return": None}
-        return wrapper
-
-    return decorate
 
 
 def task_options(reading: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def check_base(saved: SavedAdapter, base: str | None) -> None:
     """Raises `SensiError` if the base model's configuration cannot be loaded."""
     from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.pretrained import load_pretrained
 
     named = base or saved.base
     if not named:

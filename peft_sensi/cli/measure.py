@@ -122,7 +122,8 @@ def load_base(name: str) -> Any:
 
     from ..anatomy.widths import RECORD_KEY
     from ..merging.load import load_merged
-    from ..reporting.saved import is_adapter, load_pretrained
+    from ..reporting.pretrained import load_pretrained
+    from ..reporting.saved import is_adapter
     from ..reporting.saved_merged import open_saved
 
     if is_adapter(name):

@@ -13,7 +13,7 @@ from ..utils.formatting import human, interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import argument, option
 from .checks import check_files
-from .data_options import DATA_OPTIONS, task_options, with_data_options
+from .data_options import DATA_OPTIONS, task_options
 from .loading import load_predictor, refuse_base
 from .terminal import print_result, print_understood, print_warning, step
 
@@ -44,7 +44,7 @@ LabeledData = Annotated[
 ]
 
 
-@with_data_options(_INPUTS)
+@args.with_options(reading=_INPUTS)
 def predict(
     model: Usable,
     data: Annotated[list[str], argument("DATA...", "Rows to predict: files, folders, or data sets of the Hub.")],
@@ -95,7 +95,7 @@ def predict(
     print_result(json, {"file": str(out_file), "rows": count}, f"{out_file}: {count:,} rows")
 
 
-@with_data_options(_LABELED)
+@args.with_options(reading=_LABELED)
 def evaluate(
     model: Usable,
     data: LabeledData,
@@ -136,7 +136,7 @@ def evaluate(
     )  # fmt: skip
 
 
-@with_data_options(_LABELED)
+@args.with_options(reading=_LABELED)
 def compare(
     first: Annotated[str, argument("A", _USABLE)],
     second: Annotated[str, argument("B", _USABLE)],

@@ -1,6 +1,6 @@
 """An adapter, its task and a folder go in; the adapter is trained, evaluated and saved there, with metrics.json.
 
-A training that was interrupted (see `stopping`) has a checkpoint; `--resume` goes on from it.
+A training that was interrupted (see `stopping`) has a checkpoint; `--resume` goes on from it (see `resuming`).
 """
 
 from __future__ import annotations
@@ -33,24 +33,17 @@ from ..tasks.metrics import Quality
 from ..tasks.task import Task
 from ..tasks.weights import balanced_weights, weighted_loss
 from ..utils.errors import SensiError
-from ..utils.files import read_json_object, write_text_atomically
+from ..utils.files import write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
-from .checks import TRAINER_STATE, checkpoints_in, last_checkpoint
 from .rates import WHOLE, default_rate
+from .resuming import last_checkpoint, remove_checkpoints
 from .stopping import StopAfterStep
 from .terminal import ENDING, handling
 
 
 PACKAGES = ("peft-sensi", "peft", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
-
-
-# Types in the state of a training, see `Run`.
-_STATE: dict[str, Any] = {
-    "options": dict, "stage": str, "steps": int | None, "seconds": float, "preparation": float, "before": dict,
-    "trimmed": dict, "finished": list,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -288,52 +281,6 @@ def write_record(path: Path, value: Mapping[str, Any]) -> None:
     if PartialState().process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(value, indent=2, default=str))
-
-
-def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an interrupted training in this folder had done. Raises `SensiError` if its options were others."""
-    state = read_state(folder)
-    check_same_options(state, options)
-    if saved_training(folder, state) is None:
-        raise SensiError(
-            f"{folder} has no checkpoint to go on from: Ctrl-C, SIGTERM and SIGHUP leave one after the first step of "
-            f"a training. Start again with --overwrite."
-        )
-    return state
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a command has noted in the folder of an interrupted training. Raises `SensiError` if it is damaged."""
-    state = read_json_object(folder / UNFINISHED)
-    if not all(isinstance(state[name], kind) for name, kind in _STATE.items() if name in state):
-        raise SensiError(f"{folder / UNFINISHED} is damaged: start again with --overwrite.")
-    return state
-
-
-def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raises `SensiError` if what was interrupted had other options, which are in its state."""
-    now, before = json.loads(json.dumps(options, default=str)), state.get("options", {})
-    if changed := [name for name in now if now[name] != before.get(name) and (now[name] or before.get(name))]:
-        name = changed[0]
-        was, is_now = (
-            "not given" if value in (None, False, []) else repr(value) for value in (before.get(name), now[name])
-        )
-        raise SensiError(f"--resume goes on with the same options, but {name} was {was}, and is {is_now} now.")
-
-
-def saved_training(folder: Path, state: Mapping[str, Any]) -> str | None:
-    """Where an interrupted training has saved its adapter: its last checkpoint, or the folder if it was finished."""
-    place = last_checkpoint(folder) if state.get("steps") is None else folder
-    return None if place is None else str(place)
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Removes the checkpoints of a training in this folder, also those that lack files if the training is ours."""
-    if PartialState().process_index == 0:
-        are_ours = (folder / UNFINISHED).is_file()
-        for path in checkpoints_in(folder):
-            if are_ours or (path / TRAINER_STATE).is_file():
-                shutil.rmtree(path)
 
 
 def versions() -> dict[str, str]:

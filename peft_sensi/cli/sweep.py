@@ -21,12 +21,12 @@ from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables
 from .checks import PICTURE, SCORES, TABLE, check_budget, check_out
-from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
+from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
 from .measure import length_for
 from .terminal import err, print_result, print_warning, step
 
 
-@with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
+@args.with_options(reading=DATA_OPTIONS | VALIDATION_OPTIONS)
 def sweep(
     model: args.Model,
     reading: dict[str, Any],
@@ -81,7 +81,8 @@ def sweep(
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
-    from .run import Training, check_same_options, check_training, read_state, resumed_state, write_record
+    from .resuming import check_same_options, read_state, resumed_state
+    from .run import Training, check_training, write_record
     from .train import save_scores, score_for, train_for
 
     limits = budgets_of([budgets, *(more or [])])

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..utils.errors import SensiError, how_to_install
-from .checks import can_resume
+from .resuming import can_resume
 
 
 out = Console(highlight=False, soft_wrap=False)

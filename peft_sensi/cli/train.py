@@ -34,7 +34,8 @@ from ..tuner.schedule import SensiCallback
 from ..utils import distributed
 from .checks import SCORES, budget_advice, check_budget
 from .rates import rate_line
-from .run import Run, Training, saved_training
+from .resuming import saved_training
+from .run import Run, Training
 from .terminal import err
 
 

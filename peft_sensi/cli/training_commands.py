@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..reporting.tables import facts_table, records_table
+from ..utils.checks import is_regressor
 from ..utils.errors import SensiError
 from ..utils.formatting import interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables, read_data
 from .checks import SCORES, check_latency_tables, check_out
-from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options, with_data_options
+from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
 from .loading import refuse_base
 from .terminal import err, print_result, print_warning, step
 
@@ -20,24 +21,21 @@ from .terminal import err, print_result, print_warning, step
 # What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
 
 
-@with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
+# A trim cannot change how many values are trained.
+_TRIMMING = {name: entry for name, entry in args.BUDGET_OPTIONS.items() if name != "trainable"}
+
+
+@args.with_options(asked=args.BUDGET_OPTIONS, reading=DATA_OPTIONS | VALIDATION_OPTIONS)
 def train(
     model: args.Model,
+    asked: dict[str, Any],
     reading: dict[str, Any],
     data: Annotated[list[str], LABELED],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapter.")],
-    budget: args.Params = None,
-    flops: args.Flops = None,
-    latency: args.Latency = None,
-    decode_latency: args.DecodeLatency = None,
-    latency_table: args.LatencyTables = None,
-    trainable: args.Trainable = None,
     recipe: Annotated[
         args.Recipe | None, option("--recipe", "NAME", "A published method that `peft-sensi recipes` lists.")
     ] = None,
-    score: Annotated[
-        args.Score | None, option("--score", "NAME", "How units are ranked, as in `peft-sensi plan`. Default: fisher.")
-    ] = None,
+    score: args.Ranking = None,
     scores: args.SavedScores = None,
     late: Annotated[
         bool, option("--late", None, "Train the whole model, and trim it after 60 % of the training: for hard tasks.")
@@ -84,14 +82,16 @@ def train(
     """
     from ..scoring.scores import Scores
     from ..tasks.task import baseline_words
-    from .run import Training, check_training, resumed_state
+    from .resuming import resumed_state
+    from .run import Training, check_training
     from .train import train_for
 
-    limits = args.limits_of(budget, flops, trainable, latency, decode_latency)
+    latency_tables = asked.pop("latency_table")
+    limits = args.limits_of(**asked)
     whole = "--late" if late else "--thorough" if thorough else None
     if late and thorough:
         raise SensiError("--late trims during the training, --thorough after it: leave one of them out.")
-    if whole and (recipe is not None or trainable is not None or scores is not None):
+    if whole and (recipe is not None or asked["trainable"] is not None or scores is not None):
         raise SensiError(f"{whole} trains the whole model first: leave out --recipe, --trainable and --scores.")
     if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
         raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
@@ -106,13 +106,13 @@ def train(
     if whole and early_stopping:
         raise SensiError(f"{whole} trains for a fixed number of epochs: leave out --early-stopping.")
     args.check_rate(lr)
-    check_latency_tables(latency_table, limits)
+    check_latency_tables(latency_tables, limits)
     check_out(out_folder, overwrite, resume, [SCORES] if scores is None else [])
     options = {
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
         "--late": late, "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed,
         "--bf16": bf16, "--class-weights": class_weights, "--early-stopping": early_stopping,
-        "--scores": scores, "--latency-table": latency_table, "the options about the data": reading,
+        "--scores": scores, "--latency-table": latency_tables, "the options about the data": reading,
     }  # fmt: skip
     state = resumed_state(out_folder, options) if resume else {"options": options}
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights, early_stopping)
@@ -120,7 +120,7 @@ def train(
     base, task = load_base(model, data, seed=seed, **task_options(reading))
     check_training(task, training)
     result = train_for(
-        base, task, out_folder, training, limits=limits, late=late, thorough=thorough, latency=latency_table,
+        base, task, out_folder, training, limits=limits, late=late, thorough=thorough, latency=latency_tables,
         recipe=recipe.value if recipe else None, score=(score or args.FISHER).value, scores=ranking, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
@@ -138,17 +138,13 @@ def train(
     print_result(json, result, facts_table(facts), f"saved in {out_folder}")
 
 
-@with_data_options(DATA_OPTIONS | VALIDATION_OPTIONS)
+@args.with_options(asked=_TRIMMING, reading=DATA_OPTIONS | VALIDATION_OPTIONS)
 def trim(
     model: Annotated[str, args.argument("MODEL_OR_ADAPTER", "A fine-tuned model, or an adapter of `train`.")],
+    asked: dict[str, Any],
     reading: dict[str, Any],
     data: Annotated[list[str], LABELED],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the trimmed adapter.")],
-    budget: args.Params = None,
-    flops: args.Flops = None,
-    latency: args.Latency = None,
-    decode_latency: args.DecodeLatency = None,
-    latency_table: args.LatencyTables = None,
     heal_epochs: Annotated[
         float, option("--heal-epochs", "N", "Passes over the data after the trim; 0 for no training.", min=0)
     ] = 0,
@@ -172,31 +168,26 @@ def trim(
     import transformers
     from transformers import AutoConfig
 
-    from ..reporting.saved import (
-        TOKENIZER_CONFIG,
-        base_config,
-        is_adapter,
-        load_adapter,
-        load_pretrained,
-        open_adapter,
-        task_of,
-    )
+    from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
+    from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter, task_of
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
-    from ..tasks.task import KINDS
-    from .run import Training, check_training, resumed_state, saved_training
+    from ..tasks.task import KINDS, agree_on_padding
+    from .resuming import resumed_state, saved_training
+    from .run import Training, check_training
     from .train import trim_for
 
-    limits = args.limits_of(budget, flops, None, latency, decode_latency) or {"params": 0.5}
+    latency_tables = asked.pop("latency_table")
+    limits = args.limits_of(**asked) or {"params": 0.5}
     args.check_rate(lr)
     if not heal_epochs:
         args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")
     args.check_overwrite(overwrite, resume)
-    check_latency_tables(latency_table, limits)
+    check_latency_tables(latency_tables, limits)
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
-        "--latency-table": latency_table,
+        "--latency-table": latency_tables,
         "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
@@ -213,12 +204,12 @@ def trim(
     wanted = task_options(reading)
     wanted["kind"] = wanted["kind"] or kind_of_model(task_type, config.architectures)
     wanted["label_separator"] = wanted["label_separator"] or record.get("label_separator")
-    is_regressor = config.problem_type == "regression" or config.num_labels == 1
-    names = [] if is_regressor else [str(config.id2label[i]) for i in range(config.num_labels)]
+    numbers = is_regressor(config.problem_type, config.num_labels)
+    names = [] if numbers else [str(config.id2label[i]) for i in range(config.num_labels)]
     head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
     task = read_data(
         source, data, seed=seed, head=head, config=config,
-        **wanted | {"regression": is_regressor or wanted["regression"]},
+        **wanted | {"regression": numbers or wanted["regression"]},
     )  # fmt: skip
     training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)
@@ -230,8 +221,9 @@ def trim(
         else:
             trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model)
         trained = trained.float()  # as in `train`: a model may be stored in 16 bits
+        agree_on_padding(trained, task.tokenizer)
     result = trim_for(
-        trained, task, out_folder, training, name=model, limits=limits, latency=latency_table, state=state,
+        trained, task, out_folder, training, name=model, limits=limits, latency=latency_tables, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     if not result:

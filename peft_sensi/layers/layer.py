@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..anatomy.linears import bias_of, features, not_mergeable, oriented, select, unpack, update_features
+from ..anatomy.linears import bias_of, not_mergeable, oriented, select, unpack, update_features
 from ..utils.errors import SensiError
 from ..utils.replicas import new_parameters_are_empty
 from .compression import PARTS, encode
@@ -121,7 +121,8 @@ class SensiLayer(ComposedWeights):
         if not old.whole:  # if it is, nothing of the base is left
             select(base, slice_.dim, positions_in(old.kept, slice_.kept))
         elif not len(slice_.kept):  # the base alone computes a sublayer without units, and needs its shape
-            base.weight.data = oriented(base, base.weight.new_empty(features(base)))
+            base.weight.data = oriented(base, base.weight.new_empty(slice_.kept_shape))
+            update_features(base)
 
     def draw_mask(self, adapter_name: str, scores: torch.Tensor) -> None:
         """Sets the adapter's mask to the best `scores` `[out, in]` (in the base's order) at its sparsity."""
@@ -280,6 +281,11 @@ class SensiLayer(ComposedWeights):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
 
     # -- internals ----------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:  # values that were written through `.data` do not show in a cache's key
+            self._sensi_fused.clear()
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._sensi_fused.clear()

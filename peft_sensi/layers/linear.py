@@ -94,7 +94,7 @@ class SensiLinear(SensiLayer):
         trained = {"weight": parts.tuned_weight, "bias": parts.tuned_bias}
         replaced = [part for part, value in trained.items() if value is not None]
         key = id(base.weight), base.weight.device, version_of(bias_of(base))
-        base_values, _ = self._cached(name, key, lambda: (self._base_values(slice_, replaced), None))
+        base_values, _ = self._cached(name, key, lambda: (self._base_values(slice_, replaced), base.weight))
         index = slice_.tuned_index.to(x.device)
         if parts.tuned_weight is not None:
             change = (parts.tuned_weight - base_values["weight"]).to(x.dtype)

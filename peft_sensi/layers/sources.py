@@ -29,10 +29,12 @@ def source_of(x: torch.Tensor) -> Source | None:
     """The source of `x`, or `None` if its producer has saved nothing that `x` can be computed from at low cost.
 
     It is also `None` if hooks have packed what was saved (gradient checkpointing, offloading): to read it would run
-    the hooks. LayerNorm's result can differ in the last digit, because its mean and variance are not computed again.
+    the hooks. And it is `None` if something has written into `x` under `torch.no_grad()`, such as a hook that edits
+    activations: autograd does not know of that. LayerNorm's result can differ in the last digit, because its mean and
+    variance are not computed again.
     """
     node = x.grad_fn
-    if node is None or x.output_nr != 0:
+    if node is None or x.output_nr != 0 or x._version != 0:
         return None
     if (rule := _RULES.get(node.name())) is not None:
         operands = _saved(node, rule[0])

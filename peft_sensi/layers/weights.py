@@ -60,7 +60,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which
         # FSDP shards.
-        self._sensi_fused: dict[str, tuple[Any, Any, Any]] = {}
+        self._sensi_fused: dict[str, tuple[Any, ...]] = {}
         self._sensi_unmerged: list[Pair] = []
         self.out_features, self.in_features = features(base_layer)
         self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
@@ -239,8 +239,11 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         weight, bias, _ = self._fused_again(name, dtype, parts)
         return in_base_order(slice_, (weight, bias))
 
-    def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """The cached result of `make` for this adapter. `make` is called again when the key changes."""
+    def _cached(self, name: str, key: Any, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, Any]:
+        """The first two results of `make` for this adapter, cached. `make` is called again when the key changes.
+
+        All further results are only held: tensors whose addresses are in the key, so that no others can get these.
+        """
         cached = self._sensi_fused.get(name)
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -250,22 +253,30 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
     def _decoded(self, name: str, dtype: torch.dtype) -> Pair:
         """Weight and bias of a compressed adapter. They are cached until a code changes."""
         key = dtype, *self._base_key(), *map(version_of, self.own_parts(name).values())
-        return self._cached(name, key, lambda: cast(self._composed(name), dtype))
+        return self._cached(name, key, lambda: (*cast(self._composed(name), dtype), self._held_base()))
 
     def _base_key(self) -> tuple[Any, ...]:
-        """A key that changes when the base's weight or bias is replaced, moved or written into."""
+        """A key that changes when the base's weight or bias is replaced, moved or written into.
+
+        It is sure only while what `_held_base` has returned for it is held.
+        """
         base = self.get_base_layer()
         return base.weight.device, version_of(base.weight), version_of(bias_of(base))
+
+    def _held_base(self) -> list[torch.Tensor]:
+        base = self.get_base_layer()
+        return [tensor.detach() for tensor in (base.weight, bias_of(base)) if tensor is not None]
 
     def _fused(self, name: str, dtype: torch.dtype, parts: Parts) -> Pair:
         """Weight (without the low-rank term) and bias in the adapter's order. The frozen values are cached."""
         slice_, base = self.sensi_slices[name], self.get_base_layer().weight
 
-        def frozen() -> Pair:
+        def frozen() -> tuple[Any, ...]:
             weight, bias = self._kept_base(slice_)
             # The cache shares the base's own tensors if nothing is written into it.
             copy = slice_.tuned_count > 0 and weight.data_ptr() == base.data_ptr()
-            return weight.to(dtype, copy=copy), None if bias is None else bias.to(dtype, copy=copy)
+            bias = None if bias is None else bias.to(dtype, copy=copy)
+            return weight.to(dtype, copy=copy), bias, self._held_base()
 
         with torch.inference_mode(False), torch.no_grad():
             if self._owns_base(dtype):

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.modules import positions_of, unwrapped
 from ..utils.errors import SensiError, how_to_install
-from ..utils.files import writing
+from ..utils.files import new_folder, writing
 from .onnx_graph import move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
 
@@ -147,8 +147,11 @@ def export_onnx(
             f"{type(merged).__name__} cannot run a batch of {', '.join(names)}: {what} A decoder that classifies "
             f"needs `model.config.pad_token_id` for batches. For other kinds of input, give an example as `inputs=`."
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name:
+    with (
+        writing(path),
+        new_folder(path.parent),
+        tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name,
+    ):
         folder, small = Path(name), None
         _trace(merged, examples[0], expected, folder / "draft.onnx", opset)
         table = positions_of(merged)

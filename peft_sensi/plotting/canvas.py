@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.errors import SensiError, how_to_install
-from ..utils.files import write_atomically
+from ..utils.files import write_atomically, writing
 from ..utils.formatting import short_names, shortened
 from ..utils.states import FROZEN, TRIMMED, TUNED, UPDATED
 
@@ -150,7 +150,8 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise SensiError(f"{path}: pictures are written as {', '.join(sorted(known))}, not as {kind or 'nothing'!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # The sheet grows where a label would be cut off.
     sheet = Bbox.from_bounds(0, 0, *figure.get_size_inches())
     whole = Bbox.union([sheet, figure.get_tightbbox().padded(0.06)])

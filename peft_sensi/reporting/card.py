@@ -31,16 +31,15 @@ from ..utils.formatting import human, size_of
 from ..utils.places import is_repo
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
+from .pretrained import TOKENIZER_CONFIG, load_pretrained
 from .results import metrics_of, model_index, results_table, task_record, training_rows
 from .saved import (
     CARD,
     PICTURE,
     TASKS,
-    TOKENIZER_CONFIG,
     SavedAdapter,
     base_config,
     head_settings_of,
-    load_pretrained,
     plan_without_weights,
     short_fingerprint,
     task_of,

@@ -17,8 +17,9 @@ from ..merging.load import load_merged
 from ..planning.measuring import example_inputs
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
+from .pretrained import TOKENIZER_CONFIG, load_pretrained
 from .results import metrics_of
-from .saved import CONFIG, TOKENIZER_CONFIG, WEIGHTS, SavedAdapter, load_adapter, load_pretrained
+from .saved import CONFIG, WEIGHTS, SavedAdapter, load_adapter
 from .saved_merged import SavedMerged, open_saved, tokenizer_of
 
 

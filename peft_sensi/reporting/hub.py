@@ -24,7 +24,8 @@ from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_atomically
 from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import load_card, new_card, save_card, save_with_tags, write_card
-from .saved import CARD, CONFIG, METRICS, PICTURE, TOKENIZER_FILES, WEIGHTS, SavedAdapter, open_adapter, task_of
+from .pretrained import TOKENIZER_FILES
+from .saved import CARD, CONFIG, METRICS, PICTURE, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
 from .uploads import Upload, check_links, collect, local_paths, public_config, renew_hash, without_paths

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..merging.onnx import ExportReport
-from ..utils.checks import is_count
+from ..utils.checks import is_count, is_regressor
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.places import is_onnx
@@ -52,6 +52,7 @@ def write_companions(
     task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
     names = config.id2label or {}
     labels = [str(names[i]) for i in sorted(names)]
+    is_classifier = task == "SEQ_CLS" and not is_regressor(config.problem_type, len(labels))
     limits = [record.get("max_length"), report.longest, getattr(tokenizer, "model_max_length", None)]
     known = [limit for limit in limits if is_count(limit, 2) and limit < 10**6]
     values = {
@@ -59,7 +60,7 @@ def write_companions(
         "version": _version(),
         "kind": _KINDS.get(task or ""),
         "model_class": (config.architectures or [None])[0],
-        "labels": [] if config.problem_type == "regression" or task not in ("SEQ_CLS", "TOKEN_CLS") else labels,
+        "labels": labels if task == "TOKEN_CLS" or is_classifier else [],
         "problem_type": config.problem_type,
         "max_length": min(known, default=None),
         "inputs": list(report.inputs),

@@ -22,20 +22,8 @@ from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
 from ..utils.places import UNFINISHED, is_onnx, not_found
-from .saved import (
-    CARD,
-    METRICS,
-    TOKENIZER_FILES,
-    TOKENIZER_MARKS,
-    SavedAdapter,
-    Tensors,
-    file_in,
-    is_adapter,
-    load_pretrained,
-    open_adapter,
-    pretrained_tokenizer,
-    tensors_in,
-)
+from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
+from .saved import CARD, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in
 
 
 _ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..utils.checks import is_regressor
+
 
 @dataclass(frozen=True)
 class Head:
@@ -28,7 +30,7 @@ class Head:
 
     @property
     def is_regression(self) -> bool:
-        return self.problem == "regression" or (self.count == 1 and self.problem is None)
+        return is_regressor(self.problem, self.count)
 
 
 def adapter_snippet(

@@ -21,7 +21,8 @@ from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from ..utils.formatting import size_of
 from ..utils.places import is_repo
-from .saved import CONFIG, METRICS, TOKENIZER_CONFIG, TOKENIZER_FILES
+from .pretrained import TOKENIZER_CONFIG, TOKENIZER_FILES
+from .saved import CONFIG, METRICS
 
 
 _TEXTS = (".md", ".jinja")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import answers, texts, words
-from .columns import WRITTEN, label_columns, other_label_columns, text_columns, usual_label_columns
+from .building import (
+    check_columns,
+    only_tables,
+    questions_in,
+    sentences_in,
+    size_line,
+    task_of_answers,
+    task_of_texts,
+    task_of_words,
+)
+from .columns import WRITTEN, text_columns, usual_label_columns
 from .decoding import TEXT_SUFFIXES, suffix_of
-from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
-from .metrics import Quality
+from .labels import DataError, Labels
 from .sources import Part, Source, read_source
-from .splitting import by_group, hold_out, sample
-from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, record_of, stride_of, token_doubts
+from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, stride_of, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -55,7 +62,7 @@ def read_task(
     check_options(kind, wanted)
     tokenizer = load_tokenizer(kind, model, config)
     limit = limit_of(tokenizer, wanted.max_length or KINDS[kind][2], _config_of(model, config, tokenizer))
-    read = {"text": _read_texts, "words": _read_words, "answers": _read_answers}[kind]
+    read = {"text": task_of_texts, "words": task_of_words, "answers": task_of_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
     notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
     task.doubts[:0] = [*notes, *token_doubts(task.train, tokenizer)]
@@ -82,18 +89,18 @@ def rows_for_prediction(
     parts = source.train
     notes = [*source.notes, *(note for part in parts for note in part.notes)]
     if kind == "text":
-        _only_tables(parts, kind)
+        only_tables(parts, kind)
         columns, doubts = text_columns(parts[0].name, parts[0].rows, [], wanted.text_column, wanted.pair_column)
         for part in parts:
-            _check_columns(part, columns)
+            check_columns(part, columns)
         raw = [row for part in parts for row in texts.to_raw(part.name, part.rows, columns, [], wanted)[0]]
         rows, longest, cut = texts.encode(parts[0].name, raw, None, tokenizer, limit)
-        return rows, [f"text in {' + '.join(columns)}, {_size(raw, longest, cut, limit)}"], [*notes, *doubts]
+        return rows, [f"text in {' + '.join(columns)}, {size_line(raw, longest, cut, limit)}"], [*notes, *doubts]
     if kind == "words":
-        raw = [row for part in parts for row in _sentences(part, wanted, needs_tags=False)]
+        raw = [row for part in parts for row in sentences_in(part, wanted, needs_tags=False)]
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
         return words.encode(raw, None, tokenizer, limit)[0], lines, notes
-    raw = [row for part in parts for row in _questions(part, labeled=False)]
+    raw = [row for part in parts for row in questions_in(part, labeled=False)]
     return answers.encode(raw, tokenizer, limit, stride_of(wanted, limit))[0], [], notes
 
 
@@ -167,184 +174,6 @@ def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
         return config
     from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.pretrained import load_pretrained
 
     return load_pretrained(AutoConfig, model)
-
-
-def _only_tables(parts: Sequence[Part], kind: str) -> None:
-    for part in parts:
-        if part.form != "table":
-            raise DataError(f"{part.name} has rows for the task {part.form}, not for the task {kind}.")
-
-
-def _check_columns(part: Part, columns: Sequence[str]) -> None:
-    """All files have the columns that were found in the first one."""
-    if missing := [name for name in columns if name not in part.rows[0]]:
-        there = listed(list(part.rows[0]))
-        raise DataError(f"{part.name} has no column {missing[0]!r}, as the first file has; it has {there}.")
-
-
-# -- texts ------------------------------------------------------------------------------------------------------------
-
-
-def _read_texts(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
-    _only_tables([*source.train, *source.validation], "text")
-    first = source.train[0]
-    label = label_columns(first.name, first.rows, options.label_columns())
-    columns, doubts = text_columns(first.name, first.rows, label, options.text_column, options.pair_column)
-    notes: list[str] = []
-
-    def raw_of(parts: Sequence[Part], at_most: int | None) -> list[dict[str, Any]]:
-        found = []
-        for part in parts:
-            _check_columns(part, [*columns, *label])
-            rows, left_out = texts.to_raw(part.name, part.rows, columns, label, options)
-            found += rows
-            notes.extend(f"{part.name}: {note}" for note in left_out)
-        return [found[i] for i in sample(len(found), at_most, options.seed)]
-
-    train, held = raw_of(source.train, options.max_rows), raw_of(source.validation, options.max_validation_rows)
-    if not any(row["text"].strip() for row in train):
-        raise DataError(f"{first.name}: all texts in {columns[0]!r} are empty (--text-column).")
-    labels = _labels_for(first.name, train, label, options, head)
-    lines, more = texts.describe(labels, train)
-    if others := other_label_columns(first.rows, options.label_columns(), label[0]):
-        more.append(f"the labels could also be in {listed(others)} (--label-column)")
-    if words.OUTSIDE in labels.names and all(map(is_tag, labels.names)):
-        more.append("the labels look like tags of words: --task words reads words and sentences")
-    if not source.validation and options.validation_share:
-        strata = [None if labels.regression else str((parts_of(row["label"], labels.separator) or [""])[0])
-                  for row in train]  # fmt: skip
-        kept, out = hold_out(strata, _held_share(len(train), options), options.seed)
-        train, held = [train[i] for i in kept], [train[i] for i in out]
-    (rows, longest, cut), (held_rows, _, cut_too) = (
-        texts.encode(name, part, labels, tokenizer, limit)
-        for name, part in ((first.name, train), (source.validation[0].name if source.validation else first.name, held))
-    )
-    more += _repeated(train, held, "texts", "text", "pair")
-    size = _size([*train, *held], longest, cut + cut_too, limit)
-    described = [f"{_count(rows, held_rows, 'rows')}; text in {' + '.join(columns)}, labels in {', '.join(label)}"]
-    record = record_of("text", labels, options, limit, text_columns=list(columns), label_columns=label)
-    return Task(
-        "text", tokenizer, labels, rows, held_rows, partial(texts.measure, labels), [*described, *lines, size],
-        [*notes, *doubts, *more], record,
-    )  # fmt: skip
-
-
-def _repeated(train: Sequence[dict], held: Sequence[dict], what: str, *keys: str) -> list[str]:
-    """A doubt, if validation rows are among the training rows."""
-    known = {str([row.get(key) for key in keys]) for row in train}
-    again = sum(str([row.get(key) for key in keys]) in known for row in held)
-    which = f"{again:,} of the validation {what} {'is' if again == 1 else 'are'} also among the training {what}"
-    return [which] if again else []
-
-
-def _size(raw: Sequence[dict[str, Any]], longest: int, cut: int, limit: int) -> str:
-    empty = sum(not row["text"].strip() for row in raw)
-    return f"longest text {longest:,} tokens, {cut:,} cut at {limit} (--max-length), {empty:,} empty"
-
-
-def _labels_for(
-    name: str, raw: list[dict[str, Any]], columns: list[str], options: Options, head: Labels | None
-) -> Labels:
-    if head is None:
-        return texts.labels_of(name, raw, columns, options)
-    values = [row["label"] for row in raw]
-    if head.several:
-        return order_of_head(find_several(values, options.label_separator), head.names, name, options.allow_unknown)
-    if lists := [value for value in values if isinstance(value, list | tuple)]:
-        raise DataError(f"{name}: the labels are lists, such as {lists[0]!r:.60}, and the model predicts one label.")
-    if head.regression or options.regression:
-        texts.check_numbers(name, raw, "as the model predicts")
-    found = find_labels(values, head.regression or options.regression)
-    if found.regression and {name_of(value) for value in values} <= set(head.names):
-        found = Labels(list(head.names))
-    return order_of_head(found, head.names, name, options.allow_unknown)
-
-
-def _held_share(rows: int, options: Options) -> float:
-    """The share of the rows that is held out for validation."""
-    return min(options.validation_share, (options.max_validation_rows or rows) / rows)
-
-
-def _count(rows: Rows, held: Rows, what: str) -> str:
-    return f"{len(rows.raw):,} {what}" + (f" and {len(held.raw):,} for validation" if len(held) else "")
-
-
-# -- words and answers ------------------------------------------------------------------------------------------------
-
-
-def _sentences(part: Part, options: Options, needs_tags: bool = True) -> list[dict[str, Any]]:
-    if part.form == "words":
-        return part.rows
-    _only_tables([part], "words")
-    label = options.label_columns()
-    return words.to_raw(part.name, part.rows, options.text_column, label[0] if label else None, needs_tags)
-
-
-def _read_words(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
-    train, held = (
-        [row for part in parts for row in _sentences(part, options)] for parts in (source.train, source.validation)
-    )
-    train, held = _chosen(train, held, options)
-    labels = words.labels_of(train, held)
-    if head is not None:
-        labels = words.labels_for(head, labels, source.train[0].name)
-    lines, doubts = words.describe(labels, train)
-    if not source.validation and options.validation_share:
-        strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
-        kept, out = hold_out(strata, _held_share(len(train), options), options.seed, "sentences")
-        train, held = [train[i] for i in kept], [train[i] for i in out]
-    doubts += _repeated(train, held, "sentences", "tokens")
-    rows, longest, cut = words.encode(train, labels, tokenizer, limit)
-    held_rows, _, cut_too = words.encode(held, labels, tokenizer, limit)
-    size = f"longest sentence {longest:,} tokens, {cut + cut_too:,} in several windows of {limit} (--max-length)"
-    record = record_of("words", labels, options, limit)
-    measure = partial(words.measure, labels)
-    described = [_count(rows, held_rows, "sentences"), *lines, size]
-    return Task("words", tokenizer, labels, rows, held_rows, measure, described, doubts, record)
-
-
-def _questions(part: Part, labeled: bool = True) -> list[dict[str, Any]]:
-    rows = part.rows
-    if part.form != "answers":
-        _only_tables([part], "answers")
-        rows, notes = answers.from_table(part.name, part.rows, labeled)
-        part.notes += notes
-    if labeled and (open_ones := [row["row"] for row in rows if "answers" not in row]):
-        raise DataError(
-            f"{part.name}: question {open_ones[0]} has no answer. Give each question `answers`, as in SQuAD (an empty "
-            f"list if the text has no answer), or a table the columns `answer` and `answer_start`."
-        )
-    return rows
-
-
-def _read_answers(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:
-    train, held = ([row for part in parts for row in _questions(part)] for parts in (source.train, source.validation))
-    train, held = _chosen(train, held, options)
-    lines, doubts = answers.describe(train)
-    if not source.validation and options.validation_share:
-        kept, out = by_group([row["article"] for row in train], _held_share(len(train), options), options.seed)
-        train, held = [train[i] for i in kept], [train[i] for i in out]
-        held = [held[i] for i in sample(len(held), options.max_validation_rows, options.seed)]  # groups differ in size
-    doubts += _repeated(train, held, "questions", "question", "context")
-    silent = answers.may_be_silent(train) if options.silent is None else options.silent
-    stride = stride_of(options, limit)
-    rows, longest, cut = answers.encode(train, tokenizer, limit, stride)
-    held_rows, _, cut_too = answers.encode(held, tokenizer, limit, stride)
-    size = f"longest input {longest:,} tokens, {cut + cut_too:,} in several windows of {limit} (--max-length)"
-    record = record_of("answers", Labels([]), replace(options, stride=stride), limit, silent=silent)
-    described = [_count(rows, held_rows, "questions"), *lines, size]
-
-    def measure(outputs: Any, measured: Rows, _: Rows | None) -> Quality:
-        return answers.measure(outputs, measured, options.max_answer_length, silent)
-
-    return Task("answers", tokenizer, Labels([]), rows, held_rows, measure, described, doubts, record)
-
-
-def _chosen(train: list, held: list, options: Options) -> tuple[list, list]:
-    """The rows that `max_rows` and `max_validation_rows` leave."""
-    parts = (train, options.max_rows), (held, options.max_validation_rows)
-    kept = [[rows[i] for i in sample(len(rows), at_most, options.seed)] for rows, at_most in parts]
-    return kept[0], kept[1]

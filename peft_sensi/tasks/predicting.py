@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.checks import is_regressor
 from ..utils.errors import SensiError, how_to_install
 from .kinds import decode
 from .labels import Labels, labels_of_head
 from .record import checked_record, kind_of_model, saved_record
-from .task import Kind, Rows, collator_of, load_tokenizer
+from .task import Kind, Rows, agree_on_padding, collator_of, load_tokenizer
 
 
 # The outputs that each kind needs, by their names in Transformers.
@@ -107,7 +108,8 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
 
     from ..merging.load import load_merged
     from ..reporting.onnx_folder import find_onnx
-    from ..reporting.saved import TOKENIZER_CONFIG, load_adapter, task_of
+    from ..reporting.pretrained import TOKENIZER_CONFIG
+    from ..reporting.saved import load_adapter, task_of
     from ..reporting.saved_merged import SavedMerged, open_saved
 
     if (file := find_onnx(Path(name))) is not None:
@@ -127,6 +129,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
         raise SensiError(f"{name} has no tokenizer: save that of the base model into the same folder.")
     source = str(saved.folder) if has_tokenizer else str(other)
     tokenizer = load_tokenizer(kind, source, model.config)
+    agree_on_padding(model, tokenizer)
     accepted = set(inspect.signature(model.forward).parameters)
 
     def run(batch: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
@@ -162,8 +165,9 @@ def _of_onnx(file: Path) -> Predictor:
 
     def run(batch: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         arrays = {key: value.numpy() for key, value in batch.items()}
-        missing = {key: np.zeros_like(arrays["input_ids"]) for key in names if key not in arrays}
-        return tuple(session.run(list(OUTPUTS[kind]), {key: (arrays | missing)[key] for key in names}))
+        # What a model assumes for inputs that the tokenizer does not give: no padding, and one type of tokens.
+        assumed = {name: np.full_like(arrays["input_ids"], name == "attention_mask") for name in names}
+        return tuple(session.run(list(OUTPUTS[kind]), {name: (assumed | arrays)[name] for name in names}))
 
     labels = Labels([]) if kind == "answers" else labels_of_head(values["labels"], values.get("problem_type"))
     config = _Family()
@@ -193,7 +197,7 @@ def _checked(name: str, kind: Any, task: Any) -> Kind:
 
 
 def _labels(kind: str, config: Any) -> Labels:
-    if kind == "answers" or config.problem_type == "regression" or (kind == "text" and config.num_labels == 1):
+    if kind == "answers" or (kind == "text" and is_regressor(config.problem_type, config.num_labels)):
         return Labels([])
     return labels_of_head([str(config.id2label[i]) for i in range(config.num_labels)], config.problem_type)
 

@@ -187,7 +187,7 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from ..reporting.saved import load_pretrained, pretrained_tokenizer
+    from ..reporting.pretrained import load_pretrained, pretrained_tokenizer
 
     options: dict[str, Any] = {}
     if kind == "answers":
@@ -253,7 +253,7 @@ def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     """
     import transformers
 
-    from ..reporting.saved import load_pretrained
+    from ..reporting.pretrained import load_pretrained
 
     kind, labels, tokenizer = (task, None, None) if isinstance(task, str) else (task.kind, task.labels, task.tokenizer)
     heads: dict[str, Any] = {}
@@ -273,7 +273,7 @@ def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     else:
         base = load_pretrained(auto, model, ignore_mismatched_sizes=True, dtype=dtype, **heads)
     if tokenizer is not None:
-        _agree_on_padding(base.config.get_text_config(), tokenizer)
+        agree_on_padding(base, tokenizer)
         _check_vocabulary(model, base, task)
     return base
 
@@ -292,8 +292,12 @@ def _check_vocabulary(name: str, model: Any, task: Any) -> None:
         )
 
 
-def _agree_on_padding(config: Any, tokenizer: Any) -> None:
-    """Decoders look for the last token that is not padding, so the tokenizer must pad with the token of the config."""
+def agree_on_padding(model: Any, tokenizer: Any) -> None:
+    """Decoders look for the last token that is not padding, so the tokenizer must pad with the token of the config.
+
+    If the tokenizer has no such token, the config gets that of the tokenizer.
+    """
+    config = model.config.get_text_config()
     if config.pad_token_id is None or not 0 <= config.pad_token_id < len(tokenizer):
         config.pad_token_id = tokenizer.pad_token_id
     elif config.pad_token_id != tokenizer.pad_token_id:

@@ -153,10 +153,9 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
         scores = Scores(only_seen(anatomy, unranked, batches), "none", mean_length(read) if read else None)
     plan = make_plan(
         anatomy,
-        {name: values.numpy() for name, values in scores.values.items()},
+        scores,
         limits if limits != Budget() else None,
         targets=targets,
-        protected={name: mask.numpy() for name, mask in scores.protected.items()},
         sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         **config.width_options,
         always_trained=saved_values + bias_values(model, config, targets),

@@ -52,6 +52,11 @@ def label_names(id2label: Any) -> list[str]:
     return [found[i] for i in numbers]
 
 
+def is_regressor(problem_type: str | None, outputs: int | None) -> bool:
+    """Whether a head predicts a number: its config says so, or it has one output and the config says nothing."""
+    return problem_type == "regression" or (problem_type is None and outputs == 1)
+
+
 def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types)
 
