@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -75,6 +76,35 @@ def test_fixed_heads_are_tuned_in_their_own_order(example, tmp_path):
     trimmed["groups"][heads.name] = {"size": 3, "kept": "none", "tuned": "none"}
     with pytest.raises(SensiLoadError, match="cannot be trimmed"):
         get_peft_model(nn.Sequential(Biased()), SensiConfig(plan=trimmed, blocks=[layout]))
+
+
+@pytest.mark.parametrize(
+    "field", [{"fixed_heads": True}, {"min_heads": 1}, {"cached": True}, {"cross": True}, {"repeats": 2}], ids=str
+)
+def test_numbers_and_flags_of_a_layout_are_saved_with_the_adapter(example, field, tmp_path):
+    torch.manual_seed(0)
+    base, x = example["Model"](), example["x"]
+    layout = BlockLayout.from_dict({**example["layout"].to_dict(), **field})
+    model = get_peft_model(base, SensiConfig(budget=0.5, score="magnitude", blocks=[layout]))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(example["Model"](), tmp_path)
+    assert torch.equal(again(x), model(x))
+    assert str(again.plan()) == str(model.plan())
+
+
+@pytest.mark.parametrize("field", [{"repeats": -1}, {"min_heads": 10**9}, {"q": 3}, {"head_counts": [1]}], ids=str)
+def test_numbers_of_a_layout_in_a_file_are_checked(example, field, tmp_path):
+    base = example["Model"]()
+    get_peft_model(base, SensiConfig(budget=0.5, score="magnitude", blocks=[example["layout"]])).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["blocks"][0] |= field
+    path.write_text(json.dumps(config))
+    with pytest.raises(SensiLoadError, match=next(iter(field))):
+        PeftModel.from_pretrained(example["Model"](), tmp_path)
 
 
 def test_a_layer_that_runs_three_times_costs_its_flops_three_times():

@@ -30,6 +30,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -344,6 +346,20 @@ def test_layers_without_heads(name):
             for cache in (True, False)
         )
         assert torch.equal(with_cache, without)
+
+
+def test_an_encoder_that_is_used_as_a_decoder_has_a_cache_too():
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    base = BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval()
+    anatomy = build_anatomy(base)
+    scores = {g.name: np.full(g.size, float(g.kind == "neuron")) for g in anatomy.groups}
+    plan = make_plan(anatomy, scores, 0.35, min_units=0, multiple_of=1)
+    assert [int((plan.of(g) > 0).sum()) for g in anatomy.groups if g.kind == "head"] == [1, 0, 0]
+    model = get_peft_model(base, SensiConfig(plan=plan))
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    rest = model(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, model(input_ids=ids).logits[:, 4:], atol=1e-5, rtol=1e-4)
 
 
 def test_a_plan_without_the_heads_that_must_stay_is_refused():

@@ -8,10 +8,11 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import cast_mixed_precision_params
 from safetensors.torch import load, save_file
 from tiny import TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, wrap
 
-from peft_sensi import SensiConfig
+from peft_sensi import SensiConfig, SensiError
 from peft_sensi.layers.saved import SavedWhole
 
 
@@ -242,6 +243,44 @@ def test_values_that_were_converted_one_by_one_warn_in_training_only(convert):
     model.train()
     with pytest.warns(UserWarning, match="float32"):
         model(**tiny_batches(1)[0])
+
+
+INTEGERS = {
+    "positions": {"update": "sparse", "sparse": 40, "target_modules": ["query"]},
+    "mask": {"update": "low_rank", "rank": 2, "sparsity": 0.5, "target_modules": ["query"],
+             "schedule": {"phase": "draw_mask", "at": 0.5}},
+    "gates": {"budget": 0.5, "schedule": {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}},
+    "codes": {"budget": {"trainable": 0.1}, "update": "dense"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_do_not_follow_a_conversion_of_all_frozen_parameters(kind, dtype, tmp_path):
+    """Positions and codes are frozen parameters as well, and 16 bits cannot hold them."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1}
+    model, expected = (wrap(tiny_model(**sizes), **INTEGERS[kind]) for _ in range(2))
+    if kind == "codes":
+        steps(model, 3, 1e-3)
+        model.base_model.compress("int8")
+        model.save_pretrained(tmp_path)
+        model, expected = (PeftModel.from_pretrained(tiny_model(**sizes), tmp_path) for _ in range(2))
+    expected.to(dtype)
+    cast_mixed_precision_params(model, dtype)
+    torch.testing.assert_close(logits(model), logits(expected), atol=0.02, rtol=0)
+    names = ("sensi_places", "sensi_bits", "sensi_gate", "sensi_codes")
+    kept = {n: p for n, p in expected.named_parameters() if any(name in n for name in names)}
+    assert kept
+    assert_same_tensors({n: p for n, p in model.named_parameters() if n in kept}, kept)
+
+
+def test_integers_that_a_conversion_has_spoiled_are_no_values():
+    model = wrap(tiny_model(hidden_size=128, num_hidden_layers=1), **INTEGERS["positions"])
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            parameter.data = parameter.data.half() + 100
+    with pytest.raises(SensiError, match="Convert parameters of float dtypes only"):
+        logits(model)
 
 
 def test_a_base_that_was_unfrozen_is_not_trained_in_silence():

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model
 from torch import nn
-from transformers import AutoModel, BertPreTrainedModel
+from transformers import AutoModel, BertPreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peft_sensi import (
@@ -179,6 +179,28 @@ def test_heads_of_transformers_models_are_as_before(family):
     assert task_head(tiny_model(family)) == NATIVE[family]
     assert task_head(AutoModel.from_config(tiny_config(family))) == []
     assert task_head(tiny_model(family, "MASKED_LM")) == []
+
+
+def test_a_model_of_speech_is_trained_and_saved(tmp_path):
+    """Its head is called as the output layer of a language model, but it has no embeddings."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    layers = {"conv_dim": [8], "conv_stride": [5], "conv_kernel": [10], "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=12, **sizes, **layers, **positions)).eval()
+
+    model = get_peft_model(make(), SensiConfig(budget={"trainable": 0.1}, score="magnitude"))
+    assert model.peft_config["default"].modules_to_save == ["lm_head"]
+    sound = {"input_values": torch.randn(2, 400), "labels": torch.tensor([[1, 2], [3, 4]])}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**sound).loss.backward()
+    optimizer.step()
+    expected = model(**sound).logits
+    assert not torch.equal(expected, make()(**sound).logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(make(), tmp_path)(**sound).logits, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "own" not in name])

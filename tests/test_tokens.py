@@ -20,7 +20,7 @@ from tiny import (
     train,
 )
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, DebertaV2Config, DebertaV2ForMaskedLM
 
 from peft_sensi import (
     SensiConfig,
@@ -111,6 +111,22 @@ def test_the_forward_pass_is_that_of_the_whole_table(dtype):
     assert layer.base_layer.weight.grad is None
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(ids), y)
+
+
+def test_a_model_that_multiplies_with_the_table_uses_the_trained_rows():
+    """The newer output layer of DeBERTa takes the table itself and does not call the embedding."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    base = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=VOCABULARY, legacy=False, **sizes)).eval()
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in few_tokens()]
+    model = wrapped(base, calibration=batches, task_type=None)
+    layer = model.base_model.model.deberta.embeddings.word_embeddings
+    model(**batches[0]).loss.backward()
+    assert layer.sensi_weight["default"].grad.any(1).all()
+    train(model, batches)
+    with model.disable_adapter():
+        assert layer.weight is layer.base_layer.weight
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
 
 
 def test_fast_gradients_equal_the_reference(family):

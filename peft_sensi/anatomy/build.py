@@ -95,6 +95,8 @@ def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[Bl
     """The groups of all blocks in the part of a model that `config` describes."""
     modules = {name: module for name, module in modules.items() if not path or f"{name}.".startswith(f"{path}.")}
     layouts = layouts_of(config) if blocks is None else blocks
+    if getattr(config, "is_decoder", False):  # also families of encoders, such as BERT, can be decoders
+        layouts = tuple(replace(layout, cached=not layout.cross) for layout in layouts)
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     kinds = getattr(text_config, "layer_types", None) or ()
     # The keys of these layers tell Transformers' caches how many tokens they hold.

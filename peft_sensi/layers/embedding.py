@@ -39,5 +39,6 @@ class SensiEmbedding(SensiLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's table. Libraries read the size, dtype and device of `get_input_embeddings().weight`."""
-        return self.base_layer.weight
+        """The table in effect: some models multiply with it, without calling the layer (the output of DeBERTa)."""
+        active, base = self._applied(), self.base_layer.weight
+        return self._combined(active)[0].to(base.dtype) if active else base

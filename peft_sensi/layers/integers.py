@@ -3,8 +3,8 @@
 They are integer parameters of a layer, so that every loader and wrapper of PyTorch sees them. A moving average of all
 parameters (`AveragedModel`, EMA) computes `0.9999 * x + 0.0001 * x` as a float, and cuts it off: a fifth of the
 integers would become smaller by 1, and the copy would compute with wrong weights. What can be recognized as that is
-undone. Other changes in place come from loaders, and stay. In a state dict, integers that are not what they were when
-it was made are an error.
+undone, and so is a conversion to floats, in which large positions would be rounded. Other changes in place come from
+loaders, and stay. In a state dict, integers that are not what they were when it was made are an error.
 """
 
 from __future__ import annotations
@@ -37,24 +37,29 @@ class Noted(NamedTuple):
 def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_cut_off`).
 
+    Also undoes a conversion to another dtype, as of all frozen parameters of a model (`p.data = p.data.half()`).
     Returns the integers; `None` if there are none, or only shards of them. Tensors that were not written to since the
-    last call are not looked at. Other changes come from loaders, and stay. Only a mask that a schedule draws later
-    must not change before: `SensiError`.
+    last call are not looked at. Other changes come from loaders, and stay. `SensiError` is raised if a mask that a
+    schedule draws later has changed before, and for floats that may have lost digits.
     """
+    if (gate := layer.part("gate", adapter_name)) is not None and gate.is_floating_point():
+        gate.data = gate.data.to(torch.uint8)  # zeros and ones are the same in every dtype
     parts = {name: p for name in INTEGERS if (p := layer.part(name, adapter_name)) is not None}
-    parts = {name: p for name, p in parts.items() if not (p.is_floating_point() and name == "codes")}
+    if layer.sensi_slices[adapter_name].compressed == "bfloat16":
+        parts.pop("codes", None)
     if not parts or any(type(p) is not nn.Parameter or p.is_meta for p in parts.values()):
         return None
     noted: Noted | None = layer.sensi_integers.get(adapter_name)
     if noted is not None and noted.copies.keys() != parts.keys():
         noted = None
-    if noted is not None and all(version_of(parts[name]) == version for name, version in noted.versions.items()):
-        return noted
+    if noted is not None and all(noted.versions[name] == version_of(p) for name, p in parts.items()):
+        if all(p.dtype == noted.copies[name].dtype for name, p in parts.items()):
+            return noted
     for name, before in {} if noted is None else noted.copies.items():
         now, copy = parts[name], before.to(parts[name].device)
         if now.shape == copy.shape and now.dtype == copy.dtype and torch.equal(now, copy):
             continue
-        if now.shape == copy.shape and _is_cut_off(now.detach(), copy):
+        if now.shape == copy.shape and (torch.equal(now, copy.to(now.dtype)) or _is_cut_off(now.detach(), copy)):
             with torch.no_grad():
                 if now.dtype == copy.dtype:
                     now.copy_(copy)
@@ -68,10 +73,22 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
             )
         else:
             noted = None
+    if short := [p for p in parts.values() if p.is_floating_point()]:
+        raise SensiError(
+            f"Positions, masks or codes of the adapter {adapter_name!r} were converted to {short[0].dtype}, which may "
+            f"not hold them. Convert parameters of float dtypes only, or the whole model: `model.to(dtype)`."
+        )
     versions = {name: version_of(p) for name, p in parts.items()}
     copies = {name: p.detach().clone() for name, p in parts.items()} if noted is None else noted.copies
     layer.sensi_integers[adapter_name] = noted = Noted(versions, copies)
     return noted
+
+
+def note_integers(layer: Any, *_: Any) -> None:
+    """Notes the integers of a `SensiLayer` as they are, but not those that a loader may not have filled yet."""
+    for name in layer.sensi_slices:
+        if name not in layer.sensi_unchecked:
+            keep_integers(layer, name)
 
 
 def check_integers(layer: Any, state_dict: dict[str, Any], prefix: str, digests: Mapping[str, bytes]) -> None:

@@ -15,7 +15,7 @@ from ..anatomy.linears import bias_of, features, has_codes, is_quantized, matrix
 from ..utils.errors import SensiLoadError
 from .compression import PARTS, decode
 from .functional import Pair, Parts, cast, compose, fuse, overwrite, take
-from .integers import Noted, keep_integers
+from .integers import Noted, keep_integers, note_integers
 from .marks import Mark
 from .slices import Slice, tensor_specs
 from .sources import Source
@@ -39,6 +39,7 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.sensi_plans: dict[str, bytes] = {}
         self.sensi_integers: dict[str, Noted] = {}
         self.plan_mark = Mark()
+        self.register_load_state_dict_post_hook(note_integers)
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
         # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []

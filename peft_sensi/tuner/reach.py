@@ -32,6 +32,7 @@ from .targets import (
     default_also_train,
     default_update,
     name_targets,
+    saved_whole,
     targets_of,
 )
 
@@ -101,7 +102,8 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
                 f"forward pass computes something else.",
                 stacklevel=2,
             )
-        config.target_modules -= special
+        # PEFT saves both embeddings of a model if `lm_head` is a target, and models of speech (CTC) have none.
+        config.target_modules -= special | set(filter(saved_whole(model, config), config.target_modules))
     if not config.from_file and (targets := targets_of(model, config)):
         staying = leave_frozen(model, set(targets), chosen=not (was_default or was_all))
         if staying != targets:

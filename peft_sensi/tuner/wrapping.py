@@ -22,6 +22,7 @@ from ..anatomy.modules import move_hooks, not_linear
 from ..anatomy.units import Group
 from ..layers.embedding import SensiEmbedding
 from ..layers.functional import Pair
+from ..layers.integers import note_integers
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.linear import SensiLinear
 from ..layers.marks import plan_mark
@@ -113,6 +114,7 @@ def note_plan(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
     mark = plan_mark(config.plan)
     for layer in layers_of(model, adapter_name).values():
         layer.sensi_plans[adapter_name] = mark
+        note_integers(layer)
 
 
 def root_of(model: nn.Module) -> nn.Module:

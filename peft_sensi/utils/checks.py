@@ -22,6 +22,7 @@ _PATH = re.compile(r"[A-Za-z0-9]\w*(\.[A-Za-z0-9]\w*)*")
 _LAYER_PATH = re.compile(r"(\w+|\*)(\.(\w+|\*))*")
 # No model has more modules than this, and matching names against this many is still fast.
 _MOST_NAMES, _LONGEST_NAME, _MOST_STARS = 20_000, 512, 8
+_LARGEST_NUMBER = 2**16  # of a block layout: sizes of heads, and how often a layer runs
 
 
 def is_number(value: Any) -> bool:
@@ -180,8 +181,8 @@ def check_foreign(values: Mapping[str, Any]) -> None:
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
     layouts = [layout for layout in values.get("blocks") or () if isinstance(layout, Mapping)]
     for name, value in (field for layout in layouts for field in layout.items()):
-        if name == "head_size" and type(value) is int:
-            continue
+        if isinstance(value, int) and 0 <= value <= _LARGEST_NUMBER:
+            continue  # a number or a flag; `BlockLayout.from_dict` checks which fields are
         # One dotted path or several, whose parts do not begin with an underscore.
         pattern = _LAYER_PATH if name == "layer" else _PATH
         for path in value if isinstance(value, _COLLECTIONS) else [value]:
