@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..utils.errors import SensiError, SensiLoadError
+from ..utils.replicas import is_partitioned
 from .values import version_of
 
 
@@ -38,11 +39,13 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_cut_off`).
 
     Also undoes a conversion to another dtype, as of all frozen parameters of a model (`p.data = p.data.half()`).
-    Returns the integers; `None` if there are none, or only shards of them. Tensors that were not written to since the
-    last call are not looked at. Other changes come from loaders, and stay. `SensiError` is raised if a mask that a
-    schedule draws later has changed before, and for floats that may have lost digits.
+        Returns the integers; `None` if there are none, or only shards of them; those of the last forward pass while
+        DeepSpeed ZeRO-3 has partitioned them. Tensors that were not written to since the last call are not looked at.
+        Other changes come from loaders, and stay. `SensiError` is raised if a mask that a schedule draws later has changed
+        before, and for floats that may have lost digits.
     """
-    if (gate := layer.part("gate", adapter_name)) is not None and gate.is_floating_point():
+    gate = layer.part("gate", adapter_name)
+    if gate is not None and gate.is_floating_point() and not is_partitioned(gate):
         gate.data = gate.data.to(torch.uint8)  # zeros and ones are the same in every dtype
     parts = {name: p for name in INTEGERS if (p := layer.part(name, adapter_name)) is not None}
     if layer.sensi_slices[adapter_name].compressed == "bfloat16":
@@ -50,6 +53,8 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     if not parts or any(type(p) is not nn.Parameter or p.is_meta for p in parts.values()):
         return None
     noted: Noted | None = layer.sensi_integers.get(adapter_name)
+    if any(map(is_partitioned, parts.values())):
+        return noted
     if noted is not None and noted.copies.keys() != parts.keys():
         noted = None
     if noted is not None and all(noted.versions[name] == version_of(p) for name, p in parts.items()):
@@ -94,19 +99,29 @@ def note_integers(layer: Any, *_: Any) -> None:
 def check_integers(layer: Any, state_dict: dict[str, Any], prefix: str, digests: Mapping[str, bytes]) -> None:
     """Compares the integers in a plain state dict with the digests that were saved beside them.
 
-    Integers that were averaged and cut off become those of the layer again, in place of the dict, if the digest says
-    that they were the same. Raises `SensiLoadError` if they are others.
+    Integers that were averaged and cut off, or left out, become those of the layer again, in place of the dict, if the
+    digest says that they were the same. Raises `SensiLoadError` if they are others.
     """
     for adapter_name, digest in digests.items():
         keys = {name: f"{prefix}sensi_{name}.{adapter_name}" for name in INTEGERS}
         found = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
-        if not found or any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta for t in found.values()):
+        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.is_meta for t in found.values()):
             continue
         found = {name: tensor for name, tensor in found.items() if not tensor.is_floating_point()}
-        if not found or is_close(_digest(found), digest):
+        if found and is_close(_digest(found), digest):
             continue
+        if not found and not any(f"{prefix}{name}.{adapter_name}" in state_dict for name in layer.tensor_names):
+            continue  # nothing of this adapter is loaded
         own = keep_integers(layer, adapter_name)
-        if own is None or own.copies.keys() != found.keys() or not is_close(own.digest, digest):
+        same = own is not None and is_close(own.digest, digest)
+        if not found and not same:
+            raise SensiLoadError(
+                f"The state dict has values of the adapter {adapter_name!r}, but not the integers (positions or a "
+                f"mask) that belong to them, and this model has others. DeepSpeed leaves out what is not trained. To "
+                f"go on from its checkpoint, load the adapter in the same folder, and make a new optimizer: "
+                f"`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+            )
+        if own is None or not same or (found and own.copies.keys() != found.keys()):
             raise SensiLoadError(
                 f"{next(iter(keys.values()))!r} or another integer in the state dict is not what it was when the "
                 f"state dict was made. Average or convert only floats, and copy integers as they are."

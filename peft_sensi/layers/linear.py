@@ -53,7 +53,9 @@ class SensiLinear(SensiLayer):
         sharded = getattr(self, "_is_fsdp_managed_module", False) or any(
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *own)
         )
-        plain = sharded or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        # A cache would keep the whole weights that ZeRO-3 spreads over the processes.
+        spread = sharded or hasattr(self.base_layer.weight, "ds_id")
+        plain = spread or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training and sharded:
             check_columns((self.base_layer.weight, *own))
         if self.training and not sharded and torch.is_grad_enabled():

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from ..utils.replicas import is_copied
+
 
 SHORT = (torch.float16, torch.bfloat16)
 
@@ -34,9 +36,12 @@ def without_rounding(
 
 
 def warn_of_short(parameters: Iterable[torch.Tensor]) -> None:
-    """Warns if one of these parameters is trained in 16 bits. Call it in forward passes of training only."""
+    """Warns if one of these parameters is trained in 16 bits. Call it in forward passes of training only.
+
+    DeepSpeed trains a copy in float32, and converts the parameters themselves to 16 bits.
+    """
     short = next((p for p in parameters if p.requires_grad and p.dtype in SHORT), None)
-    if short is not None and not torch.compiler.is_compiling():
+    if short is not None and not is_copied(short) and not torch.compiler.is_compiling():
         name = str(short.dtype).removeprefix("torch.")
         warnings.warn(
             f"The adapter's values were converted to {name}, in which small steps of an optimizer are lost. Convert "

@@ -28,7 +28,7 @@ from .config import SensiConfig
 from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
 from .operations import AdapterOperations
-from .saving import check_present, completed
+from .saving import check_collected, check_present, completed
 from .stale import check_wrapper
 from .wrapping import copy_saved_modules, drop_base, note_plan, replanned, set_head, wrap_head, wrap_module
 
@@ -283,6 +283,7 @@ class SensiModel(AdapterOperations, BaseTuner):
             raise SensiError("`adapter_names` in forward is not supported: call `set_adapter` before each batch.")
         if self.model.training and torch.is_grad_enabled():
             check_wrapper()
+            replicas.check_values(self.model.parameters())
             for name in self.active_adapters:
                 if self.peft_config[name].schedule is not None and name not in self.sensi_stepped:
                     raise SensiError(
@@ -308,6 +309,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
     ) -> dict[str, torch.Tensor]:
+        check_collected(state_dict, model)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # This is PEFT's own copy. From it, PEFT takes all entries of embeddings if the vocabulary was resized.
         for name in [name for name in state_dict if name.endswith(LAYER_MARK)]:

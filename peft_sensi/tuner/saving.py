@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..anatomy.modules import is_base_parameter
 from ..layers.layer import layers_of
 from ..layers.marks import LAYER_MARK
 from ..utils.errors import SensiError
@@ -31,19 +32,46 @@ def check_present(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def check_collected(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raises `SensiError` if a state dict holds shards of adapters, or what ZeRO-3 leaves in a single process."""
+    ours = {name: p for name, p in model.named_parameters() if name in state_dict and not is_base_parameter(name)}
+    if has_shards(state_dict[name] for name in ours) or any(
+        getattr(p, "ds_shape", state_dict[name].shape) != state_dict[name].shape for name, p in ours.items()
+    ):
+        raise SensiError(
+            "The state dict holds shards of FSDP or DeepSpeed ZeRO-3. Collect it in all processes, and save it in one "
+            "with `save_pretrained(folder, state_dict=...)` (see docs/multi_gpu.md)."
+        )
+
+
 def completed(
     tensors: Mapping[str, torch.Tensor], model: nn.Module, config: SensiConfig, adapter_name: str
 ) -> dict[str, torch.Tensor]:
     """The tensors that PEFT found for an adapter, with its plan. Also sets `config.head_settings`, which PEFT saves
-    after the tensors. Raises `SensiError` as `check_present`, and if the tensors are sharded.
+    after the tensors. Raises `SensiError` as `check_present`.
     """
     check_present(model, adapter_name)
-    if has_shards(tensors.values()):
-        raise SensiError(
-            "The state dict holds shards of FSDP. Collect it in all processes, and save it in one with "
-            "`save_pretrained(folder, state_dict=...)` (see docs/multi_gpu.md)."
-        )
+    if tensors:
+        tensors = {**tensors, **_left_out(tensors, model, adapter_name)}
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     config.head_settings = head_settings(root_of(model))
     plan = {prefix + PLAN_KEY: plan_to_tensor(config.plan, config)}
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(LAYER_MARK)} | plan
+
+
+def _left_out(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The integers that `Trainer` has left out of an adapter's tensors under ZeRO-3, because nothing trains them."""
+    found = {}
+    for path, layer in layers_of(model, adapter_name).items():
+        noted = layer.sensi_integers.get(adapter_name)
+        for part, parameter in layer.own_parts(adapter_name).items():
+            name = f"{path}.sensi_{part}.{adapter_name}"
+            if name in tensors or not hasattr(parameter, "ds_id"):
+                continue
+            if noted is None or part not in noted.copies:
+                raise SensiError(
+                    f"The state dict lacks {name!r}. Collect the whole state dict, with what is not trained: "
+                    f"`accelerator.get_state_dict(model)` (see docs/multi_gpu.md)."
+                )
+            found[name] = noted.copies[part]
+    return found

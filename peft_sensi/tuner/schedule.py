@@ -145,7 +145,8 @@ class Schedule:
             Whether something changed.
 
         Raises:
-            SensiError: If the model is sharded by FSDP, or `optimizer` is something else.
+            SensiError: If the model is sharded, or DeepSpeed trains it and the phase is not `"draw_mask"`, or
+                `optimizer` is something else.
         """
         if optimizer is not None and not hasattr(optimizer, "param_groups"):  # Accelerate's wrapper has them too
             raise SensiError(
@@ -155,7 +156,14 @@ class Schedule:
         if replicas.is_sharded(self.model):
             raise SensiError(
                 f"The phase {self.phase['phase']!r} of a schedule changes what is trained or kept, which is not "
-                f"possible in a model that is sharded by FSDP. Train it under DDP, or without a schedule."
+                f"possible in a model that is sharded by FSDP or DeepSpeed ZeRO-3. Train it under DDP, or without a "
+                f"schedule."
+            )
+        if self.phase["phase"] != "draw_mask" and any(map(replicas.is_copied, self.model.parameters())):
+            raise SensiError(
+                f"DeepSpeed's optimizer trains copies of the parameters, so it would undo what the phase "
+                f"{self.phase['phase']!r} of a schedule does. Train it under DDP, or without a schedule; units can be "
+                f"cut by `trim()` after the training."
             )
         done = self.done_steps if done_steps is None else done_steps
         changed = self._switch(done, optimizer)

@@ -43,12 +43,21 @@ def unmark_stale(parameters: Iterable[torch.Tensor]) -> None:
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raises `SensiError` when an optimizer is about to step parameters that a model has lost."""
-    if _stale and any(_is_stale(p) for group in optimizer.param_groups for p in group["params"]):
+    if not _stale:
+        return
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(map(_is_stale, held)) or any(p.untyped_storage().data_ptr() in _storages_of_copies() for p in held):
         raise SensiError(
             "This optimizer was made before units were removed (by `trim()`, at the end of a schedule of cuts, or by "
             "a checkpoint with another plan). It holds parameters that the model no longer has, so its steps would "
             "change nothing. Make a new optimizer, and a new learning rate scheduler for it (or a new `Trainer`)."
         )
+
+
+def _storages_of_copies() -> set[int]:
+    """Where DeepSpeed's optimizers hold copies of parameters that a model has lost."""
+    mappings = [getattr(reference(), "_hp_mapping", None) for reference in _stale.values()]
+    return {mapping.hp_fragment.untyped_storage().data_ptr() for mapping in mappings if mapping is not None}
 
 
 def check_wrapper() -> None:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
@@ -123,21 +124,36 @@ def any_process_on_meta(model: nn.Module) -> bool:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP1 or FSDP2 manages the parameters. Each process then holds only a part of them."""
+    """Whether each process holds only a part of the parameters, which FSDP1 manages or `has_shards` recognizes."""
     return getattr(module, "_is_fsdp_managed_module", False) or has_shards(module.parameters())
 
 
 def has_shards(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether at least one of the tensors is FSDP2's, of which each process holds only a part."""
-    return any(hasattr(tensor, "device_mesh") for tensor in tensors)
+    """Whether each process holds only a part of at least one tensor: FSDP2, tensor parallelism, DeepSpeed ZeRO-3."""
+    return any(hasattr(tensor, "device_mesh") or is_partitioned(tensor) for tensor in tensors)
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has spread a parameter over the processes, which leaves it without values.
+
+    In forward passes and inside of `deepspeed.zero.GatheredParameters` it has its values, and is not partitioned.
+    """
+    return bool(getattr(tensor, "ds_shape", tensor.shape) != tensor.shape)
+
+
+def is_copied(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed trains a parameter. Its optimizer holds a float32 copy, and writes it over the parameter after
+    each step, so other changes of the values are lost.
+    """
+    return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id")
 
 
 def check_gathered(model: nn.Module, action: str) -> None:
-    """Raises `SensiError` if FSDP manages the parameters: it would go on with the old ones, or with a shard."""
+    """Raises `SensiError` if the parameters are sharded: what follows would use old ones, or a shard."""
     if is_sharded(model):
         raise SensiError(
-            f"The model is sharded by FSDP, so it is not possible to {action}. Collect the state dict and save the "
-            f"adapter with it (see docs/multi_gpu.md), then load the adapter in one process."
+            f"The model is sharded by FSDP or DeepSpeed ZeRO-3, so it is not possible to {action}. Collect the state "
+            f"dict and save the adapter with it (see docs/multi_gpu.md), then load the adapter in one process."
         )
 
 
@@ -153,9 +169,18 @@ def check_columns(parameters: Iterable[torch.Tensor]) -> None:
         )
 
 
+def check_values(parameters: Iterable[torch.Tensor]) -> None:
+    """Raises `SensiError` if DeepSpeed ZeRO-3 has to gather a parameter without values from several processes."""
+    if any(getattr(p, "ds_numel", 1) == 0 for p in parameters) and dist.get_world_size() > 1:
+        raise SensiError(
+            "DeepSpeed ZeRO-3 cannot gather parameters without values, which `keep_base=False` leaves, or a plan "
+            "without any unit in a sublayer (`min_units=0`). Leave these options out, or use ZeRO-2."
+        )
+
+
 def check_whole(model: nn.Module) -> None:
-    """Raises `SensiError` if FSDP or DeepSpeed ZeRO-3 has spread the weights over processes, or Accelerate offloads
-    them.
+    """Raises `SensiError` if FSDP, tensor parallelism or DeepSpeed ZeRO-3 has spread the weights over processes, or
+    Accelerate offloads them.
 
     Units can be ranked only in a process that has whole weights. A `device_map` without offloading is allowed.
     """
@@ -166,12 +191,17 @@ def check_whole(model: nn.Module) -> None:
         _offloads(getattr(module, "_hf_hook", None)) for module in model.modules()
     ):
         raise offloaded()
-    if is_sharded(model):
-        raise SensiError("The model is sharded already (FSDP). Wrap it with the adapter first, then shard it.")
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
+    if any(map(is_partitioned, model.parameters())):
         raise SensiError(
-            "The model was partitioned by DeepSpeed ZeRO-3, so no process has whole weights to rank or trim. Use "
-            "ZeRO-1, ZeRO-2 or FSDP2 (see docs/multi_gpu.md)."
+            "DeepSpeed ZeRO-3 has partitioned the model, so no process has whole weights to rank or trim. Load the "
+            "model and add the adapter before `TrainingArguments` (or `HfDeepSpeedConfig`) gets the settings of "
+            "DeepSpeed, or inside of `deepspeed.zero.GatheredParameters(list(model.parameters()))` (see "
+            "docs/multi_gpu.md)."
+        )
+    if is_sharded(model):
+        raise SensiError(
+            "The model is sharded already, by FSDP or tensor parallelism (`tp_plan`). Wrap it with the adapter first, "
+            "then shard it."
         )
 
 
