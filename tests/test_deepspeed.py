@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, trained, wrap
 
 from peft_sensi import Schedule, SensiConfig, SensiError, SensiLoadError, compute_scores, recipes
+from peft_sensi.layers.layer import layers_of
 
 
 SPARSE = {"update": "sparse", "sparse": 40, "support": "random"}
@@ -93,13 +94,13 @@ def test_a_partitioned_head_is_not_saved(tmp_path):
 
 def test_integers_that_are_not_collected_are_saved_all_the_same(tmp_path):
     model = wrap(tiny_model(), **SPARSE)
-    with partitioned(model):
-        pass
-    with pytest.raises(SensiError, match=r"lacks .*sensi_places.*accelerator\.get_state_dict"):
-        model.save_pretrained(tmp_path, state_dict=collected(model))
     expected, state = logits(model), collected(model)
     with partitioned(model):
         model.save_pretrained(tmp_path, state_dict=state)
+        for layer in layers_of(model, "default").values():
+            layer.sensi_integers.clear()  # as if the layers had never had their integers
+        with pytest.raises(SensiError, match=r"lacks .*sensi_places.*accelerator\.get_state_dict"):
+            model.save_pretrained(tmp_path, state_dict=state)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected)
 
 
