@@ -39,10 +39,10 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_cut_off`).
 
     Also undoes a conversion to another dtype, as of all frozen parameters of a model (`p.data = p.data.half()`).
-        Returns the integers; `None` if there are none, or only shards of them; those of the last forward pass while
-        DeepSpeed ZeRO-3 has partitioned them. Tensors that were not written to since the last call are not looked at.
-        Other changes come from loaders, and stay. `SensiError` is raised if a mask that a schedule draws later has changed
-        before, and for floats that may have lost digits.
+    Returns the integers; `None` if there are none, or only shards of them; those of the last forward pass while
+    DeepSpeed ZeRO-3 has partitioned them. Tensors that were not written to since the last call are not looked at.
+    Other changes come from loaders, and stay. `SensiError` is raised if a mask that a schedule draws later has changed
+    before, and for floats that may have lost digits.
     """
     gate = layer.part("gate", adapter_name)
     if gate is not None and gate.is_floating_point() and not is_partitioned(gate):
