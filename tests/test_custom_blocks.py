@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from tiny import units_at_zero
 from torch import nn
 
-from peft_sensi import AnatomyError, BlockLayout, SensiConfig, SensiLoadError, build_anatomy, make_plan
+from peft_sensi import AnatomyError, BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, make_plan
 
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
@@ -91,6 +91,34 @@ def test_numbers_and_flags_of_a_layout_are_saved_with_the_adapter(example, field
     again = PeftModel.from_pretrained(example["Model"](), tmp_path)
     assert torch.equal(again(x), model(x))
     assert str(again.plan()) == str(model.plan())
+
+
+def test_a_layout_that_no_file_may_hold_is_refused_before_the_training(example):
+    private = BlockLayout.from_dict({**example["layout"].to_dict(), "head_counts": ["_heads"]})
+    with pytest.raises(SensiError, match="paths of public attributes, got '_heads'"):
+        SensiConfig(budget=0.5, blocks=[private])
+
+
+def test_modules_may_have_any_plain_name(tmp_path):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.ModuleDict({"_up": nn.Linear(6, 16), "down-0": nn.Linear(16, 6)})
+            self.layers = nn.ModuleDict({"first-block": layer})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            layer = self.layers["first-block"]
+            return x + layer["down-0"](torch.relu(layer["_up"](x)))
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Model()
+
+    x = torch.randn(3, 6)
+    layout = BlockLayout(layer="layers.first-block", up="_up", down="down-0")
+    model = get_peft_model(make(), SensiConfig(budget=0.5, score="random", blocks=[layout]))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
 
 
 @pytest.mark.parametrize("field", [{"repeats": -1}, {"min_heads": 10**9}, {"q": 3}, {"head_counts": [1]}], ids=str)

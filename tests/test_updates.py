@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 
+from peft_sensi import SensiConfig
 from peft_sensi.layers.updates import learned_mask, pack_mask, sparse_support, top_mask, unpack_mask
 
 
@@ -32,6 +34,13 @@ def test_learned_mask_passes_the_gradient_straight_through():
     upstream = torch.randn(3, 4)
     (learned_mask(scores, 0.5) * upstream).sum().backward()
     assert torch.equal(scores.grad, upstream)
+
+
+def test_a_matrix_with_a_single_weight_starts_with_a_finite_mask():
+    """A single weight has no standard deviation, and its scores made all outputs of the model NaN."""
+    config = SensiConfig(update="mask", granularity="weight", sparsity=0.5, target_modules=["0", "1"])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Linear(1, 1)), config)
+    assert model(torch.randn(3, 4)).isfinite().all()
 
 
 @pytest.mark.parametrize("support", ["magnitude", "random", "decomposition"])

@@ -174,7 +174,8 @@ def first_parts(base: Any, slice_: Slice, values: Pair | None) -> dict[str, torc
         parts["places"] = sparse_support(weight, slice_.sparse, slice_.support, slice_.rank or 1, slice_.seed)
     if "scores" in specs:
         # In units of the matrix's standard deviation, so that one learning rate suits the masks of all matrices.
-        parts["scores"] = weight.float().abs() / weight.float().std().clamp_min(1e-12)
+        deviation = weight.float().std().clamp_min(1e-12) if weight.numel() > 1 else 1.0
+        parts["scores"] = weight.float().abs() / deviation
     if "bits" in specs and slice_.sparsity is not None:
         parts["bits"] = pack_mask(top_mask(weight.abs(), 0.0 if slice_.drawn_later else slice_.sparsity))
     if "gate" in specs:

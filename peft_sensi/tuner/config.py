@@ -22,7 +22,7 @@ from ..planning.plan import Plan
 from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
-from ..utils.checks import check_foreign, check_types
+from ..utils.checks import check_foreign, check_paths, check_types
 from ..utils.errors import MissingFieldError, SensiError, SensiLoadError, how_to_install
 from ..utils.files import find_weights, write_atomically
 from ..utils.formatting import short_repr
@@ -228,6 +228,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
             self.update = self.update or "dense"  # the plan was made for units
         read_latency(self)
         self.layouts()
+        check_paths(self.blocks or ())  # also in code: otherwise a saved adapter could not be loaded
 
     @property
     def inputs(self) -> RunInputs:

@@ -18,8 +18,11 @@ from .errors import SensiError, SensiLoadError
 
 _COLLECTIONS = (list, tuple, set, frozenset)
 _REGEX_SIGNS = set("\\^$*+?{}[]()|")
-_PATH = re.compile(r"[A-Za-z0-9]\w*(\.[A-Za-z0-9]\w*)*")
-_LAYER_PATH = re.compile(r"(\w+|\*)(\.(\w+|\*))*")
+_MODULE_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+_LAYER_PATH = re.compile(r"([\w-]+|\*)(\.([\w-]+|\*))*")
+# Fields of a block layout with paths of attributes. In a file these must be public: no part begins with an underscore.
+_ATTRIBUTES = ("head_size", "head_counts", "kv_head_counts", "head_widths", "repeats")
+_ATTRIBUTE_PATH = re.compile(r"[A-Za-z0-9]\w*(\.[A-Za-z0-9]\w*)*")
 # No model has more modules than this, and matching names against this many is still fast.
 _MOST_NAMES, _LONGEST_NAME, _MOST_STARS = 20_000, 512, 8
 _LARGEST_NUMBER = 2**16  # of a block layout: sizes of heads, and how often a layer runs
@@ -163,7 +166,7 @@ def check_types(values: Mapping[str, Any]) -> None:
 def check_foreign(values: Mapping[str, Any]) -> None:
     """Raises `SensiLoadError` if a config from a file holds more than plain names. Call `check_types` first.
 
-    Regular expressions, private attributes, and too many or too long names are refused.
+    Regular expressions, and too many or too long names are refused.
     """
     for name in ("target_modules", "exclude_modules", "modules_to_save", "also_train"):
         value = values.get(name)
@@ -179,16 +182,20 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             # PEFT builds a regular expression from these.
             if name == "modules_to_save" and (bad := [e for e in value if not e or _REGEX_SIGNS & set(e)]):
                 raise SensiLoadError(f"`{name}` must hold plain names of modules, got {shown(bad[0])}.")
-    layouts = [layout for layout in values.get("blocks") or () if isinstance(layout, Mapping)]
+
+
+def check_paths(layouts: Iterable[Mapping[str, Any]]) -> None:
+    """Raises `SensiError` if a block layout could not be loaded from a file, which holds plain paths only."""
     for name, value in (field for layout in layouts for field in layout.items()):
         if isinstance(value, int) and 0 <= value <= _LARGEST_NUMBER:
             continue  # a number or a flag; `BlockLayout.from_dict` checks which fields are
-        # One dotted path or several, whose parts do not begin with an underscore.
-        pattern = _LAYER_PATH if name == "layer" else _PATH
-        for path in value if isinstance(value, _COLLECTIONS) else [value]:
+        kind, pattern = "module", _LAYER_PATH if name == "layer" else _MODULE_PATH
+        if name in _ATTRIBUTES:
+            kind, pattern = "public attribute", _ATTRIBUTE_PATH
+        for path in value if isinstance(value, _COLLECTIONS) else [value]:  # one path or several
             good = isinstance(path, str) and len(path) <= _LONGEST_NAME and path.count("*") <= _MOST_STARS
             if path != "" and not (good and pattern.fullmatch(path)):
-                raise SensiLoadError(f"`blocks`: `{name}` must hold plain paths of public names, got {shown(path)}.")
+                raise SensiError(f"`blocks`: `{name}` must hold plain paths of {kind}s, got {shown(path)}.")
 
 
 def shown(value: Any) -> str:
