@@ -181,6 +181,15 @@ def test_heads_of_transformers_models_are_as_before(family):
     assert task_head(tiny_model(family, "MASKED_LM")) == []
 
 
+def test_a_problem_type_of_the_users_own_does_not_spoil_the_file(tmp_path):
+    base = tiny_model()
+    base.config.problem_type = "ordinal"  # for the user's own loss
+    model = get_peft_model(base, SensiConfig(budget=0.5, score="magnitude", task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    batch = tiny_batches(1, labels=False)[0]
+    assert torch.equal(PeftModel.from_pretrained(tiny_model(), tmp_path)(**batch).logits, model(**batch).logits)
+
+
 def test_a_model_of_speech_is_trained_and_saved(tmp_path):
     """Its head is called as the output layer of a language model, but it has no embeddings."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

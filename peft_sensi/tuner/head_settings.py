@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..utils.checks import label_names
+from ..utils.checks import PROBLEM_TYPES, label_names
 
 
 def head_settings(model: nn.Module) -> dict[str, Any] | None:
@@ -15,7 +15,7 @@ def head_settings(model: nn.Module) -> dict[str, Any] | None:
     settings: dict[str, Any] = {}
     if names := label_names(getattr(config, "id2label", None)):
         settings["labels"] = names
-    if (problem := getattr(config, "problem_type", None)) is not None:
+    if (problem := getattr(config, "problem_type", None)) in PROBLEM_TYPES:  # not a user's own
         settings["problem_type"] = problem
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     if type(pad := getattr(text, "pad_token_id", None)) is int:
