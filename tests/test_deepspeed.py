@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from processes import free_port
 from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, trained, wrap
 
 from peft_sensi import Schedule, SensiConfig, SensiError, SensiLoadError, compute_scores, recipes
@@ -63,6 +63,7 @@ def test_a_partitioned_base_is_refused_until_it_is_gathered(tmp_path):
 
 def test_a_partitioned_adapter_is_neither_changed_nor_saved_as_it_is(tmp_path):
     model = trained(**TRIM)
+    model.save_pretrained(tmp_path / "before")
     expected = logits(model)
     calls = (
         lambda: model.merge_adapter(),
@@ -74,6 +75,8 @@ def test_a_partitioned_adapter_is_neither_changed_nor_saved_as_it_is(tmp_path):
         for call in calls:
             with pytest.raises(SensiError, match="sharded by FSDP or DeepSpeed ZeRO-3"):
                 call()
+        with pytest.raises(SensiError, match="ZeRO-3 has partitioned the model"):
+            model.load_adapter(tmp_path / "before", "default")
         with pytest.raises(SensiError, match="holds shards of FSDP or DeepSpeed ZeRO-3"):
             model.save_pretrained(tmp_path)
     assert torch.equal(logits(model), expected)
@@ -147,6 +150,25 @@ def test_a_checkpoint_without_integers_is_loaded_only_where_they_are_the_same():
     for state in (early, late):  # without values of the adapter, nothing is lost
         other.load_state_dict({name: t for name, t in state.items() if "sensi_" not in name}, strict=False)
     model.load_state_dict(late, strict=False)
+    logits(model)
+    with partitioned(model):  # DeepSpeed's own files hold the values
+        model.load_state_dict(model.state_dict())
+
+
+def test_integers_that_are_partitioned_are_compared_in_the_next_forward_pass():
+    model = trained(**SPARSE)
+    state = {name: t for name, t in model.state_dict().items() if "_places" not in name}
+    same, other = wrap(tiny_model(), **SPARSE), wrap(tiny_model(), **SPARSE, seed=1)
+    for fresh in (same, other):
+        with partitioned(fresh):
+            empty = {name: t[:0] if "sensi_values" in name else t for name, t in state.items()}
+            own = {
+                name: t for name, t in fresh.state_dict().items() if "sensi_" not in name and "plan_mark" not in name
+            }
+            fresh.load_state_dict({**empty, **own}, strict=False)
+    logits(same)
+    with pytest.raises(SensiLoadError, match="but not the integers"):
+        logits(other)
 
 
 @pytest.mark.parametrize("phase", ["cut", "freeze_dense", "draw_mask"])
@@ -203,16 +225,18 @@ def test_zero_3_itself(tmp_path, monkeypatch):
     deepspeed = pytest.importorskip("deepspeed")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", os.environ.get("MASTER_PORT", "29531"))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     settings = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 1000.0,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     models = {}
     for way in ("plain", "ZeRO-3"):
+        torch.manual_seed(0)
         model = wrap(tiny_model(**changes), budget=0.5, update="low_rank+sparse", rank=2, sparse=8)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         engine = None

@@ -29,6 +29,7 @@ from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
+from ..utils.replicas import check_not_partitioned
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, check_strays, embedding_specs, meaning
 from .config import SensiConfig
 from .slicing import Slices
@@ -154,6 +155,7 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
 
     Outside of `sizes_must_fit`, PyTorch checks the shapes of modules that are saved whole.
     """
+    check_not_partitioned(model)
     layers = layers_of(model)
     saved = f".modules_to_save.{adapter_name}."
     expected: dict[str, Spec] = {}

@@ -169,8 +169,20 @@ def check_columns(parameters: Iterable[torch.Tensor]) -> None:
         )
 
 
+def check_not_partitioned(model: nn.Module) -> None:
+    """Raises `SensiError` if DeepSpeed ZeRO-3 has partitioned a parameter."""
+    if any(map(is_partitioned, model.parameters())):
+        raise SensiError(
+            "DeepSpeed ZeRO-3 has partitioned the model, so no process has whole weights. Load the model and add or "
+            "load the adapter before `TrainingArguments` (or `HfDeepSpeedConfig`) gets the settings of DeepSpeed, or "
+            "inside of `deepspeed.zero.GatheredParameters(list(model.parameters()))` (see docs/multi_gpu.md)."
+        )
+
+
 def check_values(parameters: Iterable[torch.Tensor]) -> None:
     """Raises `SensiError` if DeepSpeed ZeRO-3 has to gather a parameter without values from several processes."""
+    if torch.compiler.is_compiling():  # a guard for each parameter would be slow
+        return
     if any(getattr(p, "ds_numel", 1) == 0 for p in parameters) and dist.get_world_size() > 1:
         raise SensiError(
             "DeepSpeed ZeRO-3 cannot gather parameters without values, which `keep_base=False` leaves, or a plan "
@@ -191,13 +203,7 @@ def check_whole(model: nn.Module) -> None:
         _offloads(getattr(module, "_hf_hook", None)) for module in model.modules()
     ):
         raise offloaded()
-    if any(map(is_partitioned, model.parameters())):
-        raise SensiError(
-            "DeepSpeed ZeRO-3 has partitioned the model, so no process has whole weights to rank or trim. Load the "
-            "model and add the adapter before `TrainingArguments` (or `HfDeepSpeedConfig`) gets the settings of "
-            "DeepSpeed, or inside of `deepspeed.zero.GatheredParameters(list(model.parameters()))` (see "
-            "docs/multi_gpu.md)."
-        )
+    check_not_partitioned(model)
     if is_sharded(model):
         raise SensiError(
             "The model is sharded already, by FSDP or tensor parallelism (`tp_plan`). Wrap it with the adapter first, "
