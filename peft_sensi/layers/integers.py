@@ -86,9 +86,6 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
     versions = {name: version_of(p) for name, p in parts.items()}
     copies = {name: p.detach().clone() for name, p in parts.items()} if noted is None else noted.copies
     layer.sensi_integers[adapter_name] = noted = Noted(versions, copies)
-    digest = layer.sensi_digests.pop(adapter_name, None)
-    if digest is not None and not is_close(noted.digest, digest):
-        raise _others(adapter_name)
     return noted
 
 
@@ -118,27 +115,21 @@ def check_integers(layer: Any, state_dict: dict[str, Any], prefix: str, digests:
         own = keep_integers(layer, adapter_name)
         same = own is not None and is_close(own.digest, digest)
         left_out = not found or any(is_partitioned(p) for p in layer.own_parts(adapter_name).values())
-        if left_out and own is None:
-            layer.sensi_digests[adapter_name] = digest  # compared in the next forward pass
-        if left_out and (own is None or same):
+        if left_out and same:
             continue
         if left_out:
-            raise _others(adapter_name)
+            raise SensiLoadError(
+                f"The state dict has values of the adapter {adapter_name!r}, but not the integers (positions or a "
+                f"mask) that belong to them, and this model has others. DeepSpeed leaves out what is not trained. To "
+                f"go on from its checkpoint, load the adapter in the same folder, and make a new optimizer: "
+                f"`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+            )
         if own is None or not same or own.copies.keys() != found.keys():
             raise SensiLoadError(
                 f"{next(iter(keys.values()))!r} or another integer in the state dict is not what it was when the "
                 f"state dict was made. Average or convert only floats, and copy integers as they are."
             )
         state_dict.update({keys[name]: copy.clone() for name, copy in own.copies.items()})
-
-
-def _others(adapter_name: str) -> SensiLoadError:
-    return SensiLoadError(
-        f"The state dict has values of the adapter {adapter_name!r}, but not the integers (positions or a mask) that "
-        f"belong to them, and this model has others. DeepSpeed leaves out what is not trained. To go on from its "
-        f"checkpoint, load the adapter in the same folder, and make a new optimizer: "
-        f"`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
-    )
 
 
 def is_close(found: bytes, expected: bytes) -> bool:

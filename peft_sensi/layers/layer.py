@@ -51,7 +51,7 @@ class SensiLayer(ComposedWeights):
     # All stored tensors, in the order of the table.
     tensor_names = (*adapter_layer_names, "sensi_places", "sensi_bits", "sensi_gate", "sensi_codes", "sensi_scales")
     other_param_names = (*tensor_names[len(adapter_layer_names) :], "sensi_slices", "sensi_plans", "sensi_frozen",
-                         "sensi_integers", "sensi_digests")  # fmt: skip
+                         "sensi_integers")  # fmt: skip
 
     sensi_scores: nn.ParameterDict
     sensi_bits: nn.ParameterDict
@@ -99,7 +99,7 @@ class SensiLayer(ComposedWeights):
 
     def discard_parts(self, adapter_name: str) -> None:
         """Removes an adapter from this layer. Unlike `delete_adapter`, it never activates another adapter."""
-        for name in (*self.tensor_names, "sensi_slices", "sensi_plans", "sensi_integers", "sensi_digests"):
+        for name in (*self.tensor_names, "sensi_slices", "sensi_plans", "sensi_integers"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self.sensi_unchecked.discard(adapter_name)

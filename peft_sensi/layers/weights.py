@@ -38,8 +38,6 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         # The mark of each adapter's plan (see `marks`).
         self.sensi_plans: dict[str, bytes] = {}
         self.sensi_integers: dict[str, Noted] = {}
-        # Hashes of the integers that belong to loaded values, while ZeRO-3 has partitioned the integers.
-        self.sensi_digests: dict[str, bytes] = {}
         self.plan_mark = Mark()
         self.register_load_state_dict_post_hook(note_integers)
         # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
