@@ -138,7 +138,7 @@ def is_partitioned(tensor: torch.Tensor) -> bool:
 
     In forward passes and inside of `deepspeed.zero.GatheredParameters` it has its values, and is not partitioned.
     """
-    return bool(getattr(tensor, "ds_shape", tensor.shape) != tensor.shape)
+    return hasattr(tensor, "ds_shape") and tensor.ds_shape != tensor.shape  # a lazy parameter has no shape
 
 
 def is_copied(tensor: torch.Tensor) -> bool:
