@@ -57,9 +57,10 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
         return noted
     if noted is not None and noted.copies.keys() != parts.keys():
         noted = None
-    if noted is not None and all(noted.versions[name] == version_of(p) for name, p in parts.items()):
-        if all(p.dtype == noted.copies[name].dtype for name, p in parts.items()):
-            return noted
+    if noted is not None and all(
+        noted.versions[name] == version_of(p) and noted.copies[name].dtype == p.dtype for name, p in parts.items()
+    ):
+        return noted
     for name, before in {} if noted is None else noted.copies.items():
         now, copy = parts[name], before.to(parts[name].device)
         if now.shape == copy.shape and now.dtype == copy.dtype and torch.equal(now, copy):
@@ -114,10 +115,9 @@ def check_integers(layer: Any, state_dict: dict[str, Any], prefix: str, digests:
             continue  # nothing of this adapter is loaded
         own = keep_integers(layer, adapter_name)
         same = own is not None and is_close(own.digest, digest)
-        left_out = not found or any(is_partitioned(p) for p in layer.own_parts(adapter_name).values())
-        if left_out and same:
-            continue
-        if left_out:
+        if not found or any(map(is_partitioned, layer.own_parts(adapter_name).values())):  # left out, or no values
+            if same:
+                continue
             raise SensiLoadError(
                 f"The state dict has values of the adapter {adapter_name!r}, but not the integers (positions or a "
                 f"mask) that belong to them, and this model has others. DeepSpeed leaves out what is not trained. To "

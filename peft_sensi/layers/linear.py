@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..anatomy.linears import bias_of, check_weight, oriented, unpack
-from ..utils.replicas import check_columns
+from ..utils.replicas import check_columns, is_spread
 from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
 from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short, warn_of_unfrozen
@@ -54,7 +54,7 @@ class SensiLinear(SensiLayer):
             type(p) is not nn.Parameter for p in (self.base_layer.weight, *own)
         )
         # A cache would keep the whole weights that ZeRO-3 spreads over the processes.
-        spread = sharded or hasattr(self.base_layer.weight, "ds_id")
+        spread = sharded or is_spread(self.base_layer.weight)
         plain = spread or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training and sharded:
             check_columns((self.base_layer.weight, *own))

@@ -91,11 +91,12 @@ def _parts(batches: Sequence[_Compared]) -> list[list[_Compared]]:
     parts: list[list[_Compared]] = []
     tokens = 0.0
     for compared in batches:
-        tokens += tokens_in(compared.batch)
-        if not parts or tokens > HELD_TOKENS:
+        own = tokens_in(compared.batch)
+        if not parts or tokens + own > HELD_TOKENS:
             parts.append([])
-            tokens = tokens_in(compared.batch)
+            tokens = 0.0
         parts[-1].append(compared)
+        tokens += own
     return parts
 
 

@@ -283,7 +283,7 @@ class SensiModel(AdapterOperations, BaseTuner):
             raise SensiError("`adapter_names` in forward is not supported: call `set_adapter` before each batch.")
         if self.model.training and torch.is_grad_enabled():
             check_wrapper()
-            replicas.check_values(self.model.parameters())
+            replicas.check_values(self.model)
             for name in self.active_adapters:
                 if self.peft_config[name].schedule is not None and name not in self.sensi_stepped:
                     raise SensiError(

@@ -12,7 +12,7 @@ from ..anatomy.modules import is_base_parameter
 from ..layers.layer import layers_of
 from ..layers.marks import LAYER_MARK
 from ..utils.errors import SensiError
-from ..utils.replicas import has_shards
+from ..utils.replicas import has_shards, is_spread
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, plan_to_tensor
 from .config import SensiConfig
 from .head_settings import head_settings
@@ -66,7 +66,7 @@ def _left_out(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_nam
         noted = layer.sensi_integers.get(adapter_name)
         for part, parameter in layer.own_parts(adapter_name).items():
             name = f"{path}.sensi_{part}.{adapter_name}"
-            if name in tensors or not hasattr(parameter, "ds_id"):
+            if name in tensors or not is_spread(parameter):
                 continue
             if noted is None or part not in noted.copies:
                 raise SensiError(

@@ -45,8 +45,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raises `SensiError` when an optimizer is about to step parameters that a model has lost."""
     if not _stale:
         return
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(map(_is_stale, held)) or any(p.untyped_storage().data_ptr() in _storages_of_copies() for p in held):
+    held, copies = [p for group in optimizer.param_groups for p in group["params"]], _storages_of_copies()
+    if any(map(_is_stale, held)) or (copies and any(p.untyped_storage().data_ptr() in copies for p in held)):
         raise SensiError(
             "This optimizer was made before units were removed (by `trim()`, at the end of a schedule of cuts, or by "
             "a checkpoint with another plan). It holds parameters that the model no longer has, so its steps would "

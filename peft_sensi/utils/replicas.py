@@ -141,11 +141,16 @@ def is_partitioned(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_shape") and tensor.ds_shape != tensor.shape  # a lazy parameter has no shape
 
 
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages a parameter, whether it is partitioned now or not."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_copied(tensor: torch.Tensor) -> bool:
     """Whether DeepSpeed trains a parameter. Its optimizer holds a float32 copy, and writes it over the parameter after
     each step, so other changes of the values are lost.
     """
-    return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id")
+    return hasattr(tensor, "_hp_mapping") or is_spread(tensor)
 
 
 def check_gathered(model: nn.Module, action: str) -> None:
@@ -179,11 +184,15 @@ def check_not_partitioned(model: nn.Module) -> None:
         )
 
 
-def check_values(parameters: Iterable[torch.Tensor]) -> None:
+def check_values(model: nn.Module) -> None:
     """Raises `SensiError` if DeepSpeed ZeRO-3 has to gather a parameter without values from several processes."""
     if torch.compiler.is_compiling():  # a guard for each parameter would be slow
         return
-    if any(getattr(p, "ds_numel", 1) == 0 for p in parameters) and dist.get_world_size() > 1:
+    # ZeRO-3 manages all parameters or none. Without it, a forward pass must not walk through all of them.
+    first = next(model.parameters(), None)
+    if first is None or not is_spread(first):
+        return
+    if any(getattr(p, "ds_numel", 1) == 0 for p in model.parameters()) and dist.get_world_size() > 1:
         raise SensiError(
             "DeepSpeed ZeRO-3 cannot gather parameters without values, which `keep_base=False` leaves, or a plan "
             "without any unit in a sublayer (`min_units=0`). Leave these options out, or use ZeRO-2."
