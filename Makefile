@@ -24,9 +24,11 @@ demo: $(VENV)/.stamp-demo
 # A worker that has nothing left takes half of what another one has left. So few files are split, and their fixtures made twice.
 PYTEST_ARGS ?= -n auto --dist worksteal
 
-# No test depends on the wall clock: other work on the machine makes the tests slower, and nothing else.
+# No test depends on the wall clock: other work on the machine makes the tests slower, and nothing else. One that takes
+# longer than any process is given (`PATIENCE` in tests/processes.py) hangs: it fails, and shows where it was.
+HANGS := -o faulthandler_timeout=2400 -o faulthandler_exit_on_timeout=true
 test: $(VENV)/.stamp-dev
-	$(VENV)/bin/python -m pytest --durations 20 $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --durations 20 $(HANGS) $(PYTEST_ARGS)
 
 # Thousands of mutated files, hundreds of kills, every family. This takes an hour on a small machine.
 slow: $(VENV)/.stamp-dev
@@ -34,7 +36,7 @@ slow: $(VENV)/.stamp-dev
 
 # The same tests with the lowest versions that pyproject.toml allows, in an environment of their own. Not in CI.
 floors: $(VENV)-floors/.stamp
-	$(VENV)-floors/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)-floors/bin/python -m pytest $(HANGS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(VENV)/bin/ruff check .

@@ -4,7 +4,7 @@ A job is `{"id": 1, "seed": 7}` (mutations drawn from the seed) or `{"id": 1, "a
 "weights": ...}` (fields of the config to be replaced, the weights file in base64). The answer to a job is `{"id": 1,
 "outcome": ..., "detail": ...}`, where the outcome is `loaded`, `refused` (`SensiLoadError`), `theirs` (an error that
 PEFT raised before any of our code ran) or a failure: `wrong error`, `dirty base`, `bad model`, `crash`, `hang` (5 s of
-processor time), `allocation` (more than twice the base).
+processor time, or no answer for very long), `allocation` (more than twice the base).
 Jobs run in forks of this process, so that a crash costs nothing but the job's own fork.
 """
 
@@ -20,6 +20,8 @@ import select
 import signal
 import struct
 import tempfile
+import threading
+import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection
@@ -34,9 +36,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from processes import PATIENCE
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from tiny import tiny_batches, tiny_model
+from tqdm import tqdm
 
 import peft_sensi
 from peft_sensi import SensiConfig, SensiLoadError
@@ -375,11 +379,11 @@ def run_jobs(jobs: list[dict[str, Any]], made: Adapters, base: torch.nn.Module) 
                 traceback.print_exc()
                 os._exit(1)
         os.close(writer)
-        running, spent, buffer, verdict = None, 0.0, b"", "crash"
+        running, spent, buffer, verdict, heard = None, 0.0, b"", "crash", time.monotonic()
         while True:
             ready, _, _ = select.select([reader], [], [], 0.5)
             if ready:
-                data = os.read(reader, 65536)
+                data, heard = os.read(reader, 65536), time.monotonic()
                 if not data:
                     break
                 *lines, buffer = (buffer + data).split(b"\n")
@@ -390,7 +394,9 @@ def run_jobs(jobs: list[dict[str, Any]], made: Adapters, base: torch.nn.Module) 
                         running = None
                         found.append(line)
                         jobs = jobs[1:]
-            elif running is not None and processor_time(pid) - spent > SECONDS:
+            elif time.monotonic() - heard > PATIENCE or (
+                running is not None and processor_time(pid) - spent > SECONDS
+            ):
                 verdict = "hang"
                 os.kill(pid, signal.SIGKILL)
         os.close(reader)
@@ -409,6 +415,9 @@ def processor_time(pid: int) -> float:
 def serve(connection: Connection) -> None:
     """Receives lists of jobs, and sends the list of answers for each, until it receives `None`."""
     torch.set_num_threads(1)
+    # The lock of tqdm is shared with forks. If one is killed while it holds the lock, all others would wait forever.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     made, base = templates(), new_base()
     # Whatever is loaded lazily is loaded before a limit is set.
     with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
+from processes import PATIENCE
 from safetensors.torch import load_file
 from tiny import tiny_config, wrap
 from transformers import (
@@ -615,7 +616,7 @@ leave_lost_terminal()
 err.print("lost")
 print("on stdout, which is no terminal")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "stdout" in done.stdout
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import hub_cache
 import pytest
 import torch
+from processes import PATIENCE
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -167,5 +168,5 @@ def test_make_targets_in_the_documentation_exist():
 def test_the_package_is_imported_where_blocks_say_it_must_be():
     """The README says that PEFT does not know the method without the import."""
     code = "from peft import PeftConfig; PeftConfig.from_peft_type(peft_type='SENSI')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert "KeyError: 'SENSI'" in done.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import faulthandler
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from processes import PATIENCE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from test_contract import is_plain
 from test_trainer import state, trainer, wrapped
 from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, train, trained, wrap
+from tqdm import tqdm
 
 from peft_sensi import Scores, SensiConfig, SensiError, SensiLoadError, compute_scores
 from peft_sensi.merging.load import load_merged
@@ -32,17 +36,32 @@ from peft_sensi.reporting.saved import open_adapter
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Runs `work` in a fork that has begun when this returns its process id."""
+def fork(work: Callable[[int], None]) -> tuple[int, int]:
+    """Runs `work` in a fork, with a file to write to. Returns the process id and the file to read what it writes.
+
+    A fork of a process with threads can hang. Then it prints where, and ends after `PATIENCE` seconds.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(writer, b"!")
-            work()
+            faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__)
+            os.close(reader)
+            work(writer)
         finally:
             os._exit(0)
     os.close(writer)
+    return pid, reader
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs `work` in a fork that has begun when this returns its process id."""
+
+    def begin(writer: int) -> None:
+        os.write(writer, b"!")
+        work()
+
+    pid, reader = fork(begin)
     os.read(reader, 1)
     os.close(reader)
     return pid
@@ -52,6 +71,17 @@ def kill_after(pid: int, seconds: float) -> None:
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def test_a_fork_that_is_killed_with_the_lock_of_tqdm_blocks_nothing():
+    def hold_forever() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(in_child(hold_forever), 0)
+    lock = tqdm.get_lock()
+    assert lock.acquire(timeout=60)
+    lock.release()
 
 
 def kill_savers(folder: Path, kills: int) -> collections.Counter:
@@ -132,7 +162,8 @@ def run_and_kill(rows, folder: Path, seconds: float) -> None:
     model = wrapped(rows, **TRIM)
     run = trainer(model, rows, folder, save_strategy="steps", save_steps=1)
     pid = in_child(run.train)
-    while not any(folder.glob("checkpoint-*")) and os.waitpid(pid, os.WNOHANG) == (0, 0):
+    while not any(folder.glob("checkpoint-*")):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "The training ended without a checkpoint."
         time.sleep(0.001)
     kill_after(pid, seconds)
 
@@ -220,9 +251,8 @@ def test_files_from_before_the_mark_are_loaded(tmp_path):
 
 def with_full_disk(work: Callable[[], None]) -> None:
     """Runs `work` in a fork in which no file can grow beyond a few bytes; expects our error."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+
+    def fail(writer: int) -> None:
         result = "no error"
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
@@ -231,8 +261,8 @@ def with_full_disk(work: Callable[[], None]) -> None:
         except BaseException as error:
             result = f"{type(error).__name__}: {error}"
         os.write(writer, result.encode()[:4000])
-        os._exit(0)
-    os.close(writer)
+
+    pid, reader = fork(fail)
     result = os.read(reader, 4096).decode()
     os.close(reader)
     os.waitpid(pid, 0)

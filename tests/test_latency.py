@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from processes import PATIENCE
 from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -278,7 +279,7 @@ print(outside[-1], inside[-1])
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_memory_is_kept_for_the_next_run():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=PATIENCE)
     outside, inside = map(int, done.stdout.split())
     assert inside < outside / 10
 
@@ -529,7 +530,7 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingf
 
 def light(*arguments, blocked=HEAVY) -> subprocess.CompletedProcess:
     code = LIGHT.format(blocked=blocked, arguments=list(map(str, arguments)))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_an_export_of_graphs_that_fails_leaves_nothing_in_the_way(bert, tmp_path, monkeypatch):

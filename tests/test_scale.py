@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import PATIENCE
 from tiny import BOTH, TRIM, TUNE, tiny_model, train, wrap
 from torch import nn
 
@@ -105,7 +106,9 @@ def test_the_stages_of_a_large_model_in_small(budget):
     ]
     command += ["--length", "16", "--steps", "2", "--priming-steps", "1", "--budget", budget]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=PATIENCE
+    ).stdout
     rows = [line for line in output.splitlines() if line.startswith("| ")][1:]
     stages = [row.split("|")[1].strip() for row in rows if not row.startswith("| ---")]
     assert len(stages) == 10 and stages[0] == "base" and stages[-1] == "load the merged model"

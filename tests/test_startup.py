@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from processes import PATIENCE
 
 import peft_sensi
 from peft_sensi.cli.commands import app
@@ -43,7 +44,7 @@ print(json.dumps(found))
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
