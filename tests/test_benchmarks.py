@@ -278,8 +278,11 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
         return {"task": "trec6", "method": method, "dev": dev, "held_out": held_out, "rate": rate, "seed": seed,
                 "trained_values": 1, "params_share": 1, "flops_share": 1, "zeros_share": 0, "bytes": 1}  # fmt: skip
 
-    rows = tables.systems_table([run("far(0.1)", 0.7), run("far, random", 0.8)], methods.SYSTEMS).splitlines()
-    assert "below far, random on trec6" in rows[2] and "below" not in rows[3]
+    rows = [run("far(0.1)", 0.7), run("far, random", 0.8), run("far(0.1)", 0.8, seed=1), run("BitFit", 0.5)]
+    _, _, bitfit, far, control = tables.systems_table(rows, methods.SYSTEMS).splitlines()
+    assert far.endswith("| trec6 -10.0 (far, random) |") and bitfit.endswith("| - |") and control.endswith("| - |")
+    far = tables.systems_table([*rows, run("far, random", 0.7, seed=1)], methods.SYSTEMS).splitlines()[3]
+    assert far.endswith("| trec6 +0.0 ± 10.0 (far, random) |")
     runs = [run("full", 0.9, 0.9, 1e-4), run("full", 0.99, 0.8, 3e-4), run("full", 0.7, 0.0, 1e-4, seed=1),
             run("trim 0.5 ours", 0.8), run("trim 0.25 ours", 0.276)]  # fmt: skip
     kept = {(r["method"], r["seed"]): r["retention"] for r in tables.retentions(runs)}

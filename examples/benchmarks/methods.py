@@ -26,7 +26,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """`rate` is the learning rate of AdamW. `control` is the row with which the method is compared in the notes."""
+    """`rate` is the learning rate of AdamW. `control` is the row with which the method is compared."""
 
     build: Callable[[nn.Module, Run], nn.Module]
     rate: float

@@ -1,4 +1,4 @@
-"""Results as Markdown tables: means over seeds with standard errors, and notes on rows below their control."""
+"""Results as Markdown tables: means over seeds with standard errors, and the differences from controls."""
 
 from __future__ import annotations
 
@@ -42,44 +42,44 @@ def with_interval(values: list[float]) -> str:
 
 
 def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:
-    by_method: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """One line for each method; the last column compares it with its control, seed by seed."""
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     latest: dict[str, dict[str, Any]] = {}
     for result in results:
-        by_method[result["method"]][result["task"]].append(result["dev"])
+        found[result["method"]][result["task"]][result["seed"]] = result["dev"]
         latest[result["method"]] = result
-    tasks = [name for name in TASKS if any(name in scores for scores in by_method.values())]
-    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "note"]
+    tasks = [name for name in TASKS if any(name in scores for scores in found.values())]
+    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "points above its control"]
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for name, method in methods.items():
         if name not in latest:
             continue
-        scores, figures = by_method[name], latest[name]
-        control = by_method.get(method.control, {})
-        worse = [
-            task
-            for task in tasks
-            if scores.get(task)
-            and control.get(task)
-            and statistics.fmean(scores[task]) < statistics.fmean(control[task])
+        scores, figures = found[name], latest[name]
+        cells = [
+            name,
+            *(cell(list(scores.get(task, {}).values())) for task in tasks),
+            f"{figures['trained_values']:,}",
+            f"{figures['params_share']:.0%}",
+            f"{figures['flops_share']:.0%}",
+            f"{figures['zeros_share']:.0%}",
+            f"{figures['bytes']:,}",
+            points_above(scores, found[method.control], method.control) if method.control in latest else "-",
         ]
-        note = f"below {method.control} on {', '.join(worse)}" if worse else ""
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    name,
-                    *(cell(scores.get(task, [])) for task in tasks),
-                    f"{figures['trained_values']:,}",
-                    f"{figures['params_share']:.0%}",
-                    f"{figures['flops_share']:.0%}",
-                    f"{figures['zeros_share']:.0%}",
-                    f"{figures['bytes']:,}",
-                    note,
-                ]
-            )
-            + " |"
-        )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def points_above(
+    scores: Mapping[str, Mapping[int, float]], control: Mapping[str, Mapping[int, float]], name: str
+) -> str:
+    """For each task, the mean of the differences between runs with the same seed, and its standard error."""
+    parts = []
+    for task in TASKS:
+        seeds = scores.get(task, {}).keys() & control.get(task, {}).keys()
+        if seeds:
+            mean, error = mean_and_error([100 * (scores[task][seed] - control[task][seed]) for seed in seeds])
+            parts.append(f"{task} {mean:+.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}"))
+    return f"{', '.join(parts)} ({name})"
 
 
 def best_rates(results: list[dict[str, Any]], task: str, methods: Mapping[str, Any]) -> dict[str, float]:
