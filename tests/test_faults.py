@@ -45,7 +45,9 @@ def fork(work: Callable[[int], None]) -> tuple[int, int]:
     pid = os.fork()
     if pid == 0:
         try:
-            faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__)
+            # Not `dump_traceback_later`: pytest may have called it, and a fork would wait for its thread forever.
+            faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
+            signal.alarm(int(PATIENCE))
             os.close(reader)
             work(writer)
         finally:
