@@ -16,7 +16,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import gc
 import random
 import shutil
-import threading
 import warnings
 from pathlib import Path
 
@@ -25,8 +24,8 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+from processes import keep_tqdm_from_forks
 from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, logits, tiny_batches, tiny_model, trained
-from tqdm import tqdm
 
 
 # Models are built inside the tests, on machines that are busy: time per example says nothing here.
@@ -36,10 +35,7 @@ settings.register_profile(
 settings.load_profile("sensi")
 
 torch.set_num_threads(1)  # whatever OMP_NUM_THREADS says
-
-# The lock of tqdm is shared with forks. If a fork is killed while it holds the lock, this process would wait forever.
-tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0  # and no thread that could hold this lock at the moment of a fork
+keep_tqdm_from_forks()
 
 
 def pytest_collection_finish() -> None:

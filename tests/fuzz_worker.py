@@ -20,7 +20,6 @@ import select
 import signal
 import struct
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -36,11 +35,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from processes import PATIENCE
+from processes import PATIENCE, keep_tqdm_from_forks
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from tiny import tiny_batches, tiny_model
-from tqdm import tqdm
 
 import peft_sensi
 from peft_sensi import SensiConfig, SensiLoadError
@@ -415,9 +413,7 @@ def processor_time(pid: int) -> float:
 def serve(connection: Connection) -> None:
     """Receives lists of jobs, and sends the list of answers for each, until it receives `None`."""
     torch.set_num_threads(1)
-    # The lock of tqdm is shared with forks. If one is killed while it holds the lock, all others would wait forever.
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
+    keep_tqdm_from_forks()
     made, base = templates(), new_base()
     # Whatever is loaded lazily is loaded before a limit is set.
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +33,15 @@ FORKS.set_forkserver_preload(
     ["hypothesis", "peft", "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
      "transformers.trainer", "transformers.models.bert.modeling_bert"]
 )  # fmt: skip
+
+
+def keep_tqdm_from_forks() -> None:
+    """Gives tqdm a lock that only threads of this process share, and no thread that could hold it at a fork.
+
+    Forks share the usual lock. If one is killed while it holds the lock, its parent and all other forks wait forever.
+    """
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
 
 
 def environment(rank: int | None = None, port: int = 0, size: int = 2, **extra: str) -> dict[str, str]:

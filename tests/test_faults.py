@@ -76,11 +76,11 @@ def kill_after(pid: int, seconds: float) -> None:
 
 
 def test_a_fork_that_is_killed_with_the_lock_of_tqdm_blocks_nothing():
-    def hold_forever() -> None:
+    def die_with_the_lock() -> None:
         tqdm.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    os.waitpid(in_child(hold_forever), 0)
+    os.waitpid(in_child(die_with_the_lock), 0)
     lock = tqdm.get_lock()
     assert lock.acquire(timeout=60)
     lock.release()

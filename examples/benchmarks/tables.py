@@ -30,7 +30,7 @@ def cell(values: list[float], form: str = ".3f") -> str:
     if not values:
         return "-"
     mean, error = mean_and_error(values)
-    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
+    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
 
 
 def with_interval(values: list[float]) -> str:
@@ -77,8 +77,8 @@ def points_above(
     for task in TASKS:
         seeds = scores.get(task, {}).keys() & control.get(task, {}).keys()
         if seeds:
-            mean, error = mean_and_error([100 * (scores[task][seed] - control[task][seed]) for seed in seeds])
-            parts.append(f"{task} {mean:+.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}"))
+            points = [100 * (scores[task][seed] - control[task][seed]) for seed in seeds]
+            parts.append(f"{task} {cell(points, '+.1f')}")
     return f"{', '.join(parts)} ({name})"
 
 
