@@ -10,6 +10,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
+CONTAINERS = (dict, list, set)
+
+
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """Notes how a model is made up, and returns a function that restores it.
 
@@ -22,8 +25,11 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     values = [value for module in modules for value in vars(module).values()]
     configs = list({id(value): value for value in values if isinstance(value, PreTrainedConfig)}.values())
     attributes = [(vars(owner), dict(vars(owner))) for owner in (*modules, *configs)]
-    containers = {id(v): v for _, before in attributes for v in before.values() if isinstance(v, dict | list | set)}
-    contents: list[tuple[Any, Any]] = [(c, dict(c) if isinstance(c, dict) else list(c)) for c in containers.values()]
+    containers = {id(v): v for _, before in attributes for v in before.values() if isinstance(v, CONTAINERS)}
+    # Most are empty dicts of hooks, ten in each module. They share one empty content.
+    contents: list[tuple[Any, Any]] = [
+        (c, () if not c else dict(c) if isinstance(c, dict) else list(c)) for c in containers.values()
+    ]
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
 
     def restore() -> None:
