@@ -575,6 +575,33 @@ def test_published_names_of_a_trimmed_model_are_read(tmp_path):
     assert_same_tensors(snapshot(load_merged(tmp_path)), snapshot(merged))
 
 
+@pytest.mark.parametrize("budget", [{"trainable": 0.2}, 0.5])
+def test_names_that_only_one_class_was_published_under_are_read(budget, tmp_path):
+    """GPT-NeoX calls its head `embed_out` in files. Transformers knows this by the class, not by the family."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(vocab_size=64, hidden_size=32, num_attention_heads=4, num_hidden_layers=2,
+                           intermediate_size=64, max_position_embeddings=40)  # fmt: skip
+    model = wrap(GPTNeoXForCausalLM(config).eval(), budget=budget, score="random", task_type="CAUSAL_LM")
+    merged = model.merge_and_unload()
+    save_merged(merged, tmp_path)
+    assert_same_tensors(snapshot(load_merged(tmp_path)), snapshot(merged))
+
+
+@pytest.mark.parametrize("budget", [{"trainable": 0.2}, 0.5])
+def test_tensors_that_are_never_saved_are_computed(budget, tmp_path):
+    """Marian's positions are sines, and `save_pretrained` leaves them out."""
+    from transformers import MarianConfig, MarianMTModel
+
+    config = MarianConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                          decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0,
+                          eos_token_id=1, decoder_start_token_id=0, max_position_embeddings=40)  # fmt: skip
+    model = wrap(MarianMTModel(config).eval(), budget=budget, score="random", task_type="SEQ_2_SEQ_LM")
+    merged = model.merge_and_unload()
+    save_merged(merged, tmp_path)
+    assert_same_tensors(snapshot(load_merged(tmp_path)), snapshot(merged))
+
+
 @pytest.mark.parametrize(
     "change",
     [

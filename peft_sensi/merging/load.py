@@ -173,6 +173,10 @@ def _open(folder: Path, weights: str) -> dict[str, torch.Tensor]:
 def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     """The state dict, with every name of a tied parameter. Raises `SensiLoadError` for tensors that do not fit."""
     expected = empty.state_dict(keep_vars=True)
+    # What `save_pretrained` leaves out, such as Marian's positions, is computed when the model is built.
+    left_out = getattr(empty, "_keys_to_ignore_on_save", None) or ()
+    for name in set(left_out) - set(tensors):
+        expected.pop(name, None)
     if extra := sorted(set(tensors) - set(expected)):
         # These may be the names of the family's published checkpoints, which `from_pretrained` converts. The names are
         # not known here, so only the total sizes of floats and of other numbers are checked.
@@ -196,8 +200,8 @@ def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path)
             _check_finite(name, tensor, file)
         state[name] = tensor
     for path, module in empty.named_modules():
-        own = {n: state[f"{path}.{n}" if path else n] for n, _ in module.named_parameters(recurse=False)}
-        if len({tensor.dtype for tensor in own.values()}) > 1:
+        own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        if len({state[name].dtype for name in own if name in state}) > 1:
             raise SensiLoadError(f"{file}: the tensors of {path!r} have several dtypes, with which it cannot run.")
     return state
 
@@ -222,6 +226,7 @@ def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -
             apply_widths(self, found.widths)
 
     Built.__name__ = cls.__name__  # Transformers reads the task from the class's name
+    Built.__module__ = cls.__module__  # and does not convert published names for classes from elsewhere
     folder, state = found.path, found.state
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     dtype = max(set(floating), key=floating.count, default=torch.float32)
