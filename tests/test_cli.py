@@ -171,6 +171,17 @@ def test_train_saves_what_is_needed_to_load(adapter):
     assert not [name for name in names if name.endswith(".bin")], "a pickle"
 
 
+def test_the_default_budget_is_noted_as_one_that_was_asked_for(work, tmp_path):
+    no_rows = ("--validation-share", "0", "--epochs", "0", "--out", tmp_path / "out")
+    text = call("train", work / "base", "--data", work / "data.tsv", *no_rows)
+    assert "baseline" not in text  # there is no metric to compare with one
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    found = json.loads(call("inspect", tmp_path / "out", "--json"))
+    assert metrics["budget"] == found["budget"] == {"params": 0.5} and found["plan"]["params_share"] <= 0.5
+    assert "| prunable parameters kept | 0.5 |" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads(call("plan", work / "base", "--score", "random", "--json"))["budget"] == {"params": 0.5}
+
+
 def test_train_learns_and_says_so(work):
     files = ("--data", work / "data.tsv", "--validation", work / "data.jsonl", "--out", work / "learned")
     rates = ("--epochs", "25", "--lr", "3e-3", "--batch-size", "16")
@@ -389,6 +400,8 @@ def test_labels_and_columns_are_found_where_there_is_no_doubt():
     assert label_columns("f", rows, []) == ["label"] and label_columns("f", rows, ["idx"]) == ["idx"]
     assert text_columns("f", rows, ["label"], None, None)[0] == ("premise", "hypothesis")
     assert text_columns("f", rows, ["idx"], "premise", None)[0] == ("premise",)
+    with pytest.raises(DataError, match="both texts of a pair"):
+        text_columns("f", rows, ["label"], "premise", "premise")
     with pytest.raises(DataError, match="--text-column"):
         text_columns("f", [{"a": "x", "b": "y", "c": "z", "label": "0"}], ["label"], None, None)
 

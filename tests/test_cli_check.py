@@ -35,6 +35,7 @@ def test_nothing_is_wrong(folder):
         status, found = check(folder / which)
         assert status == 0 and {state for state, _ in found.values()} <= {"ok", "note"}
         assert found["outputs"][0] == "ok" and found["tokenizer"] == ("ok", "19 tokens")
+        assert "to compare with another copy" in found["checksum"][1]  # it is compared with nothing here
         assert len(found["checksum"][1].split()[-1]) == 64
     assert check(folder / "adapter")[1]["base"][0] == "ok"
     assert check(folder / "adapter")[1]["versions"][0] == "note"  # torch 0.1.0 then

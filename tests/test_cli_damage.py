@@ -146,6 +146,7 @@ def test_names_that_are_not_found(work, tmp_path, monkeypatch):
     data = ("--data", tmp_path / "labeled.csv")
     for name, words in (
         ("file", "file is a file, not the folder of a model"),
+        ("models/tokens/tokenizer_config.json", "is a file, not the folder of a model"),
         ("models/nothing", "There is no folder models/nothing."),
         ("a/b/c", "There is no folder a/b/c."),
         ("./nothing", "There is no folder ./nothing. Check the path."),

@@ -20,6 +20,8 @@ from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from peft_sensi.scoring.priming import EXAMPLES
+
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,6 +157,16 @@ def test_files_named_in_the_documentation_exist():
     for path in FILES:
         for name in re.findall(r"\b(?:peft_sensi|examples|tests|docs)/[\w./-]*\w", path.read_text(encoding="utf-8")):
             assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), f"{path.name} names {name}"
+
+
+def test_pages_agree_on_how_many_examples_a_priming_step_takes():
+    pages = [path.read_text(encoding="utf-8") for path in FILES]
+    found = [
+        n
+        for text in pages
+        for n in re.findall(r"(\d+) (?:examples|rows) (?:of|from) (?:a batch|each (?:of|batch|process))", text)
+    ]
+    assert len(found) >= 4 and {*map(int, found)} == {EXAMPLES}
 
 
 def test_make_targets_in_the_documentation_exist():

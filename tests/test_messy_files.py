@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import sys
 
 import numpy as np
 import pandas
@@ -12,6 +14,7 @@ from folders import save_tokenizer
 from tiny import tiny_config
 
 from peft_sensi.cli.prediction_files import write_records
+from peft_sensi.cli.terminal import print_result
 from peft_sensi.tasks import answers, texts, words
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import DataError, Labels, find_labels, listed, separator_of
@@ -195,6 +198,25 @@ def test_names_are_listed_so_that_they_can_be_told_apart():
     assert listed(list("abcdefghijklmnop"), 3) == "a, b, c, and 13 more"
 
 
+@pytest.mark.parametrize(("value", "is_number"), [("2024-05-{:02d}", False), ("{}", True)])
+def test_only_numbers_are_told_that_they_can_be_predicted_as_numbers(value, is_number):
+    raw = [{"row": i, "text": f"film {i}", "label": value.format(i)} for i in range(1, 13)]
+    with pytest.raises(DataError, match="probably not the label") as error:
+        texts.labels_of("f.csv", raw, ["day"], Options())
+    assert ("--regression" in str(error.value)) == is_number
+
+
+def test_data_on_stdout_keeps_letters_that_the_locale_lacks(monkeypatch):
+    written = io.BytesIO()
+    for write in (lambda: write_records(None, ".csv", [{"text": "schön", "label": "👍"}]),
+                  lambda: print_result(True, {"label": "👍"})):  # fmt: skip
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", errors="replace"))
+        write()
+        sys.stdout.flush()
+        sys.stdout.detach()
+    assert written.getvalue().decode() == 'text,label\nschön,👍\n{\n  "label": "👍"\n}\n'
+
+
 def test_lists_in_the_columns_of_a_file_stay_lists_in_predictions(tmp_path):
     record = {"tags": ["New York", "b"], "prediction": ["a", "b"]}
     write_records(tmp_path / "p.csv", ".csv", [record], columns=["tags"])
@@ -289,6 +311,15 @@ def test_a_window_without_room_is_named(base, tmp_path):
         read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=30, stride=16)
     with pytest.raises(DataError, match=r"window of 6 tokens has no room for a question and a text \(--max-length"):
         read_task(base, tmp_path / "f.jsonl", validation_share=0.0, max_length=6)
+
+
+@pytest.mark.parametrize("column", ["first", "second"])
+def test_a_pair_of_which_one_text_is_missing_counts_as_empty(base, column, tmp_path):
+    frame = pandas.DataFrame([(text, f"{text}, said they", label) for text, label in ROWS])
+    frame.columns = ["first", "second", "label"]
+    frame.loc[3, column] = None
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    assert ", 1 empty" in "".join(read_task(base, tmp_path / "f.csv").lines)
 
 
 @pytest.mark.parametrize("columns", [["text"], ["text", "more"]])

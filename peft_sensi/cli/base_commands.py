@@ -102,11 +102,12 @@ def plan(
     is_first = PartialState().process_index == 0
     if save_scores is not None and is_first:
         ranking.save(save_scores)  # before the plan, which may fail
-    found = plan_for(base, limits, ranking, seed, latency_tables, "SEQ_CLS" if task is None else task.task_type)
+    task_type = "SEQ_CLS" if task is None else task.task_type
+    found, limits = plan_for(base, limits, ranking, seed, latency_tables, task_type)
     if not is_first:
         return
     if plot is not None:
-        cost = "flops" if limits and "flops" in limits and "params" not in limits else "params"
+        cost = "flops" if "flops" in limits and "params" not in limits else "params"
         found.plot(plot, scores=ranking, style=(style or args.LIGHT).value, cost=cost)
     files = {"scores": save_scores, "picture": plot}
     lines = [f"{what}: {path}" for what, path in files.items() if path is not None]

@@ -6,10 +6,11 @@ import contextlib
 import csv
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .terminal import stdout_for_programs
 
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -22,13 +23,14 @@ def write_records(
     separator: str = " ",
     columns: Sequence[str] = (),
 ) -> None:
-    """Writes the records, one after the other as they come. `path` is `None` for stdout.
+    """Writes the records in UTF-8, one after the other as they come. `path` is `None` for stdout.
 
     In tables, texts in a list are joined by the separator, and a dict becomes one column for each of its keys. Other
     lists, those with the separator in a text, and those in `columns` (of the user's file) are written as JSON. All
     records have the same keys.
     """
-    with contextlib.nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8", newline="") as file:
+    stream = stdout_for_programs() if path is None else path.open("w", encoding="utf-8", newline="")
+    with contextlib.nullcontext(stream) if path is None else stream as file:
         if suffix == ".jsonl":
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")

@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -209,11 +209,18 @@ def print_result(as_json: bool, value: Mapping[str, Any] | list[Any], *parts: An
     if as_json:
         text = json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
         plain = json.loads(text, parse_constant=lambda _: None)
-        sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        stdout_for_programs().write(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
         return
     for part in parts:
         is_line = isinstance(part, str)  # lines are not wrapped, so that paths can be copied
         out.print(Text(part) if is_line else part, soft_wrap=is_line)
+
+
+def stdout_for_programs() -> TextIO:
+    """Stdout for data. In a file or a pipe it is UTF-8, because the locale of the system may lack letters."""
+    if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    return sys.stdout
 
 
 def ascii_only() -> bool:

@@ -55,13 +55,15 @@ def score_for(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, **o
     return compute_scores(model, batches, targets=targets, progress=not err.quiet, **options)
 
 
-def plan_for(model: nn.Module, limits: Any, scores: Scores, seed: int, latency: Any, task_type: str) -> Plan:
-    """The plan for these limits and scores. Wraps the model with an adapter."""
+def plan_for(
+    model: nn.Module, limits: Any, scores: Scores, seed: int, latency: Any, task_type: str
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan for these limits and scores, and the limits, which have a default. Wraps the model with an adapter."""
     scores = for_head_of(model, scores)
     config = SensiConfig(budget=limits, scores=scores, seed=seed, latency=latency, task_type=task_type)
     with budget_advice(limits):
         peft_model: Any = get_peft_model(model, config)
-    return peft_model.base_model.plan()
+    return peft_model.base_model.plan(), peft_model.active_peft_config.budget or {}
 
 
 def for_head_of(model: nn.Module, scores: Scores) -> Scores:
@@ -140,7 +142,7 @@ def train_for(
     return run.write_metrics(
         base,
         model=name,
-        budget=limits,
+        budget=run.model.active_peft_config.budget,
         recipe=recipe,
         late=late,
         thorough=thorough,

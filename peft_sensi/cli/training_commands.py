@@ -81,7 +81,6 @@ def train(
     Ctrl-C, SIGTERM and a closed terminal (SIGHUP) leave a checkpoint, from which --resume goes on.
     """
     from ..scoring.scores import Scores
-    from ..tasks.task import baseline_words
     from .resuming import resumed_state
     from .run import Training, check_training
     from .train import train_for
@@ -127,7 +126,6 @@ def train(
     if not result:
         return  # another process prints
     facts = quality_facts(result) | {
-        "baseline": baseline_words(result["task"]),
         "validation rows": f"{result['rows']['validation']:,}",
         "trained values": f"{result['trained_values']:,}",
         "adapter": size_of(result["weight_bytes"]),
@@ -237,11 +235,13 @@ def trim(
 
 
 def quality_facts(result: dict[str, Any]) -> dict[str, str]:
-    """The metrics with their intervals and baselines, as texts by name."""
+    """The metrics with their intervals and baselines, as texts by name. `{}` without validation rows."""
+    from ..tasks.task import baseline_words
+
     facts = {}
     for name, value in result["validation"].items():
         interval = interval_text(result["validation_interval"].get(name))
         constant = result["validation_baseline"].get(name)
         baseline = "" if constant is None else f", baseline {metric_text(constant)}"
         facts[name] = metric_text(value) + ("" if value is None else (f" ({interval})" if interval else "") + baseline)
-    return facts
+    return facts and facts | {"baseline": baseline_words(result["task"])}

@@ -59,7 +59,7 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
         yield Finding("files", OK if hashed else NOTE, text if hashed else "the folder has no hash to compare with")
     else:
         yield Finding("files", OK, f"{CONFIG} and the weights were saved together, and all values are finite")
-    yield Finding("checksum", OK, f"{weights.name}: SHA-256 {checksum(weights)}")
+    yield Finding("checksum", OK, f"SHA-256 of {weights.name}, to compare with another copy: {checksum(weights)}")
     yield from _versions(saved)
     yield _tokenizer(saved)
     if isinstance(saved, SavedMerged) and base:

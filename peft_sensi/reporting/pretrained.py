@@ -52,6 +52,7 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 
     A merged model with widths of its own is loaded as by `load_merged`, with a new head if the labels differ.
     """
+    _refuse_file(name)
     try:
         if hasattr(auto_class, "_model_mapping") and (folder := _merged_folder(name)) is not None:
             if (config := options.get("config")) is not None:
@@ -76,6 +77,12 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         raise SensiError(f"{name} cannot be loaded as a model: {reason}") from error
 
 
+def _refuse_file(name: str) -> None:
+    """Raises `SensiError` if there is a file of this name. From some files, Transformers makes a useless tokenizer."""
+    if Path(name).is_file():
+        raise SensiError(not_found(name, FileNotFoundError()))
+
+
 def check_takes_texts(name: str) -> None:
     """Raises `SensiError` if the config has no vocabulary: the model is one of images or sounds."""
     config = load_pretrained(transformers.AutoConfig, name)
@@ -88,6 +95,7 @@ def check_takes_texts(name: str) -> None:
 
 def pretrained_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer of a folder or of a repository. Raises `SensiError` if it has none, or a damaged one."""
+    _refuse_file(name)
     try:
         if is_out_of_reach(name):
             options["local_files_only"] = True

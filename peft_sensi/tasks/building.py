@@ -86,7 +86,7 @@ def _repeated(train: Sequence[dict], held: Sequence[dict], what: str, *keys: str
 
 
 def size_line(raw: Sequence[dict[str, Any]], longest: int, cut: int, limit: int) -> str:
-    empty = sum(not row["text"].strip() for row in raw)
+    empty = sum(not (row["text"].strip() and row.get("pair", "-").strip()) for row in raw)  # or a half of a pair
     return f"longest text {longest:,} tokens, {cut:,} cut at {limit} (--max-length), {empty:,} empty"
 
 

@@ -66,6 +66,8 @@ def text_columns(
     check_known(name, names, [pair] if pair else [], "--pair-column")
     if both := [column for column in labels if column in (text, pair)]:
         raise DataError(f"{both[0]!r} cannot be both the text and the label: see --text-column and --label-column.")
+    if text is not None and text == pair:
+        raise DataError(f"{text!r} cannot be both texts of a pair: see --text-column and --pair-column.")
     if text is not None:
         return ((text,) if pair is None else (text, pair)), []
     sample = rows[:1000]

@@ -140,10 +140,10 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
             f"a point, and nothing between thousands. If they are several labels, give --label-separator ','."
         )
     if len(labels.names) > max(2, len(raw) // 2):
+        numbers = ", or predict numbers with --regression" if all(map(is_number, labels.names)) else ""
         raise DataError(
             f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "
-            f"not the label: name the right column with --label-column, or predict numbers with --regression. "
-            f"{WRITTEN}"
+            f"not the label: name the right column with --label-column{numbers}. {WRITTEN}"
         )
     return labels
 

@@ -78,6 +78,8 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         return None
     targets, anatomy, saved_values = reach
     planned = config.plan is not None
+    if not planned and config.chooses_nothing and anatomy.trimmable:
+        config.budget = {"params": 0.5}  # so that an adapter and its card say what was asked for
     if planned:
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
@@ -197,9 +199,7 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
     limits = config.limits
     if limits.trims and not anatomy.trimmable:
         raise nothing_to_trim(model)
-    if config.chooses_nothing and anatomy.trimmable:
-        limits = Budget(params=0.5)
-    elif config.chooses_nothing and any(is_quantized(module) for module in model.modules()):
+    if config.chooses_nothing and any(is_quantized(module) for module in model.modules()):
         raise SensiError(
             "No budget was given and the base model is quantized. It cannot be trimmed, so every target would be "
             "trained whole in float32, which needs more memory than the model itself. Set a limit, such as "
