@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import cast_mixed_precision_params
 from safetensors.torch import load, save_file
-from tiny import TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, wrap
+from tiny import TRIM, TUNE, assert_same_tensors, logits, needs_loader, tiny_batches, tiny_model, wrap
 
 from peft_sensi import SensiConfig, SensiError
 from peft_sensi.layers.saved import SavedWhole
@@ -103,15 +103,23 @@ def test_files_hold_the_masters(dtype, options, tmp_path):
     assert torch.equal(logits(again), logits(model))
     whole = [p for n, p in again.named_parameters() if "modules_to_save" in n]
     assert whole and all(p.dtype == torch.float32 for p in whole)
-    plain = tiny_model(dtype=dtype)
-    plain.load_adapter(str(tmp_path))
-    assert torch.equal(logits(plain), logits(model))
     # Files of earlier versions hold these modules in the dtype of the base.
     short = {n: t.to(dtype) if "sensi_" not in n else t for n, t in tensors.items()}
     save_file(short, path)
     older = PeftModel.from_pretrained(tiny_model(dtype=dtype), tmp_path, **options)
     assert torch.equal(logits(older), logits(model))
     assert all(p.dtype == torch.float32 for n, p in older.named_parameters() if "modules_to_save" in n)
+
+
+@needs_loader
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_transformers_loads_the_masters(dtype, tmp_path):
+    model = wrap(tiny_model(dtype=dtype), **TRIM)
+    steps(model, 5, 1e-3)
+    model.save_pretrained(tmp_path)
+    plain = tiny_model(dtype=dtype)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_a_second_adapter_has_masters_too():

@@ -117,6 +117,8 @@ def test_a_model_that_multiplies_with_the_table_uses_the_trained_rows():
     """The newer output layer of DeBERTa takes the table itself and does not call the embedding."""
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
     base = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=VOCABULARY, legacy=False, **sizes)).eval()
+    if base._tied_weights_keys:
+        pytest.skip("this version of Transformers names a weight that the output layer does not have")
     batches = [{**batch, "labels": batch["input_ids"]} for batch in few_tokens()]
     model = wrapped(base, calibration=batches, task_type=None)
     layer = model.base_model.model.deberta.embeddings.word_embeddings
