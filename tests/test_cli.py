@@ -794,6 +794,7 @@ def test_train_late(work, tmp_path):
     assert found["late"] and found["plan"]["params_share"] <= 0.5 and found["validation"]["accuracy"] > 0.9
     for others in (["--thorough"], ["--recipe", "far"], ["--trainable", "0.1"], ["--early-stopping", "1"]):
         assert "--late" in fails(*late, "--overwrite", *others)
+    assert "--late would trim nothing" in fails(*late, "--overwrite", "--budget", "100%")
 
 
 # -- folders that go in and out ---------------------------------------------------------------------------------------

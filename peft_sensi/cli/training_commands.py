@@ -104,6 +104,8 @@ def train(
     args.check_overwrite(overwrite, resume)
     if whole and early_stopping:
         raise SensiError(f"{whole} trains for a fixed number of epochs: leave out --early-stopping.")
+    if whole and limits and set(limits.values()) == {1}:
+        raise SensiError(f"A limit of 1 keeps everything, and {whole} would trim nothing: give a smaller one.")
     args.check_rate(lr)
     check_latency_tables(latency_tables, limits)
     check_out(out_folder, overwrite, resume, [SCORES] if scores is None else [])
