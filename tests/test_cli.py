@@ -16,7 +16,7 @@ import pytest
 import torch
 from command import call, fails, run
 from rich.console import Console
-from tiny import VOCABULARY, needs_loader, tiny_config, tiny_model, wrap
+from tiny import VOCABULARY, tiny_config, tiny_model, wrap
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
@@ -826,7 +826,6 @@ def test_an_adapter_that_was_saved_in_python_keeps_the_names(work, tmp_path, aft
     assert config.problem_type == "multi_label_classification"
 
 
-@needs_loader
 def test_the_folder_of_an_adapter_opens_where_that_of_lora_does(work, tmp_path):
     from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
     from transformers import AutoTokenizer, pipeline

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load, load_file, save_file
-from tiny import BOTH, TRIM, TUNE, logits, needs_loader, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import BOTH, TRIM, TUNE, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
 from peft_sensi.layers.compression import BLOCK, decode, encode, sizes
@@ -164,7 +164,6 @@ def test_every_load_gives_the_same_model(case, kind, options, saved_adapter, tmp
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
-@needs_loader
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"adapter_name": "other"}], ids=str)
 def test_load_adapter_of_transformers(case, kind, options, saved_adapter):
     expected, folder = saved_adapter(kind=kind, **case)

@@ -36,7 +36,6 @@ from tiny import (
     VOCABULARY,
     assert_same_tensors,
     logits,
-    needs_loader,
     snapshot,
     tiny_batches,
     tiny_config,
@@ -1145,7 +1144,6 @@ def test_adapters_that_train_other_parts_in_transformers():
     assert torch.equal(logits(model), first_logits)
 
 
-@needs_loader
 @pytest.mark.parametrize(
     "options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}], ids=str
 )
@@ -1158,7 +1156,6 @@ def test_load_adapter_of_transformers(saved, options):
     assert bool(trainable) == bool(options.get("is_trainable"))
 
 
-@needs_loader
 def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_folder)
     model.add_adapter(SensiConfig(score="magnitude", task_type="SEQ_CLS", **budget))
@@ -1172,7 +1169,6 @@ def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")), logits(model))
 
 
-@needs_loader
 @pytest.mark.parametrize("fields", [TRIM, TUNE, {"update": "low_rank", "rank": 2}], ids=["trim", "tune", "low rank"])
 def test_a_base_model_loads_an_adapter_that_was_made_with_a_head(fields, base_folder, tmp_path):
     """As `AutoModel` does for LoRA: `pipeline("feature-extraction", model=folder)` and others load classifiers so."""
@@ -1209,7 +1205,6 @@ def test_the_wrong_base_is_refused_by_transformers_too(saved):
     assert is_plain(base)
 
 
-@needs_loader
 @pytest.mark.parametrize("fault", ["missing", "nan"])
 @pytest.mark.parametrize("part", ["sensi_weight", "sensi_bias", "sensi_up", "sensi_values", "classifier.weight"])
 @pytest.mark.parametrize("how", ["folder", "tensors"])
@@ -1242,7 +1237,7 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
 
 
 def test_a_loader_of_transformers_that_reads_nothing_is_refused(saved):
-    """Before version 5.18, `load_adapter` matches no name of this file for BERT, and only prints a report."""
+    """It only prints a report of names that it does not know."""
     config, tensors = PeftConfig.from_pretrained(saved[1]), load_file(saved[1] / "adapter_model.safetensors")
     base = tiny_model()
     before = logits(base)
@@ -1251,7 +1246,6 @@ def test_a_loader_of_transformers_that_reads_nothing_is_refused(saved):
     assert is_plain(base) and torch.equal(logits(base), before)
 
 
-@needs_loader
 def test_a_second_adapter_of_transformers_is_active_as_a_whole(saved):
     """The task head and the norms too, not only the layers."""
     expected, folder = saved
@@ -1267,7 +1261,6 @@ def test_a_second_adapter_of_transformers_is_active_as_a_whole(saved):
     assert all(p.requires_grad for n, p in base.named_parameters() if "modules_to_save.third" in n)
 
 
-@needs_loader
 def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
     assert not tiny_model().load_adapter(str(saved[1])).unexpected_keys, "the plan is no surprise"
     folder = shutil.copytree(saved[1], tmp_path / "folder")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny import needs_loader
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -72,7 +71,6 @@ def test_the_example_trims_and_reloads(script, encoder, tmp_path):
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
-@needs_loader
 def test_an_adapter_is_saved_and_loaded_by_sentence_transformers(encoder, tmp_path):
     model = sentence_transformers.SentenceTransformer(str(encoder), device="cpu")
     texts = [pair["first"] for pair in pairs(6)]

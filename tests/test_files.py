@@ -28,7 +28,6 @@ from tiny import (
     assert_same_tensors,
     clone,
     logits,
-    needs_loader,
     snapshot,
     tiny_model,
     train,
@@ -294,7 +293,6 @@ def test_auto_classes_check_the_pair(folder, tmp_path):
         AutoPeftModelForSequenceClassification.from_pretrained(folder)
 
 
-@needs_loader
 @pytest.mark.parametrize("part", ["sensi_places", "sensi_values"])
 def test_transformers_loads_past_our_hooks_but_nothing_bad_is_used(sparse, part):
     def change(tensors: dict) -> None:
@@ -319,7 +317,6 @@ FAULTS = {
 }
 
 
-@needs_loader
 @pytest.mark.parametrize("name", FAULTS)
 def test_transformers_checks_a_folder_as_peft_does(folder, name):
     if FAULTS[name] is None:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import cast_mixed_precision_params
 from safetensors.torch import load, save_file
-from tiny import TRIM, TUNE, assert_same_tensors, logits, needs_loader, tiny_batches, tiny_model, wrap
+from tiny import TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, wrap
 
 from peft_sensi import SensiConfig, SensiError
 from peft_sensi.layers.saved import SavedWhole
@@ -111,7 +111,6 @@ def test_files_hold_the_masters(dtype, options, tmp_path):
     assert all(p.dtype == torch.float32 for n, p in older.named_parameters() if "modules_to_save" in n)
 
 
-@needs_loader
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 def test_transformers_loads_the_masters(dtype, tmp_path):
     model = wrap(tiny_model(dtype=dtype), **TRIM)

@@ -48,7 +48,7 @@ def test_an_adapter_without_its_base_can_be_collected(sharded):
 def test_accelerate_shards_saves_and_resumes(sharded, name):
     folder, processes = sharded
     first, second = (process["accelerate"] for process in processes)
-    assert not first["head on meta"] and second["head on meta"]  # cpu_ram_efficient_loading
+    assert not first["head is missing"] and second["head is missing"]  # cpu_ram_efficient_loading
     assert first[f"{name}, print"] == second[f"{name}, print"] is not None
     assert_close(first[f"{name}, resumed"], first[name], 1e-6)
     base = base_of(folder)

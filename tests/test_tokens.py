@@ -13,7 +13,6 @@ from tiny import (
     assert_same_tensors,
     clone,
     logits,
-    needs_loader,
     snapshot,
     tiny_batches,
     tiny_model,
@@ -288,7 +287,7 @@ def test_cuts_during_training_keep_the_tokens():
 
 
 @pytest.mark.parametrize("size", [VOCABULARY + 1, VOCABULARY + 64, VOCABULARY - 1, 50])
-@pytest.mark.parametrize("transformers", [False, pytest.param(True, marks=needs_loader)], ids=["peft", "transformers"])
+@pytest.mark.parametrize("transformers", [False, True], ids=["peft", "transformers"])
 def test_a_base_with_another_number_of_tokens(size, transformers, tmp_path):
     """Some tools resize the embeddings to the tokenizer before they load an adapter. Tokens are known by number."""
     model = wrapped(tiny_model())

@@ -17,7 +17,6 @@ from tiny import (
     TRIM,
     assert_same_tensors,
     logits,
-    needs_loader,
     snapshot,
     tiny_batches,
     tiny_model,
@@ -103,7 +102,7 @@ def injection(base, folder):
 
 
 ENTRANCES = [
-    peft_constructor, peft_loader, transformers_adder, pytest.param(transformers_loader, marks=needs_loader), injection
+    peft_constructor, peft_loader, transformers_adder, transformers_loader, injection
 ]  # fmt: skip
 
 

@@ -9,10 +9,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -31,10 +28,6 @@ from transformers import (
 from peft_sensi import SensiConfig
 
 
-# Before version 5.18, Transformers' `load_adapter` reads nothing for BERT, or no module that is saved whole.
-needs_loader = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="Transformers' `load_adapter` is not complete"
-)
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 VOCABULARY = 64
 LABELS = 3

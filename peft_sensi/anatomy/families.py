@@ -98,18 +98,6 @@ _VIT = BlockLayout(
     **_ffn("mlp.{fc1,fc2}"),
     attention_norm="layernorm_after",
 )
-# The names in older versions of Transformers, such as 5.3.
-_OLD_VIT = replace(
-    _BERT,
-    **_attention(
-        "attention.{attention.query,attention.key,attention.value,output.dense}",
-        size="attention.attention_head_size",
-        count="attention.num_attention_heads",
-        width="attention.all_head_size",
-    ),
-    attention_norm="layernorm_after",
-    ffn_norm="",
-)
 
 
 def _t5(config: Any) -> Layouts:
@@ -219,7 +207,7 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     **dict.fromkeys(_LIKE_BERT, (_BERT,)),
     **dict.fromkeys(("bart", "blenderbot-small", "marian", "plbart"), _bart()),
     **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
-    **dict.fromkeys(("deit", "vit"), (_VIT, _OLD_VIT)),
+    **dict.fromkeys(("deit", "vit"), (_VIT,)),
     **dict.fromkeys(("mt5", "t5", "umt5"), _t5),
     "albert": (_ALBERT,),
     "deberta-v2": (_DEBERTA_V2,),

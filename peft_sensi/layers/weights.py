@@ -116,8 +116,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         if 0 < len(missing) < len(tensors):
             raise SensiLoadError(
                 f"The weights that were loaded lack {missing[0]!r} ({len(missing)} tensors missing). The file is "
-                f"incomplete, or this is Transformers' `load_adapter` before version 5.18, which leaves out modules "
-                f"that are saved whole: use another copy of the file, or `PeftModel.from_pretrained`."
+                f"incomplete, or its names are not those of this model: use another copy of the file, or "
+                f"`PeftModel.from_pretrained`."
             )
         for name, parameter in tensors.items():
             if ".sensi_" not in name and parameter.is_floating_point():

@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import transformers
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, AutoPeftModel, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -277,9 +276,8 @@ def _check_filled(model: nn.Module) -> None:
     tensors = [p for layer in layers for name in added for p in layer.own_parts(name).values()]
     if tensors and all(map(untouched, tensors)):
         raise SensiLoadError(
-            f"Transformers {transformers.__version__} has read nothing of this adapter. Before version 5.18, its "
-            f"`load_adapter` knows the names in an adapter's file only for some models: use a newer version, or "
-            f"`PeftModel.from_pretrained`."
+            "Transformers has read nothing of this adapter, because it does not know the names in its file: use "
+            "`PeftModel.from_pretrained`."
         )
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 
 from . import distributed
 from .errors import SensiError
@@ -115,6 +116,14 @@ def new_parameters_are_empty() -> bool:
     new parameter shows it.
     """
     return nn.ParameterList([torch.empty(1)])[0].is_meta
+
+
+def weights_come_later() -> bool:
+    """Whether FSDP will send this process the weights (`cpu_ram_efficient_loading`).
+
+    Until then, newer versions of Transformers leave its parameters on `meta`, and older ones fill them with zeros.
+    """
+    return is_fsdp_enabled() and not is_local_dist_rank_0()
 
 
 def any_process_on_meta(model: nn.Module) -> bool:
