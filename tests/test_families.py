@@ -31,7 +31,6 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    T5PreTrainedModel,
 )
 
 from peft_sensi import SensiError
@@ -92,11 +91,6 @@ T5_SIZES = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
-T5 = {
-    "sizes": T5_SIZES,
-    "heads": False,
-    "attention": ("eager", "sdpa") if T5PreTrainedModel._supports_sdpa else ("eager",),
-}
 
 
 def translator(model_type, name="", sizes=BOTH_STACKS, **changes):
@@ -148,13 +142,15 @@ CASES = [
     classifier("deberta-v2", "deberta-p2c-shared", share_att_key=True, pos_att_type=["p2c"], **DEBERTA),
     classifier("deberta-v2", "deberta-absolute", **{**DEBERTA, "relative_attention": False}),
     classifier("mpnet", attention=("eager",), heads=False),
-    translator("t5", **T5),
-    translator("t5", "t5-gated", feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5),
-    translator("mt5", **T5),
-    translator("umt5", **T5),
+    translator("t5", sizes=T5_SIZES, heads=False),
+    translator(
+        "t5", "t5-gated", sizes=T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, heads=False
+    ),
+    translator("mt5", sizes=T5_SIZES, heads=False),
+    translator("umt5", sizes=T5_SIZES, heads=False),
     translator("bart"),
     classifier("bart", "bart-classifier", **BOTH_STACKS),
-    classifier("t5", "t5-classifier", **T5_SIZES, heads=False, attention=T5["attention"]),
+    classifier("t5", "t5-classifier", **T5_SIZES, heads=False),
     images("vit"),
     images("vit", "vit-no-bias", qkv_bias=False),
     images("deit", tokens=11, architectures=["DeiTForImageClassification"]),

@@ -232,7 +232,7 @@ def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -
     dtype = max(set(floating), key=floating.count, default=torch.float32)
     # Copies: a model whose tensors are still mapped from the file would change, or the process end, if somebody writes
     # over this file.
-    # Copies of one name each: Transformers 5.3 does not tie parameters if it is given a value for each.
+    # Copies of one name each: Transformers may not tie parameters if it is given a value for each.
     values, seen = dict[str, torch.Tensor](), set[int]()
     for name, tensor in state.items():
         if id(tensor) not in seen:
