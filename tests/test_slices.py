@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from tiny import logits, tiny_batches, tiny_model
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from peft_sensi import Schedule, SensiConfig
+from peft_sensi.layers.functional import compose
 from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.layers.slices import Slice, first_parts, kept_parts, tensor_specs
 
@@ -206,3 +208,20 @@ def test_the_end_of_cuts_changes_no_value_of_a_unit_that_stays(name, family, tmp
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) >= plan.trainable_params
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(make(), tmp_path)), logits(model))
+
+
+def test_open_gates_are_not_multiplied_and_closed_ones_count(monkeypatch):
+    """As before a late cut. Whatever writes into a gate (a cut, a checkpoint) is noticed at the next forward pass."""
+    phase = {"phase": "cut", "start": 0.6, "end": 0.6, "cuts": 1}
+    config = SensiConfig(budget=0.5, score="magnitude", task_type="SEQ_CLS", schedule=phase)
+    model = get_peft_model(tiny_model(), config).eval()
+    (path, layer), *_ = [(n, m) for n, m in layers(model).items() if m.part("gate", "default") is not None]
+    calls = []
+    monkeypatch.setattr("peft_sensi.layers.linear.compose", lambda *args: calls.append(args) or compose(*args))
+    x = torch.randn(3, 5, layer.in_features)
+    for closed in ([], [0], [0, 1], []):
+        with torch.no_grad():
+            layer.part("gate", "default").fill_(1)[closed] = 0
+        calls.clear()
+        torch.testing.assert_close(layer(x), F.linear(x, *layer.get_adapted_weight("default")))
+        assert bool(calls) is bool(closed), path

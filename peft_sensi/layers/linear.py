@@ -15,7 +15,7 @@ from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
 from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short, warn_of_unfrozen
 from .sources import Source
-from .values import version_of
+from .values import version_of, writes
 
 
 # From this number of tokens in a call, a fused weight is made for the call and again for its backward pass. For fewer
@@ -73,6 +73,8 @@ class SensiLinear(SensiLayer):
         if slice_.compressed is not None and not plain:
             return F.linear(x.to(dtype), *self._decoded(name, dtype))
         parts = self._parts(name, slice_)
+        if not plain and self._is_open(name):
+            parts = parts._replace(mask=None)
         if plain or parts.mask is not None:  # the gradient of a mask needs the gradient of the whole weight
             return F.linear(x.to(dtype), *compose(*cast(self._kept_base(slice_), dtype), parts))
         tokens = x.shape[:-1].numel()
@@ -84,6 +86,20 @@ class SensiLinear(SensiLayer):
             weight, bias, again = self._fused_again(name, dtype, parts)
             return fused_linear(x, weight, bias, parts, again)
         return fused_linear(x, *self._fused(name, dtype, parts), parts)
+
+    def _is_open(self, name: str) -> bool:
+        """Whether the adapter has gates, and all are open: before the first cut, they would only cost time.
+
+        Their values are read once, and again after something has written to them, because a GPU would have to wait.
+        """
+        gate = self.part("gate", name)
+        if gate is None or writes(gate) < 0:
+            return False
+        key = gate, version_of(gate)
+        known = self._sensi_open.get(name)
+        if known is None or known[0] is not gate or known[1] != key[1]:
+            known = self._sensi_open[name] = (*key, bool(gate.all()))
+        return bool(known[2])
 
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The forward pass on a quantized base: the output of the base's own kernel plus the adapter's changes."""
