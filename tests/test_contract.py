@@ -35,6 +35,7 @@ from tiny import (
     TUNE,
     VOCABULARY,
     assert_same_tensors,
+    load_from_subfolder,
     logits,
     snapshot,
     tiny_batches,
@@ -1228,7 +1229,7 @@ def test_damaged_values_are_refused_at_first_use_in_transformers(part, fault, ho
         with pytest.raises(SensiLoadError, match="lack|NaN"):
             model.load_adapter(str(folder))
         assert is_plain(model)
-        model.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})  # not checked before
+        load_from_subfolder(model, folder)
     else:
         model.load_adapter(peft_config=config, adapter_state_dict=tensors)
     for _ in range(2):  # it is refused again and again
@@ -1268,7 +1269,7 @@ def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
     base = tiny_model()
     with pytest.raises(SensiLoadError, match="stray"):
         base.load_adapter(str(folder))
-    found = base.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})  # not checked before
+    found = load_from_subfolder(base, folder)
     assert {key.removeprefix("base_model.model.") for key in found.unexpected_keys} == {"bert.stray.weight"}
     assert "_load_pretrained_model" not in vars(base), "the reader is the class's again"
 

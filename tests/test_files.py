@@ -27,6 +27,7 @@ from tiny import (
     TUNE,
     assert_same_tensors,
     clone,
+    load_from_subfolder,
     logits,
     snapshot,
     tiny_model,
@@ -303,7 +304,7 @@ def test_transformers_loads_past_our_hooks_but_nothing_bad_is_used(sparse, part)
 
     spoil(sparse, change)
     model = tiny_model()
-    model.load_adapter(str(sparse.parent), adapter_kwargs={"subfolder": sparse.name})  # not checked before
+    load_from_subfolder(model, sparse)
     with pytest.raises(SensiLoadError, match=part):
         logits(model)
 
