@@ -183,7 +183,7 @@ def units_at_zero(model: nn.Module, plan: Any) -> Iterator[None]:
 
 
 def load_from_subfolder(model: nn.Module, folder: Path) -> Any:
-    """Transformers' `load_adapter` past our checks of the file, which it calls only for a folder without a subfolder."""
+    """Transformers' `load_adapter`, past our checks of the file, which look at no subfolders."""
     try:
         return model.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})
     except ValueError as error:
