@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -225,3 +226,4 @@ def test_open_gates_are_not_multiplied_and_closed_ones_count(monkeypatch):
         calls.clear()
         torch.testing.assert_close(layer(x), F.linear(x, *layer.get_adapted_weight("default")))
         assert bool(calls) is bool(closed), path
+        assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == layer(x).shape

@@ -39,7 +39,7 @@ class SensiLinear(SensiLayer):
             return self.base_layer(x, *args, **kwargs)
         check_weight(self.base_layer, x)
         dtype = x.dtype if self.sensi_coded else self.base_layer.weight.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         if len(active) > 1:
             self.check_combination(active)
@@ -93,13 +93,12 @@ class SensiLinear(SensiLayer):
         Their values are read once, and again after something has written to them, because a GPU would have to wait.
         """
         gate = self.part("gate", name)
-        if gate is None or writes(gate) < 0:
+        if gate is None or gate.is_meta or writes(gate) < 0:
             return False
-        key = gate, version_of(gate)
-        known = self._sensi_open.get(name)
-        if known is None or known[0] is not gate or known[1] != key[1]:
-            known = self._sensi_open[name] = (*key, bool(gate.all()))
-        return bool(known[2])
+        version, known = version_of(gate), self._sensi_open.get(name)
+        if known is None or known[0] is not gate or known[1] != version:
+            known = self._sensi_open[name] = gate, version, bool(gate.all())
+        return known[2]
 
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The forward pass on a quantized base: the output of the base's own kernel plus the adapter's changes."""
