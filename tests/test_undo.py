@@ -101,9 +101,7 @@ def injection(base, folder):
     inject_adapter_in_model(config(), base)
 
 
-ENTRANCES = [
-    peft_constructor, peft_loader, transformers_adder, transformers_loader, injection
-]  # fmt: skip
+ENTRANCES = [peft_constructor, peft_loader, transformers_adder, transformers_loader, injection]
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,9 @@ class SensiLinear(SensiLayer):
         gate = self.part("gate", name)
         if gate is None or gate.is_meta or writes(gate) < 0:
             return False
-        version, known = version_of(gate), self._sensi_open.get(name)
-        if known is None or known[0] is not gate or known[1] != version:
-            known = self._sensi_open[name] = gate, version, bool(gate.all())
-        return known[2]
+        # No adapter has this name, because names have no dots.
+        is_open, _ = self._cached(f"{name}.gate", version_of(gate), lambda: (bool(gate.all()), gate))
+        return bool(is_open)
 
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The forward pass on a quantized base: the output of the base's own kernel plus the adapter's changes."""

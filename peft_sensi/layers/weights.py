@@ -62,7 +62,6 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         # Cached weights. They are no buffers, which DDP broadcasts on every forward pass, and no parameters, which
         # FSDP shards.
         self._sensi_fused: dict[str, tuple[Any, ...]] = {}
-        self._sensi_open: dict[str, tuple[torch.Tensor, Any, bool]] = {}
         self._sensi_unmerged: list[Pair] = []
         self.out_features, self.in_features = features(base_layer)
         self.sensi_coded = is_quantized(base_layer)  # stored, because `torch.compile` cannot trace the function
