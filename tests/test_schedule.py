@@ -56,6 +56,37 @@ def test_limits_that_no_plan_meets_are_refused_before_the_training():
         Schedule(model, 8, calibration=DATA["calibration"])
 
 
+def test_a_budget_that_keeps_the_whole_model_is_noticed():
+    with pytest.warns(UserWarning, match="meets the budget 1.0, so the cuts of the schedule remove nothing"):
+        model = wrap(tiny_model(), budget=1.0, schedule=CUT)
+    schedule = Schedule(model, 8)
+    schedule.step(done_steps=6)
+    schedule.finish()
+    assert model.base_model.plan().params_share == 1
+
+
+@pytest.mark.parametrize(("budget", "scored", "refitted"), [(0.5, 2, 4), (0.2, 6, 18)])
+def test_a_cut_in_one_stage_reads_as_many_batches_as_a_wrap(budget, scored, refitted, monkeypatch):
+    """Training follows it. A cut in several stages reads as many as a trim."""
+    read = []
+    score, fit = stages.score_units, stages.refit_changes
+
+    def counted_scores(root, anatomy, batches, options):
+        read.append(len(batches[: options.calibration_steps]))
+        return score(root, anatomy, batches, options)
+
+    def counted_fit(root, plan, batches, *rest):
+        read.append(len(batches))
+        return fit(root, plan, batches, *rest)
+
+    monkeypatch.setattr(stages, "score_units", counted_scores)
+    monkeypatch.setattr(stages, "refit_changes", counted_fit)
+    config = {"calibration_steps": 2, "multiple_of": 1, "score": "fisher"}
+    model = wrap(tiny_model(), budget=budget, schedule={**CUT, "cuts": 1}, **config)
+    Schedule(model, 8, calibration=tiny_batches(60)).step(done_steps=2)
+    assert (read[0], read[-1]) == (scored, refitted)
+
+
 def test_a_cut_that_fails_is_made_when_it_is_called_again(monkeypatch):
     model, schedule = scheduled(score="fisher")
     schedule.step()

@@ -39,7 +39,7 @@ from ..utils.errors import SensiError
 from .admission import check_plain
 from .config import RunInputs, SensiConfig
 from .fingerprint import check_fingerprint, fingerprint
-from .predictions import measure_missing, note_latency
+from .predictions import exceeds, measure_missing, note_latency
 from .reach import Reach, reach_of
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
 from .targets import bias_values, described
@@ -141,8 +141,7 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
     batches = read = None
     if inputs.calibration is not None:
         to_score = max(config.calibration_steps, config.priming_steps)  # as in `compute_scores`
-        to_refit = math.ceil(REFIT_PER_SCORED * config.calibration_steps)
-        batches = materialize(inputs.calibration, max(to_score, to_refit))
+        batches = materialize(inputs.calibration, max(to_score, batches_to_refit(config)))
         read = batches[:to_score]
         _warn_of_lost_inputs(config, batches)
     scores = inputs.scores
@@ -169,13 +168,19 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
     )
     if config.phase == "cut":  # the cuts come after a part of the training, which would be lost
         check_fits(anatomy, config.limits, plan.sequence_length, latency=config.tables, **config.width_options)
+        if not exceeds(plan, config):
+            warnings.warn(
+                f"The whole model meets the budget {config.budget!r}, so the cuts of the schedule remove nothing. "
+                f"Give a smaller limit.",
+                stacklevel=2,
+            )
     fit_rank(model, config, plan, saved_values)
     # The plan is known now, so what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
     refitted: Refitted = {}
     if is_refitted(model, config, anatomy, config.refit) and batches is not None and plan.trims:
         model.eval()
-        refitted = refit(model, plan, batches[:to_refit], inputs.loss_fn, distributed.rank() == 0)
+        refitted = refit(model, plan, batches[: batches_to_refit(config)], inputs.loss_fn, distributed.rank() == 0)
     head = scores.head or (head_to_train(model, batches) if batches is not None else {})
     ranked = scores if scores.method != "none" else None
     return Decision(plan, slices_of(model, config, plan), refitted, head, ranked)
@@ -213,6 +218,11 @@ def _limits_on_units(model: nn.Module, config: SensiConfig, anatomy: Anatomy) ->
     if limits.trainable is None and all(limit in (None, 1) for limit in asdict(limits).values()):
         return Budget()  # everything stays and is tuned, so nothing needs to be scored
     return limits if config.tunes_units else replace(limits, trainable=None)  # the rank follows from that limit
+
+
+def batches_to_refit(config: SensiConfig) -> int:
+    """How many batches a refit reads if training follows it."""
+    return math.ceil(REFIT_PER_SCORED * config.calibration_steps)
 
 
 def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy, wanted: bool | None) -> bool:

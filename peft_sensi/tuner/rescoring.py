@@ -15,8 +15,8 @@ from ..utils import distributed
 from .config import SensiConfig
 
 
-# A trained model is scored and refitted on more batches than a pretrained one, because little or no training follows
-# that could make up for what is removed. All counts of batches are multiples of `calibration_steps`.
+# A trim scores and refits on more batches than a wrap, because little or no training follows that could make up for
+# what is removed. All counts of batches are multiples of `calibration_steps`.
 SCORED_BATCHES = 3
 # The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
 REFIT_BATCHES, REFIT_TOKENS = 9, 65_536

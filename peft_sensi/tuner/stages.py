@@ -30,7 +30,7 @@ from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
 from .config import SensiConfig
-from .decision import is_refitted
+from .decision import batches_to_refit, is_refitted
 from .in_place import refit_changes
 from .rescoring import FIT_ROUNDS, labeled_by, to_fit_jointly, to_refit
 from .targets import anatomy_of
@@ -65,15 +65,18 @@ def choose(
 
     `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
     choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
-    fits whole layers. A cut is followed by training, so it fits whole layers only if it takes several stages. After
-    several stages, all layers are also fitted together.
+    fits whole layers. A cut in one stage is followed by training, which makes up for a less exact choice: it does not
+    fit whole layers, and reads as many batches as a wrap. After several stages, all layers are also fitted together.
     `given` scores (of all units) take the place of scores that are computed; there is then one stage.
     """
     now = _anatomy_of_merged(root, config, before)
+    stages = stages_to(opened, limits)
+    exact = progress is None or len(stages) > 1
     fitted_to = None
     if batches is not None and is_refitted(root, config, now, refits):
-        fitted_to = to_refit(batches, config)
-    stages = stages_to(opened, limits)
+        fitted_to = to_refit(batches, config) if exact else batches[: batches_to_refit(config)]
+    if not exact:
+        options = replace(options, calibration_steps=config.calibration_steps)
 
     after, values = opened, Refitted()
     for stage in stages if given is None else stages[-1:]:
@@ -100,7 +103,7 @@ def choose(
     refitted = Refitted()
     if batches is not None and fitted_to is not None:
         small = _plan_of_merged(now, before, after)
-        rounds = FIT_ROUNDS if progress is None or len(stages) > 1 else 0
+        rounds = FIT_ROUNDS if exact else 0
         joint = to_fit_jointly(batches, config) if len(stages) > 1 else []
         refitted = refit_changes(root, small, fitted_to, options.loss_fn, options.progress, rounds, joint)
     return Choice(after, refitted, scores)
