@@ -65,8 +65,8 @@ def test_a_budget_that_keeps_the_whole_model_is_noticed():
     assert model.base_model.plan().params_share == 1
 
 
-@pytest.mark.parametrize(("budget", "scored", "refitted"), [(0.5, 2, 4), (0.2, 6, 18)])
-def test_a_cut_in_one_stage_reads_as_many_batches_as_a_wrap(budget, scored, refitted, monkeypatch):
+@pytest.mark.parametrize(("budget", "scored", "refitted"), [(0.5, 4, 8), (0.2, 6, 18)])
+def test_a_cut_in_one_stage_reads_twice_as_many_batches_as_a_wrap(budget, scored, refitted, monkeypatch):
     """Training follows it. A cut in several stages reads as many as a trim."""
     read = []
     score, fit = stages.score_units, stages.refit_changes

@@ -32,7 +32,7 @@ from ..utils.states import TRIMMED
 from .config import SensiConfig
 from .decision import batches_to_refit, is_refitted
 from .in_place import refit_changes
-from .rescoring import FIT_ROUNDS, labeled_by, to_fit_jointly, to_refit
+from .rescoring import CUT_BATCHES, FIT_ROUNDS, labeled_by, to_fit_jointly, to_refit
 from .targets import anatomy_of
 
 
@@ -66,7 +66,7 @@ def choose(
     `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
     choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
     fits whole layers. A cut in one stage is followed by training, which makes up for a less exact choice: it does not
-    fit whole layers, and reads as many batches as a wrap. After several stages, all layers are also fitted together.
+    fit whole layers, and reads fewer batches. After several stages, all layers are also fitted together.
     `given` scores (of all units) take the place of scores that are computed; there is then one stage.
     """
     now = _anatomy_of_merged(root, config, before)
@@ -74,9 +74,10 @@ def choose(
     exact = progress is None or len(stages) > 1
     fitted_to = None
     if batches is not None and is_refitted(root, config, now, refits):
-        fitted_to = to_refit(batches, config) if exact else batches[: batches_to_refit(config)]
+        fitted_to = to_refit(batches, config)
     if not exact:
-        options = replace(options, calibration_steps=config.calibration_steps)
+        options = replace(options, calibration_steps=CUT_BATCHES * config.calibration_steps)
+        fitted_to = fitted_to and fitted_to[: CUT_BATCHES * batches_to_refit(config)]
 
     after, values = opened, Refitted()
     for stage in stages if given is None else stages[-1:]:
