@@ -457,7 +457,7 @@ def test_the_end_of_a_layer_is_computed_without_the_layer(name, monkeypatch):
         for one, other in zip(fast[module], values, strict=True):
             assert (one is None) == (other is None)
             if one is not None:
-                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+                assert (one - other).norm() <= 1e-3 * other.norm()  # a fit multiplies rounding errors
 
 
 class Scaled(nn.Module):
