@@ -20,21 +20,22 @@ QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]
 
 
 def sensi_bert(
-    budget: float | int,
-    limit: Literal["params", "flops"] = "params",
+    budget: float | int | str,
+    limit: Literal["params", "flops", "latency"] = "params",
     score: str | None = None,
     granularity: Literal["unit", "tensor"] = "unit",
     trim: Literal["at wrap", "after warm-up", "in cuts", "late"] = "at wrap",
     **kwargs: Any,
 ) -> SensiConfig:
-    """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters or FLOPs, fine-tune the rest.
+    """Sensi-BERT (arXiv 2307.11764): rank, trim to a budget of parameters, FLOPs or time, fine-tune the rest.
 
     The paper's abstract gives the procedure. Scoring and allocation follow the closest published methods: EarlyBERT's
     learned masks (arXiv 2101.00063) and the allocation of Kwon et al. (arXiv 2204.09656).
 
     Args:
-        budget: A share in (0, 1] or a count of the prunable parameters or FLOPs.
-        limit: What `budget` limits.
+        budget: A share in (0, 1] or a count of the prunable parameters or FLOPs; of a latency, a share or a time such
+            as `"12ms"`.
+        limit: What `budget` limits. A `latency` needs a table: `latency=` of [`SensiConfig`].
         score: Default: `"mask"` at the wrap, and `"fisher"` during training, where masks would have to be learned
             beside the weights.
         granularity: `"tensor"` keeps or removes whole sublayers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import asdict
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_two
+from test_latency_plans import table_for
 from tiny import (
     assert_same_tensors,
     clone,
@@ -26,6 +28,8 @@ from torch.utils.data import DataLoader
 
 from peft_sensi import Budget, BudgetError, CalibrationError, Schedule, SensiConfig, SensiError, recipes
 from peft_sensi.layers.layer import layers_of
+from peft_sensi.planning.budget import allowance
+from peft_sensi.planning.costs import tables_by_limit
 from peft_sensi.tuner import cuts, in_place, stages, wrapping
 from peft_sensi.tuner.rescoring import (
     JOINT_TOKENS,
@@ -522,9 +526,15 @@ def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):
     assert_same_tensors(snapshot(model), before)
 
 
+def a_table(model):
+    """Of times proportional to the numbers of units, beside a little that cannot be saved."""
+    return table_for(model.base_model.plan().anatomy, lambda g: {0: 0.0, g.size: 0.1 * g.size}, rest=0.1)
+
+
 def trims_in_stages(model, budget, **options):
     """Trims to the limits of each stage on the way to `budget`, and returns the last plan."""
-    way = stages_to(model.base_model.plan(), Budget(budget))
+    plan = model.base_model.plan()
+    way = stages_to(plan, Budget.parse(budget), tables_by_limit(options["latency"]), min_units=1)
     assert len(way) == 2
     for stage in way:
         limits = {name: limit for name, limit in asdict(stage).items() if limit is not None}
@@ -532,12 +542,44 @@ def trims_in_stages(model, budget, **options):
     return plan
 
 
-def test_a_trim_far_down_chooses_units_in_stages():
+@pytest.mark.parametrize("limit", ["params", "flops", "latency"])
+def test_a_trim_far_down_chooses_units_in_stages(limit):
     whole = learned()
     at_once, step_by_step = clone(whole), clone(whole)
-    plan = at_once.base_model.trim(0.25, BATCHES, refit=False)
-    assert plan.to_dict() == trims_in_stages(step_by_step, 0.25, refit=False).to_dict()
+    options = {"refit": False, "latency": a_table(whole)}
+    plan = at_once.base_model.trim({limit: 0.25}, BATCHES, **options)
+    assert plan.to_dict() == trims_in_stages(step_by_step, {limit: 0.25}, **options).to_dict()
     torch.testing.assert_close(logits(at_once), logits(step_by_step), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_a_late_cut_keeps_a_limit_on_latency(share):
+    table = a_table(wrap(tiny_model(), budget=1.0))
+    config = recipes.sensi_bert(share, "latency", trim="late", latency=table, task_type="SEQ_CLS", multiple_of=1)
+    model = get_peft_model(tiny_model(), config)
+    schedule = Schedule(model, 4, calibration=BATCHES)
+    assert model.base_model.plan().figures()["latency_share"] == 1
+    train(model, BATCHES[:2])
+    schedule.step(done_steps=schedule.switches[-1])
+    schedule.finish()
+    assert share - 0.05 < model.base_model.plan().figures()["latency_share"] <= share
+
+
+def test_the_stages_of_a_latency_share_out_what_trimming_can_save():
+    whole = learned()
+    plan, table = whole.base_model.plan(), a_table(whole)
+    tables = {"latency": table}
+    for saved, count in ((0.5, 1), (0.75, 2), (0.9, 3)):
+        share = 1 - saved * (1 - table.rest / table.whole)  # of the whole model's time
+        way = stages_to(plan, Budget(latency=share), tables, min_units=0)
+        times = [table.whole, *(allowance(stage.latency, table.whole) for stage in way)]
+        assert len(way) == count and way[-1] == Budget(latency=share)
+        ratios = [(b - table.rest) / (a - table.rest) for a, b in itertools.pairwise(times)]
+        assert ratios == pytest.approx([(1 - saved) ** (1 / count)] * count, rel=1e-4)
+    # The fewest units need most of the time here, so the little that can be saved takes several stages.
+    heavy = table_for(plan.anatomy, lambda g: {0: 0.0, 1: 10.0, g.size: 11.0})
+    assert len(stages_to(plan, Budget(latency=0.92), {"latency": heavy}, min_units=1)) > 1
+    assert len(stages_to(plan, Budget(latency=0.92, params=0.05), {"latency": heavy}, min_units=1)) == 4
 
 
 def test_the_last_stage_is_fitted_to_the_untrimmed_model(monkeypatch):

@@ -46,6 +46,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "latency"
 SMALL_LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
                "num_key_value_heads": 4, "vocab_size": 8000}  # fmt: skip
 TINY = {"dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 4, "vocab_size": 100}
+METHODS = ["params", "flops", "latency", "layers"]
 
 
 def build(name: str, options: argparse.Namespace) -> nn.Module:
@@ -119,7 +120,7 @@ def accuracy(options: argparse.Namespace) -> None:
         file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
         whole = run.base().eval()
         full(run, [])
-        for method, share in itertools.product(("params", "flops", "latency", "layers"), options.shares):
+        for method, share in itertools.product(options.methods, options.shares):
             if not run.rows.missing(row := f"{method} {share}"):
                 continue
             if not file.exists():
@@ -209,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--data", type=Path, required=True, help="the folders that `quality.py` describes")
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "wnut17"])
     second.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    second.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     second.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
     second.add_argument("--bf16", action="store_true", help="train under autocast to bfloat16")
     second.add_argument("--picture", type=Path, help="accuracy over measured latency; .png, .svg or .pdf")

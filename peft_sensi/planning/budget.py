@@ -70,6 +70,13 @@ class Budget:
             raise BudgetError(f"Unknown limit {shown(unknown[0])} in the budget: the limits are {', '.join(names)}.")
         return cls(**{name: _check_limit(name, value) for name, value in limits.items()})
 
+    @classmethod
+    def of_amounts(cls, amounts: Mapping[str, int]) -> Budget:
+        """Limits that are whole numbers: counts, and nanoseconds for latencies. A count is at least 2."""
+        # An int of 1 would be read as a share.
+        limits: dict[str, Any] = {n: f"{amount}ns" if n in TIMES else max(2, amount) for n, amount in amounts.items()}
+        return cls(**limits)
+
 
 def _check_limit(name: str, value: Any) -> Any:
     if name in TIMES:

@@ -22,7 +22,7 @@ from ..layers.functional import Pair
 from ..layers.layer import layers_of
 from ..layers.slices import Slice, positions_in
 from ..planning.allocate import check_fits
-from ..planning.budget import TIMES, Budget, allowance
+from ..planning.budget import Budget, allowance
 from ..planning.costs import costs_of
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn, preserved
@@ -194,9 +194,8 @@ def recounted(root: nn.Module, config: SensiConfig, before: Plan, after: Plan) -
 
 def _on_the_way(config: SensiConfig, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:
     """Limits as counts (for latencies: times): the whole model at progress 0, the budget at progress 1."""
-    counts: dict[str, Any] = {}
+    amounts = {}
     for name, cost in costs_of(config.limits, anatomy, sequence_length, config.tables).items():
         goal = min(cost.whole, allowance(getattr(config.limits, name), cost.whole))
-        count = goal if progress >= 1 else max(goal, int(cost.whole - progress * (cost.whole - goal)))
-        counts[name] = f"{count}ns" if name in TIMES else count
-    return Budget(**counts)
+        amounts[name] = goal if progress >= 1 else max(goal, int(cost.whole - progress * (cost.whole - goal)))
+    return Budget.of_amounts(amounts)

@@ -19,8 +19,8 @@ from torch import nn
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
-from ..planning.budget import Budget, allowance
-from ..planning.costs import costs_of
+from ..planning.budget import TIMES, Budget, allowance
+from ..planning.costs import Tables, costs_of
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
 from ..planning.trimmed import kept_values, trimmed
@@ -70,7 +70,7 @@ def choose(
     `given` scores (of all units) take the place of scores that are computed; there is then one stage.
     """
     now = _anatomy_of_merged(root, config, before)
-    stages = stages_to(opened, limits)
+    stages = stages_to(opened, limits, config.tables, config.width_options["min_units"])
     exact = progress is None or len(stages) > 1
     fitted_to = None
     if batches is not None and is_refitted(root, config, now, refits):
@@ -118,21 +118,28 @@ def same_everywhere(choice: Choice) -> Choice:
     return distributed.broadcast_object(replace(choice, refitted=refitted))
 
 
-def stages_to(opened: Plan, limits: Budget) -> list[Budget]:
+def stages_to(opened: Plan, limits: Budget, tables: Tables, min_units: int) -> list[Budget]:
     """Limits on the way from what `opened` keeps to `limits`, which are the last ones.
 
-    Each stage keeps about half of what the stage before has kept. In the interim stages only parameters and FLOPs are
-    limited, because these limits say how far the way is.
+    Each stage keeps about half of what the stage before has kept. Of a latency, only what trimming can save counts: a
+    model with the fewest units (`min_units` in each group) needs some time as well.
     """
-    counted = Budget(params=limits.params, flops=limits.flops)
-    costs = costs_of(counted, opened.anatomy, opened.sequence_length, {})
-    targets = {name: allowance(getattr(limits, name), cost.whole) for name, cost in costs.items()}
-    kept = {"params": opened.kept_params, "flops": opened.kept_flops}
-    ratios = {name: min(1.0, max(target, 1) / max(kept[name], 1)) for name, target in targets.items()}
-    count = max([1, *(round(-math.log2(ratio)) for ratio in ratios.values())])
-    # A count of 1 would be read as a share.
-    ways = [{n: max(2, int(kept[n] * ratio ** (i / count))) for n, ratio in ratios.items()} for i in range(1, count)]
-    return [*(Budget(**way) for way in ways), limits]
+    costs = costs_of(replace(limits, trainable=None), opened.anatomy, opened.sequence_length, tables)
+    kept = {g: int((opened.of(g) != TRIMMED).sum()) for g in opened.anatomy.trimmable}
+    fewest = {g: min(count, max(min_units, g.least)) for g, count in kept.items()}
+    ways = {}  # for each limit: what no stage can save, what can be saved now, and the share of it that stays
+    for name, cost in costs.items():
+        fixed = cost.kept(fewest) if name in TIMES else 0
+        now = max(cost.kept(kept) - fixed, 1)
+        target = allowance(getattr(limits, name), cost.whole) - fixed
+        ways[name] = fixed, now, min(1.0, max(target, 1) / now)
+    count = max([1, *(round(-math.log2(ratio)) for *_, ratio in ways.values())])
+
+    amounts = (
+        {name: fixed + int(now * ratio ** (stage / count)) for name, (fixed, now, ratio) in ways.items()}
+        for stage in range(1, count)
+    )
+    return [*map(Budget.of_amounts, amounts), limits]
 
 
 def _all_scores(
