@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -72,8 +73,16 @@ class Rows:
 class Seed:
     """The trainings of one model, task and seed. A model that several ways need is trained once."""
 
-    def __init__(self, rows: Rows, model_name: str, bf16: bool, models: Path | None = None) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        model_name: str,
+        bf16: bool,
+        models: Path | None = None,
+        fast_rates: Iterable[float] = (FAST_RATE,),
+    ) -> None:
         self.rows, self.data, self.model_name, self.models = rows, rows.data, model_name, models
+        self.fast_rates = list(fast_rates)
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
 
@@ -132,10 +141,10 @@ def prior(run: Seed, budgets: list[float]) -> None:
 
 
 def fast(run: Seed, budgets: list[float]) -> None:
-    for budget in budgets:
-        if run.rows.missing(row := f"fast to {budget:g}"):
+    for budget, rate in itertools.product(budgets, run.fast_rates):
+        if run.rows.missing(row := f"fast to {budget:g}" + f" at {rate:g}" * (rate != FAST_RATE)):
             model, seconds = run.wrapped(run.base(), budget=budget)
-            run.rows.add(row, model, seconds + run.fit(model, run.epochs, FAST_RATE))
+            run.rows.add(row, model, seconds + run.fit(model, run.epochs, rate))
 
 
 def late(run: Seed, budgets: list[float]) -> None:
@@ -224,8 +233,9 @@ def run_seed(
     bf16: bool,
     ways: Iterable[str] = WAYS,
     models: Path | None = None,
+    fast_rates: Iterable[float] = (FAST_RATE,),
 ) -> None:
-    run = Seed(rows, model_name, bf16, models)
+    run = Seed(rows, model_name, bf16, models, fast_rates)
     for way in ways:
         WAYS[way](run, budgets)
 
@@ -266,6 +276,9 @@ def main() -> None:
     run.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     run.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     run.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
+    run.add_argument(
+        "--fast-rates", nargs="+", type=float, default=[FAST_RATE], help="learning rates of the way `fast`"
+    )
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
@@ -280,7 +293,8 @@ def main() -> None:
                 common = {"model": name, "task": task, "seed": seed, "bf16": options.bf16}
                 data = load_task(TASKS[task], options.data, folder, seed)
                 rows = Rows(options.results, common, data)
-                run_seed(rows, folder, options.budgets, options.bf16, options.ways, options.models)
+                given = (options.budgets, options.bf16, options.ways, options.models, options.fast_rates)
+                run_seed(rows, folder, *given)
     found = table(read_results(options.results))
     print(found)
     if options.page is not None:
