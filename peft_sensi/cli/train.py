@@ -19,7 +19,7 @@ from transformers import set_seed
 from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
-from ..planning.budget import TIMES
+from ..planning.budget import DEFAULT_LIMITS, TIMES
 from ..planning.measuring import fresh_copy
 from ..planning.plan import Plan
 from ..scoring.calibration import preserved
@@ -102,6 +102,8 @@ def train_for(
     state, start = dict(state), time.perf_counter()
     set_seed(seed)
     stage = state.get("stage")
+    if late or thorough:
+        limits = limits or dict(DEFAULT_LIMITS)
     if (late or thorough) and stage in (None, "train"):  # before the training, which would be lost
         latency = tables_for(model, limits, latency)
     if stage is not None:
@@ -117,7 +119,7 @@ def train_for(
         # The scores are saved also if the rest of the wrap fails.
         with scores_sent_to(partial(save_scores, folder=folder)), budget_advice(limits):
             if late:
-                config = SensiConfig(budget=limits or 0.5, score=score, schedule=dict(recipes.LATE_CUT), **common)
+                config = SensiConfig(budget=limits, score=score, schedule=dict(recipes.LATE_CUT), **common)
             else:
                 config = _config(recipe, 1.0 if thorough else limits, score, common)
             wrapped = get_peft_model(model, config)
@@ -134,7 +136,7 @@ def train_for(
             show(wrapped.base_model.plan())
         if thorough:
             start = time.perf_counter()
-            show(wrapped.base_model.trim(limits or 0.5, calibration, latency=latency, loss_fn=loss_fn))
+            show(wrapped.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn))
             run.state["preparation"] += time.perf_counter() - start
     if thorough:
         run.train(training.epochs, stage="train on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..planning.budget import DEFAULT_LIMITS
 from ..reporting.tables import facts_table, records_table
 from ..utils.checks import is_regressor
 from ..utils.errors import SensiError
@@ -178,7 +179,7 @@ def trim(
     from .train import trim_for
 
     latency_tables = asked.pop("latency_table")
-    limits = args.limits_of(**asked) or {"params": 0.5}
+    limits = args.limits_of(**asked) or dict(DEFAULT_LIMITS)
     args.check_rate(lr)
     if not heal_epochs:
         args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")

@@ -15,6 +15,7 @@ from ..utils.errors import BudgetError
 
 LIMITS = ("params", "flops", "trainable")  # limits on counts
 TIMES = ("latency", "decode_latency")  # limits on times
+DEFAULT_LIMITS = {"params": 0.5}  # where the user gives no limit, and something is to be trimmed
 _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 

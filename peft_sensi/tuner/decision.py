@@ -26,7 +26,7 @@ from ..anatomy.linears import bias_of, is_quantized
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import check_fits, make_plan
-from ..planning.budget import Budget
+from ..planning.budget import DEFAULT_LIMITS, Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
 from ..scoring.calibration import image_tokens, materialize, mean_length, preserved
@@ -79,7 +79,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
     targets, anatomy, saved_values = reach
     planned = config.plan is not None
     if not planned and config.chooses_nothing and anatomy.trimmable:
-        config.budget = {"params": 0.5}  # so that an adapter and its card say what was asked for
+        config.budget = dict(DEFAULT_LIMITS)  # so that an adapter and its card say what was asked for
     if planned:
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
