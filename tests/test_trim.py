@@ -491,24 +491,42 @@ def test_a_late_cut_is_refitted(tmp_path):
     assert float((after - before).square().mean()) == errors[True], "the refit is the default"
 
 
-def test_a_late_cut_far_down_is_a_trim(family):
-    """It chooses units in stages, and fits queries, keys, values and neurons as well."""
+def cut_and_trimmed(family, budget):
+    """A model before a late cut, the same model trimmed, the plan of the trim, and the batches of both."""
     batches = tiny_batches(9, seed=4)
     trimmed = learned(family, score="fisher", calibration=batches)
-    cut = wrap(tiny_model(family), score="fisher", calibration=batches, budget=0.25, schedule=LATE)
+    cut = wrap(tiny_model(family), score="fisher", calibration=batches, budget=budget, schedule=LATE)
     trained_values = dict(trimmed.named_parameters())
     with torch.no_grad():
         for path, p in cut.named_parameters():
             if p.requires_grad:
                 p.copy_(trained_values[path])
-    plan = trimmed.base_model.trim(0.25, batches)
+    return cut, trimmed, trimmed.base_model.trim(budget, batches), batches
+
+
+def assert_same_trim(cut, trimmed, plan):
+    torch.testing.assert_close(logits(cut), logits(trimmed), rtol=1e-3, atol=1e-4)
+    masks = cut.base_model.plan().trimmed_units
+    assert all((mask == plan.trimmed_units[group]).all() for group, mask in masks.items())
+
+
+def test_a_late_cut_far_down_is_a_trim(family):
+    """It chooses units in stages, and fits queries, keys, values and neurons as well."""
+    cut, trimmed, plan, batches = cut_and_trimmed(family, 0.25)
     schedule = Schedule(cut, 4, calibration=batches)
     schedule.step(done_steps=2)
     torch.testing.assert_close(logits(cut), logits(trimmed), rtol=1e-3, atol=1e-4)
     schedule.finish()
-    masks = cut.base_model.plan().trimmed_units
-    assert all((mask == plan.trimmed_units[group]).all() for group, mask in masks.items())
-    torch.testing.assert_close(logits(cut), logits(trimmed), rtol=1e-3, atol=1e-4)
+    assert_same_trim(cut, trimmed, plan)
+
+
+def test_a_cut_that_no_training_follows_is_a_trim():
+    """Training stopped before it, so no training makes up for fewer batches."""
+    cut, trimmed, plan, batches = cut_and_trimmed("bert", 0.5)
+    schedule = Schedule(cut, 4, calibration=batches)
+    with pytest.warns(UserWarning, match="not trained afterwards"):
+        schedule.finish()
+    assert_same_trim(cut, trimmed, plan)
 
 
 def test_a_cut_that_fails_halfway_changes_nothing(monkeypatch):

@@ -45,11 +45,13 @@ def close_units(
     adapter_name: str,
     batches: list[Mapping[str, Any]] | None,
     progress: float,
+    trains_on: bool,
     loss_fn: LossFn | None = None,
 ) -> None:
     """Scores the trained model and closes units until it meets interim limits.
 
-    The limits go from the whole prunable part (`progress` 0) to the budget (`progress` 1).
+    The limits go from the whole prunable part (`progress` 0) to the budget (`progress` 1). `trains_on` says whether
+    the model is trained afterwards.
 
     Closed units stay closed. Only the last cut (`progress` 1) may open units again: those that still fit when no
     open unit does, so that the budget is used up. The others are refitted to the model before the cut (see `choose`).
@@ -66,7 +68,7 @@ def close_units(
     refits = (config.schedule or {}).get("refit", config.refit)
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
-        choice = choose(root, config, before, opened, limits, batches, options, refits, progress, movement)
+        choice = choose(root, config, before, opened, limits, batches, options, refits, progress, trains_on, movement)
     choice = same_everywhere(choice)
     layers = layers_of(root, adapter_name)
     refitted = [layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias")]

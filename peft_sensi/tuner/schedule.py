@@ -201,7 +201,7 @@ class Schedule:
             plan = open_units(root_of(self.model), self.config, self.adapter_name)
             if exceeds(plan, self.config):
                 self._warn("units are cut")
-                self._close(1.0)
+                self._close(1.0, trains_on=False)
                 plan = open_units(root_of(self.model), self.config, self.adapter_name)
             shrink(self.model, self.config, self.adapter_name, plan)
         self.config.past_cuts = None
@@ -243,9 +243,10 @@ class Schedule:
                     scores = scores - layer.get_original_weight(name).to(scores.dtype)
                 layer.draw_mask(name, scores.abs())
 
-    def _close(self, progress: float) -> None:
+    def _close(self, progress: float, trains_on: bool = True) -> None:
+        root, name = root_of(self.model), self.adapter_name
         with distributed.synchronized("cutting units"):
-            close_units(root_of(self.model), self.config, self.adapter_name, self.batches, progress, self.loss_fn)
+            close_units(root, self.config, name, self.batches, progress, trains_on, self.loss_fn)
 
     def _remove(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Removes the closed units during training, if the optimizer can go on with smaller parameters."""

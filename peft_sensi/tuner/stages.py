@@ -58,20 +58,21 @@ def choose(
     batches: list[Mapping[str, Any]] | None,
     options: ScoringOptions,
     refits: bool | None,
-    progress: float | None = None,
+    progress: float = 1.0,
+    trains_on: bool = False,
     given: Scores | None = None,
 ) -> Choice:
     """Scores the model inside `merged_in_place`, in evaluation mode, and chooses units under `limits`.
 
     `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
-    choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`), and `None` for a trim. A trim
-    fits whole layers. A cut in one stage is followed by training, which makes up for a less exact choice: it does not
-    fit whole layers, and reads fewer batches. After several stages, all layers are also fitted together.
+    choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`). Whole layers are fitted. If
+    training follows (`trains_on`), and the limits are reached in one stage, training makes up for a less exact choice:
+    whole layers are not fitted, and fewer batches are read. After several stages, all layers are also fitted together.
     `given` scores (of all units) take the place of scores that are computed; there is then one stage.
     """
     now = _anatomy_of_merged(root, config, before)
     stages = stages_to(opened, limits, config.tables, config.width_options["min_units"])
-    exact = progress is None or len(stages) > 1
+    exact = not trains_on or len(stages) > 1
     fitted_to = None
     if batches is not None and is_refitted(root, config, now, refits):
         fitted_to = to_refit(batches, config)
@@ -86,7 +87,7 @@ def choose(
             anatomy = _anatomy_of_merged(root, config, after)
             scores = _all_scores(root, config, anatomy, after, batches, options) if given is None else given
             # The last stage may open units again, to use up the budget where no open unit fits any more.
-            reopens = stage is limits and (progress is None or progress >= 1)
+            reopens = stage is limits and progress >= 1
             wanted = make_plan(
                 before.anatomy,
                 _open_first(scores, kept_units(after)) if reopens else scores,
