@@ -35,7 +35,7 @@ def sensi_bert(
     Args:
         budget: A share in (0, 1] or a count of the prunable parameters or FLOPs; of a latency, a share or a time such
             as `"12ms"`.
-        limit: What `budget` limits. A `latency` needs a table: `latency=` of [`SensiConfig`].
+        limit: What `budget` limits. For `"latency"`, give `latency=` a table; without one, this machine is measured.
         score: Default: `"mask"` at the wrap, and `"fisher"` during training, where masks would have to be learned
             beside the weights.
         granularity: `"tensor"` keeps or removes whole sublayers.
