@@ -104,8 +104,8 @@ def train_for(
     stage = state.get("stage")
     if late or thorough:
         limits = limits or dict(DEFAULT_LIMITS)
-    if (late or thorough) and stage in (None, "train"):  # before the training, which would be lost
-        latency = tables_for(model, limits, latency)
+        if stage in (None, "train"):  # before the training, which would be lost
+            latency = tables_for(model, limits, latency)
     if stage is not None:
         wrapped: Any = PeftModel.from_pretrained(model, str(saved_training(folder, state)), is_trainable=True)
         if (config := wrapped.active_peft_config).phase == "cut" and latency:  # files hold no tables

@@ -12,6 +12,7 @@ from ..anatomy.latency import LatencyTable
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import BudgetError, SensiError
 from .budget import TIMES, Budget
+from .plan import Plan
 
 
 Tables = Mapping[str, LatencyTable]  # by the name of the limit: `latency` or `decode_latency`
@@ -58,6 +59,12 @@ def costs_of(limits: Budget, anatomy: Anatomy, sequence_length: int, tables: Tab
             tables[name].check_fits(anatomy)
             costs[name] = Cost(tables[name].times, tables[name].whole, tables[name].rest)
     return costs
+
+
+def kept_counts(plan: Plan) -> dict[Group, int]:
+    """How many units of each trimmable group stay in the model: what `Cost.kept` counts."""
+    trimmed = plan.trimmed_units
+    return {group: int((~trimmed[group.name]).sum()) for group in plan.anatomy.trimmable}
 
 
 def tables_by_limit(tables: Any) -> dict[str, LatencyTable]:

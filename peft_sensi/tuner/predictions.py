@@ -10,7 +10,7 @@ from torch import nn
 
 from ..anatomy.latency import LatencyTable, check_records
 from ..planning.budget import TIMES, allowance
-from ..planning.costs import costs_of, tables_by_limit
+from ..planning.costs import costs_of, kept_counts, tables_by_limit
 from ..planning.measuring import measure_torch
 from ..planning.plan import Plan
 from ..utils import distributed
@@ -53,10 +53,8 @@ def note_latency(config: Any, plan: Plan) -> None:
 def exceeds(plan: Plan, config: Any) -> bool:
     """Whether the plan keeps more than the config's limits allow."""
     read_latency(config)  # the user may have given a table to an adapter from a file
-    trimmed = plan.trimmed_units
-    kept = {group: int((~trimmed[group.name]).sum()) for group in plan.anatomy.trimmable}
-    costs = costs_of(config.limits, plan.anatomy, plan.sequence_length, config.tables)
-    return any(cost.kept(kept) > allowance(getattr(config.limits, name), cost.whole) for name, cost in costs.items())
+    costs, counts = costs_of(config.limits, plan.anatomy, plan.sequence_length, config.tables), kept_counts(plan)
+    return any(cost.kept(counts) > allowance(getattr(config.limits, name), cost.whole) for name, cost in costs.items())
 
 
 def measure_missing(model: nn.Module, config: Any) -> None:

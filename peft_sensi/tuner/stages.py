@@ -20,7 +20,7 @@ from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import make_plan
 from ..planning.budget import TIMES, Budget, allowance
-from ..planning.costs import Tables, costs_of
+from ..planning.costs import Tables, costs_of, kept_counts
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, refit
 from ..planning.trimmed import kept_values, trimmed
@@ -126,7 +126,7 @@ def stages_to(opened: Plan, limits: Budget, tables: Tables, min_units: int) -> l
     model with the fewest units (`min_units` in each group) needs some time as well.
     """
     costs = costs_of(replace(limits, trainable=None), opened.anatomy, opened.sequence_length, tables)
-    kept = {g: int((opened.of(g) != TRIMMED).sum()) for g in opened.anatomy.trimmable}
+    kept = kept_counts(opened)
     fewest = {g: min(count, max(min_units, g.least)) for g, count in kept.items()}
     ways = {}  # for each limit: what no stage can save, what can be saved now, and the share of it that stays
     for name, cost in costs.items():
