@@ -144,18 +144,19 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
 
 
-@pytest.mark.parametrize("name", ["quality", "systems", "learn_first"])
+@pytest.mark.parametrize("name", ["quality", "systems", "learn_first", "learn_first_means"])
 def test_the_documentation_has_the_table_of_the_committed_results(grid, name):
     import learn_first
     import methods
     import tables
 
-    results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / name)
+    results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / name.removesuffix("_means"))
     page = ROOT / "docs" / ("results-systems.md" if name == "systems" else "quality.md")
     table = {
         "quality": tables.quality_table,
         "systems": lambda found: tables.systems_table(found, methods.SYSTEMS),
         "learn_first": learn_first.table,
+        "learn_first_means": tables.ways_summary,
     }[name](results)
     assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in page.read_text()
 
@@ -302,6 +303,29 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     runs += [run("trim 0.25 random", 0.276, seed=seed) for seed in (2, 3)]
     random = next(line for line in tables.quality_table(runs).splitlines() if line.startswith("| trim 0.25 random |"))
     assert "| 20.0% [10.0%, 30.0%] |" in random, "of 10, 20 and 30 points"
+
+
+def test_the_means_of_a_way_are_paired_by_seed_and_need_three(grid):
+    import tables
+
+    def runs(model, task, method, *scores):
+        common = {"model": model, "task": task, "method": method}
+        return [common | {"seed": seed, "dev": score, "held_out": score} for seed, score in enumerate(scores)]
+
+    results = [
+        *runs("a", "trec6", "full", 0.676, 0.776, 0.876),  # a gain of 0.5 over the constant answer
+        *runs("a", "trec6", "late to 0.5", 0.626, 0.726, 0.826),
+        *runs("b", "wnut17", "full", 0.4, 0.4, 0.4),
+        *runs("b", "wnut17", "late to 0.5", 0.4, 0.44, 0.48),
+        *runs("b", "cola", "full", 0.2, 0.2, 0.2),
+        *runs("b", "cola", "late to 0.5", 0.1, 0.1),  # too few seeds
+        *runs("c", "wnut17", "full", 0.0, 0.0, 0.0),  # learns nothing, so there is nothing to keep
+        *runs("c", "wnut17", "late to 0.5", 0.1, 0.1, 0.1),
+    ]
+    header, _, row = tables.ways_summary(results).splitlines()
+    assert cells(header) == ["way", "easy tasks, dev", "easy tasks, held-out"]
+    # 90 % without an error, and 100, 110 and 120 % with a standard error of 5.77 points.
+    assert cells(row) == ["late to 0.5", *["100.0% ± 2.9% (2)"] * 2]
 
 
 def test_every_row_builds_and_has_the_stated_size(grid):

@@ -5,6 +5,7 @@ No test depends on the machine's speed: the clock counts the multiplications of 
 
 from __future__ import annotations
 
+import collections
 import copy
 import errno
 import json
@@ -253,6 +254,23 @@ def test_the_error_is_that_of_the_mean():
     means, errors = zip(*((t.seconds, t.error) for t in (timing._summary(list(random.normal(1, 0.1, 21)), 1.0)
                                                           for _ in range(2000))), strict=True)  # fmt: skip
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
+
+
+@pytest.mark.parametrize(("duration", "places", "turns"), [(1.0, 0.0, 4), (0.01, 0.0, 7), (1.0, 0.05, 7)])
+def test_long_runs_that_are_precise_need_fewer_rounds(duration, places, turns):
+    clock, prepared = fake_times({"whole": duration, "half": duration / 2}, noise=0.001, places=places)
+    started = []
+
+    def counted(name):
+        started.append(name)
+        return prepared("half")()
+
+    time_variants(prepared("whole"), {name: partial(counted, name) for name in "abcd"}, clock)
+    assert collections.Counter(started) == dict.fromkeys("abcd", turns)
+
+
+def test_the_error_of_one_variant_is_known_later():
+    assert [next(n for n in range(1, 99) if timing._is_known(n, count)) for count in (1, 2, 4, 20)] == [7, 5, 4, 4]
 
 
 def test_too_much_noise_is_an_error():

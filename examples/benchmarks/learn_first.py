@@ -35,7 +35,7 @@ from grid import fit, fresh_base, own_loss, score, slug
 from methods import task_type
 from pages import write_part
 from peft import get_peft_model
-from tables import cell, read_results
+from tables import cell, read_results, ways_summary
 from tasks import TASKS, Data, load_task
 from torch import nn
 from torch.nn.functional import kl_div
@@ -247,7 +247,7 @@ def table(results: list[dict[str, Any]]) -> str:
     found = {(r["model"], r["task"], r["method"], r["seed"]): r["dev"] for r in results}
     lines = ["| way | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
     lines.append("| --- " * (1 + len(columns)) + "|")
-    for row in dict.fromkeys(r["method"] for r in results):
+    for row in sorted({r["method"] for r in results}):
         cells = []
         for column in columns:
             seeds = [seed for *place, seed in found if place == [*column, row]]
@@ -282,7 +282,7 @@ def main() -> None:
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
-        command.add_argument("--page", type=Path, help="page with the markers `learn_first: begin` and `end`")
+        command.add_argument("--page", type=Path, help="page with the markers of both tables")
     options = parser.parse_args()
     if options.command == "run":
         logging.set_verbosity_error()
@@ -295,10 +295,11 @@ def main() -> None:
                 rows = Rows(options.results, common, data)
                 given = (options.budgets, options.bf16, options.ways, options.models, options.fast_rates)
                 run_seed(rows, folder, *given)
-    found = table(read_results(options.results))
-    print(found)
-    if options.page is not None:
-        write_part(options.page, "learn_first", found)
+    results = read_results(options.results)
+    for name, found in {"learn_first": table(results), "learn_first_means": ways_summary(results)}.items():
+        print(found)
+        if options.page is not None:
+            write_part(options.page, name, found)
 
 
 if __name__ == "__main__":

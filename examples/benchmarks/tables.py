@@ -189,6 +189,54 @@ def quality_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ways_summary(results: list[dict[str, Any]]) -> str:
+    """How much of full fine-tuning's gain each way keeps: the mean over models and tasks, with its standard error over
+    seeds, for the tasks that are not noisy together and for each noisy one, on the development and the held-out rows.
+
+    A model and task count where full fine-tuning and the way have the same three seeds or more. The number of them is
+    in brackets.
+    """
+    groups = {"easy tasks": [name for name, task in TASKS.items() if not task.noisy]}
+    groups |= {name: [name] for name, task in TASKS.items() if task.noisy}
+    splits = {"dev": "dev", "held_out": "held-out"}
+    kept = {split: _kept_by_way(results, split) for split in splits}
+    found = {task for way, columns in kept["dev"].items() if way != "full" for _, task in columns}
+    columns = [(group, split) for group, tasks in groups.items() if found & set(tasks) for split in splits]
+    lines = ["| way | " + " | ".join(f"{group}, {splits[split]}" for group, split in columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for way in sorted({r["method"] for r in results}):
+        cells = []
+        for group, split in columns:
+            parts = [part for (_, task), part in kept[split].get(way, {}).items() if task in groups[group]]
+            error = math.sqrt(sum(error**2 for _, error in parts)) / max(1, len(parts))
+            mean = statistics.fmean(mean for mean, _ in parts) if parts else math.nan
+            cells.append(f"{mean:.1%} ± {error:.1%} ({len(parts)})" if parts else "-")
+        if way != "full" and set(cells) != {"-"}:
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _kept_by_way(results: list[dict[str, Any]], split: str) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
+    """For each way, model and task, the share of full fine-tuning's gain on these rows that is kept, and its error.
+
+    The share is 1 + the mean of the differences from full fine-tuning with the same seed / its mean gain over
+    `Task.constant` (for the held-out rows, too).
+    """
+    scores: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in results:
+        scores[r["method"]][r["model"], r["task"]][r["seed"]] = r[split]
+    kept: dict[str, dict[tuple[str, str], tuple[float, float]]] = defaultdict(dict)
+    for way, columns in scores.items():
+        for column, own in columns.items():
+            full = {seed: score for seed, score in scores["full"][column].items() if seed in own}
+            if len(full) < 3 or len(own) > len(full):
+                continue
+            gain = statistics.fmean(full.values()) - TASKS[column[1]].constant
+            if gain > 0:
+                kept[way][column] = mean_and_error([1 + (own[seed] - full[seed]) / gain for seed in full])
+    return kept
+
+
 def _behind_ours(name: str, runs: list[dict[str, Any]]) -> list[float]:
     """How much more `ours` retains than this row, for each task and seed that both have."""
     budget = " ".join(name.split(" ")[:2])

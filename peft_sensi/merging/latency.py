@@ -75,7 +75,7 @@ def measure_latency(
         decode: Measures one step of a decoder with a cache, for the limit `decode_latency`. Only in `torch`.
         inputs: A batch of tensors for models that take neither token ids nor images. It sets the shape of the input;
             `batch_size` and `sequence_length` should describe it.
-        rounds: How often each variant takes turns with the whole model.
+        rounds: How often each variant takes turns with the whole model; fewer if a slow model's times are precise.
         blocks: [`BlockLayout`] objects for architectures that the library does not know.
 
     Raises:

@@ -26,6 +26,10 @@ Clock = Callable[[], float]
 
 # The largest standard error of the times, as a share of the reference's time.
 LARGEST_ERROR = 0.02
+# If the reference takes long, less than all rounds are enough for this error. A fast one takes all, because its time
+# depends most on its place in the memory, of which few rounds show little.
+PRECISE, _LONG = 0.005, 0.25
+_FEWEST_ROUNDS, _FEWEST_FREE = 4, 4  # from fewer rounds or degrees of freedom, the error is not known
 # A function that is fast is run several times in each turn, for this many seconds.
 _SECONDS_PER_TURN = 0.1
 _FEWEST, _MOST = 2, 200  # runs in each turn
@@ -102,7 +106,7 @@ def time_variants(
 
     Both are prepared again for each turn. One and the same model can be a tenth slower when its weights and buffers
     lie elsewhere in the memory, so a turn has one value, however many runs it has. If the results are not precise
-    enough after `rounds` rounds, up to twice as many more follow.
+    enough after `rounds` rounds, up to twice as many more follow. If they are precise sooner, the rest is left out.
 
     Returns:
         The reference's time, and the time of each variant by name, as it would be while the reference takes that time.
@@ -119,7 +123,9 @@ def time_variants(
                 pairs = _turn(base, run, clock)
             of_reference.append(float(np.median(pairs[:, 0])))
             ratios[name].append(float(np.median(pairs[:, 1] / np.maximum(pairs[:, 0], 1e-12))))
-        if count % rounds == 0 and (error := _mean_error(ratios.values())) <= LARGEST_ERROR:
+        error, is_long = _mean_error(ratios.values()), float(np.median(of_reference)) >= _LONG
+        is_precise = is_long and error <= PRECISE and _is_known(count, len(variants))
+        if is_precise or (count % rounds == 0 and error <= LARGEST_ERROR):
             whole = _summary(of_reference, 1.0)
             return whole, {name: _summary(values, whole.seconds) for name, values in ratios.items()}
     raise SensiError(
@@ -127,6 +133,11 @@ def time_variants(
         f"whole model's time, and at most {LARGEST_ERROR:.0%} is useful. Stop other programs, use one thread, or "
         f"measure more rounds (`rounds`, --rounds)."
     )
+
+
+def _is_known(count: int, variants: int) -> bool:
+    """Whether the mean error after so many rounds says something; see `_summary` for the values that count."""
+    return count >= _FEWEST_ROUNDS and variants * (count - 1 - 2 * _cut(count)) >= _FEWEST_FREE
 
 
 def _mean_error(ratios: Iterable[list[float]]) -> float:
@@ -154,7 +165,7 @@ def _summary(values: list[float], unit: float) -> Timing:
     in the others slow, and little between. Error of a trimmed mean: Tukey & McLaughlin 1963.
     """
     ordered, count = np.sort(values), len(values)
-    cut = min(math.ceil(count / 10), (count - 1) // 2)
+    cut = _cut(count)
     low, high = ordered[cut], ordered[count - 1 - cut]
     deviation = float(np.clip(ordered, low, high).std(ddof=min(1, count - 1)))
     error = deviation / ((1 - 2 * cut / count) * math.sqrt(count))
@@ -162,3 +173,8 @@ def _summary(values: list[float], unit: float) -> Timing:
     return Timing(
         float(ordered[cut : count - cut].mean()) * unit, float(upper - lower) / 2 * unit, float(error) * unit
     )
+
+
+def _cut(count: int) -> int:
+    """How many of so many values are left out at either end."""
+    return min(math.ceil(count / 10), (count - 1) // 2)
