@@ -111,9 +111,18 @@ def plan(
         found.plot(plot, scores=ranking, style=(style or args.LIGHT).value, cost=cost)
     files = {"scores": save_scores, "picture": plot}
     lines = [f"{what}: {path}" for what, path in files.items() if path is not None]
+    if ranking.learned is not None:
+        lines.insert(0, f"learned of the task in priming: {max(0, ranking.learned):.1%}")
     print_result(
         json,
-        {"model": model, "budget": limits, "score": ranking.method, "files": files, "plan": plan_figures(found)},
+        {
+            "model": model,
+            "budget": limits,
+            "score": ranking.method,
+            "learned": ranking.learned,
+            "files": files,
+            "plan": plan_figures(found),
+        },  # fmt: skip
         *plan_renderables(found),
         *lines,
     )

@@ -117,4 +117,4 @@ def score_units(
     torch.manual_seed(options.seed + distributed.rank())
     found = CRITERIA[method].function(model, anatomy, batches, options)
     head = head_to_train(model, batches, found.head) if found.head and batches is not None else {}
-    return Scores(found.values, method, length, found.protected, head)
+    return Scores(found.values, method, length, found.protected, head, found.learned)

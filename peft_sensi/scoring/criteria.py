@@ -25,6 +25,7 @@ from ..utils.progress import progress_bar
 from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
+from .learned import share_learned
 from .outliers import OutlierFinder
 from .priming import primed
 
@@ -39,6 +40,7 @@ class Found:
     values: dict[str, torch.Tensor]
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     protected: dict[str, torch.Tensor] = field(default_factory=dict)
+    learned: float | None = None
 
 
 def random(model: nn.Module, anatomy: Anatomy, batches: Batches | None, options: ScoringOptions) -> Found:
@@ -125,6 +127,7 @@ def _mean_over_examples(
         totals = {g.name: g.zeros() for g in anatomy.groups}
         examples, read = 0, batches
         batches = batches[: max(1, options.calibration_steps)]
+        learned = share_learned(model, batches, options) if options.priming_steps else None
         # A gate's gradient is a small difference of large terms, so autocast is switched off as a precaution.
         with torch.autocast(device_of(model).type, enabled=False):
             weighting = find_weighting(model, anatomy, batches, options.loss_fn)
@@ -142,7 +145,7 @@ def _mean_over_examples(
     distributed.all_sum(list(totals.values()), "adding up scores")
     examples = sum(distributed.gather("counting examples", examples))
     values = {name: total / examples for name, total in totals.items()}
-    return Found(_with_unscored_tokens(anatomy, values, read), head, outliers.found())
+    return Found(_with_unscored_tokens(anatomy, values, read), head, outliers.found(), learned)
 
 
 def _with_unscored_tokens(

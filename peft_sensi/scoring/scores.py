@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..plotting.plots import plot_scores
-from ..utils.checks import is_count, shown
+from ..utils.checks import is_count, is_number, shown
 from ..utils.errors import SensiLoadError
 from ..utils.files import open_safetensors, write_atomically
 from ..utils.formatting import data_frame, find_name, html_table, short_names
@@ -30,6 +30,8 @@ class Scores:
         sequence_length: Mean padded length of the calibration batches, in tokens.
         protected: `{group: [units]}`, bool: outlier neurons and heads, which no plan should cut (see `outliers`).
         head: Parameters from which the task head starts after priming, by their names in the base model.
+        learned: How much the primed model had learned of the task, from 0 (nothing) to 1; see
+            `learned.share_learned`. `None` if this is not known.
     """
 
     values: dict[str, torch.Tensor]
@@ -37,6 +39,7 @@ class Scores:
     sequence_length: int | None = None
     protected: dict[str, torch.Tensor] = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
+    learned: float | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The scores of the group with this name, or with the only name that ends so: float32 of shape `[units]`.
@@ -77,7 +80,9 @@ class Scores:
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, under a temporary name first. Raises `SensiError` if the disk is full."""
         tensors = {f"{kind}:{k}": v.contiguous() for kind in _KINDS for k, v in getattr(self, kind).items()}
-        metadata = {"format": "peft_sensi.scores.1", "method": self.method, "length": json.dumps(self.sequence_length)}
+        numbers = {"length": self.sequence_length, "learned": self.learned}
+        metadata = {"format": "peft_sensi.scores.1", "method": self.method}
+        metadata |= {name: json.dumps(number) for name, number in numbers.items()}
         write_atomically(path, lambda name: save_file(tensors, name, metadata=metadata))
 
     @classmethod
@@ -105,12 +110,17 @@ class Scores:
                 parts[kind][name] = file.get_tensor(key).clone()
         try:
             method, length = metadata["method"], json.loads(metadata["length"])
+            learned = json.loads(metadata.get("learned", "null"))  # files of before do not have it
         except (KeyError, ValueError):
-            method = length = None
-        if method not in METHODS or not (length is None or is_count(length)):
+            method = length = learned = None
+        if (
+            method not in METHODS
+            or not (length is None or is_count(length))
+            or not (learned is None or is_number(learned))
+        ):
             raise SensiLoadError(f"{path} has malformed metadata: {shown(metadata)}. {_AGAIN}")
         _check_tensors(path, parts)
-        return cls(method=method, sequence_length=length, **parts)
+        return cls(method=method, sequence_length=length, learned=learned, **parts)
 
     def plot(self, path: str | os.PathLike, style: str = "light") -> None:
         """Draws a heat map of the scores of all units. Needs matplotlib (the extra `plots`).

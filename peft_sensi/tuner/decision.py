@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 # A refit has more to fit than a score: its matrices have as many rows as a layer has units.
 REFIT_PER_SCORED = 1.8  # batches that are refitted, for each one that is scored
 
+# Trimming first costs little on tasks where priming reaches 0.1 or more (see `learned.share_learned`).
+LEARNED_ENOUGH = 0.04
+
 _receiver: ContextVar[Callable[[Scores], object] | None] = ContextVar("_receiver", default=None)
 
 
@@ -174,6 +177,7 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
                 f"Give a smaller limit.",
                 stacklevel=2,
             )
+    _warn_of_nothing_learned(scores, plan)
     fit_rank(model, config, plan, saved_values)
     # The plan is known now, so what is trained beside its units can be counted exactly.
     plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
@@ -235,6 +239,18 @@ def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy, wanted:
     if wanted and not fits:
         raise SensiError("`refit=True` moves the output biases: add 'output_biases' to `also_train`.")
     return wanted if wanted is not None else config.limits.trainable is None and fits
+
+
+def _warn_of_nothing_learned(scores: Scores, plan: Plan) -> None:
+    if plan.trims and scores.learned is not None and scores.learned < LEARNED_ENOUGH:
+        warnings.warn(
+            f"Priming has taught the model hardly anything of this task: its loss is {max(0, scores.learned):.1%} "
+            "smaller than with the labels of other examples. A ranking from such a model says little, and a model "
+            "that is trimmed by it can lose half of its quality. Trim it when it has learned the task: during the "
+            "training with `recipes.sensi_bert(..., trim='late')` (the command's --late), or after it with `trim()` "
+            "(--thorough).",
+            stacklevel=2,
+        )
 
 
 def _warn_of_lost_inputs(config: SensiConfig, batches: list[Mapping[str, Any]]) -> None:
