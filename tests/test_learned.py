@@ -87,6 +87,30 @@ def test_a_part_without_labels_is_left_out():
     assert learned(batches, model=model) == learned(batches[1:], model=model)
 
 
+@pytest.mark.parametrize(("known", "runs"), [(1.0, 4), (0.0, 8)])
+def test_the_second_half_is_run_only_if_the_first_leaves_doubt(known, runs):
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(batch)
+        return squared_error(lambda batch: known * batch["known"])(model, batch)
+
+    learned([b | {"known": b["labels"]} for b in number_batches()[:4]], loss_fn)
+    assert len(calls) == runs
+
+
+def test_a_batch_that_cannot_be_divided_is_used_whole():
+    sizes = []
+
+    def spy(model, batch):
+        sizes.append(len(batch["texts"]))
+        assert len(batch["texts"]) == len(batch["labels"])
+        return model(batch["input_ids"], labels=batch["labels"]).loss
+
+    assert learned([b | {"texts": ["a"] * 20} for b in tiny_batches(1, size=20)], spy) is not None
+    assert sizes == [20, 20]
+
+
 @pytest.mark.parametrize("steps", [1, 160])
 def test_priming_learns_an_easy_task(steps):
     scores = compute_scores(tiny_model(lively=False), easy_batches(), priming_steps=steps, priming_lr=3e-3)

@@ -917,7 +917,8 @@ def test_priming_runs_on_these_examples(score):
     )
     compute_scores(model, tiny_batches(2, size=32), score=score, priming_steps=3, calibration_steps=2, progress=False)
     hook.remove()
-    assert sizes == [(True, 6)] * 3 + [(False, 32)] * (2 if score == "fisher" else 0)
+    # Twice 16 examples of each batch are for what was learned (`share_learned`).
+    assert sizes == [(True, 6)] * 3 + ([(False, 16)] * 4 + [(False, 32)] * 2) * (score == "fisher")
 
 
 def test_all_places_have_the_same_defaults():

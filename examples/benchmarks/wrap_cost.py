@@ -41,6 +41,7 @@ SHAPES = {
 # The parts of a wrap, and the functions that do their work. Time counts for the innermost function.
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "priming": ((priming, "_prime"),),
+    "learned": ((criteria, "share_learned"),),
     "scoring": ((criteria, "find_weighting"), (criteria, "gate_gradients")),
     "refit: layers": ((refit, "refit"),),
     "refit: sums": ((least_squares.LeastSquares, "add"),),

@@ -12,9 +12,11 @@ from ..anatomy.modules import task_head
 from ..utils import distributed
 from ..utils.errors import CalibrationError
 from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
+from .priming import can_be_divided
 
 
 EXAMPLES = 16  # of each batch, from its end: priming reads it from the beginning
+CLEAR = 0.15  # a share of which the first half of the batches leaves no doubt that something was learned
 
 
 def share_learned(model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions) -> float | None:
@@ -30,26 +32,39 @@ def share_learned(model: nn.Module, batches: list[Mapping[str, Any]], options: S
 
     Args:
         model: The primed model in evaluation mode.
-        batches: The batches that are scored.
+        batches: The batches that are scored. The second half is run only if the first one is not `CLEAR`.
     """
+    if not task_head(model):
+        return None
     own = others = 0.0
-    for index, batch in enumerate(batches if task_head(model) else ()):
-        count = examples_in(batch)
-        part = examples_of(batch, list(range(max(0, count - EXAMPLES), count)))
-        labels = {name: value.roll(1, 0) for name, value in part.items() if _is_label(name, value)}
-        if count < 2 or not labels:
-            continue
-        where = f"calibration batch {index}"
-        try:
-            with torch.no_grad():
-                losses = [calibration_loss(model, b, options.loss_fn, where) for b in (part, {**part, **labels})]
-        except CalibrationError:  # a part of a batch can be without labels
-            continue
-        own, others = own + float(losses[0]), others + float(losses[1])
-    own, others = (sum(losses) for losses in zip(*distributed.gather("what is learned", (own, others)), strict=True))
+    half = (len(batches) + 1) // 2
+    for part in (batches[:half], batches[half:]):
+        found = distributed.gather("what is learned", _losses(model, part, options))
+        own, others = own + sum(loss for loss, _ in found), others + sum(loss for _, loss in found)
+        if others > 0 and 1 - own / others > CLEAR:
+            break
     if others <= 0 or (options.loss_fn is not None and own == others):
         return None
     return 1 - own / others
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions) -> tuple[float, float]:
+    """The sums of the losses with the own labels and with those of other examples."""
+    sums = [0.0, 0.0]
+    for batch in batches:
+        count = examples_in(batch)
+        rows = list(range(max(0, count - EXAMPLES), count))
+        part = examples_of(batch, rows) if can_be_divided(batch) else batch
+        labels = {name: value.roll(1, 0) for name, value in part.items() if _is_label(name, value)}
+        if count < 2 or not labels:
+            continue
+        try:
+            losses = [float(calibration_loss(model, b, options.loss_fn)) for b in (part, {**part, **labels})]
+        except CalibrationError:  # a part of a batch can be without labels
+            continue
+        sums = [total + loss for total, loss in zip(sums, losses, strict=True)]
+    return sums[0], sums[1]
 
 
 def _is_label(name: str, value: Any) -> bool:

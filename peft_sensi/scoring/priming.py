@@ -106,12 +106,10 @@ def _prime(
 def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
     """`EXAMPLES` examples of a batch, others in each turn. The whole batch if it cannot be divided, or is small.
 
-    A batch can be divided if all its tensors have one row for each example, and if it has no lists. Its part must have
-    a label: a loss over tokens is not finite without labels.
+    The part must have a label: a loss over tokens is not finite without labels.
     """
     size = examples_in(batch)
-    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
-    if size <= EXAMPLES or not all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values):
+    if size <= EXAMPLES or not can_be_divided(batch):
         return batch
     rows = [(turn * EXAMPLES + i) % size for i in range(EXAMPLES)]
     part = examples_of(batch, rows)
@@ -120,6 +118,13 @@ def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
         used = labels[:, 1:] if labels.dim() > 1 else labels  # language models do not predict the first token
         return part if bool((used >= 0).any()) else batch
     return part
+
+
+def can_be_divided(batch: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a batch have one row for each example, and it has no lists."""
+    size = examples_in(batch)
+    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
+    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
 
 
 class AdamSteps(ExitStack):

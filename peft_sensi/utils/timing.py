@@ -26,8 +26,8 @@ Clock = Callable[[], float]
 
 # The largest standard error of the times, as a share of the reference's time.
 LARGEST_ERROR = 0.02
-# If the reference takes long, less than all rounds are enough for this error. A fast one takes all, because its time
-# depends most on its place in the memory, of which few rounds show little.
+# If the reference takes long, a turn has one run, and rounds end when the error is as small as this. A fast reference
+# takes all rounds, because its time depends most on its place in the memory, of which few rounds show little.
 PRECISE, _LONG = 0.005, 0.25
 _FEWEST_ROUNDS, _FEWEST_FREE = 4, 4  # from fewer rounds or degrees of freedom, the error is not known
 # A function that is fast is run several times in each turn, for this many seconds.
@@ -148,7 +148,8 @@ def _mean_error(ratios: Iterable[list[float]]) -> float:
 def _turn(reference: Run, run: Run, clock: Clock) -> np.ndarray:
     """The seconds of the reference and of the run, which alternate, `[runs, 2]`."""
     seconds = _time(reference, clock)  # not counted, as the first run of the other one
-    repeats = min(_MOST, max(_FEWEST, math.ceil(_SECONDS_PER_TURN / max(seconds, 1e-9))))
+    fewest = 1 if seconds >= _LONG else _FEWEST
+    repeats = min(_MOST, max(fewest, math.ceil(_SECONDS_PER_TURN / max(seconds, 1e-9))))
     return np.array([[_time(reference, clock), _time(run, clock)] for _ in range(repeats)])
 
 
