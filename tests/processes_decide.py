@@ -75,6 +75,7 @@ def scores_of(rank: int, count: int, **options) -> dict:
         "protected": scores.protected,
         "head": scores.head,
         "length": scores.sequence_length,
+        "learned": scores.learned,
     }
 
 

@@ -48,6 +48,9 @@ def test_scores_are_those_of_one_process_with_all_data(decided, name):
         assert_close(found["head"], expected["head"], 1e-3)
         assert all(torch.equal(found["protected"][n], expected["protected"][n]) for n in expected["protected"])
     assert all(torch.equal(decided[0][name]["values"][n], v) for n, v in decided[1][name]["values"].items())
+    learned = {process[name]["learned"] for process in decided}
+    # The scores by fisher are made without priming here, and the others without gradients of examples.
+    assert len(learned) == 1 and (learned == {None}) == (name != "taylor")
 
 
 def test_plan_and_refit_are_those_of_one_process_with_all_data(decided):
