@@ -80,6 +80,19 @@ def test_the_labels_of_all_tasks_are_found(task):
         assert torch.equal(moved[name], value.roll(1, 0))
 
 
+@pytest.mark.parametrize(("primed_on", "used"), [(0, 16), (6, 14), (16, 4), (17, 16), (99, 16)])
+def test_examples_that_priming_has_used_are_left_out_if_there_are_others(primed_on, used):
+    sizes = []
+
+    def loss_fn(model, batch):
+        sizes.append(len(batch["labels"]))
+        return squared_error(lambda batch: batch["labels"].roll(1))(model, batch)
+
+    batches = [b | {"labels": torch.arange(20.0)} for b in tiny_batches(1, size=20)]
+    share_learned(tiny_model(), batches, ScoringOptions(loss_fn=loss_fn), primed_on)
+    assert sizes == [used, used]
+
+
 def test_a_part_without_labels_is_left_out():
     batches = tiny_batches(2, size=EXAMPLES + 2, task="TOKEN_CLS")
     batches[0]["labels"][2:] = -100

@@ -27,7 +27,7 @@ from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
 from .learned import share_learned
 from .outliers import OutlierFinder
-from .priming import primed
+from .priming import examples_primed_on, primed
 
 
 Batches = list[Mapping[str, Any]]
@@ -127,7 +127,9 @@ def _mean_over_examples(
         totals = {g.name: g.zeros() for g in anatomy.groups}
         examples, read = 0, batches
         batches = batches[: max(1, options.calibration_steps)]
-        learned = share_learned(model, batches, options) if options.priming_steps else None
+        learned = None
+        if options.priming_steps:
+            learned = share_learned(model, batches, options, examples_primed_on(len(read), options))
         # A gate's gradient is a small difference of large terms, so autocast is switched off as a precaution.
         with torch.autocast(device_of(model).type, enabled=False):
             weighting = find_weighting(model, anatomy, batches, options.loss_fn)

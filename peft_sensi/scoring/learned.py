@@ -15,11 +15,13 @@ from .calibration import ScoringOptions, calibration_loss, examples_in, examples
 from .priming import can_be_divided
 
 
-EXAMPLES = 16  # of each batch, from its end: priming reads it from the beginning
+EXAMPLES, FEWEST = 16, 4  # of each batch, from its end: priming reads it from the beginning
 CLEAR = 0.15  # a share of which the first half of the batches leaves no doubt that something was learned
 
 
-def share_learned(model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions) -> float | None:
+def share_learned(
+    model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions, primed_on: int = 0
+) -> float | None:
     """How much smaller the loss is than the loss with the labels of other examples, as a share of the latter.
 
     It is 0 for a model that gives all examples the same output, whatever that is, so it can be compared between tasks.
@@ -33,13 +35,15 @@ def share_learned(model: nn.Module, batches: list[Mapping[str, Any]], options: S
     Args:
         model: The primed model in evaluation mode.
         batches: The batches that are scored. The second half is run only if the first one is not `CLEAR`.
+        primed_on: How many examples of each batch priming has used. They are left out if at least `FEWEST` others are
+            there: a model knows the labels that it was trained on, also if it has learned nothing else.
     """
     if not task_head(model):
         return None
     own = others = 0.0
     half = (len(batches) + 1) // 2
     for part in (batches[:half], batches[half:]):
-        found = distributed.gather("what is learned", _losses(model, part, options))
+        found = distributed.gather("what is learned", _losses(model, part, options, primed_on))
         own, others = own + sum(loss for loss, _ in found), others + sum(loss for _, loss in found)
         if others > 0 and 1 - own / others > CLEAR:
             break
@@ -49,12 +53,15 @@ def share_learned(model: nn.Module, batches: list[Mapping[str, Any]], options: S
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions) -> tuple[float, float]:
+def _losses(
+    model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions, primed_on: int
+) -> tuple[float, float]:
     """The sums of the losses with the own labels and with those of other examples."""
     sums = [0.0, 0.0]
     for batch in batches:
         count = examples_in(batch)
-        rows = list(range(max(0, count - EXAMPLES), count))
+        unseen = count - primed_on if count - primed_on >= FEWEST else count
+        rows = list(range(count - min(unseen, EXAMPLES), count))
         part = examples_of(batch, rows) if can_be_divided(batch) else batch
         labels = {name: value.roll(1, 0) for name, value in part.items() if _is_label(name, value)}
         if count < 2 or not labels:

@@ -7,6 +7,7 @@ the CPU, so the device never holds a second model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -101,6 +102,11 @@ def _prime(
             # Inside the user's autocast block, the 16-bit copies of the weights would be kept after the step, and all
             # following passes would use the old weights.
             torch.clear_autocast_cache()
+
+
+def examples_primed_on(batches: int, options: ScoringOptions) -> int:
+    """How many examples of each of these batches priming uses, at most."""
+    return EXAMPLES * math.ceil(options.priming_steps / batches)
 
 
 def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
