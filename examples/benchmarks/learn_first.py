@@ -80,9 +80,10 @@ class Seed:
         bf16: bool,
         models: Path | None = None,
         fast_rates: Iterable[float] = (FAST_RATE,),
+        healing_rates: Iterable[float] = (RATE,),
     ) -> None:
         self.rows, self.data, self.model_name, self.models = rows, rows.data, model_name, models
-        self.fast_rates = list(fast_rates)
+        self.fast_rates, self.healing_rates = list(fast_rates), list(healing_rates)
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
 
@@ -169,10 +170,15 @@ def random(run: Seed, budgets: list[float]) -> None:
 
 def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
     for budget in budgets:
-        if run.rows.missing(row := f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}"):
-            model, seconds = small(run, budget)
-            loss_fn = partial(taught_loss, teacher=run.full[0].eval()) if teach else own_loss
-            run.rows.add(row, model, seconds + run.fit(model, 1, RATE, run.seed + 100, loss_fn=loss_fn))
+        name = f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}"
+        rows = {rate: name + f" at {rate:g}" * (rate != RATE) for rate in run.healing_rates}
+        if not run.rows.missing(*rows.values()):
+            continue
+        trimmed, seconds = small(run, budget)
+        loss_fn = partial(taught_loss, teacher=run.full[0].eval()) if teach else own_loss
+        for rate, row in rows.items():
+            model = copy.deepcopy(trimmed)
+            run.rows.add(row, model, seconds + run.fit(model, 1, rate, run.seed + 100, loss_fn=loss_fn))
 
 
 def small(run: Seed, budget: float, **options: Any) -> tuple[Any, float]:
@@ -233,9 +239,9 @@ def run_seed(
     bf16: bool,
     ways: Iterable[str] = WAYS,
     models: Path | None = None,
-    fast_rates: Iterable[float] = (FAST_RATE,),
+    **rates: Iterable[float],
 ) -> None:
-    run = Seed(rows, model_name, bf16, models, fast_rates)
+    run = Seed(rows, model_name, bf16, models, **rates)
     for way in ways:
         WAYS[way](run, budgets)
 
@@ -279,6 +285,9 @@ def main() -> None:
     run.add_argument(
         "--fast-rates", nargs="+", type=float, default=[FAST_RATE], help="learning rates of the way `fast`"
     )
+    run.add_argument(
+        "--healing-rates", nargs="+", type=float, default=[RATE], help="learning rates of the ways `healed`, `taught`"
+    )
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
@@ -293,8 +302,9 @@ def main() -> None:
                 common = {"model": name, "task": task, "seed": seed, "bf16": options.bf16}
                 data = load_task(TASKS[task], options.data, folder, seed)
                 rows = Rows(options.results, common, data)
-                given = (options.budgets, options.bf16, options.ways, options.models, options.fast_rates)
-                run_seed(rows, folder, *given)
+                given = (options.budgets, options.bf16, options.ways, options.models)
+                rates = {"fast_rates": options.fast_rates, "healing_rates": options.healing_rates}
+                run_seed(rows, folder, *given, **rates)
     results = read_results(options.results)
     for name, found in {"learn_first": table(results), "learn_first_means": ways_summary(results)}.items():
         print(found)
