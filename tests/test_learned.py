@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import LABELS, tiny_batches, tiny_model
 
-from peft_sensi import Scores, SensiConfig, compute_scores, recipes
+from peft_sensi import Scores, SensiConfig, SensiLoadError, compute_scores, recipes
 from peft_sensi.scoring.calibration import ScoringOptions
 from peft_sensi.scoring.learned import EXAMPLES, share_learned
 
@@ -144,6 +144,10 @@ def test_the_share_survives_a_file_and_old_files_are_read(tmp_path):
     del metadata["learned"]  # as earlier versions wrote it
     save_file(tensors, tmp_path / "old", metadata=metadata)
     assert Scores.load(tmp_path / "old").learned is None
+    for wrong in ('"much"', "NaN", "true", "{"):
+        save_file(tensors, tmp_path / "wrong", metadata=metadata | {"learned": wrong})
+        with pytest.raises(SensiLoadError, match="malformed metadata"):
+            Scores.load(tmp_path / "wrong")
 
 
 def warned(batches, **options):
