@@ -35,7 +35,7 @@ from grid import fit, fresh_base, own_loss, score, slug
 from methods import task_type
 from pages import write_part
 from peft import get_peft_model
-from tables import cell, read_results, ways_summary
+from tables import cell, kept_by_way, read_results, ways_summary
 from tasks import TASKS, Data, load_task
 from torch import nn
 from torch.nn.functional import kl_div
@@ -251,6 +251,7 @@ def table(results: list[dict[str, Any]]) -> str:
     the same seeds, and the number of seeds."""
     columns = list(dict.fromkeys((r["model"], r["task"]) for r in sorted(results, key=lambda r: r["model"])))
     found = {(r["model"], r["task"], r["method"], r["seed"]): r["dev"] for r in results}
+    kept = kept_by_way(results, "dev")
     lines = ["| way | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
     lines.append("| --- " * (1 + len(columns)) + "|")
     for row in sorted({r["method"] for r in results}):
@@ -259,13 +260,10 @@ def table(results: list[dict[str, Any]]) -> str:
             seeds = [seed for *place, seed in found if place == [*column, row]]
             values = [found[*column, row, seed] for seed in seeds]
             text = cell(values)
-            wholes = [found[*column, "full", seed] for seed in seeds if (*column, "full", seed) in found]
-            if values and len(wholes) == len(values):
-                constant = TASKS[column[1]].constant * len(values)
-                gain = sum(wholes) - constant
-                text += (
-                    f" ({(sum(values) - constant) / gain:.0%} of {len(values)})" if gain else " (full learns nothing)"
-                )
+            if column in kept.get(row, {}):
+                text += f" ({kept[row][column][0]:.0%} of {len(values)})"
+            elif values and all((*column, "full", seed) in found for seed in seeds):
+                text += " (full learns nothing)"
             cells.append(text)
         lines.append("| " + " | ".join([row, *cells]) + " |")
     return "\n".join(lines)

@@ -199,7 +199,7 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
     groups = {"easy tasks": [name for name, task in TASKS.items() if not task.noisy]}
     groups |= {name: [name] for name, task in TASKS.items() if task.noisy}
     splits = {"dev": "dev", "held_out": "held-out"}
-    kept = {split: _kept_by_way(results, split) for split in splits}
+    kept = {split: kept_by_way(results, split, least=3) for split in splits}
     found = {task for way, columns in kept["dev"].items() if way != "full" for _, task in columns}
     columns = [(group, split) for group, tasks in groups.items() if found & set(tasks) for split in splits]
     lines = ["| way | " + " | ".join(f"{group}, {splits[split]}" for group, split in columns) + " |"]
@@ -216,11 +216,14 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _kept_by_way(results: list[dict[str, Any]], split: str) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
+def kept_by_way(
+    results: list[dict[str, Any]], split: str, least: int = 1
+) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
     """For each way, model and task, the share of full fine-tuning's gain on these rows that is kept, and its error.
 
     The share is 1 + the mean of the differences from full fine-tuning with the same seed / its mean gain over
-    `Task.constant` (for the held-out rows, too).
+    `Task.constant` (for the held-out rows, too). It is left out if there are fewer than `least` seeds, if full
+    fine-tuning lacks one of them, and if it learns nothing.
     """
     scores: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in results:
@@ -229,7 +232,7 @@ def _kept_by_way(results: list[dict[str, Any]], split: str) -> dict[str, dict[tu
     for way, columns in scores.items():
         for column, own in columns.items():
             full = {seed: score for seed, score in scores["full"][column].items() if seed in own}
-            if len(full) < 3 or len(own) > len(full):
+            if len(full) < least or len(own) > len(full):
                 continue
             gain = statistics.fmean(full.values()) - TASKS[column[1]].constant
             if gain > 0:
