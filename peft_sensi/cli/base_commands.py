@@ -122,7 +122,7 @@ def plan(
             "learned": ranking.learned,
             "files": files,
             "plan": plan_figures(found),
-        },  # fmt: skip
+        },
         *plan_renderables(found),
         *lines,
     )

@@ -17,6 +17,7 @@ from .priming import can_be_divided
 
 EXAMPLES, FEWEST = 16, 4  # of each batch, from its end: priming reads it from the beginning
 CLEAR = 0.15  # a share of which the first half of the batches leaves no doubt that something was learned
+ENOUGH = 0.04  # with less, trimming before the training can cost much
 
 
 def share_learned(

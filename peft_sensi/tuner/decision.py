@@ -33,6 +33,7 @@ from ..scoring.calibration import image_tokens, materialize, mean_length, preser
 from ..scoring.compute import score_units
 from ..scoring.criteria import only_seen
 from ..scoring.head import head_to_train
+from ..scoring.learned import ENOUGH
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -49,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 # A refit has more to fit than a score: its matrices have as many rows as a layer has units.
 REFIT_PER_SCORED = 1.8  # batches that are refitted, for each one that is scored
-
-# Trimming first costs little on tasks where priming reaches 0.1 or more (see `learned.share_learned`).
-LEARNED_ENOUGH = 0.04
 
 _receiver: ContextVar[Callable[[Scores], object] | None] = ContextVar("_receiver", default=None)
 
@@ -242,7 +240,7 @@ def is_refitted(model: nn.Module, config: SensiConfig, anatomy: Anatomy, wanted:
 
 
 def _warn_of_nothing_learned(scores: Scores, plan: Plan) -> None:
-    if plan.trims and scores.learned is not None and scores.learned < LEARNED_ENOUGH:
+    if plan.trims and scores.learned is not None and scores.learned < ENOUGH:
         warnings.warn(
             f"Priming has taught the model hardly anything of this task: its loss is {max(0, scores.learned):.1%} "
             "smaller than with the labels of other examples. A ranking from such a model says little, and a model "
