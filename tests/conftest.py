@@ -38,8 +38,13 @@ torch.set_num_threads(1)  # whatever OMP_NUM_THREADS says
 keep_tqdm_from_forks()
 
 
-def pytest_collection_finish() -> None:
-    """Takes all modules and tests out of garbage collections, of which each `Trainer` makes a full one."""
+# A wrap makes thousands of small objects. With Python's own thresholds, many of them would start a collection.
+gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_garbage_collections():
+    """Takes all that is loaded by now out of garbage collections: each `Trainer` makes a full one."""
     gc.collect()
     gc.freeze()
 

@@ -187,7 +187,14 @@ RELATIVES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in RELATIVES)], ids=str)
+def parameters(is_wanted=lambda case: True):
+    """The cases that are wanted. The relatives take part in slow runs only."""
+    every_run = [pytest.param(case, id=case.name) for case in CASES if is_wanted(case)]
+    slow = [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in RELATIVES if is_wanted(case)]
+    return every_run + slow
+
+
+@pytest.fixture(params=parameters())
 def case(request) -> Case:
     return request.param
 
@@ -222,14 +229,14 @@ def test_empty_sublayers(case):
 
 
 # Transformers does not save Marian's fixed positions, nor can `load_merged` build them yet.
-@pytest.mark.parametrize("name", [c.name for c in [*CASES, *RELATIVES] if c.name != "marian"])
-def test_merged_files(name, tmp_path):
-    check_merged_files(next(c for c in [*CASES, *RELATIVES] if c.name == name), tmp_path)
+@pytest.mark.parametrize("case", parameters(lambda case: case.name != "marian"))
+def test_merged_files(case, tmp_path):
+    check_merged_files(case, tmp_path)
 
 
-@pytest.mark.parametrize("name", [c.name for c in [*CASES, *RELATIVES] if c.task_type == "SEQ_2_SEQ_LM"])
-def test_generation(name):
-    check_generation(next(c for c in [*CASES, *RELATIVES] if c.name == name))
+@pytest.mark.parametrize("case", parameters(lambda case: case.task_type == "SEQ_2_SEQ_LM"))
+def test_generation(case):
+    check_generation(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -7,8 +7,8 @@
 untrimmed latency (with random scores: the time does not depend on which units are kept), merges, and times the merged
 model and the base in turns. DistilBERT and the small Llama have random weights. `accuracy` fine-tunes a model on each
 task, trims it under limits on `params`, `flops` and `latency` without training after, and fine-tunes models with fewer
-layers. It times the merged models, and draws accuracy over measured latency. Every result is a JSON file of its own,
-and finished ones are not repeated. `--quick` checks that everything runs, with a tiny model.
+layers. It times the merged models, each in a new process, and draws accuracy over measured latency. Every result is a
+JSON file of its own, and finished ones are not repeated. `--quick` checks that everything runs, with a tiny model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +127,16 @@ def accuracy(options: argparse.Namespace) -> None:
                 continue
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                measure_latency(copy.deepcopy(whole), rounds=options.rounds, **where).save(file)
+                in_new_process(measure_latency, whole, rounds=options.rounds, **where).save(file)
             model = _model_within(run, method, share, LatencyTable.load(file))
-            own, base = compare_latency(model.eval(), copy.deepcopy(whole), rounds=options.rounds, **where)
+            own, base = in_new_process(compare_latency, model.eval(), whole, rounds=options.rounds, **where)
             run.rows.add(row, model, 0.0, method=method, limit=share, latency=own / base)
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a process finds that has not trained: training leaves the memory so that small models measure slower."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments, **options).result()
 
 
 def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> Any:
