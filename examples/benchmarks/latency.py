@@ -17,8 +17,10 @@ import argparse
 import copy
 import itertools
 import multiprocessing
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +137,14 @@ def accuracy(options: argparse.Namespace) -> None:
 
 def in_new_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What a process finds that has not trained: training leaves the memory so that small models measure slower."""
+    # As bytes: multiprocessing would put the tensors into shared memory, of which many containers have 64 MB only.
+    job = pickle.dumps(partial(function, *arguments, **options))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments, **options).result()
+        return process.submit(_run, job).result()
+
+
+def _run(job: bytes) -> Any:
+    return pickle.loads(job)()
 
 
 def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> Any:
