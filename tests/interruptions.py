@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,9 @@ def assert_same_adapter(a: Path, b: Path) -> None:
     assert first.keys() == second.keys()
     for key, value in first.items():
         if not key.endswith("plan"):  # it has a mark of its own in each run
-            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+            # Attention does not depend on the bias of its keys. Its gradient is rounding noise, and Adam scales it up.
+            atol = 1e-3 if ".key." in key and "bias" in key else 1e-5
+            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=atol, msg=partial("{}: {}".format, key))
     values = [json.loads((folder / "metrics.json").read_text())["validation"] for folder in (a, b)]
     assert values[0] == pytest.approx(values[1])
     assert not list(b.glob("checkpoint-*")) and not (b / "unfinished.json").exists()

@@ -95,6 +95,18 @@ def run_script(command: list[str], folder: Path, variables: dict[str, str]) -> t
     return code, output
 
 
+def run_code(code: str, folder: Path) -> str:
+    """Runs Python code in a process of its own, and returns its output. Faster than `python -c`: nothing is imported.
+
+    Raises `AssertionError` with the output if it fails.
+    """
+    script = folder / "code.py"
+    script.write_text(code)
+    status, output = run_script([str(script)], folder, environment())
+    assert status == 0, output
+    return output
+
+
 def _succeed(commands: list[list[str]], environments: list[dict[str, str]], folder: Path) -> None:
     codes, outputs = _run(commands, environments, folder)
     said = (f"--- process {i}, exit {codes[i]}\n{output[-6000:]}" for i, output in enumerate(outputs))

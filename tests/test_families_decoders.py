@@ -25,6 +25,7 @@ from family_checks import (
     train,
 )
 from peft import PeftModel, get_peft_model
+from tiny import only_slow
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -384,10 +385,8 @@ def test_gradients_of_gates_are_those_of_their_definition(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "opt", pytest.param("opt-normed-after", marks=pytest.mark.slow),
-             pytest.param("gemma2", marks=pytest.mark.slow), pytest.param("gpt_neox", marks=pytest.mark.slow),
-             pytest.param("stablelm-parallel", marks=pytest.mark.slow)]
-)  # fmt: skip
+    "name", ["llama", "gpt2", "opt", *only_slow("opt-normed-after", "gemma2", "gpt_neox", "stablelm-parallel")]
+)
 def test_the_refit_brings_the_outputs_closer(name):
     case = BY_NAME[name]
     base = case.model()

@@ -7,7 +7,7 @@ import tiny
 import torch
 from test_layer_fit import error_of, halved, states_of
 from test_refit import UNSEEN, data, fit, half_plan, hidden_error, tiny_model
-from tiny import assert_same_tensors, snapshot, tiny_batches
+from tiny import assert_same_tensors, only_slow, snapshot, tiny_batches
 
 import peft_sensi.planning.joint_fit as joint_fit
 from peft_sensi.anatomy.linears import matrix
@@ -22,6 +22,7 @@ def both_fits(model, plan, batches, more, **options):
     return [fit(model, plan, batches, rounds=ROUNDS, joint=joint, **options) for joint in ((), more)]
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", *only_slow("roberta", "electra")])
 def test_it_comes_nearer_than_the_fit_of_each_layer(family):
     model = tiny_model(family)
     plan, batches = half_plan(model, 0.25), data(model, 48)
@@ -32,7 +33,7 @@ def test_it_comes_nearer_than_the_fit_of_each_layer(family):
     assert_same_tensors(snapshot(model), before)
 
 
-@pytest.mark.parametrize("name", ["deberta-v3", "t5", "bart", "vit", "llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["t5", "vit", "gpt2", *only_slow("deberta-v3", "bart", "llama", "opt")])
 def test_layers_of_other_families_are_fitted(name, monkeypatch):
     case, model, plan, batches = halved(name)
     anatomy, before = plan.anatomy, snapshot(model)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from processes import PATIENCE
+from processes import PATIENCE, run_code
 from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -296,9 +296,8 @@ print(outside[-1], inside[-1])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
-def test_memory_is_kept_for_the_next_run():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=PATIENCE)
-    outside, inside = map(int, done.stdout.split())
+def test_memory_is_kept_for_the_next_run(tmp_path):
+    outside, inside = map(int, run_code(FAULTS, tmp_path).split())
     assert inside < outside / 10
 
 

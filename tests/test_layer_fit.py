@@ -9,7 +9,7 @@ import torch
 from test_families import CASES
 from test_families_decoders import CASES as DECODERS
 from test_refit import UNSEEN, data, fit, half_plan, hidden_error, only_neurons, tiny_model
-from tiny import assert_same_tensors, snapshot, tiny_batches
+from tiny import assert_same_tensors, only_slow, snapshot, tiny_batches
 
 import peft_sensi.planning.layer_fit as layer_fit
 from peft_sensi import CalibrationError, make_plan
@@ -48,7 +48,7 @@ def halved(name):
     return case, model, plan, [case.batch(16, seed=seed, padded=False) for seed in range(24)]
 
 
-@pytest.mark.parametrize("name", ["deberta-v3", "t5", "bart", "vit", "llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["deberta-v3", "t5", "vit", "gpt2", "gpt_neox", *only_slow("bart", "llama", "opt")])
 def test_layers_of_other_families_are_fitted(name):
     """Fused projections, transposed weights, encoders with decoders: shapes are right and the error gets smaller."""
     case, model, plan, batches = halved(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -125,17 +126,12 @@ def test_trainer_resumes_to_the_same_model(name, tmp_path):
 
 
 def test_trained_values_of_the_papers():
-    with torch.device("meta"):
-        shape = DistilBertForSequenceClassification(DistilBertConfig(num_labels=2))
-
-    def distilbert():
-        return DistilBertForSequenceClassification(shape.config)
-
-    far = get_peft_model(distilbert(), recipes.far(0.1, score="random", task_type="SEQ_CLS"))
+    distilbert = DistilBertForSequenceClassification(DistilBertConfig(num_labels=2))
+    far = get_peft_model(copy.deepcopy(distilbert), recipes.far(0.1, score="random", task_type="SEQ_CLS"))
     assert trained(far) == 41_451_572
-    primed = get_peft_model(distilbert(), recipes.learners(64, task_type="SEQ_CLS"))
+    primed = get_peft_model(copy.deepcopy(distilbert), recipes.learners(64, task_type="SEQ_CLS"))
     assert trained(primed) == 5_961_986 + 14_155_776
-    unprimed = get_peft_model(distilbert(), recipes.learners(64, priming_epochs=0, task_type="SEQ_CLS"))
+    unprimed = get_peft_model(distilbert, recipes.learners(64, priming_epochs=0, task_type="SEQ_CLS"))
     assert trained(unprimed) == 5_961_986
     added = sum(p.numel() for n, p in unprimed.named_parameters() if ".sensi_down." in n or ".sensi_up." in n)
     assert added == 5_308_416

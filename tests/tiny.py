@@ -48,6 +48,11 @@ BOTH = {"budget": {"flops": 0.6, "trainable": 0.08}}
 BUDGETS = {"trim": TRIM, "tune": TUNE, "both": BOTH}
 
 
+def only_slow(*values: Any) -> list[Any]:
+    """Parameters for which a test runs in `make slow` only."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def tiny_config(family: str, **changes: Any) -> Any:
     common = {"vocab_size": VOCABULARY, "num_labels": LABELS, "pad_token_id": 0}
     usual = {
