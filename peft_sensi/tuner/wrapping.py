@@ -70,7 +70,8 @@ def wrap_module(
         if not (is_plain(layer) or is_plain_embedding(layer)):
             raise not_linear(layer)
         layer = (SensiLinear if is_plain(layer) else SensiEmbedding)(layer, adapter_name)
-        if (other := next(iter(layers_of(model).values()), None)) is not None:
+        # The search ends at the first one: this runs for each Linear of the model.
+        if (other := next((m for m in model.modules() if isinstance(m, SensiLayer)), None)) is not None:
             layer._active_adapter, layer._disable_adapters = other._active_adapter, other._disable_adapters
             layer.sensi_saved_modules = other.sensi_saved_modules
         layer.sensi_in_block = group.in_block
