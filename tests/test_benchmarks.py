@@ -15,6 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from processes import PATIENCE
 from test_examples import encoder  # noqa: F401  (a fixture)
+from tiny import made_up_table
+from transformers import AutoModelForSequenceClassification
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,16 +72,20 @@ def grid(monkeypatch):
     AcceleratorState._reset_state()
 
 
+def write_six_classes(folder: Path) -> None:
+    """Rows for the task `trec6`: the label is a letter in the sentence."""
+    (folder / "trec6").mkdir(parents=True)
+    for file, count in (("train.tsv", 600), ("test.tsv", 24)):
+        lines = ["sentence\tlabel", *(f"the {'abcdef'[i % 6]} is in\t{'abcdef'[i % 6]}" for i in range(count))]
+        (folder / "trec6" / file).write_text("\n".join(lines))
+
+
 def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path, monkeypatch):  # noqa: F811
     import methods
     import tables
     import tasks
 
-    classes = "abcdef"
-    for file, count in (("train.tsv", 600), ("test.tsv", 24)):
-        lines = ["sentence\tlabel", *(f"the {classes[i % 6]} is in\t{classes[i % 6]}" for i in range(count))]
-        (tmp_path / "data" / "trec6").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "trec6" / file).write_text("\n".join(lines))
+    write_six_classes(tmp_path / "data")
     task = replace(tasks.TASKS["trec6"], rows=64, epochs=1)
     names = ["full fine-tuning", "head only", "BitFit", "LoRA r=8, all Linears", "random units 0.5", "learners(64)",
              "sensi_bert(0.5), in cuts", "binary_mask(0.1)"]  # fmt: skip
@@ -109,10 +115,7 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path,
 def test_rankings_are_compared_with_the_reference(grid, encoder, tmp_path):  # noqa: F811
     import rankings
 
-    lines = ["sentence\tlabel", *(f"the {'abcdef'[i % 6]} is in\t{'abcdef'[i % 6]}" for i in range(600))]
-    (tmp_path / "trec6").mkdir()
-    for file in ("train.tsv", "test.tsv"):
-        (tmp_path / "trec6" / file).write_text("\n".join(lines))
+    write_six_classes(tmp_path)
     settings = ["--settings", "1x8/1", "3x8/2", "--reference", "3x8/2", "--seeds", "0"]
     table = rankings.main(["--model", str(encoder), "--data", str(tmp_path), "--tasks", "trec6", *settings])
     assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["1x8/1", "3x8/2"]
@@ -126,10 +129,7 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     import tables
     import tasks
 
-    lines = ["sentence\tlabel", *(f"the {'abcdef'[i % 6]} is in\t{'abcdef'[i % 6]}" for i in range(564))]
-    (tmp_path / "trec6").mkdir()
-    for file in ("train.tsv", "test.tsv"):
-        (tmp_path / "trec6" / file).write_text("\n".join(lines))
+    write_six_classes(tmp_path)
     data = tasks.load_task(replace(tasks.TASKS["trec6"], rows=64, epochs=1), tmp_path, str(encoder), 0)
     common = {"model": "tiny", "task": "trec6", "seed": 0, "bf16": False}
     rows = learn_first.Rows(tmp_path / "results", common, data)
@@ -142,6 +142,53 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, monkeypatch):  # noqa: F811
+    import latency
+    import tables
+    import tasks
+
+    write_six_classes(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "trec6", replace(tasks.TASKS["trec6"], rows=64, epochs=1))
+
+    def made_up(function, model, *others, **options):
+        return made_up_table(model) if function is latency.measure_latency else (6e-3, 1e-2)
+
+    monkeypatch.setattr(latency, "in_new_process", made_up)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- latency_accuracy: begin -->\n<!-- latency_accuracy: end -->\n")
+    command = ["accuracy", "--model", f"tiny={encoder}", "--data", tmp_path, "--results", tmp_path / "results",
+               "--tasks", "trec6", "--seeds", 0, "--shares", 0.75, "--page", page,
+               "--runtimes", "torch", "--picture", tmp_path / "picture.png"]  # fmt: skip
+    latency.main(list(map(str, command)))
+    results = tables.read_results(tmp_path / "results" / "accuracy")
+    assert {r["method"] for r in results} == {"full", *latency.METHODS}
+    assert {(r["limit"], r["latency"]) for r in results if r["method"] != "full"} == {(0.75, 0.6)}
+    assert "| tiny | trec6 | 0 | nothing (the whole model) |" in page.read_text()
+    assert (tmp_path / "picture.png").exists()
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    latency.main(list(map(str, command)))
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+@pytest.mark.slow
+def test_a_new_process_times_a_trained_model(grid, encoder):  # noqa: F811
+    import latency
+
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=6).eval()
+    options = {"batch_size": 1, "sequence_length": 16, "runtime": "torch", "threads": 1, "rounds": 1}
+    own, base = latency.in_new_process(latency.compare_latency, model, model, **options)
+    assert own > 0 and base > 0
+
+
+def test_the_page_on_latency_has_the_tables_of_the_committed_results(grid):
+    import latency
+
+    page = (ROOT / "docs" / "latency.md").read_text()
+    accuracy = latency.accuracy_table(latency.RESULTS, [0.75, 0.5, 0.35])
+    for name, table in (("latency", latency.promise_table(latency.RESULTS)), ("latency_accuracy", accuracy)):
+        assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in page
 
 
 @pytest.mark.parametrize("name", ["quality", "systems", "learn_first", "learn_first_means"])

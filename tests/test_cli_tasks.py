@@ -19,7 +19,7 @@ from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from processes import run_code
 from safetensors.torch import load_file
-from tiny import tiny_config, wrap
+from tiny import made_up_table, tiny_config, wrap
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -31,7 +31,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from peft_sensi import LatencyTable, Scores, SensiError, SensiModel, load_merged
+from peft_sensi import Scores, SensiError, SensiModel, load_merged
 from peft_sensi.anatomy.build import build_anatomy
 from peft_sensi.anatomy.latency_points import kinds_of, points_of, table_from
 from peft_sensi.cli import run as run_module
@@ -323,19 +323,6 @@ def test_limits_on_times_are_checked_against_their_tables_before_the_ranking(wor
     assert not (tmp_path / "out").exists()
 
 
-def measured_base(work) -> LatencyTable:
-    """What a measurement of the tiny encoder would find: each of its four sublayers takes 1 of 10 ms."""
-    kinds = kinds_of(build_anatomy(AutoModel.from_pretrained(work / "base")))
-
-    def seconds(counts) -> float:
-        return 6e-3 + sum(1e-3 * kind.groups * counts.get(kind.shape, kind.units) / kind.units for kind in kinds)
-
-    times = {name: Timing(seconds(counts), 0.0) for name, counts in points_of(kinds).items()}
-    about = {"model": "bert", "device": "x", "runtime": "torch", "versions": {}, "threads": 1, "dtype": "float32",
-             "batch_size": 1, "sequence_length": 8, "phase": "prefill"}  # fmt: skip
-    return table_from(kinds, Timing(1e-2, 0.0), times, about)
-
-
 @pytest.mark.parametrize("way", ["--late", "--thorough"])
 def test_a_limit_on_times_holds_without_a_table_also_after_an_interrupt(way, work, tmp_path, monkeypatch):
     """The machine is measured before the whole model is trained, and again when this training goes on."""
@@ -343,7 +330,7 @@ def test_a_limit_on_times_holds_without_a_table_also_after_an_interrupt(way, wor
 
     def measure(model, **options):
         measured.append(type(model).__name__)
-        return measured_base(work)
+        return made_up_table(AutoModel.from_pretrained(work / "base"))
 
     monkeypatch.setattr("peft_sensi.tuner.predictions.measure_torch", measure)
     train = ("train", work / "base", "--data", work / "texts.csv", way, "--latency", "0.8", *SHORT)
