@@ -138,7 +138,7 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     found = {r["method"] for r in results}
     assert {"full", "fine-tuned, trimmed to 0.5", "fast to 0.5", "late to 0.5"} <= found
     assert {"thorough to 0.5, 0 epochs after", "fine-tuned, trimmed to 0.5, 1 epoch after, taught"} <= found
-    assert len(learn_first.table(results).splitlines()) == 2 + len(found)
+    assert len(tables.ways_table(results).splitlines()) == 2 + len(found)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
@@ -193,7 +193,6 @@ def test_the_page_on_latency_has_the_tables_of_the_committed_results(grid):
 
 @pytest.mark.parametrize("name", ["quality", "systems", "learn_first", "learn_first_means"])
 def test_the_documentation_has_the_table_of_the_committed_results(grid, name):
-    import learn_first
     import methods
     import tables
 
@@ -202,7 +201,7 @@ def test_the_documentation_has_the_table_of_the_committed_results(grid, name):
     table = {
         "quality": tables.quality_table,
         "systems": lambda found: tables.systems_table(found, methods.SYSTEMS),
-        "learn_first": learn_first.table,
+        "learn_first": tables.ways_table,
         "learn_first_means": tables.ways_summary,
     }[name](results)
     assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in page.read_text()

@@ -35,7 +35,7 @@ from grid import fit, fresh_base, own_loss, score, slug
 from methods import task_type
 from pages import write_part
 from peft import get_peft_model
-from tables import cell, kept_by_way, read_results, ways_summary
+from tables import read_results, ways_summary, ways_table
 from tasks import TASKS, Data, load_task
 from torch import nn
 from torch.nn.functional import kl_div
@@ -246,29 +246,6 @@ def run_seed(
         WAYS[way](run, budgets)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A line for each row, a column for each model and task: the dev metric, its share of full fine-tuning's gain with
-    the same seeds, and the number of seeds."""
-    columns = list(dict.fromkeys((r["model"], r["task"]) for r in sorted(results, key=lambda r: r["model"])))
-    found = {(r["model"], r["task"], r["method"], r["seed"]): r["dev"] for r in results}
-    kept = kept_by_way(results, "dev")
-    lines = ["| way | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
-    lines.append("| --- " * (1 + len(columns)) + "|")
-    for row in sorted({r["method"] for r in results}):
-        cells = []
-        for column in columns:
-            seeds = [seed for *place, seed in found if place == [*column, row]]
-            values = [found[*column, row, seed] for seed in seeds]
-            text = cell(values)
-            if column in kept.get(row, {}):
-                text += f" ({kept[row][column][0]:.0%} of {len(values)})"
-            elif values and all((*column, "full", seed) in found for seed in seeds):
-                text += " (full learns nothing)"
-            cells.append(text)
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -304,7 +281,7 @@ def main() -> None:
                 rates = {"fast_rates": options.fast_rates, "healing_rates": options.healing_rates}
                 run_seed(rows, folder, *given, **rates)
     results = read_results(options.results)
-    for name, found in {"learn_first": table(results), "learn_first_means": ways_summary(results)}.items():
+    for name, found in {"learn_first": ways_table(results), "learn_first_means": ways_summary(results)}.items():
         print(found)
         if options.page is not None:
             write_part(options.page, name, found)

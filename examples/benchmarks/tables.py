@@ -189,6 +189,29 @@ def quality_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ways_table(results: list[dict[str, Any]]) -> str:
+    """A line for each row, a column for each model and task: the dev metric, its share of full fine-tuning's gain with
+    the same seeds, and the number of seeds."""
+    columns = list(dict.fromkeys((r["model"], r["task"]) for r in sorted(results, key=lambda r: r["model"])))
+    found = {(r["model"], r["task"], r["method"], r["seed"]): r["dev"] for r in results}
+    kept = kept_by_way(results, "dev")
+    lines = ["| way | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
+    lines.append("| --- " * (1 + len(columns)) + "|")
+    for row in sorted({r["method"] for r in results}):
+        cells = []
+        for column in columns:
+            seeds = [seed for *place, seed in found if place == [*column, row]]
+            values = [found[*column, row, seed] for seed in seeds]
+            text = cell(values)
+            if column in kept.get(row, {}):
+                text += f" ({kept[row][column][0]:.0%} of {len(values)})"
+            elif values and all((*column, "full", seed) in found for seed in seeds):
+                text += " (full learns nothing)"
+            cells.append(text)
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def ways_summary(results: list[dict[str, Any]]) -> str:
     """How much of full fine-tuning's gain each way keeps: the mean over models and tasks, with its standard error over
     seeds, for the tasks that are not noisy together and for each noisy one, on the development and the held-out rows.
