@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import LABELS, tiny_batches, tiny_model, trained
@@ -11,11 +13,15 @@ from peft_sensi import CalibrationError
 from peft_sensi.scoring.drawn_labels import draw_labels
 
 
-class Fixed(torch.nn.Module):
-    """A model with the same logits for every example."""
+SEVERAL = "multi_label_classification"
 
-    def __init__(self, logits: torch.Tensor) -> None:
+
+class Fixed(torch.nn.Module):
+    """A model with the same logits for every example. Its config says what its floating labels are."""
+
+    def __init__(self, logits: torch.Tensor, problem_type: str | None = None) -> None:
         super().__init__()
+        self.config = SimpleNamespace(problem_type=problem_type)
         self.logits = torch.nn.Parameter(logits)
 
     def forward(self, input_ids: torch.Tensor, **others: object) -> SequenceClassifierOutput:
@@ -35,15 +41,32 @@ def test_classes_follow_the_predicted_distribution():
 
 def test_several_classes_at_once_follow_their_own_chances():
     chances = torch.tensor([0.1, 0.8])
-    [batch] = draw_labels(Fixed(chances.logit()), [many(torch.zeros(4000, 2))], seed=0)
+    [batch] = draw_labels(Fixed(chances.logit(), SEVERAL), [many(torch.zeros(4000, 2))], seed=0)
     assert set(batch["labels"].unique().tolist()) == {0.0, 1.0}
     assert torch.allclose(batch["labels"].mean(0), chances, atol=0.03)
 
 
 def test_numbers_are_the_prediction_with_noise():
-    [batch] = draw_labels(Fixed(torch.tensor([5.0])), [many(torch.zeros(4000))], seed=0)
+    [batch] = draw_labels(Fixed(torch.tensor([5.0]), "regression"), [many(torch.zeros(4000))], seed=0)
     assert batch["labels"].shape == (4000,)
     assert abs(batch["labels"].mean() - 5.0) < 0.1 and abs(batch["labels"].std() - 1.0) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (8, 3)])
+def test_floating_labels_stay_where_no_config_says_what_they_are(shape):
+    """A module of the user's own may take them for one class of two, for shares of classes, or for numbers."""
+    labels, model = torch.rand(shape), Fixed(torch.zeros(shape[1:]))
+    assert draw_labels(model, [many(labels)], seed=0)[0]["labels"] is labels
+    del model.config
+    assert draw_labels(model, [many(labels)], seed=0)[0]["labels"] is labels
+
+
+def test_a_head_of_transformers_says_what_its_labels_are():
+    """It sets the problem type when it computes the first loss."""
+    [batch] = draw_labels(tiny_model(num_labels=1), [many(torch.full((64,), 5.0))], seed=0)
+    assert 0.5 < batch["labels"].std() < 1.5
+    [batch] = draw_labels(tiny_model(num_labels=3), [many(torch.full((64, 3), 0.0))], seed=0)
+    assert set(batch["labels"].unique().tolist()) == {0.0, 1.0}
 
 
 def test_the_config_says_whether_labels_are_numbers_or_classes():
@@ -92,18 +115,22 @@ def test_a_batch_that_the_model_refuses_is_named_by_the_trim():
 
 def test_a_default_device_changes_no_draws():
     batch = many(torch.zeros(8))
-    [expected] = draw_labels(Fixed(torch.tensor([5.0])), [batch], seed=0)
-    model = Fixed(torch.tensor([5.0]))
+    model = Fixed(torch.tensor([5.0]), "regression")
+    [expected] = draw_labels(model, [batch], seed=0)
+    assert expected["labels"].any()
     with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
         [found] = draw_labels(model, [batch], seed=0)
     assert torch.equal(found["labels"], expected["labels"])
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(4, dtype=torch.long), torch.zeros(4, 2), torch.zeros(4)])
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [(torch.zeros(4, dtype=torch.long), None), (torch.zeros(4, 2), SEVERAL), (torch.zeros(4), "regression")],
+)
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_without_finite_chances_labels_stay(labels, broken):
-    shape = (1,) if labels.shape == (4,) and labels.is_floating_point() else (2,)
-    assert torch.equal(draw_labels(Fixed(torch.full(shape, broken)), [many(labels)], seed=0)[0]["labels"], labels)
+def test_without_finite_chances_labels_stay(labels, problem, broken):
+    model = Fixed(torch.full((1,) if problem == "regression" else (2,), broken), problem)
+    assert torch.equal(draw_labels(model, [many(labels)], seed=0)[0]["labels"], labels)
 
 
 def test_draws_depend_on_the_seed_and_the_position_and_leave_the_random_state():

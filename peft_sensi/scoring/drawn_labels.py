@@ -29,8 +29,9 @@ def draw_labels(
     - Numbers: `labels` `[examples]`, or several for each example; the prediction plus noise of a standard normal
       distribution, because the squared error is the likelihood of such noise.
 
-    Several classes and several numbers may have labels of the same shape. The model's `config.problem_type` says which
-    of them it is; without it, several floating labels for each example are classes.
+    The model's `config.problem_type` says whether floating labels are classes or numbers. Heads of Transformers set it
+    when they compute a loss. Where nothing says it, as in a module of the user's own, floating labels may be anything
+    (one class of two, shares of classes): they stay.
 
     A batch with other labels stays as it is. In language models, labels are shifted or are inputs as well. The chances
     of an answer are spread over all tokens of a text, so that most draws are improbable tokens. A batch that the model
@@ -63,7 +64,7 @@ def _drawn(
     logits = logits.detach().float().cpu()
     if not _has_chances(logits):
         return {}
-    problem = _problem_of(model, labels)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem == "multi_label_classification" and labels.shape == logits.shape and labels.dim() == 2:
         return {"labels": torch.bernoulli(logits.sigmoid(), generator=generator).to(labels)}
     if problem == "regression" and logits.shape in (labels.shape, (*labels.shape, 1)):
@@ -75,14 +76,6 @@ def _drawn(
         return {}
     new = _classes(logits, generator).to(labels)
     return {"labels": torch.where(labels < 0, labels, new)}
-
-
-def _problem_of(model: nn.Module, labels: torch.Tensor) -> str | None:
-    """What `config.problem_type` says about the labels. Where it says nothing, their dtype and their shape decide."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem is not None or not labels.is_floating_point():
-        return problem
-    return "multi_label_classification" if labels.dim() == 2 and labels.shape[1] > 1 else "regression"
 
 
 def _has_chances(logits: torch.Tensor) -> bool:
