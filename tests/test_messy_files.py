@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
+from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -13,6 +16,7 @@ import pytest
 from folders import save_tokenizer
 from tiny import tiny_config
 
+from peft_sensi.cli.prediction_commands import records_of
 from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.cli.terminal import print_result
 from peft_sensi.tasks import answers, texts, words
@@ -224,6 +228,38 @@ def test_lists_in_the_columns_of_a_file_stay_lists_in_predictions(tmp_path):
     (tmp_path / "f.csv").write_text("text,tags\na film,\"['a', 'b']\"\n")
     part = read_part(tmp_path / "f.csv", "text", Options(), labeled=False)
     assert part.rows == [{"text": "a film", "tags": "['a', 'b']"}] and not part.notes
+
+
+def test_no_column_of_a_file_is_replaced_by_a_prediction(tmp_path):
+    """Files with the predictions of other models, and a label that has the name of one of their columns."""
+    predictor, rows = SimpleNamespace(kind="text"), SimpleNamespace(raw=[{"row": 1}])
+    found = {"label": "b", "score": 0.6, "scores": {"a": 0.4, "b": 0.6}}
+    own = {"text": "x", "scores_a": "0.9"}
+    for _ in range(3):
+        before, file = own, tmp_path / "p.csv"
+        write_records(file, ".csv", records_of(predictor, rows, [own], [found], True), columns=list(own))
+        [own] = csv.DictReader(file.open(newline=""))
+        assert own.items() >= before.items() and len(own) == len(before) + 4
+    assert own["predicted_predicted_prediction"] == "b" and own["predicted_scores_a"] == "0.4"
+
+
+def test_cells_of_every_kind_are_written_and_read_again(tmp_path):
+    """Objects with other keys, dates in a list, a carriage return, NaN."""
+    first = {"text": "a\rb", "meta": {}, "days": [date(2020, 1, 1)], "x": math.nan, "prediction": "a"}
+    second = {**first, "text": "c\nd", "meta": {"a": 1}, "days": []}
+    write_records(tmp_path / "p.csv", ".csv", [first, second], columns=["text", "meta", "days", "x"])
+    rows = list(csv.DictReader((tmp_path / "p.csv").open(newline="")))
+    assert [row["text"] for row in rows] == ["a\rb", "c\nd"]
+    assert [row["meta"] for row in rows] == ["{}", '{"a": 1}'] and rows[0]["days"] == '["2020-01-01"]'
+    write_records(tmp_path / "p.jsonl", ".jsonl", [first])
+    assert json.loads((tmp_path / "p.jsonl").read_text(), parse_constant=pytest.fail)["x"] is None
+
+
+@pytest.mark.parametrize("values", [["0.", "1.", "2."], ["1e3", "2", "1e1"], [1e20, 2.0], ["+1", "-1"]])
+def test_whole_numbers_of_every_form_are_classes(values):
+    labels = find_labels(values)
+    assert sorted(labels.encode(value) for value in values) == list(range(len(values)))
+    assert [float(name) for name in labels.names] == sorted(map(float, values))
 
 
 OTHER_TEXTS = {

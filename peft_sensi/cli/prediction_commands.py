@@ -15,6 +15,7 @@ from .arguments import argument, option
 from .checks import check_files
 from .data_options import DATA_OPTIONS, task_options
 from .loading import load_predictor, refuse_base
+from .prediction_files import SUFFIXES, unused_name, write_records
 from .terminal import print_result, print_understood, print_warning, step
 
 
@@ -66,7 +67,6 @@ def predict(
     """
     from ..utils.files import write_atomically
     from ..utils.progress import progress_bar
-    from .prediction_files import SUFFIXES, write_records
 
     to_stdout = str(out_file) == "-"
     suffix = (".jsonl" if json else ".csv") if to_stdout else out_file.suffix.lower()
@@ -293,4 +293,4 @@ def records_of(
             own = {name: raw.get(name) for name in known}
             values = found
         # A column of the file is never replaced.
-        yield own | {(f"predicted_{name}" if name in own else name): value for name, value in values.items()}
+        yield own | {unused_name(name, value, own): value for name, value in values.items()}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .terminal import stdout_for_programs
+from .terminal import json_text, stdout_for_programs
 
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -26,39 +25,55 @@ def write_records(
     """Writes the records in UTF-8, one after the other as they come. `path` is `None` for stdout.
 
     In tables, texts in a list are joined by the separator, and a dict becomes one column for each of its keys. Other
-    lists, those with the separator in a text, and those in `columns` (of the user's file) are written as JSON. All
-    records have the same keys.
+    lists, those with the separator in a text, and lists and dicts in `columns` (of the user's file) are written as
+    JSON. All records have the same keys.
     """
     stream = stdout_for_programs() if path is None else path.open("w", encoding="utf-8", newline="")
     with contextlib.nullcontext(stream) if path is None else stream as file:
         if suffix == ".jsonl":
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-            return
-        rows = (_flat(record, separator, columns) for record in records)
-        first = next(rows, None)
-        if first is None:
+            file.writelines(json_text(record) + "\n" for record in records)
             return
         delimiter = "\t" if suffix == ".tsv" else ","
-        writer = csv.DictWriter(file, list(first), delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        for row in itertools.chain([first], rows):
-            writer.writerow(row)
+        header = False
+        for record in records:
+            row = _flat(record, separator, columns)
+            if not header:
+                file.write(_line(row, delimiter))
+                header = True
+            file.write(_line(row.values(), delimiter))
+
+
+def unused_name(name: str, value: Any, taken: Collection[str]) -> str:
+    """The name of a column for a prediction, with `predicted_` before it as often as needed: none is taken.
+
+    A dict needs a column for each of its keys (see `write_records`).
+    """
+    while any(column in taken for column in (name, *(f"{name}_{key}" for key in _keys(value)))):
+        name = f"predicted_{name}"
+    return name
+
+
+def _keys(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, Mapping) else ()
+
+
+def _line(cells: Iterable[Any], delimiter: str) -> str:
+    """A line of a table. The lines of `csv` end in both kinds of line breaks, so that cells with either are quoted."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _flat(record: Mapping[str, Any], separator: str, columns: Sequence[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in record.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, list | Mapping) and name in columns:
+            flat[name] = json_text(value)
+        elif isinstance(value, Mapping):
             flat |= {f"{name}_{key}": part for key, part in value.items()}
-        elif (
-            isinstance(value, list)
-            and name not in columns
-            and all(isinstance(part, str) and separator not in part for part in value)
-        ):
-            flat[name] = separator.join(value)
         elif isinstance(value, list):
-            flat[name] = json.dumps(value, ensure_ascii=False)
+            joins = all(isinstance(part, str) and separator not in part for part in value)
+            flat[name] = separator.join(value) if joins else json_text(value)
         else:
             flat[name] = value
     return flat

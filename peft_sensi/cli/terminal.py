@@ -205,15 +205,19 @@ def print_understood(lines: Sequence[str], doubts: Sequence[str]) -> None:
 
 
 def print_result(as_json: bool, value: Mapping[str, Any] | list[Any], *parts: Any) -> None:
-    """Prints one JSON value on stdout, or else lines and tables. JSON has no NaN and no infinity: they become null."""
+    """Prints one JSON value on stdout, or else lines and tables."""
     if as_json:
-        text = json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
-        plain = json.loads(text, parse_constant=lambda _: None)
-        stdout_for_programs().write(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        stdout_for_programs().write(json_text(value, indent=2) + "\n")
         return
     for part in parts:
         is_line = isinstance(part, str)  # lines are not wrapped, so that paths can be copied
         out.print(Text(part) if is_line else part, soft_wrap=is_line)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no NaN and no infinity: they become null. Sets become lists, other objects texts."""
+    text = json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent, ensure_ascii=False)
 
 
 def stdout_for_programs() -> TextIO:

@@ -98,7 +98,7 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
             finite(value)
         return Labels([])
     # Numbers are sorted as numbers: 2 comes before 10.
-    return Labels(sorted(names, key=int if whole else None))
+    return Labels(sorted(names, key=float if whole else None))
 
 
 def find_several(values: Sequence[Any], separator: str | None) -> Labels:
@@ -134,14 +134,14 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
 
 
 def name_of(value: Any) -> str:
-    """The name of a class: without blanks around it, and without the fraction of a whole number (1.0 is 1).
+    """The name of a class: without blanks around it, and without the fraction of a whole number (1.0 and 1. are 1).
 
     Raises `TypeError` for a value that names nothing, such as a list or bytes.
     """
     if isinstance(value, list | tuple | set | dict | bytes):
         raise TypeError(f"{value!r:.60} is not the name of a class")
     text = str(value).strip()
-    if re.fullmatch(r"[+-]?\d+\.0+", text):
+    if re.fullmatch(r"[+-]?\d+\.0*", text):
         return text.partition(".")[0]
     return text
 
