@@ -284,6 +284,7 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "not found on the Hub" in fails("inspect", "nobody/nothing")
     assert "There is no folder a/b/c/d." in fails("inspect", "a/b/c/d")
     assert "ends in .onnx" in fails("export", adapter, tmp_path / "model.pt")
+    assert "tokenizer.json, which goes beside it" in fails("export", adapter, tmp_path / "tokenizer.onnx")
     tiny_model(seed=5, num_labels=2).save_pretrained(work / "other")
     assert "another base" in fails("merge", adapter, tmp_path / "m", "--base", work / "other")
     assert "not a name for a repository" in fails("push", adapter, "a b/c")

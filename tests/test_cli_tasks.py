@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import command
+import pandas
 import pytest
 import torch
 from command import fails, run
@@ -41,6 +42,7 @@ from peft_sensi.cli.stopping import StopAfterStep
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tasks.record import saved_record
 from peft_sensi.tasks.task import Task
+from peft_sensi.tasks.weights import balanced_weights
 from peft_sensi.tuner import decision
 from peft_sensi.utils.timing import Timing
 
@@ -195,6 +197,13 @@ def test_class_weights_change_the_loss(work, tmp_path):
     assert any(not torch.equal(plain[key], weighted[key]) for key in plain if plain[key].is_floating_point())
     answers = ("--data", work / "squad.json", "--max-length", "24", "--stride", "4", "--out", tmp_path / "no")
     assert "--class-weights" in fails("train", work / "base", *answers, "--class-weights", "balanced")
+
+
+def test_a_label_that_all_rows_have_keeps_a_weight():
+    rows = [{"labels": [1.0, 1.0, 0.0]}, *[{"labels": [1.0, 0.0, 0.0]}] * 3]
+    labels = SimpleNamespace(names=["always", "some", "never"], several=True)
+    task = SimpleNamespace(labels=labels, kind="text", train=SimpleNamespace(inputs=rows))
+    assert balanced_weights(task).tolist() == [1.0, 3.0, 1.0]
 
 
 @pytest.mark.parametrize("options", [(), ("--class-weights", "balanced")])
@@ -418,6 +427,31 @@ def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
     half = call(*trim, "--out", tmp_path / "half", "--resume")
     assert half["validation_before"] == whole["validation_before"]
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_a_trim_reads_what_the_training_has_read(work, tmp_path):
+    """The columns and the length of the training, also in a file with other texts; what is named replaces them."""
+    pairs = [f"{text}\tstone\t{label}" for text, label in (("ann is good", "yes"), ("bob is bad", "no")) * 20]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["premise\thypothesis\tlabel", *pairs]))
+    pandas.DataFrame({"hypothesis": "x", "premise": ["ann", "bob"], "label": ["yes", "no"]}).to_parquet(
+        tmp_path / "validation.parquet"
+    )
+    data = ("--data", tmp_path / "pairs.tsv")
+    call("train", work / "base", *data, "--text-column", "premise", "--max-length", "9", "--budget", "1", *SHORT,
+         "--out", tmp_path / "a")  # fmt: skip
+    trim = ("trim", tmp_path / "a", "--budget", "0.5", "--overwrite", "--out", tmp_path / "half")
+    # An option about the format needs to be about one of the files only.
+    found = call(*trim, *data, "--delimiter", "tab", "--validation", tmp_path / "validation.parquet")
+    assert found["task"]["text_columns"] == ["premise"] and found["task"]["max_length"] == 9
+    assert found["rows"]["validation"] == 2
+    call("merge", tmp_path / "a", tmp_path / "merged", "--base", work / "base")
+    found = call("trim", tmp_path / "merged", *trim[2:], *data)
+    assert found["task"]["text_columns"] == ["premise"] and found["task"]["max_length"] == 9
+    found = call(*trim, *data, "--text-column", "hypothesis", "--max-length", "8")
+    assert found["task"]["text_columns"] == ["hypothesis"] and found["task"]["max_length"] == 8
+    (tmp_path / "other.tsv").write_text("\n".join(["text\tmore\tlabel", *pairs]))
+    result = run(*trim, "--data", tmp_path / "other.tsv")
+    assert "the training has read premise, which the data does not have" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])

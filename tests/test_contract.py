@@ -235,6 +235,12 @@ def test_the_same_config_wraps_a_second_model_with_a_plan_of_its_own():
     assert first.peft_config["default"] is not config and first.peft_config["default"].calibration is None
 
 
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_a_broken_pattern_of_modules_is_an_error_of_ours(name):
+    with pytest.raises(SensiError, match=rf"`{name}` is no regular expression: missing \), .* got '\(\('"):
+        SensiConfig(budget=0.5, **{name: "(("})
+
+
 def test_target_modules_that_match_nothing_are_an_error():
     base = tiny_model()
     with pytest.raises(ValueError, match="nothing_like_this"):

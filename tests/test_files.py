@@ -246,6 +246,12 @@ def test_sizes_are_checked_before_anything_is_allocated(sparse, changes, monkeyp
     refused(sparse, "rank|shape|holds")
 
 
+def test_more_single_values_than_a_matrix_has_are_refused():
+    with pytest.raises(SensiError, match="largest targeted Linear has 2048 values: `sparse` must be at most 2048"):
+        wrap(tiny_model(), budget=0.5, update="sparse", sparse=2049)
+    wrap(tiny_model(), budget=0.5, update="sparse", sparse=2048)  # more than smaller matrices have
+
+
 def test_a_rank_beyond_every_matrix_is_refused():
     with pytest.raises(SensiError, match="at most 64"):
         wrap(tiny_model(), update="low_rank", rank=65)

@@ -115,9 +115,12 @@ def export(
     """
     from ..merging.onnx import export_onnx
     from ..reporting.onnx_folder import load_tokenizer, write_companions
+    from ..reporting.pretrained import TOKENIZER_FILES
 
     if file.suffix.lower() != ".onnx":
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
+    if file.with_suffix(".json").name in {*TOKENIZER_FILES, "config.json"}:
+        raise SensiError(f"{file}: {file.stem}.json, which goes beside it, is the name of another file.")
     check_place(file, "OUT.onnx")
     check_new([file, file.with_suffix(".json"), *([file.with_suffix(".int8.onnx")] if int8 else [])], overwrite)
     saved, model = load_saved(adapter, base, json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,13 +170,13 @@ def load_base(model: str, data: list[str] | None, needs_data: bool = True, **opt
         return load_for(task, model), task
 
 
-def read_data(model: str, data: list[str], **options: Any) -> Any:
-    """`tasks.kinds.read_task`, with lines that say what was understood, and what may be wrong."""
+def read_data(model: str, data: Any, doubts: Sequence[str] = (), **options: Any) -> Any:
+    """`tasks.kinds.read_task`, with lines that say what was understood, and what may be wrong (also `doubts`)."""
     from ..tasks.kinds import read_task
 
     with step("reading the data"):
         task = read_task(model, data, **options)
-    print_understood(task.lines, task.doubts)
+    print_understood(task.lines, [*task.doubts, *doubts])
     return task
 
 

@@ -13,31 +13,20 @@ from ..utils.formatting import human, interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import argument, option
 from .checks import check_files
-from .data_options import DATA_OPTIONS, task_options
+from .data_options import task_options
 from .loading import load_predictor, refuse_base
 from .prediction_files import SUFFIXES, unused_name, write_records
 from .terminal import print_result, print_understood, print_warning, step
+from .trained_options import FORMATS, LENGTHS, TRAINED_OPTIONS, read_as_trained, untrained_columns
 
 
 if TYPE_CHECKING:
     from ..tasks.predicting import Predictor
-    from ..tasks.sources import Source
     from ..tasks.task import Rows, Task
 
 
-_FORMAT = ("subset", "split", "encoding", "delimiter", "quotes")
-# What the training has noted is the default here.
-_TRAINED = {
-    "max_length": option("--max-length", "N", "Cut texts after this many tokens. Default: as in training.", args.DATA,
-                         min=2),
-    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training.",
-                     args.DATA, min=0),
-    "max_answer_length": option("--max-answer-length", "N", "The longest answer, in tokens. Default: as in training, "
-                                "or 30.", args.DATA, min=1),
-}  # fmt: skip
-_OPTIONS = DATA_OPTIONS | {name: (Annotated[int | None, entry], None) for name, entry in _TRAINED.items()}
-_INPUTS = {name: _OPTIONS[name] for name in ("text_column", "pair_column", *_TRAINED, *_FORMAT)}
-_LABELED = {name: _OPTIONS[name] for name in _OPTIONS if name != "task"}
+_INPUTS = {name: TRAINED_OPTIONS[name] for name in ("text_column", "pair_column", *LENGTHS, *FORMATS)}
+_LABELED = {name: TRAINED_OPTIONS[name] for name in TRAINED_OPTIONS if name != "task"}
 _USABLE = "An adapter, a merged model or an exported .onnx file: a path, or a name on the Hub."
 Usable = Annotated[str, argument("MODEL", _USABLE)]
 LabeledData = Annotated[
@@ -192,16 +181,14 @@ def rows_of(
     from ..tasks.kinds import rows_for_prediction
     from ..tasks.reading import same_columns
 
-    options = trained_values(predictor) | {name: value for name, value in reading.items() if value is not None}
+    named = {name: value for name, value in reading.items() if value is not None}
     originals: list[dict[str, Any]] = []
-    source: Any = data
     with step("reading the data", show=show):
+        source, options = read_as_trained(predictor.record, predictor.kind, data, named, labeled=False)
         if predictor.kind == "text":
-            source = read_tables(data, options, labeled=False)
             originals = same_columns([row for part in source.train for row in part.rows])
-            options = trained_columns(predictor, originals[0]) | options
         rows, lines, doubts = rows_for_prediction(predictor.kind, predictor.tokenizer, source, **options)
-    print_understood(lines, [*doubts, *untrained_columns(predictor, options)])
+    print_understood(lines, [*doubts, *untrained_columns(predictor.record, options)])
     return rows, originals
 
 
@@ -217,61 +204,18 @@ def labeled_rows(
 
     given = {"task": None, **reading}
     named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
-    options = trained_values(predictor) | named
-    if "max_rows" in options:
-        options["max_validation_rows"] = options["max_rows"]  # of these rows, if there are some
-    source: Any = data
+    if "max_rows" in named:
+        named["max_validation_rows"] = named["max_rows"]  # of these rows, if there are some
     with step("reading the data", show=show):
-        if predictor.kind == "text":
-            source = read_tables(data, options, labeled=True)
-            options = trained_columns(predictor, source.train[0].rows[0], labels=True) | options
-            if len(options.get("label_column") or ()) > 1 and "label_separator" not in named:
-                options.pop("label_separator", None)
+        source, options = read_as_trained(predictor.record, predictor.kind, data, named)
         task = read_task(
             predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
             allow_unknown=True, head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
-    task.doubts += untrained_columns(predictor, options)
+    task.doubts += untrained_columns(predictor.record, options)
     said = [] if known is None else [*known.lines, *known.doubts]
     print_understood(*([text for text in texts if text not in said] for texts in (task.lines, task.doubts)))
     return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
-
-
-def read_tables(data: list[str], options: Mapping[str, Any], labeled: bool) -> Source:
-    """The tables of texts. Their columns are needed to choose the options with which they become a task."""
-    from ..tasks.sources import read_source
-    from ..tasks.task import Options
-
-    form = Options(**{name: options[name] for name in _FORMAT if name in options})
-    return read_source(data, "text", form, labeled)
-
-
-def trained_values(predictor: Predictor) -> dict[str, Any]:
-    """The options about lengths, and whether questions may get no answer, as the training has noted them."""
-    names = (*_TRAINED, "silent")
-    return {name: predictor.record[name] for name in names if isinstance(predictor.record.get(name), int)}
-
-
-def trained_columns(predictor: Predictor, row: Mapping[str, Any], labels: bool = False) -> dict[str, Any]:
-    """The options about columns with the names of the training, if all of these columns are in the row."""
-    texts = list(predictor.record.get("text_columns") or ())
-    found: dict[str, Any] = {}
-    if texts and all(name in row for name in texts):
-        found = dict(zip(("text_column", "pair_column"), texts, strict=False))
-    columns = list(predictor.record.get("label_columns") or ())
-    if labels and columns and all(name in row for name in columns):
-        found["label_column"] = columns
-    if labels and (separator := predictor.record.get("label_separator")) is not None:
-        found["label_separator"] = separator
-    return found
-
-
-def untrained_columns(predictor: Predictor, options: Mapping[str, Any]) -> list[str]:
-    """A doubt, if the data has not the columns of texts that the training has read, and none are named."""
-    texts = predictor.record.get("text_columns")
-    if not texts or "text_column" in options:
-        return []
-    return [f"the training has read {' + '.join(texts)}, which the data does not have (--text-column)"]
 
 
 def records_of(

@@ -17,6 +17,7 @@ from .checks import SCORES, check_latency_tables, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
 from .loading import refuse_base
 from .terminal import err, print_result, print_warning, step
+from .trained_options import TRAINED_OPTIONS, read_as_trained, untrained_columns
 
 
 # What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
@@ -139,7 +140,7 @@ def train(
     print_result(json, result, facts_table(facts), f"saved in {out_folder}")
 
 
-@args.with_options(asked=_TRIMMING, reading=DATA_OPTIONS | VALIDATION_OPTIONS)
+@args.with_options(asked=_TRIMMING, reading=TRAINED_OPTIONS | VALIDATION_OPTIONS)
 def trim(
     model: Annotated[str, args.argument("MODEL_OR_ADAPTER", "A fine-tuned model, or an adapter of `train`.")],
     asked: dict[str, Any],
@@ -169,6 +170,7 @@ def trim(
     import transformers
     from transformers import AutoConfig
 
+    from ..anatomy.widths import is_merged
     from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
     from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter, task_of
     from ..tasks.labels import labels_of_head
@@ -198,19 +200,21 @@ def trim(
     if saved is None:
         config: Any = load_pretrained(AutoConfig, model)
         refuse_base(model, base)
+        if is_merged(config.to_dict()):
+            record = saved_record(model)
     else:
         config = base_config(saved, base)
         task_type, record = task_of(saved.config), saved_record(saved.folder)
         source = str(saved.folder) if (saved.folder / TOKENIZER_CONFIG).is_file() else str(base or saved.base)
-    wanted = task_options(reading)
-    wanted["kind"] = wanted["kind"] or kind_of_model(task_type, config.architectures)
-    wanted["label_separator"] = wanted["label_separator"] or record.get("label_separator")
+    named = {name: value for name, value in task_options(reading).items() if value is not None}
+    kind = named.pop("kind", None) or kind_of_model(task_type, config.architectures)
+    rows, wanted = read_as_trained(record, kind, data, named, beside=named.get("validation"))
     numbers = is_regressor(config.problem_type, config.num_labels)
     names = [] if numbers else [str(config.id2label[i]) for i in range(config.num_labels)]
-    head = None if wanted["kind"] == "answers" else labels_of_head(names, config.problem_type)
+    head = None if kind == "answers" else labels_of_head(names, config.problem_type)
     task = read_data(
-        source, data, seed=seed, head=head, config=config,
-        **wanted | {"regression": numbers or wanted["regression"]},
+        source, rows, seed=seed, kind=kind, head=head, config=config, doubts=untrained_columns(record, wanted),
+        **wanted | {"regression": numbers or wanted.get("regression")},
     )  # fmt: skip
     training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)

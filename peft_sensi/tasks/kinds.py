@@ -56,7 +56,8 @@ def read_task(
     wanted = Options(**options)
     source = _source_of(data, kind, wanted, beside=validation)
     if validation is not None:
-        other = _source_of(validation, kind, replace(wanted, split=None), beside=data)
+        beside = data.given if isinstance(data, Source) else data
+        other = _source_of(validation, kind, replace(wanted, split=None), beside=beside)
         source = Source(source.train, other.validation or other.train, source.notes + other.notes)
     kind = kind or kind_of(source.train[0], bool(wanted.label_columns()))
     check_options(kind, wanted)

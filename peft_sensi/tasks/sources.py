@@ -46,11 +46,12 @@ class Part:
 
 @dataclass
 class Source:
-    """All parts of the data. `validation` is empty if the source has no split for it."""
+    """All parts of the data. `validation` is empty if the source has no split for it, and `given` names the source."""
 
     train: list[Part]
     validation: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    given: list[str | Path] = field(default_factory=list)
 
 
 def read_source(
@@ -70,7 +71,7 @@ def read_source(
     """
     names, others = ([given] if isinstance(given, str | Path) else list(given or ()) for given in (data, beside))
     _check_format([*names, *others], kind, options)
-    found = Source([])
+    found = Source([], given=names)
     for name in names:
         source = _read_one(name, kind, options, labeled)
         found.train += source.train

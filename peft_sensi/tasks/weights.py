@@ -16,7 +16,7 @@ def balanced_weights(task: Task) -> np.ndarray:
     """One weight for each class, float32 `[classes]`.
 
     For classes, rows / (classes * rows of the class), as in scikit-learn; 0 for a class without rows. For rows with
-    several labels, the weight of a positive label: rows without it / rows with it.
+    several labels, the weight of a positive label: rows without it / rows with it; 1 if none or all rows have it.
 
     Raises:
         DataError: The task has no classes.
@@ -26,7 +26,8 @@ def balanced_weights(task: Task) -> np.ndarray:
     values = [row["labels"] for row in task.train.inputs]
     if task.labels.several:
         positive = np.array(values).sum(0)
-        return np.where(positive > 0, (len(values) - positive) / np.maximum(positive, 1), 1.0).astype(np.float32)
+        negative = len(values) - positive
+        return np.where(positive * negative > 0, negative / np.maximum(positive, 1), 1.0).astype(np.float32)
     flat = [label for row in values for label in row if label >= 0] if task.kind == "words" else values
     counts = Counter(flat)
     rows = np.array([counts[i] for i in range(len(task.labels.names))], dtype=float)

@@ -5,6 +5,7 @@ All rules are rows of tables. `docs/recipes.md` shows the combinations that are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -162,6 +163,12 @@ def _check_values(config: Any) -> None:
         raise SensiError(f"`scale` must be a number in (0, {_LARGEST_SCALE:g}], got {shown(config.scale)}.")
     if any(name not in ALSO_TRAIN for name in config.also_train or ()):
         raise SensiError(f"`also_train` must be a list of {', '.join(ALSO_TRAIN)}, got {config.also_train!r}.")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, name), str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SensiError(f"`{name}` is no regular expression: {error}, got {shown(pattern)}.") from None
     kinds = compressed_kinds(config.update)
     if config.compressed not in (None, *kinds):
         raise SensiError(

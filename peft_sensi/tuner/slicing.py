@@ -41,6 +41,13 @@ def slices_of(model: nn.Module, config: SensiConfig, plan: Plan) -> Slices:
                 f"`rank` is {config.rank}, but the longest side of a targeted Linear is {largest}: `rank` must be at "
                 f"most {largest}."
             )
+    if config.sparse is not None and not config.from_file:  # a file may be of a version that did not check it
+        largest = max((math.prod(features(linears[name])) for name in plan.targets), default=0)
+        if config.sparse > largest:
+            raise SensiError(
+                f"`sparse` is {config.sparse}, but the largest targeted Linear has {largest} values: `sparse` must be "
+                f"at most {largest}."
+            )
     slices = {}
     for group in plan.anatomy.groups:
         states = plan.of(group)

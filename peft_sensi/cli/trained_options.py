@@ -1,0 +1,84 @@
+"""What a training has noted about its data, as the default of the options about other data for the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from .arguments import DATA, option
+from .data_options import DATA_OPTIONS
+
+
+if TYPE_CHECKING:
+    from ..tasks.sources import Source
+
+
+FORMATS = ("subset", "split", "encoding", "delimiter", "quotes")
+LENGTHS = {
+    "max_length": option("--max-length", "N", "Cut texts after this many tokens. Default: as in training.", DATA,
+                         min=2),
+    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training.",
+                     DATA, min=0),
+    "max_answer_length": option("--max-answer-length", "N", "The longest answer, in tokens. Default: as in training, "
+                                "or 30.", DATA, min=1),
+}  # fmt: skip
+TRAINED_OPTIONS = DATA_OPTIONS | {name: (Annotated[int | None, entry], None) for name, entry in LENGTHS.items()}
+
+
+def read_as_trained(
+    record: Mapping[str, Any],
+    kind: str | None,
+    data: list[str],
+    named: dict[str, Any],
+    labeled: bool = True,
+    beside: list[str] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The data, and the options with which it becomes a task: those that are `named`, or else those of the training.
+
+    Tables are read here: the columns of the training are an option only if the first row has them all. `beside` are
+    other data that the options are about, too.
+    """
+    options = _values(record) | named
+    if kind != "text":
+        return data, options
+    source = _read_tables(data, options, labeled, beside)
+    options = _columns(record, source.train[0].rows[0], labeled) | options
+    if len(options.get("label_column") or ()) > 1 and "label_separator" not in named:
+        options.pop("label_separator", None)
+    return source, options
+
+
+def untrained_columns(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """A doubt, if the data has not the columns of texts that the training has read, and none are named."""
+    texts = record.get("text_columns")
+    if not texts or "text_column" in options:
+        return []
+    return [f"the training has read {' + '.join(texts)}, which the data does not have (--text-column)"]
+
+
+def _read_tables(data: list[str], options: Mapping[str, Any], labeled: bool, beside: list[str] | None) -> Source:
+    from ..tasks.sources import read_source
+    from ..tasks.task import Options
+
+    form = Options(**{name: options[name] for name in FORMATS if name in options})
+    return read_source(data, "text", form, labeled, beside)
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options about lengths, and whether questions may get no answer."""
+    names = (*LENGTHS, "silent")
+    return {name: record[name] for name in names if isinstance(record.get(name), int)}
+
+
+def _columns(record: Mapping[str, Any], row: Mapping[str, Any], labels: bool) -> dict[str, Any]:
+    """The options about columns with the names of the training, if all of these columns are in the row."""
+    texts = list(record.get("text_columns") or ())
+    found: dict[str, Any] = {}
+    if texts and all(name in row for name in texts):
+        found = dict(zip(("text_column", "pair_column"), texts, strict=False))
+    columns = list(record.get("label_columns") or ())
+    if labels and columns and all(name in row for name in columns):
+        found["label_column"] = columns
+    if labels and (separator := record.get("label_separator")) is not None:
+        found["label_separator"] = separator
+    return found
