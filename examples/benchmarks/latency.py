@@ -238,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.page is not None:
             write_part(options.page, "latency_accuracy", text)
         if options.picture is not None:
-            found = [r for r in read_results(options.results / "accuracy") if r["task"] in options.tasks]
+            name, found = options.model.partition("=")[0], read_results(options.results / "accuracy")
+            found = [r for r in found if r["task"] in options.tasks and r["model"] == name]
             records = [
                 {**r, "method": LINES[r["method"]]} | ({"latency": round(r["latency"], 2)} if "latency" in r else {})
                 for r in found

@@ -55,8 +55,9 @@ def plot_budgets(
     axes.grid(axis="y", color=look["line"], linewidth=0.5)
     axes.set_axisbelow(True)
     budgets = [budget for by_budget in methods.values() for budget in by_budget if budget is not None]
-    # Methods lie side by side at each budget, so that their bars do not hide each other.
-    gap = 0.008 * (max(budgets) - min(budgets)) if budgets else 0.0
+    # Methods lie side by side at each budget, so that their bars do not hide each other. Single runs have no bars.
+    several = any(len(values) > 1 for by_budget in methods.values() for values in by_budget.values())
+    gap = 0.008 * (max(budgets) - min(budgets)) if budgets and several else 0.0
     right = max(budgets, default=1.0) + 5 * gap
     names = sorted(methods, key=lambda name: name != reference)
     colors = iter(look["methods"] * (1 + len(names) // len(look["methods"])))
