@@ -217,8 +217,9 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
     seeds, for the tasks that are not noisy together and for each noisy one, on the development and the held-out rows.
 
     A model and task count where full fine-tuning and the way have the same three seeds or more. The number of them is
-    in brackets.
+    in brackets. The thorough way also has a row with each task's own number of epochs, as the command trains.
     """
+    results = [*results, *_with_as_many_epochs(results)]
     groups = {"easy tasks": [name for name, task in TASKS.items() if not task.noisy]}
     groups |= {name: [name] for name, task in TASKS.items() if task.noisy}
     splits = {"dev": "dev", "held_out": "held-out"}
@@ -237,6 +238,13 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
         if way != "full" and set(cells) != {"-"}:
             lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _with_as_many_epochs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of the thorough way that trained as long after the trim as before it, under a name without a number."""
+    ends = {name: f", {task.epochs} epochs after" for name, task in TASKS.items()}
+    thorough = [r for r in results if r["method"].startswith("thorough") and r["method"].endswith(ends[r["task"]])]
+    return [{**r, "method": r["method"].removesuffix(ends[r["task"]]) + ", as many epochs after"} for r in thorough]
 
 
 def kept_by_way(
