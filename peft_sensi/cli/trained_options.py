@@ -38,7 +38,10 @@ def read_as_trained(
     Tables are read here: the columns of the training are an option only if the first row has them all. `beside` are
     other data that the options are about, too.
     """
-    options = _values(record) | named
+    trained = _values(record)
+    if "max_length" in named:
+        trained.pop("stride", None)  # it belongs to the windows of the training
+    options = trained | named
     if kind != "text":
         return data, options
     source = _read_tables(data, options, labeled, beside)
