@@ -34,12 +34,10 @@ def write_records(
             file.writelines(json_text(record) + "\n" for record in records)
             return
         delimiter = "\t" if suffix == ".tsv" else ","
-        header = False
-        for record in records:
+        for number, record in enumerate(records):
             row = _flat(record, separator, columns)
-            if not header:
+            if number == 0:
                 file.write(_line(row, delimiter))
-                header = True
             file.write(_line(row.values(), delimiter))
 
 
@@ -48,13 +46,10 @@ def unused_name(name: str, value: Any, taken: Collection[str]) -> str:
 
     A dict needs a column for each of its keys (see `write_records`).
     """
-    while any(column in taken for column in (name, *(f"{name}_{key}" for key in _keys(value)))):
+    keys = value if isinstance(value, Mapping) else ()
+    while any(column in taken for column in (name, *(f"{name}_{key}" for key in keys))):
         name = f"predicted_{name}"
     return name
-
-
-def _keys(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, Mapping) else ()
 
 
 def _line(cells: Iterable[Any], delimiter: str) -> str:
