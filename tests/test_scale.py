@@ -29,20 +29,28 @@ KINDS = {
 }
 
 
-def gradients(shapes, seed, dtype):
+def gradients(shapes, seed, dtypes):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator).to(dtype) * 3.0 for shape in shapes]
+    drawn = [torch.randn(*shape, generator=generator) * 3.0 for shape in shapes]
+    return [value.to(dtype) for value, dtype in zip(drawn, dtypes, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_adamw_for_one_weight_at_a_time_equals_one_adamw(dtype):
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float64),
+    ],
+)
+def test_the_steps_of_priming_equal_those_of_one_adamw(dtypes):
     shapes = [(6, 5), (7,), (3, 4)]
-    ours, reference = ([nn.Parameter(g) for g in gradients(shapes, 0, dtype)] for _ in range(2))
-    masters = [nn.Parameter(p.detach().to(torch.promote_types(dtype, torch.float32))) for p in reference]
+    ours, reference = ([nn.Parameter(g) for g in gradients(shapes, 0, dtypes)] for _ in range(2))
+    masters = [nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32))) for p in reference]
     optimizer = torch.optim.AdamW(masters, lr=1e-2, weight_decay=0.0)
     steps = AdamSteps(ours, 1e-2)
     for seed in range(1, 4):
-        for parameter, master, g in zip(ours, masters, gradients(shapes, seed, dtype), strict=True):
+        for parameter, master, g in zip(ours, masters, gradients(shapes, seed, dtypes), strict=True):
             parameter.grad, master.grad = g, g.to(master.dtype, copy=True)
         if seed == 2:
             ours[1].grad = masters[1].grad = None
@@ -50,7 +58,7 @@ def test_adamw_for_one_weight_at_a_time_equals_one_adamw(dtype):
         optimizer.step()
         assert steps.step() and all(p.grad is None for p in ours)
     for parameter, master in zip(ours, masters, strict=True):
-        torch.testing.assert_close(parameter.detach(), master.detach().to(dtype))
+        torch.testing.assert_close(parameter.detach(), master.detach().to(parameter.dtype))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

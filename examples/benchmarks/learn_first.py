@@ -6,7 +6,8 @@
 For each model, task and seed, `--ways` selects from:
 
 - `full`: full fine-tuning, and `longer`: with twice the epochs. `prior`: its head starts at the prior of the labels.
-- `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning.
+- `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning, and
+  `fast_longer`: then twice the epochs, which take a small model no longer.
 - `late`: one training of as many epochs, trimmed on the way.
 - `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=1.0)`, then `trim(...)`, no training after.
 - `random`: the same with random units, the control that shows what the ranking is worth.
@@ -141,11 +142,16 @@ def prior(run: Seed, budgets: list[float]) -> None:
         run.rows.add(row, model, run.fit(model, run.epochs, RATE))
 
 
-def fast(run: Seed, budgets: list[float]) -> None:
+def fast(run: Seed, budgets: list[float], longer: bool = False) -> None:
     for budget, rate in itertools.product(budgets, run.fast_rates):
-        if run.rows.missing(row := f"fast to {budget:g}" + f" at {rate:g}" * (rate != FAST_RATE)):
+        row = f"fast to {budget:g}" + f" at {rate:g}" * (rate != FAST_RATE) + ", twice as long" * longer
+        if run.rows.missing(row):
             model, seconds = run.wrapped(run.base(), budget=budget)
-            run.rows.add(row, model, seconds + run.fit(model, run.epochs, rate))
+            run.rows.add(row, model, seconds + run.fit(model, (1 + longer) * run.epochs, rate))
+
+
+def fast_longer(run: Seed, budgets: list[float]) -> None:
+    fast(run, budgets, longer=True)
 
 
 def late(run: Seed, budgets: list[float]) -> None:
@@ -209,7 +215,8 @@ def thorough(run: Seed, budgets: list[float]) -> None:
             run.rows.add(names[budget, count], healed, seconds_there + more)
 
 
-WAYS = {way.__name__: way for way in (full, trimmed, random, healed, taught, late, thorough, fast, longer, prior)}
+_ALL = (full, trimmed, random, healed, taught, late, thorough, fast, fast_longer, longer, prior)
+WAYS = {way.__name__: way for way in _ALL}
 
 
 def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn.Module) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW
 
 from ..anatomy.linears import has_codes
 from ..anatomy.modules import is_base_parameter
@@ -78,7 +79,7 @@ def _prime(
     options: ScoringOptions,
     gates: Sequence[torch.Tensor],
 ) -> None:
-    gate_optimizer = torch.optim.AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
+    gate_optimizer = AdamW(gates, lr=GATE_LR, weight_decay=0.0) if gates else None
     with stepper, torch.enable_grad():
         for step in progress_bar(range(options.priming_steps), "priming", show=options.progress):
             warm_up = min(1.0, (step + 1) / max(1, options.priming_steps // 10))
@@ -136,8 +137,9 @@ def can_be_divided(batch: Mapping[str, Any]) -> bool:
 class AdamSteps(ExitStack):
     """AdamW on float32 copies of the weights, because small steps would be lost in 16-bit weights.
 
-    Each weight has an optimizer of its own, so that temporary tensors and float32 gradients are as large as one
-    weight, and not as large as the model.
+    A fused step needs no temporary tensors, so weights without a copy share one optimizer. Each other weight has an
+    optimizer of its own, so that temporary tensors and float32 gradients are as large as one weight, and not as large
+    as the model.
     """
 
     factor = 1.0
@@ -146,11 +148,16 @@ class AdamSteps(ExitStack):
         super().__init__()
         full = (torch.float32, torch.float64)
         self.moving, self.lr = moving, lr
-        self.masters = [p if p.dtype in full else p.detach().float().requires_grad_() for p in moving]
-        self.optimizers = [
-            # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third.
-            torch.optim.AdamW([m], lr=lr, weight_decay=0.0, fused=m.device.type in ("cpu", "cuda") or None)
-            for m in self.masters
+        pairs: list[tuple[nn.Parameter, torch.Tensor]] = [
+            (p, p if p.dtype in full else p.detach().float().requires_grad_()) for p in moving
+        ]
+        shared = [pair for pair in pairs if pair[1] is pair[0] and _has_fused_step(pair[0])]
+        alone = [[pair] for pair in pairs if pair[1] is not pair[0] or not _has_fused_step(pair[0])]
+        parts = [shared, *alone] if shared else alone
+        # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third.
+        self.parts = [
+            (part, AdamW([m for _, m in part], lr, weight_decay=0.0, fused=_has_fused_step(part[0][0]) or None))
+            for part in parts
         ]
 
     def step(self) -> bool:
@@ -163,17 +170,22 @@ class AdamSteps(ExitStack):
         if not torch.isfinite(norm):
             return False
         clip = (1.0 / (norm + 1e-6)).clamp_max(1.0)  # as `clip_grad_norm_` with a largest norm of 1
-        for master, parameter, optimizer in zip(self.masters, self.moving, self.optimizers, strict=True):
-            if parameter.grad is None:
-                continue
-            master.grad = parameter.grad.to(master.dtype).mul_(clip.to(parameter.device))
+        for part, optimizer in self.parts:
+            moved = [(p.grad, p, master) for p, master in part if p.grad is not None]
+            for gradient, parameter, master in moved:
+                master.grad = gradient.to(master.dtype).mul_(clip.to(parameter.device))
             optimizer.param_groups[0]["lr"] = self.lr * self.factor
             optimizer.step()
-            if master is not parameter:
-                with torch.no_grad():
-                    parameter.copy_(master)
-            parameter.grad = master.grad = None
+            for _, parameter, master in moved:
+                if master is not parameter:
+                    with torch.no_grad():
+                        parameter.copy_(master)
+                parameter.grad = master.grad = None
         return True
+
+
+def _has_fused_step(parameter: torch.Tensor) -> bool:
+    return parameter.device.type in ("cpu", "cuda")
 
 
 class SignSteps(ExitStack):
