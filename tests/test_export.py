@@ -227,6 +227,8 @@ def test_an_example_batch_of_the_users(bert, tmp_path):
     report = export_onnx(bert, tmp_path / "model.onnx", inputs=batch)
     assert report.inputs == ("input_ids", "attention_mask")
     assert report.file.difference < 1e-4
+    with pytest.raises(SensiError, match="`inputs` must be one batch"):
+        export_onnx(bert, tmp_path / "model.onnx", inputs=[batch])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

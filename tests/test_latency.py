@@ -42,7 +42,7 @@ from peft_sensi import (
     export_graphs,
     measure_latency,
 )
-from peft_sensi.anatomy.latency import FORMAT
+from peft_sensi.anatomy.latency import FORMAT, LIMITS, check_records
 from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, smooth, table_from
 from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
@@ -162,6 +162,8 @@ def test_models_that_cannot_be_measured(bert):
         measure_latency(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(SensiError, match="it returns no cache"):
         measure_latency(tiny_model(task="FEATURE_EXTRACTION"), sequence_length=8, decode=True)
+    with pytest.raises(SensiError, match="it returns no cache"):
+        measure_latency(tiny_model(), sequence_length=8, decode=True)
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64}
     with pytest.raises(SensiError, match="has an encoder, too"):
         measure_latency(AutoModelForSeq2SeqLM.from_config(BartConfig(**sizes)), sequence_length=8, decode=True)
@@ -391,7 +393,12 @@ def test_damaged_tables_are_refused_or_make_sense(table, tmp_path):
         assert found.whole > 0 and LatencyTable.from_dict(found.to_dict()) == found, (path, other)
         for kind in found.sublayers:
             assert list(kind.ms) == sorted(kind.ms) and kind.counts[-1] == kind.units
+        check_records({LIMITS[found.phase]: found.record(found.whole)})  # what an adapter of it saves can be loaded
     assert accepted < 250
+    huge = {**table.to_dict(), "rest_ms": 9e8}
+    huge["sublayers"] = [{**kind, "ms": [1e9] * len(kind["ms"])} for kind in huge["sublayers"]]
+    with pytest.raises(SensiLoadError, match="too much"):
+        LatencyTable.from_dict(huge)
     older = [json.dumps({**table.to_dict(), "format": "peft_sensi.latency.0"}), json.dumps({"format": FORMAT})]
     for text in ("[]", "{}", "1", *older, "[" * 10**5):
         (tmp_path / "x.json").write_text(text)

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load, save_file
-from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_model, train, trained, wrap
+from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 
 from peft_sensi import Schedule, SensiConfig, SensiError, SensiLoadError
@@ -47,6 +47,38 @@ def test_several_threads_can_call_an_adapter(family, budget, kind, saved_adapter
     expected = logits(copy.deepcopy(model))
     with ThreadPoolExecutor(8) as pool:
         assert all(torch.equal(found, expected) for found in pool.map(lambda _: logits(model), range(24)))
+
+
+def test_the_active_adapter_is_meant_where_none_is_named():
+    model = wrap(tiny_model(), budget=1.0)
+    model.add_adapter("small", config(budget=0.5))
+    assert model.plan().params_share == 1.0
+    model.set_adapter("small")
+    assert model.plan() == model.plan("small") != model.plan("default")
+    model.trim(0.4)
+    assert model.plan("small").params_share <= 0.4 and "scored by magnitude" in model.explain()
+    model.base_model.compress("bfloat16")
+    assert (model.peft_config["small"].compressed, model.peft_config["default"].compressed) == ("bfloat16", None)
+    model.delete_adapter("default")
+    assert model.plan().params_share <= 0.4
+
+
+def test_one_of_several_active_adapters_must_be_named():
+    options = {"task_type": "FEATURE_EXTRACTION", "also_train": [], **TUNE}
+    model = wrap(tiny_model(task="FEATURE_EXTRACTION"), **options)
+    model.add_adapter("other", SensiConfig(score="magnitude", **options))
+    model.base_model.set_adapter(["default", "other"])
+    for call in (model.plan, model.explain, lambda: model.trim(0.5), lambda: model.compress("bfloat16")):
+        with pytest.raises(SensiError, match="name one of"):
+            call()
+    assert model.plan("other").trainable_share < 1.0
+
+
+def test_trained_tokens_are_not_loaded_into_a_model_without_them():
+    state = get_peft_model_state_dict(trained(budget=1.0, calibration=tiny_batches()))
+    model = trained(**HALF)
+    with pytest.raises(SensiLoadError, match="wrapped without `calibration`"):
+        set_peft_model_state_dict(model, state)
 
 
 def test_an_unknown_adapter_is_not_activated():

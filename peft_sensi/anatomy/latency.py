@@ -161,6 +161,8 @@ class LatencyTable:
             raise SensiLoadError("The latency table has two entries for the same shape of sublayers.")
         if table.whole <= 0:
             raise SensiLoadError("The latency table gives the whole model no time at all.")
+        if not _is_ms(table.whole_ms):
+            raise SensiLoadError(f"The latency table gives the whole model {table.whole_ms:.3g} ms: too much.")
         return table
 
     def save(self, path: str | os.PathLike) -> None:

@@ -182,13 +182,16 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
     config: Any = model.config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
     if given is not None:
+        values = given.items() if isinstance(given, Mapping) else ()
         given = {
             name: value.cpu()
-            for name, value in given.items()
+            for name, value in values
             if name in accepted and name not in _LABELS and isinstance(value, torch.Tensor)
         }
         if not given or any(v.dim() != 2 or v.shape != next(iter(given.values())).shape for v in given.values()):
-            raise SensiError("`inputs` must be tensors of one shape [batch, length], as a tokenizer returns them.")
+            raise SensiError(
+                "`inputs` must be one batch: a dict of tensors of one shape [batch, length], as of a tokenizer."
+            )
     elif "input_ids" not in accepted:
         raise SensiError(f"{type(model).__name__} does not take `input_ids`: give a batch as `inputs=`.")
     if getattr(config, "is_encoder_decoder", False):

@@ -162,9 +162,9 @@ def start_run(
     try:
         with torch.inference_mode():
             if decode:
-                cache = model(**batch, **options, use_cache=True).past_key_values
+                cache = getattr(model(**batch, **options, use_cache=True), "past_key_values", None)
                 if cache is None:
-                    raise ValueError("it returns no cache")
+                    raise ValueError("it returns no cache, so it has no decoding steps")
                 batch = {
                     "input_ids": batch["input_ids"][:, -1:],
                     "attention_mask": torch.ones(batch_size, length + 1, dtype=torch.long, device=device),

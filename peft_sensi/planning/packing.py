@@ -18,6 +18,16 @@ DAMAGED = "The plan is damaged or was edited: take its file from its source agai
 OTHER_BASE = "Load the base model that the plan was made for."
 
 
+def unknown_group(name: str) -> SensiLoadError:
+    """The error about a plan that names a group which the model does not have."""
+    if name.endswith(".tokens"):
+        return SensiLoadError(
+            f"The plan trains rows of an embedding ({name!r}), and this model was wrapped without `calibration`, "
+            f"which says which rows those are: wrap it with the same batches."
+        )
+    return SensiLoadError(f"The plan names the group {name!r}, which this base model does not have. {OTHER_BASE}")
+
+
 def pack_mask(mask: np.ndarray) -> str:
     """A boolean mask as text: `"all"`, `"none"`, or its bits in base64, the first unit in the highest bit."""
     if mask.all():

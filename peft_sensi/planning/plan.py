@@ -15,7 +15,7 @@ from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.formatting import data_frame, find_name, html_table, human, short_names, text_table, wrapped
 from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, UPDATED, Row
-from .packing import OTHER_BASE, check_plan_dict, pack_mask, states_for
+from .packing import OTHER_BASE, check_plan_dict, pack_mask, states_for, unknown_group
 from .rows import drawn_rows, rows_of, units_by_kind
 
 
@@ -279,8 +279,7 @@ class Plan:
         check_plan_dict(values)
         groups = values["groups"]
         if extra := sorted(set(groups) - set(anatomy.by_name)):
-            unknown = f"The plan names the group {extra[0]!r}, which this base model does not have."
-            raise SensiLoadError(f"{unknown} {OTHER_BASE}")
+            raise unknown_group(extra[0])
         states = []
         for group in anatomy.groups:
             if group.name not in groups:

@@ -26,7 +26,8 @@ from .trim import trim_adapter
 class AdapterOperations:
     """The part of `SensiModel` that is not PEFT's contract.
 
-    A `PeftModel` passes these calls on, so `model.plan()` and `model.base_model.plan()` are the same.
+    A `PeftModel` passes these calls on, so `model.plan()` and `model.base_model.plan()` are the same. Where
+    `adapter_name` is left out, the active adapter is meant; if none or several are active, this is a `SensiError`.
     """
 
     peft_config: dict[str, SensiConfig]
@@ -38,14 +39,15 @@ class AdapterOperations:
     # The scores from which the plans of this process were made; `None` if no units were ranked.
     _sensi_scores: dict[str, Scores | None] = {}
 
-    def plan(self, adapter_name: str = "default") -> Plan:
+    def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
-        self._check_name(adapter_name)
+        adapter_name = self._chosen(adapter_name)
         config, anatomy = self.peft_config[adapter_name], self._sensi_anatomies[adapter_name]
         return described(Plan.from_dict(config.plan, anatomy, targets_of(self.model, config)), config)
 
-    def explain(self, adapter_name: str = "default") -> str:
+    def explain(self, adapter_name: str | None = None) -> str:
         """A table of the plan's groups, sorted by their scores. Raises `SensiError` if no scores are known."""
+        adapter_name = self._chosen(adapter_name)
         scores = self._sensi_scores.get(adapter_name)
         if scores is None:
             raise SensiError(
@@ -59,7 +61,7 @@ class AdapterOperations:
         self,
         budget: float | int | Mapping[str, Any],
         calibration: Iterable[Mapping[str, Any]] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         *,
         loss_fn: LossFn | None = None,
         score: str | None = None,
@@ -87,7 +89,7 @@ class AdapterOperations:
                 drawn from the model's predictions (see `scoring.drawn_labels`; not with a `loss_fn`, nor for language
                 models and answers). The refit reads up to three times as many. Without batches the score falls back to
                 magnitude with a warning, and nothing is refitted.
-            adapter_name: The adapter, which must be the only active one.
+            adapter_name: The adapter, which must be the only active one. Default: the active one.
             loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
                 `"fisher"` if that one is learned while priming.
@@ -106,6 +108,7 @@ class AdapterOperations:
                 that fails leaves the model as it was.
         """
         with distributed.synchronized("trimming"):  # a wrong call in one process is an error in all of them
+            adapter_name = self._chosen(adapter_name)
             before = self.plan(adapter_name)
             replicas.check_gathered(self.model, "trim the adapter")
             if any(layer.merged for layer in self._layers()):
@@ -117,7 +120,7 @@ class AdapterOperations:
             self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
         return self.plan(adapter_name)
 
-    def compress(self, kind: str, adapter_name: str = "default") -> None:
+    def compress(self, kind: str, adapter_name: str | None = None) -> None:
         """Replaces an adapter's trained values by a narrower form. It is used, saved and merged in this form.
 
         The adapter cannot be trained any more, so keep the checkpoint that you compress. Modules that PEFT saves whole
@@ -127,13 +130,13 @@ class AdapterOperations:
             kind: `"bfloat16"` (2 bytes a value) or `"int8"` (a little more than 1 byte, because each tuned unit has
                 a scale), which hold the differences from the base's values (see `layers.compression`); for
                 `update="mask"`: `"bits"`, one bit for each weight.
-            adapter_name: The adapter.
+            adapter_name: The adapter. Default: the active one.
 
         Raises:
             SensiError: If the adapter's update does not have this form, or if the adapter is compressed already, is
                 merged, is sharded, or has lost its base to `keep_base=False`.
         """
-        self._check_name(adapter_name)
+        adapter_name = self._chosen(adapter_name)
         config, layers = self.peft_config[adapter_name], self._layers()
         possible = compressed_kinds(config.update)
         if kind not in possible:
@@ -177,6 +180,17 @@ class AdapterOperations:
             "Adapters of peft_sensi cannot be averaged into a new one: they train and keep different units. If no "
             "adapter trims or masks, `model.base_model.set_adapter([...])` adds their changes."
         )
+
+    def _chosen(self, adapter_name: str | None) -> str:
+        """This adapter, or the active one. Raises `SensiError` if there is no such adapter, or not one."""
+        if adapter_name is None:
+            active = self.active_adapters  # type: ignore[attr-defined]
+            if len(active) != 1:
+                state = f"The adapters {active} are active" if active else "No adapter is active"
+                raise SensiError(f"{state}: name one of {sorted(self.peft_config)} as `adapter_name`.")
+            adapter_name = active[0]
+        self._check_name(adapter_name)
+        return adapter_name
 
     def _check_name(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
