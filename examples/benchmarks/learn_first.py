@@ -7,7 +7,7 @@ For each model, task and seed, `--ways` selects from:
 
 - `full`: full fine-tuning, and `longer`: with twice the epochs. `prior`: its head starts at the prior of the labels.
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning, and
-  `fast_longer`: then twice the epochs, which take a small model no longer.
+  `fast_longer`: then twice the epochs, because the steps of a small model are short.
 - `late`: one training of as many epochs, trimmed on the way.
 - `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=1.0)`, then `trim(...)`, no training after.
 - `random`: the same with random units, the control that shows what the ranking is worth.
