@@ -298,7 +298,7 @@ def test_another_adapter_is_left_alone():
     model.set_adapter("other")
     expected = logits(model)
     with pytest.raises(SensiError, match="set_adapter"):
-        model.base_model.trim(0.5, calibration=BATCHES)
+        model.base_model.trim(0.5, calibration=BATCHES, adapter_name="default")
     model.set_adapter("default")
     model.base_model.trim(0.5, calibration=BATCHES)
     model.set_adapter("other")
