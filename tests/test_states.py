@@ -74,6 +74,12 @@ def test_one_of_several_active_adapters_must_be_named():
     assert model.plan("other").trainable_share < 1.0
 
 
+def test_a_plan_without_tokens_is_not_loaded_into_a_model_that_trains_them():
+    model = trained(budget=1.0, calibration=tiny_batches())
+    with pytest.raises(SensiLoadError, match="trains no rows of embeddings: wrap the model without `calibration`"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(trained(budget=0.5)))
+
+
 def test_trained_tokens_are_not_loaded_into_a_model_without_them():
     state = get_peft_model_state_dict(trained(budget=1.0, calibration=tiny_batches()))
     model = trained(**HALF)

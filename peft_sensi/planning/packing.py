@@ -18,14 +18,20 @@ DAMAGED = "The plan is damaged or was edited: take its file from its source agai
 OTHER_BASE = "Load the base model that the plan was made for."
 
 
-def unknown_group(name: str) -> SensiLoadError:
-    """The error about a plan that names a group which the model does not have."""
+def other_group(name: str, of_plan: bool) -> SensiLoadError:
+    """The error about a group that only the plan has (`of_plan`), or only the model."""
+    found = f"names the group {name!r}, which this base model does not have"
+    if not of_plan:
+        found = f"says nothing about {name!r}, which this base model has"
+    advice = OTHER_BASE
     if name.endswith(".tokens"):
-        return SensiLoadError(
-            f"The plan trains rows of an embedding ({name!r}), and this model was wrapped without `calibration`, "
-            f"which says which rows those are: wrap it with the same batches."
-        )
-    return SensiLoadError(f"The plan names the group {name!r}, which this base model does not have. {OTHER_BASE}")
+        advice = "It trains no rows of embeddings: wrap the model without `calibration`, too."
+        if of_plan:
+            advice = (
+                "It trains rows of an embedding, and this model was wrapped without `calibration`, which says which "
+                "rows those are: wrap it with the same batches."
+            )
+    return SensiLoadError(f"The plan {found}. {advice}")
 
 
 def pack_mask(mask: np.ndarray) -> str:

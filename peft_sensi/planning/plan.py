@@ -12,10 +12,10 @@ import numpy as np
 from ..anatomy.latency import LIMITS, LatencyTable, latency_facts
 from ..anatomy.units import Anatomy, Group
 from ..plotting.plots import Ranking, plot_plan
-from ..utils.errors import SensiError, SensiLoadError
+from ..utils.errors import SensiError
 from ..utils.formatting import data_frame, find_name, html_table, human, short_names, text_table, wrapped
 from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, UPDATED, Row
-from .packing import OTHER_BASE, check_plan_dict, pack_mask, states_for, unknown_group
+from .packing import check_plan_dict, other_group, pack_mask, states_for
 from .rows import drawn_rows, rows_of, units_by_kind
 
 
@@ -279,12 +279,11 @@ class Plan:
         check_plan_dict(values)
         groups = values["groups"]
         if extra := sorted(set(groups) - set(anatomy.by_name)):
-            raise unknown_group(extra[0])
+            raise other_group(extra[0], of_plan=True)
         states = []
         for group in anatomy.groups:
             if group.name not in groups:
-                unknown = f"The plan says nothing about {group.name!r}, which this base model has."
-                raise SensiLoadError(f"{unknown} {OTHER_BASE}")
+                raise other_group(group.name, of_plan=False)
             states.append(states_for(group, groups[group.name]).tobytes())
         return cls(anatomy, tuple(states), targets, values["sequence_length"], values["always_trained"])
 

@@ -148,16 +148,18 @@ class AdamSteps(ExitStack):
         super().__init__()
         full = (torch.float32, torch.float64)
         self.moving, self.lr = moving, lr
-        pairs: list[tuple[nn.Parameter, torch.Tensor]] = [
-            (p, p if p.dtype in full else p.detach().float().requires_grad_()) for p in moving
-        ]
-        shared = [pair for pair in pairs if pair[1] is pair[0] and _has_fused_step(pair[0])]
-        alone = [[pair] for pair in pairs if pair[1] is not pair[0] or not _has_fused_step(pair[0])]
-        parts = [shared, *alone] if shared else alone
+        parts: list[list[tuple[nn.Parameter, torch.Tensor]]] = [[]]  # the first one is shared
+        for parameter in moving:
+            master = parameter if parameter.dtype in full else parameter.detach().float().requires_grad_()
+            if master is parameter and _has_fused_step(parameter):
+                parts[0].append((parameter, master))
+            else:
+                parts.append([(parameter, master)])
         # A step has few examples, so PyTorch's default on CPUs, one operation after another, would take a third.
         self.parts = [
             (part, AdamW([m for _, m in part], lr, weight_decay=0.0, fused=_has_fused_step(part[0][0]) or None))
             for part in parts
+            if part
         ]
 
     def step(self) -> bool:
