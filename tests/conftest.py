@@ -25,7 +25,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 from processes import keep_tqdm_from_forks
-from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, logits, tiny_batches, tiny_model, trained
+from tiny import BUDGETS, FAMILIES, LABELS, VOCABULARY, logits, some_slow, tiny_batches, tiny_model, trained
 
 
 # Models are built inside the tests, on machines that are busy: time per example says nothing here.
@@ -65,7 +65,7 @@ def quiet():
         yield
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=some_slow(FAMILIES, "roberta", "electra"))  # their layers are those of BERT
 def family(request) -> str:
     return request.param
 

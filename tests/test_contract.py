@@ -37,6 +37,7 @@ from tiny import (
     assert_same_tensors,
     load_from_subfolder,
     logits,
+    only_slow,
     snapshot,
     tiny_batches,
     tiny_config,
@@ -1365,6 +1366,7 @@ def test_compiled_forward():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("budget", [BOTH, *only_slow(TRIM, TUNE)], ids=str)
 def test_traced_without_graph_breaks(budget):
     """As `torch.compile`, forward and backward, without waiting for a compiler."""
     model = trained(**budget)

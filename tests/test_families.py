@@ -155,6 +155,12 @@ CASES = [
     images("vit", "vit-no-bias", qkv_bias=False),
     images("deit", tokens=11, architectures=["DeiTForImageClassification"]),
 ]
+# Those whose parts are all in another case above.
+VARIANTS = {
+    *("deberta-c2p", "deberta-p2c-shared", "deberta-absolute", "vit-no-bias"),
+    *("t5", "mt5", "umt5", "bart-classifier"),
+}
+assert VARIANTS < set(map(str, CASES))
 # The same layouts as above.
 RELATIVES = [
     classifier("data2vec-text"),
@@ -188,10 +194,10 @@ RELATIVES = [
 
 
 def parameters(is_wanted=lambda case: True):
-    """The cases that are wanted. The relatives take part in slow runs only."""
-    every_run = [pytest.param(case, id=case.name) for case in CASES if is_wanted(case)]
-    slow = [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in RELATIVES if is_wanted(case)]
-    return every_run + slow
+    """The cases that are wanted. The variants and the relatives take part in slow runs only."""
+    slow = {*VARIANTS, *map(str, RELATIVES)}
+    wanted = filter(is_wanted, [*CASES, *RELATIVES])
+    return [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in slow else ()) for case in wanted]
 
 
 @pytest.fixture(params=parameters())

@@ -25,7 +25,7 @@ from family_checks import (
     train,
 )
 from peft import PeftModel, get_peft_model
-from tiny import only_slow
+from tiny import only_slow, some_slow
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -166,7 +166,11 @@ MORE_CASES = [
 BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
 
 
-@pytest.fixture(params=[*CASES, MODERNBERT], ids=str)
+# Llama without these options, and GPT-2, are among the others. The windows of Mistral are those of Qwen2.
+VARIANTS = ("llama-tied-biases", "gpt2-upcast", "qwen2")
+
+
+@pytest.fixture(params=some_slow([*CASES, MODERNBERT], *VARIANTS), ids=str)
 def case(request) -> Case:
     return request.param
 
@@ -200,7 +204,7 @@ def test_calibration_and_training(case, tmp_path):
     check_training_step(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", some_slow(CASES, *VARIANTS), ids=str)
 def test_generation(case):
     check_generation(case)
 

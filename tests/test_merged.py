@@ -267,6 +267,21 @@ def test_configs_that_can_say_it_though_they_do_not_declare_it(decoder, tmp_path
     assert torch.equal(logits(stock), logits(merged))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("budget", [0.5, {"trainable": 0.1}], ids=str)
+def test_any_number_of_labels_where_the_family_has_another_default(count, budget, tmp_path):
+    """Transformers does not write two labels, the default of all configs; the default of BART is three."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"vocab_size": 64, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_labels": count}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = AutoConfig.for_model("bart", **sizes, **tokens)
+    base = AutoModelForSequenceClassification.from_config(config).eval()
+    plain = save_merged(wrap(base, budget=budget, score="random"), tmp_path)
+    assert load_merged(tmp_path).config.id2label == base.config.id2label and len(base.config.id2label) == count
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=not plain)
+    assert stock.config.num_labels == count
+
+
 THREE_LAYERS = build_anatomy(tiny_model("bert", num_hidden_layers=3))
 
 
@@ -472,8 +487,13 @@ def kill_at(monkeypatch):
     yield arm
 
 
-@pytest.mark.parametrize("old", ["trimmed", "plain"])
-@pytest.mark.parametrize("new", ["trimmed", "plain"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        *(("trimmed", "plain"), ("plain", "trimmed")),
+        *(pytest.param(kind, kind, marks=pytest.mark.slow) for kind in ("trimmed", "plain")),
+    ],
+)
 def test_a_save_that_is_cut_off_leaves_the_old_model_or_the_new_one(old, new, tmp_path, kill_at, monkeypatch):
     models = {
         "trimmed": [trained("bert", budget=b).merge_and_unload() for b in (0.5, 0.7)],

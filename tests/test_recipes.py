@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import tiny_batches, tiny_model, train
+from tiny import only_slow, some_slow, tiny_batches, tiny_model, train
 from torch import nn
 from transformers import (
     BertConfig,
@@ -77,7 +77,9 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**tiny_batches(1, seed=9)[0]).logits
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", some_slow(CONFIGS, "sensi_bert_tensor", "far_random", "learners_unprimed", "dsee_magnitude", "dsee_random")
+)
 def test_contract(name, tmp_path):
     base = logits(tiny_model())
     model = get_peft_model(tiny_model(), CONFIGS[name]())
@@ -103,7 +105,10 @@ def test_contract(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["learners", "dsee_unstructured", "dsee_structured", "binary_mask", "far", "mask_and_tune", "sensi_bert_cuts"],
+    [
+        *("learners", "dsee_structured", "binary_mask", "sensi_bert_cuts"),
+        *only_slow("dsee_unstructured", "far", "mask_and_tune"),
+    ],
 )
 def test_trainer_resumes_to_the_same_model(name, tmp_path):
     rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(6, padding=False, seed=5) for i in range(4)]

@@ -112,8 +112,13 @@ def best(step):
     }, Best(step)
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize(
+    ("step", "resumed"),
+    [
+        *((3, True), (5, False)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, False), (5, True)]),
+    ],
+)
 def test_the_best_model_may_be_from_before_or_after_the_cut(step, resumed, rows, tmp_path):
     settings, callback = best(step)
     model = cutting(rows, **LEFT["whole sublayers"])

@@ -18,6 +18,7 @@ from tiny import (
     assert_same_tensors,
     logits,
     snapshot,
+    some_slow,
     tiny_batches,
     tiny_model,
     train,
@@ -293,7 +294,7 @@ def test_many_interrupted_loads_of_another_plan(tmp_path):
     print(interrupt_load_of_another_plan(tmp_path, 800), "interrupts")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", some_slow(OPERATIONS, "save merged", "load a third"))
 def test_an_interrupted_operation_leaves_the_model_as_it_was(name, folder):
     assert interrupt_operation(name, folder, 5) > 4
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -54,6 +54,13 @@ BUDGETS = {"trim": TRIM, "tune": TUNE, "both": BOTH}
 def only_slow(*values: Any) -> list[Any]:
     """Parameters for which a test runs in `make slow` only."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def some_slow(values: Iterable[Any], *slow: str) -> list[Any]:
+    """All values as parameters. Those with a name in `slow` are much like others, and run in `make slow` only."""
+    values = list(values)
+    assert set(slow) < set(map(str, values))
+    return [pytest.param(value, marks=pytest.mark.slow if str(value) in slow else ()) for value in values]
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -111,7 +111,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         )
         saved = read_json_object(temporary / CONFIG)  # `save_pretrained` sets fields in the model's own config
         config.save_pretrained(temporary)
-        values = read_json_object(temporary / CONFIG)
+        values = _complete(read_json_object(temporary / CONFIG), config)
         values |= {key: saved[key] for key in ("architectures", "dtype") if key in saved}
         values.pop("auto_map", None)
         weights = f"{'' if plain else 'sensi_'}model-{secrets.token_hex(8)}.safetensors"
@@ -141,6 +141,17 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         if path.name != weights and (path.name == WEIGHTS or OWN_WEIGHTS.fullmatch(path.name)):
             path.unlink(missing_ok=True)
     return plain
+
+
+def _complete(values: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The values of a config's file, with those that it lacks although the reader would not choose the same.
+
+    Transformers leaves out what equals the default of all configs, also where a family has another default: two labels
+    of a BART, whose default is three.
+    """
+    read_again = type(config).from_dict(dict(values))
+    wanted, found = (json.loads(each.to_json_string(use_diff=False)) for each in (config, read_again))
+    return values | {key: value for key, value in wanted.items() if key not in values and value != found.get(key)}
 
 
 def _state_to_save(model: PreTrainedModel, empty: PreTrainedModel) -> dict[str, torch.Tensor]:
