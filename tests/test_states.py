@@ -165,7 +165,7 @@ def test_scores_of_a_deleted_adapter_are_forgotten(tmp_path):
     model.add_adapter("b", SensiConfig(budget=0.5, score="random", task_type="SEQ_CLS"))
     model.delete_adapter("b")
     model.load_adapter(tmp_path, "b")
-    assert model.base_model._sensi_scores["b"] is None
+    assert model.base_model.scores_of("b") is None
 
 
 COPIES = [TRIM, TUNE, {"budget": 0.5, "retention": 0.5}, {"update": "low_rank", "rank": 2},

@@ -94,6 +94,8 @@ def test_resume_when_the_fresh_wrap_chose_another_plan(trained_under, wrapped_un
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "half" / "checkpoint-4")
     trainer(other, rows, tmp_path / "half").train(resume_from_checkpoint=True)
     assert other.base_model.plan() == whole.base_model.plan()
+    with pytest.raises(SensiError, match="scores of 'default' are not known"):
+        other.explain()  # its own scores are not behind this plan
     assert_same_tensors(state(other), state(whole))
     assert torch.equal(logits(other), logits(whole))
     # What it says, saves and merges afterwards is the checkpoint's plan, too.

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from peft_sensi import SensiCallback, SensiError, SensiLoadError
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner.predictions import exceeds
+from peft_sensi.utils.states import TRIMMED
 
 
 ONE = {"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1}  # at step 4 of 8
@@ -68,6 +69,25 @@ def test_a_resumed_training_equals_the_uninterrupted_one(schedule, left, rows, t
         assert configs[0] == configs[1]
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "whole" / "checkpoint-8")
     assert torch.equal(logits(loaded), logits(whole)) and loaded.base_model.plan() == whole.base_model.plan()
+
+
+@pytest.mark.parametrize("resumed_from", [3, 5])
+def test_a_plan_is_explained_by_the_scores_of_its_cut(resumed_from, rows, tmp_path):
+    whole, again = cutting(rows), cutting(rows)
+    run(whole, rows, tmp_path)[0].train()
+    scores = whole.base_model.scores_of("default")
+    for group in whole.plan().anatomy.trimmable:
+        kept = whole.plan().of(group) != TRIMMED
+        assert kept.all() or scores.values[group.name][kept].min() >= scores.values[group.name][~kept].max()
+    for step in range(resumed_from + 1, 9):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    run(again, rows, tmp_path)[0].train(resume_from_checkpoint=True)
+    assert again.plan() == whole.plan()
+    if resumed_from == 3:
+        assert again.explain() == whole.explain()
+    else:  # the cut was made by another process
+        with pytest.raises(SensiError, match="not stored with an adapter or a checkpoint"):
+            again.explain()
 
 
 def test_a_checkpoint_from_after_the_cut_is_followed_also_under_other_limits(rows, tmp_path):

@@ -213,7 +213,7 @@ def test_whole_sublayers_are_trimmed_twice():
     for share in (0.7, 0.4):
         plan = model.base_model.trim(share, calibration=BATCHES)
         assert 0 < plan.params_share <= share
-        scores = model.base_model._sensi_scores["default"]
+        scores = model.base_model.scores_of("default")
         assert all(scores.protected[name].shape == values.shape for name, values in scores.values.items())
 
 

@@ -259,7 +259,7 @@ def hook_cards() -> None:
             self.save_pretrained(temporary, selected_adapters=[name])
             (Path(temporary) / CARD).unlink()  # `push_folder` writes one that contains more
             saved = open_adapter(Path(temporary) if name == "default" else Path(temporary) / name)
-            plan, scores = self.base_model.plan(name), self.base_model._sensi_scores.get(name)
+            plan, scores = self.base_model.plan(name), self.base_model.scores_of(name)
             return push_folder(saved, repo_id, plan=plan, scores=scores, **kwargs)
 
     push_to_hub.sensi_wraps = push_original  # type: ignore[attr-defined]

@@ -47,8 +47,8 @@ def close_units(
     progress: float,
     trains_on: bool,
     loss_fn: LossFn | None = None,
-) -> None:
-    """Scores the trained model and closes units until it meets interim limits.
+) -> Scores:
+    """Scores the trained model and closes units until it meets interim limits. Returns the scores.
 
     The limits go from the whole prunable part (`progress` 0) to the budget (`progress` 1). `trains_on` says whether
     the model is trained afterwards.
@@ -86,6 +86,7 @@ def close_units(
                     _add_change(layers[name], adapter_name, group, name, kept, reopened, choice.refitted[name])
         closed = {name: gate.cpu().tolist() for name, gate in gates.items()}
         distributed.check_equal("its cut", closed, "The processes must have the same model.")
+    return choice.scores
 
 
 def check_cut(root: nn.Module, config: SensiConfig) -> None:

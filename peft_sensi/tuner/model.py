@@ -149,7 +149,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                     note_plan(model, config, adapter_name)
                     self.sensi_stepped = self.sensi_stepped - {adapter_name}
                     self._sensi_anatomies = {**self._sensi_anatomies, adapter_name: decision.plan.anatomy}
-                    self._sensi_scores = {**self._sensi_scores, adapter_name: decision.scores}
+                    self.note_scores(adapter_name, decision.scores)
                     set_head(model, adapter_name, decision.head)
                     if self._sensi_source is not None:
                         copy_saved_modules(model, self._sensi_source, adapter_name)

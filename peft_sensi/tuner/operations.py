@@ -36,8 +36,8 @@ class AdapterOperations:
     # PEFT's constructor injects the first adapter, so these have class-level defaults and are replaced, not changed.
     # The base at the time of each wrap: merging and `keep_base=False` change the shapes that can be seen later.
     _sensi_anatomies: dict[str, Anatomy] = {}
-    # The scores from which the plans of this process were made; `None` if no units were ranked.
-    _sensi_scores: dict[str, Scores | None] = {}
+    # The plans that were made in this process, and the scores behind them; `None` if no units were ranked.
+    _sensi_scores: dict[str, tuple[Any, Scores | None]] = {}
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter: the units' states and costs. Raises `SensiError` if there is no such adapter."""
@@ -48,14 +48,24 @@ class AdapterOperations:
     def explain(self, adapter_name: str | None = None) -> str:
         """A table of the plan's groups, sorted by their scores. Raises `SensiError` if no scores are known."""
         adapter_name = self._chosen(adapter_name)
-        scores = self._sensi_scores.get(adapter_name)
+        scores = self.scores_of(adapter_name)
         if scores is None:
             raise SensiError(
-                f"The scores of {adapter_name!r} are not known: they are not stored with an adapter, and there are "
-                f"none if no units were chosen (a low-rank update without limits that trim)."
+                f"The scores of {adapter_name!r} are not known: they are not stored with an adapter or a checkpoint, "
+                f"and there are none if no units were chosen (a low-rank update without limits that trim)."
             )
         values = {name: value.numpy() for name, value in scores.values.items()}
         return f"scored by {scores.method}\n{self.plan(adapter_name).explain(values)}"
+
+    def scores_of(self, adapter_name: str) -> Scores | None:
+        """The scores from which this process made the adapter's plan. A plan from a file or a checkpoint has none."""
+        plan, scores = self._sensi_scores.get(adapter_name, (None, None))
+        return scores if plan == self.peft_config[adapter_name].plan else None
+
+    def note_scores(self, adapter_name: str, scores: Scores | None) -> None:
+        """Keeps the scores from which the present plan of an adapter was made."""
+        made = self.peft_config[adapter_name].plan, scores
+        self._sensi_scores = {**self._sensi_scores, adapter_name: made}
 
     def trim(
         self,
@@ -117,7 +127,7 @@ class AdapterOperations:
             config = self.peft_config[adapter_name]
             trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit, latency)
         if trim is not None:
-            self._sensi_scores = {**self._sensi_scores, adapter_name: trim.scores}
+            self.note_scores(adapter_name, trim.scores)
         return self.plan(adapter_name)
 
     def compress(self, kind: str, adapter_name: str | None = None) -> None:

@@ -33,8 +33,10 @@ from transformers import TrainerCallback
 
 from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
+from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.criteria import DATA_METHODS
+from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
@@ -108,6 +110,7 @@ class Schedule:
             if self.config.phase == "cut" and not replicas.is_sharded(self.model):
                 check_cut(root_of(self.model), self.config)  # at the cut, a part of the training would be lost
         self.done_steps = 0
+        self.scores: Scores | None = None  # of the latest cut
         if isinstance(self.model, PeftModel):  # no other kind of model has the guard
             tuner: Any = self.model.base_model
             tuner.sensi_stepped = tuner.sensi_stepped | {self.adapter_name}
@@ -203,7 +206,7 @@ class Schedule:
                 self._warn("units are cut")
                 self._close(1.0, trains_on=False)
                 plan = open_units(root_of(self.model), self.config, self.adapter_name)
-            shrink(self.model, self.config, self.adapter_name, plan)
+            self._shrink(plan)
         self.config.past_cuts = None
 
     def _warn(self, what: str) -> None:
@@ -246,7 +249,7 @@ class Schedule:
     def _close(self, progress: float, trains_on: bool = True) -> None:
         root, name = root_of(self.model), self.adapter_name
         with distributed.synchronized("cutting units"):
-            close_units(root, self.config, name, self.batches, progress, trains_on, self.loss_fn)
+            self.scores = close_units(root, self.config, name, self.batches, progress, trains_on, self.loss_fn)
 
     def _remove(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Removes the closed units during training, if the optimizer can go on with smaller parameters."""
@@ -257,10 +260,16 @@ class Schedule:
             slices = slices_of(root, config_after(self.config, plan), plan)
             reason = obstacle(optimizer, layers_of(root, name), name, slices)
         if reason is None:
-            shrink(self.model, self.config, name, plan, optimizer=optimizer)
+            self._shrink(plan, optimizer)
             self.config.past_cuts = self.phase
         else:
             logger.info("The units that were cut stay masked until training is finished: %s.", reason)
+
+    def _shrink(self, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> None:
+        shrink(self.model, self.config, self.adapter_name, plan, optimizer=optimizer)
+        if isinstance(self.model, PeftModel):  # no other kind of model explains its plan
+            tuner: Any = self.model.base_model
+            tuner.note_scores(self.adapter_name, self.scores)
 
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model, self.adapter_name).values())
