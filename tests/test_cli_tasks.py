@@ -605,6 +605,28 @@ def test_a_trained_adapter_is_saved_elsewhere_if_the_disk_is_full(work, tmp_path
     assert call("check", folder)["ok"] and not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("room_elsewhere", [True, False])
+def test_a_tokenizer_that_could_not_be_written_costs_no_training(room_elsewhere, work, tmp_path, monkeypatch):
+    """The package `tokenizers` raises a bare `Exception`. It is written after the adapter."""
+    save = Trainer.save_model
+
+    def without_tokenizer(trainer, folder=None, **others):
+        save(trainer, folder, **others)
+        if folder is None or not room_elsewhere:
+            raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Trainer, "save_model", without_tokenizer)
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT)
+    text = fails(*train, "--out", tmp_path / "out")
+    assert "No space left on device (os error 28). Make room." in text and "unexpected" not in text
+    (folder,) = tmp_path.glob("peft-sensi-*")
+    if room_elsewhere:
+        assert f"is in {folder} instead." in text and call("check", folder)["ok"]
+    else:
+        assert "The adapter itself is whole there" in text and open_adapter(tmp_path / "out").config.plan
+
+
 def test_a_signal_before_the_training_ends_the_command_in_one_line(work, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     train = ("train", work / "base", "--data", work / "texts.csv", "--out", tmp_path / "out")

@@ -62,6 +62,11 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, base_of(model.get_submodule(name)))
 
 
+def name_in_base(path: str) -> str:
+    """The name that a module has in the base model, if adapters save a module around it whole."""
+    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)", "", path)
+
+
 def is_base_parameter(name: str) -> bool:
     """Whether this is the name of a parameter of the base model, and not of an adapter."""
     return not any(part.startswith("sensi_") or part == "modules_to_save" for part in name.split("."))

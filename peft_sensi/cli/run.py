@@ -28,11 +28,12 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..reporting.facts import plan_figures
-from ..reporting.saved import METRICS, WEIGHTS
+from ..reporting.saved import METRICS, WEIGHTS, open_adapter
 from ..tasks.metrics import Quality
 from ..tasks.task import Task
 from ..tasks.weights import balanced_weights, weighted_loss
-from ..utils.errors import SensiError
+from ..tuner.checkpoint import check_values
+from ..utils.errors import SensiError, number_of_system_error
 from ..utils.files import write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
@@ -202,6 +203,7 @@ class Run:
 
     def save(self, trainer: Trainer) -> None:
         """Saves the adapter; where that fails, in a temporary folder, because the training would be lost."""
+        before = _version_of(self.folder / WEIGHTS)
         try:
             with self.saving():
                 trainer.save_model()
@@ -210,18 +212,27 @@ class Run:
             try:
                 trainer.save_model(other)
             except Exception:
-                raise error from None
+                is_new = _version_of(self.folder / WEIGHTS) != before
+                raise SensiError(f"{error}{self._what_is_whole() if is_new else ''}") from error
             raise SensiError(f"{error} The adapter, without metrics.json, is in {other} instead.") from error
+
+    def _what_is_whole(self) -> str:
+        """A sentence about the adapter in the folder if a save that failed has written it whole."""
+        try:
+            check_values(str(self.folder / WEIGHTS), open_adapter(self.folder).config)
+        except Exception:
+            return ""
+        return " The adapter itself is whole there; files beside it, such as the tokenizer's, may be cut off."
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Says what could not be written, and what is left of the training."""
         try:
             yield
-        except (SafetensorError, OSError, RuntimeError) as error:
-            # PyTorch's writer has no class of errors of its own. A closed pipe is an OSError, too.
+        except Exception as error:
+            # PyTorch's writer has no class of errors of its own, nor have the tokenizers.
             is_torch = any(part in str(error) for part in ("inline_container.cc", "iostream error"))
-            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            is_full = number_of_system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             if not (is_torch or is_full or isinstance(error, SafetensorError)):
                 raise
             reason = "a file could not be written whole" if is_torch else str(error).rstrip(".")
@@ -290,3 +301,8 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _version_of(file: Path) -> tuple[int, int] | None:
+    """What changes when a file is written again; `None` if there is no such file."""
+    return (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else None

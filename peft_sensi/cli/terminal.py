@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..utils.errors import SensiError, how_to_install
+from ..utils.errors import SensiError, how_to_install, number_of_system_error
 from .resuming import can_resume
 
 
@@ -126,6 +126,7 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
                 traceback.print_exc()
             err.quiet = False
             expected = isinstance(error, (SensiError, OSError, ImportError))
+            expected |= number_of_system_error(error) is not None
             reason = str(error)
             if isinstance(error, FileNotFoundError) and error.filename is not None:
                 reason = f"There is no file {error.filename}. Check the path."

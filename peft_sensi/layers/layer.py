@@ -308,16 +308,18 @@ class SensiLayer(ComposedWeights):
             return []
         return [name for name in self.active_adapters if name in self.sensi_slices]
 
-    def units_in_use(self) -> int:
-        """The number of heads or neurons whose output comes into this layer."""
+    def in_use(self, count: int) -> int:
+        """How many of the base's `count` heads or neurons come into this layer, which is their output projection."""
         names = self.merged_adapters[-1:] or self._applied()[:1]
-        return self.sensi_slices[names[0]].units if names else self.sensi_units
+        if not names:
+            return count
+        slice_ = self.sensi_slices[names[0]]  # its units may be heads, or the whole sublayer
+        return count * len(slice_.kept) // slice_.base_shape[slice_.dim]
 
     def update_parents(self) -> None:
         """Sets attributes of parent modules, such as `num_attention_heads`, to the number of units in use."""
-        units = self.units_in_use()
-        for module, attribute, per_unit in self.sensi_attributes:
-            setattr(module, attribute, units * per_unit)
+        for module, attribute, whole in self.sensi_attributes:
+            setattr(module, attribute, self.in_use(whole))
 
     def _update_saved_modules(self) -> None:
         """Enables and activates the modules that are saved whole together with the layers of the same adapter.

@@ -40,15 +40,14 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
         self.sensi_integers: dict[str, Noted] = {}
         self.plan_mark = Mark()
         self.register_load_state_dict_post_hook(note_integers)
-        # `(module, attribute, value per unit)`: attributes of parent modules that depend on the number of units. The
-        # layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
+        # `(module, attribute, value in the base)`: attributes of parent modules that depend on the number of units.
+        # The layer holds them because Transformers' own `set_adapter` and `disable_adapters` call only the layers.
         self.sensi_attributes: list[tuple[nn.Module, str, int]] = []
         # `(module, attribute, value)`: the values of attributes that `wrapping` has set to 0 (see `_SHORTCUTS` there).
         self.sensi_shortcuts: list[tuple[nn.Module, str, Any]] = []
         # PEFT's wrappers of modules that are saved whole, for the same reason (see `_update_saved_modules`).
         self.sensi_saved_modules: list[AuxiliaryTrainingWrapper] = []
-        self.sensi_units = 0
-        self.sensi_in_block = True
+        self.sensi_in_block = False
         self.sensi_base_dropped = False
         # Adapters whose loaded values have not been checked yet (see `check_loaded`).
         self.sensi_unchecked: set[str] = set()

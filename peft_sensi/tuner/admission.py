@@ -142,6 +142,12 @@ def check_saved(model: nn.Module, config: SensiConfig) -> None:
             continue
         if id(module) in shared:
             raise held_twice(name)
+        if isinstance(module, SensiLayer):
+            raise SensiError(
+                f"{whole_of(name)!r} cannot be trained and saved whole, because another adapter of this model changes "
+                f"{name!r}: leave it out of `modules_to_save` and `also_train`, or add this adapter to a base of its "
+                f"own."
+            )
         if (reason := computed_by_hooks(module)) is not None:
             raise SensiError(f"{name!r} cannot be trained and saved whole, because {reason}.")
         if is_quantized(base_of(module)):

@@ -37,7 +37,9 @@ from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
 from .loading import named_as_in, sizes_must_fit
 from .stale import unmark_stale
+from .targets import name_saved_modules
 from .trainer_loads import hook_trainer
+from .wrapping import root_of
 
 
 def hook_entrances() -> None:
@@ -151,6 +153,9 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 "Merge or remove it first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of "
                 "Transformers."
             )
+        for own in configs:  # PEFT reads this copy again, when the layers are there
+            if isinstance(own, SensiConfig) and not own.from_file:
+                name_saved_modules(root_of(model), own)
         restore = _snapshot_with_configs(model)
         is_load = function.__name__ == "load_adapter" and isinstance(model, PeftModel) and bool(layers_of(model))
         values = [(parameter, writes(parameter)) for parameter in (model.parameters() if is_load else ())]

@@ -59,5 +59,5 @@ def _heads(model: nn.Module) -> list[int]:
     for group in build_anatomy(model).groups:
         if group.kind == "head":
             layer = model.get_submodule(group.output)
-            sizes.append(layer.units_in_use() if isinstance(layer, SensiLayer) else group.size)
+            sizes.append(layer.in_use(group.size) if isinstance(layer, SensiLayer) else group.size)
     return sizes

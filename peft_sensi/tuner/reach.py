@@ -11,7 +11,7 @@ from torch import nn
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.linears import check_quantized, is_plain
-from ..anatomy.modules import base_of, linear_of
+from ..anatomy.modules import base_of, linear_of, name_in_base
 from ..anatomy.units import Anatomy
 from .admission import (
     check_names,
@@ -31,6 +31,7 @@ from .targets import (
     check_targets,
     default_also_train,
     default_update,
+    name_saved_modules,
     name_targets,
     saved_whole,
     targets_of,
@@ -57,6 +58,7 @@ def reach_of(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Reach 
     blocks = build_anatomy(model, (), config.layouts())
     if not config.from_file:  # a file lists what it holds
         add_modules_to_save(config, head_to_save(model))
+        name_saved_modules(model, config)
     if not _choose_targets(model, config, blocks):
         return None
     partly_frozen = is_partly_frozen(model, targets_of(model, config))
@@ -102,8 +104,9 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
                 f"forward pass computes something else.",
                 stacklevel=2,
             )
+        config.target_modules = set(map(name_in_base, config.target_modules - special))
         # PEFT saves both embeddings of a model if `lm_head` is a target, and models of speech (CTC) have none.
-        config.target_modules -= special | set(filter(saved_whole(model, config), config.target_modules))
+        config.target_modules -= set(filter(saved_whole(model, config), config.target_modules))
     if not config.from_file and (targets := targets_of(model, config)):
         staying = leave_frozen(model, set(targets), chosen=not (was_default or was_all))
         if staying != targets:

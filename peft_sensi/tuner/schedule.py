@@ -74,7 +74,8 @@ class Schedule:
             `loss_fn` is not kept with the model. Default: the model's loss.
 
     Raises:
-        SensiError: If not exactly one active adapter has a schedule, or an argument is missing that its phase needs.
+        SensiError: If not exactly one active adapter has a schedule, an argument is missing that its phase needs, or
+            the phase would freeze all that is trained.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Schedule:
             if calibration is not None and self.phase["phase"] == "cut":
                 self.batches = read_batches(calibration, self.config)
             self.switches = self._switches(total_steps, steps_per_epoch)
+            self._check_dense()
             if self.config.phase == "cut" and not replicas.is_sharded(self.model):
                 check_cut(root_of(self.model), self.config)  # at the cut, a part of the training would be lost
         self.done_steps = 0
@@ -133,6 +135,16 @@ class Schedule:
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
         # The latest switch is before the last step, because `step` is not called after it.
         return [min(math.ceil(round(share * total_steps, 6)), total_steps - 1) for share in shares]
+
+    def _check_dense(self) -> None:
+        """Raises `SensiError` if nothing would be trained after the dense part is frozen."""
+        if self.phase["phase"] == "freeze_dense":
+            dense = {id(layer.part("weight", self.adapter_name)) for layer in self._layers()}
+            if not any(p.requires_grad and id(p) not in dense for p in self.model.parameters()):
+                raise SensiError(
+                    "This schedule freezes the dense part of the update, and nothing else is trained: add another "
+                    "part (such as update='dense+low_rank'), or leave the schedule out."
+                )
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
         """Changes what is trained or kept, if it is time for that. Call it before each optimizer step.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.build import build_anatomy
@@ -19,6 +20,7 @@ from ..anatomy.modules import (
     input_embedding,
     is_base_parameter,
     linear_of,
+    name_in_base,
     task_head,
     transformers_in,
 )
@@ -37,13 +39,20 @@ LOW_RANK_SHARE_TRIMMED = 0.02
 
 
 def targets_of(model: nn.Module, config: SensiConfig) -> frozenset[str]:
-    """Names of the modules that may be tuned, by PEFT's own matching. Modules inside adapter layers do not count."""
+    """Names of the modules that may be tuned, by PEFT's own matching.
+
+    Modules inside adapter layers do not count, nor those inside modules that another adapter saves whole.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
+    return frozenset(_matching(model, config, (name for name in modules if not name.startswith(inside))))
+
+
+def _matching(model: nn.Module, config: SensiConfig, names: Iterable[str]) -> Iterator[str]:
+    """Those of the `names` that PEFT matches with the targets, and that the adapter does not save whole."""
     saved, matching = saved_whole(model, config), copy.copy(config)
     matching.modules_to_save = None
-    found = (n for n in modules if not n.startswith(inside) and check_target_module_exists(matching, n))
-    return frozenset(name for name in found if not saved(name))
+    return (name for name in names if check_target_module_exists(matching, name) and not saved(name))
 
 
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
@@ -67,7 +76,7 @@ def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
                 "'tokens' in `also_train` needs input embeddings that no other module shares and that only look up "
                 "rows, but this model has none: leave 'tokens' out."
             )
-        config.target_modules = {*(config.target_modules or ()), table}  # type: ignore[assignment]
+        config.target_modules = {*(config.target_modules or ()), name_in_base(table)}  # type: ignore[assignment]
         targets = targets_of(model, config)
     return targets
 
@@ -100,7 +109,13 @@ def described(plan: Plan, config: SensiConfig) -> Plan:
 
 
 def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str], anatomy: Anatomy) -> None:
-    """Raises `SensiError` if a target shares its weight with embeddings, or is one that the update cannot reach."""
+    """Raises `SensiError` if a target shares its weight with embeddings, or is one that the adapter cannot reach."""
+    if taken := sorted(_matching(model, config, _inside_saved(model))):
+        raise SensiError(
+            f"The target {taken[0]!r} is a module, or inside one, that another adapter of this model saves whole, so "
+            f"this one cannot change it: name it in `exclude_modules` (if it holds the input embeddings, leave "
+            f'"tokens" out of `also_train`), or add this adapter to a base of its own.'
+        )
     modules = {id(m): m for m in map(base_of, model.modules())}.values()
     for name in sorted(targets):
         target = base_of(model.get_submodule(name))
@@ -119,6 +134,14 @@ def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str]
         )
 
 
+def _inside_saved(model: nn.Module) -> set[str]:
+    """Names in the base model of the modules with weights that adapters save whole, or that are inside of such."""
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
+    with_weights = (name for name in modules if name.startswith(inside) and modules[name]._parameters)
+    return set(map(name_in_base, with_weights))
+
+
 def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_frozen: bool) -> list[str]:
     """Names of the base modules outside the blocks that `also_train` trains, for PEFT's `modules_to_save`.
 
@@ -130,7 +153,9 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
     modules = {
         name: base_of(module)
         for name, module in model.named_modules()
-        if is_base_parameter(name) and "original_module" not in name.split(".") and not f"{name}.".startswith(head)
+        if is_base_parameter(name)
+        and not {"original_module", "base_layer"} & set(name.split("."))
+        and not f"{name}.".startswith(head)
     }
     found = []
     if "norms" in also_train and blocks.groups:
@@ -160,6 +185,25 @@ def add_modules_to_save(config: SensiConfig, names: list[str]) -> None:
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names])) or None
 
 
+def name_saved_modules(model: nn.Module, config: SensiConfig) -> None:
+    """Replaces names in `modules_to_save` by paths, where PEFT would wrap a module inside another that it wraps.
+
+    PEFT matches the ends of paths, also within a name: "embeddings" fits BERT's `embeddings` and the
+    `word_embeddings` inside of it. A file with both could not be loaded.
+    """
+    heads = {*task_head(model)} & {*(config.modules_to_save or [])}
+    paths = dict.fromkeys(name_in_base(name) for name, _ in model.named_modules() if name)
+    names = config.modules_to_save or []
+    fits = {name: [] if name in heads else [path for path in paths if path.endswith(name)] for name in names}
+    wholes = tuple(f"{path}." for path in (*heads, *(path for found in fits.values() for path in found)))
+    named: list[str] = []
+    for name, found in fits.items():
+        outermost = [path for path in found if not path.startswith(wholes)]
+        exact = all(f".{path}".endswith(f".{name}") for path in found)
+        named += [name] if exact and outermost == found else outermost
+    config.modules_to_save = list(dict.fromkeys(named)) or None
+
+
 def saved_whole(model: nn.Module, config: SensiConfig) -> Callable[[str], bool]:
     """A function of a module's path: whether `modules_to_save` names this module or one that contains it.
 
@@ -184,7 +228,7 @@ def default_also_train(
     """What `also_train=None` stands for. The list is empty unless dense units are tuned without a `trainable` limit.
 
     It has "tokens" only if the run's inputs show which tokens matter, and if the user has not frozen the embeddings of
-    a model that is `partly_frozen`.
+    a model that is `partly_frozen`, and if no other adapter saves them whole.
     """
     dense = config.tunes_units and config.retention is None
     if not dense or config.plan is not None or config.limits.trainable is not None or not blocks.groups:
@@ -193,6 +237,8 @@ def default_also_train(
     table = input_embedding(model)
     ranks_tokens = config.update != "dense+low_rank" and config.granularity == "unit" and config.score != "movement"
     if table is None or not ranks_tokens or saved_whole(model, config)(table):
+        return also
+    if name_in_base(table) in _inside_saved(model):  # by another adapter
         return also
     if partly_frozen and not any(p.requires_grad for p in base_of(model.get_submodule(table)).parameters()):
         return also

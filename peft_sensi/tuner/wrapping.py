@@ -74,22 +74,26 @@ def wrap_module(
         if (other := next((m for m in model.modules() if isinstance(m, SensiLayer)), None)) is not None:
             layer._active_adapter, layer._disable_adapters = other._active_adapter, other._disable_adapters
             layer.sensi_saved_modules = other.sensi_saved_modules
-        layer.sensi_in_block = group.in_block
         layer.sensi_shortcuts = _close_shortcuts(model, name)
-        if group.output == name:
-            layer.sensi_units = group.size
-            for path, per_unit in group.attributes:
-                parent, _, attribute = path.rpartition(".")
-                owner = model.get_submodule(parent)
-                if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
-                    raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
-                layer.sensi_attributes.append((owner, attribute, per_unit))
         move_hooks(layer.get_base_layer(), layer)
         replace_module(model, name, layer)
+    # For another adapter, the Linear may be a single matrix outside of any block (`granularity="tensor"`).
+    layer.sensi_in_block |= group.in_block
+    if group.output == name and group.attributes:
+        layer.sensi_attributes = [_attribute_of(model, path, n * group.size) for path, n in group.attributes]
     layer.update_layer(adapter_name, slice_, refitted, config.init_weights, config.inference_mode, kept)
     if config.from_file:
         layer.sensi_unchecked.add(adapter_name)
     return layer
+
+
+def _attribute_of(model: nn.Module, path: str, whole: int) -> tuple[nn.Module, str, int]:
+    """The module and the name of an attribute that counts units, and its value if no unit is trimmed."""
+    parent, _, attribute = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
+        raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
+    return owner, attribute, whole
 
 
 def _close_shortcuts(model: nn.Module, name: str) -> list[tuple[nn.Module, str, Any]]:

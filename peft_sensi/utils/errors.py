@@ -3,6 +3,7 @@
 The errors are also `ValueError`s, which PEFT raises for bad input.
 """
 
+import re
 from importlib.metadata import PackageNotFoundError, metadata
 
 
@@ -66,3 +67,12 @@ def how_to_install(extra: str = "", options: str = "") -> str:
     if urls:
         return f"{words}'peft-sensi{extra} @ git+{urls[0]}'"
     return f"{words}'.{extra}'  # in a clone of peft_sensi's repository"
+
+
+def number_of_system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error that stopped something, such as `errno.ENOSPC`; `None` if none did.
+
+    The package `tokenizers`, which is written in Rust, raises a bare `Exception` with the number in its text.
+    """
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(in_text[1]) if in_text else None)
