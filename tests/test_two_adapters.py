@@ -118,3 +118,14 @@ def test_names_that_fit_modules_inside_of_each_other(names, tmp_path):
     assert not any("modules_to_save" in n.split("modules_to_save", 1)[-1] for n, _ in model.named_modules())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("first", [{"budget": {"trainable": 0.1}, "update": "dense"}, TRIM], ids=str)
+def test_warnings_about_excluded_names(first, recwarn):
+    """PEFT says that nothing was excluded if the units of the module may be trimmed, or if it is in a saved module."""
+    model = wrap(tiny_model(), exclude_modules=["query"], score="magnitude", **first)
+    assert not any("query" in target for target in model.plan().targets)
+    model.add_adapter("second", config(**{**ALL_LINEAR, "exclude_modules": ["pooler.dense"]}))
+    assert not [w for w in recwarn if "exclude" in str(w.message)]
+    with pytest.warns(UserWarning, match="`exclude_modules` names 'quary', but no module"):
+        wrap(tiny_model(), exclude_modules=["quary"], **TRIM)

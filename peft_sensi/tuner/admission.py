@@ -20,6 +20,7 @@ from ..anatomy.modules import (
     in_several_places,
     is_bare,
     is_base_parameter,
+    name_in_base,
     not_linear,
     task_head,
 )
@@ -177,8 +178,8 @@ def check_saved(model: nn.Module, config: SensiConfig) -> None:
 def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> None:
     """Raises `SensiError` if a module is to be saved whole whose units may be trimmed: one of these groups.
 
-    Warns of names that fit no module beside others that fit: all of these in `modules_to_save`, and in
-    `target_modules` those that are nearly the name of a module.
+    Warns of names that fit no module beside others that fit: all of these in `modules_to_save` and `exclude_modules`,
+    and in `target_modules` those that are nearly the name of a module.
     """
     saved = saved_whole(model, config)
     if both := [name for group in trimmed for name in group.modules if saved(name)]:
@@ -187,8 +188,8 @@ def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> 
             f"its shape: leave it out of `modules_to_save`, or set a budget that trims nothing, such as "
             f"{{'trainable': 0.01}}."
         )
-    paths = [f".{name}" for name, _ in model.named_modules() if name]
-    for field in ("target_modules", "modules_to_save"):
+    paths = [f".{name_in_base(name)}" for name, _ in model.named_modules() if name]
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
         names = getattr(config, field) or ()
         # PEFT adds the usual names of heads, of which a model has one.
         wanted = () if isinstance(names, str) else set(names) - set(HEAD_NAMES)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -134,13 +134,14 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision
-                saved, heads = config.modules_to_save, task_head(model)
+                saved, excluded, heads = config.modules_to_save, config.exclude_modules, task_head(model)
                 heads = [name for name in heads if name in (saved or [])]
                 if decision is not None:
                     config.modules_to_save = [name for name in saved or [] if name not in heads] or None
+                    config.exclude_modules = None  # an excluded module is not tuned, but its units may be trimmed
                 # The decision says which modules are replaced, so a state dict adds nothing.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
-                config.modules_to_save = saved
+                config.modules_to_save, config.exclude_modules = saved, excluded
                 wrap_head(model, heads, adapter_name, config.inference_mode, adapter_name in self.active_adapters)
                 hold_masters(model, adapter_name)
                 if file is not None:
@@ -175,11 +176,9 @@ class SensiModel(AdapterOperations, BaseTuner):
         return peft_config  # `prepare` has filled in the targets
 
     def _check_target_module_exists(self, peft_config: SensiConfig, key: str) -> Any:  # type: ignore[override]
-        result = check_target_module_exists(peft_config, key)
         if self._sensi_decision is None:
-            return result
-        # PEFT counts the excluded modules, and warns if `exclude_modules` matches none.
-        return key in self._sensi_decision.slices or (result if isinstance(result, _ExcludedModule) else False)
+            return check_target_module_exists(peft_config, key)
+        return key in self._sensi_decision.slices
 
     def _create_and_replace(
         self,
