@@ -1138,18 +1138,25 @@ def test_add_adapter_of_transformers(budget):
     assert attributes(model) == attributes(tiny_model())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="Transformers' set_adapter: every module saved whole must have every adapter",
-)
-def test_adapters_that_train_other_parts_in_transformers():
-    model = tiny_model()
-    model.add_adapter(SensiConfig(score="magnitude", task_type="SEQ_CLS", **TRIM), "first")  # with norms and pooler
-    first_logits = logits(model)
-    model.add_adapter(SensiConfig(score="magnitude", task_type="SEQ_CLS", **TUNE), "second")  # without
-    model.set_adapter("first")
-    assert torch.equal(logits(model), first_logits)
+@pytest.mark.parametrize("order", [("trim", "tune"), ("tune", "trim")])
+def test_adapters_that_train_other_parts_in_transformers(order):
+    """Only one of them saves norms and the pooler whole, and Transformers activates both in every such module."""
+    model, expected, trained_parts = tiny_model(), {}, {}
+    for name in order:
+        model.add_adapter(SensiConfig(score="magnitude", task_type="SEQ_CLS", **BUDGETS[name]), name)
+        model.set_adapter(name)
+        train(model)
+        expected[name] = logits(model)
+        trained_parts[name] = {n for n, p in model.named_parameters() if p.requires_grad}
+    for name in order:
+        model.set_adapter(name)
+        assert torch.equal(logits(model), expected[name])
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trained_parts[name]
+    assert any("pooler" in n for n in trained_parts["trim"]) and not any("pooler" in n for n in trained_parts["tune"])
+    model.disable_adapters()
+    assert torch.equal(logits(model), logits(tiny_model()))
+    model.enable_adapters()
+    assert torch.equal(logits(model), expected[order[-1]])
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,27 @@ def test_a_resumed_training_equals_the_uninterrupted_one(schedule, left, rows, t
     assert torch.equal(logits(loaded), logits(whole)) and loaded.base_model.plan() == whole.base_model.plan()
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a known number."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_stream_of_rows(rows, tmp_path):
+    model = cutting(rows)
+    one, _ = run(model, Stream(rows), tmp_path, max_steps=8)
+    one.train()
+    assert model.plan().params_share <= 0.5 and not masked(model)
+    counting = cutting(rows, {"phase": "freeze_dense", "epochs": 1}, update="dense+low_rank", rank=2)
+    one, _ = run(counting, Stream(rows), tmp_path / "other", max_steps=8)
+    with pytest.raises(SensiError, match="counts epochs"):
+        one.train()
+
+
 @pytest.mark.parametrize("resumed_from", [3, 5])
 def test_a_plan_is_explained_by_the_scores_of_its_cut(resumed_from, rows, tmp_path):
     whole, again = cutting(rows), cutting(rows)

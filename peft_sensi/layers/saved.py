@@ -25,6 +25,16 @@ class SavedWhole(ModulesToSaveWrapper):
         super().update(adapter_name, *args, **kwargs)
         self.hold_masters(adapter_name)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activates the copy of one of these adapters, or the base's own module if none of them has a copy here.
+
+        PEFT calls this for adapters with a copy only. Transformers' own `set_adapter` calls it for all of them.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
+        for name in self.modules_to_save.keys() - set(self.active_adapters):
+            self.modules_to_save[name].requires_grad_(False)
+
     def hold_masters(self, adapter_name: str) -> None:
         """Makes the 16-bit weights of the adapter's copy float32."""
         for parameter in self.modules_to_save[adapter_name].parameters():

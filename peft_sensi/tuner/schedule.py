@@ -30,6 +30,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
@@ -306,7 +307,7 @@ class SensiCallback(TrainerCallback):
         if scheduled_adapters(unwrapped(model)):
             # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
             loader: Any = kwargs.get("train_dataloader")
-            sized = hasattr(loader, "__len__")
+            sized = loader is not None and has_length(loader)
             steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else None
             self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
             # `Trainer` hands over the inner model.
