@@ -174,6 +174,11 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 surely(restore)
             if isinstance(error, Exception) and not isinstance(error, SensiError):
                 _check_folder(*args, **kwargs)
+            if isinstance(error, KeyError) and is_load:  # PEFT looks for each module that the model saves whole
+                raise SensiLoadError(
+                    f"{SAFETENSORS_WEIGHTS_NAME} lacks {error.args[0]!r}, which this model saves whole. The file was "
+                    f"made with another `also_train` or `modules_to_save`: wrap the model with the same."
+                ) from error
             if isinstance(error, KeyboardInterrupt) and any(writes(p) != count for p, count in values):
                 function(*args, **kwargs)  # a part of an adapter's old values is lost, so the new ones are completed
             raise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 from transformers import ProgressCallback
+from transformers.trainer_utils import has_length
 
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class TrainerProgress(ProgressCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **others: Any
     ) -> None:
-        if state.is_world_process_zero and self.prediction_bar is None and hasattr(eval_dataloader, "__len__"):
+        is_first = state.is_world_process_zero and self.prediction_bar is None
+        if is_first and eval_dataloader is not None and has_length(eval_dataloader):
             self.prediction_bar = progress_bar(what="evaluation", total=len(eval_dataloader))
         super().on_prediction_step(args, state, control, eval_dataloader, **others)
 
