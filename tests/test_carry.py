@@ -132,7 +132,7 @@ def test_all_optimizers_that_are_followed_are_tested():
     assert carry.ELEMENTWISE == {type(make([nn.Parameter(torch.zeros(1))])) for make in OPTIMIZERS.values()}
 
 
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", some_slow(UPDATES, "low rank", "all biases", "limit on FLOPs"))
 def test_every_update_goes_on_as_with_masks(name):
     compare(UPDATES[name], OPTIMIZERS["adamw"], clip=trained)
 

@@ -20,7 +20,7 @@ from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from processes import run_code
 from safetensors.torch import load_file
-from tiny import made_up_table, only_slow, tiny_config, wrap
+from tiny import made_up_table, only_slow, some_slow, tiny_config, wrap
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -332,7 +332,7 @@ def test_limits_on_times_are_checked_against_their_tables_before_the_ranking(wor
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("way", ["--late", "--thorough"])
+@pytest.mark.parametrize("way", ["--thorough", *only_slow("--late")])
 def test_a_limit_on_times_holds_without_a_table_also_after_an_interrupt(way, work, tmp_path, monkeypatch):
     """The machine is measured before the whole model is trained, and again when this training goes on."""
     measured = []
@@ -403,7 +403,7 @@ INTERRUPTED = {
 }
 
 
-@pytest.mark.parametrize("case", INTERRUPTED)
+@pytest.mark.parametrize("case", some_slow(INTERRUPTED, "low-rank", "late, before the cut", "thorough, first stage"))
 def test_a_signal_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, work, tmp_path, monkeypatch):
     options, step = INTERRUPTED[case]
     train = ("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "3", "--batch-size", "8")

@@ -158,7 +158,7 @@ CASES = [
 # Those whose parts are all in another case above.
 VARIANTS = {
     *("deberta-c2p", "deberta-p2c-shared", "deberta-absolute", "vit-no-bias"),
-    *("t5", "mt5", "umt5", "bart-classifier"),
+    *("t5", "mt5", "umt5", "bart-classifier", "electra", "deberta-v2"),
 }
 assert VARIANTS < set(map(str, CASES))
 # The same layouts as above.

@@ -157,7 +157,9 @@ def test_a_16_bit_model_is_fitted_in_float32():
         assert not torch.equal(weight, weight.bfloat16().float())
 
 
-@pytest.mark.parametrize("config", [{}, {"update": "dense+low_rank", "rank": 2}, {"also_train": ["biases"]}])
+@pytest.mark.parametrize(
+    "config", [{"update": "dense+low_rank", "rank": 2}, {"also_train": ["biases"]}, *only_slow({})]
+)
 def test_a_trimmed_adapter_holds_the_fitted_values(config, monkeypatch):
     """Queries, keys, values and neurons of the adapter differ from the trained ones, and the fit brings it nearer."""
     whole, changes = tiny.trained("bert", budget=1.0, calibration=tiny_batches(6, seed=3), **config), {}

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import cast_mixed_precision_params
 from safetensors.torch import load, save_file
-from tiny import TRIM, TUNE, assert_same_tensors, logits, tiny_batches, tiny_model, wrap
+from tiny import TRIM, TUNE, assert_same_tensors, logits, some_slow, tiny_batches, tiny_model, wrap
 
 from peft_sensi import SensiConfig, SensiError
 from peft_sensi.layers.saved import SavedWhole
@@ -44,7 +44,7 @@ def steps(model: torch.nn.Module, count: int = 30, lr: float = 1e-4) -> dict[str
     return {n: float((p.detach() != before[n]).float().mean()) for n, p in trainable(model).items()}
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", some_slow(SHORT, "torch.float16"), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_small_steps_move_everything_as_in_float32(case, dtype):
     options = CASES[case]

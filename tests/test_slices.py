@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from tiny import logits, tiny_batches, tiny_model
+from tiny import logits, some_slow, tiny_batches, tiny_model
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -166,7 +166,9 @@ def layers(model: PeftModel) -> dict[str, SensiLayer]:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-@pytest.mark.parametrize("name", PARTIAL)
+@pytest.mark.parametrize(
+    "name", some_slow(PARTIAL, "retention without biases", "one layer", "low rank", "sparse", "some targets")
+)
 def test_the_end_of_cuts_changes_no_value_of_a_unit_that_stays(name, family, tmp_path):
     options = {"budget": 0.5, **PARTIAL[name]}
     if family == "gpt2":
