@@ -12,7 +12,7 @@ import typer.core
 import typer.main
 from command import call, fails, run
 from folders import NAMES, save_adapter
-from tiny import tiny_model, wrap
+from tiny import only_slow, tiny_model, wrap
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_sensi.cli import measure
@@ -38,7 +38,7 @@ def without_base(folder: Path, target: Path, name: str | None) -> Path:
 
 
 @pytest.mark.parametrize("command", ["merge", "export", "predict", "evaluate"])
-@pytest.mark.parametrize("name", ["nobody/nothing", "/not/here", None])
+@pytest.mark.parametrize("name", ["nobody/nothing", None, *only_slow("/not/here")])
 def test_a_machine_without_the_base_is_told_of_the_option(folder, tmp_path, command, name):
     adapter = without_base(folder, tmp_path / "adapter", name)
     other = {"merge": tmp_path / "out", "export": tmp_path / "m.onnx"}.get(command, tmp_path / "data.csv")

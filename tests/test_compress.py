@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load, load_file, save_file
-from tiny import BOTH, TRIM, TUNE, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
+from tiny import BOTH, TRIM, TUNE, logits, snapshot, some_slow, tiny_batches, tiny_model, train, trained, wrap
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
 from peft_sensi.layers.compression import BLOCK, decode, encode, sizes
@@ -33,7 +33,7 @@ CASES = {
 KINDS = ("bfloat16", "int8")
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=some_slow(CASES, "tune", "sparse"))  # these are parts of others
 def case(request) -> dict:
     return CASES[request.param]
 

@@ -175,7 +175,7 @@ def case(request) -> Case:
     return request.param
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["sdpa", *only_slow("eager")])
 def test_gates_equal_removal(case, attention):
     check_gates_equal_removal(case, attention)
 

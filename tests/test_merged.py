@@ -22,7 +22,18 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import PATIENCE
 from safetensors.torch import load, load_file, save_file
-from tiny import assert_same_tensors, logits, snapshot, tiny_batches, tiny_config, tiny_model, train, trained, wrap
+from tiny import (
+    assert_same_tensors,
+    logits,
+    only_slow,
+    snapshot,
+    tiny_batches,
+    tiny_config,
+    tiny_model,
+    train,
+    trained,
+    wrap,
+)
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -809,7 +820,7 @@ def test_a_model_of_the_modeling_file_can_be_saved_wrapped_and_trimmed(both_form
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "MASKED_LM", "FEATURE_EXTRACTION"])
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", *only_slow("distilbert")])
 def test_the_base_model_of_a_folder_with_a_head(family, task, remote, tmp_path):
     """`AutoModel` takes the base model out of a checkpoint with a head. It is itself saved, loaded and wrapped."""
     task_type = None if task == "MASKED_LM" else task

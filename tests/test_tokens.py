@@ -13,6 +13,7 @@ from tiny import (
     assert_same_tensors,
     clone,
     logits,
+    only_slow,
     snapshot,
     tiny_batches,
     tiny_model,
@@ -71,7 +72,7 @@ def tuned_tokens(model: PeftModel, family: str = "bert") -> list[int]:
 
 
 @pytest.mark.parametrize("family", TABLES)
-@pytest.mark.parametrize("score", ["fisher", "taylor", "random", "magnitude", "mask"])
+@pytest.mark.parametrize("score", ["fisher", "taylor", "mask", *only_slow("random", "magnitude")])
 def test_the_tokens_of_the_calibration_data_are_trained(family, score):
     base = tiny_model(family)
     before = base.get_input_embeddings().weight.detach().clone()

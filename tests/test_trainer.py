@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, tiny_model
+from tiny import BOTH, TRIM, TUNE, assert_same_tensors, logits, only_slow, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_sensi import SensiConfig, SensiError, SensiLoadError
@@ -59,7 +59,7 @@ def test_train_and_save(budget, rows, tmp_path):
     assert len(checkpoints) == 6
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, *only_slow(True)])
 def test_resume_equals_the_uninterrupted_run(budget, rows, tmp_path, bf16):
     torch.manual_seed(0)
     whole = wrapped(rows, **budget)
