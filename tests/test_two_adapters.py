@@ -129,3 +129,11 @@ def test_warnings_about_excluded_names(first, recwarn):
     assert not [w for w in recwarn if "exclude" in str(w.message)]
     with pytest.warns(UserWarning, match="`exclude_modules` names 'quary', but no module"):
         wrap(tiny_model(), exclude_modules=["quary"], **TRIM)
+
+
+def test_a_name_inside_the_task_head_means_the_head(tmp_path):
+    """The head is saved whole anyway, and PEFT would wrap its `out_proj` once more."""
+    model = trained("roberta", **TRIM, modules_to_save=["out_proj"])
+    assert "out_proj" not in model.peft_config["default"].modules_to_save
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("roberta"), tmp_path)), logits(model))

@@ -63,7 +63,7 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
 
 
 def name_in_base(path: str) -> str:
-    """The name that a module has in the base model, if adapters save a module around it whole."""
+    """The name that a module or parameter has in the base model, if adapters save it or a module around it whole."""
     return re.sub(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)", "", path)
 
 

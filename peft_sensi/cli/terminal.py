@@ -125,8 +125,8 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             if kwargs.get("debug"):
                 traceback.print_exc()
             err.quiet = False
-            expected = isinstance(error, (SensiError, OSError, ImportError))
-            expected |= number_of_system_error(error) is not None
+            known = isinstance(error, (SensiError, OSError, ImportError))
+            expected = known or number_of_system_error(error) is not None
             reason = str(error)
             if isinstance(error, FileNotFoundError) and error.filename is not None:
                 reason = f"There is no file {error.filename}. Check the path."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.modules import is_base_parameter, task_head
+from ..anatomy.modules import is_base_parameter, name_in_base, task_head
 from ..utils import distributed
 
 
@@ -40,7 +40,7 @@ def head_to_train(
         primed: `head_state` of the primed model, whose head had started at the prior. The model itself is not primed.
     """
     head = dict(primed or head_state(model))
-    names = {id(p): _base_name(name) for name, p in model.named_parameters()}
+    names = {id(p): name_in_base(name) for name, p in model.named_parameters()}
     for bias in head_bias(model):
         prior = _prior(bias, batches)
         if prior is None:
@@ -89,15 +89,10 @@ def head_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the task head's parameters on the CPU, by the names that they have in the base model."""
     prefixes = tuple(f"{name}." for name in task_head(model))
     return {
-        _base_name(name): p.detach().to("cpu", copy=True)
+        name_in_base(name): p.detach().to("cpu", copy=True)
         for name, p in model.named_parameters()
         if name.startswith(prefixes) and is_base_parameter(name)
     }
-
-
-def _base_name(name: str) -> str:
-    """The name of a parameter in the base model: in a model that already has an adapter, PEFT wraps the head."""
-    return name.replace(".original_module.", ".")
 
 
 def head_bias(model: nn.Module) -> list[nn.Parameter]:

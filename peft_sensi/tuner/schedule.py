@@ -114,8 +114,7 @@ class Schedule:
                 check_cut(root_of(self.model), self.config)  # at the cut, a part of the training would be lost
         self.done_steps = 0
         self.scores: Scores | None = None  # of the latest cut
-        if isinstance(self.model, PeftModel):  # no other kind of model has the guard
-            tuner: Any = self.model.base_model
+        if (tuner := self._tuner()) is not None:
             tuner.sensi_stepped = tuner.sensi_stepped | {self.adapter_name}
 
     def _switches(self, total_steps: int, steps_per_epoch: int | None) -> list[int]:
@@ -280,9 +279,12 @@ class Schedule:
 
     def _shrink(self, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> None:
         shrink(self.model, self.config, self.adapter_name, plan, optimizer=optimizer)
-        if isinstance(self.model, PeftModel):  # no other kind of model explains its plan
-            tuner: Any = self.model.base_model
+        if (tuner := self._tuner()) is not None:
             tuner.note_scores(self.adapter_name, self.scores)
+
+    def _tuner(self) -> Any:
+        """The `SensiModel` of a `PeftModel`. Other models have none: they guard no schedule and explain no plan."""
+        return self.model.base_model if isinstance(self.model, PeftModel) else None
 
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model, self.adapter_name).values())
@@ -307,8 +309,8 @@ class SensiCallback(TrainerCallback):
         if scheduled_adapters(unwrapped(model)):
             # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
             loader: Any = kwargs.get("train_dataloader")
-            sized = loader is not None and has_length(loader)
-            steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else None
+            batches = len(loader) if has_length(loader) else None
+            steps_per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
             self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
             # `Trainer` hands over the inner model.
             self.schedule.keeps_shapes |= args.torch_compile or args.n_gpu > 1

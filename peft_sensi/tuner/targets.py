@@ -191,7 +191,7 @@ def name_saved_modules(model: nn.Module, config: SensiConfig) -> None:
     PEFT matches the ends of paths, also within a name: "embeddings" fits BERT's `embeddings` and the
     `word_embeddings` inside of it. A file with both could not be loaded.
     """
-    heads = {*task_head(model)} & {*(config.modules_to_save or [])}
+    heads = task_head(model)  # which is always saved whole
     paths = dict.fromkeys(name_in_base(name) for name, _ in model.named_modules() if name)
     names = config.modules_to_save or []
     fits = {name: [] if name in heads else [path for path in paths if path.endswith(name)] for name in names}

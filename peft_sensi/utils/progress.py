@@ -79,8 +79,7 @@ class TrainerProgress(ProgressCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **others: Any
     ) -> None:
-        is_first = state.is_world_process_zero and self.prediction_bar is None
-        if is_first and eval_dataloader is not None and has_length(eval_dataloader):
+        if state.is_world_process_zero and self.prediction_bar is None and has_length(eval_dataloader):
             self.prediction_bar = progress_bar(what="evaluation", total=len(eval_dataloader))
         super().on_prediction_step(args, state, control, eval_dataloader, **others)
 
