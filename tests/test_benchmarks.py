@@ -296,7 +296,8 @@ def test_answers_are_scored_as_texts_of_whole_articles(grid, encoder, tmp_path):
     model.wrong = 5
     assert 0.5 < grid.score(model, data, "dev") < 1.0
     rows = learn_first.Rows(tmp_path / "results", {"model": "tiny", "task": "mlqa_en", "seed": 0, "bf16": False}, data)
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=["trimmed", "taught", "late"])
+    ways = ["trimmed", "taught", "late"]
+    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=ways, late_cuts=[0.3])
     results = tables.read_results(tmp_path / "results")
     assert len(results) == 3 and all(0 <= r["dev"] <= 1 for r in results)
 

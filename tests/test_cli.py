@@ -281,6 +281,8 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "--plot writes .png, .svg" in fails("plan", base, "--score", "magnitude", "--plot", tmp_path / "a.what")
     assert "not a file of scores" in fails("plan", base, "--scores", adapter / "adapter_model.safetensors")
     assert "holds neither of the two" in fails("inspect", tmp_path)
+    shutil.copytree(adapter, tmp_path / "runs" / "first")
+    assert f"such as {tmp_path / 'runs' / 'first'}" in fails("inspect", tmp_path / "runs")
     assert "not found on the Hub" in fails("inspect", "nobody/nothing")
     assert "There is no folder a/b/c/d." in fails("inspect", "a/b/c/d")
     assert "ends in .onnx" in fails("export", adapter, tmp_path / "model.pt")

@@ -620,11 +620,31 @@ def test_a_tokenizer_that_could_not_be_written_costs_no_training(room_elsewhere,
     train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT)
     text = fails(*train, "--out", tmp_path / "out")
     assert "No space left on device (os error 28). Make room." in text and "unexpected" not in text
-    (folder,) = tmp_path.glob("peft-sensi-*")
     if room_elsewhere:
+        (folder,) = tmp_path.glob("peft-sensi-*")
         assert f"is in {folder} instead." in text and call("check", folder)["ok"]
     else:
-        assert "The adapter itself is whole there" in text and open_adapter(tmp_path / "out").config.plan
+        assert f"The adapter itself is whole in {tmp_path / 'out'}" in text and not [*tmp_path.glob("peft-sensi-*")]
+        assert open_adapter(tmp_path / "out").config.plan
+
+
+@pytest.mark.parametrize("room_elsewhere", [True, False])
+def test_no_room_for_the_adapter_and_little_elsewhere(room_elsewhere, work, tmp_path, monkeypatch):
+    """What is whole elsewhere is kept and named, also without a tokenizer. An empty folder is not left behind."""
+    save = Trainer.save_model
+
+    def with_little_room(trainer, folder=None, **others):
+        if folder is not None and room_elsewhere:
+            save(trainer, folder, **others)
+        raise NO_ROOM
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Trainer, "save_model", with_little_room)
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT)
+    text = fails(*train, "--out", tmp_path / "out")
+    folders = [*tmp_path.glob("peft-sensi-*")]
+    assert [open_adapter(folder).config.plan is not None for folder in folders] == [True] * room_elsewhere
+    assert ("The adapter itself is whole in" in text) == room_elsewhere and all(str(each) in text for each in folders)
 
 
 def test_a_signal_before_the_training_ends_the_command_in_one_line(work, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ For each model, task and seed, `--ways` selects from:
 - `full`: full fine-tuning, and `longer`: with twice the epochs. `prior`: its head starts at the prior of the labels.
 - `fast`: `SensiConfig(budget=...)` on the pretrained model, then as many epochs as full fine-tuning, and
   `fast_longer`: then twice the epochs, because the steps of a small model are short.
-- `late`: one training of as many epochs, trimmed on the way.
+- `late`: one training of as many epochs, trimmed on the way; `--late-cuts` says after which shares of it.
 - `trimmed`: the fully fine-tuned model wrapped with `SensiConfig(budget=1.0)`, then `trim(...)`, no training after.
 - `random`: the same with random units, the control that shows what the ranking is worth.
 - `healed`: `trimmed`, then one epoch. `taught` is the same; half of its loss is the distance to the fine-tuned model.
@@ -51,6 +51,7 @@ from common import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
 RATE, FAST_RATE = 5e-5, 1e-4  # of a model that learns as a whole, and of one that is trimmed before
+LATE = recipes.LATE_CUT["start"]  # when the late way trims
 
 
 class Rows:
@@ -82,9 +83,11 @@ class Seed:
         models: Path | None = None,
         fast_rates: Iterable[float] = (FAST_RATE,),
         healing_rates: Iterable[float] = (RATE,),
+        late_cuts: Iterable[float] = (LATE,),
     ) -> None:
         self.rows, self.data, self.model_name, self.models = rows, rows.data, model_name, models
-        self.fast_rates, self.healing_rates = list(fast_rates), list(healing_rates)
+        self.fast_rates, self.healing_rates, self.late_cuts = list(fast_rates), list(healing_rates), list(late_cuts)
+        self.small: dict[float, tuple[Any, float]] = {}
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
 
@@ -155,9 +158,9 @@ def fast_longer(run: Seed, budgets: list[float]) -> None:
 
 
 def late(run: Seed, budgets: list[float]) -> None:
-    for budget in budgets:
-        if run.rows.missing(row := f"late to {budget:g}"):
-            schedule = recipes.sensi_bert(budget, trim="late").schedule
+    for budget, cut in itertools.product(budgets, run.late_cuts):
+        if run.rows.missing(row := f"late to {budget:g}" + f", cut at {cut:g}" * (cut != LATE)):
+            schedule = {**recipes.LATE_CUT, "start": cut, "end": cut}
             model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
             run.rows.add(row, model, seconds + run.fit(model, run.epochs, RATE))
 
@@ -171,7 +174,7 @@ def trimmed(run: Seed, budgets: list[float]) -> None:
 def random(run: Seed, budgets: list[float]) -> None:
     for budget in budgets:
         if run.rows.missing(row := f"fine-tuned, random units trimmed to {budget:g}"):
-            run.rows.add(row, *small(run, budget, score="random"))
+            run.rows.add(row, *trimmed_copy(run, budget, score="random"))
 
 
 def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
@@ -187,7 +190,14 @@ def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
             run.rows.add(row, model, seconds + run.fit(model, 1, rate, run.seed + 100, loss_fn=loss_fn))
 
 
-def small(run: Seed, budget: float, **options: Any) -> tuple[Any, float]:
+def small(run: Seed, budget: float) -> tuple[Any, float]:
+    """`trimmed_copy`, made once for all ways that start from it."""
+    if budget not in run.small:
+        run.small[budget] = trimmed_copy(run, budget)
+    return run.small[budget]
+
+
+def trimmed_copy(run: Seed, budget: float, **options: Any) -> tuple[Any, float]:
     """The fine-tuned model, trimmed, and the seconds that this took."""
     model, seconds = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0)
     return model, seconds + run.trim(model, budget, **options)
@@ -246,9 +256,9 @@ def run_seed(
     bf16: bool,
     ways: Iterable[str] = WAYS,
     models: Path | None = None,
-    **rates: Iterable[float],
+    **more: Iterable[float],
 ) -> None:
-    run = Seed(rows, model_name, bf16, models, **rates)
+    run = Seed(rows, model_name, bf16, models, **more)
     for way in ways:
         WAYS[way](run, budgets)
 
@@ -270,6 +280,7 @@ def main() -> None:
     run.add_argument(
         "--healing-rates", nargs="+", type=float, default=[RATE], help="learning rates of the ways `healed`, `taught`"
     )
+    run.add_argument("--late-cuts", nargs="+", type=float, default=[LATE], help="when the way `late` trims")
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
@@ -285,8 +296,8 @@ def main() -> None:
                 data = load_task(TASKS[task], options.data, folder, seed)
                 rows = Rows(options.results, common, data)
                 given = (options.budgets, options.bf16, options.ways, options.models)
-                rates = {"fast_rates": options.fast_rates, "healing_rates": options.healing_rates}
-                run_seed(rows, folder, *given, **rates)
+                more = {name: getattr(options, name) for name in ("fast_rates", "healing_rates", "late_cuts")}
+                run_seed(rows, folder, *given, **more)
     results = read_results(options.results)
     for name, found in {"learn_first": ways_table(results), "learn_first_means": ways_summary(results)}.items():
         print(found)

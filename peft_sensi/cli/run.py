@@ -208,21 +208,18 @@ class Run:
             with self.saving():
                 trainer.save_model()
         except SensiError as error:
-            other = tempfile.mkdtemp(prefix="peft-sensi-")
+            written = [self.folder] if _version_of(self.folder / WEIGHTS) != before else []
+            other = Path(tempfile.mkdtemp(prefix="peft-sensi-"))
             try:
-                trainer.save_model(other)
+                trainer.save_model(str(other))
+                where = f" The adapter, without metrics.json, is in {other} instead."
             except Exception:
-                is_new = _version_of(self.folder / WEIGHTS) != before
-                raise SensiError(f"{error}{self._what_is_whole() if is_new else ''}") from error
-            raise SensiError(f"{error} The adapter, without metrics.json, is in {other} instead.") from error
-
-    def _what_is_whole(self) -> str:
-        """A sentence about the adapter in the folder if a save that failed has written it whole."""
-        try:
-            check_values(str(self.folder / WEIGHTS), open_adapter(self.folder).config)
-        except Exception:
-            return ""
-        return " The adapter itself is whole there; files beside it, such as the tokenizer's, may be cut off."
+                place = next((folder for folder in (*written, other) if _is_whole(folder)), None)
+                if place != other:
+                    shutil.rmtree(other, ignore_errors=True)
+                beside = "files beside it, such as the tokenizer's, may be cut off"
+                where = f" The adapter itself is whole in {place}; {beside}." if place else ""
+            raise SensiError(f"{error}{where}") from error
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -301,6 +298,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a save that failed has written the adapter whole."""
+    try:
+        check_values(str(folder / WEIGHTS), open_adapter(folder).config)
+    except Exception:
+        return False
+    return True
 
 
 def _version_of(file: Path) -> tuple[int, int] | None:

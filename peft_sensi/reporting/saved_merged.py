@@ -24,6 +24,7 @@ from ..utils.formatting import human, size_of
 from ..utils.places import UNFINISHED, is_onnx, not_found
 from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
 from .saved import CARD, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in
+from .saved import CONFIG as ADAPTER_CONFIG
 
 
 _ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
@@ -98,6 +99,8 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         found = f"a model that peft_sensi has not merged ({CONFIG})" if file else "neither of the two"
         if (Path(name) / UNFINISHED).is_file():
             found = "an interrupted training: finish it with --resume"
+        elif inside := sorted(path.parent.name for path in Path(name).glob(f"*/{ADAPTER_CONFIG}")):
+            found += f". Give a folder inside it, such as {Path(name) / inside[0]}"
         raise SensiLoadError(
             f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
         )
