@@ -81,15 +81,18 @@ class Seed:
         model_name: str,
         bf16: bool,
         models: Path | None = None,
-        fast_rates: Iterable[float] = (FAST_RATE,),
-        healing_rates: Iterable[float] = (RATE,),
+        rates: Iterable[float] = (),
         late_cuts: Iterable[float] = (LATE,),
     ) -> None:
         self.rows, self.data, self.model_name, self.models = rows, rows.data, model_name, models
-        self.fast_rates, self.healing_rates, self.late_cuts = list(fast_rates), list(healing_rates), list(late_cuts)
+        self.rates, self.late_cuts = list(rates), list(late_cuts)
         self.small: dict[float, tuple[Any, float]] = {}
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+
+    def named(self, row: str, usual: float = RATE) -> dict[str, float]:
+        """The name of a row for each learning rate. The usual rate of a way is not part of the name."""
+        return {row + f" at {rate:g}" * (rate != usual): rate for rate in self.rates or [usual]}
 
     def base(self) -> nn.Module:
         set_seed(self.seed)
@@ -112,15 +115,19 @@ class Seed:
             model.base_model.trim(budget, calibration=self.data.calibration(), **options)
             return time.perf_counter() - start
 
+    def trained(self, epochs: int, rate: float) -> tuple[nn.Module, float]:
+        """A fully fine-tuned model, and the seconds of its training."""
+        model = self.base()
+        return model, self.fit(model, epochs, rate)
+
     @cached_property
     def full(self) -> tuple[nn.Module, float]:
-        """The fully fine-tuned model and the seconds of its training. An earlier run may have kept it."""
+        """`trained` at the usual rate. An earlier run may have kept it."""
         if self.models is not None:
             folder = self.models / "-".join(str(self.rows.common[name]) for name in ("model", "task", "seed"))
             if (times := folder / "seconds.json").exists():
                 return fresh_base(self.data.task, str(folder)), json.loads(times.read_text())["seconds"]
-        model = self.base()
-        seconds = self.fit(model, self.epochs, RATE)
+        model, seconds = self.trained(self.epochs, RATE)
         if self.models is not None:
             model.save_pretrained(folder)
             write_json(times, {"seconds": seconds})
@@ -128,14 +135,14 @@ class Seed:
 
 
 def full(run: Seed, budgets: list[float]) -> None:
-    if run.rows.missing("full"):
-        run.rows.add("full", *run.full)
+    for row, rate in run.named("full").items():
+        if run.rows.missing(row):
+            run.rows.add(row, *(run.full if rate == RATE else run.trained(run.epochs, rate)))
 
 
 def longer(run: Seed, budgets: list[float]) -> None:
     if run.rows.missing(row := "full, twice as long"):
-        model = run.base()
-        run.rows.add(row, model, run.fit(model, 2 * run.epochs, RATE))
+        run.rows.add(row, *run.trained(2 * run.epochs, RATE))
 
 
 def prior(run: Seed, budgets: list[float]) -> None:
@@ -146,11 +153,11 @@ def prior(run: Seed, budgets: list[float]) -> None:
 
 
 def fast(run: Seed, budgets: list[float], longer: bool = False) -> None:
-    for budget, rate in itertools.product(budgets, run.fast_rates):
-        row = f"fast to {budget:g}" + f" at {rate:g}" * (rate != FAST_RATE) + ", twice as long" * longer
-        if run.rows.missing(row):
-            model, seconds = run.wrapped(run.base(), budget=budget)
-            run.rows.add(row, model, seconds + run.fit(model, (1 + longer) * run.epochs, rate))
+    for budget in budgets:
+        for row, rate in run.named(f"fast to {budget:g}{', twice as long' * longer}", FAST_RATE).items():
+            if run.rows.missing(row):
+                model, seconds = run.wrapped(run.base(), budget=budget)
+                run.rows.add(row, model, seconds + run.fit(model, (1 + longer) * run.epochs, rate))
 
 
 def fast_longer(run: Seed, budgets: list[float]) -> None:
@@ -159,10 +166,11 @@ def fast_longer(run: Seed, budgets: list[float]) -> None:
 
 def late(run: Seed, budgets: list[float]) -> None:
     for budget, cut in itertools.product(budgets, run.late_cuts):
-        if run.rows.missing(row := f"late to {budget:g}" + f", cut at {cut:g}" * (cut != LATE)):
-            schedule = {**recipes.LATE_CUT, "start": cut, "end": cut}
-            model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
-            run.rows.add(row, model, seconds + run.fit(model, run.epochs, RATE))
+        schedule = {**recipes.LATE_CUT, "start": cut, "end": cut}
+        for row, rate in run.named(f"late to {budget:g}" + f", cut at {cut:g}" * (cut != LATE)).items():
+            if run.rows.missing(row):
+                model, seconds = run.wrapped(run.base(), budget=budget, schedule=schedule)
+                run.rows.add(row, model, seconds + run.fit(model, run.epochs, rate))
 
 
 def trimmed(run: Seed, budgets: list[float]) -> None:
@@ -179,13 +187,12 @@ def random(run: Seed, budgets: list[float]) -> None:
 
 def healed(run: Seed, budgets: list[float], teach: bool = False) -> None:
     for budget in budgets:
-        name = f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}"
-        rows = {rate: name + f" at {rate:g}" * (rate != RATE) for rate in run.healing_rates}
-        if not run.rows.missing(*rows.values()):
+        rows = run.named(f"fine-tuned, trimmed to {budget:g}, 1 epoch after{', taught' * teach}")
+        if not run.rows.missing(*rows):
             continue
         trimmed, seconds = small(run, budget)
         loss_fn = partial(taught_loss, teacher=run.full[0].eval()) if teach else own_loss
-        for rate, row in rows.items():
+        for row, rate in rows.items():
             model = copy.deepcopy(trimmed)
             run.rows.add(row, model, seconds + run.fit(model, 1, rate, run.seed + 100, loss_fn=loss_fn))
 
@@ -275,10 +282,7 @@ def main() -> None:
     run.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     run.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
     run.add_argument(
-        "--fast-rates", nargs="+", type=float, default=[FAST_RATE], help="learning rates of the way `fast`"
-    )
-    run.add_argument(
-        "--healing-rates", nargs="+", type=float, default=[RATE], help="learning rates of the ways `healed`, `taught`"
+        "--rates", nargs="+", type=float, default=[], help="of the ways full, late, fast, fast_longer, healed, taught"
     )
     run.add_argument("--late-cuts", nargs="+", type=float, default=[LATE], help="when the way `late` trims")
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
@@ -296,8 +300,7 @@ def main() -> None:
                 data = load_task(TASKS[task], options.data, folder, seed)
                 rows = Rows(options.results, common, data)
                 given = (options.budgets, options.bf16, options.ways, options.models)
-                more = {name: getattr(options, name) for name in ("fast_rates", "healing_rates", "late_cuts")}
-                run_seed(rows, folder, *given, **more)
+                run_seed(rows, folder, *given, rates=options.rates, late_cuts=options.late_cuts)
     results = read_results(options.results)
     for name, found in {"learn_first": ways_table(results), "learn_first_means": ways_summary(results)}.items():
         print(found)
