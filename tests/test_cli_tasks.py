@@ -129,6 +129,23 @@ def test_rows_with_several_labels(work, tmp_path):
     assert trimmed["classes"] == found["classes"] and "f1_micro" in trimmed["validation"]
 
 
+@pytest.mark.parametrize("file", ["long.csv", *only_slow("long.conll", "long.json")])
+def test_texts_longer_than_the_models_positions_are_cut(file, work, tmp_path):
+    """This model has 40 positions, and its tokenizer says 64."""
+    text = " ".join(WORDS * 3)
+    answer = {"text": "york", "answer_start": text.index("york")}
+    qas = [{"id": "1", "question": "who", "answers": [answer]}]
+    articles = [{"title": str(i), "paragraphs": [{"context": text, "qas": qas}]} for i in range(16)]
+    (tmp_path / "long.csv").write_text("sentence,label\n" + f"{text},bad\n{text},good\n" * 8)
+    (tmp_path / "long.conll").write_text("\n".join(["".join(f"{word} B-place\n" for word in text.split())] * 16))
+    (tmp_path / "long.json").write_text(json.dumps({"data": articles}))
+    call("train", work / "base", "--data", tmp_path / file, "--budget", "0.7", *SHORT, "--out", tmp_path / "out")
+    assert saved_record(tmp_path / "out")["max_length"] == 40
+    found = call("evaluate", tmp_path / "out", tmp_path / file, "--max-length", "60")
+    call("merge", tmp_path / "out", tmp_path / "merged")
+    assert call("evaluate", tmp_path / "merged", tmp_path / file)["metrics"] == pytest.approx(found["metrics"])
+
+
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_the_base_may_have_been_trained_for_another_problem(problem, work, tmp_path):
     """The loss of its config was used: classes were learned as numbers, with a squared error, and without a word."""

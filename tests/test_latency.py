@@ -50,6 +50,7 @@ from peft_sensi.merging import latency_graphs
 from peft_sensi.planning import measuring
 from peft_sensi.reporting.card import write_card
 from peft_sensi.reporting.saved import open_adapter
+from peft_sensi.tuner.predictions import measure_missing
 from peft_sensi.utils import timing
 from peft_sensi.utils.timing import Timing, time_variants
 
@@ -450,6 +451,15 @@ def test_without_a_table_this_machine_is_measured(counting):
     record = model.base_model.plan().latency["latency"]
     assert (record["sequence_length"], record["batch_size"], record["runtime"]) == (9, 1, "torch")
     assert record["predicted_ms"] <= 0.5 * record["whole_ms"]
+
+
+def test_the_measured_length_is_one_that_the_model_takes(counting):
+    """RoBERTa does not use the first rows of its table of positions."""
+    model = tiny_model("roberta")
+    table = model.roberta.embeddings.position_embeddings
+    config = SensiConfig(budget={"latency": 0.5}, task_type="SEQ_CLS")
+    measure_missing(model, config)
+    assert config.tables["latency"].sequence_length == table.weight.shape[0] - table.padding_idx - 1
 
 
 def test_cuts_during_training_meet_the_limit(table):

@@ -12,6 +12,7 @@ import re
 import zipfile
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
 from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
@@ -36,7 +37,7 @@ from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
-from peft_sensi.tasks.task import Options, Rows, load_tokenizer, token_doubts
+from peft_sensi.tasks.task import Options, Rows, load_tokenizer, longest_input, token_doubts
 
 
 ROWS = [
@@ -327,6 +328,23 @@ def test_words_have_the_tokens_that_they_have_in_a_text(options):
 
 def test_words_of_other_tokenizers_stay_as_they_are(base):
     assert not words.lacks_spaces(load_tokenizer("words", str(base)))
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizers_own", "longest"),
+    [
+        (BertConfig(max_position_embeddings=40), 64, 40),
+        (BertConfig(max_position_embeddings=40), 10**30, 40),
+        (BertConfig(max_position_embeddings=40), 24, 24),
+        (RobertaConfig(max_position_embeddings=42), 10**30, 40),  # the first two rows are for padding
+        (LlamaConfig(max_position_embeddings=40), 10**30, 40),
+        (LlamaConfig(max_position_embeddings=40), 64, 64),  # no table of positions
+        (T5Config(), 10**30, 10**30),
+    ],
+)
+def test_the_longest_input_is_what_model_and_tokenizer_take(config, tokenizers_own, longest):
+    """A tokenizer may have the number of another model: the first longer text ended in PyTorch's error."""
+    assert longest_input(SimpleNamespace(model_max_length=tokenizers_own), config) == longest
 
 
 def test_an_empty_text_has_a_token():

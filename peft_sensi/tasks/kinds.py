@@ -22,7 +22,7 @@ from .columns import WRITTEN, text_columns, usual_label_columns
 from .decoding import TEXT_SUFFIXES, suffix_of
 from .labels import DataError, Labels
 from .sources import Part, Source, read_source
-from .task import KINDS, Kind, Options, Rows, Task, limit_of, load_tokenizer, stride_of, token_doubts
+from .task import KINDS, Kind, Options, Rows, Task, load_tokenizer, stride_of, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -62,7 +62,7 @@ def read_task(
     kind = kind or kind_of(source.train[0], bool(wanted.label_columns()))
     check_options(kind, wanted)
     tokenizer = load_tokenizer(kind, model, config)
-    limit = limit_of(tokenizer, wanted.max_length or KINDS[kind][2], _config_of(model, config, tokenizer))
+    limit = min(wanted.max_length or KINDS[kind][2], tokenizer.model_max_length)
     read = {"text": task_of_texts, "words": task_of_words, "answers": task_of_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
     notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
@@ -85,7 +85,7 @@ def rows_for_prediction(
     """
     wanted = Options(**options)
     check_options(kind, wanted)
-    limit = limit_of(tokenizer, max_length or KINDS[kind][2])
+    limit = min(max_length or KINDS[kind][2], tokenizer.model_max_length)
     source = _source_of(data, kind, wanted, labeled=False)
     parts = source.train
     notes = [*source.notes, *(note for part in parts for note in part.notes)]
@@ -167,14 +167,3 @@ _UNUSED = {
 
 def _source_of(data: Data, kind: str | None, options: Options, labeled: bool = True, beside: Any = None) -> Source:
     return data if isinstance(data, Source) else read_source(data, kind, options, labeled, beside)
-
-
-def _config_of(model: str, config: Any, tokenizer: Any) -> Any:
-    """The config of the base model, if the tokenizer does not know the model's longest input."""
-    if config is not None or tokenizer.model_max_length <= 10**6:
-        return config
-    from transformers import AutoConfig
-
-    from ..reporting.pretrained import load_pretrained
-
-    return load_pretrained(AutoConfig, model)

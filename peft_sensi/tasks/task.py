@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -181,6 +182,8 @@ def collator_of(kind: str, tokenizer: Any) -> Any:
 def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     """The tokenizer of a model or adapter, as the kind of task needs it. `config` is the base's, if it is known.
 
+    Its `model_max_length` is at most the longest input that the model takes.
+
     Raises:
         DataError: The kind needs a fast tokenizer, and the model has none; or the tokenizer has no padding token.
         SensiError: The model has no tokenizer, or a damaged one.
@@ -189,13 +192,13 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
 
     from ..reporting.pretrained import load_pretrained, pretrained_tokenizer
 
+    config = config or load_pretrained(AutoConfig, model)
     options: dict[str, Any] = {}
     if kind == "answers":
         # Positions count from the left. PEFT 0.21's model for question answering drops `token_type_ids`, but the
         # merged model would use them. Therefore the tokenizer does not produce them. Both settings are saved with it.
         options = {"padding_side": "right", "model_input_names": ["input_ids", "attention_mask"]}
     elif kind == "words":
-        config = config or load_pretrained(AutoConfig, model)
         options = {"add_prefix_space": True} if config.model_type in BYTE_LEVEL else {}
     tokenizer = pretrained_tokenizer(model, **options)
     if kind != "text" and not tokenizer.is_fast:
@@ -206,6 +209,7 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
         raise DataError(
             f"The tokenizer of {model} has no padding token: save it again with one. Is tokenizer_config.json missing?"
         )
+    tokenizer.model_max_length = longest_input(tokenizer, config)
     return tokenizer
 
 
@@ -213,13 +217,30 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
 BYTE_LEVEL = ("bloom", "deberta", "gpt2", "longformer", "modernbert", "roberta")
 
 
-def limit_of(tokenizer: Any, max_length: int, config: Any = None) -> int:
-    """`max_length`, or the model's own limit if that is smaller."""
-    limit = min(max_length, tokenizer.model_max_length)
-    if tokenizer.model_max_length > 10**6 and config is not None:  # a placeholder: the limit is not known to it
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
-        limit = min(limit, most or limit)
-    return limit
+def longest_input(tokenizer: Any, config: Any) -> int:
+    """The longest input in tokens that a tokenizer and a model with this config take.
+
+    A model with a table of positions takes no more tokens than that has rows. Not every tokenizer knows this number,
+    and some have a larger one, of the model that they were made for.
+    """
+    import torch
+    from transformers import AutoModel, PretrainedConfig
+
+    from ..anatomy.modules import positions_of
+
+    longest = tokenizer.model_max_length
+    if not isinstance(config, PretrainedConfig):  # of an ONNX file, beside which the number is written down
+        return longest
+    try:
+        with torch.device("meta"):
+            table = positions_of(AutoModel.from_config(copy.deepcopy(config)))
+    except Exception:  # a model with code of its own, or without a class for texts alone
+        table = None
+    if table is not None:
+        return min(longest, table[1])
+    if longest > 10**6:  # a placeholder: this tokenizer does not know the number
+        return getattr(config.get_text_config(), "max_position_embeddings", None) or longest
+    return longest
 
 
 def token_doubts(rows: Rows, tokenizer: Any) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..anatomy.latency import LatencyTable, check_records
+from ..anatomy.modules import positions_of
 from ..planning.budget import TIMES, allowance
 from ..planning.costs import costs_of, kept_counts, tables_by_limit
 from ..planning.measuring import measure_torch
@@ -71,13 +72,11 @@ def measure_missing(model: nn.Module, config: Any) -> None:
             )
         table = None
         if distributed.rank() == 0:
-            model_config: Any = getattr(model, "config", None)
-            text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
-            longest = getattr(text, "max_position_embeddings", None) or 128
+            positions = positions_of(model)
             table = measure_torch(
                 model,
                 batch_size=1,
-                sequence_length=config.sequence_length or min(128, longest),
+                sequence_length=config.sequence_length or min(128, positions[1] if positions else 128),
                 decode=name == "decode_latency",
                 blocks=config.layouts(),
             )
