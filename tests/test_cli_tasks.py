@@ -146,6 +146,71 @@ def test_texts_longer_than_the_models_positions_are_cut(file, work, tmp_path):
     assert call("evaluate", tmp_path / "merged", tmp_path / file)["metrics"] == pytest.approx(found["metrics"])
 
 
+def test_words_have_their_places_also_if_the_tokenizer_pads_on_the_left(work, tmp_path):
+    """The tags of all shorter sentences of a batch were those of other words."""
+    tokenizer = BertTokenizerFast(str(work / "vocab.txt"), model_max_length=64, padding_side="left")
+    tokenizer.save_pretrained(tmp_path / "base")
+    AutoModel.from_config(tiny_config("llama", pad_token_id=0)).save_pretrained(tmp_path / "base")
+    train = ("train", tmp_path / "base", "--data", work / "rows.conll", "--budget", "0.9", "--lr", "1e-2")
+    found = call(*train, "--epochs", "6", "--batch-size", "8", "--no-bf16", "--out", tmp_path / "out")
+    single, many = (call("evaluate", tmp_path / "out", work / "rows.conll", "--batch-size", n) for n in (1, 32))
+    assert single["metrics"] == pytest.approx(many["metrics"]) and many["metrics"]["f1"] > 0.9
+    assert found["validation"]["f1"] > 0.9
+
+
+def test_rows_without_words_are_named(work, tmp_path):
+    call("train", work / "base", "--data", work / "rows.conll", "--budget", "0.7", *SHORT, "--out", tmp_path / "out")
+    (tmp_path / "new.jsonl").write_text('{"tokens": ["ann"]}\n{"tokens": []}\n{"tokens": ["bob"]}')
+    result = run("predict", tmp_path / "out", tmp_path / "new.jsonl", "--out", tmp_path / "tags.jsonl")
+    assert "1 row without words, and so without a prediction" in " ".join(result.output.split())
+    rows = [json.loads(line) for line in (tmp_path / "tags.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == [1, 3]
+
+
+def test_models_of_different_label_columns_are_not_compared(work, tmp_path):
+    rows = [{"text": f"the {word} is good", "a": str(i % 2), "b": str(i % 3 % 2)} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--data", tmp_path / "rows.jsonl")
+    for name in "ab":
+        options = ("--label-column", name, "--budget", "0.7", *SHORT, "--out", tmp_path / name)
+        call("train", work / "base", *data, *options)
+    both = (tmp_path / "a", tmp_path / "b", *data)
+    assert "different columns of labels" in fails("compare", *both)
+    assert call("compare", *both, "--label-column", "a")["rows"] == len(rows)
+
+
+def test_several_labels_are_the_same_in_any_order(work, tmp_path):
+    columns = [[["--label-column", name] for name in names] for names in ("ab", "ba")]
+    rows = [{"text": f"the {word} is good", "a": 1, "b": i % 2} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i, options in enumerate(columns):
+        given = ("--data", tmp_path / "rows.jsonl", *sum(options, []), "--budget", "0.9", "--lr", "3e-3")
+        call("train", work / "base", *given, "--epochs", "4", "--batch-size", "4", "--out", tmp_path / str(i))
+    given = ("--data", tmp_path / "rows.jsonl", *sum(columns[0], []))
+    found = call("compare", tmp_path / "0", tmp_path / "1", *given)
+    rights = [model["metrics"]["f1_micro"] for model in found["models"]]
+    assert found["difference"]["same"] > 0.3 and min(rights) > 0.6
+
+
+def test_files_of_one_name_have_a_hash_each(work, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    lines = (work / "texts.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "a" / "x.csv").write_text("".join(lines[:30]))
+    (tmp_path / "b" / "x.csv").write_text("".join([lines[0], *lines[30:]]))
+    data = ("--data", tmp_path / "a" / "x.csv", "--validation", tmp_path / "b" / "x.csv")
+    found = call("train", work / "base", *data, "--budget", "0.7", *SHORT, "--out", tmp_path / "out")
+    assert len(set(found["data_sha256"].values())) == 2
+
+
+def test_a_trim_of_a_model_without_a_trained_head_warns(work, tmp_path):
+    AutoModel.from_config(tiny_config("bert", num_labels=2)).save_pretrained(tmp_path / "base")
+    BertTokenizerFast(str(work / "vocab.txt"), model_max_length=40).save_pretrained(tmp_path / "base")
+    trim = ("trim", tmp_path / "base", "--data", work / "texts.csv", "--budget", "0.7", "--out", tmp_path / "out")
+    assert "The head is random" in " ".join(run(*trim).output.split())
+    assert "--heal-epochs must be a number" in fails(*trim, "--heal-epochs", "inf", "--overwrite")
+
+
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_the_base_may_have_been_trained_for_another_problem(problem, work, tmp_path):
     """The loss of its config was used: classes were learned as numbers, with a squared error, and without a word."""

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import save_tokenizer
 from processes import PATIENCE
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_sensi import SensiError, export_onnx
 from peft_sensi.merging import onnx as export_module
+from peft_sensi.reporting.onnx_folder import example_for
 from peft_sensi.utils.errors import how_to_install
 
 
@@ -229,6 +231,17 @@ def test_an_example_batch_of_the_users(bert, tmp_path):
     assert report.file.difference < 1e-4
     with pytest.raises(SensiError, match="`inputs` must be one batch"):
         export_onnx(bert, tmp_path / "model.onnx", inputs=[batch])
+
+
+def test_types_of_tokens_that_the_tokenizer_gives_are_an_input(tmp_path):
+    """GPT-2 takes them, without a number of them in its config: the graph lacked them, and computed something else."""
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40, "vocab_size": 64, "pad_token_id": 0}
+    model = wrap(AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", **sizes)), budget=0.5)
+    report = export_onnx(model, tmp_path / "model.onnx", inputs=example_for(tokenizer, model))
+    assert "token_type_ids" in report.inputs and report.file.difference < 1e-4
+    assert example_for(tokenizer, tiny_model()) is None  # BERT's config tells
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -176,6 +177,27 @@ assert torch.equal(again(**batch).logits, expected)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=PATIENCE)
     assert torch.equal(logits(load_merged(tmp_path / "again")), logits(load_merged(folder)))
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", *only_slow("TokenClassification", "QuestionAnswering")])
+@pytest.mark.parametrize("family", ["llama", *only_slow("qwen2")])
+def test_a_class_that_builds_its_base_model_by_the_config(family, task, tmp_path):
+    """It found our file in the config, and asked the user whether to run it, who had said yes already."""
+    config = tiny_config("llama", pad_token_id=0)
+    if family == "qwen2":
+        sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+                 "intermediate_size", "pad_token_id")  # fmt: skip
+        config = AutoConfig.for_model("qwen2", **{name: getattr(config, name) for name in sizes})
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    model = wrap(auto.from_config(config), budget=0.45, score="random", multiple_of=1, seed=5, task_type=None)
+    assert save_merged(model, tmp_path) is False
+    merged, batch = load_merged(tmp_path).eval(), tiny_batches(1, labels=False)[0]
+    foreign = auto.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(foreign).__name__.startswith("Sensi")
+    for own, theirs in zip(merged(**batch).values(), foreign(**batch).values(), strict=True):
+        assert not isinstance(own, torch.Tensor) or torch.equal(own, theirs)
+    foreign.save_pretrained(tmp_path / "again")
+    assert_same_tensors(snapshot(load_merged(tmp_path / "again")), snapshot(merged))
 
 
 def test_a_merged_model_can_be_trimmed_again(folder, tmp_path):

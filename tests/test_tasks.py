@@ -347,6 +347,15 @@ def test_the_longest_input_is_what_model_and_tokenizer_take(config, tokenizers_o
     assert longest_input(SimpleNamespace(model_max_length=tokenizers_own), config) == longest
 
 
+def test_a_length_without_room_for_a_text_is_refused(base):
+    tokenizer = load_tokenizer("text", str(base))
+    raw = [{"row": 1, "text": "ann", "pair": "bob", "tokens": ["ann"]}]
+    with pytest.raises(DataError, match="--max-length of at least 5"):
+        texts.encode("f", raw, None, tokenizer, 4)
+    with pytest.raises(DataError, match="--max-length of at least 3"):
+        words.encode(raw, None, tokenizer, 2)
+
+
 def test_an_empty_text_has_a_token():
     """Decoders add none. Alone in a batch, such a text was an error; beside others, its prediction was of padding."""
     rows, _, _ = texts.encode("f", [{"row": 1, "text": ""}, {"row": 2, "text": "ann"}], None, byte_level(), 30)
@@ -569,6 +578,10 @@ def test_labels_get_the_order_of_a_head():
     assert order_of_head(Labels(["a", "b"]), ["b", "a", "c"], "f").names == ["b", "a", "c"]
     assert order_of_head(Labels(["x", "y"]), ["LABEL_0", "LABEL_1"], "f").names == ["x", "y"]
     assert order_of_head(Labels(["0", "2"]), ["LABEL_0", "LABEL_1", "LABEL_2"], "f").names == ["0", "1", "2"]
+    usual = [f"LABEL_{i}" for i in range(12)]
+    assert order_of_head(Labels(sorted(usual)), usual, "f").names == usual
+    assert order_of_head(Labels(["LABEL_10", "LABEL_2"]), usual, "f").names == usual
+    assert order_of_head(Labels([], several=True), ["a", "b"], "f").names == ["a", "b"]  # no row has a label
     for labels, head in ((["1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]), (["d"], ["a"]), ([], ["a"]), (["a"], [])):
         with pytest.raises(DataError):
             order_of_head(Labels(labels), head, "f")
@@ -726,6 +739,9 @@ def test_decoded_answers():
     starts, ends = np.array([[0.0, 0, 5, 0]]), np.array([[0.0, 0, 0, 5]])
     (found,) = answers.decode((starts, ends), Rows([{}], raw, [(0, places)]))
     assert found == {"answer": "red stone", "score": 10.0, "start": 4, "end": 13}
+    places[2:, 0] -= 1  # as of tokens that contain the blank before the word
+    (with_blanks,) = answers.decode((starts, ends), Rows([{}], raw, [(0, places)]))
+    assert with_blanks == found
     (none,) = answers.decode((starts + [[20, 0, 0, 0]], ends), Rows([{}], raw, [(0, places)]), silent=True)
     assert none["answer"] == "" and none["start"] is None
 

@@ -33,6 +33,7 @@ def inspect(
     No weights are loaded. The shares of an adapter need the base model's configuration.
     """
     from ..reporting.facts import adapter_facts, adapter_figures
+    from ..reporting.pretrained import file_in
     from ..reporting.saved import plan_without_weights
     from ..reporting.saved_merged import SavedMerged, merged_facts, merged_figures, open_saved
 
@@ -48,7 +49,10 @@ def inspect(
     print_result(json, adapter_figures(saved, plan), *tables)
     if plan is None and not json:
         named = base or saved.base
-        why = f"which was not found: {named}" if named else "which the adapter does not name: give it with --base"
+        why = "which the adapter does not name: give it with --base"
+        if named:
+            fits = file_in(named, "config.json") is not None
+            why = f"and this is another one: {named}" if fits else f"which was not found: {named}"
         err.print(Text(f"The shares need the base model, {why}", "dim"))
 
 
@@ -114,7 +118,7 @@ def export(
     program needs. The command predict can use the folder.
     """
     from ..merging.onnx import export_onnx
-    from ..reporting.onnx_folder import load_tokenizer, write_companions
+    from ..reporting.onnx_folder import example_for, load_tokenizer, write_companions
     from ..reporting.pretrained import TOKENIZER_FILES
 
     if file.suffix.lower() != ".onnx":
@@ -132,7 +136,7 @@ def export(
     with step("exporting", show=not json):
         tokenizer = load_tokenizer(saved, base, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
-        report = export_onnx(model, file, int8=int8, opset=opset)
+        report = export_onnx(model, file, inputs=example_for(tokenizer, model), int8=int8, opset=opset)
         companions = write_companions(saved, model.config, tokenizer, report)
     lines = [str(report), *(f"beside it: {path.name}" for path in companions)]
     print_result(json, asdict(report) | {"beside": [str(path) for path in companions]}, *lines)

@@ -163,6 +163,12 @@ def check_rate(lr: float | None) -> None:
         raise SensiError(f"--lr must be a positive number, got {lr}.")
 
 
+def check_epochs(epochs: float, name: str = "--epochs") -> None:
+    """Raises `SensiError` if the passes over the data are infinitely many."""
+    if epochs == float("inf"):
+        raise SensiError(f"{name} must be a number of passes over the data, got {epochs}.")
+
+
 def is_bf16(given: bool | None) -> bool:
     """Whether to train with bfloat16 mixed precision: as the option says, or else if it is faster here."""
     from ..utils.precision import bf16_pays

@@ -148,7 +148,7 @@ def budget_advice(limits: Mapping[str, Any] | None) -> Iterator[None]:
         if not found or not limits:
             raise
         for name, words in (("params", "parameters"), ("flops", "FLOPs"), ("trainable", "trained values")):
-            what = re.sub(rf"\b{name} >= ([\d,]+)", rf"\1 {words}", what)
+            what = re.sub(rf"\b{name} >= (\d[\d,]*\d|\d)", rf"\1 {words}", what)
         what = re.sub(r"\b(decode_)?latency >= ", "a latency of ", what)
         options = " or ".join(f"--{'budget' if name == 'params' else name.replace('_', '-')}" for name in limits)
         raise BudgetError(f"{what} Give a larger {options}.") from None

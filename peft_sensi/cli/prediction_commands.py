@@ -51,8 +51,8 @@ def predict(
 ) -> None:
     """Predict classes, numbers, tags of words, or answers, for each row of a file, in its order.
 
-    The columns of the file stay, and the prediction is in new ones. No labels are needed. --json with --out - writes
-    JSON Lines.
+    The prediction is in new columns. Those of the file stay; beside tags or answers, only what identifies a row. No
+    labels are needed. --json with --out - writes JSON Lines.
     """
     from ..utils.files import write_atomically
     from ..utils.progress import progress_bar
@@ -152,6 +152,12 @@ def compare(
         own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
         if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
+        labels = [[row.get("label") for row in each.train.raw] for each in (task or own, own)]
+        if labels[0] != labels[1]:
+            raise SensiError(
+                f"{first} and {second} were trained on different columns of labels: say with --label-column which one "
+                f"of them both are compared on."
+            )
         task = task or own
         with step(f"predicting with {name}", show=not json):
             outputs.append(predictor.outputs(own.train, batch_size))

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -272,7 +273,7 @@ class Run:
             "plan": plan_figures(plan),
             "weight_bytes": (self.folder / WEIGHTS).stat().st_size,
             "versions": versions(),
-            "data_sha256": {Path(name).name: found for name, found in self.task.hashes.items()},
+            "data_sha256": short_names(self.task.hashes),
             "base_revision": getattr(base, "_commit_hash", None),
             "folder": str(self.folder),
             "command": sys.argv[1:],
@@ -298,6 +299,12 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def short_names(by_path: Mapping[str, str]) -> dict[str, str]:
+    """The same values by the names of the files, without their folders. Files of the same name keep their paths."""
+    counts = Counter(Path(path).name for path in by_path)
+    return {path if counts[Path(path).name] > 1 else Path(path).name: value for path, value in by_path.items()}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -87,6 +87,7 @@ def sweep(
 
     limits = budgets_of([budgets, *(more or [])])
     args.check_rate(lr)
+    args.check_epochs(epochs)
     args.check_overwrite(overwrite, resume)
     score = score or args.FISHER
     folders = {limit: out_folder / f"{limit:.15g}" for limit in limits}

@@ -109,6 +109,7 @@ def train(
     if whole and limits and set(limits.values()) == {1}:
         raise SensiError(f"A limit of 1 keeps everything, and {whole} would trim nothing: give a smaller one.")
     args.check_rate(lr)
+    args.check_epochs(epochs)
     check_latency_tables(latency_tables, limits)
     check_out(out_folder, overwrite, resume, [SCORES] if scores is None else [])
     options = {
@@ -183,6 +184,7 @@ def trim(
     latency_tables = asked.pop("latency_table")
     limits = args.limits_of(**asked) or dict(DEFAULT_LIMITS)
     args.check_rate(lr)
+    args.check_epochs(heal_epochs, "--heal-epochs")
     if not heal_epochs:
         args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")
     args.check_overwrite(overwrite, resume)
@@ -224,7 +226,14 @@ def trim(
         if saved is not None:
             trained: Any = load_adapter(saved, base, is_trainable=True)
         else:
+            transformers.set_seed(seed)
             trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model)
+            known = [name.removeprefix("Sensi") for name in config.architectures or ()]
+            if known and type(trained).__name__ not in known:
+                print_warning(
+                    f"{model} is a {known[0]} without a head for this task. The head is random, so the "
+                    f"trim cannot know what the task needs: fine-tune the model first, or use train --thorough."
+                )
         trained = trained.float()  # as in `train`: a model may be stored in 16 bits
         agree_on_padding(trained, task.tokenizer)
     result = trim_for(

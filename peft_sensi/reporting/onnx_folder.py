@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import PeftModel
 
 from ..merging.onnx import ExportReport
 from ..utils.checks import is_count, is_regressor
@@ -113,6 +117,25 @@ def find_onnx(place: Path) -> Path | None:
         names = ", ".join(path.name for path in found)
         raise SensiError(f"{place} holds several ONNX files ({names}): give the path of one of them.")
     return found[0] if found else None
+
+
+def example_for(tokenizer: Any, model: Any) -> dict[str, Any] | None:
+    """An example batch for `export_onnx`, if the tokenizer gives types of tokens that its own batches would lack.
+
+    GPT-2, for one, takes types without a number of them in its config, and computes something else without any.
+    """
+    name = "token_type_ids"
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_taken = name in inspect.signature(model.forward).parameters
+    if tokenizer is None or name not in tokenizer.model_input_names or not is_taken:
+        return None
+    if getattr(model.config.get_text_config(), "type_vocab_size", None) is not None:
+        return None
+    ids = torch.arange(8).repeat(2, 1) % len(tokenizer)
+    types = torch.tensor([[0] * 4 + [1] * 4, [0] * 8])
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask, name: types}
 
 
 def load_tokenizer(saved: SavedAdapter | SavedMerged, base: str | None, folder: Path) -> Any:

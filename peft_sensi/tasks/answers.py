@@ -236,7 +236,9 @@ def decode(outputs: Any, rows: Rows, max_answer_length: int = 30, silent: bool =
         if not np.isfinite(score) or (silent and none > score):
             found.append({"answer": "", "score": none, "start": None, "end": None})
         else:
-            found.append({"answer": raw["context"][start:end].strip(), "score": score, "start": start, "end": end})
+            text = raw["context"][start:end]  # some tokens contain the blank before a word
+            start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+            found.append({"answer": raw["context"][start:end], "score": score, "start": start, "end": end})
     return found
 
 

@@ -72,7 +72,10 @@ def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any]) -> Difference:
     means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     key = next(k for k in ("label", "labels", "value", "tags", "answer") if k in found[0][0])
-    same = float(np.mean([a[key] == b[key] for a, b in zip(*found, strict=True)]))
+    pairs = [(row[key], other[key]) for row, other in zip(*found, strict=True)]
+    if key == "labels":  # each model has them in the order of its head
+        pairs = [(sorted(a), sorted(b)) for a, b in pairs]
+    same = float(np.mean([a == b for a, b in pairs]))
     if name != "accuracy":
         return Difference(name, float(difference.mean()), (float(low), float(high)), same)
     only_a, only_b = int((difference < 0).sum()), int((difference > 0).sum())

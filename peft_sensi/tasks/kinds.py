@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..utils.formatting import counted
 from . import answers, texts, words
 from .building import (
     check_columns,
@@ -98,7 +99,12 @@ def rows_for_prediction(
         rows, longest, cut = texts.encode(parts[0].name, raw, None, tokenizer, limit)
         return rows, [f"text in {' + '.join(columns)}, {size_line(raw, longest, cut, limit)}"], [*notes, *doubts]
     if kind == "words":
-        raw = [row for part in parts for row in sentences_in(part, wanted, needs_tags=False)]
+        sentences = [sentences_in(part, wanted, needs_tags=False) for part in parts]
+        raw = [row for found in sentences for row in found]
+        for part, found in zip(parts, sentences, strict=True):
+            has_lists = any(isinstance(cell, list) for cell in part.rows[0].values())
+            if has_lists and (without := len(part.rows) - len(found)):
+                notes.append(f"{part.name}: {counted(without, 'row')} without words, and so without a prediction")
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
         return words.encode(raw, None, tokenizer, limit)[0], lines, notes
     raw = [row for part in parts for row in questions_in(part, labeled=False)]

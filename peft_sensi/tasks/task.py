@@ -195,11 +195,13 @@ def load_tokenizer(kind: str, model: str, config: Any = None) -> Any:
     config = config or load_pretrained(AutoConfig, model)
     options: dict[str, Any] = {}
     if kind == "answers":
-        # Positions count from the left. PEFT 0.21's model for question answering drops `token_type_ids`, but the
-        # merged model would use them. Therefore the tokenizer does not produce them. Both settings are saved with it.
-        options = {"padding_side": "right", "model_input_names": ["input_ids", "attention_mask"]}
+        # PEFT 0.21's model for question answering drops `token_type_ids`, but the merged model would use them.
+        # Therefore the tokenizer does not produce them. This is saved with it.
+        options = {"model_input_names": ["input_ids", "attention_mask"]}
     elif kind == "words":
         options = {"add_prefix_space": True} if config.model_type in BYTE_LEVEL else {}
+    if kind != "text":  # the places of words and answers count from the left
+        options["padding_side"] = "right"
     tokenizer = pretrained_tokenizer(model, **options)
     if kind != "text" and not tokenizer.is_fast:
         raise DataError(f"{model} has no fast tokenizer, which is needed to find words and answers in a text.")
@@ -241,6 +243,13 @@ def longest_input(tokenizer: Any, config: Any) -> int:
     if longest > 10**6:  # a placeholder: this tokenizer does not know the number
         return getattr(config.get_text_config(), "max_position_embeddings", None) or longest
     return longest
+
+
+def check_room(tokenizer: Any, max_length: int, pair: bool = False) -> None:
+    """Raises `DataError` if an input of so many tokens has no room for texts beside the tokenizer's own tokens."""
+    needed = tokenizer.num_special_tokens_to_add(pair=pair) + 1 + pair
+    if max_length < needed:
+        raise DataError(f"{max_length} tokens are too few for a text: give a --max-length of at least {needed}.")
 
 
 def token_doubts(rows: Rows, tokenizer: Any) -> list[str]:

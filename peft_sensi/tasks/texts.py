@@ -28,7 +28,7 @@ from .labels import (
     separator_of,
 )
 from .metrics import Quality
-from .task import Options, Rows
+from .task import Options, Rows, check_room
 
 
 MANY = 25  # a table of so many classes is cut
@@ -182,6 +182,7 @@ def encode(
     if not raw:
         return Rows([], []), 0, 0
     pairs = [row.get("pair") for row in raw] if "pair" in raw[0] else None
+    check_room(tokenizer, max_length, pairs is not None)
     texts = [row["text"] for row in raw]
     encoded = tokenizer(texts, pairs, truncation=False, verbose=False)
     inputs = [{key: values[i] for key, values in encoded.items()} for i in range(len(raw))]

@@ -16,7 +16,7 @@ from .columns import check_known
 from .decoding import read_text
 from .labels import OUTSIDE, DataError, Labels, is_tag, listed, order_of_head
 from .metrics import Quality
-from .task import Rows
+from .task import Rows, check_room
 from .texts import logits_in
 
 
@@ -220,6 +220,7 @@ def encode(
     found = Rows([], list(raw))
     if not raw:
         return found, 0, 0
+    check_room(tokenizer, max_length)
     before_words = " " if lacks_spaces(tokenizer) else ""
     encoded = tokenizer(
         [[before_words + token for token in row["tokens"]] for row in raw],

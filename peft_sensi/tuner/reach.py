@@ -123,6 +123,11 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
                 f"The adapter was made for a model with a head, and {type(model).__name__} is only the base model "
                 f"inside of it: load the adapter on the model with the head, and use its `{prefix[:-1]}`."
             )
+        elif config.from_file:
+            raise NoMatchingPeftModuleError(
+                f"The adapter was made for another kind of model: {type(model).__name__} has no module "
+                f"{min(config.target_modules)!r}. Load the adapter on the base model that it names."
+            )
         raise NoMatchingPeftModuleError(
             f"Target modules {config.target_modules} not found in the base model. {advice}"
         )
