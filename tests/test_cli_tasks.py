@@ -158,6 +158,18 @@ def test_words_have_their_places_also_if_the_tokenizer_pads_on_the_left(work, tm
     assert found["validation"]["f1"] > 0.9
 
 
+def test_one_text_of_a_model_of_pairs(work, tmp_path):
+    rows = [{"a": f"the {word} is good", "b": f"{word} and rome", "label": i % 2} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tmp_path / "rows.jsonl"
+    train = ("train", work / "base", "--data", data, "--text-column", "a", "--pair-column", "b", *SHORT)
+    call(*train, "--budget", "0.7", "--out", tmp_path / "out")
+    for column in "ab":
+        result = run("evaluate", tmp_path / "out", data, "--text-column", column)
+        assert result.exit_code == 0 and f"text in {column}, labels in label" in result.stderr
+    assert "text in a + b" in run("evaluate", tmp_path / "out", data).stderr
+
+
 def test_rows_without_words_are_named(work, tmp_path):
     call("train", work / "base", "--data", work / "rows.conll", "--budget", "0.7", *SHORT, "--out", tmp_path / "out")
     (tmp_path / "new.jsonl").write_text('{"tokens": ["ann"]}\n{"tokens": []}\n{"tokens": ["bob"]}')
@@ -207,7 +219,8 @@ def test_a_trim_of_a_model_without_a_trained_head_warns(work, tmp_path):
     AutoModel.from_config(tiny_config("bert", num_labels=2)).save_pretrained(tmp_path / "base")
     BertTokenizerFast(str(work / "vocab.txt"), model_max_length=40).save_pretrained(tmp_path / "base")
     trim = ("trim", tmp_path / "base", "--data", work / "texts.csv", "--budget", "0.7", "--out", tmp_path / "out")
-    assert "The head is random" in " ".join(run(*trim).output.split())
+    said = " ".join(run(*trim).output.split())
+    assert "The head is random" in said and "have no names: they are taken for bad, good, in this order" in said
     assert "--heal-epochs must be a number" in fails(*trim, "--heal-epochs", "inf", "--overwrite")
 
 

@@ -51,8 +51,8 @@ def inspect(
         named = base or saved.base
         why = "which the adapter does not name: give it with --base"
         if named:
-            fits = file_in(named, "config.json") is not None
-            why = f"and this is another one: {named}" if fits else f"which was not found: {named}"
+            is_there = file_in(named, "config.json") is not None
+            why = f"and this is another one: {named}" if is_there else f"which was not found: {named}"
         err.print(Text(f"The shares need the base model, {why}", "dim"))
 
 

@@ -45,7 +45,10 @@ def read_as_trained(
     if kind != "text":
         return data, options
     source = _read_tables(data, options, labeled, beside)
-    options = _columns(record, source.train[0].rows[0], labeled) | options
+    columns = _columns(record, source.train[0].rows[0], labeled)
+    if "text_column" in named:
+        columns.pop("pair_column", None)  # of a model of pairs, one text only
+    options = columns | options
     if len(options.get("label_column") or ()) > 1 and "label_separator" not in named:
         options.pop("label_separator", None)
     return source, options

@@ -56,6 +56,10 @@ def task_of_texts(source: Source, options: Options, head: Labels | None, tokeniz
     lines, more = texts.describe(labels, train)
     if others := other_label_columns(first.rows, options.label_columns(), label[0]):
         more.append(f"the labels could also be in {listed(others)} (--label-column)")
+    if head is not None and labels.names != head.names and not all(map(str.isdecimal, labels.names)):
+        more.append(
+            f"the classes of the model have no names: they are taken for {listed(labels.names)}, in this order"
+        )
     if words.OUTSIDE in labels.names and all(map(is_tag, labels.names)):
         more.append("the labels look like tags of words: --task words reads words and sentences")
     if not source.validation and options.validation_share:

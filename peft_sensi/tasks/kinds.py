@@ -102,7 +102,7 @@ def rows_for_prediction(
         sentences = [sentences_in(part, wanted, needs_tags=False) for part in parts]
         raw = [row for found in sentences for row in found]
         for part, found in zip(parts, sentences, strict=True):
-            has_lists = any(isinstance(cell, list) for cell in part.rows[0].values())
+            has_lists = any(isinstance(cell, list) for row in part.rows[:1] for cell in row.values())
             if has_lists and (without := len(part.rows) - len(found)):
                 notes.append(f"{part.name}: {counted(without, 'row')} without words, and so without a prediction")
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]

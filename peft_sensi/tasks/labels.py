@@ -119,9 +119,9 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
         found = f"{len(labels.names)} classes" if labels.names else "numbers"
         raise DataError(f"{data} has {found} as labels, but the model's head has {len(head) or 1} outputs.")
     if unnamed:
-        # What a model without names calls its classes, and what its predictions have.
-        if labels.names and all(name in usual_names(len(head)) for name in labels.names):
-            return Labels(usual_names(len(head)), labels.several, labels.separator)
+        usual = [f"LABEL_{i}" for i in range(len(head))]  # what Transformers, and so its predictions, call the classes
+        if labels.names and set(labels.names) <= set(usual):
+            return Labels(usual, labels.several, labels.separator)
         # Without "0", it is not known whether the numbers in the file start at 0 or at 1.
         whole = "0" in labels.names and all(name.isdecimal() and int(name) < len(head) for name in labels.names)
         if not whole and len(labels.names) != len(head):
@@ -134,11 +134,6 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
     if unknown and not (allow_unknown and len(unknown) < len(labels.names)):
         raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {listed(head)}.")
     return Labels(list(head), labels.several, labels.separator, tuple(unknown))
-
-
-def usual_names(count: int) -> list[str]:
-    """What Transformers calls the classes of a model without names."""
-    return [f"LABEL_{i}" for i in range(count)]
 
 
 def name_of(value: Any) -> str:

@@ -235,7 +235,7 @@ def longest_input(tokenizer: Any, config: Any) -> int:
         return longest
     try:
         with torch.device("meta"):
-            table = positions_of(AutoModel.from_config(copy.deepcopy(config)))
+            table = positions_of(AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False))
     except Exception:  # a model with code of its own, or without a class for texts alone
         table = None
     if table is not None:
