@@ -240,6 +240,8 @@ def test_export_writes_a_checked_file(adapter, work):
     found = json.loads(call("export", adapter, work / "out" / "model.onnx", "--json"))
     assert (work / "out" / "model.onnx").stat().st_size > 0 and found["file"]["difference"] < 1e-4
     assert found["opset"] == 17 and "input_ids" in found["inputs"]
+    companion = next(Path(each) for each in found["beside"] if each.endswith(".json"))
+    assert json.loads(companion.read_text())["model_class"] == "BertForSequenceClassification"
 
 
 def test_the_number_of_labels_is_read_off_the_head(work):
@@ -274,6 +276,10 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     assert "share in (0, 1]" in fails("plan", base, "--data", data, "--budget", "0")
     small = fails("plan", base, "--score", "magnitude", "--budget", "0.01")
     assert "too small" in small and "parameters. Give a larger --budget." in small
+    swept = fails("sweep", base, "--data", data, "--budgets", "0.01", "--out", tmp_path / "sweep")
+    assert re.search(r"needs [\d,]*\d parameters\. Give a larger --budgets\.", swept)
+    both = fails("plan", base, "--score", "magnitude", "--budget", "0.01", "--flops", "0.01")
+    assert re.search(r"needs [\d,]*\d parameters, [\d,]*\d FLOPs\. Give a larger --budget or --flops\.", both)
     assert "Give --data" in fails("plan", base)
     assert "There is no folder" in fails("plan", tmp_path / "no", "--score", "magnitude")
     assert "There is no file" in fails("plan", base, "--data", tmp_path / "no.tsv")

@@ -137,7 +137,7 @@ def export(
         tokenizer = load_tokenizer(saved, base, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         report = export_onnx(model, file, inputs=example_for(tokenizer, model), int8=int8, opset=opset)
-        companions = write_companions(saved, model.config, tokenizer, report)
+        companions = write_companions(saved, model, tokenizer, report)
     lines = [str(report), *(f"beside it: {path.name}" for path in companions)]
     print_result(json, asdict(report) | {"beside": [str(path) for path in companions]}, *lines)
 

@@ -111,9 +111,13 @@ def check_picture(path: Path | None) -> None:
 
 
 def check_budget(
-    anatomy: Any, limits: Mapping[str, Any] | None, latency: Iterable[Any] | None = None, **widths: Any
+    anatomy: Any,
+    limits: Mapping[str, Any] | None,
+    latency: Iterable[Any] | None = None,
+    option: str = "--budget",
+    **widths: Any,
 ) -> None:
-    """Raises `BudgetError` if not even the smallest plan fits the limits.
+    """Raises `BudgetError` if not even the smallest plan fits the limits. `option` is the one for parameters.
 
     `latency` are the tables, or their paths. Limits on latencies without a table are checked later, when this machine
     is measured. `widths` are arguments of `make_plan`.
@@ -130,12 +134,12 @@ def check_budget(
         return
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) + 0.5 for group in anatomy.groups}
-    with budget_advice(known):
+    with budget_advice(known, option):
         make_plan(anatomy, scores, known, latency=tables or None, **widths)
 
 
 @contextmanager
-def budget_advice(limits: Mapping[str, Any] | None) -> Iterator[None]:
+def budget_advice(limits: Mapping[str, Any] | None, option: str = "--budget") -> Iterator[None]:
     """In errors about these limits, replaces the advice for Python by the options of the command."""
     try:
         yield
@@ -150,7 +154,7 @@ def budget_advice(limits: Mapping[str, Any] | None) -> Iterator[None]:
         for name, words in (("params", "parameters"), ("flops", "FLOPs"), ("trainable", "trained values")):
             what = re.sub(rf"\b{name} >= (\d[\d,]*\d|\d)", rf"\1 {words}", what)
         what = re.sub(r"\b(decode_)?latency >= ", "a latency of ", what)
-        options = " or ".join(f"--{'budget' if name == 'params' else name.replace('_', '-')}" for name in limits)
+        options = " or ".join(option if name == "params" else f"--{name.replace('_', '-')}" for name in limits)
         raise BudgetError(f"{what} Give a larger {options}.") from None
 
 

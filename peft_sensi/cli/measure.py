@@ -37,7 +37,10 @@ def measure(
     ] = None,
     runtime: Annotated[Runtime | None, option("--runtime", "NAME", "torch or onnxruntime. Default: torch.")] = None,
     threads: Annotated[
-        int | None, option("--threads", "N", "Number of threads. Default: all that PyTorch uses.", min=1)
+        int | None,
+        option(
+            "--threads", "N", "Number of threads. Default: all that PyTorch uses, or one per core for graphs.", min=1
+        ),
     ] = None,
     decode: Annotated[
         bool, option("--decode", None, "Measure one decoding step with a cache, for --decode-latency.")

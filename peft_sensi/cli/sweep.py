@@ -110,7 +110,7 @@ def sweep(
     length = length_for(base, sequence_length)
     anatomy = build_anatomy(base)
     for limit in limits:  # shares and counts cannot be compared
-        check_budget(anatomy, {"params": limit})
+        check_budget(anatomy, {"params": limit}, option="--budgets")
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)
     if resume and (out_folder / SCORES).is_file():

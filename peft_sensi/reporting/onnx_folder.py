@@ -43,7 +43,7 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def write_companions(
-    saved: SavedAdapter | SavedMerged, config: Any, tokenizer: Any, report: ExportReport
+    saved: SavedAdapter | SavedMerged, model: Any, tokenizer: Any, report: ExportReport
 ) -> list[Path]:
     """Writes the tokenizer and `NAME.json` beside `NAME.onnx`. Returns the path of `NAME.json`, then the tokenizer's.
 
@@ -51,7 +51,7 @@ def write_companions(
     `max_length` in tokens, names of `inputs` and `outputs`, the name of the `int8` file, the model's class, and as
     `task` what the training has noted about the data.
     """
-    file = report.file.path
+    file, config = report.file.path, model.config
     record = dict(task_record(metrics_of(saved.folder)))
     task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
     names = config.id2label or {}
@@ -63,7 +63,7 @@ def write_companions(
         "made_by": MADE_BY,
         "version": _version(),
         "kind": _KINDS.get(task or ""),
-        "model_class": (config.architectures or [None])[0],
+        "model_class": type(_base_of(model)).__name__,
         "labels": labels if task == "TOKEN_CLS" or is_classifier else [],
         "problem_type": config.problem_type,
         "max_length": min(known, default=None),
@@ -125,7 +125,7 @@ def example_for(tokenizer: Any, model: Any) -> dict[str, Any] | None:
     GPT-2, for one, takes types without a number of them in its config, and computes something else without any.
     """
     name = "token_type_ids"
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = _base_of(model)
     is_taken = name in inspect.signature(model.forward).parameters
     if tokenizer is None or name not in tokenizer.model_input_names or not is_taken:
         return None
@@ -136,6 +136,10 @@ def example_for(tokenizer: Any, model: Any) -> dict[str, Any] | None:
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     return {"input_ids": ids, "attention_mask": mask, name: types}
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def load_tokenizer(saved: SavedAdapter | SavedMerged, base: str | None, folder: Path) -> Any:
