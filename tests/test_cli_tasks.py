@@ -193,7 +193,7 @@ def test_models_of_different_label_columns_are_not_compared(work, tmp_path):
 
 def test_several_labels_are_the_same_in_any_order(work, tmp_path):
     columns = [[["--label-column", name] for name in names] for names in ("ab", "ba")]
-    rows = [{"text": f"the {word} is good", "a": 1, "b": i % 2} for i, word in enumerate(WORDS)]
+    rows = [{"text": f"the {word} is good", "a": 1, "b": int(i % 5 > 0)} for i, word in enumerate(WORDS)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for i, options in enumerate(columns):
         given = ("--data", tmp_path / "rows.jsonl", *sum(options, []), "--budget", "0.9", "--lr", "3e-3")
@@ -201,7 +201,7 @@ def test_several_labels_are_the_same_in_any_order(work, tmp_path):
     given = ("--data", tmp_path / "rows.jsonl", *sum(columns[0], []))
     found = call("compare", tmp_path / "0", tmp_path / "1", *given)
     rights = [model["metrics"]["f1_micro"] for model in found["models"]]
-    assert found["difference"]["same"] > 0.3 and min(rights) > 0.6
+    assert found["difference"]["same"] > 0.9 and min(rights) > 0.8  # most rows have both labels, in both models
 
 
 def test_files_of_one_name_have_a_hash_each(work, tmp_path):

@@ -199,6 +199,12 @@ def positions_of(model: nn.Module) -> tuple[str, int] | None:
     return None
 
 
+def usual_length(model: nn.Module) -> int:
+    """The tokens of the sequences that are measured by default: 128, or as many as the table of positions has."""
+    table = positions_of(model)
+    return min(128, table[1]) if table else 128
+
+
 def is_shared(model: nn.Module, table: nn.Module) -> bool:
     """Whether another module, such as the output layer of a language model, uses the weight of this embedding too."""
     others = (module for module in map(base_of, model.modules()) if module is not table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,10 +74,10 @@ def stock_class(model: nn.Module) -> type[PreTrainedModel]:
     return cls
 
 
-def on_meta(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """A model of this class on the `meta` device, which needs no memory for weights."""
+def on_meta(make: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
+    """The model that a class or function makes of a config, on the `meta` device: without memory for weights."""
     with torch.device("meta"):
-        return cls(copy.deepcopy(config))
+        return make(copy.deepcopy(config))
 
 
 def find_widths(model: PreTrainedModel, stock: PreTrainedModel, within: frozenset[str] = frozenset()) -> Widths:

@@ -66,8 +66,9 @@ def command_advice() -> Iterator[None]:
 
 def takes_texts(model: Any) -> bool:
     """Whether the model, or the base of the adapter, takes token ids."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "input_ids" in signature(inner.forward).parameters
+    from ..tuner.wrapping import root_of
+
+    return "input_ids" in signature(root_of(model).forward).parameters
 
 
 def refuse_base(name: str, base: str | None) -> None:

@@ -145,18 +145,16 @@ def length_for(model: Any, given: int | None) -> int:
 
     Raises `SensiError` if the model does not take inputs of the given length.
     """
-    from ..anatomy.modules import positions_of
+    from ..anatomy.modules import positions_of, usual_length
     from ..scoring.calibration import image_tokens
 
     if (tokens := image_tokens(model)) is not None:
         args.refuse({"--sequence-length": given}, f"is about texts, and an image has {tokens} tokens here")
         return tokens
-    table = positions_of(model)
-    longest = None if table is None else table[1]
     if given is None:
-        return min(128, longest or 128)
-    if longest is not None and longest < given:
-        raise SensiError(f"The model takes at most {longest} tokens: give --sequence-length {longest} or less.")
+        return usual_length(model)
+    if (table := positions_of(model)) is not None and table[1] < given:
+        raise SensiError(f"The model takes at most {table[1]} tokens: give --sequence-length {table[1]} or less.")
     return given
 
 

@@ -150,15 +150,14 @@ def compare(
         if name == second and not any(map(is_adapter, (first, second))):
             refuse_base(f"each of {first} and {second}", base)
         own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
-        if task is not None and (own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names)):
+        task = task or own
+        if own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
-        labels = [[row.get("label") for row in each.train.raw] for each in (task or own, own)]
-        if labels[0] != labels[1]:
+        if [row.get("label") for row in own.train.raw] != [row.get("label") for row in task.train.raw]:
             raise SensiError(
                 f"{first} and {second} were trained on different columns of labels: say with --label-column which one "
                 f"of them both are compared on."
             )
-        task = task or own
         with step(f"predicting with {name}", show=not json):
             outputs.append(predictor.outputs(own.train, batch_size))
         measured.append((own, own.measure(outputs[-1], own.train, None)))

@@ -100,16 +100,14 @@ class _Widths:
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def __init__(self, config, *args, **kwargs):
-        # Some classes build the base model in them by its config. With our class, or this file's name in it,
-        # Transformers would not know it, or ask the user again.
-        own, auto_map = type(config), vars(config).pop("auto_map", None)
-        config.__class__ = {config} if own is Sensi{config} else own
+        # Some classes build the base model in them by the class of the config. Transformers does not know ours, and
+        # would ask the user again whether to run this file.
+        own = type(config)
+        config.__class__ = {config}
         try:
             super().__init__(config, *args, **kwargs)
         finally:
             config.__class__ = own
-            if auto_map is not None:
-                config.auto_map = auto_map
         record = _record(config, type(self).__name__.removeprefix("Sensi"))
         if hasattr(config, "peft_sensi"):
             self.config.peft_sensi = record

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.modules import positions_of, unwrapped
+from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError, how_to_install
 from ..utils.files import new_folder, writing
 from .onnx_graph import move_graph, open_session, pack, parts, quantize
@@ -217,7 +217,7 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = root_of(model)
     options: dict[str, Any] = {"return_dict": True}
     if "use_cache" in inspect.signature(inner.forward).parameters:
         options["use_cache"] = False

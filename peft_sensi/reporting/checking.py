@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from ..merging.hashes import HASH_KEY
 from ..merging.load import load_merged
 from ..planning.measuring import example_inputs
+from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
@@ -135,8 +136,7 @@ def _missing_base(saved: SavedAdapter, base: str | None) -> str | None:
 
 def _outputs(model: Any) -> Finding:
     try:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        batch = example_inputs(inner, 2, 8)
+        batch = example_inputs(root_of(model), 2, 8)
         with torch.no_grad():
             outputs = model(**batch, return_dict=True)
     except Exception as error:  # a model can raise anything for a batch that it does not take

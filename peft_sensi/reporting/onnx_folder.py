@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from ..merging.onnx import ExportReport
+from ..tuner.wrapping import root_of
 from ..utils.checks import is_count, is_regressor
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
@@ -63,7 +63,7 @@ def write_companions(
         "made_by": MADE_BY,
         "version": _version(),
         "kind": _KINDS.get(task or ""),
-        "model_class": type(_base_of(model)).__name__,
+        "model_class": type(root_of(model)).__name__,
         "labels": labels if task == "TOKEN_CLS" or is_classifier else [],
         "problem_type": config.problem_type,
         "max_length": min(known, default=None),
@@ -125,21 +125,17 @@ def example_for(tokenizer: Any, model: Any) -> dict[str, Any] | None:
     GPT-2, for one, takes types without a number of them in its config, and computes something else without any.
     """
     name = "token_type_ids"
-    model = _base_of(model)
-    is_taken = name in inspect.signature(model.forward).parameters
+    root: Any = root_of(model)
+    is_taken = name in inspect.signature(root.forward).parameters
     if tokenizer is None or name not in tokenizer.model_input_names or not is_taken:
         return None
-    if getattr(model.config.get_text_config(), "type_vocab_size", None) is not None:
+    if getattr(root.config.get_text_config(), "type_vocab_size", None) is not None:
         return None
     ids = torch.arange(8).repeat(2, 1) % len(tokenizer)
     types = torch.tensor([[0] * 4 + [1] * 4, [0] * 8])
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     return {"input_ids": ids, "attention_mask": mask, name: types}
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def load_tokenizer(saved: SavedAdapter | SavedMerged, base: str | None, folder: Path) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -225,17 +225,16 @@ def longest_input(tokenizer: Any, config: Any) -> int:
     A model with a table of positions takes no more tokens than that has rows. Not every tokenizer knows this number,
     and some have a larger one, of the model that they were made for.
     """
-    import torch
     from transformers import AutoModel, PretrainedConfig
 
     from ..anatomy.modules import positions_of
+    from ..anatomy.widths import on_meta
 
     longest = tokenizer.model_max_length
     if not isinstance(config, PretrainedConfig):  # of an ONNX file, beside which the number is written down
         return longest
     try:
-        with torch.device("meta"):
-            table = positions_of(AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False))
+        table = positions_of(on_meta(partial(AutoModel.from_config, trust_remote_code=False), config))
     except Exception:  # a model with code of its own, or without a class for texts alone
         table = None
     if table is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..anatomy.latency import LatencyTable, check_records
-from ..anatomy.modules import positions_of
+from ..anatomy.modules import usual_length
 from ..planning.budget import TIMES, allowance
 from ..planning.costs import costs_of, kept_counts, tables_by_limit
 from ..planning.measuring import measure_torch
@@ -72,11 +72,10 @@ def measure_missing(model: nn.Module, config: Any) -> None:
             )
         table = None
         if distributed.rank() == 0:
-            positions = positions_of(model)
             table = measure_torch(
                 model,
                 batch_size=1,
-                sequence_length=config.sequence_length or min(128, positions[1] if positions else 128),
+                sequence_length=config.sequence_length or usual_length(model),
                 decode=name == "decode_latency",
                 blocks=config.layouts(),
             )
