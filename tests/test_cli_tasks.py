@@ -177,6 +177,22 @@ def test_rows_without_words_are_named(work, tmp_path):
     assert "1 row without words, and so without a prediction" in " ".join(result.output.split())
     rows = [json.loads(line) for line in (tmp_path / "tags.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == [1, 3]
+    (tmp_path / "new.jsonl").write_text('{"tokens": ["ann"], "tags": ["B-person"]}\n{"tokens": [], "tags": []}')
+    result = run("evaluate", tmp_path / "out", tmp_path / "new.jsonl")
+    assert "1 row without words, left out" in " ".join(result.output.split())
+
+
+def test_a_separator_for_a_model_of_one_label_is_refused(work, tmp_path):
+    """It was ignored, and the metrics were those of other labels than the user meant."""
+    rows = [{"text": f"the {word} is good", "label": str(i % 2)} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tmp_path / "rows.jsonl"
+    call("train", work / "base", "--data", data, "--budget", "0.7", *SHORT, "--out", tmp_path / "out")
+    for arguments in (
+        ("evaluate", tmp_path / "out", data),
+        ("compare", tmp_path / "out", tmp_path / "out", "--data", data),
+    ):
+        assert "leave out --label-separator" in fails(*arguments, "--label-separator", "|")
 
 
 def test_models_of_different_label_columns_are_not_compared(work, tmp_path):

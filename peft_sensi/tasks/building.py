@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..utils.formatting import counted
 from . import answers, texts, words
 from .columns import label_columns, other_label_columns, text_columns
 from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
@@ -102,6 +103,8 @@ def _labels_for(
     values = [row["label"] for row in raw]
     if head.several:
         return order_of_head(find_several(values, options.label_separator), head.names, name, options.allow_unknown)
+    if options.label_separator is not None:
+        raise DataError("The model predicts one label for each row: leave out --label-separator.")
     if lists := [value for value in values if isinstance(value, list | tuple)]:
         raise DataError(f"{name}: the labels are lists, such as {lists[0]!r:.60}, and the model predicts one label.")
     if head.regression or options.regression:
@@ -125,12 +128,18 @@ def _count(rows: Rows, held: Rows, what: str) -> str:
 
 
 def sentences_in(part: Part, options: Options, needs_tags: bool = True) -> list[dict[str, Any]]:
-    """The raw rows of sentences (see `Rows`). Without `needs_tags`, they may have no tags."""
+    """The raw rows of sentences (see `Rows`). Without `needs_tags`, they may have no tags. Rows without words are left
+    out, which the part's notes say."""
     if part.form == "words":
         return part.rows
     only_tables([part], "words")
     label = options.label_columns()
-    return words.to_raw(part.name, part.rows, options.text_column, label[0] if label else None, needs_tags)
+    found = words.to_raw(part.name, part.rows, options.text_column, label[0] if label else None, needs_tags)
+    has_lists = any(isinstance(cell, list) for cell in part.rows[0].values())  # not one word in each row
+    if has_lists and (without := len(part.rows) - len(found)):
+        what = "left out" if needs_tags else "and so without a prediction"
+        part.notes.append(f"{part.name}: {counted(without, 'row')} without words, {what}")
+    return found
 
 
 def task_of_words(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:

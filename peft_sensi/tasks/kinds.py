@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..utils.formatting import counted
 from . import answers, texts, words
 from .building import (
     check_columns,
@@ -66,10 +65,14 @@ def read_task(
     limit = min(wanted.max_length or KINDS[kind][2], tokenizer.model_max_length)
     read = {"text": task_of_texts, "words": task_of_words, "answers": task_of_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
-    notes = [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
-    task.doubts[:0] = [*notes, *token_doubts(task.train, tokenizer)]
+    task.doubts[:0] = [*notes_of(source), *token_doubts(task.train, tokenizer)]
     task.hashes = {part.name: part.sha256 for part in (*source.train, *source.validation)}
     return task
+
+
+def notes_of(source: Source) -> list[str]:
+    """What was said about the source and its parts while they were read. Call it after all rows are made."""
+    return [*source.notes, *(note for part in (*source.train, *source.validation) for note in part.notes)]
 
 
 def rows_for_prediction(
@@ -89,7 +92,6 @@ def rows_for_prediction(
     limit = min(max_length or KINDS[kind][2], tokenizer.model_max_length)
     source = _source_of(data, kind, wanted, labeled=False)
     parts = source.train
-    notes = [*source.notes, *(note for part in parts for note in part.notes)]
     if kind == "text":
         only_tables(parts, kind)
         columns, doubts = text_columns(parts[0].name, parts[0].rows, [], wanted.text_column, wanted.pair_column)
@@ -97,18 +99,17 @@ def rows_for_prediction(
             check_columns(part, columns)
         raw = [row for part in parts for row in texts.to_raw(part.name, part.rows, columns, [], wanted)[0]]
         rows, longest, cut = texts.encode(parts[0].name, raw, None, tokenizer, limit)
-        return rows, [f"text in {' + '.join(columns)}, {size_line(raw, longest, cut, limit)}"], [*notes, *doubts]
+        return (
+            rows,
+            [f"text in {' + '.join(columns)}, {size_line(raw, longest, cut, limit)}"],
+            [*notes_of(source), *doubts],
+        )
     if kind == "words":
-        sentences = [sentences_in(part, wanted, needs_tags=False) for part in parts]
-        raw = [row for found in sentences for row in found]
-        for part, found in zip(parts, sentences, strict=True):
-            has_lists = any(isinstance(cell, list) for row in part.rows[:1] for cell in row.values())
-            if has_lists and (without := len(part.rows) - len(found)):
-                notes.append(f"{part.name}: {counted(without, 'row')} without words, and so without a prediction")
+        raw = [row for part in parts for row in sentences_in(part, wanted, needs_tags=False)]
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
-        return words.encode(raw, None, tokenizer, limit)[0], lines, notes
+        return words.encode(raw, None, tokenizer, limit)[0], lines, notes_of(source)
     raw = [row for part in parts for row in questions_in(part, labeled=False)]
-    return answers.encode(raw, tokenizer, limit, stride_of(wanted, limit))[0], [], notes
+    return answers.encode(raw, tokenizer, limit, stride_of(wanted, limit))[0], [], notes_of(source)
 
 
 def decode(
