@@ -404,6 +404,8 @@ def test_whole_numbers_can_be_amounts(work):
 
 def test_labels_and_columns_are_found_where_there_is_no_doubt():
     assert find_labels(["10", "2", "2"]).names == ["2", "10"]
+    codes = [f"{zero}{n}" for n in range(1, 10) for zero in ("0", "")]  # equal numbers, in an order of their own
+    assert find_labels(codes[::-1]).names == codes
     assert find_labels(["3.5", "2"]).regression and not find_labels(["a", "2"]).regression
     rows = [{"idx": "1", "premise": "a", "hypothesis": "b", "label": "0"}]
     assert label_columns("f", rows, []) == ["label"] and label_columns("f", rows, ["idx"]) == ["idx"]

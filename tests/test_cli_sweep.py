@@ -75,6 +75,10 @@ def test_an_interrupted_sweep_keeps_what_is_finished(work, tmp_path, monkeypatch
     assert "--resume" in interrupted(monkeypatch, 6, *half)  # a training has 4 steps
     assert "--resume" in fails(*half)
     assert "--seed was not given, and is 3 now" in fails(*half, "--resume", "--seed", "3")
+    rows = (work / "data.tsv").read_text()
+    (work / "data.tsv").write_text(rows + rows.splitlines()[1] + "\n")
+    assert "data.tsv has changed since the training began" in fails(*half, "--resume")
+    (work / "data.tsv").write_text(rows)
     first = (tmp_path / "half" / "0.8" / "adapter_model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(train, "compute_scores", None)  # would fail
     metrics = tmp_path / "half" / "0.8" / "metrics.json"

@@ -529,6 +529,47 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, wo
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
 
 
+def test_a_signal_while_the_adapter_is_saved_loses_nothing(work, tmp_path, monkeypatch):
+    """All steps were trained, and the command ended without an adapter and without a checkpoint."""
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT)
+    call(*train, "--out", tmp_path / "whole")
+    save = Trainer.save_model
+
+    def save_and_signal(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, *arguments, **options)
+
+    half = (*train, "--out", tmp_path / "half")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_model", save_and_signal)
+        assert "the same command with --resume goes on" in fails(*half, status=143)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", None)  # nothing is trained again
+        call(*half, "--resume")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "half")
+
+
+def test_a_resumed_training_needs_the_same_data(work, tmp_path, monkeypatch):
+    """After a class was renamed, the head's classes were in another order: the accuracy was 0, without a word."""
+    data = tmp_path / "texts.csv"
+    lines = (work / "texts.csv").read_text()
+    data.write_text(lines)
+    half = ("train", work / "base", "--data", data, "--budget", "0.7", *SHORT, "--out", tmp_path / "half")
+    interrupted(monkeypatch, 3, *half)
+    data.write_text(lines + lines.splitlines()[1] + "\n")
+    assert "texts.csv has changed since the training began" in fails(*half, "--resume")
+    state = json.loads((tmp_path / "half" / "unfinished.json").read_text())
+    (tmp_path / "half" / "unfinished.json").write_text(json.dumps(state | {"data_sha256": {}}))
+    assert "has changed" in fails(*half, "--resume")
+    del state["data_sha256"]  # as of a data set without hashes
+    (tmp_path / "half" / "unfinished.json").write_text(json.dumps(state | {"classes": ["no", "other"]}))
+    assert "same classes, but they were no, other" in fails(*half, "--resume")
+    data.write_text(lines)
+    del state["classes"]  # as of an older version
+    (tmp_path / "half" / "unfinished.json").write_text(json.dumps(state))
+    call(*half, "--resume")
+
+
 def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
     call("train", work / "base", "--data", work / "texts.csv", "--budget", "1", *SHORT, "--out", tmp_path / "a")
     trim = ("trim", tmp_path / "a", "--data", work / "texts.csv", "--budget", "0.5", "--heal-epochs", "2",

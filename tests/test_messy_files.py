@@ -368,3 +368,10 @@ def test_rows_with_empty_texts_get_a_prediction_each(columns, tmp_path):
     assert [row["text"] for row in part.rows] == ["a film", "", "bad"] and not part.notes
     assert len(part.rows) == len(pandas.read_csv(tmp_path / "f.csv"))
     assert [row["text"] for row in read_part(tmp_path / "f.csv", "text", Options()).rows] == ["a film", "bad"]
+
+
+def test_a_text_that_is_the_name_of_the_only_column_is_a_row(tmp_path):
+    """The rows of the predictions were fewer than those of the file."""
+    (tmp_path / "f.csv").write_text("text\na film\ntext\nbad\n")
+    part = read_part(tmp_path / "f.csv", "text", Options(), labeled=False)
+    assert [row["text"] for row in part.rows] == ["a film", "text", "bad"] and not part.notes

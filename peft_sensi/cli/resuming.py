@@ -10,19 +10,24 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..tasks.labels import listed
 from ..utils.checks import is_count
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from ..utils.places import UNFINISHED
 
 
+if TYPE_CHECKING:
+    from ..tasks.task import Task
+
+
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint of Trainer
 # Types in the state of a training, see `run.Run`.
 _STATE: dict[str, Any] = {
     "options": dict, "stage": str, "steps": int | None, "seconds": float, "preparation": float, "before": dict,
-    "trimmed": dict, "finished": list,
+    "trimmed": dict, "finished": list, "data_sha256": dict, "classes": list,
 }  # fmt: skip
 
 
@@ -81,6 +86,25 @@ def check_same_options(state: Mapping[str, Any], options: Mapping[str, Any]) -> 
             "not given" if value in (None, False, []) else repr(value) for value in (before.get(name), now[name])
         )
         raise SensiError(f"--resume goes on with the same options, but {name} was {was}, and is {is_now} now.")
+
+
+def note_data(state: dict[str, Any], task: Task) -> None:
+    """Adds the hashes of the data files and the names of the classes to the state of a training.
+
+    Raises `SensiError` if what was interrupted has read other data: its head would have other classes, in silence.
+    """
+    before = state.get("data_sha256", task.hashes)
+    if changed := [file for file in {**before, **task.hashes} if before.get(file) != task.hashes.get(file)]:
+        raise SensiError(
+            f"--resume goes on with the same data, but {changed[0]} has changed since the training began. Start again "
+            f"with --overwrite."
+        )
+    if (classes := state.get("classes", task.labels.names)) != task.labels.names:
+        raise SensiError(
+            f"--resume goes on with the same classes, but they were {listed(classes)}, and the data now has "
+            f"{listed(task.labels.names)}. Start again with --overwrite."
+        )
+    state |= {"data_sha256": task.hashes, "classes": task.labels.names}
 
 
 def saved_training(folder: Path, state: Mapping[str, Any]) -> str | None:

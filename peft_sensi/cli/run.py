@@ -162,8 +162,25 @@ class Run:
         start = time.perf_counter()
         stop = StopAfterStep(self.note_state)
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
+        with handling([signal.SIGINT, *ENDING], stop.request):  # until all is saved
+            self._fit(trainer, stop, checkpoint)
+            self.seconds += time.perf_counter() - start
+            if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+                raise SensiError(
+                    "The training ended in values that are not finite, and the adapter was not saved: try a smaller "
+                    "--lr."
+                )
+            self.note_state()  # from here on, the folder's adapter may be of this stage
+            self.save(trainer)  # before anything else can go wrong
+            self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
+            self.note_state()  # what comes now can be interrupted, too
+            stop.after_save()
+
+    def _fit(self, trainer: Trainer, stop: StopAfterStep, checkpoint: Path | None) -> None:
+        """Trains from the checkpoint, if there is one."""
+        start = time.perf_counter()
         try:
-            with handling([signal.SIGINT, *ENDING], stop.request), self.saving():
+            with self.saving():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:  # what was trained until now counts after `--resume`, too
             if last_checkpoint(self.folder) is not None:
@@ -177,15 +194,6 @@ class Run:
                 f"{checkpoint} cannot be resumed: it may be damaged ({' '.join(str(error).split()):.200}). Delete it, "
                 f"and --resume goes on from an older one if there is one. Or start again with --overwrite."
             ) from error
-        self.seconds += time.perf_counter() - start
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
-            raise SensiError(
-                "The training ended in values that are not finite, and the adapter was not saved: try a smaller --lr."
-            )
-        self.note_state()  # from here on, the folder's adapter may be of this stage
-        self.save(trainer)  # before anything else can go wrong
-        self.state |= {"steps": trainer.state.global_step, "seconds": self.seconds}
-        self.note_state()  # what comes now can be interrupted, too
 
     def note_state(self) -> None:
         """Writes down what was done, for `--resume`."""

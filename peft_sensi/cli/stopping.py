@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a training after the running step, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGHUP end a training with a checkpoint after the running step, or after its last save."""
 
 from __future__ import annotations
 
@@ -44,10 +44,7 @@ class StopAfterStep(TrainerCallback):
         self.has_begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.all_stop = self.signal is not None
-        if (processes := PartialState()).num_processes > 1:
-            self.all_stop = bool(reduce(torch.tensor([float(self.all_stop)], device=processes.device)).item())
-        if self.all_stop:
+        if self._is_requested():
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -56,5 +53,19 @@ class StopAfterStep(TrainerCallback):
         if self.all_stop:
             if state.is_world_process_zero:
                 err.print(f"saved step {state.global_step} of {state.max_steps}")
-            PartialState().wait_for_everyone()  # a launcher ends all processes if one ends
-            stop_at_once(self.signal or signal.SIGINT)
+            self._stop()
+
+    def after_save(self) -> None:
+        """Ends the command if a signal came after the last step. What was trained must have been saved."""
+        if self._is_requested():
+            self._stop()
+
+    def _is_requested(self) -> bool:
+        self.all_stop = self.signal is not None
+        if (processes := PartialState()).num_processes > 1:
+            self.all_stop = bool(reduce(torch.tensor([float(self.all_stop)], device=processes.device)).item())
+        return self.all_stop
+
+    def _stop(self) -> None:
+        PartialState().wait_for_everyone()  # a launcher ends all processes if one ends
+        stop_at_once(self.signal or signal.SIGINT)

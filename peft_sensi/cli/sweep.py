@@ -81,7 +81,7 @@ def sweep(
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
     from ..tasks.weights import weighted_model_loss
-    from .resuming import check_same_options, read_state, resumed_state
+    from .resuming import check_same_options, note_data, read_state, resumed_state
     from .run import Training, check_training, write_record
     from .train import save_scores, score_for, train_for
 
@@ -113,6 +113,7 @@ def sweep(
         check_budget(anatomy, {"params": limit}, option="--budgets")
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)
+    note_data(state, task)
     if resume and (out_folder / SCORES).is_file():
         ranking = Scores.load(out_folder / SCORES)
     else:

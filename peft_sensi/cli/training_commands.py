@@ -83,7 +83,7 @@ def train(
     Ctrl-C, SIGTERM and a closed terminal (SIGHUP) leave a checkpoint, from which --resume goes on.
     """
     from ..scoring.scores import Scores
-    from .resuming import resumed_state
+    from .resuming import note_data, resumed_state
     from .run import Training, check_training
     from .train import train_for
 
@@ -123,6 +123,7 @@ def train(
     ranking = None if scores is None else Scores.load(scores)
     base, task = load_base(model, data, seed=seed, **task_options(reading))
     check_training(task, training)
+    note_data(state, task)
     result = train_for(
         base, task, out_folder, training, limits=limits, late=late, thorough=thorough, latency=latency_tables,
         recipe=recipe.value if recipe else None, score=(score or args.FISHER).value, scores=ranking, state=state,
@@ -177,7 +178,7 @@ def trim(
     from ..tasks.labels import labels_of_head
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS, agree_on_padding
-    from .resuming import resumed_state, saved_training
+    from .resuming import note_data, resumed_state, saved_training
     from .run import Training, check_training
     from .train import trim_for
 
@@ -220,6 +221,7 @@ def trim(
     )  # fmt: skip
     training = Training(heal_epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights)
     check_training(task, training)
+    note_data(state, task)
     with step("loading the model"):
         if resume:
             saved = open_adapter(str(saved_training(out_folder, state)))

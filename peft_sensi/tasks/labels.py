@@ -97,8 +97,8 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
         for value in values:
             finite(value)
         return Labels([])
-    # Numbers are sorted as numbers: 2 comes before 10.
-    return Labels(sorted(names, key=float if whole else None))
+    # Numbers are sorted as numbers: 2 comes before 10. "01" and "1" are two names of one number.
+    return Labels(sorted(names, key=(lambda name: (float(name), name)) if whole else None))
 
 
 def find_several(values: Sequence[Any], separator: str | None) -> Labels:

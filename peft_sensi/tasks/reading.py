@@ -118,7 +118,7 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     for line, cells in lines:
         heights.append(line - before)
         before = line
-        if [cell.strip() for cell in cells] == names:
+        if [cell.strip() for cell in cells] == names and not (as_is and len(names) == 1):  # the latter may be a text
             repeated += 1
         elif not any(cell.strip() for cell in cells) and not (as_is and len(cells) == len(names)):
             empty.append(line)
