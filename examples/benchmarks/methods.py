@@ -168,7 +168,7 @@ SYSTEMS: dict[str, Method] = {
     "far(0.1)": Method(sensi(recipes.far, retention=0.1, training_steps=lambda run: run.steps), 1.5e-4, "far, random"),
     "far, random": Method(sensi(recipes.far, retention=0.1, score="random"), 1.5e-4),
     "learners(64)": Method(
-        sensi(recipes.learners, priming_epochs=lambda run: run.epochs / 2), 1e-4, "learners, no priming"
+        sensi(recipes.learners, priming_epochs=lambda run: run.epochs / 2), 3e-4, "learners, no priming"
     ),
     "learners, no priming": Method(sensi(recipes.learners, priming_epochs=0), 3e-4),
     "dsee(16, 128)": Method(sensi(recipes.dsee, data=False), 1e-3, "dsee, random support"),
