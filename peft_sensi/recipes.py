@@ -90,6 +90,9 @@ def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiC
 
     For the first `priming_epochs` epochs attention is trained too. It is then frozen at its trained values, and only
     the low-rank terms of rank `rank`, all biases and the norms are trained on. Everything can be merged.
+
+    Give `calibration` batches where the labels are very uneven, such as tags of words: the head then starts at their
+    frequencies. Otherwise the first phase may learn these and nothing else.
     """
     also_train = ["biases", "norms"]
     if not priming_epochs:
