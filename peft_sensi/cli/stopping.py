@@ -44,7 +44,7 @@ class StopAfterStep(TrainerCallback):
         self.has_begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self._is_requested():
+        if self._must_stop():
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -57,10 +57,11 @@ class StopAfterStep(TrainerCallback):
 
     def after_save(self) -> None:
         """Ends the command if a signal came after the last step. What was trained must have been saved."""
-        if self._is_requested():
+        if self._must_stop():
             self._stop()
 
-    def _is_requested(self) -> bool:
+    def _must_stop(self) -> bool:
+        """Whether a process got a signal. All of them must ask."""
         self.all_stop = self.signal is not None
         if (processes := PartialState()).num_processes > 1:
             self.all_stop = bool(reduce(torch.tensor([float(self.all_stop)], device=processes.device)).item())

@@ -229,7 +229,7 @@ def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -
     Built.__module__ = cls.__module__  # and does not convert published names for classes from elsewhere
     folder, state = found.path, found.state
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-    dtype = max(floating, key=floating.count, default=torch.float32)  # the first of those that are equally many
+    dtype = max(dict.fromkeys(floating), key=floating.count, default=torch.float32)  # of equally many, the first
     # Copies: a model whose tensors are still mapped from the file would change, or the process end, if somebody writes
     # over this file.
     # Copies of one name each: Transformers may not tie parameters if it is given a value for each.

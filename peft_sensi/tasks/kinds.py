@@ -99,11 +99,8 @@ def rows_for_prediction(
             check_columns(part, columns)
         raw = [row for part in parts for row in texts.to_raw(part.name, part.rows, columns, [], wanted)[0]]
         rows, longest, cut = texts.encode(parts[0].name, raw, None, tokenizer, limit)
-        return (
-            rows,
-            [f"text in {' + '.join(columns)}, {size_line(raw, longest, cut, limit)}"],
-            [*notes_of(source), *doubts],
-        )
+        line = f"text in {' + '.join(columns)}, {size_line(raw, longest, cut, limit)}"
+        return rows, [line], [*notes_of(source), *doubts]
     if kind == "words":
         raw = [row for part in parts for row in sentences_in(part, wanted, needs_tags=False)]
         lines = [f"{len(raw):,} sentences, {sum(len(row['tokens']) for row in raw):,} words"]
