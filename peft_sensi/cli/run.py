@@ -159,12 +159,10 @@ class Run:
         self.state |= {"stage": stage, "steps": None, "seconds": self.seconds}
         if not has_earlier_stage:  # otherwise `--resume` starts after that stage, until this one has a checkpoint
             self.note_state()
-        start = time.perf_counter()
         stop = StopAfterStep(self.note_state)
         trainer = self.trainer(epochs, [*(callbacks or []), stop])
         with handling([signal.SIGINT, *ENDING], stop.request):  # until all is saved
             self._fit(trainer, stop, checkpoint)
-            self.seconds += time.perf_counter() - start
             if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
                 raise SensiError(
                     "The training ended in values that are not finite, and the adapter was not saved: try a smaller "
@@ -177,7 +175,7 @@ class Run:
             stop.after_save()
 
     def _fit(self, trainer: Trainer, stop: StopAfterStep, checkpoint: Path | None) -> None:
-        """Trains from the checkpoint, if there is one."""
+        """Trains from the checkpoint, if there is one, and counts the seconds."""
         start = time.perf_counter()
         try:
             with self.saving():
@@ -194,6 +192,7 @@ class Run:
                 f"{checkpoint} cannot be resumed: it may be damaged ({' '.join(str(error).split()):.200}). Delete it, "
                 f"and --resume goes on from an older one if there is one. Or start again with --overwrite."
             ) from error
+        self.seconds += time.perf_counter() - start
 
     def note_state(self) -> None:
         """Writes down what was done, for `--resume`."""

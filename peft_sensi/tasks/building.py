@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..utils.formatting import counted
 from . import answers, texts, words
 from .columns import label_columns, other_label_columns, text_columns
 from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
@@ -128,18 +127,13 @@ def _count(rows: Rows, held: Rows, what: str) -> str:
 
 
 def sentences_in(part: Part, options: Options, needs_tags: bool = True) -> list[dict[str, Any]]:
-    """The raw rows of sentences (see `Rows`). Without `needs_tags`, they may have no tags. Rows without words are left
-    out, which the part's notes say."""
+    """The raw rows of sentences (see `Rows`). Without `needs_tags`, they may have no tags."""
     if part.form == "words":
         return part.rows
     only_tables([part], "words")
     label = options.label_columns()
-    found = words.to_raw(part.name, part.rows, options.text_column, label[0] if label else None, needs_tags)
-    has_lists = any(isinstance(cell, list) for cell in part.rows[0].values())  # not one word in each row
-    if has_lists and (without := len(part.rows) - len(found)):
-        what = "left out" if needs_tags else "and so without a prediction"
-        part.notes.append(f"{part.name}: {counted(without, 'row')} without words, {what}")
-    return found
+    column = label[0] if label else None
+    return words.to_raw(part.name, part.rows, options.text_column, column, needs_tags, part.notes)
 
 
 def task_of_words(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:

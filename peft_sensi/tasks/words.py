@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
+from ..utils.formatting import counted
 from . import metrics
 from .columns import check_known
 from .decoding import read_text
@@ -124,11 +125,17 @@ def column_numbers(text: str | None, label: str | None) -> tuple[int, int]:
 
 
 def to_raw(
-    name: Any, rows: Sequence[dict[str, Any]], text: str | None, label: str | None, needs_tags: bool = True
+    name: Any,
+    rows: Sequence[dict[str, Any]],
+    text: str | None,
+    label: str | None,
+    needs_tags: bool = True,
+    notes: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Sentences from a table with a list of words and, if tags are needed, a list of tags in each row.
 
-    A table with one word in each row has a column for the sentence (see `in_sentences`).
+    A table with one word in each row has a column for the sentence (see `in_sentences`). Rows without words are left
+    out, and a note about them is added to `notes`.
     """
     names = list(rows[0])
     check_known(name, names, [text] if text else [], "--text-column")
@@ -160,6 +167,9 @@ def to_raw(
             found.append({"row": number, "tokens": tokens, **tagged})
     if not found:
         raise DataError(f"{name} has no sentences.")
+    if notes is not None and (without := len(rows) - len(found)):
+        what = "left out" if needs_tags else "and so without a prediction"
+        notes.append(f"{name}: {counted(without, 'row')} without words, {what}")
     return found
 
 
