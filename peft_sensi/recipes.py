@@ -1,4 +1,4 @@
-"""Five published systems as configurations of this method.
+"""Six recipes: five published systems (one paper has two) as configurations of this method.
 
 Every function returns a [`SensiConfig`] and passes further keyword arguments on to it (`calibration=`, `task_type=`,
 ...). A recipe whose training has phases sets `schedule`: give [`SensiCallback`] to `Trainer`, or step a [`Schedule`].
@@ -93,6 +93,10 @@ def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiC
 
     Give `calibration` batches where the labels are very uneven, such as tags of words: the head then starts at their
     frequencies. Otherwise the first phase may learn these and nothing else.
+
+    Args:
+        rank: Rank of the low-rank terms.
+        priming_epochs: Number of epochs in which attention is trained too, which may be a fraction; 0 for none.
     """
     also_train = ["biases", "norms"]
     if not priming_epochs:
@@ -124,6 +128,9 @@ def dsee(
         sparsity: Share of the weights, or of the FLOPs for a structured mask, that is removed.
         support: How the positions of `S2` are chosen, as in [`SensiConfig`].
         draw_at: Share of the training after which the weights or units are removed.
+
+    Raises:
+        SensiError: If only one of `mask` and `sparsity` is given, or if `mask` has another value.
     """
     if (mask is None) != (sparsity is None):
         raise SensiError("`mask` and `sparsity` belong together: give both or none.")
@@ -163,8 +170,10 @@ def l0_close(
 def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:
     """Binary masks over frozen weights (arXiv 2004.14129): only the mask and the task head are trained.
 
-    The mask removes the share `sparsity` of each matrix's weights. `model.compress("bits")` stores it as
-    one bit for each weight.
+    `model.compress("bits")` stores the mask as one bit for each weight.
+
+    Args:
+        sparsity: Share in [0, 1) of each matrix's weights that the mask removes.
     """
     return _config(granularity="weight", update="mask", sparsity=sparsity, **kwargs)
 

@@ -191,17 +191,19 @@ def test_the_page_on_latency_has_the_tables_of_the_committed_results(grid):
         assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in page
 
 
-@pytest.mark.parametrize("name", ["quality", "systems", "learn_first", "learn_first_means"])
+@pytest.mark.parametrize("name", ["quality", "systems", "learn_first_shares", "learn_first_means", "learn_first_rows"])
 def test_the_documentation_has_the_table_of_the_committed_results(grid, name):
     import methods
     import tables
 
-    results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / name.removesuffix("_means"))
+    folder = "learn_first" if name.startswith("learn_first") else name
+    results = tables.read_results(ROOT / "examples" / "benchmarks" / "results" / folder)
     page = ROOT / "docs" / ("results-systems.md" if name == "systems" else "quality.md")
     table = {
         "quality": tables.quality_table,
         "systems": lambda found: tables.systems_table(found, methods.SYSTEMS),
-        "learn_first": tables.ways_table,
+        "learn_first_rows": tables.ways_table,
+        "learn_first_shares": tables.shares_table,
         "learn_first_means": tables.ways_summary,
     }[name](results)
     assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in page.read_text()
@@ -370,9 +372,12 @@ def test_the_means_of_a_way_are_paired_by_seed_and_need_three(grid):
         *runs("c", "wnut17", "late to 0.5", 0.1, 0.1, 0.1),
     ]
     header, _, row = tables.ways_summary(results).splitlines()
-    assert cells(header) == ["way", "easy tasks, dev", "easy tasks, held-out"]
+    assert cells(header) == ["way", "trec6 + sst2 + wnut17, dev", "trec6 + sst2 + wnut17, held-out"]
     # 90 % without an error, and 100, 110 and 120 % with a standard error of 5.77 points.
     assert cells(row) == ["late to 0.5", *["100.0% ± 2.9% (2)"] * 2]
+    header, _, *rows = tables.shares_table(results).splitlines()
+    assert cells(header) == ["model", "way", "trec6 / sst2 / wnut17 at 50%"]
+    assert list(map(cells, rows)) == [["a", "late", "90% / - / -"], ["b", "late", "- / - / 110%"]]
 
 
 def test_every_row_builds_and_has_the_stated_size(grid):

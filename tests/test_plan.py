@@ -426,6 +426,23 @@ def test_broken_plans_are_refused(plan):
         Plan.from_dict(plan, anatomy, frozenset())
 
 
+def test_more_units_leave_a_plan_by_masks_that_fit_it():
+    anatomy = build_anatomy(tiny_model(), targets=["bert.embeddings.word_embeddings"])
+    whole = make_plan(anatomy, {g.name: np.ones(g.size) for g in anatomy.groups}, 1.0)
+    first = anatomy.trimmable[0]
+    mask = np.arange(first.size) == 0
+    smaller = whole.without({first.name.removeprefix("bert."): mask})
+    assert (smaller.trimmed_units[first.name] == mask).all()
+    assert smaller.kept_params == whole.kept_params - first.unit_params
+    tokens = next(group for group in anatomy.groups if group.kind == "token")
+    assert whole.without({tokens.name: np.zeros(tokens.size, bool)}) == whole  # no token is removed
+    cases = {"no group 'nowhere'": {"nowhere": mask}, "units that can be": {tokens.name: np.ones(tokens.size, bool)}}
+    cases["a mask of"] = {first.name: mask[1:]}
+    for message, masks in cases.items():
+        with pytest.raises(SensiError, match=message):
+            whole.without(masks)
+
+
 def test_a_plan_does_not_fit_another_model():
     small, large = (build_anatomy(tiny_model(num_hidden_layers=n)) for n in (1, 2))
     plans = [make_plan(a, {g.name: np.ones(g.size) for g in a.groups}, None).to_dict() for a in (small, large)]

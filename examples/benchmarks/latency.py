@@ -109,8 +109,8 @@ def promise_table(results: Path) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if records:
         worst, most = max(abs(r["off"]) for r in records), max(r["over"] for r in records)
-        lines += ["", f"Of {len(records)} models, the prediction is off by at most {worst:.1%}, and the limit is "
-                      f"exceeded by at most {most:.1%} (negative: it is never reached)."]  # fmt: skip
+        limit = f"the limit is exceeded by at most {most:.1%}" if most > 0 else "no limit is exceeded"
+        lines += ["", f"Of {len(records)} models, the prediction is off by at most {worst:.1%}, and {limit}."]
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ from grid import fit, fresh_base, own_loss, score, slug
 from methods import task_type
 from pages import write_part
 from peft import get_peft_model
-from tables import read_results, ways_summary, ways_table
+from tables import read_results, shares_table, ways_summary, ways_table
 from tasks import TASKS, Data, load_task
 from torch import nn
 from torch.nn.functional import kl_div
@@ -288,7 +288,7 @@ def main() -> None:
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")
     for command in (run, commands.add_parser("table")):
         command.add_argument("--results", type=Path, default=RESULTS)
-        command.add_argument("--page", type=Path, help="page with the markers of both tables")
+        command.add_argument("--page", type=Path, help="page with the markers of the tables")
     options = parser.parse_args()
     if options.command == "run":
         logging.set_verbosity_error()
@@ -302,7 +302,8 @@ def main() -> None:
                 given = (options.budgets, options.bf16, options.ways, options.models)
                 run_seed(rows, folder, *given, rates=options.rates, late_cuts=options.late_cuts)
     results = read_results(options.results)
-    for name, found in {"learn_first": ways_table(results), "learn_first_means": ways_summary(results)}.items():
+    tables = {"shares": shares_table, "means": ways_summary, "rows": ways_table}
+    for name, found in ((f"learn_first_{name}", table(results)) for name, table in tables.items()):
         print(found)
         if options.page is not None:
             write_part(options.page, name, found)

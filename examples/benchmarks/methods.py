@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from peft import AdaLoraConfig, LoraConfig, ShiraConfig, SupertuningConfig, get_
 from torch import nn
 
 from peft_sensi import SensiConfig, compute_scores, recipes
+from peft_sensi.scoring.head import head_to_train
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ def started(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module
         return build(base, run)
 
     return build_started
+
+
+def at_prior(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module, Run], nn.Module]:
+    """Starts from the head of `SensiConfig` rows that are not primed: uneven labels start at their prior."""
+
+    def build_at_prior(base: nn.Module, run: Run) -> nn.Module:
+        batches = list(itertools.islice(run.calibration, SensiConfig().calibration_steps))
+        base.load_state_dict(head_to_train(base, batches), strict=False)
+        return build(base, run)
+
+    return build_at_prior
 
 
 def blocks_only(base: nn.Module, run: Run) -> nn.Module:
@@ -133,16 +146,13 @@ def linears(base: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in modules if isinstance(m, nn.Linear) and "pooler" not in name}
 
 
-def sensi(
-    make: Callable[..., SensiConfig], data: bool = True, **options: Any
-) -> Callable[[nn.Module, Run], nn.Module]:
+def sensi(make: Callable[..., SensiConfig], **options: Any) -> Callable[[nn.Module, Run], nn.Module]:
     """A row of `SensiConfig`, or of the recipe `make`. Options that are functions are called with the run."""
 
     def build(base: nn.Module, run: Run) -> nn.Module:
         given = {name: value(run) if callable(value) else value for name, value in options.items()}
-        if data:
-            given["calibration"] = run.calibration
-        return get_peft_model(base, make(**given, task_type=task_type(base), seed=run.seed))
+        given |= {"calibration": run.calibration, "task_type": task_type(base), "seed": run.seed}
+        return get_peft_model(base, make(**given))
 
     return build
 
@@ -155,14 +165,14 @@ def _freeze(base: nn.Module, trained: Callable[[str], bool]) -> nn.Module:
 
 
 SYSTEMS: dict[str, Method] = {
-    "full fine-tuning": Method(full, 1.5e-4),
-    "head only": Method(head_only, 1e-3),
-    "BitFit": Method(bitfit, 1e-3, "head only"),
-    "LoRA r=8, all Linears": Method(lora, 1e-3, "head only"),
+    "full fine-tuning": Method(at_prior(full), 1.5e-4),
+    "head only": Method(at_prior(head_only), 1e-3),
+    "BitFit": Method(at_prior(bitfit), 1e-3, "head only"),
+    "LoRA r=8, all Linears": Method(at_prior(lora), 1e-3, "head only"),
     "SensiConfig(0.5)": Method(sensi(SensiConfig, budget=0.5), 1.5e-4, "random units 0.5"),
     "sensi_bert(0.5)": Method(sensi(recipes.sensi_bert, budget=0.5), 1.5e-4, "random units 0.5"),
     "sensi_bert(0.5), in cuts": Method(
-        sensi(recipes.sensi_bert, data=False, budget=0.5, trim="in cuts"), 1.5e-4, "random units 0.5"
+        sensi(recipes.sensi_bert, budget=0.5, trim="in cuts"), 1.5e-4, "random units 0.5"
     ),
     "random units 0.5": Method(sensi(SensiConfig, budget=0.5, score="random"), 1.5e-4),
     "far(0.1)": Method(sensi(recipes.far, retention=0.1, training_steps=lambda run: run.steps), 1.5e-4, "far, random"),
@@ -171,12 +181,12 @@ SYSTEMS: dict[str, Method] = {
         sensi(recipes.learners, priming_epochs=lambda run: run.epochs / 2), 3e-4, "learners, no priming"
     ),
     "learners, no priming": Method(sensi(recipes.learners, priming_epochs=0), 3e-4),
-    "dsee(16, 128)": Method(sensi(recipes.dsee, data=False), 1e-3, "dsee, random support"),
-    "dsee, random support": Method(sensi(recipes.dsee, data=False, support="random"), 1e-3),
-    "dsee, half the weights": Method(sensi(recipes.dsee, data=False, mask="unstructured", sparsity=0.5), 1e-3),
+    "dsee(16, 128)": Method(sensi(recipes.dsee), 1e-3, "dsee, random support"),
+    "dsee, random support": Method(sensi(recipes.dsee, support="random"), 1e-3),
+    "dsee, half the weights": Method(sensi(recipes.dsee, mask="unstructured", sparsity=0.5), 1e-3),
     "l0_close(0.1)": Method(sensi(recipes.l0_close, share=0.1), 1.5e-4, "l0_close, random"),
     "l0_close, random": Method(sensi(recipes.l0_close, share=0.1, score="random"), 1.5e-4),
-    "binary_mask(0.1)": Method(sensi(recipes.binary_mask, data=False), 3e-3, "head only"),
+    "binary_mask(0.1)": Method(sensi(recipes.binary_mask), 3e-3, "head only"),
 }
 
 

@@ -220,8 +220,8 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
     in brackets. The thorough way also has a row with each task's own number of epochs, as the command trains.
     """
     results = [*results, *_with_as_many_epochs(results)]
-    groups = {"easy tasks": [name for name, task in TASKS.items() if not task.noisy]}
-    groups |= {name: [name] for name, task in TASKS.items() if task.noisy}
+    exact, noisy = exact_and_noisy_tasks()
+    groups = {" + ".join(exact): exact} | {name: [name] for name in noisy}
     splits = {"dev": "dev", "held_out": "held-out"}
     kept = {split: kept_by_way(results, split, least=3) for split in splits}
     found = {task for way, columns in kept["dev"].items() if way != "full" for _, task in columns}
@@ -238,6 +238,46 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
         if way != "full" and set(cells) != {"-"}:
             lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+WAYS = {
+    "fine-tune, then trim": "fine-tuned, trimmed to {}",
+    "fine-tune, then trim random units": "fine-tuned, random units trimmed to {}",
+    "late": "late to {}",
+    "thorough, as many epochs after": "thorough to {}, as many epochs after",
+    "fast": "fast to {}",
+    "fast, twice the epochs": "fast to {}, twice as long",
+}
+
+
+def shares_table(results: list[dict[str, Any]]) -> str:
+    """How much of full fine-tuning's gain each way of `WAYS` keeps on the development rows, with three seeds or more.
+
+    A cell has the percentages of all tasks that are not noisy, in the order of the header, or that of a noisy one.
+    """
+    results = [*results, *_with_as_many_epochs(results)]
+    kept = kept_by_way(results, "dev", least=3)
+    exact, noisy = exact_and_noisy_tasks()
+    places = [(budget, exact) for budget in (0.5, 0.25, 0.1)]
+    places += [(budget, [task]) for task in noisy for budget in (0.5, 0.25)]
+    header = ["model", "way", *(f"{' / '.join(tasks)} at {budget:.0%}" for budget, tasks in places)]
+    lines = []
+    for model in sorted({r["model"] for r in results}):
+        for shown, way in WAYS.items():
+            rows = [(kept.get(way.format(f"{budget:g}"), {}), tasks) for budget, tasks in places]
+            parts = [[f"{row[model, t][0]:.0%}" if (model, t) in row else "-" for t in tasks] for row, tasks in rows]
+            cells = [" / ".join(part) if set(part) != {"-"} else "-" for part in parts]
+            if set(cells) != {"-"}:
+                lines.append([model, shown, *cells])
+    used = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
+    rule = ["---", "---", *["---:"] * len(places)]
+    return "\n".join("| " + " | ".join(line[i] for i in used) + " |" for line in [header, rule, *lines])
+
+
+def exact_and_noisy_tasks() -> tuple[list[str], list[str]]:
+    """The names of the tasks with a small error, and of those with a large one (see `Task`)."""
+    noisy = [name for name, task in TASKS.items() if task.noisy]
+    return [name for name in TASKS if name not in noisy], noisy
 
 
 def _with_as_many_epochs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

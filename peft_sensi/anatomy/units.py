@@ -68,7 +68,10 @@ class Group:
     """The units of one sublayer.
 
     Attributes:
+        name: Such as `bert.encoder.layer.0.heads`; each group has another.
+        kind: `head`, `neuron`, `row`, `token` or `tensor`.
         size: Number of units.
+        sides: The slices of matrices that belong to the units.
         output: The module at whose input gates act (for rows and tokens: at whose output).
         layer: Name of the layer that the sublayer belongs to.
         norm: The module whose input is the residual sum after the sublayer; if empty, the layer returns that sum.
@@ -160,7 +163,10 @@ class Group:
 class Anatomy:
     """All groups of units of a model. The *prunable* part consists of the groups that can be trimmed.
 
-    `total_params` is the number of parameters of the base without its task head; `trainable` limits are shares of it.
+    Attributes:
+        groups: One for each sublayer, and for each module outside of the blocks that is targeted.
+        total_params: Number of parameters of the base without its task head; `trainable` limits are shares of it.
+        model_type: That of the Transformers config, such as `bert`.
     """
 
     groups: tuple[Group, ...]

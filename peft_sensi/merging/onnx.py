@@ -112,6 +112,9 @@ def export_onnx(
         data: Batches to measure agreement with the model on, and accuracy if they have `labels`.
         external_data: Whether the weights go into a second file. `None`: only above 2 GB, where they must.
 
+    Returns:
+        What was written, and how far its outputs are from the model's.
+
     Raises:
         SensiError: The extra `onnx` is not installed, an argument is wrong, PyTorch cannot export the model, or
             onnxruntime computes other outputs.

@@ -43,9 +43,11 @@ def make_plan(
     tuned_layers: int | None = None,
     latency: Any = None,
 ) -> Plan:
-    """Chooses the states of all units under the budget.
+    """Chooses the states of all units under the budget. All limits hold.
 
     Args:
+        anatomy: The groups of units, from `build_anatomy`.
+        budget: A limit on `params`, or a dict or `Budget` with several limits. `None`: everything stays and is tuned.
         scores: The result of `compute_scores`, or for each group's name an array or tensor of shape `[units]`. Units
             with larger scores are kept first. This function divides the scores by the units' costs.
         targets: Names of the modules that may be trained. Default: all modules of all groups.

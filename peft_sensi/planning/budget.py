@@ -29,7 +29,7 @@ class Budget:
     Attributes:
         params: Share or number of the prunable parameters (heads and neurons) that may stay in the model.
         flops: Share or number of the prunable part's FLOPs for one sequence.
-        trainable: Number of trained values, as a share of all base parameters or as a count.
+        trainable: Number of trained values, as a share of the base's parameters without its task head, or as a count.
         latency: Share of the untrimmed model's predicted latency, or a time; a `LatencyTable` predicts it.
         decode_latency: The same for one decoding step with a cache.
 

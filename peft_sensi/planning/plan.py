@@ -87,9 +87,15 @@ class Plan:
         return {group.name: states == TRIMMED for group, states in self._states()}
 
     def without(self, units: Mapping[str, np.ndarray]) -> Plan:
-        """This plan without more units: a mask like those of `trimmed_units` for some of the groups."""
-        masks = {group.name: units.get(group.name, False) for group in self.anatomy.groups}
-        states = (np.where(masks[g.name], TRIMMED, s).astype(np.uint8).tobytes() for g, s in self._states())
+        """This plan without more units: for some groups a boolean mask `[units]`, by name as in `plan[name]`.
+
+        Raises `SensiError` if a mask does not fit, or has units that cannot be removed."""
+        masks = {find_name(name, self.anatomy.by_name, "plan"): np.asarray(mask) for name, mask in units.items()}
+        for name, mask in masks.items():
+            group = self.anatomy.by_name[name]
+            if mask.shape != (group.size,) or (mask.any() and not group.trimmable):
+                raise SensiError(f"`units[{name!r}]` must be a mask of {group.size} units that can be removed.")
+        states = (np.where(masks.get(g.name, False), TRIMMED, s).astype(np.uint8).tobytes() for g, s in self._states())
         return replace(self, states=tuple(states))
 
     @property
@@ -125,13 +131,13 @@ class Plan:
 
     @property
     def model_params_share(self) -> float:
-        """Share of all base parameters that is kept. Embeddings are counted, the task head is not."""
+        """Share of the base's parameters that is kept. Embeddings are counted, the task head is not."""
         total = self.anatomy.total_params
         return (total - self.anatomy.prunable_params + self.kept_params) / max(1, total)
 
     @property
     def trainable_share(self) -> float:
-        """Trained values as a share of all base parameters."""
+        """Trained values as a share of the base's parameters. Neither counts the task head."""
         return self.trainable_params / max(1, self.anatomy.total_params)
 
     def is_updated(self, group: Group) -> bool:

@@ -45,6 +45,7 @@ def compute_scores(
     The formulas are in `scoring.criteria`.
 
     Args:
+        model: A model of Transformers, or a module with one inside; not wrapped by PEFT.
         calibration: Batches with labels that `model(**batch)` accepts. Without them, a score that needs data falls
             back to magnitude, with a warning.
         score: One of `random`, `magnitude`, `taylor`, `fisher`, `mask`, `movement`.

@@ -38,7 +38,7 @@ class SensiModel(AdapterOperations, BaseTuner):
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`SensiConfig`]): The configuration.
+        peft_config ([`SensiConfig`]): The configuration, or a dict with one for each adapter's name.
         adapter_name (`str`): The name of the adapter, `"default"` by default.
 
     Example:

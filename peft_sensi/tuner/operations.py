@@ -80,12 +80,15 @@ class AdapterOperations:
     ) -> Plan:
         """Trims an adapter that has been trained, and keeps what it has learned.
 
-        Scores the units of the adapted model, plans under the budget, refits the output projections on the adapted
-        model's own activations, and removes the trimmed units. The kept units keep their trained values and their
-        states: tuned or frozen. A budget far below what is there is reached in stages that each keep about half,
-        because units may be needed once others are gone. So one training with `SensiConfig(budget=1.0)` and several
-        trims give a family of models, each of them an adapter of the same base. It can be trained on after each trim
-        ("healing"). If the adapter meets the budget already, nothing changes, with a warning.
+        Scores the units of the adapted model, plans under the budget, removes the trimmed units, and fits the kept
+        ones to what the adapted model computed before: first the output projections, then all matrices of each layer.
+        The kept units start from their trained values and keep their states, tuned or frozen. A budget far below what
+        is there is reached in stages that each keep about half, because units may be needed once others are gone. In
+        the end all layers are then fitted together, if there are at least 65,536 tokens.
+
+        So one training with `SensiConfig(budget=1.0)` and several trims give a family of models, each of them an
+        adapter of the same base. It can be trained on after each trim ("healing"). If the adapter meets the budget
+        already, nothing changes, with a warning.
 
         The adapter's parameters are new objects afterwards. An optimizer, a `Trainer` or a DDP wrapper that was made
         before raises a `SensiError` at its next step: make a new one. With several processes all of them must call
@@ -97,13 +100,14 @@ class AdapterOperations:
                 quarter of the base.
             calibration: Batches with labels. Three times the config's `calibration_steps` are scored, with labels
                 drawn from the model's predictions (see `scoring.drawn_labels`; not with a `loss_fn`, nor for language
-                models and answers). The refit reads up to three times as many. Without batches the score falls back to
-                magnitude with a warning, and nothing is refitted.
+                models and answers). The fit reads up to three times as many again, with at most 65,536 tokens, and
+                that of all layers together up to 24 times `calibration_steps`, with at most 131,072. Without batches
+                the score falls back to magnitude with a warning, and nothing is fitted.
             adapter_name: The adapter, which must be the only active one. Default: the active one.
             loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
                 `"fisher"` if that one is learned while priming.
-            refit: Whether output projections are refitted. Default: as in `SensiConfig`.
+            refit: Whether the kept units are fitted. Default: as in `SensiConfig`.
             latency: The latency tables for such limits, as in `SensiConfig`. Default: those that the adapter's config
                 got in this process. Nothing is measured on the spot: a missing table is an error.
 

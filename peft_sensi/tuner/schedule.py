@@ -1,21 +1,4 @@
-"""The phases of a training: `Schedule` for your own loop, and `SensiCallback` for `transformers.Trainer`.
-
-`SensiConfig.schedule` is one phase as a dict:
-
-- `{"phase": "freeze_dense", "epochs": 2}`: After this number of epochs the dense part of the update is frozen (in
-  Learners + priming, arXiv 2208.02070, that is attention). Its trained values stay part of the adapter.
-- `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: Between these shares of the training the units are scored
-  again, and more and more of them are closed (Sensi-BERT, arXiv 2307.11764), on a cubic schedule (Zhu & Gupta 2017,
-  arXiv 1710.01878). A closed unit is masked. `start` = `end` with one cut is a cut after a warm-up, or a late cut.
-  After each cut the output projections are refitted to the model before it, if there are calibration batches and the
-  adapter trains output biases; `"refit": False` switches that off. A cut that keeps less than about a third of what is
-  open is made in stages, like a trim, and fits whole layers. After the last cut the closed units leave the model: at
-  once where the optimizer can follow, so that the remaining steps cost less, otherwise when training is finished.
-- `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn once
-  (DSEE, arXiv 2111.00160). It keeps the weights with the largest update, or the largest weights without an update.
-
-If nothing steps a schedule, the first forward pass in training mode raises an error.
-"""
+"""The phases of a training: `Schedule` for your own loop, and `SensiCallback` for `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -58,6 +41,24 @@ class Schedule:
 
     What it does depends only on the step number and the calibration data. So a resumed run, and every process of a
     distributed one, does the same.
+
+    `SensiConfig.schedule` is one phase as a dict:
+
+    - `{"phase": "freeze_dense", "epochs": 2}`: After this number of epochs the dense part of the update is frozen (in
+      Learners + priming, arXiv 2208.02070, that is attention). Its trained values stay part of the adapter.
+    - `{"phase": "cut", "start": 0.1, "end": 0.6, "cuts": 4}`: Between these shares of the training the units are
+      scored again, and more and more of them are closed (Sensi-BERT, arXiv 2307.11764), on a cubic schedule (Zhu &
+      Gupta 2017, arXiv 1710.01878). A closed unit is masked. `start` = `end` with one cut is a cut after a warm-up, or
+      a late cut. After each cut the output projections are refitted to the model before it, if there are calibration
+      batches and the adapter trains output biases; `"refit": False` switches that off. A cut that keeps less than
+      about a third of what is open is made in stages, like a trim, and fits whole layers. After the last cut the
+      closed units leave the model: at once where the optimizer can follow, so that the remaining steps cost less,
+      otherwise when training is finished.
+    - `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn
+      once (DSEE, arXiv 2111.00160). It keeps the weights with the largest update, or the largest weights without an
+      update.
+
+    If nothing steps a schedule, the first forward pass in training mode raises an error.
 
     After the last cut of the phase `"cut"`, the closed units leave the model at once if one process trains, the model
     is neither wrapped nor compiled, and `step` gets one of PyTorch's elementwise optimizers (such as AdamW or SGD),
