@@ -2,12 +2,14 @@
 
 Every function returns a [`SensiConfig`] and passes further keyword arguments on to it (`calibration=`, `task_type=`,
 ...). A recipe whose training has phases sets `schedule`: give [`SensiCallback`] to `Trainer`, or step a [`Schedule`].
+An argument with a wrong type or range is a `SensiError`, and so is one that the recipe sets to another value itself.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from .utils.checks import is_count, is_number, shown
 from .utils.errors import SensiError
 
 
@@ -52,12 +54,12 @@ def sensi_bert(
         "in cuts": {"phase": "cut", "start": 0.1, "end": 0.5, "cuts": 4},
         "late": dict(LATE_CUT),
     }
-    if trim not in schedules:
-        raise SensiError(f"`trim` must be one of {', '.join(schedules)}, got {trim!r}.")
+    if not isinstance(trim, str) or trim not in schedules:
+        raise SensiError(f"`trim` must be one of {', '.join(schedules)}, got {shown(trim)}.")
+    own: dict[str, Any] = {"budget": {limit: budget}, "granularity": granularity}
     if (when := schedules[trim]) is not None:
-        kwargs["schedule"] = when
-    score = score or ("mask" if when is None else "fisher")
-    return _config(budget={limit: budget}, score=score, granularity=granularity, **kwargs)
+        own["schedule"] = when
+    return _config("sensi_bert", own | {"score": score or ("mask" if when is None else "fisher")}, kwargs)
 
 
 def far(
@@ -79,10 +81,17 @@ def far(
         embeddings: Whether the embeddings are trained. In a small model they are half of the trained values.
         score: The score of the neurons. `"random"` is the paper's control.
     """
+    if not is_number(retention):  # without one, units would be trimmed
+        raise SensiError(f"`retention` must be a share of the neurons, got {shown(retention)}.")
+    own: dict[str, Any] = {"retention": retention, "score": score}
+    own["also_train"] = ["norms", "output_biases", "pooler", *(["embeddings"] if embeddings else [])]
     if training_steps is not None:
-        kwargs["priming_steps"] = max(1, round(priming * training_steps))
-    also_train = ["norms", "output_biases", "pooler", *(["embeddings"] if embeddings else [])]
-    return _config(retention=retention, score=score, also_train=also_train, **kwargs)
+        if not (is_number(priming) and 0 < priming <= 1):
+            raise SensiError(f"`priming` must be a share of the training in (0, 1], got {shown(priming)}.")
+        if not is_count(training_steps):
+            raise SensiError(f"`training_steps` must be a number of steps, got {shown(training_steps)}.")
+        own["priming_steps"] = max(1, round(priming * training_steps))
+    return _config("far", own, kwargs)
 
 
 def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiConfig:
@@ -98,15 +107,15 @@ def learners(rank: int = 64, priming_epochs: float = 2, **kwargs: Any) -> SensiC
         rank: Rank of the low-rank terms.
         priming_epochs: Number of epochs in which attention is trained too, which may be a fraction; 0 for none.
     """
-    also_train = ["biases", "norms"]
+    if not is_number(priming_epochs):
+        raise SensiError(f"`priming_epochs` must be a number of epochs, got {shown(priming_epochs)}.")
+    own: dict[str, Any] = {"rank": rank, "also_train": ["biases", "norms"]}
     if not priming_epochs:
         kwargs.setdefault("scale", 1.0)  # as in the update with priming, whose rate is that of its dense part
-        return _config(update="low_rank", rank=rank, also_train=also_train, **kwargs)
+        return _config("learners", own | {"update": "low_rank"}, kwargs)
     # With retention 0 no neuron is tuned, so attention is the dense part.
     schedule = {"phase": "freeze_dense", "epochs": priming_epochs}
-    return _config(
-        update="dense+low_rank", rank=rank, retention=0.0, also_train=also_train, schedule=schedule, **kwargs
-    )
+    return _config("learners", own | {"update": "dense+low_rank", "retention": 0.0, "schedule": schedule}, kwargs)
 
 
 def dsee(
@@ -134,18 +143,19 @@ def dsee(
     """
     if (mask is None) != (sparsity is None):
         raise SensiError("`mask` and `sparsity` belong together: give both or none.")
+    if sparsity is not None and not (is_number(sparsity) and 0 <= sparsity < 1):
+        raise SensiError(f"`sparsity` must be a share in [0, 1), got {shown(sparsity)}.")
     kwargs.setdefault("target_modules", QUERY_AND_VALUE)
+    own: dict[str, Any] = {"update": "low_rank+sparse", "rank": rank, "sparse": sparse, "support": support}
     if mask == "unstructured":
-        kwargs |= {"sparsity": sparsity, "schedule": {"phase": "draw_mask", "at": draw_at}}
+        own |= {"sparsity": sparsity, "schedule": {"phase": "draw_mask", "at": draw_at}}
     elif mask == "structured":
-        kwargs |= {
-            "budget": {"flops": 1.0 - float(sparsity or 0.0)},
-            "score": kwargs.get("score", "movement"),
-            "schedule": {"phase": "cut", "start": draw_at, "end": draw_at, "cuts": 1},
-        }
+        kwargs.setdefault("score", "movement")
+        own["budget"] = {"flops": 1.0 - float(sparsity or 0.0)}
+        own["schedule"] = {"phase": "cut", "start": draw_at, "end": draw_at, "cuts": 1}
     elif mask is not None:
-        raise SensiError(f"`mask` must be 'unstructured', 'structured' or None, got {mask!r}.")
-    return _config(update="low_rank+sparse", rank=rank, sparse=sparse, support=support, **kwargs)
+        raise SensiError(f"`mask` must be 'unstructured', 'structured' or None, got {shown(mask)}.")
+    return _config("dsee", own, kwargs)
 
 
 def l0_close(
@@ -164,7 +174,8 @@ def l0_close(
     if layers is None and share is None:
         share = 0.25
     budget = None if share is None else {"trainable": share}
-    return _config(granularity="tensor", budget=budget, tuned_layers=layers, score=score, **kwargs)
+    own = {"granularity": "tensor", "budget": budget, "tuned_layers": layers, "score": score}
+    return _config("l0_close", own, kwargs)
 
 
 def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:
@@ -175,13 +186,20 @@ def binary_mask(sparsity: float = 0.1, **kwargs: Any) -> SensiConfig:
     Args:
         sparsity: Share in [0, 1) of each matrix's weights that the mask removes.
     """
-    return _config(granularity="weight", update="mask", sparsity=sparsity, **kwargs)
+    return _config("binary_mask", {"granularity": "weight", "update": "mask", "sparsity": sparsity}, kwargs)
 
 
-def _config(**kwargs: Any) -> SensiConfig:
+def _config(recipe: str, own: dict[str, Any], given: dict[str, Any]) -> SensiConfig:
+    """The config with the recipe's own fields and those that the user has given. The latter replace none of them."""
     from .tuner.config import SensiConfig  # here, because the command lists the recipes without PEFT
 
-    return SensiConfig(**kwargs)
+    for name in own.keys() & given.keys():
+        if given[name] != own[name]:
+            raise SensiError(
+                f"The recipe {recipe!r} sets `{name}` to {shown(own[name])}, and you give {shown(given[name])}: leave "
+                f"it out, or write a `SensiConfig`."
+            )
+    return SensiConfig(**given | own)
 
 
 RECIPES = {f.__name__: f for f in (sensi_bert, far, learners, dsee, l0_close, binary_mask)}

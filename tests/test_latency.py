@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -27,7 +28,7 @@ from processes import PATIENCE, run_code
 from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, Gemma3TextConfig
 from typer.testing import CliRunner
 
 from peft_sensi import (
@@ -138,6 +139,13 @@ def test_a_decoding_step(counting):
     # The first layer tells the cache its length, so it keeps a head and is a kind of its own.
     kept = [kind for kind in step.sublayers if "never empty" in kind.shape]
     assert [kind.counts[0] for kind in kept] == [1] and kept[0].groups == 1
+
+
+def test_a_step_with_a_full_sliding_window(counting):
+    sizes = {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 6, "layer_types": ["sliding_attention"] * 2}
+    base = Gemma3TextConfig(**tiny_config("llama").to_diff_dict() | {"model_type": "gemma3_text", **sizes})
+    step = measure_latency(AutoModelForCausalLM.from_config(base).eval(), sequence_length=12, rounds=1, decode=True)
+    assert step.limit == "decode_latency" and step.whole_ms > step.rest_ms > 0
 
 
 @pytest.mark.parametrize(
@@ -438,6 +446,21 @@ def test_an_adapter_remembers_the_figures_and_not_the_table(table, tmp_path):
     with pytest.warns(UserWarning, match="latency table is not known"):
         assert not other.base_model.trim(0.3, tiny_batches()).latency
     assert other.peft_config["default"].latency is None
+
+
+def test_a_trim_with_a_table_for_one_limit_keeps_that_for_another(table, tmp_path):
+    step = dataclasses.replace(table, phase="decode")
+    model = wrap(tiny_model(), budget={"latency": 0.8}, latency=[table, step])
+    plan = model.base_model.trim({"decode_latency": 0.6}, tiny_batches(), latency=step)
+    assert plan.latency.keys() == {"latency", "decode_latency"}
+    assert model.base_model.trim({"latency": 0.4}, tiny_batches()).latency.keys() == plan.latency.keys()
+    # A file holds no tables. What the missing one would predict is left out, with a warning.
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    with pytest.warns(UserWarning, match=r"not known here \(latency\)"):
+        assert again.base_model.trim({"decode_latency": 0.2}, tiny_batches(), latency=step).latency.keys() == {
+            "decode_latency"
+        }
 
 
 def test_a_table_without_a_limit_only_predicts(table):

@@ -235,6 +235,19 @@ def test_uniform_ffn_trims_are_plain_checkpoints(family, tmp_path):
     assert_same_tensors(snapshot(type(merged).from_pretrained(tmp_path / "stock")), snapshot(merged))
 
 
+@pytest.mark.parametrize("widths", ["free", "uniform"])
+def test_models_that_were_made_from_one_config_are_left_alone(widths, tmp_path):
+    config = tiny_config("llama")
+    merged, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    before = config.to_dict()
+    merged = wrap(merged, budget=0.5, task_type="CAUSAL_LM", widths=widths, multiple_of=1).merge_and_unload()
+    assert other.config.to_dict() == config.to_dict() == before != merged.config.to_dict()
+    assert merged.model.config is merged.config and merged.model.layers[0].self_attn.config is merged.config
+    other.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_tensors(again.state_dict(), other.state_dict())
+
+
 def test_uniform_heads_and_neurons_of_llama(tmp_path):
     model = trained_llama(budget=0.5, widths="uniform")
     assert save_merged(model, tmp_path) is True

@@ -344,6 +344,33 @@ def test_what_cannot_be_combined_is_refused(fields):
         SensiConfig(**fields)
 
 
+CUT = {"phase": "cut", "start": 0.8, "end": 0.8, "cuts": 1}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: recipes.dsee(mask="structured", sparsity=0.3, budget=0.5), "sets `budget`"),
+        (lambda: recipes.dsee(mask="structured", sparsity=0.3, schedule=CUT), "sets `schedule`"),
+        (lambda: recipes.dsee(mask="structured", sparsity="x"), "`sparsity` must be a share"),
+        (lambda: recipes.sensi_bert(0.5, trim="late", schedule=CUT), "sets `schedule`"),
+        (lambda: recipes.sensi_bert(0.5, trim=["late"]), "`trim` must be one of"),
+        (lambda: recipes.far(0.1, training_steps=1000, priming_steps=3), "sets `priming_steps` to 10"),
+        (lambda: recipes.far(0.1, also_train=["biases"]), "sets `also_train`"),
+        (lambda: recipes.far(None), "`retention` must be a share"),
+        (lambda: recipes.far(priming=-1, training_steps=100), "`priming` must be a share"),
+        (lambda: recipes.far(priming="x", training_steps=100), "`priming` must be a share"),
+        (lambda: recipes.far(training_steps=2.5), "`training_steps` must be a number"),
+        (lambda: recipes.learners(4, priming_epochs=None), "`priming_epochs` must be a number"),
+        (lambda: recipes.l0_close(0.1, granularity="unit"), "sets `granularity`"),
+        (lambda: recipes.binary_mask(0.1, update="dense"), "sets `update`"),
+    ],
+)
+def test_a_recipe_replaces_nothing_that_the_user_gives(make, message):
+    with pytest.raises(SensiError, match=message):
+        make()
+
+
 def test_dsee_needs_mask_and_sparsity_together():
     with pytest.raises(SensiError, match="belong together"):
         recipes.dsee(mask="unstructured")

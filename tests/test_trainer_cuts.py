@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 from test_trainer import state, trainer, wrapped
-from tiny import assert_same_tensors, logits, tiny_model
+from tiny import assert_same_tensors, logits, tiny_batches, tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from peft_sensi import SensiCallback, SensiError, SensiLoadError
+from peft_sensi import Schedule, SensiCallback, SensiError, SensiLoadError
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner.predictions import exceeds
 from peft_sensi.utils.states import TRIMMED
@@ -40,6 +40,17 @@ def masked(model) -> bool:
     return any(layer.part("gate", "default") is not None for layer in layers_of(model).values())
 
 
+class Holder(torch.nn.Module):
+    """A module of the user's own around the `PeftModel`."""
+
+    def __init__(self, held) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, **batch):
+        return self.held(**batch)
+
+
 class Sizes(TrainerCallback):
     """The number of trained values and of values in the optimizer's state at the end of each step."""
 
@@ -49,6 +60,18 @@ class Sizes(TrainerCallback):
     def on_step_end(self, args, state_, control, model, optimizer, **kwargs):
         self.trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
         self.held.append(sum(s["exp_avg"].numel() for s in optimizer.state.values()))
+
+
+def test_the_model_may_be_inside_of_another_module(rows, tmp_path):
+    models = [cutting(rows), cutting(rows)]
+    sizes = Sizes()
+    for whole in (models[0], Holder(models[1])):
+        run(whole, rows, tmp_path, sizes, save_strategy="no", remove_unused_columns=False)[0].train()
+    assert models[0].base_model.plan() == models[1].base_model.plan()
+    assert_same_tensors(state(models[0]), state(models[1]))
+    assert sizes.trained[:8] == sizes.trained[8:] and sizes.trained[4] < sizes.trained[3]
+    own = cutting(rows)
+    assert Schedule(Holder(own), 8, calibration=tiny_batches()).model is own
 
 
 @pytest.mark.parametrize(("schedule", "left"), [(ONE, "whole sublayers"), (TWO, "half")], ids=["one cut", "two cuts"])

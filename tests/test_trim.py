@@ -35,9 +35,11 @@ from peft_sensi.tuner.rescoring import (
     JOINT_TOKENS,
     LEAST_JOINT_TOKENS,
     REFIT_TOKENS,
+    labeled_by,
     read_batches,
     to_fit_jointly,
     to_refit,
+    trained_options,
 )
 from peft_sensi.tuner.stages import stages_to
 from peft_sensi.utils.states import TRIMMED, TUNED
@@ -65,6 +67,42 @@ def test_a_trim_keeps_the_limit_and_shrinks_the_adapter(family):
     after = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert sum(after.values()) < sum(before.values())
     assert all(state in (TRIMMED, TUNED) for g in plan.anatomy.trimmable for state in plan.of(g))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("widths", "unif"),
+        ("widths", None),
+        ("multiple_of", 0),
+        ("multiple_of", "8"),
+        ("min_units", None),
+        ("calibration_steps", -1),
+        ("sequence_length", 0),
+        ("score", "foo"),
+        ("seed", None),
+        ("refit", "yes"),
+    ],
+)
+def test_fields_that_were_set_after_the_wrap_are_checked(field, value):
+    model = learned()
+    before = snapshot(model)
+    setattr(model.peft_config["default"], field, value)
+    with pytest.raises(SensiError, match=f"`{field}`"):
+        model.base_model.trim(0.5, calibration=BATCHES)
+    assert_same_tensors(snapshot(model), before)
+    cutting = wrap(tiny_model(), budget=0.5, schedule=recipes.LATE_CUT)
+    setattr(cutting.peft_config["default"], field, value)
+    with pytest.raises(SensiError, match=f"`{field}`"):
+        Schedule(cutting, 4, calibration=BATCHES)
+
+
+def test_the_class_says_that_labels_are_classes_of_tokens_where_no_task_type_does():
+    config = {**FULL, "task_type": None, "calibration": tiny_batches(4, task="TOKEN_CLS")}
+    model = wrap(tiny_model(task="TOKEN_CLS"), **config)
+    options = trained_options(model.peft_config["default"], None, score="fisher")
+    drawn = labeled_by(model.base_model.model, model.peft_config["default"], config["calibration"], options)
+    assert any(not torch.equal(a["labels"], b["labels"]) for a, b in zip(drawn, config["calibration"], strict=True))
 
 
 def test_the_scores_use_labels_that_the_trained_model_predicts():

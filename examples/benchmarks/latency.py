@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--page", type=Path, help="page with the markers `latency_accuracy: begin` and `end`")
     first.add_argument("--quick", action="store_true", help="check that everything runs, with a tiny model")
     second.add_argument("--model", required=True, help="NAME=FOLDER")
-    second.add_argument("--data", type=Path, required=True, help="the folders that `quality.py` describes")
+    second.add_argument("--data", type=Path, required=True, help="the folders that docs/quality.md describes")
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "wnut17"])
     second.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     second.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)

@@ -15,7 +15,8 @@ For each model, task and seed, `--ways` selects from:
 - `thorough`: `SensiConfig(budget=1.0)` is trained like full fine-tuning; then `trim(...)`; then no training
   (`0 epochs`), one epoch, or as many epochs as before.
 
-Each row has its own JSON file. Finished rows are not repeated; `--data` has the folders that `quality.py` describes.
+Each row has its own JSON file. Finished rows are not repeated. `--data` has the folders that docs/quality.md
+describes.
 """
 
 from __future__ import annotations

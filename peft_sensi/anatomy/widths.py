@@ -173,12 +173,14 @@ def is_merged(config: Mapping[str, Any]) -> bool:
 def note_widths(model: nn.Module) -> None:
     """Writes the widths of a merged model into its config, so that `save_pretrained` saves a complete description.
 
-    What the config's own fields cannot express is written under `RECORD_KEY`, which `load_merged` reads. Models that
-    are not Transformers' own are left unchanged.
+    What the config's own fields cannot express is written under `RECORD_KEY`, which `load_merged` reads. The model
+    gets a config of its own, because others may have been made from the same one. Models that are not Transformers'
+    own are left unchanged.
     """
     try:
         cls = stock_class(model)
         assert isinstance(model, PreTrainedModel)
+        _give_own_config(model)
         if hasattr(model.config, RECORD_KEY):
             delattr(model.config, RECORD_KEY)
         widths = find_widths(model, on_meta(cls, model.config))
@@ -191,6 +193,15 @@ def note_widths(model: nn.Module) -> None:
     else:
         for key, value in edits.items():
             setattr(model.config, key, value)
+
+
+def _give_own_config(model: PreTrainedModel) -> None:
+    """Replaces the config by a copy, in all modules that hold it or a part of it."""
+    copies: dict[int, Any] = {}  # of the config and all its parts, by the identity of the original
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        if id(held := module.__dict__.get("config")) in copies:
+            module.config = copies[id(held)]
 
 
 def _edits(config: Any, pairs: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:

@@ -165,6 +165,8 @@ def start_run(
                 cache = getattr(model(**batch, **options, use_cache=True), "past_key_values", None)
                 if cache is None:
                     raise ValueError("it returns no cache, so it has no decoding steps")
+                if hasattr(cache, "activate_past_recording"):  # else a full sliding window cannot be cropped
+                    cache.activate_past_recording()
                 batch = {
                     "input_ids": batch["input_ids"][:, -1:],
                     "attention_mask": torch.ones(batch_size, length + 1, dtype=torch.long, device=device),

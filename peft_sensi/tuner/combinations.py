@@ -14,7 +14,7 @@ from ..layers.updates import SUPPORTS, UPDATES
 from ..scoring.methods import METHODS
 from ..scoring.priming import OPTIMIZERS
 from ..scoring.scores import Scores
-from ..utils.checks import is_number, shown
+from ..utils.checks import check_types, is_number, shown
 from ..utils.errors import SensiError
 
 
@@ -152,6 +152,12 @@ def check_config(config: Any) -> None:
     for reason, holds in _reasons(config).items():
         if holds:
             raise SensiError(reason)
+
+
+def recheck(config: Any) -> None:
+    """Checks an adapter's config again: its fields may have been set. Raises the errors of a new config."""
+    check_types(vars(config))
+    check_config(config)
 
 
 def _check_values(config: Any) -> None:

@@ -108,8 +108,9 @@ class AdapterOperations:
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
                 `"fisher"` if that one is learned while priming.
             refit: Whether the kept units are fitted. Default: as in `SensiConfig`.
-            latency: The latency tables for such limits, as in `SensiConfig`. Default: those that the adapter's config
-                got in this process. Nothing is measured on the spot: a missing table is an error.
+            latency: The latency tables for such limits, as in `SensiConfig`. Default, and for limits without a table
+                here: those that the adapter's config got in this process. Nothing is measured on the spot: a missing
+                table is an error.
 
         Returns:
             The new plan.

@@ -40,12 +40,12 @@ def _are_tables(given: Mapping[str, Any]) -> bool:
 def note_latency(config: Any, plan: Plan) -> None:
     """Records what the config's tables predict for its new plan.
 
-    Without the tables the old records are removed, with a warning, because they say nothing about this plan.
+    Without its table an old record is removed, with a warning, because it says nothing about this plan.
     """
-    if config.latency is not None and not config.tables:
+    if lost := [name for name in config.latency or () if name not in config.tables]:
         warnings.warn(
-            "The adapter's latency table is not known here, so the latency of its new plan is not predicted. Set "
-            "`latency` of its config to the table before the plan changes.",
+            f"The adapter's latency table is not known here ({', '.join(lost)}), so nothing is predicted for its new "
+            f"plan. Set `latency` of its config to the table before the plan changes.",
             stacklevel=2,
         )
     config.latency = {name: dict(r) for name, r in plan.predicted(config.tables).latency.items()} or None

@@ -42,7 +42,9 @@ def labeled_by(
     if batches is None or options.loss_fn is not None or options.score not in DATA_METHODS:
         return batches
     scored = batches[: options.calibration_steps]
-    return draw_labels(root, scored, options.seed, per_token=config.task_type == "TOKEN_CLS")
+    # Without a task type, the class says so: in other models with labels for each token, labels may be shifted.
+    per_token = config.task_type == "TOKEN_CLS" or type(root).__name__.endswith("ForTokenClassification")
+    return draw_labels(root, scored, options.seed, per_token=per_token)
 
 
 def read_batches(calibration: Iterable[Mapping[str, Any]], config: SensiConfig) -> list[Mapping[str, Any]]:

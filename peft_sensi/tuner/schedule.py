@@ -25,10 +25,11 @@ from ..utils import distributed, replicas
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
 from .carry import obstacle
-from .config import SensiConfig
+from .combinations import recheck
 from .cuts import check_cut, close_units, open_units
 from .predictions import exceeds
 from .rescoring import read_batches
+from .scheduled import scheduled_adapters, scheduled_model
 from .slicing import config_after, slices_of
 from .wrapping import root_of, shrink
 
@@ -68,7 +69,7 @@ class Schedule:
 
     Args:
         model: A `PeftModel` whose active adapter has a `schedule` in its `SensiConfig`; also under DDP or
-            `torch.compile`.
+            `torch.compile`, or inside of a module of your own.
         total_steps: Number of optimizer steps of the whole training.
         steps_per_epoch: Number of optimizer steps of one epoch, for a phase that counts epochs.
         calibration: Batches for scoring the units again, for cuts by a score that needs data.
@@ -89,7 +90,7 @@ class Schedule:
         loss_fn: LossFn | None = None,
     ) -> None:
         self.loss_fn = loss_fn
-        self.model = unwrapped(model)
+        self.model = scheduled_model(model)
         scheduled = scheduled_adapters(self.model)
         if len(scheduled) != 1:
             found = f"the active adapters {sorted(scheduled)} have one each" if scheduled else "none has one"
@@ -101,9 +102,10 @@ class Schedule:
         self.adapter_name, self.config = next(iter(scheduled.items()))
         self.phase: dict[str, Any] = dict(self.config.schedule or self.config.past_cuts or {})
         # Whether something other than the optimizer may depend on the shapes of the parameters.
-        self.keeps_shapes = self.model is not model or _is_compiled(self.model) or _has_process_group()
+        self.keeps_shapes = unwrapped(model) is not model or _is_compiled(model) or _has_process_group()
         self.batches: list[Mapping[str, Any]] | None = None
         with distributed.synchronized("preparing the schedule"):
+            recheck(self.config)
             for name, steps in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch or 0)):
                 if not is_number(steps) or steps < 0:
                     raise SensiError(f"`{name}` must be a number of optimizer steps, got {shown(steps)}.")
@@ -307,7 +309,7 @@ class SensiCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule = None
         model = kwargs["model"]
-        if scheduled_adapters(unwrapped(model)):
+        if scheduled_adapters(scheduled_model(model)):
             # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
             loader: Any = kwargs.get("train_dataloader")
             batches = len(loader) if has_length(loader) else None
@@ -332,13 +334,3 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _has_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def scheduled_adapters(model: nn.Module) -> dict[str, SensiConfig]:
-    """The active adapters with a schedule whose training is not finished, with their configs."""
-    # The layers know what is active, however the adapters were added (PEFT, Transformers, `inject_adapter_in_model`).
-    layers = layers_of(model).values()
-    active = {name for layer in layers for name in layer.active_adapters if name in layer.sensi_slices}
-    configs = (getattr(model, "peft_config", None) or {}).items()
-    sensi = {n: config for n, config in configs if n in active and isinstance(config, SensiConfig)}
-    return {n: config for n, config in sensi.items() if config.schedule is not None or config.past_cuts is not None}

@@ -22,6 +22,7 @@ from ..scoring.methods import METHODS
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
 from ..utils.errors import BudgetError, SensiError
+from .combinations import recheck
 from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .in_place import merged_in_place
@@ -51,10 +52,13 @@ def trim_adapter(
     """
     plan, fields = config.plan, (config.budget, config.latency, config.tables)
     try:
+        recheck(config)
         limits = _check(root, config, adapter_name, before, budget, score)
         check_types({"refit": refits})
-        config.latency = config.latency if latency is None else latency
-        read_latency(config)
+        if latency is not None:  # a table for one limit does not replace that for another
+            known, config.latency = (config.latency or {}, config.tables), latency
+            read_latency(config)
+            config.latency, config.tables = {**known[0], **(config.latency or {})}, {**known[1], **config.tables}
         if refits and inputs.calibration is None:
             raise SensiError(
                 "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
