@@ -58,6 +58,67 @@ def test_advice_is_for_the_command(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merged_model_names_the_base_that_was_used(folder, tmp_path):
+    """What an adapter from the Hub says of its training may be the last part of a path, so no name on the Hub."""
+    adapter = without_base(folder, tmp_path / "adapter", None)
+    (adapter / "metrics.json").write_text(json.dumps({"model": "bert-base-uncased", "validation": {"accuracy": 0.5}}))
+    call("merge", adapter, tmp_path / "small", "--base", folder / "base")
+    assert json.loads((tmp_path / "small" / "metrics.json").read_text())["model"] == str(folder / "base")
+    call("card", tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "base_model:" not in card and "bert-base-uncased" not in card and "path/to/base" in card
+    without_base(folder, tmp_path / "other", "me/base")
+    call("merge", tmp_path / "other", tmp_path / "small2", "--base", folder / "base")
+    assert json.loads((tmp_path / "small2" / "metrics.json").read_text())["model"] == "me/base"
+
+
+@pytest.mark.parametrize("command", ["train", "trim"])
+def test_a_base_in_the_current_folder_is_noted_with_its_place(folder, tmp_path, command, monkeypatch):
+    """From another folder, the relative name would look like one on the Hub, also to those who get the adapter."""
+    rows = "".join(f"{'good' if i % 2 else 'bad'} film {i},{NAMES[i % len(NAMES)]}\n" for i in range(24))
+    (tmp_path / "data.csv").write_text("text,label\n" + rows)
+    monkeypatch.chdir(folder)
+    epochs = ("--epochs", "0.1") if command == "train" else ()
+    call(command, "base", "--data", tmp_path / "data.csv", "--budget", "0.5", *epochs, "--out", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert config["base_model_name_or_path"] == metrics["model"] == str(folder / "base")
+
+
+def test_a_merge_leaves_nothing_of_the_model_that_was_there(folder, tmp_path):
+    call("merge", folder / "adapter", tmp_path / "small")
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+    (tmp_path / "small" / "chat_template.jinja").write_text("old")
+    base = shutil.copytree(folder / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*token*", "vocab*"))
+    bare = shutil.copytree(
+        folder / "adapter", tmp_path / "adapter", ignore=shutil.ignore_patterns("*token*", "vocab*")
+    )
+    call("merge", bare, tmp_path / "small", "--base", base, "--overwrite")
+    left = {path.name for path in (tmp_path / "small").iterdir()}
+    assert not left & {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    call("merge", folder / "adapter", tmp_path / "small", "--overwrite")
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+
+
+def test_names_of_onnx_files_that_belong_to_others(folder, tmp_path):
+    adapter = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    before = (adapter / "adapter_config.json").read_bytes()
+    for name in ("adapter_config.onnx", "metrics.onnx", "config.onnx"):
+        assert "is the name of another file" in fails("export", adapter, adapter / name, "--overwrite")
+    for name in ("m.int8.onnx", "m.ONNX"):
+        assert ".int8.onnx" in fails("export", adapter, tmp_path / name)
+    assert (adapter / "adapter_config.json").read_bytes() == before
+
+
+def test_an_int8_copy_of_an_earlier_export_is_refused(folder, tmp_path):
+    call("export", folder / "adapter", tmp_path / "m.onnx", "--int8")
+    (tmp_path / "x.csv").write_text("text\ngood film\n")
+    call("predict", tmp_path / "m.int8.onnx", tmp_path / "x.csv", "--out", tmp_path / "p.csv")
+    call("export", folder / "adapter", tmp_path / "m.onnx", "--overwrite")
+    message = fails("predict", tmp_path / "m.int8.onnx", tmp_path / "x.csv", "--out", tmp_path / "p2.csv")
+    assert "without --int8" in message
+
+
 def test_measure_takes_every_folder_or_says_what_to_do(folder, tmp_path, monkeypatch):
     """A plan without a latency table predicts nothing, but its adapter can be timed."""
     timed = []

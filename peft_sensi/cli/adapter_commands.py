@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
+from json import dumps
 from pathlib import Path
-from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
@@ -15,7 +14,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import short_names, size_of
 from . import arguments as args
 from .arguments import argument, option
-from .checks import check_merged, check_new, check_place
+from .checks import TABLE, check_merged, check_new, check_place
 from .loading import load_saved, refuse_base, takes_texts
 from .terminal import ascii_only, err, out, print_result, step
 
@@ -69,24 +68,30 @@ def merge(
     The folder gets the tokenizer and the metrics of the adapter, too.
     """
     from ..merging.save import save_merged
+    from ..reporting.card import named_base
+    from ..reporting.pretrained import TOKENIZER_FILES
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
-    from ..utils.files import write_atomically
+    from ..utils.files import read_json_object, write_text_atomically
+    from ..utils.places import absolute
 
     check_merged(folder, overwrite)
     saved, model = load_saved(adapter, base, json)
     if isinstance(saved, SavedMerged):
         raise SensiError(f"{adapter} is a merged model already, so there is nothing to do.")
-    tokenizer = tokenizer_of(saved, base)  # before anything is written, because it may be damaged
+    # Before anything is written, because they may be damaged.
+    tokenizer, metrics = tokenizer_of(saved, base), read_json_object(saved.folder / METRICS, optional=True)
+    if metrics and (named := named_base(base, saved.base)) is not None:
+        metrics["model"] = absolute(named)  # the card of a merged model takes its base from here
     with step("merging", show=not json):
         small = model.merge_and_unload()
         plain = save_merged(small, folder)
+        for name in (*TOKENIZER_FILES, METRICS):  # those of the model that was there before
+            (folder / name).unlink(missing_ok=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if (saved.folder / METRICS).is_file():
-            write_atomically(folder / METRICS, partial(copyfile, saved.folder / METRICS))
-        else:
-            (folder / METRICS).unlink(missing_ok=True)  # those of the model that was there before
+        if metrics:
+            write_text_atomically(folder / METRICS, dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print_result(
@@ -120,10 +125,13 @@ def export(
     from ..merging.onnx import export_onnx
     from ..reporting.onnx_folder import example_for, load_tokenizer, write_companions
     from ..reporting.pretrained import TOKENIZER_FILES
+    from ..reporting.saved import CONFIG, METRICS
+    from ..utils.places import UNFINISHED
 
-    if file.suffix.lower() != ".onnx":
-        raise SensiError(f"{file}: the name of an ONNX file ends in .onnx.")
-    if file.with_suffix(".json").name in {*TOKENIZER_FILES, "config.json"}:
+    if file.suffix != ".onnx" or file.name.endswith(".int8.onnx"):
+        raise SensiError(f"{file}: the name of an ONNX file ends in .onnx, and that of its --int8 copy in .int8.onnx.")
+    others = {*TOKENIZER_FILES, "config.json", "generation_config.json", CONFIG, METRICS, UNFINISHED, TABLE}
+    if file.with_suffix(".json").name in others:
         raise SensiError(f"{file}: {file.stem}.json, which goes beside it, is the name of another file.")
     check_place(file, "OUT.onnx")
     check_new([file, file.with_suffix(".json"), *([file.with_suffix(".int8.onnx")] if int8 else [])], overwrite)

@@ -10,6 +10,7 @@ from ..recipes import RECIPES
 from ..reporting.tables import facts_table, legend, plan_table, records_table
 from ..utils.errors import SensiError
 from ..utils.formatting import human
+from ..utils.places import absolute
 from . import arguments as args
 from .arguments import option
 from .checks import check_budget, check_files, check_latency_tables, check_picture
@@ -156,6 +157,7 @@ def load_base(model: str, data: list[str] | None, needs_data: bool = True, **opt
             f"{model} is an adapter, and this command starts from a whole model: give its base, or merge it first. "
             f"`peft-sensi trim` makes an adapter smaller."
         )
+    place = absolute(model)
     set_seed(options["seed"])  # the fresh head is random
     if not data:
         if needs_data:
@@ -164,10 +166,10 @@ def load_base(model: str, data: list[str] | None, needs_data: bool = True, **opt
                 "data."
             )
         with step("loading the model"):
-            return load_for(options["kind"] or "text", model), None
+            return load_for(options["kind"] or "text", place), None
     task = read_data(model, data, **options)
     with step("loading the model"):
-        return load_for(task, model), task
+        return load_for(task, place), task
 
 
 def read_data(model: str, data: Any, doubts: Sequence[str] = (), **options: Any) -> Any:

@@ -10,6 +10,7 @@ from ..reporting.tables import facts_table, records_table
 from ..utils.checks import is_regressor
 from ..utils.errors import SensiError
 from ..utils.formatting import interval_text, metric_text, size_of
+from ..utils.places import absolute
 from . import arguments as args
 from .arguments import option
 from .base_commands import load_base, plan_renderables, read_data
@@ -229,7 +230,7 @@ def trim(
             trained: Any = load_adapter(saved, base, is_trainable=True)
         else:
             transformers.set_seed(seed)
-            trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), model)
+            trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), absolute(model))
             known = [name.removeprefix("Sensi") for name in config.architectures or ()]
             if known and type(trained).__name__ not in known:
                 print_warning(
@@ -239,7 +240,7 @@ def trim(
         trained = trained.float()  # as in `train`: a model may be stored in 16 bits
         agree_on_padding(trained, task.tokenizer)
     result = trim_for(
-        trained, task, out_folder, training, name=model, limits=limits, latency=latency_tables, state=state,
+        trained, task, out_folder, training, name=absolute(model), limits=limits, latency=latency_tables, state=state,
         show=lambda plan: err.print(*plan_renderables(plan)),
     )  # fmt: skip
     if not result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..utils.checks import is_number
 from ..utils.errors import SensiError, how_to_install
 from ..utils.files import write_atomically
 from ..utils.formatting import human, size_of
-from ..utils.places import is_repo
+from ..utils.places import is_out_of_reach, is_repo, offline
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
@@ -91,7 +91,7 @@ def write_card(
     if results is None and isinstance(metrics.get("validation"), Mapping):
         results = metrics
     if isinstance(saved, SavedMerged):
-        known = _named_base(base, str(metrics["model"]) if metrics.get("model") else None)
+        known = named_base(base, str(metrics["model"]) if metrics.get("model") else None)
         card = merged_card(saved, repo or saved.name, metrics, results_table(results), license, known)
         save_card(card, folder / CARD, {saved.name})
         return [folder / CARD]
@@ -113,12 +113,13 @@ def write_card(
         other_head = load_pretrained(AutoConfig, str(source)).num_labels != count
     with suppress(Exception):  # no card, no license in it, no network: the adapter's card is written all the same
         place = Path(str(source)) / CARD if Path(str(source)).is_dir() else str(source)
-        base_license = ModelCard.load(place).data.get("license") if source else None
+        with offline() if is_out_of_reach(str(source)) else nullcontext():
+            base_license = ModelCard.load(place).data.get("license") if source else None
     names = settings.get("labels") or []
     card = new_card(
         saved.config,
         plan,
-        base=_named_base(base, saved.base),
+        base=named_base(base, saved.base),
         repo=repo or saved.name,
         head=Head(task_of(saved.config), count or len(names) or None, names, settings.get("problem_type"),
                   task_record(metrics)),
@@ -248,7 +249,7 @@ def _fill(
     )  # fmt: skip
 
 
-def _named_base(given: str | None, own: str | None) -> str | None:
+def named_base(given: str | None, own: str | None) -> str | None:
     """The base that a card names: the given one, or else the model's own; but not a folder that stands for its own."""
     is_copy = given is not None and own is not None and is_repo(own) and not is_repo(given)
     return own if is_copy else given or own

@@ -78,6 +78,8 @@ def push_folder(
         raise SensiError(
             f"{repo!r} is not a name for a repository: write user/name, with letters, digits, and - _ . between them."
         ) from None
+    if not dry_run and is_out_of_reach(repo):
+        raise SensiError("The Hub cannot be reached, so nothing was uploaded. Check the connection.")
     with tempfile.TemporaryDirectory() as temporary:
         with offline() if dry_run else contextlib.nullcontext():
             upload = prepare_upload(saved, repo, Path(temporary), tags or [], **card)
@@ -85,8 +87,6 @@ def push_folder(
             if announce is not None:
                 announce(upload, None)
             return None
-        if is_out_of_reach(repo):
-            raise SensiError("The Hub cannot be reached, so nothing was uploaded. Check the connection.")
         api = HfApi(token=token)
         with login_advice(repo):
             if "/" not in repo:

@@ -93,6 +93,8 @@ def read_companion(file: Path) -> dict[str, Any]:
         values = {}
     if values.get("made_by") != MADE_BY:
         raise SensiError(f"{path} is missing: `peft-sensi export` writes it beside the ONNX file. Export it again.")
+    if file.name.endswith(".int8.onnx") and values.get("int8") != file.name:
+        raise SensiError(f"{file} is not of the model of {path}, which was exported without --int8. Export it again.")
     labels, longest = values.get("labels"), values.get("max_length")
     names = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     known = isinstance(values.get("kind"), str | None) and isinstance(values.get("problem_type"), str | None)

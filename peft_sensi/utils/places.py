@@ -25,6 +25,12 @@ def is_repo(name: str) -> bool:
     return not Path(name).is_dir()
 
 
+def absolute(name: str) -> str:
+    """The name of a model, to be noted in files: of a folder, its absolute path. From another place, a relative one
+    would look like a name on the Hub."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
 def is_out_of_reach(name: str | Path) -> bool:
     """Whether a name leads to the Hub, and the Hub cannot be reached, so that only copies in the cache can be used.
 
