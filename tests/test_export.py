@@ -14,7 +14,14 @@ import torch
 from folders import save_tokenizer
 from processes import PATIENCE
 from tiny import assert_same_tensors, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_sensi import SensiError, export_onnx
 from peft_sensi.merging import onnx as export_module
@@ -256,3 +263,12 @@ def test_a_decoder_that_classifies_needs_a_pad_token(family, tmp_path):
     assert not names(tmp_path)
     model.config.pad_token_id = 0
     assert export_onnx(model, tmp_path / "model.onnx").file.difference < 1e-4
+
+
+def test_models_of_images_are_refused_with_the_way_out(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
+    for inputs in (None, {"pixel_values": torch.zeros(1, 3, 16, 16)}):
+        with pytest.raises(SensiError, match=r"takes images.*torch\.onnx\.export"):
+            export_onnx(model, tmp_path / "m.onnx", inputs=inputs)
+    assert not list(tmp_path.iterdir())

@@ -138,8 +138,9 @@ def export(
     saved, model = load_saved(adapter, base, json)
     if not takes_texts(model):
         raise SensiError(
-            f"The command exports models of texts, and {adapter} takes other inputs. In Python, call "
-            f"peft_sensi.export_onnx(model, path, inputs=batch) with an example batch."
+            f"The command exports models of texts, and {adapter} takes other inputs. In Python, "
+            f"peft_sensi.export_onnx(model, path, inputs=batch) exports models of other sequences; for images, merge "
+            f"the adapter, and call torch.onnx.export."
         )
     with step("exporting", show=not json):
         tokenizer = load_tokenizer(saved, base, file.parent)

@@ -184,6 +184,11 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
     """
     config: Any = model.config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
+    if "pixel_values" in accepted and "input_ids" not in accepted:
+        raise SensiError(
+            f"{type(model).__name__} takes images, and only models of sequences are exported: call "
+            f"`merge_and_unload()`, then `torch.onnx.export`."
+        )
     if given is not None:
         values = given.items() if isinstance(given, Mapping) else ()
         given = {
