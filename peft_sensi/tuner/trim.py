@@ -55,10 +55,11 @@ def trim_adapter(
         recheck(config)
         limits = _check(root, config, adapter_name, before, budget, score)
         check_types({"refit": refits})
+        read_latency(config)  # the user may have set it
         if latency is not None:  # a table for one limit does not replace that for another
-            known, config.latency = (config.latency or {}, config.tables), latency
+            records, tables, config.latency = config.latency or {}, config.tables, latency
             read_latency(config)
-            config.latency, config.tables = {**known[0], **(config.latency or {})}, {**known[1], **config.tables}
+            config.latency, config.tables = {**records, **(config.latency or {})}, {**tables, **config.tables}
         if refits and inputs.calibration is None:
             raise SensiError(
                 "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
