@@ -260,7 +260,7 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["check"], ["merge", "out"], ["measure"], ["plan", "--data", "a.csv"],
-                                   ["push"], ["card"]])  # fmt: skip
+                                   ["push"]])  # fmt: skip
 def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, adapter, tmp_path, monkeypatch):
     """huggingface_hub tries again for 23 s for each file of a repository that is not in the cache."""
     waits: list[float] = []
@@ -269,17 +269,22 @@ def test_an_unknown_name_costs_no_waiting_without_a_connection(hub, words, adapt
     (tmp_path / "a.csv").write_text("text,label\nso fine,1\nso bad,0\n")
     hub.server.shutdown()
     hub.server.server_close()
-    if words == ["card"]:  # its base may be on the Hub
-        config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "me/unknown"}
-        own = shutil.copytree(adapter, tmp_path / "own")
-        (own / "adapter_config.json").write_text(json.dumps(config))
-        assert run("card", own).exit_code == 0 and not waits
-        return
     result = run(*words[:1], *([adapter] if words == ["push"] else []), "me/unknown", *words[1:])
     assert result.exit_code == 1 and "cannot be reached" in result.output, result.output
     with pytest.raises(SensiError, match="it cannot be reached"):
         read_source("me/rows", None, Options())
     assert not waits
+
+
+def test_a_card_does_not_wait_for_the_license_of_its_base(hub, adapter, tmp_path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    hub.server.shutdown()
+    hub.server.server_close()
+    own = shutil.copytree(adapter, tmp_path / "own")
+    config = json.loads((own / "adapter_config.json").read_text()) | {"base_model_name_or_path": "me/unknown"}
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    assert run("card", own).exit_code == 0 and not waits
 
 
 def test_the_hub_is_asked_once_in_a_minute_whether_it_is_there(hub, monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from other_trimmers import lower_layers, torch_pruning
 from peft import AdaLoraConfig, LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
@@ -42,23 +43,29 @@ def full(base: nn.Module, run: Run) -> nn.Module:
 def started(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module, Run], nn.Module]:
     """Starts from the primed task head. Rows of `SensiConfig` that trim do this by default."""
 
-    def build_started(base: nn.Module, run: Run) -> nn.Module:
-        scores = compute_scores(base, run.calibration, score="random", seed=run.seed, progress=False)
-        base.load_state_dict(scores.head, strict=False)
-        return build(base, run)
+    def primed(base: nn.Module, run: Run) -> dict[str, torch.Tensor]:
+        return compute_scores(base, run.calibration, score="random", seed=run.seed, progress=False).head
 
-    return build_started
+    return _with_head(primed, build)
 
 
 def at_prior(build: Callable[[nn.Module, Run], nn.Module]) -> Callable[[nn.Module, Run], nn.Module]:
     """Starts from the head of `SensiConfig` rows that are not primed: uneven labels start at their prior."""
 
-    def build_at_prior(base: nn.Module, run: Run) -> nn.Module:
-        batches = list(itertools.islice(run.calibration, SensiConfig().calibration_steps))
-        base.load_state_dict(head_to_train(base, batches), strict=False)
+    def head(base: nn.Module, run: Run) -> dict[str, torch.Tensor]:
+        return head_to_train(base, list(itertools.islice(run.calibration, SensiConfig().calibration_steps)))
+
+    return _with_head(head, build)
+
+
+def _with_head(
+    head: Callable[[nn.Module, Run], dict[str, torch.Tensor]], build: Callable[[nn.Module, Run], nn.Module]
+) -> Callable[[nn.Module, Run], nn.Module]:
+    def build_with_head(base: nn.Module, run: Run) -> nn.Module:
+        base.load_state_dict(head(base, run), strict=False)
         return build(base, run)
 
-    return build_at_prior
+    return build_with_head
 
 
 def blocks_only(base: nn.Module, run: Run) -> nn.Module:

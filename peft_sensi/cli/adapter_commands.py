@@ -70,9 +70,10 @@ def merge(
     from ..merging.save import save_merged
     from ..reporting.card import named_base
     from ..reporting.pretrained import TOKENIZER_FILES
+    from ..reporting.results import metrics_of
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
-    from ..utils.files import read_json_object, write_text_atomically
+    from ..utils.files import write_text_atomically
     from ..utils.places import absolute
 
     check_merged(folder, overwrite)
@@ -80,7 +81,7 @@ def merge(
     if isinstance(saved, SavedMerged):
         raise SensiError(f"{adapter} is a merged model already, so there is nothing to do.")
     # Before anything is written, because they may be damaged.
-    tokenizer, metrics = tokenizer_of(saved, base), read_json_object(saved.folder / METRICS, optional=True)
+    tokenizer, metrics = tokenizer_of(saved, base), metrics_of(saved.folder)
     if metrics and (named := named_base(base, saved.base)) is not None:
         metrics["model"] = absolute(named)  # the card of a merged model takes its base from here
     with step("merging", show=not json):

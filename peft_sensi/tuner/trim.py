@@ -16,6 +16,7 @@ from ..anatomy.linears import not_trimmable
 from ..layers.layer import layers_of
 from ..planning.allocate import check_fits
 from ..planning.budget import Budget
+from ..planning.costs import tables_by_limit
 from ..planning.plan import Plan
 from ..scoring.calibration import ScoringOptions, mean_length, preserved
 from ..scoring.methods import METHODS
@@ -57,9 +58,7 @@ def trim_adapter(
         check_types({"refit": refits})
         read_latency(config)  # the user may have set it
         if latency is not None:  # a table for one limit does not replace that for another
-            records, tables, config.latency = config.latency or {}, config.tables, latency
-            read_latency(config)
-            config.latency, config.tables = {**records, **(config.latency or {})}, {**tables, **config.tables}
+            config.tables = {**config.tables, **tables_by_limit(latency)}
         if refits and inputs.calibration is None:
             raise SensiError(
                 "`refit=True` needs `calibration`: the kept units are fitted to the activations of its batches."
