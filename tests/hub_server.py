@@ -157,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.hub.lfs[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
             sha = self.sha(match[1])
             return self.answer(
                 {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{match[1]}/commit/{sha}"}

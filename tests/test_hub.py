@@ -22,10 +22,10 @@ from processes import PATIENCE
 from tiny import logits, tiny_batches, tiny_model, trained, wrap
 from typer.testing import CliRunner
 
-from peft_sensi import SensiError, load_merged
+from peft_sensi import SensiError, load_merged, save_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.merging.hashes import hashes_of
-from peft_sensi.reporting.card import BEGIN, END, results_table, write_card
+from peft_sensi.reporting.card import SECTION, results_table, write_card
 from peft_sensi.reporting.hub import push_folder
 from peft_sensi.reporting.results import model_index, training_rows
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
@@ -94,7 +94,7 @@ def test_what_somebody_wrote_into_the_card_stays(adapter):
     )
     again = ModelCard.load(path)
     assert again.text.startswith("Mine before.") and again.text.rstrip().endswith("Mine after.")
-    assert again.text.count(BEGIN) == again.text.count(END) == 1
+    assert len(SECTION.findall(again.text)) == again.text.count("peft_sensi: end") == 1
     assert again.data.license == "mit" and again.data.language == "en"
     assert "| method | accuracy |" in again.text and "| sensi | 0.9 |" in again.text
 
@@ -424,6 +424,50 @@ def test_a_merged_model_is_pushed_and_loads_from_the_hub(hub, tmp_path):
         (tmp_path / "again" / name).write_bytes(content)
     assert load_merged(tmp_path / "again").config.id2label == dict(enumerate(NAMES))
     assert open_saved("me/small").labels == NAMES  # downloads it
+
+
+def test_what_somebody_wrote_into_the_card_on_the_hub_stays(hub, adapter, tmp_path):
+    """Also with the adapter's own `push_to_hub`, which has no card of a folder."""
+    model = wrap(tiny_model(), budget=0.5)
+    model.push_to_hub("me/mine")
+    first = hub.repos["me/mine"]["README.md"].decode()
+    edited = first.replace("<!-- peft_sensi: gen", "Use it for ferries.\n\n<!-- peft_sensi: gen")
+    edited = edited.replace("tags:\n", "license: mit\nbase_model: other/base\ntags:\n- boats\n")
+    hub.repos["me/mine"]["README.md"] = edited.encode()
+    own = shutil.copytree(adapter, tmp_path / "own", ignore=shutil.ignore_patterns("README.md"))
+    write_card(open_adapter(own))
+    for push in (lambda: model.push_to_hub("me/mine"), lambda: push_folder(open_adapter(own), "me/mine")):
+        push()
+        card = ModelCard(hub.repos["me/mine"]["README.md"].decode())
+        assert "Use it for ferries.\n" in card.text and card.text.count("peft_sensi: generated") == 1
+        assert card.data.license == "mit" and "boats" in card.data.tags and "peft_sensi" in card.data.tags
+        assert "| license of the adapter | mit |" in card.text
+        assert card.data.get("base_model") is None  # of the adapter that was there
+    (own / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Own\n\nUse it for trains.\n")
+    push_folder(open_adapter(own), "me/mine")
+    card = ModelCard(hub.repos["me/mine"]["README.md"].decode())
+    assert "trains" in card.text and "ferries" not in card.text and card.data.license == "apache-2.0"
+    assert "boats" in card.data.tags and not hub.strange
+    hub.repos["me/mine"]["README.md"] = b"---\n: [\n---\n"
+    with pytest.raises(SensiError, match="README.md in me/mine cannot be read"):
+        push_folder(open_adapter(own), "me/mine")
+
+
+def test_weights_of_another_merged_model_do_not_stay_on_the_hub(hub, tmp_path):
+    save_adapter(tmp_path, names=NAMES)
+    folder = tmp_path / "merged"
+    push_folder(open_saved(folder), "me/small")
+    (first,) = (name for name in hub.repos["me/small"] if name.endswith(".safetensors"))
+    save_merged(load_merged(folder), folder)
+    push_folder(open_saved(folder), "me/small")
+    (second,) = (name for name in hub.repos["me/small"] if name.endswith(".safetensors"))
+    assert first != second and open_saved("me/small").labels == NAMES
+    for name in ("adapter_config.json", "model.safetensors"):
+        hub.repos["me/other"], hub.private["me/other"] = {name: b"{}"}, False
+        with pytest.raises(SensiError, match=f"me/other holds '{name}'"):
+            push_folder(open_saved(folder), "me/other")
+        assert set(hub.repos["me/other"]) == {name}
+    assert not hub.strange
 
 
 @pytest.mark.parametrize(

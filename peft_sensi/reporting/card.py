@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..utils.checks import is_number
 from ..utils.errors import SensiError, how_to_install
 from ..utils.files import write_atomically
 from ..utils.formatting import human, size_of
-from ..utils.places import is_out_of_reach, is_repo, offline
+from ..utils.places import is_repo, reading
 from ..utils.states import TRIMMED
 from .facts import limit_words, unit_facts
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
@@ -51,7 +51,8 @@ from .uploads import last_part
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BUDGET_LABELS = {"params": "prunable parameters kept", "flops": "prunable FLOPs kept", "trainable": "trained values"}
-BEGIN, END = "<!-- peft_sensi: generated", "<!-- peft_sensi: end -->"
+# The part of a card that is ours.
+SECTION = re.compile("<!-- peft_sensi: generated.*?<!-- peft_sensi: end -->", re.DOTALL)
 
 
 def write_card(
@@ -72,7 +73,7 @@ def write_card(
         results: Measured numbers: a mapping (with a key `validation`, only the numbers in it are shown), a list of
             records, or the path of a JSON file with one of them. Default: `metrics.json` of the folder, if there is
             one. The training, too, is described from there.
-        license: The license of the adapter or the model, for the metadata.
+        license: The license of the adapter or the model. Default: the one in the metadata of the card that is there.
         base: Name or folder of the base model, if not the one that the adapter names. A folder is read, but not named
             if the adapter names a repository.
         plan: The adapter's plan with its costs. By default it is computed from the base model's config, if possible.
@@ -85,8 +86,8 @@ def write_card(
         FileNotFoundError: There is no file `results`.
     """
     folder = folder or saved.folder
-    if (folder / CARD).exists():
-        load_card(folder / CARD)  # an error must come before the picture is replaced
+    if (folder / CARD).exists():  # an error must come before the picture is replaced
+        license = license or load_card(folder / CARD).data.get("license")
     metrics = metrics_of(saved.folder)
     if results is None and isinstance(metrics.get("validation"), Mapping):
         results = metrics
@@ -106,15 +107,11 @@ def write_card(
     except SensiError as error:
         if find_spec("matplotlib") is not None:
             warnings.warn(f"The card gets no picture: {error}", stacklevel=2)
-    source, base_license = base or saved.base, None
+    source = base or saved.base
     settings, count, other_head = head_settings_of(saved), None, False
     with suppress(SensiError, OSError, ValueError):  # the base model's config cannot be loaded
         count = base_config(saved, base).num_labels
         other_head = load_pretrained(AutoConfig, str(source)).num_labels != count
-    with suppress(Exception):  # no card, no license in it, no network: the adapter's card is written all the same
-        place = Path(str(source)) / CARD if Path(str(source)).is_dir() else str(source)
-        with offline() if is_out_of_reach(str(source)) else nullcontext():
-            base_license = ModelCard.load(place).data.get("license") if source else None
     names = settings.get("labels") or []
     card = new_card(
         saved.config,
@@ -130,10 +127,17 @@ def write_card(
         results=results_table(results),
         metrics=metrics,
         license=license,
-        base_license=base_license,
+        base_license=_license_of(source) if source else None,
     )  # fmt: skip
     save_card(card, folder / CARD, {saved.name, saved.folder.resolve().name})
     return written
+
+
+def _license_of(base: str) -> str | None:
+    """The license in a base model's card. `None` without a card, or without a connection."""
+    with suppress(Exception), reading(base):
+        return ModelCard.load(Path(base) / CARD if Path(base).is_dir() else base).data.get("license")
+    return None
 
 
 def new_card(
@@ -285,12 +289,11 @@ def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) 
     """
     if path.is_file():
         old = load_card(path)
-        section = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-        ours = section.search(card.text)[0]  # type: ignore[index]
+        ours = SECTION.search(card.text)[0]  # type: ignore[index]
         title, old_title = (re.search(r"^# (.+)$", text, re.MULTILINE) for text in (card.text, old.text))
         if title and old_title and old_title[1].strip() in former_titles:
             old.text = old.text.replace(old_title[0], title[0], 1)
-        replaced, count = section.subn(lambda _: ours, old.text, count=1)
+        replaced, count = SECTION.subn(lambda _: ours, old.text, count=1)
         card.text = replaced if count else f"{old.text.rstrip()}\n\n{ours}\n"  # a new section belongs at the end
         merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
         merged["tags"] = [*(old.data.get("tags") or []), *(card.data.get("tags") or [])]

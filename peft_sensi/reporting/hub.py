@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
@@ -25,6 +25,7 @@ from ..utils.files import read_json_object, write_atomically
 from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import load_card, new_card, save_card, save_with_tags, write_card
 from .pretrained import TOKENIZER_FILES
+from .repositories import keep_words, look_up, read_file, stale_weights
 from .saved import CARD, CONFIG, METRICS, PICTURE, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
@@ -55,6 +56,8 @@ def push_folder(
     """Uploads the files of an adapter or a merged model and a new model card, in one commit.
 
     Only files with known names are uploaded, without local paths in them (see `uploads`). The folder does not change.
+    What was written into the repository's card, around our section, stays, unless the folder's card has such a text.
+    Weights of another merged model, which was there before, are deleted in the same commit.
 
     Args:
         saved: The adapter or the merged model.
@@ -70,7 +73,8 @@ def push_folder(
         A `huggingface_hub.CommitInfo`; `None` after a dry run.
 
     Raises:
-        SensiError: `repo` cannot be the name of a repository, or is public although `private` is `True`.
+        SensiError: `repo` cannot be the name of a repository, or is public although `private` is `True`, or what it
+            holds would be mixed up with the upload.
     """
     try:
         validate_repo_id(repo)
@@ -78,12 +82,15 @@ def push_folder(
         raise SensiError(
             f"{repo!r} is not a name for a repository: write user/name, with letters, digits, and - _ . between them."
         ) from None
+    check_links(saved.folder, (MODEL_CONFIG, saved.weights) if isinstance(saved, SavedMerged) else (CONFIG, WEIGHTS))
     if not dry_run and is_out_of_reach(repo):
         raise SensiError("The Hub cannot be reached, so nothing was uploaded. Check the connection.")
     with tempfile.TemporaryDirectory() as temporary:
-        with offline() if dry_run else contextlib.nullcontext():
-            upload = prepare_upload(saved, repo, Path(temporary), tags or [], **card)
+        files, given = Path(temporary, "files"), Path(temporary, "repository")
+        files.mkdir()
         if dry_run:
+            with offline():
+                upload = prepare_upload(saved, repo, files, tags or [], **card)
             if announce is not None:
                 announce(upload, None)
             return None
@@ -91,16 +98,23 @@ def push_folder(
         with login_advice(repo):
             if "/" not in repo:
                 repo = f"{api.whoami()['name']}/{repo}"
-            is_new, visibility = _visibility(api, repo, private)
-            if announce is not None:
-                announce(upload, visibility)
+            repository = look_up(api, repo, private, revision)
+            former = read_file(api, repository, CARD, given)
+            stale = stale_weights(api, repository, saved.weights, given) if isinstance(saved, SavedMerged) else []
+        upload = prepare_upload(saved, repo, files, tags or [], former=former, **card)
+        if announce is not None:
+            announce(upload, repository.visibility)
+        with login_advice(repo):
             api.create_repo(repo, private=private, exist_ok=True)
-        with _naming_what_is_left(repo, is_new), login_advice(repo):
+        with _naming_what_is_left(repo, repository.is_new), login_advice(repo):
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(repo, branch=revision, exist_ok=True)
             return api.create_commit(
                 repo,
-                [CommitOperationAdd(name, path) for name, path in sorted(upload.files.items())],
+                [
+                    *(CommitOperationAdd(name, path) for name, path in sorted(upload.files.items())),
+                    *map(CommitOperationDelete, stale),
+                ],
                 commit_message=commit_message
                 or ("Upload model" if isinstance(saved, SavedMerged) else "Upload adapter"),
                 commit_description=commit_description,
@@ -146,18 +160,20 @@ def prepare_upload(
     target: Path,
     tags: Iterable[str] = (),
     base: str | None = None,
+    former: Path | None = None,
     **card: Any,
 ) -> Upload:
-    """The files as they are uploaded. Those that differ from the folder's are written to `target`."""
+    """The files as they are uploaded. Those that differ from the folder's are written to `target`.
+
+    `former` is the card that the repository has, if any.
+    """
     if (saved.folder / CARD).is_file():
         load_card(saved.folder / CARD)  # an error names this file and not its copy
     if isinstance(saved, SavedMerged):
-        check_links(saved.folder, (MODEL_CONFIG, saved.weights))
         private = [base] if base and not is_repo(base) else []
         upload = collect(saved.folder, merged_files(saved), private, target)
         renew_hash(upload.files[MODEL_CONFIG], saved.folder / saved.weights)
     else:
-        check_links(saved.folder, (CONFIG, WEIGHTS))
         private = [str(name) for name in (saved.base, base) if name and not is_repo(str(name))]
         upload = collect(saved.folder, ADAPTER_FILES, private, target)
         upload.files[CONFIG] = public_config(saved.folder, base, target)
@@ -167,7 +183,9 @@ def prepare_upload(
                 f"it: give its name on the Hub as `base`.",
                 stacklevel=2,
             )
-    # The new card keeps what was written around our section, which `collect` has copied.
+    # The new card keeps what was written around our section, here (`collect` has copied it) or in the repository.
+    if former is not None:
+        keep_words(target / CARD, former, repo)
     written = write_card(saved, folder=target, repo=repo, base=base, **card)
     upload.files.update({path.name: path for path in written})
     readme = upload.files[CARD]
@@ -182,26 +200,6 @@ def merged_files(saved: SavedMerged) -> list[str]:
     modules = {str(name).partition(".")[0] for name in (saved.values.get("auto_map") or {}).values()}
     code = [f"{name}.py" for name in sorted(modules) if re.fullmatch(r"modeling_sensi_\w+", name)]
     return [MODEL_CONFIG, saved.weights, *code, "generation_config.json", *TOKENIZER_FILES, METRICS, CARD, PICTURE]
-
-
-def _visibility(api: HfApi, repo: str, private: bool | None) -> tuple[bool, str]:
-    """Whether the repository is new, and who can see it.
-
-    Raises `SensiError` if it is public, but was asked to be private.
-    """
-    try:
-        is_private = api.repo_info(repo).private
-    except RepositoryNotFoundError:
-        if private is None:
-            return True, f"{repo} is new: everybody can see it, unless your account makes new repositories private."
-        who = "only you can see it (private)" if private else "everybody can see it (public)"
-        return True, f"{repo} is new: {who}."
-    if private and not is_private:
-        raise SensiError(
-            f"{repo} exists and is public, and an upload does not make it private: change that in the settings of the "
-            f"repository, or give another name. Nothing was uploaded."
-        )
-    return False, f"{repo} exists: {'it is private' if is_private else 'everybody can see it (public)'}."
 
 
 def hook_cards() -> None:

@@ -6,12 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.places import is_out_of_reach, not_found, offline
+from ..utils.places import not_found, reading
 from . import answers, words
 from .decoding import TEXT_SUFFIXES, read_text, suffix_of
 from .labels import DataError
@@ -185,7 +184,7 @@ def _load_from_hub(name: str, options: Options) -> Any:
     import datasets
 
     try:
-        with offline() if is_out_of_reach(name) else nullcontext():  # otherwise it tries for half a minute
+        with reading(name):
             return datasets.load_dataset(name, options.subset, split=None)
     except Exception as error:  # the classes of network errors depend on the Hub library's HTTP client
         raise DataError(not_found(name, error, "file or folder")) from None

@@ -61,6 +61,13 @@ def offline() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
+@contextlib.contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Inside, a name is read from the Hub, or only from the cache if the Hub is out of reach, which saves the wait."""
+    with offline() if is_out_of_reach(name) else contextlib.nullcontext():
+        yield
+
+
 @functools.lru_cache
 def _gives_no_answer(endpoint: str, name: str, minute: int) -> bool:
     """Whether the Hub does not answer a request about a repository. The other arguments are for the cache."""
