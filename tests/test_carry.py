@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft_sensi import Schedule, SensiError
 from peft_sensi.layers.layer import layers_of
 from peft_sensi.tuner import carry, schedule, stale, wrapping
-from peft_sensi.tuner.predictions import exceeds
+from peft_sensi.tuner.latencies import exceeds
 from peft_sensi.utils.states import TRIMMED
 
 

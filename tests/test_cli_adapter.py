@@ -48,6 +48,17 @@ def test_a_machine_without_the_base_is_told_of_the_option(folder, tmp_path, comm
         call(command, adapter, other, "--base", folder / "base")
 
 
+@pytest.mark.parametrize("command", ["inspect", "card", "check", "merge"])
+def test_a_base_of_a_family_that_has_no_such_task_is_named(folder, tmp_path, command):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=12, patch_size=4)).save_pretrained(tmp_path / "images")
+    more = [tmp_path / "out"] if command == "merge" else []
+    copy = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    result = run(command, copy, *more, "--base", tmp_path / "images")
+    assert "Traceback" not in result.output and "KeyError" not in result.output, result.output
+    assert (result.exit_code == 1) == (command in ("check", "merge")), result.output
+
+
 def test_advice_is_for_the_command(folder, tmp_path):
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
     for command in (("merge", tmp_path / "out"), ("export", tmp_path / "m.onnx"), ("predict", tmp_path / "x.csv")):

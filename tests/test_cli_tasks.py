@@ -452,7 +452,7 @@ def test_a_limit_on_times_holds_without_a_table_also_after_an_interrupt(way, wor
         measured.append(type(model).__name__)
         return made_up_table(AutoModel.from_pretrained(work / "base"))
 
-    monkeypatch.setattr("peft_sensi.tuner.predictions.measure_torch", measure)
+    monkeypatch.setattr("peft_sensi.tuner.latencies.measure_torch", measure)
     train = ("train", work / "base", "--data", work / "texts.csv", way, "--latency", "0.8", *SHORT)
     small = fails(*train[:-5], "0.1", *SHORT, "--out", tmp_path / "none")
     assert "too small" in small and "Give a larger --latency." in small

@@ -51,7 +51,7 @@ from peft_sensi.merging import latency_graphs
 from peft_sensi.planning import measuring
 from peft_sensi.reporting.card import write_card
 from peft_sensi.reporting.saved import open_adapter
-from peft_sensi.tuner.predictions import measure_missing
+from peft_sensi.tuner.latencies import measure_missing
 from peft_sensi.utils import timing
 from peft_sensi.utils.timing import Timing, time_variants
 
@@ -162,6 +162,12 @@ def test_a_step_with_a_full_sliding_window(counting):
 def test_mistakes_in_arguments(options, message, bert):
     with pytest.raises(SensiError, match=message):
         measure_latency(bert, **options)
+
+
+@pytest.mark.parametrize("options, message", [({"decode": True}, "leave out `decode`"), ({"rounds": 0}, "`rounds`")])
+def test_a_comparison_refuses_what_a_measurement_does(options, message, bert):
+    with pytest.raises(SensiError, match=message):
+        merging_latency.compare_latency(bert, bert, runtime="onnxruntime", **options)
 
 
 def test_models_that_cannot_be_measured(bert):

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_sensi import Schedule, SensiCallback, SensiError, SensiLoadError
 from peft_sensi.layers.layer import layers_of
-from peft_sensi.tuner.predictions import exceeds
+from peft_sensi.tuner.latencies import exceeds
 from peft_sensi.utils.states import TRIMMED
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from peft_sensi import SensiLoadError
 from peft_sensi.reporting.saved_merged import SavedMerged
 from peft_sensi.utils import checks, files, places
+from peft_sensi.utils.errors import first_line
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ufeff{}"])
@@ -123,3 +124,16 @@ def test_names_that_can_only_be_paths(tmp_path, monkeypatch):
 def test_names_of_labels(id2label, names):
     assert checks.label_names(id2label) == names
     assert SavedMerged("m", Path(), {"id2label": id2label}, "w", {}, 0).labels == names
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("\n one \ntwo")) == "one"
+    assert first_line(NotImplementedError()) == "NotImplementedError"
+
+
+def test_a_file_is_not_a_repository(tmp_path, monkeypatch):
+    """Its name may look like one, and would be sent to the Hub."""
+    monkeypatch.chdir(tmp_path)
+    assert places.is_repo("model.onnx") and places.is_repo("me/model.onnx")
+    (tmp_path / "model.onnx").touch()
+    assert not places.is_repo("model.onnx")

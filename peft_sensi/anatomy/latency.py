@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = "peft_sensi.latency.1"
+AGAIN = "Measure the model again."
 LIMITS = {"prefill": "latency", "decode": "decode_latency"}  # phase -> name of the limit in a budget
 LABELS = {"latency": "predicted latency", "decode_latency": "predicted latency of a decoding step"}
 RUNTIMES = ("torch", "onnxruntime")
@@ -149,20 +150,20 @@ class LatencyTable:
     def from_dict(cls, values: Any) -> LatencyTable:
         """The inverse of `to_dict`. Raises `SensiLoadError` if the value is not a complete and sensible table."""
         names = {field.name for field in fields(cls)}
-        check_format(values, FORMAT, names, "The latency table", "Measure the model again.")
+        check_format(values, FORMAT, names, "The latency table", AGAIN)
         for name in names - {"sublayers"}:
             _check(values, name, "The latency table")
         kinds = values["sublayers"]
         if not isinstance(kinds, list) or len(kinds) > _MOST:
-            raise SensiLoadError(f"The latency table's `sublayers` must be a list, got {shown(kinds)}.")
+            raise SensiLoadError(f"The latency table's `sublayers` must be a list, got {shown(kinds)}. {AGAIN}")
         table = cls(**{n: values[n] for n in names - {"sublayers"}}, sublayers=tuple(map(_sublayer, kinds)))
         shapes = [kind.shape for kind in table.sublayers]
         if len(set(shapes)) < len(shapes):
-            raise SensiLoadError("The latency table has two entries for the same shape of sublayers.")
+            raise SensiLoadError(f"The latency table has two entries for the same shape of sublayers. {AGAIN}")
         if table.whole <= 0:
-            raise SensiLoadError("The latency table gives the whole model no time at all.")
+            raise SensiLoadError(f"The latency table gives the whole model no time at all. {AGAIN}")
         if not _is_ms(table.whole_ms):
-            raise SensiLoadError(f"The latency table gives the whole model {table.whole_ms:.3g} ms: too much.")
+            raise SensiLoadError(f"The latency table gives the whole model {table.whole_ms:.3g} ms: too much. {AGAIN}")
         return table
 
     def save(self, path: str | os.PathLike) -> None:
@@ -304,20 +305,26 @@ def _sublayer(values: Any) -> SublayerTimes:
     """One entry of a table's `sublayers`."""
     names = [field.name for field in fields(SublayerTimes)]
     if not isinstance(values, Mapping) or set(values) != set(names):
-        raise SensiLoadError(f"An entry of the latency table's `sublayers` must have {names}, got {shown(values)}.")
+        raise SensiLoadError(
+            f"An entry of the latency table's `sublayers` must have {names}, got {shown(values)}. {AGAIN}"
+        )
     for name in ("shape", "groups", "units"):
         _check(values, name, "The latency table's `sublayers`")
     where = f"The latency table's entry {shown(values['shape'])}"
     counts, ms, spread = (values[name] for name in ("counts", "ms", "spread_ms"))
     if not all(isinstance(v, list) and 1 <= len(v) <= _MOST for v in (counts, ms, spread)):
-        raise SensiLoadError(f"{where} needs lists of `counts`, `ms` and `spread_ms`.")
+        raise SensiLoadError(f"{where} needs lists of `counts`, `ms` and `spread_ms`. {AGAIN}")
     if not (len(counts) == len(ms) == len(spread)) or not all(map(_is_ms, [*ms, *spread])):
-        raise SensiLoadError(f"{where} needs one number of milliseconds in `ms` and `spread_ms` for each count.")
+        raise SensiLoadError(
+            f"{where} needs one number of milliseconds in `ms` and `spread_ms` for each count. {AGAIN}"
+        )
     good = all(type(n) is int and 0 <= n for n in counts) and all(a < b for a, b in pairwise(counts))
     if not good or counts[-1] != values["units"]:
-        raise SensiLoadError(f"{where}: `counts` must be whole numbers that rise to `units`, got {shown(counts)}.")
+        raise SensiLoadError(
+            f"{where}: `counts` must be whole numbers that rise to `units`, got {shown(counts)}. {AGAIN}"
+        )
     if any(a > b for a, b in pairwise(ms)):
-        raise SensiLoadError(f"{where}: `ms` must not fall when more units are kept, got {shown(ms)}.")
+        raise SensiLoadError(f"{where}: `ms` must not fall when more units are kept, got {shown(ms)}. {AGAIN}")
     return SublayerTimes(values["shape"], values["groups"], values["units"], tuple(counts), tuple(ms), tuple(spread))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -173,19 +172,6 @@ def unpack(linear: Any) -> None:
         linear.state_dict()
         if state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves scales that are not compressed in the packed order
             state.absmax = state.absmax.t().reshape(-1).float()
-
-
-def check_quantized(
-    linears: Iterable[nn.Module], update: str, sparsity: float | None, keep_base: bool, has_cuts: bool
-) -> None:
-    """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
-    problem = "" if keep_base else "`keep_base=False` would have to cut its quantized weights"
-    if has_cuts:
-        problem = "its units cannot be scored and masked for the cuts of `schedule`"
-    if update == "mask" or sparsity is not None:
-        problem = "its weights cannot be masked"
-    if problem and any(is_quantized(linear) for linear in linears):
-        raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
 
 
 def not_trimmable() -> AnatomyError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, cast
 
 import torch
@@ -14,7 +14,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..utils.errors import SensiError
 from .linears import is_plain_embedding, matrix
 from .units import Group, Side
 
@@ -80,18 +79,12 @@ def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Modul
         return None
 
 
-def check_loaded(model: nn.Module, name: str, missing: Collection[str]) -> None:
-    """Raises `SensiError` if most values of a model are not in its checkpoint `name`, and are random therefore.
-
-    So it is where Transformers' class for the task has another prefix than the others of the family, such as
-    `LlamaForQuestionAnswering`. A task head alone may be `missing`.
-    """
-    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
-    if 2 * sum(sizes.get(key, 0) for key in missing) > sum(sizes.values()):
-        raise SensiError(
-            f"{name} does not have the weights of a {type(model).__name__}, which would be random: choose a model of "
-            f"another family for this task."
-        )
+def image_tokens(model: nn.Module) -> int | None:
+    """How many tokens an image model has per image: the length of its position embeddings `[1, tokens, hidden]`."""
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return None
+    positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
+    return next((p.shape[1] for p in positions if p.dim() == 3), None)
 
 
 # Names of task heads, for models that do not hold a transformer in a module of its own.

@@ -165,6 +165,13 @@ def config_fields(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | No
     return None if left else edits
 
 
+def classes_for(auto_class: Any, config_class: Any) -> tuple[Any, ...]:
+    """The model classes that an auto class has for a config class."""
+    mapping = getattr(auto_class, "_model_mapping", None)
+    found = mapping.get(config_class, ()) if mapping is not None else ()
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
 def is_merged(config: Mapping[str, Any]) -> bool:
     """Whether the values of a config.json are those of a model that `save_merged` wrote."""
     return RECORD_KEY in config or SAVED_BY.items() <= config.items()

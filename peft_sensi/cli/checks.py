@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import BudgetError, SensiError
+from ..utils.files import existing_parent
 from ..utils.places import UNFINISHED
 from .resuming import can_resume, checkpoints_in
 
@@ -145,8 +146,9 @@ def budget_advice(limits: Mapping[str, Any] | None, option: str = "--budget") ->
         yield
     except BudgetError as error:
         if set(limits or ()) == {"trainable"} or "`trainable`" in str(error):
+            what = str(error).partition(": raise the limit")[0].rstrip(".")
             raise BudgetError(
-                f"{str(error).replace('`trainable` limit', 'limit --trainable')} Give a larger one."
+                f"{what.replace('`trainable` limit', 'limit --trainable')}. Give a larger one."
             ) from None
         what, found, _ = str(error).partition(" Raise the budget")
         if not found or not limits:
@@ -177,8 +179,7 @@ def check_latency_tables(paths: Iterable[Path] | None, limits: Mapping[str, Any]
 
 
 def _check_folder_writable(folder: Path, option: str) -> None:
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=existing_parent(folder)).close()
     except OSError as error:
         raise SensiError(f"{option}: nothing can be written to {folder}: {error.strerror}.") from None

@@ -90,7 +90,7 @@ def measure(
         args.refuse({"--overwrite": overwrite}, "is about --out, and --export needs the name of a new folder")
         measured = how | {"--rounds": rounds, "--out": out}
         args.refuse(measured, "is about a measurement, and --export only writes graphs of whole sequences")
-        base = load_base(model)
+        base = _load_to_measure(model)
         length = length_for(base, sequence_length)
         with step("exporting the graphs", show=not json):
             export_graphs(base, export, sequence_length=length, **options)
@@ -106,7 +106,7 @@ def measure(
     else:
         from ..merging.latency import measure_latency
 
-        base = load_base(model)
+        base = _load_to_measure(model)
         options |= {"sequence_length": length_for(base, sequence_length), "decode": decode, "rounds": rounds or 7}
         with step("measuring", show=not json):
             table = measure_latency(base, runtime=(runtime or TORCH).value, threads=threads, **options)
@@ -119,7 +119,7 @@ def report(table: LatencyTable, out: Path | None, json: bool) -> None:
     print_result(json, table.to_dict(), Text(str(table)), *([] if out is None else [f"saved as {out}"]))
 
 
-def load_base(name: str) -> Any:
+def _load_to_measure(name: str) -> Any:
     """The model with the head that its config names, in evaluation mode."""
     import transformers
 
@@ -145,8 +145,7 @@ def length_for(model: Any, given: int | None) -> int:
 
     Raises `SensiError` if the model does not take inputs of the given length.
     """
-    from ..anatomy.modules import positions_of, usual_length
-    from ..scoring.calibration import image_tokens
+    from ..anatomy.modules import image_tokens, positions_of, usual_length
 
     if (tokens := image_tokens(model)) is not None:
         args.refuse({"--sequence-length": given}, f"is about texts, and an image has {tokens} tokens here")

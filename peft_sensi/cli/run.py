@@ -35,7 +35,7 @@ from ..tasks.task import Task
 from ..tasks.weights import balanced_weights, weighted_loss
 from ..tuner.checkpoint import check_values
 from ..utils.errors import SensiError, number_of_system_error
-from ..utils.files import write_text_atomically
+from ..utils.files import existing_parent, write_text_atomically
 from ..utils.formatting import size_of
 from ..utils.places import UNFINISHED
 from ..utils.progress import show_progress
@@ -202,8 +202,7 @@ class Run:
         """Raises `SensiError` if the disk has no room for the adapter (and, with --early-stopping, a checkpoint)."""
         values = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         needed = values * (4 if self.training.early_stopping else 1)  # a checkpoint has two moments of each value, too
-        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
-        if needed > (free := shutil.disk_usage(there).free):
+        if needed > (free := shutil.disk_usage(existing_parent(self.folder)).free):
             raise SensiError(
                 f"{self.folder}: the training would write {size_of(needed)}, and the disk has {size_of(free)} left. "
                 f"Make room, or give another --out."
@@ -280,7 +279,7 @@ class Run:
             "plan": plan_figures(plan),
             "weight_bytes": (self.folder / WEIGHTS).stat().st_size,
             "versions": versions(),
-            "data_sha256": short_names(self.task.hashes),
+            "data_sha256": by_file_name(self.task.hashes),
             "base_revision": getattr(base, "_commit_hash", None),
             "folder": str(self.folder),
             "command": sys.argv[1:],
@@ -308,7 +307,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def short_names(by_path: Mapping[str, str]) -> dict[str, str]:
+def by_file_name(by_path: Mapping[str, str]) -> dict[str, str]:
     """The same values by the names of the files, without their folders. Files of the same name keep their paths."""
     counts = Counter(Path(path).name for path in by_path)
     return {path if counts[Path(path).name] > 1 else Path(path).name: value for path, value in by_path.items()}

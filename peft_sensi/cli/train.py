@@ -29,7 +29,7 @@ from ..tasks.task import Task
 from ..tasks.weights import weighted_model_loss
 from ..tuner.config import SensiConfig
 from ..tuner.decision import scores_sent_to
-from ..tuner.predictions import measure_missing, read_latency
+from ..tuner.latencies import measure_missing, read_latency
 from ..tuner.schedule import SensiCallback
 from ..utils import distributed
 from .checks import SCORES, budget_advice, check_budget

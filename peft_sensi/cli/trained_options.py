@@ -55,7 +55,7 @@ def read_as_trained(
 
 
 def untrained_columns(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    """A doubt, if the data has not the columns of texts that the training has read, and none are named."""
+    """A doubt, if the data lacks the text columns that the training has read, and the user names no others."""
     texts = record.get("text_columns")
     if not texts or "text_column" in options:
         return []

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from ..planning.budget import DEFAULT_LIMITS
 from ..reporting.tables import facts_table, records_table
-from ..utils.checks import is_regressor
 from ..utils.errors import SensiError
 from ..utils.formatting import interval_text, metric_text, size_of
 from ..utils.places import absolute
@@ -176,7 +175,7 @@ def trim(
     from ..anatomy.widths import is_merged
     from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
     from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter, task_of
-    from ..tasks.labels import labels_of_head
+    from ..tasks.labels import labels_of_config
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS, agree_on_padding
     from .resuming import note_data, resumed_state, saved_training
@@ -213,9 +212,8 @@ def trim(
     named = {name: value for name, value in task_options(reading).items() if value is not None}
     kind = named.pop("kind", None) or kind_of_model(task_type, config.architectures)
     rows, wanted = read_as_trained(record, kind, data, named, beside=named.get("validation"))
-    numbers = is_regressor(config.problem_type, config.num_labels)
-    names = [] if numbers else [str(config.id2label[i]) for i in range(config.num_labels)]
-    head = None if kind == "answers" else labels_of_head(names, config.problem_type)
+    head = None if kind == "answers" else labels_of_config(kind, config)
+    numbers = head is not None and head.regression
     task = read_data(
         source, rows, seed=seed, kind=kind, head=head, config=config, doubts=untrained_columns(record, wanted),
         **wanted | {"regression": numbers or wanted.get("regression")},

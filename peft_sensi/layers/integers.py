@@ -36,7 +36,7 @@ class Noted(NamedTuple):
 
 
 def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
-    """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_cut_off`).
+    """Undoes what averages have done to the integers of an adapter on a `SensiLayer` (see `_is_truncated`).
 
     Also undoes a conversion to another dtype, as of all frozen parameters of a model (`p.data = p.data.half()`).
     Returns the integers; `None` if there are none, or only shards of them; those of the last forward pass while
@@ -65,7 +65,7 @@ def keep_integers(layer: Any, adapter_name: str) -> Noted | None:
         now, copy = parts[name], before.to(parts[name].device)
         if now.shape == copy.shape and now.dtype == copy.dtype and torch.equal(now, copy):
             continue
-        if now.shape == copy.shape and (torch.equal(now, copy.to(now.dtype)) or _is_cut_off(now.detach(), copy)):
+        if now.shape == copy.shape and (torch.equal(now, copy.to(now.dtype)) or _is_truncated(now.detach(), copy)):
             with torch.no_grad():
                 if now.dtype == copy.dtype:
                     now.copy_(copy)
@@ -100,7 +100,7 @@ def note_integers(layer: Any, *_: Any) -> None:
 def check_integers(layer: Any, state_dict: dict[str, Any], prefix: str, digests: Mapping[str, bytes]) -> None:
     """Compares the integers in a plain state dict with the digests that were saved beside them.
 
-    Integers that were averaged and cut off become those of the layer again, in place of the dict, if the digest says
+    Integers that were averaged and truncated become those of the layer again, in place of the dict, if the digest says
     that they were the same. Raises `SensiLoadError` if they are others, also if DeepSpeed left them out.
     """
     for adapter_name, digest in digests.items():
@@ -145,7 +145,7 @@ def _digest(parts: Mapping[str, torch.Tensor]) -> bytes:
     return result.digest()
 
 
-def _is_cut_off(now: torch.Tensor, before: torch.Tensor) -> bool:
+def _is_truncated(now: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether `now` are the integers `before` after averages with the same integers.
 
     An average changes a small integer by 1. A position of six digits or more becomes smaller with each average, until

@@ -19,9 +19,10 @@ from .values import version_of, writes
 
 
 # From this number of tokens in a call, a fused weight is made for the call and again for its backward pass. For fewer
-# tokens, the frozen values are cached, which costs a copy of the weights. To make the weight moves about two values of
-# memory a weight, and the product takes one multiplication a weight and token: with 1,024 tokens, making it twice
-# takes 4 % of the time of the products on a CPU. A GPU multiplies faster, compared with its memory.
+# tokens, the frozen values are cached, which costs a copy of the weights. Making the weight moves about two values
+# through memory for each weight, and the product takes one multiplication for each weight and token. So with 1,024
+# tokens on a CPU, making the weight twice takes 4 % of the time of the products. Compared with its memory, a GPU
+# multiplies faster.
 _MANY_TOKENS = {"cpu": 1024}
 _MANY_ELSEWHERE = 8192
 

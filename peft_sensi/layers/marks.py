@@ -79,7 +79,7 @@ def check_marks(stored: Any, marks: Mapping[str, bytes], where: str, there: Coll
     """
     if not isinstance(stored, torch.Tensor) or stored.dim() != 2 or stored.shape[1] < 2 * _LENGTH:
         raise SensiLoadError(f"{where!r} in the state dict does not hold the mark of a plan.")
-    # A copy may hold averages, as floats or cut off. They differ from the bytes by 1 at most.
+    # A copy may hold averages, as floats or truncated. They differ from the bytes by 1 at most.
     rounded = stored.detach().cpu().double().round().clamp(0, 255).to(torch.uint8)
     rows = [bytes(row) for row in rounded.tolist()]
 

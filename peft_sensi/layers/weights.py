@@ -258,7 +258,8 @@ class ComposedWeights(nn.Module, BaseTunerLayer):
     def _base_key(self) -> tuple[Any, ...]:
         """A key that changes when the base's weight or bias is replaced, moved or written into.
 
-        It is sure only while what `_held_base` has returned for it is held.
+        The key contains addresses of memory. It is reliable only while the tensors of `_held_base` are kept:
+        otherwise, other tensors could get the same addresses.
         """
         base = self.get_base_layer()
         return base.weight.device, version_of(base.weight), version_of(bias_of(base))

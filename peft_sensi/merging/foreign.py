@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.widths import RECORD_KEY, RECORD_VERSION, Widths
 from ..utils.checks import is_count, is_number, shown
-from ..utils.errors import SensiLoadError, how_to_install
+from ..utils.errors import DAMAGED, SensiLoadError, how_to_install
 from .hashes import check_hashes
 
 
@@ -44,7 +44,7 @@ def check_record(record: Any) -> None:
     """Raises `SensiLoadError` if the record of the widths has another form than `Widths.to_record` writes."""
     where = f"`{RECORD_KEY}` in {CONFIG}"
     if not isinstance(record, dict):
-        raise SensiLoadError(f"{where} must be an object.")
+        raise SensiLoadError(f"{where} must be an object. {DAMAGED}")
     version = record.get("format_version")
     if version != RECORD_VERSION or isinstance(version, bool):
         raise SensiLoadError(
@@ -55,12 +55,12 @@ def check_record(record: Any) -> None:
     if not isinstance(shapes, dict) or not all(
         isinstance(shape, list) and all(is_count(size, 0) for size in shape) for shape in shapes.values()
     ):
-        raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter.")
+        raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter. {DAMAGED}")
     if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):
-        raise SensiLoadError(f"{where} must have `attributes`, with a number for each name.")
+        raise SensiLoadError(f"{where} must have `attributes`, with a number for each name. {DAMAGED}")
     weights = record.get("weights", WEIGHTS)
     if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
-        raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file.")
+        raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file. {DAMAGED}")
 
 
 def weights_in(values: Mapping[str, Any], folder: str | Path) -> str:
@@ -157,7 +157,9 @@ def few_modules(tensors: int) -> Iterator[None]:
         nonlocal left
         left -= threading.get_ident() == thread
         if left < 0:
-            raise SensiLoadError(f"The config asks for a model with far more parts than the {tensors} tensors fill.")
+            raise SensiLoadError(
+                f"The config asks for far more modules than a file with {tensors} tensors can fill. {DAMAGED}"
+            )
 
     handles = [
         torch_module.register_module_parameter_registration_hook(count),
@@ -180,7 +182,8 @@ def check_buffers(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> N
     file = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if computed > max(_ALLOWED_BUFFERS, 4 * file):
         raise SensiLoadError(
-            f"The config asks for buffers of {computed:,} bytes, but the weights file has only {file:,} bytes."
+            f"The config asks for buffers of {computed:,} bytes, but the weights file has only {file:,} bytes. "
+            f"{DAMAGED}"
         )
 
 
@@ -189,11 +192,14 @@ def check_widths(widths: Widths, empty: PreTrainedModel) -> None:
     for name, shape in widths.shapes.items():
         if name not in parameters or parameters[name].dim() != len(shape):
             raise SensiLoadError(
-                f"The config gives {name!r} the shape {shape}, but {type(empty).__name__} has no such parameter."
+                f"The config gives {name!r} the shape {shape}, but {type(empty).__name__} has no such parameter. "
+                f"{DAMAGED}"
             )
     modules = dict(empty.named_modules())
     for name in widths.attributes:
         path, _, attribute = name.rpartition(".")
         known = vars(modules[path]) if path in modules else {}
         if attribute.startswith("_") or type(known.get(attribute)) not in (int, float):
-            raise SensiLoadError(f"The config sets {name!r}, which is not a number of a {type(empty).__name__}.")
+            raise SensiLoadError(
+                f"The config sets {name!r}, which is not a number of a {type(empty).__name__}. {DAMAGED}"
+            )

@@ -41,7 +41,7 @@ from ..utils.files import new_folder, writing
 from ..utils.timing import Run, clock_for, started, time_variants
 from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
 from .onnx import trace_graph
-from .onnx_graph import without_weights
+from .onnx_graph import with_external_weights
 
 
 _SMALLEST_WEIGHT = 1024  # bytes: smaller constants stay in the graph, because a runtime may compute with them
@@ -83,14 +83,13 @@ def measure_latency(
         SensiError: An argument is wrong, the model cannot run such a batch, onnxruntime is missing, or the machine is
             too busy for precise times.
     """
-    _check(model, runtime, {"batch_size": batch_size, "sequence_length": sequence_length, "rounds": rounds}, threads)
+    counts = {"batch_size": batch_size, "sequence_length": sequence_length, "rounds": rounds}
+    _check(model, runtime, counts, threads, decode, device)
     length = tokens_of(model, sequence_length, inputs)
     options: dict[str, Any] = {"batch_size": batch_size, "sequence_length": length, "blocks": blocks}
     if runtime == "torch":
         here = model if device is None else copy.deepcopy(model).to(device)
         return measure_torch(here, threads=threads, decode=decode, inputs=inputs, rounds=rounds, **options)
-    if decode or device not in (None, "cpu", torch.device("cpu")):
-        raise SensiError("runtime='onnxruntime' measures whole sequences on the CPU: leave out `decode` and `device`.")
     import_runtime()
     with tempfile.TemporaryDirectory(prefix="sensi-graphs-") as folder:
         export_graphs(model, folder, inputs=inputs, **options)
@@ -125,7 +124,7 @@ def export_graphs(
         nonlocal largest
         with tempfile.TemporaryDirectory(prefix="sensi-draft-") as place:
             trace_graph(small, batch, Path(place) / "draft.onnx")
-            graph, size = without_weights(Path(place) / "draft.onnx", WEIGHTS, _SMALLEST_WEIGHT)
+            graph, size = with_external_weights(Path(place) / "draft.onnx", WEIGHTS, _SMALLEST_WEIGHT)
         (folder / name).write_bytes(graph)
         largest = max(largest, size)
 
@@ -175,8 +174,9 @@ def compare_latency(
 
     The arguments and errors are those of `measure_latency`; there are three times as many rounds.
     """
+    counts = {"batch_size": batch_size, "sequence_length": sequence_length, "rounds": rounds}
     for each in (model, base):
-        _check(each, runtime, {"batch_size": batch_size, "sequence_length": sequence_length}, threads)
+        _check(each, runtime, counts, threads, decode)
     with number_of_threads(threads) as threads, tempfile.TemporaryDirectory(prefix="sensi-graphs-") as name:
         if runtime == "torch":
             options = {"batch_size": batch_size, "length": sequence_length, "decode": decode, "inputs": inputs}
@@ -238,7 +238,14 @@ def check_prediction(model: nn.Module, base: nn.Module, record: Mapping[str, Any
     return {**record, **measured, "predicted_share": predicted, "off": merged_ms / base_ms / predicted - 1}
 
 
-def _check(model: nn.Module, runtime: str, counts: Mapping[str, Any], threads: Any) -> None:
+def _check(
+    model: nn.Module,
+    runtime: str,
+    counts: Mapping[str, Any],
+    threads: Any,
+    decode: bool = False,
+    device: Any = None,
+) -> None:
     if runtime not in ("torch", "onnxruntime"):
         raise SensiError(f"`runtime` must be 'torch' or 'onnxruntime', got {shown(runtime)}.")
     for name, value in {**counts, **({} if threads is None else {"threads": threads})}.items():
@@ -248,6 +255,8 @@ def _check(model: nn.Module, runtime: str, counts: Mapping[str, Any], threads: A
         raise SensiError("The model has an adapter: measure the base model, or merge the adapter first.")
     if runtime == "onnxruntime" and not isinstance(model, PreTrainedModel):
         raise SensiError(f"runtime='onnxruntime' exports models of Transformers, not a {type(model).__name__}.")
+    if runtime == "onnxruntime" and (decode or device not in (None, "cpu", torch.device("cpu"))):
+        raise SensiError("runtime='onnxruntime' measures whole sequences on the CPU: leave out `decode` and `device`.")
 
 
 def _described(name: str, tensor: torch.Tensor) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..anatomy.latency import FORMAT, LatencyTable, check_format
+from ..anatomy.latency import AGAIN, FORMAT, LatencyTable, check_format
 from ..anatomy.latency_points import Kind, points_of, table_from
 from ..utils.checks import shown
-from ..utils.errors import SensiError, SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError, first_line
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.timing import clock_for, processor_name, started, time_variants
 from .onnx_graph import open_session
@@ -32,6 +32,7 @@ GRAPHS_FORMAT = "peft_sensi.graphs.2"
 WEIGHTS = "weights.bin"
 _LARGEST = 2**37  # bytes of weights
 _OF_TABLE = ("phase", "model", "dtype", "batch_size", "sequence_length", "versions")  # fields of the table
+_EXPORT = "Export the graphs again (`peft-sensi measure --export`)."
 
 
 def measure_graphs(folder: str | os.PathLike, threads: int | None = None, rounds: int = 7) -> LatencyTable:
@@ -86,8 +87,7 @@ def start_session(path: Path, batch: Mapping[str, np.ndarray], threads: int) -> 
         session = open_session(path, threads)
         session.run(None, dict(batch))
     except Exception as error:  # onnxruntime's errors have no common base class
-        reason = str(error).strip().partition("\n")[0]
-        raise SensiError(f"onnxruntime cannot run the graph {path.name}: {reason}") from error
+        raise SensiError(f"onnxruntime cannot run the graph {path.name}: {first_line(error)}") from error
     return partial(session.run, None, dict(batch))
 
 
@@ -114,7 +114,7 @@ def read_graphs(folder: str | os.PathLike) -> tuple[dict[str, Any], list[Kind]]:
     values = read_json_object(path)
     names = {*_OF_TABLE, "weight_bytes", "inputs", "kinds"}
     try:
-        check_format(values, GRAPHS_FORMAT, names, GRAPHS, "Export the graphs again (`peft-sensi measure --export`).")
+        check_format(values, GRAPHS_FORMAT, names, GRAPHS, AGAIN)
         # The description has the fields of a table whose times are not known yet.
         entries = [{**kind, "ms": [1.0] * len(kind["counts"])} for kind in values["kinds"]]
         table = LatencyTable.from_dict(
@@ -130,9 +130,11 @@ def read_graphs(folder: str | os.PathLike) -> tuple[dict[str, Any], list[Kind]]:
         for entry in values["inputs"]:
             _check_input(entry)
     except SensiLoadError as error:
-        raise SensiLoadError(f"{path}: {error}") from None
+        raise SensiLoadError(
+            f"{path}: {str(error).removesuffix(AGAIN).rstrip(' .')}. Export the graphs again."
+        ) from None
     except (TypeError, KeyError, AttributeError) as error:
-        raise SensiLoadError(f"{path} is malformed: {type(error).__name__}: {error}") from None
+        raise SensiLoadError(f"{path} is malformed: {type(error).__name__}: {error}. {_EXPORT}") from None
     return values, [Kind(kind.shape, kind.groups, kind.units, kind.counts) for kind in table.sublayers]
 
 

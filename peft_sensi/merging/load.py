@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..anatomy.widths import RECORD_KEY, Widths, apply_widths, on_meta
-from ..utils.errors import SensiLoadError
+from ..anatomy.widths import RECORD_KEY, Widths, apply_widths, classes_for, on_meta
+from ..utils.errors import DAMAGED, NOT_FINITE, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object, read_specs
 from .foreign import (
     CONFIG,
@@ -70,8 +70,7 @@ def load_merged_as(folder: str | os.PathLike[str], auto_class: Any, changes: Map
     found = _read(Path(folder))
     for name in sorted(changes, key=lambda name: name != "num_labels"):  # `num_labels` resets the names
         setattr(found.config, name, changes[name])
-    known = auto_class._model_mapping.get(type(found.config), ())
-    classes = known if isinstance(known, (tuple, list)) else (known,)
+    classes = classes_for(auto_class, type(found.config))
     cls = type(found.empty)
     if not classes:
         raise SensiLoadError(f"{folder} holds a {cls.__name__}, and {auto_class.__name__} knows no class for it.")
@@ -182,7 +181,9 @@ def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path)
         # not known here, so only the total sizes of floats and of other numbers are checked.
         different = {id(tensor): tensor for tensor in expected.values()}.values()
         if _sizes(different) != _sizes(tensors.values()):
-            raise SensiLoadError(f"{file} holds {extra[0]!r}, which the model does not have ({len(extra)} extra).")
+            raise SensiLoadError(
+                f"{file} holds {extra[0]!r}, which the model does not have ({len(extra)} extra). {DAMAGED}"
+            )
         for name in tensors:
             _check_finite(name, tensors[name], file)
         return tensors
@@ -191,18 +192,22 @@ def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path)
     for name, like in expected.items():
         tensor = by_tensor.get(id(like))
         if tensor is None:
-            raise SensiLoadError(f"{file} lacks {name!r}.")
+            raise SensiLoadError(f"{file} lacks {name!r}. {DAMAGED}")
         if tensor.shape != like.shape:
-            raise SensiLoadError(f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}.")
+            raise SensiLoadError(
+                f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}. {DAMAGED}"
+            )
         if tensor.is_floating_point() != like.is_floating_point():
-            raise SensiLoadError(f"{file}: {name!r} has dtype {tensor.dtype}, expected {like.dtype}.")
+            raise SensiLoadError(f"{file}: {name!r} has dtype {tensor.dtype}, expected {like.dtype}. {DAMAGED}")
         if isinstance(like, nn.Parameter):
             _check_finite(name, tensor, file)
         state[name] = tensor
     for path, module in empty.named_modules():
         own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
         if len({state[name].dtype for name in own if name in state}) > 1:
-            raise SensiLoadError(f"{file}: the tensors of {path!r} have several dtypes, with which it cannot run.")
+            raise SensiLoadError(
+                f"{file}: the tensors of {path!r} have several dtypes, with which it cannot run. {DAMAGED}"
+            )
     return state
 
 
@@ -216,7 +221,7 @@ def _sizes(tensors: Iterable[torch.Tensor]) -> Counter[bool]:
 
 def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise SensiLoadError(f"{file}: {name!r} contains NaN or infinity.")
+        raise SensiLoadError(f"{file}: {name!r} contains NaN or infinity: {NOT_FINITE}")
 
 
 def _build(cls: type[PreTrainedModel], found: _Folder, new_head: bool = False) -> PreTrainedModel:

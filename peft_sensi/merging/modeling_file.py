@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
 
-from ..anatomy.widths import on_meta
+from ..anatomy.widths import classes_for, on_meta
 from .hashes import check_hashes, hashes_of, read_header
 
 
@@ -166,7 +165,7 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
     assert cls.config_class is not None  # Transformers' abstract classes have none
     module, config = f"modeling_sensi_{cls.__name__.lower()}", cls.config_class.__name__
     known = {
-        name: _classes(getattr(transformers, name), cls.config_class)
+        name: classes_for(getattr(transformers, name), cls.config_class)
         for name in transformers.__all__  # type: ignore[attr-defined]  # `dir` takes a third of a second
         if name.startswith("AutoModel")
     }
@@ -184,10 +183,3 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
         if found := next((c for c in (cls, base) if c in classes), None):
             entries[name] = f"{module}.Sensi{found.__name__}"
     return entries
-
-
-def _classes(auto_class: Any, config_class: Any) -> tuple[Any, ...]:
-    """The model classes that an auto class has for a config class."""
-    mapping = getattr(auto_class, "_model_mapping", None)
-    found = mapping.get(config_class, ()) if mapping is not None else ()
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)

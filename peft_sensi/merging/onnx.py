@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.modules import positions_of, unwrapped
 from ..tuner.wrapping import root_of
-from ..utils.errors import SensiError, how_to_install
+from ..utils.errors import SensiError, first_line, how_to_install
 from ..utils.files import new_folder, writing
 from .onnx_graph import move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
@@ -145,10 +145,10 @@ def export_onnx(
     try:
         expected = [_run(reference, example) for example in examples]
     except Exception as error:  # a model can raise anything for a batch that it does not take
-        what = str(error).strip().partition("\n")[0]
         raise SensiError(
-            f"{type(merged).__name__} cannot run a batch of {', '.join(names)}: {what} A decoder that classifies "
-            f"needs `model.config.pad_token_id` for batches. For other kinds of input, give an example as `inputs=`."
+            f"{type(merged).__name__} cannot run a batch of {', '.join(names)}: {first_line(error)} A decoder that "
+            f"classifies needs `model.config.pad_token_id` for batches. For other kinds of input, give an example as "
+            f"`inputs=`."
         ) from error
     with (
         writing(path),
@@ -275,8 +275,9 @@ def _trace(
     except OSError as error:  # the disk is full, for example
         raise SensiError(f"The ONNX graph could not be written ({error}). Nothing was changed.") from error
     except Exception as error:  # the exporter's errors have no common base class
-        message = str(error).strip().partition("\n")[0]
-        raise SensiError(f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {message}") from error
+        raise SensiError(
+            f"PyTorch cannot export this {type(model).__name__} to opset {opset}: {first_line(error)}"
+        ) from error
 
 
 def trace_graph(model: Any, batch: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -65,7 +65,7 @@ def _name_after_limit(graph: Any, table: str, longest: int) -> None:
         node.name = f"a text may have at most {longest} tokens ({node.op_type} {number})"
 
 
-def without_weights(path: Path, location: str, smallest: int) -> tuple[bytes, int]:
+def with_external_weights(path: Path, location: str, smallest: int) -> tuple[bytes, int]:
     """A graph whose large float tensors refer to a file `location`, one after another, and the bytes of that file.
 
     Constants of less than `smallest` bytes stay in the graph.

@@ -17,9 +17,10 @@ from torch import nn
 from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.latency import LatencyTable, shape_of
 from ..anatomy.latency_points import Counts, kinds_of, points_of, table_from
+from ..anatomy.modules import image_tokens
 from ..anatomy.units import Anatomy
-from ..scoring.calibration import image_tokens, to_device
-from ..utils.errors import SensiError
+from ..scoring.calibration import to_device
+from ..utils.errors import SensiError, first_line
 from ..utils.timing import Run, clock_for, processor_name, time_variants
 from .plan import Plan
 from .trimmed import trimmed
@@ -185,8 +186,8 @@ def start_run(
         run()
     except Exception as error:  # of any class: the model's own code
         what = f"a step after {length} cached tokens" if decode else f"a batch of {batch_size} x {length}"
-        reason = str(error).strip().partition("\n")[0]
-        raise SensiError(f"{type(model).__name__} cannot run {what}: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise SensiError(f"{type(model).__name__} cannot run {what}: {reason}") from error
     return run
 
 

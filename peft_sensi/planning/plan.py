@@ -193,9 +193,9 @@ class Plan:
             )
         facts |= latency_facts(self.latency)
         facts["base parameters kept"] = f"{share['base_params_share']} of {count['base_params']}, embeddings included"
-        for group, _, tuned in self._counts():
-            if group.kind == "token":
-                facts["tokens trained"] = f"{tuned:,} of {group.size:,}"
+        if tokens := [(tuned, group.size) for group, _, tuned in self._counts() if group.kind == "token"]:
+            trained, size = map(sum, zip(*tokens, strict=True))
+            facts["tokens trained"] = f"{trained:,} of {size:,}"
         if self.update:
             facts["matrices trained"] = self.update_words
         facts["trained values"] = (

@@ -43,6 +43,11 @@ MARGIN = 0.02
 SAME = 1e-2  # relative distance of two ways to compute a layer; 16-bit models round
 
 
+def on_cpu(refitted: Refitted) -> Refitted:
+    """The same values on the CPU, to be sent to other processes."""
+    return {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in refitted.items()}
+
+
 def refit(
     model: nn.Module,
     plan: Plan,
@@ -89,11 +94,11 @@ def refit(
             for i, (batch, calls) in enumerate(zip(batches, recorded, strict=True))
         ]
         refitted: Refitted = {}
-        order = list(recorded[-1].arguments)
+        order, trims = list(recorded[-1].arguments), False
         for i, layer in enumerate(progress_bar(order, "refit", show=progress)):
             if i and any(layer in calls.entries for calls in recorded):
                 _follow_trimmed_model(model, plan, order[:i], refitted, streams, loss_fn)
-            trims = any((plan.of(g) == TRIMMED).any() for g in plan.anatomy.trimmable if g.layer in order[: i + 1])
+            trims |= any((plan.of(g) == TRIMMED).any() for g in plan.anatomy.trimmable if g.layer == layer)
             own = [g for g in groups if g.layer == layer]
             _refit_layer(model, plan, layer, own, refitted, streams, rounds if trims else 0)
         if not refitted:

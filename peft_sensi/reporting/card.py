@@ -25,7 +25,7 @@ from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..utils.checks import is_number
-from ..utils.errors import SensiError, how_to_install
+from ..utils.errors import SensiError, first_line, how_to_install
 from ..utils.files import write_atomically
 from ..utils.formatting import human, size_of
 from ..utils.places import is_repo, reading
@@ -306,10 +306,9 @@ def load_card(path: Path) -> Any:
     try:
         return ModelCard.load(path)
     except (ValueError, TypeError, OSError, YAMLError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise SensiError(
-            f"{path} cannot be read as a model card ({reason}), and was not changed: correct the metadata between its "
-            f"two lines ---, save it as UTF-8, or move it away."
+            f"{path} cannot be read as a model card ({first_line(error)}), and was not changed: correct the metadata "
+            f"between its two lines ---, save it as UTF-8, or move it away."
         ) from error
 
 

@@ -16,7 +16,7 @@ from ..merging.hashes import HASH_KEY
 from ..merging.load import load_merged
 from ..planning.measuring import example_inputs
 from ..tuner.wrapping import root_of
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
 from .results import metrics_of
@@ -140,7 +140,7 @@ def _outputs(model: Any) -> Finding:
         with torch.no_grad():
             outputs = model(**batch, return_dict=True)
     except Exception as error:  # a model can raise anything for a batch that it does not take
-        return Finding("outputs", NOTE, f"not computed: {str(error).strip().splitlines()[0]}")
+        return Finding("outputs", NOTE, f"not computed: {first_line(error)}")
     found = [value for value in outputs.values() if isinstance(value, torch.Tensor)]
     finite = all(bool(torch.isfinite(value).all()) for value in found)
     return Finding("outputs", OK if finite else WRONG, "finite" if finite else "NaN or infinity for random tokens")

@@ -20,7 +20,7 @@ from peft import PeftModel
 from ..merging.foreign import CONFIG as MODEL_CONFIG
 from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object, write_atomically
 from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import load_card, new_card, save_card, save_with_tags, write_card
@@ -131,9 +131,9 @@ def _naming_what_is_left(repo: str, is_new: bool) -> Iterator[None]:
     except Exception as error:  # the classes of network errors depend on the Hub library's HTTP client
         if not is_new:
             raise
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise SensiError(
-            f"{repo} was created, but nothing is in it: {reason}. Push again, or delete the repository."
+            f"{repo} was created, but nothing is in it: {first_line(error).rstrip('.')}. Push again, or delete the "
+            f"repository."
         ) from error
 
 
@@ -147,7 +147,7 @@ def login_advice(repo: str) -> Iterator[None]:
         if status not in (401, 403):
             raise
         # Without a token, the library's own text is a longer form of this one.
-        answer = "" if isinstance(error, LocalTokenNotFoundError) else f" ({str(error).splitlines()[0]})"
+        answer = "" if isinstance(error, LocalTokenNotFoundError) else f" ({first_line(error)})"
         raise SensiError(
             f"The Hub does not let you write to {repo}: log in with `hf auth login` (or set HF_TOKEN), with a token "
             f"that may write there.{answer}"

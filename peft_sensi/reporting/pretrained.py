@@ -6,6 +6,7 @@ Nothing runs code of the repository, and each error says in one line what was no
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from ..anatomy.modules import check_loaded
 from ..anatomy.widths import RECORD_KEY
 from ..merging.load import load_merged_as
 from ..utils.checks import is_number, shown
-from ..utils.errors import SensiError
+from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object
 from ..utils.places import is_out_of_reach, not_found
 
@@ -64,7 +64,7 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         if not hasattr(auto_class, "_model_mapping"):
             return auto_class.from_pretrained(name, trust_remote_code=False, **options)
         model, report = auto_class.from_pretrained(name, trust_remote_code=False, output_loading_info=True, **options)
-        check_loaded(model, name, report["missing_keys"])
+        _check_loaded(model, name, report["missing_keys"])
         return model
     except SensiError:
         raise
@@ -73,8 +73,21 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             raise SensiError(not_found(name, error)) from error
         if "Unrecognized configuration class" in str(error):  # no class for this task in the family
             check_takes_texts(name)
-        reason = str(error).strip().split("\n")[0]
-        raise SensiError(f"{name} cannot be loaded as a model: {reason}") from error
+        raise SensiError(f"{name} cannot be loaded as a model: {first_line(error)}") from error
+
+
+def _check_loaded(model: Any, name: str, missing: Collection[str]) -> None:
+    """Raises `SensiError` if most weights of a model are missing in its checkpoint `name`, so that they are random.
+
+    This happens where Transformers' class for a task uses another prefix than the rest of the family, such as
+    `LlamaForQuestionAnswering`. A task head alone may be missing.
+    """
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    if 2 * sum(sizes.get(key, 0) for key in missing) > sum(sizes.values()):
+        raise SensiError(
+            f"{name} does not have the weights of a {type(model).__name__}, which would be random: choose a model of "
+            f"another family for this task."
+        )
 
 
 def _refuse_file(name: str) -> None:
@@ -105,8 +118,7 @@ def pretrained_tokenizer(name: str, **options: Any) -> Any:
         if not folder.is_dir() and isinstance(error, (OSError, HFValidationError)):
             raise SensiError(not_found(name, error)) from error
         if not folder.is_dir() or any((folder / file).exists() for file in TOKENIZER_FILES):
-            reason = str(error).strip().split("\n")[0]
-            raise SensiError(f"The tokenizer of {name} cannot be loaded: {reason}") from error
+            raise SensiError(f"The tokenizer of {name} cannot be loaded: {first_line(error)}") from error
         found = None
     if found is not None and not (is_number(found.model_max_length) and found.model_max_length >= 1):
         raise SensiError(f"The tokenizer of {name} has the longest input {shown(found.model_max_length)}.")

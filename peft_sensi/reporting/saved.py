@@ -19,11 +19,12 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..anatomy.modules import embedding_of, task_head
+from ..anatomy.widths import classes_for
 from ..merging.load import without_weights
 from ..planning.plan import Plan
 from ..tuner.config import SensiConfig
+from ..tuner.head_settings import settings_of
 from ..tuner.targets import plan_of
-from ..utils.checks import PROBLEM_TYPES
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import short_repr
@@ -188,9 +189,13 @@ def _class_of(adapter: SavedAdapter) -> Any:
 def _without_weights(adapter: SavedAdapter, config: PretrainedConfig) -> Any:
     """The adapter's base model on the meta device."""
     cls = _class_of(adapter)
-    if (mapping := getattr(cls, "_model_mapping", None)) is not None:
-        known = mapping[type(config)]
-        cls = known[0] if isinstance(known, (tuple, list)) else known
+    if hasattr(cls, "_model_mapping"):
+        known = classes_for(cls, type(config))
+        if not known:
+            raise SensiError(
+                f"{cls.__name__} has no class for a {config.model_type}: give the base that the adapter was made for."
+            )
+        cls = known[0]
     return without_weights(cls, config)
 
 
@@ -215,22 +220,11 @@ def base_config(adapter: SavedAdapter, base: str | None) -> PretrainedConfig:
 
 
 def head_settings_of(adapter: SavedAdapter) -> dict[str, Any]:
-    """`SensiConfig.head_settings`, or what adapters of the first versions have in a `config.json` beside them.
-
-    Only plain values of known fields are used: a file cannot choose what is built.
-    """
+    """`SensiConfig.head_settings`, or what adapters of the first versions have in a `config.json` beside them."""
     if adapter.config.head_settings is not None:
         return dict(adapter.config.head_settings)
     found = read_json_object(adapter.folder / "config.json", optional=True)
-    names, problem, pad = (found.get(key) for key in ("id2label", "problem_type", "pad_token_id"))
-    settings: dict[str, Any] = {}
-    if isinstance(names, dict) and set(names) == {str(i) for i in range(len(names))}:
-        settings["labels"] = [str(names[str(i)]) for i in range(len(names))]
-    if problem in PROBLEM_TYPES:
-        settings["problem_type"] = problem
-    if type(pad) is int:
-        settings["pad_token_id"] = pad
-    return settings
+    return settings_of(*(found.get(key) for key in ("id2label", "problem_type", "pad_token_id")))
 
 
 def _labels_of_head(adapter: SavedAdapter, config: PretrainedConfig) -> int | None:

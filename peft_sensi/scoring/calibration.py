@@ -255,14 +255,6 @@ def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
     return round(total / number) if number else None
 
 
-def image_tokens(model: nn.Module) -> int | None:
-    """How many tokens an image model has per image: the length of its position embeddings `[1, tokens, hidden]`."""
-    if getattr(model, "main_input_name", "") != "pixel_values":
-        return None
-    positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
-    return next((p.shape[1] for p in positions if p.dim() == 3), None)
-
-
 @contextmanager
 def observing(
     model: nn.Module,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .decoding import TEXT_SUFFIXES, suffix_of
-from .labels import DataError, is_number, is_tag, listed
+from .labels import DataError, is_tag, listed, reads_as_number
 
 
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "score", "y")
@@ -111,7 +111,7 @@ def _is_text(column: str, values: Sequence[Any], words: bool = False) -> bool:
     others = sum(not isinstance(value, str) for value in values if value is not None)
     if len(texts) <= others:  # a few wrong rows are named later
         return False
-    if _ID.search(column) or _CAMEL_ID.search(column) or all(is_number(text) for text in texts):
+    if _ID.search(column) or _CAMEL_ID.search(column) or all(reads_as_number(text) for text in texts):
         return False
     if sum(any(letter.isalpha() for letter in text) for text in texts) * 2 < len(texts):  # dates, phone numbers
         return False

@@ -84,7 +84,7 @@ def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any]) -> Difference:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The two-sided p-value of McNemar's exact test: how likely so unequal numbers are if both models are as good."""
+    """McNemar's exact test: the two-sided p-value of numbers at least this unequal if both models are equally good."""
     from scipy.stats import binomtest
 
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..utils.checks import label_names
+from ..utils.checks import is_regressor, label_names
 from ..utils.errors import SensiError
 
 
@@ -80,6 +80,13 @@ def labels_of_head(names: Sequence[str], problem_type: str | None = None) -> Lab
     return Labels(list(names), problem_type == "multi_label_classification")
 
 
+def labels_of_config(kind: str | None, config: Any) -> Labels:
+    """The labels of a trained head, from its model's config: none for answers, and for a regressor."""
+    if kind == "answers" or (kind != "words" and is_regressor(config.problem_type, config.num_labels)):
+        return Labels([])
+    return labels_of_head([str(config.id2label[i]) for i in range(config.num_labels)], config.problem_type)
+
+
 def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels:
     """Decides whether the values of a label column are classes or numbers to predict.
 
@@ -87,7 +94,7 @@ def find_labels(values: Sequence[Any], regression: bool | None = None) -> Labels
     with a fraction ("1.0") are classes if there are few of them. `regression` overrides this. Raises `TypeError` or
     `ValueError` for values that are neither.
     """
-    numeric = all(is_number(value) for value in values)
+    numeric = all(reads_as_number(value) for value in values)
     whole = numeric and all(finite(value).is_integer() for value in values)
     names = {name_of(value) for value in values}
     if regression is None:
@@ -158,7 +165,8 @@ def parts_of(value: Any, separator: str | None) -> list[Any]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def is_number(value: Any) -> bool:
+def reads_as_number(value: Any) -> bool:
+    """Whether this is a finite number, or a text that says one."""
     try:
         finite(value)
     except (TypeError, ValueError, OverflowError):

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.checks import is_regressor
-from ..utils.errors import SensiError, how_to_install
+from ..utils.errors import SensiError, first_line, how_to_install
 from .kinds import decode
-from .labels import Labels, labels_of_head
+from .labels import Labels, labels_of_config, labels_of_head
 from .record import checked_record, kind_of_model, saved_record
 from .task import Kind, Rows, agree_on_padding, collator_of, load_tokenizer
 
@@ -139,7 +138,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
 
     record = saved_record(saved.folder)
     return Predictor(
-        name, kind, _labels(kind, model.config), tokenizer, run, source, model.config, saved.file_bytes,
+        name, kind, labels_of_config(kind, model.config), tokenizer, run, source, model.config, saved.file_bytes,
         model.num_parameters(), record,
     )  # fmt: skip
 
@@ -155,8 +154,9 @@ def _of_onnx(file: Path) -> Predictor:
     except ImportError as error:
         raise SensiError(f"{file} needs onnxruntime ({error}): {how_to_install('onnx')}.") from error
     except Exception as error:  # onnxruntime has its own classes, which have no common one
-        reason = str(error).strip().splitlines()[0]
-        raise SensiError(f"{file} is damaged, or not a file of onnxruntime: {reason} Export it again.") from error
+        raise SensiError(
+            f"{file} is damaged, or not a file of onnxruntime: {first_line(error)} Export it again."
+        ) from error
     names = [entry.name for entry in session.get_inputs()]
     shapes = {entry.name: entry.shape for entry in session.get_outputs()}
     classes = len(values["labels"]) or 1
@@ -194,12 +194,6 @@ def _checked(name: str, kind: Any, task: Any) -> Kind:
             f"words, and for answers to questions."
         )
     return kind
-
-
-def _labels(kind: str, config: Any) -> Labels:
-    if kind == "answers" or (kind == "text" and is_regressor(config.problem_type, config.num_labels)):
-        return Labels([])
-    return labels_of_head([str(config.id2label[i]) for i in range(config.num_labels)], config.problem_type)
 
 
 def _collated(collate: Any, inputs: list[dict[str, Any]]) -> Mapping[str, Any]:

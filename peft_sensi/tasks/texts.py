@@ -20,11 +20,11 @@ from .labels import (
     find_labels,
     find_several,
     is_missing,
-    is_number,
     listed,
     look,
     name_of,
     parts_of,
+    reads_as_number,
     separator_of,
 )
 from .metrics import Quality
@@ -46,7 +46,7 @@ def to_raw(
     found: list[dict[str, Any]] = []
     missing, notes = [], []
     values = [[row.get(column) for column in labels] for row in rows]
-    numbers = any(is_number(value) for row in values for value in row)
+    numbers = any(reads_as_number(value) for row in values for value in row)
     for number, (row, cells) in enumerate(zip(rows, values, strict=True), start=1):
         texts = [row.get(column) for column in columns]
         for column, text in zip(columns, texts, strict=True):
@@ -140,7 +140,7 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
             f"a point, and nothing between thousands. If they are several labels, give --label-separator ','."
         )
     if len(labels.names) > max(2, len(raw) // 2):
-        numbers = ", or predict numbers with --regression" if all(map(is_number, labels.names)) else ""
+        numbers = ", or predict numbers with --regression" if all(map(reads_as_number, labels.names)) else ""
         raise DataError(
             f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "
             f"not the label: name the right column with --label-column{numbers}. {WRITTEN}"
@@ -150,7 +150,7 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
 
 def check_numbers(name: Any, raw: Sequence[dict[str, Any]], why: str) -> None:
     """Raises `DataError` for the first row whose label is not a number."""
-    if (wrong := next((row for row in raw if not is_number(row["label"])), None)) is not None:
+    if (wrong := next((row for row in raw if not reads_as_number(row["label"])), None)) is not None:
         raise DataError(
             f"{name}: the label {wrong['label']!r} of row {wrong['row']} is not a number, {why}. Write "
             f"numbers as 1234.5, and leave the label empty (--skip-unlabeled) where there is none."
@@ -228,7 +228,7 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
         how = "missed" if labels.several else "wrong"
         known = listed(labels.names)
         doubts.append(f"the model knows {known}, and not {listed(labels.unknown)}: such labels count as {how}")
-    if not labels.several and all(is_number(label) for label in labels.names) and len(labels.names) > 2:
+    if not labels.several and all(reads_as_number(label) for label in labels.names) and len(labels.names) > 2:
         doubts.append(f"the numbers {labels.names[0]} to {labels.names[-1]} are classes (--regression for amounts)")
     separator = separator_of(labels.in_data)
     if not labels.several and (odd := _not_a_number(labels.names)) is not None:
@@ -262,8 +262,8 @@ def _not_a_number(names: Sequence[str]) -> str | None:
 
     That is one of amounts, such as 12% or 1,5, or of a few other names beside numbers with a fraction.
     """
-    others = [name for name in names if not is_number(name)]
-    numbers = [float(name) for name in names if is_number(name)]
+    others = [name for name in names if not reads_as_number(name)]
+    numbers = [float(name) for name in names if reads_as_number(name)]
     amounts = all(map(_AMOUNT.fullmatch, names))
     measured = len(numbers) > len(others) and not all(map(float.is_integer, numbers))
     return others[0] if others and len(names) > 2 and (amounts or measured) else None

@@ -82,7 +82,7 @@ def read_conll(
             check_tag(tag, f"{path}, line {number}")
             tags.append(tag)
     if not sentences:
-        raise DataError(f"{path} has no sentences.")
+        raise DataError(f"{path} has no sentences. {FORMS}")
     return sentences
 
 
@@ -159,14 +159,17 @@ def to_raw(
         if label is not None:
             tags = row.get(label)
             if not isinstance(tags, list) or len(tags) != len(tokens):
-                raise DataError(f"{name}: row {number} has not one tag for each word in {label!r}.")
+                raise DataError(
+                    f"{name}: row {number} has {counted(len(tokens), 'word')}, but {label!r} is not a list of as many "
+                    f"tags: give one tag for each word."
+                )
             for tag in tags:
                 check_tag(tag, f"{name}, row {number}")
             tagged = {"tags": tags}
         if tokens:
             found.append({"row": number, "tokens": tokens, **tagged})
     if not found:
-        raise DataError(f"{name} has no sentences.")
+        raise DataError(f"{name} has no sentences. {FORMS}")
     if notes is not None and (without := len(rows) - len(found)):
         what = "left out" if needs_tags else "and so without a prediction"
         notes.append(f"{name}: {counted(without, 'row')} without words, {what}")
@@ -262,9 +265,9 @@ def encode(
 
 
 def lacks_spaces(tokenizer: Any) -> bool:
-    """Whether words alone get other tokens than words of a text, in which a space is a part of the token after it.
+    """Whether separate words get other tokens than the same words in a text, where a space is part of the next token.
 
-    So it is with byte-level tokenizers of decoders and of ModernBERT: there, `add_prefix_space` changes nothing.
+    This is so for byte-level tokenizers of decoders and of ModernBERT, for which `add_prefix_space` changes nothing.
     """
     text, alone, spaced = (
         tokenizer(value, is_split_into_words=isinstance(value, list), add_special_tokens=False)["input_ids"]

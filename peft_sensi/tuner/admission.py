@@ -218,6 +218,17 @@ def held_twice(name: str) -> SensiError:
     )
 
 
+def check_quantized(linears: Iterable[nn.Module], config: SensiConfig) -> None:
+    """Raises `SensiError` if one of the Linears is quantized and a setting would change its weights."""
+    problem = "" if config.keep_base else "`keep_base=False` would have to cut its quantized weights"
+    if config.phase == "cut":
+        problem = "its units cannot be scored and masked for the cuts of `schedule`"
+    if config.update == "mask" or config.sparsity is not None:
+        problem = "its weights cannot be masked"
+    if problem and any(is_quantized(linear) for linear in linears):
+        raise SensiError(f"The base model is quantized: {problem}. Load the base model without quantization for that.")
+
+
 def leave_frozen(model: nn.Module, names: set[str], chosen: bool) -> set[str]:
     """The Linears of `names` that the user has not frozen, if some are frozen and others are not.
 

@@ -23,12 +23,12 @@ from ..scoring.calibration import LossFn, ScoringOptions
 from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.checks import check_foreign, check_paths, check_types
-from ..utils.errors import MissingFieldError, SensiError, SensiLoadError, how_to_install
+from ..utils.errors import NoTokenIndicesError, SensiError, SensiLoadError, how_to_install
 from ..utils.files import find_weights, write_atomically
 from ..utils.formatting import short_repr
 from .checkpoint import FORMAT_VERSION, check_config_file, check_values, config_mark, meaning
 from .combinations import check_config
-from .predictions import read_latency
+from .latencies import read_latency
 
 
 class SensiPeftType(enum.StrEnum):
@@ -338,7 +338,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
 
     def __getattr__(self, name: str) -> Any:
         if name == "trainable_token_indices":  # TRL sets it for the new tokens of a `chat_template_path`
-            raise MissingFieldError(name)
+            raise NoTokenIndicesError()
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SensiConfig:

@@ -32,7 +32,7 @@ from ..utils.states import TRIMMED
 from ..utils.undo import surely
 from .config import SensiConfig
 from .in_place import merged_in_place
-from .predictions import read_latency
+from .latencies import read_latency
 from .rescoring import trained_options
 from .slicing import config_after, trained_beside_units
 from .stages import choose, same_everywhere

@@ -23,13 +23,13 @@ from torch import nn
 
 from ..anatomy.build import nothing_to_trim
 from ..anatomy.linears import bias_of, is_quantized
-from ..anatomy.modules import linear_of
+from ..anatomy.modules import image_tokens, linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import check_fits, make_plan
 from ..planning.budget import DEFAULT_LIMITS, Budget
 from ..planning.plan import Plan
-from ..planning.refit import Refitted, refit
-from ..scoring.calibration import image_tokens, materialize, mean_length, preserved
+from ..planning.refit import Refitted, on_cpu, refit
+from ..scoring.calibration import materialize, mean_length, preserved
 from ..scoring.compute import score_units
 from ..scoring.criteria import only_seen
 from ..scoring.head import head_to_train
@@ -40,7 +40,7 @@ from ..utils.errors import SensiError
 from .admission import check_plain
 from .config import RunInputs, SensiConfig
 from .fingerprint import check_fingerprint, fingerprint
-from .predictions import exceeds, measure_missing, note_latency
+from .latencies import exceeds, measure_missing, note_latency
 from .reach import Reach, reach_of
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
 from .targets import bias_values, described
@@ -129,9 +129,8 @@ def _decide_together(make: Callable[[], Decision], model: nn.Module, config: Sen
     # Process 0 decides: the sums are the same everywhere, but different hardware may round differently.
     if decision is not None:
         # On the CPU, because a tensor arrives on the device of its sender. Each process makes its own slices.
-        refitted = {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in decision.refitted.items()}
         head = {name: value.cpu() for name, value in decision.head.items()}
-        decision = replace(decision, slices={}, refitted=refitted, head=head)
+        decision = replace(decision, slices={}, refitted=on_cpu(decision.refitted), head=head)
     return distributed.broadcast_object(decision)
 
 

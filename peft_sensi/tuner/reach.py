@@ -10,12 +10,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..anatomy.build import build_anatomy
-from ..anatomy.linears import check_quantized, is_plain
+from ..anatomy.linears import is_plain
 from ..anatomy.modules import base_of, linear_of, name_in_base
 from ..anatomy.units import Anatomy
 from .admission import (
     check_names,
     check_plain,
+    check_quantized,
     check_saved,
     head_to_save,
     is_partly_frozen,
@@ -83,7 +84,7 @@ def reach_of(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Reach 
     if config.update is None:
         config.update = default_update(model, config, inputs, anatomy, targets, saved_values)
     linears = [linear_of(model, name) for group in anatomy.groups for name in group.modules]
-    check_quantized(linears, config.update, config.sparsity, config.keep_base, config.phase == "cut")
+    check_quantized(linears, config)
     return Reach(targets, anatomy, saved_values)
 
 

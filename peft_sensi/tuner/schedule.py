@@ -27,7 +27,7 @@ from ..utils.errors import SensiError
 from .carry import obstacle
 from .combinations import recheck
 from .cuts import check_cut, close_units, open_units
-from .predictions import exceeds
+from .latencies import exceeds
 from .rescoring import read_batches
 from .scheduled import scheduled_adapters, scheduled_model
 from .slicing import config_after, slices_of

@@ -22,7 +22,7 @@ from ..planning.allocate import make_plan
 from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import Tables, costs_of, kept_counts
 from ..planning.plan import Plan
-from ..planning.refit import Refitted, refit
+from ..planning.refit import Refitted, on_cpu, refit
 from ..planning.trimmed import kept_values, trimmed
 from ..scoring.calibration import ScoringOptions
 from ..scoring.compute import score_units
@@ -115,8 +115,7 @@ def same_everywhere(choice: Choice) -> Choice:
     """The choice of process 0, for all processes: different hardware may round differently."""
     if distributed.world_size() == 1:
         return choice
-    refitted = {n: (w.cpu(), None if b is None else b.cpu()) for n, (w, b) in choice.refitted.items()}
-    return distributed.broadcast_object(replace(choice, refitted=refitted))
+    return distributed.broadcast_object(replace(choice, refitted=on_cpu(choice.refitted)))
 
 
 def stages_to(opened: Plan, limits: Budget, tables: Tables, min_units: int) -> list[Budget]:

@@ -1,6 +1,6 @@
-"""Trims a trained adapter.
+"""Trims a trained adapter: chooses units in stages, fits the kept ones to the untrimmed model, removes the others.
 
-Scores the units of the adapted model, makes a plan, refits the kept weights by least squares, and shrinks the adapter.
+The module `stages` chooses and fits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .combinations import recheck
 from .config import RunInputs, SensiConfig
 from .cuts import recounted
 from .in_place import merged_in_place
-from .predictions import exceeds, read_latency
+from .latencies import exceeds, read_latency
 from .rescoring import read_batches, trained_options
 from .stages import Choice, choose, kept_units, same_everywhere
 from .wrapping import shrink

@@ -35,7 +35,7 @@ from ..utils.errors import SensiError, SensiLoadError
 from ..utils.undo import snapshot, surely
 from .carry import Before, carry_over, noted
 from .config import SensiConfig
-from .predictions import exceeds, note_latency
+from .latencies import exceeds, note_latency
 from .slicing import Slices, config_after, slices_of
 from .stale import mark_stale, unmark_stale
 from .targets import plan_of

@@ -156,17 +156,22 @@ def _exchange(where: str, payload: Any = None, error: Exception | None = None) -
     return list(payloads)
 
 
-def all_sum(tensors: Sequence[torch.Tensor], where: str, operation: str = "SUM") -> None:
-    """Replaces each tensor by its sum over all processes, in place. `operation` is a name of `dist.ReduceOp`."""
-    if world_size() > 1:
-        gather(f"{where}, {[tuple(tensor.shape) for tensor in tensors]}" if len(tensors) < 10 else where)
-        for tensor in tensors:
-            _in_place(tensor, lambda t: dist.all_reduce(t, getattr(dist.ReduceOp, operation)))
+def all_sum(tensors: Sequence[torch.Tensor], where: str) -> None:
+    """Replaces each tensor by its sum over all processes, in place."""
+    _all_reduce(tensors, where, "SUM")
 
 
 def all_max(tensors: Sequence[torch.Tensor], where: str) -> None:
     """Replaces each tensor by its elementwise maximum over all processes, in place."""
-    all_sum(tensors, where, "MAX")
+    _all_reduce(tensors, where, "MAX")
+
+
+def _all_reduce(tensors: Sequence[torch.Tensor], where: str, operation: str) -> None:
+    """`operation` is a name of `dist.ReduceOp`."""
+    if world_size() > 1:
+        gather(f"{where}, {[tuple(tensor.shape) for tensor in tensors]}" if len(tensors) < 10 else where)
+        for tensor in tensors:
+            _in_place(tensor, lambda t: dist.all_reduce(t, getattr(dist.ReduceOp, operation)))
 
 
 def broadcast(tensor: torch.Tensor) -> None:

@@ -39,15 +39,20 @@ class SensiLoadError(SensiError):
     """A file is damaged, has unexpected content, or does not belong to this base model."""
 
 
-class MissingFieldError(SensiError, AttributeError):
-    """Other libraries ask for a field of LoRA, which this method does not have. `getattr` with a default works."""
+# What to do about a file whose content cannot be right.
+DAMAGED = "The file is damaged or was edited: take it from its source again."
+NOT_FINITE = "the training has failed, or the file is damaged. Train again, or take the file from its source again."
 
-    def __init__(self, name: str) -> None:
+
+class NoTokenIndicesError(SensiError, AttributeError):
+    """TRL sets a field of LoRA that this method does not have. `getattr` with a default works."""
+
+    def __init__(self) -> None:
         super().__init__(
-            f"SensiConfig has no {name!r}, with which LoRA trains new tokens. Here, the tokens of the calibration "
-            f"data are trained, with `also_train=['tokens']` if there are other limits. So leave out TRL's "
-            f"`chat_template_path`: add the tokens and resize the model before the wrap (`trl.clone_chat_template` "
-            f"does both), and let `calibration` contain the new tokens."
+            "SensiConfig has no 'trainable_token_indices', with which LoRA trains new tokens. Here, the tokens of the "
+            "calibration data are trained, with `also_train=['tokens']` if there are other limits. So leave out TRL's "
+            "`chat_template_path`: add the tokens and resize the model before the wrap (`trl.clone_chat_template` "
+            "does both), and let `calibration` contain the new tokens."
         )
 
 
@@ -67,6 +72,11 @@ def how_to_install(extra: str = "", options: str = "") -> str:
     if urls:
         return f"{words}'peft-sensi{extra} @ git+{urls[0]}'"
     return f"{words}'.{extra}'  # in a clone of peft_sensi's repository"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its class if it has no text."""
+    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
 
 
 def number_of_system_error(error: BaseException) -> int | None:

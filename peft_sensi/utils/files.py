@@ -82,6 +82,11 @@ def new_folder(path: Path) -> Iterator[None]:
         raise
 
 
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest one around it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a text file as UTF-8, as `write_atomically` does."""
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

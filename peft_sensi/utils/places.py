@@ -10,19 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import first_line
+
 
 UNFINISHED = "unfinished.json"  # in the folder of a training that was interrupted, see `cli.run`
 
 
 def is_repo(name: str) -> bool:
-    """Whether this can be the name of a repository on the Hub. An existing folder is not one."""
+    """Whether this can be the name of a repository on the Hub. A file or folder that exists here is not one."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).is_dir()
+    return not Path(name).exists()
 
 
 def absolute(name: str) -> str:
@@ -136,4 +138,4 @@ def _reason(name: str, error: Exception) -> str:
     # The library's HTTP client has its own classes of errors.
     if any(isinstance(each, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for each in errors):
         return "it cannot be reached, and the cache has no copy. Check the name and the connection."
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)
