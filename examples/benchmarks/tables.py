@@ -42,14 +42,17 @@ def with_interval(values: list[float]) -> str:
 
 
 def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:
-    """One line for each method; the last column compares it with its control, seed by seed."""
+    """One line for each method, at its best rate; the last column compares it with its control, seed by seed."""
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     latest: dict[str, dict[str, Any]] = {}
-    for result in results:
+    rates: dict[str, set[float]] = defaultdict(set)
+    for result in at_best_rates(results):
         found[result["method"]][result["task"]][result["seed"]] = result["dev"]
         latest[result["method"]] = result
+        rates[result["method"]].add(result["rate"])
     tasks = [name for name in TASKS if any(name in scores for scores in found.values())]
-    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "points above its control"]
+    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "rates",
+              "points above its control"]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for name, method in methods.items():
         if name not in latest:
@@ -63,6 +66,7 @@ def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) 
             f"{figures['flops_share']:.0%}",
             f"{figures['zeros_share']:.0%}",
             f"{figures['bytes']:,}",
+            ", ".join(f"{rate:g}" for rate in sorted(rates[name])),
             points_above(scores, found[method.control], method.control) if method.control in latest else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")

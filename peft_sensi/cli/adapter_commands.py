@@ -1,4 +1,4 @@
-"""The commands that start from a saved adapter or a merged model: `inspect`, `merge`, `export`, `card` and `push`."""
+"""The commands that start from a saved adapter or a merged model: `inspect`, `check`, `merge` and others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
 from ..reporting.tables import facts_table, legend, plan_table, records_table
@@ -53,6 +54,28 @@ def inspect(
             is_there = file_in(named, "config.json") is not None
             why = f"and this is another one: {named}" if is_there else f"which was not found: {named}"
         err.print(Text(f"The shares need the base model, {why}", "dim"))
+
+
+def check(
+    adapter: args.AdapterOrMerged, base: args.Base = None, json: args.Json = False, debug: args.Debug = False
+) -> None:
+    """Check an adapter or a merged model. The exit status is 1 if something is wrong.
+
+    Checked are the files (do they belong together, are all values finite), the versions, the tokenizer, the base of an
+    adapter (is it the one that the adapter was made for), and the outputs for one batch.
+    """
+    from ..reporting.checking import WRONG, check_saved
+
+    with step("checking", show=not json):
+        findings = list(check_saved(adapter, base))
+    wrong = [finding for finding in findings if finding.status == WRONG]
+    table = records_table(
+        ["checked", "result", ""], [[finding.what, finding.status, finding.text] for finding in findings]
+    )
+    verdict = f"{len(wrong)} of {len(findings)} checks failed." if wrong else "Nothing is wrong."
+    print_result(json, {"ok": not wrong, "findings": [f.to_dict() for f in findings]}, table, Text(verdict))
+    if wrong:
+        raise typer.Exit(1)
 
 
 def merge(

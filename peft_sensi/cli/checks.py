@@ -29,9 +29,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
         SensiError: The folder holds a model, or results that neither `overwrite` nor `resume` allows to change; or
             nothing can be written to it.
     """
-    from ..merging.foreign import CONFIG as MODEL_CONFIG
-    from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
-    from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
+    from ..merging.foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
     from ..reporting.pretrained import TOKENIZER_MARKS
     from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
@@ -61,13 +59,13 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
 
 def check_merged(folder: Path, overwrite: bool) -> None:
     """Checks that a merged model, its tokenizer and its metrics can be saved in this folder. Creates nothing."""
-    from ..merging.foreign import CONFIG
+    from ..merging.foreign import MODEL_CONFIG
     from ..merging.save import check_folder
     from ..reporting.pretrained import TOKENIZER_MARKS
     from ..reporting.saved import METRICS
 
     check_folder(folder)
-    check_new([folder / name for name in (CONFIG, METRICS, *TOKENIZER_MARKS)], overwrite)
+    check_new([folder / name for name in (MODEL_CONFIG, METRICS, *TOKENIZER_MARKS)], overwrite)
     _check_folder_writable(folder, "OUT")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from . import adapter_commands, base_commands, check, measure, prediction_commands, sweep, training_commands
+from . import adapter_commands, base_commands, measure, prediction_commands, sweep, training_commands
 from .terminal import one_line_errors
 
 
@@ -78,7 +78,7 @@ for function, example in (
     (prediction_commands.compare, "compare adapter-1 adapter-2 --data test.csv"),
     (measure.measure, "measure bert-base-uncased --batch-size 1 --sequence-length 128 --threads 1 --out table.json"),
     (adapter_commands.inspect, "inspect adapter --json"),
-    (check.check, "check adapter --base my-copy-of-the-base"),
+    (adapter_commands.check, "check adapter --base my-copy-of-the-base"),
     (adapter_commands.merge, "merge adapter small-model"),
     (adapter_commands.export, "export adapter model.onnx"),
     (adapter_commands.card, "card adapter --results metrics.json --license apache-2.0"),

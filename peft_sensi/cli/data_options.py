@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from ..tasks.task import KINDS
+from ..tasks.task import KINDS, MAX_ANSWER_LENGTH
 from .arguments import DATA, option, refuse
 
 
@@ -68,7 +68,8 @@ DATA_OPTIONS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "max_answer_length": (
-        Annotated[int, option("--max-answer-length", "N", "The longest answer, in tokens.", DATA, min=1)], 30
+        Annotated[int, option("--max-answer-length", "N", "The longest answer, in tokens.", DATA, min=1)],
+        MAX_ANSWER_LENGTH,
     ),
     "max_rows": (
         Annotated[int | None,

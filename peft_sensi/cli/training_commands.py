@@ -174,7 +174,7 @@ def trim(
 
     from ..anatomy.widths import is_merged
     from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
-    from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter, task_of
+    from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter
     from ..tasks.labels import labels_of_config
     from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS, agree_on_padding
@@ -207,7 +207,7 @@ def trim(
             record = saved_record(model)
     else:
         config = base_config(saved, base)
-        task_type, record = task_of(saved.config), saved_record(saved.folder)
+        task_type, record = saved.task, saved_record(saved.folder)
         source = str(saved.folder) if (saved.folder / TOKENIZER_CONFIG).is_file() else str(base or saved.base)
     named = {name: value for name, value in task_options(reading).items() if value is not None}
     kind = named.pop("kind", None) or kind_of_model(task_type, config.architectures)

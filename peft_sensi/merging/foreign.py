@@ -20,7 +20,7 @@ from ..utils.errors import DAMAGED, SensiLoadError, how_to_install
 from .hashes import check_hashes
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 # Other files that stock loaders take for the weights of a folder.
 OTHER_WEIGHTS = ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 OWN_WEIGHTS = re.compile(r"(?:sensi_)?model-[0-9a-f]{16}\.safetensors")
@@ -42,7 +42,7 @@ _ALLOWED_BUFFERS = 2**28  # bytes of buffers that are not in the file, see `chec
 
 def check_record(record: Any) -> None:
     """Raises `SensiLoadError` if the record of the widths has another form than `Widths.to_record` writes."""
-    where = f"`{RECORD_KEY}` in {CONFIG}"
+    where = f"`{RECORD_KEY}` in {MODEL_CONFIG}"
     if not isinstance(record, dict):
         raise SensiLoadError(f"{where} must be an object. {DAMAGED}")
     version = record.get("format_version")
@@ -58,8 +58,8 @@ def check_record(record: Any) -> None:
         raise SensiLoadError(f"{where} must have `shapes`, with a list of whole numbers for each parameter. {DAMAGED}")
     if not isinstance(attributes, dict) or not all(is_number(value) for value in attributes.values()):
         raise SensiLoadError(f"{where} must have `attributes`, with a number for each name. {DAMAGED}")
-    weights = record.get("weights", WEIGHTS)
-    if not isinstance(weights, str) or (weights != WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
+    weights = record.get("weights", MODEL_WEIGHTS)
+    if not isinstance(weights, str) or (weights != MODEL_WEIGHTS and not OWN_WEIGHTS.fullmatch(weights)):
         raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file. {DAMAGED}")
 
 
@@ -71,9 +71,12 @@ def weights_in(values: Mapping[str, Any], folder: str | Path) -> str:
     record = values.get(RECORD_KEY)
     if record is not None:
         check_record(record)
-    weights = values.get("transformers_weights", WEIGHTS) if record is None else record.get("weights", WEIGHTS)
+    where, key = (values, "transformers_weights") if record is None else (record, "weights")
+    weights = where.get(key, MODEL_WEIGHTS)
     if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
-        raise SensiLoadError(f"{folder}: {CONFIG} names {weights!r}, which is not a safetensors file of this folder.")
+        raise SensiLoadError(
+            f"{folder}: {MODEL_CONFIG} names {weights!r}, which is not a safetensors file of this folder. {DAMAGED}"
+        )
     return weights
 
 
@@ -109,7 +112,7 @@ def config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[
         _check_counts(values, tensors, "rope_" in str(list(values)))
         values = _without_code(values)
     except RecursionError as error:
-        raise SensiLoadError(f"{CONFIG} is nested too deeply.") from error
+        raise SensiLoadError(f"{MODEL_CONFIG} is nested too deeply.") from error
     assert cls.config_class is not None  # see `architecture_of`
     expected = cls.config_class.model_type
     if (found := values.pop("model_type", None)) != expected:

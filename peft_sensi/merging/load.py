@@ -19,7 +19,7 @@ from ..anatomy.widths import RECORD_KEY, Widths, apply_widths, classes_for, on_m
 from ..utils.errors import DAMAGED, NOT_FINITE, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object, read_specs
 from .foreign import (
-    CONFIG,
+    MODEL_CONFIG,
     architecture_of,
     check_buffers,
     check_record,
@@ -125,7 +125,7 @@ def _widths_of(record: Mapping[str, Any]) -> Widths:
 
 def _read(folder: Path) -> _Folder:
     try:
-        values = read_json_object(folder / CONFIG)
+        values = read_json_object(folder / MODEL_CONFIG)
     except FileNotFoundError:
         if not folder.is_dir():
             raise SensiLoadError(
@@ -133,7 +133,7 @@ def _read(folder: Path) -> _Folder:
                 f"`load_merged(huggingface_hub.snapshot_download(name))`."
             ) from None
         raise SensiLoadError(
-            f"{folder} holds no {CONFIG}: it is not a merged model, or saving it was interrupted."
+            f"{folder} holds no {MODEL_CONFIG}: it is not a merged model, or saving it was interrupted."
         ) from None
     record, weights = values.get(RECORD_KEY), weights_in(values, folder)
     tensors = _open(folder, weights)
@@ -152,7 +152,7 @@ def _read(folder: Path) -> _Folder:
     except SensiLoadError:
         raise
     except Exception as error:
-        raise SensiLoadError(f"No {cls.__name__} can be built from {folder / CONFIG}: {error}") from error
+        raise SensiLoadError(f"No {cls.__name__} can be built from {folder / MODEL_CONFIG}: {error}") from error
     check_widths(widths, empty)
     apply_widths(empty, widths)
     check_buffers(empty, tensors)
@@ -166,7 +166,7 @@ def _open(folder: Path, weights: str) -> dict[str, torch.Tensor]:
             read_specs(folder / weights, file)  # refuses dtypes that no model of this package has
             return {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
-        raise SensiLoadError(f"{folder} lacks {weights!r}, the weights that its {CONFIG} names.") from None
+        raise SensiLoadError(f"{folder} lacks {weights!r}, the weights that its {MODEL_CONFIG} names.") from None
 
 
 def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import move_files, new_folder, open_safetensors, read_json_object, writing
-from .foreign import CONFIG, OTHER_WEIGHTS, OWN_WEIGHTS, WEIGHTS
+from .foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
 from .hashes import HASH_KEY, hashes_of
 from .modeling_file import write_modeling_file
 
@@ -109,13 +109,13 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
         type(model).save_pretrained(
             model, temporary, state_dict=_state_to_save(model, empty), max_shard_size=2**62, save_original_format=plain
         )
-        saved = read_json_object(temporary / CONFIG)  # `save_pretrained` sets fields in the model's own config
+        saved = read_json_object(temporary / MODEL_CONFIG)  # `save_pretrained` sets fields in the model's own config
         config.save_pretrained(temporary)
-        values = _complete(read_json_object(temporary / CONFIG), config)
+        values = _complete(read_json_object(temporary / MODEL_CONFIG), config)
         values |= {key: saved[key] for key in ("architectures", "dtype") if key in saved}
         values.pop("auto_map", None)
         weights = f"{'' if plain else 'sensi_'}model-{secrets.token_hex(8)}.safetensors"
-        os.replace(temporary / WEIGHTS, temporary / weights)
+        os.replace(temporary / MODEL_WEIGHTS, temporary / weights)
         if plain:
             values |= SAVED_BY | {"transformers_weights": weights}
         else:
@@ -123,22 +123,22 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], modeling: bool
             if modeling:
                 values["auto_map"] = write_modeling_file(empty, temporary)
         _write_config(temporary, values, temporary / weights)
-        files = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == MODEL_CONFIG)
         move_files(files, folder)
         if plain:
             # Tools expect the usual name. The folder is valid without it, and it must not replace the weights that the
             # old config names. So this copy comes last.
-            shutil.copyfile(folder / weights, temporary / WEIGHTS)
+            shutil.copyfile(folder / weights, temporary / MODEL_WEIGHTS)
             # Its presence tells that no other program has saved the folder again (see `load._read`).
-            values["transformers_weights"] = WEIGHTS
-            _write_config(temporary, values, temporary / WEIGHTS)
-            move_files([temporary / WEIGHTS, temporary / CONFIG], folder)
-            weights = WEIGHTS
+            values["transformers_weights"] = MODEL_WEIGHTS
+            _write_config(temporary, values, temporary / MODEL_WEIGHTS)
+            move_files([temporary / MODEL_WEIGHTS, temporary / MODEL_CONFIG], folder)
+            weights = MODEL_WEIGHTS
     # Weights that no config names any more are removed: a stock loader could mistake them for the new model's.
     for path in folder.iterdir():
         if path.name.startswith(_TEMPORARY) and path.is_dir():  # of an interrupted save
             shutil.rmtree(path, ignore_errors=True)
-        if path.name != weights and (path.name == WEIGHTS or OWN_WEIGHTS.fullmatch(path.name)):
+        if path.name != weights and (path.name == MODEL_WEIGHTS or OWN_WEIGHTS.fullmatch(path.name)):
             path.unlink(missing_ok=True)
     return plain
 
@@ -175,18 +175,18 @@ def _check_weights(folder: Path, model: PreTrainedModel) -> None:
     When Transformers saves a merged model that was trained on, it keeps our fields of the config, but not the names of
     our weights files. The same values may be there: sentence-transformers writes them first.
     """
-    values = read_json_object(folder / CONFIG, optional=True)
+    values = read_json_object(folder / MODEL_CONFIG, optional=True)
     record = values.get(RECORD_KEY)
     named = record.get("weights") if isinstance(record, dict) else None
-    if named or "transformers_weights" in values or not (folder / WEIGHTS).exists():
+    if named or "transformers_weights" in values or not (folder / MODEL_WEIGHTS).exists():
         return
     state = model.state_dict()
-    with open_safetensors(folder / WEIGHTS) as file:
+    with open_safetensors(folder / MODEL_WEIGHTS) as file:
         if all(name in state and _equal(file.get_tensor(name), state[name]) for name in file.keys()):
             return
     raise SensiError(
-        f"{folder / WEIGHTS} holds other values, which peft_sensi did not write: perhaps a merged model that was "
-        f"trained on, or the adapter's base. They would be lost: give another folder, or delete the file first."
+        f"{folder / MODEL_WEIGHTS} holds other values, which peft_sensi did not write: perhaps a merged model that "
+        f"was trained on, or the adapter's base. They would be lost: give another folder, or delete the file first."
     )
 
 
@@ -200,8 +200,8 @@ def check_folder(folder: Path) -> None:
     `save_merged` also allows weights that are equal to those of the model, which is not known here.
     """
     _check_place(folder)
-    values = read_json_object(folder / CONFIG, optional=True)
-    if (folder / WEIGHTS).exists() and not is_merged(values):
+    values = read_json_object(folder / MODEL_CONFIG, optional=True)
+    if (folder / MODEL_WEIGHTS).exists() and not is_merged(values):
         raise SensiError(
             f"{folder} holds a model that peft_sensi did not write, perhaps the adapter's base, and it would be "
             f"lost: give another folder."
@@ -222,4 +222,4 @@ def _check_place(folder: Path) -> None:
 def _write_config(folder: Path, values: dict[str, Any], weights: Path) -> None:
     values = {**values, HASH_KEY: hashes_of(values, weights)}
     # Not `sort_keys`: it would put label 10 before label 2, because the keys of JSON are strings.
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / MODEL_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -42,7 +42,6 @@ from .saved import (
     head_settings_of,
     plan_without_weights,
     short_fingerprint,
-    task_of,
 )
 from .saved_merged import SavedMerged, merged_facts, merged_figures
 from .snippets import Head, adapter_snippet, merged_snippet
@@ -118,7 +117,7 @@ def write_card(
         plan,
         base=named_base(base, saved.base),
         repo=repo or saved.name,
-        head=Head(task_of(saved.config), count or len(names) or None, names, settings.get("problem_type"),
+        head=Head(saved.task, count or len(names) or None, names, settings.get("problem_type"),
                   task_record(metrics)),
         has_tokenizer=(saved.folder / TOKENIZER_CONFIG).is_file(),
         other_head=other_head,

@@ -13,7 +13,7 @@ from ..planning.plan import Plan
 from ..planning.rows import rows_of, units_by_kind
 from ..utils.formatting import human, size_of
 from ..utils.states import KINDS, STATES
-from .saved import SavedAdapter, short_fingerprint, task_of
+from .saved import SavedAdapter, short_fingerprint
 
 
 def plan_figures(plan: Plan) -> dict[str, Any]:
@@ -35,13 +35,10 @@ def adapter_figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
     `plan` adds the figures that need the base model. Without it, only the units of each group are counted.
     """
     config = adapter.config
-    by_type: Counter[str] = Counter()
-    for dtype, shape in adapter.tensors.values():
-        by_type[dtype] += math.prod(shape)
     return {
         "folder": str(adapter.folder),
         "base_model": adapter.base,
-        "task_type": task_of(config),
+        "task_type": adapter.task,
         "budget": config.budget,
         "score": config.score,
         "granularity": config.granularity,
@@ -55,14 +52,22 @@ def adapter_figures(adapter: SavedAdapter, plan: Plan | None) -> dict[str, Any]:
         "latency": config.latency,
         "file_bytes": adapter.file_bytes,
         "tensors": len(adapter.tensors),
-        "values": by_type,
+        "values": _values_by_type(adapter),
         "plan": plan_figures(plan) if plan is not None else {"groups": group_counts(config.plan)},
     }
 
 
+def _values_by_type(adapter: SavedAdapter) -> Counter[str]:
+    """The number of values in the adapter's file, by dtype."""
+    by_type: Counter[str] = Counter()
+    for dtype, shape in adapter.tensors.values():
+        by_type[dtype] += math.prod(shape)
+    return by_type
+
+
 def adapter_facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
     """The most important figures of an adapter as texts, by label."""
-    config, by_type = adapter.config, adapter_figures(adapter, plan)["values"]
+    config, by_type = adapter.config, _values_by_type(adapter)
     values = ", ".join(f"{human(count)} {dtype}" for dtype, count in sorted(by_type.items()))
     # Modules that the file contains whole. Names that differ in a layer's number only count as one name.
     keys = [f".{key}" for key in adapter.tensors]
@@ -71,7 +76,7 @@ def adapter_facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
     limits: Any = config.budget if isinstance(config.budget, Mapping) else {"params": config.budget}
     facts = {
         "base model": adapter.base or "unknown",
-        "task": task_of(config) or "not stated",
+        "task": adapter.task or "not stated",
         "budget asked": "none"
         if config.budget is None
         else ", ".join(f"{name} {limit_words(value)}" for name, value in limits.items()),

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
-from ..merging.foreign import CONFIG as MODEL_CONFIG
+from ..merging.foreign import MODEL_CONFIG
 from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError, first_line

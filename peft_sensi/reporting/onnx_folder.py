@@ -18,7 +18,7 @@ from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.places import is_onnx
 from .results import metrics_of, task_record
-from .saved import SavedAdapter, task_of
+from .saved import SavedAdapter
 from .saved_merged import SavedMerged, tokenizer_of
 
 
@@ -53,7 +53,7 @@ def write_companions(
     """
     file, config = report.file.path, model.config
     record = dict(task_record(metrics_of(saved.folder)))
-    task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
+    task = saved.task
     names = config.id2label or {}
     labels = [str(names[i]) for i in sorted(names)]
     is_classifier = task == "SEQ_CLS" and not is_regressor(config.problem_type, len(labels))

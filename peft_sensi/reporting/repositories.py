@@ -10,9 +10,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..anatomy.widths import is_merged
-from ..merging.foreign import CONFIG as MODEL_CONFIG
-from ..merging.foreign import OTHER_WEIGHTS, OWN_WEIGHTS
-from ..merging.foreign import WEIGHTS as MODEL_WEIGHTS
+from ..merging.foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from .card import SECTION, load_card

@@ -68,6 +68,11 @@ class SavedAdapter:
     def base(self) -> str | None:
         return self.config.base_model_name_or_path
 
+    @property
+    def task(self) -> str | None:
+        """PEFT's task type."""
+        return task_of(self.config)
+
 
 def task_of(config: SensiConfig) -> str | None:
     """PEFT's task type as a string."""
@@ -177,7 +182,7 @@ def _class_of(adapter: SavedAdapter) -> Any:
 
     A file cannot choose what is imported: only classes that Transformers itself exports are accepted.
     """
-    task = task_of(adapter.config)
+    task = adapter.task
     auto, _ = TASKS.get(task or "", (None, None))
     name = auto or str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
     known = getattr(transformers, name.removeprefix("Sensi"), None)  # the prefix of classes in our modeling files

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from ..anatomy.build import build_anatomy
 from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
-from ..merging.foreign import CONFIG, architecture_of, check_unchanged, weights_in
+from ..merging.foreign import MODEL_CONFIG, architecture_of, check_unchanged, weights_in
 from ..merging.load import without_weights
 from ..utils.checks import label_names
 from ..utils.errors import SensiError, SensiLoadError
@@ -23,8 +23,7 @@ from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
 from ..utils.places import UNFINISHED, is_onnx, not_found
 from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
-from .saved import CARD, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in
-from .saved import CONFIG as ADAPTER_CONFIG
+from .saved import CARD, CONFIG, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in
 
 
 _ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
@@ -89,17 +88,17 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
     """
     if is_adapter(str(name)):
         return open_adapter(name)
-    file = file_in(str(name), CONFIG)
+    file = file_in(str(name), MODEL_CONFIG)
     values = {} if file is None else read_json_object(file)
     if file is None or not is_merged(values):
         if not Path(name).is_dir():
             return open_adapter(name)  # raises the error that says why it was not found
         if is_onnx(Path(name)):
             raise SensiLoadError(not_found(name, FileNotFoundError()))
-        found = f"a model that peft_sensi has not merged ({CONFIG})" if file else "neither of the two"
+        found = f"a model that peft_sensi has not merged ({MODEL_CONFIG})" if file else "neither of the two"
         if (Path(name) / UNFINISHED).is_file():
             found = "an interrupted training: finish it with --resume"
-        elif inside := sorted(path.parent.name for path in Path(name).glob(f"*/{ADAPTER_CONFIG}")):
+        elif inside := sorted(path.parent.name for path in Path(name).glob(f"*/{CONFIG}")):
             found += f". Give a folder inside it, such as {Path(name) / inside[0]}"
         raise SensiLoadError(
             f"{name} must hold an adapter of peft_sensi (adapter_config.json) or a merged model, and holds {found}."
@@ -110,10 +109,10 @@ def open_saved(name: str | Path) -> SavedAdapter | SavedMerged:
         folder, shown = Path(name), Path(name).resolve().name
     else:
         code = "modeling_sensi_*.py"  # is not executed, but an upload of the model to another repository needs it
-        wanted = [CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, CARD, "*.png"]
+        wanted = [MODEL_CONFIG, weights, code, METRICS, "generation_config.json", *TOKENIZER_FILES, CARD, "*.png"]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted))
     if not (folder / weights).is_file():
-        raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {CONFIG} names.")
+        raise SensiLoadError(f"{name} lacks {weights!r}, the weights that its {MODEL_CONFIG} names.")
     check_unchanged(values, folder, weights)
     size = (folder / weights).stat().st_size
     return SavedMerged(shown, folder, values, weights, tensors_in(folder / weights), size)

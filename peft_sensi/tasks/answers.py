@@ -217,7 +217,7 @@ def measure(outputs: Any, rows: Rows, max_answer_length: int, silent: bool) -> Q
     return Quality(values, nothing, intervals)
 
 
-def decode(outputs: Any, rows: Rows, max_answer_length: int = 30, silent: bool = False) -> list[dict[str, Any]]:
+def decode(outputs: Any, rows: Rows, max_answer_length: int, silent: bool = False) -> list[dict[str, Any]]:
     """For each question, `answer` (cut from the text; empty for none), `score`, and `start` and `end` in characters.
 
     An answer is the span with the highest sum of its two logits over all windows; `score` is that sum. With `silent`,

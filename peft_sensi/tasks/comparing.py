@@ -10,7 +10,7 @@ import numpy as np
 
 from . import metrics
 from .kinds import decode
-from .task import Task
+from .task import MAX_ANSWER_LENGTH, Task
 
 
 RESAMPLES = 1000
@@ -62,7 +62,7 @@ def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any]) -> Difference:
     """
     kind = tasks[0].kind
     found = [
-        decode(kind, out, task.train, task.labels, task.record.get("max_answer_length", 30),
+        decode(kind, out, task.train, task.labels, task.record.get("max_answer_length", MAX_ANSWER_LENGTH),
                task.record.get("silent", False))
         for task, out in zip(tasks, outputs, strict=True)
     ]  # fmt: skip

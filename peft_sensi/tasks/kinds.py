@@ -22,7 +22,7 @@ from .columns import WRITTEN, text_columns, usual_label_columns
 from .decoding import TEXT_SUFFIXES, suffix_of
 from .labels import DataError, Labels
 from .sources import Part, Source, read_source
-from .task import KINDS, Kind, Options, Rows, Task, load_tokenizer, stride_of, token_doubts
+from .task import KINDS, MAX_ANSWER_LENGTH, Kind, Options, Rows, Task, load_tokenizer, stride_of, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -110,7 +110,12 @@ def rows_for_prediction(
 
 
 def decode(
-    kind: str, outputs: Any, rows: Rows, labels: Labels, max_answer_length: int = 30, silent: bool = False
+    kind: str,
+    outputs: Any,
+    rows: Rows,
+    labels: Labels,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+    silent: bool = False,
 ) -> list[dict[str, Any]]:
     """Readable predictions, one dict per raw row, from a model's logits (see `Task.metrics`).
 

@@ -14,7 +14,7 @@ from ..utils.errors import SensiError, first_line, how_to_install
 from .kinds import decode
 from .labels import Labels, labels_of_config, labels_of_head
 from .record import checked_record, kind_of_model, saved_record
-from .task import Kind, Rows, agree_on_padding, collator_of, load_tokenizer
+from .task import MAX_ANSWER_LENGTH, Kind, Rows, agree_on_padding, collator_of, load_tokenizer
 
 
 # The outputs that each kind needs, by their names in Transformers.
@@ -73,7 +73,7 @@ class Predictor:
 
         `max_answer_length` is that of the training by default.
         """
-        longest = max_answer_length or int(self.record.get("max_answer_length") or 30)
+        longest = max_answer_length or int(self.record.get("max_answer_length") or MAX_ANSWER_LENGTH)
         silent = bool(self.record.get("silent"))
         for part in chunks(rows, max(CHUNK, batch_size)):
             yield from decode(self.kind, self.outputs(part, batch_size), part, self.labels, longest, silent)
@@ -108,13 +108,13 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
     from ..merging.load import load_merged
     from ..reporting.onnx_folder import find_onnx
     from ..reporting.pretrained import TOKENIZER_CONFIG
-    from ..reporting.saved import load_adapter, task_of
+    from ..reporting.saved import load_adapter
     from ..reporting.saved_merged import SavedMerged, open_saved
 
     if (file := find_onnx(Path(name))) is not None:
         return _of_onnx(file)
     saved = open_saved(name)
-    task = saved.task if isinstance(saved, SavedMerged) else task_of(saved.config)
+    task = saved.task
     kind = _checked(name, kind_of_model(task), task)
     if isinstance(saved, SavedMerged):
         model: Any = load_merged(saved.folder)

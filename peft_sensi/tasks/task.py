@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, str, int]] = {
     "words": ("TOKEN_CLS", "AutoModelForTokenClassification", 128),
     "answers": ("QUESTION_ANS", "AutoModelForQuestionAnswering", 384),
 }
+MAX_ANSWER_LENGTH = 30  # tokens, unless the user says otherwise
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Options:
     allow_unknown: bool = False
     max_length: int | None = None
     stride: int | None = None
-    max_answer_length: int = 30
+    max_answer_length: int = MAX_ANSWER_LENGTH
     silent: bool | None = None
     max_rows: int | None = None
     max_validation_rows: int | None = None
