@@ -533,6 +533,13 @@ def kill_at(monkeypatch):
     yield arm
 
 
+def test_the_modeling_file_can_be_left_out(tmp_path):
+    model = wrap(tiny_model(), budget=0.5)
+    assert not save_merged(model, tmp_path, modeling=False)
+    assert not list(tmp_path.glob("*.py")) and "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert load_merged(tmp_path).num_parameters() == model.merge_and_unload().num_parameters()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

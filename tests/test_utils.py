@@ -11,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from peft_sensi import SensiLoadError
 from peft_sensi.reporting.saved_merged import SavedMerged
-from peft_sensi.utils import checks, files, places
+from peft_sensi.utils import files, heads, places
 from peft_sensi.utils.errors import first_line
 
 
@@ -122,7 +122,7 @@ def test_names_that_can_only_be_paths(tmp_path, monkeypatch):
     ids=str,
 )
 def test_names_of_labels(id2label, names):
-    assert checks.label_names(id2label) == names
+    assert heads.label_names(id2label) == names
     assert SavedMerged("m", Path(), {"id2label": id2label}, "w", {}, 0).labels == names
 
 

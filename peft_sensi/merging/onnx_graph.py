@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..utils.checks import label_names
 from ..utils.files import move_files
+from ..utils.heads import label_names
 
 
 LARGEST_PROTOBUF = 2**31 - 2**20

@@ -13,9 +13,10 @@ import torch
 
 from ..merging.onnx import ExportReport
 from ..tuner.wrapping import root_of
-from ..utils.checks import is_count, is_regressor
+from ..utils.checks import is_count
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
+from ..utils.heads import is_regressor
 from ..utils.places import is_onnx
 from .results import metrics_of, task_record
 from .saved import SavedAdapter

@@ -17,10 +17,10 @@ from ..anatomy.build import build_anatomy
 from ..anatomy.widths import RECORD_KEY, is_merged, on_meta
 from ..merging.foreign import MODEL_CONFIG, architecture_of, check_unchanged, weights_in
 from ..merging.load import without_weights
-from ..utils.checks import label_names
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
+from ..utils.heads import label_names
 from ..utils.places import UNFINISHED, is_onnx, not_found
 from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
 from .saved import CARD, CONFIG, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in

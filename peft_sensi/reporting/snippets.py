@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..utils.checks import is_regressor
+from ..utils.heads import is_regressor
 
 
 @dataclass(frozen=True)

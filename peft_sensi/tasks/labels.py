@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..utils.checks import is_regressor, label_names
 from ..utils.errors import SensiError
+from ..utils.heads import is_regressor, label_names
 
 
 OUTSIDE = "O"  # the tag of a word that is in no entity

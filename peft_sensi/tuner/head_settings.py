@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..utils.checks import PROBLEM_TYPES, label_names
+from ..utils.heads import PROBLEM_TYPES, label_names
 
 
 def head_settings(model: nn.Module) -> dict[str, Any] | None:

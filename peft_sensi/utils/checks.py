@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any, TypeGuard
 
 from .errors import SensiError, SensiLoadError
+from .heads import PROBLEM_TYPES
 
 
 _COLLECTIONS = (list, tuple, set, frozenset)
@@ -43,24 +44,6 @@ def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
     return type(value) is int and least <= value < 2**31
 
 
-def label_names(id2label: Any) -> list[str]:
-    """The names of the classes in a Transformers config, in the order of their numbers.
-
-    The list is empty if the numbers do not count from 0, and for `LABEL_0`, `LABEL_1` and so on, which are the names
-    that Transformers gives if nobody has named the classes.
-    """
-    found = {str(number): str(name) for number, name in id2label.items()} if isinstance(id2label, Mapping) else {}
-    numbers = [str(i) for i in range(len(found))]
-    if found.keys() != set(numbers) or all(found[i] == f"LABEL_{i}" for i in numbers):
-        return []
-    return [found[i] for i in numbers]
-
-
-def is_regressor(problem_type: str | None, outputs: int | None) -> bool:
-    """Whether a head predicts a number: its config says so, or it has one output and the config says nothing."""
-    return problem_type == "regression" or (problem_type is None and outputs == 1)
-
-
 def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types)
 
@@ -81,9 +64,6 @@ def _is_fingerprint(value: Any) -> bool:
         and all(is_number(mark) for mark in (*marks, *vectors.values()))
         and isinstance(value.get("quantized", False), bool)
     )
-
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def _is_head_settings(value: Any) -> bool:
