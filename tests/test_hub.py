@@ -22,10 +22,11 @@ from processes import PATIENCE
 from tiny import logits, tiny_batches, tiny_model, trained, wrap
 from typer.testing import CliRunner
 
-from peft_sensi import SensiError, load_merged, save_merged
+from peft_sensi import SensiConfig, SensiError, load_merged, save_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.merging.hashes import hashes_of
-from peft_sensi.reporting.card import SECTION, results_table, write_card
+from peft_sensi.reporting.card import results_table, write_card
+from peft_sensi.reporting.card_files import SECTION, keep_words
 from peft_sensi.reporting.hub import push_folder
 from peft_sensi.reporting.results import model_index, training_rows
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
@@ -453,21 +454,101 @@ def test_what_somebody_wrote_into_the_card_on_the_hub_stays(hub, adapter, tmp_pa
         push_folder(open_adapter(own), "me/mine")
 
 
-def test_weights_of_another_merged_model_do_not_stay_on_the_hub(hub, tmp_path):
+def test_files_of_another_model_do_not_stay_on_the_hub(hub, adapter, tmp_path):
     save_adapter(tmp_path, names=NAMES)
     folder = tmp_path / "merged"
+    (folder / "metrics.json").write_text(json.dumps({"validation": {"accuracy": 0.99}}))
     push_folder(open_saved(folder), "me/small")
+    hub.repos["me/small"]["notes.txt"] = b"mine"
     (first,) = (name for name in hub.repos["me/small"] if name.endswith(".safetensors"))
     save_merged(load_merged(folder), folder)
+    (folder / "metrics.json").unlink()
     push_folder(open_saved(folder), "me/small")
     (second,) = (name for name in hub.repos["me/small"] if name.endswith(".safetensors"))
     assert first != second and open_saved("me/small").labels == NAMES
+    assert {"notes.txt", "tokenizer.json"} <= set(hub.repos["me/small"]) and "metrics.json" not in hub.repos[
+        "me/small"
+    ]
+    with pytest.raises(SensiError, match=r"me/small holds 'config.json' of another kind of model"):
+        push_folder(open_adapter(adapter), "me/small")
+    plain = tmp_path / "plain"
+    assert save_merged(wrap(tiny_model(), budget={"trainable": 0.1}), plain)
     for name in ("adapter_config.json", "model.safetensors"):
-        hub.repos["me/other"], hub.private["me/other"] = {name: b"{}"}, False
-        with pytest.raises(SensiError, match=f"me/other holds '{name}'"):
-            push_folder(open_saved(folder), "me/other")
-        assert set(hub.repos["me/other"]) == {name}
+        for saved in (folder, plain):
+            hub.repos["me/other"], hub.private["me/other"] = {name: b"{}"}, False
+            with pytest.raises(SensiError, match=f"me/other holds '{name}'"):
+                push_folder(open_saved(saved), "me/other")
+            assert set(hub.repos["me/other"]) == {name}
     assert not hub.strange
+
+
+def test_an_upload_does_not_name_a_local_base_in_the_card(hub, tmp_path):
+    """PEFT writes the path of a base into the card, which must not become the name of a repository."""
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = wrap(base, budget=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    for options in ((), ("--base", "me/base")):
+        assert run("push", tmp_path / "adapter", "me/mine", *options).exit_code == 0
+        data = ModelCard(hub.repos["me/mine"]["README.md"].decode()).data
+        assert data.get("base_model") == (options[1] if options else None)
+        assert [tag for tag in data.tags if tag.startswith("base_model:")] == ["base_model:adapter:me/base"] * bool(
+            options
+        )
+
+
+@pytest.mark.parametrize("tags", ["[2024]", "[no]", "\n-", "text"])
+def test_a_strange_tag_in_a_card_loses_no_weights(tags, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\ntags: {tags}\n---\n# Mine\n")
+    wrap(tiny_model(), budget=0.5).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert "peft_sensi" in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+def test_words_after_a_section_without_its_end_stay(adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own", ignore=shutil.ignore_patterns("README.md"))
+    write_card(open_adapter(own))
+    text = (own / "README.md").read_text().replace("<!-- peft_sensi: end -->", "Use it for ferries.")
+    (own / "README.md").write_text(text)
+    for _ in range(3):
+        write_card(open_adapter(own))
+    assert "Use it for ferries." in (own / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "kept", "lost"),
+    [
+        ("# own\n", "# Boats\n\nFor ferries.\n", ["# Boats", "For ferries."], []),
+        ("# Trains\n", "# Boats\n\nFor ferries.\n", ["# Trains", "For ferries."], ["# Boats"]),
+        ("# own\n\nFor trains.\n", "# Boats\n\nFor ferries.\n", ["For trains."], ["For ferries."]),
+        ("# own\n", "", ["# own"], []),
+        (
+            "<!-- This model card has been generated automatically according to the information the Trainer had "
+            "access to. -->\n# own\n\nMore information needed\n",
+            "# Boats\n\nFor ferries.\n",
+            ["For ferries."],
+            ["More information"],
+        ),
+        ("# own\n### Framework versions\n\n- PEFT 0.21.2\n\n- For trains.\n", "# Boats\n", ["- For trains."], []),
+    ],
+)
+def test_whose_words_a_card_has(here, there, kept, lost, tmp_path):
+    """`own` and `mine` are generated titles."""
+    for name, text in (("here", here), ("there", there)):
+        (tmp_path / name).write_text(f"---\nlicense: mit\n---\n{text}")
+    keep_words(tmp_path / "here", tmp_path / "there", "me/mine", {"own", "mine"})
+    text = (tmp_path / "here").read_text()
+    assert all(words in text for words in kept) and not any(words in text for words in lost), text
+
+
+def test_an_upload_names_the_adapters_that_it_leaves_out(hub):
+    model = wrap(tiny_model(), budget=0.5)
+    model.add_adapter("second", SensiConfig(budget=0.6, score="magnitude", task_type="SEQ_CLS"))
+    with pytest.warns(UserWarning, match="'default' is uploaded, not 'second'"):
+        model.push_to_hub("me/mine")
+    with pytest.raises(TypeError, match="push_to_hub.*no argument 'use_temp_dir'"):
+        model.push_to_hub("me/mine", use_temp_dir=True)
 
 
 @pytest.mark.parametrize(

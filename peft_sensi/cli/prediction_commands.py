@@ -151,7 +151,8 @@ def compare(
             refuse_base(f"each of {first} and {second}", base)
         own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
         task = task or own
-        if own.kind != task.kind or sorted(own.labels.names) != sorted(task.labels.names):
+        same = own.kind == task.kind and own.labels.several == task.labels.several
+        if not same or sorted(own.labels.names) != sorted(task.labels.names):
             raise SensiError(f"{first} and {second} do not predict the same labels, so they cannot be compared.")
         if [row.get("label") for row in own.train.raw] != [row.get("label") for row in task.train.raw]:
             raise SensiError(

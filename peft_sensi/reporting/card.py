@@ -6,9 +6,8 @@ between our two comments is replaced; what others wrote around it stays.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
-from yaml import YAMLError
 
 from ..anatomy.latency import LABELS, latency_facts
 from ..planning.plan import Plan
@@ -25,11 +23,11 @@ from ..plotting.plots import plot_plan
 from ..scoring.scores import Scores
 from ..tuner.config import SensiConfig
 from ..utils.checks import is_number
-from ..utils.errors import SensiError, first_line, how_to_install
-from ..utils.files import write_atomically
+from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
 from ..utils.places import is_repo, reading
 from ..utils.states import TRIMMED
+from .card_files import load_card, save_card
 from .facts import limit_words, unit_facts
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
 from .results import metrics_of, model_index, results_table, task_record, training_rows
@@ -50,8 +48,6 @@ from .uploads import last_part
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BUDGET_LABELS = {"params": "prunable parameters kept", "flops": "prunable FLOPs kept", "trainable": "trained values"}
-# The part of a card that is ours.
-SECTION = re.compile("<!-- peft_sensi: generated.*?<!-- peft_sensi: end -->", re.DOTALL)
 
 
 def write_card(
@@ -278,49 +274,6 @@ def _budget(config: SensiConfig, plan: Plan | None) -> list[tuple[str, str, str]
         limit, predicted = getattr(config.limits, name), latency_facts(config.latency)[LABELS[name]]
         rows.append((LABELS[name], "-" if limit is None else limit_words(limit), predicted))
     return rows
-
-
-def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) -> None:
-    """Saves the card. If there is one already, its metadata and the text around our section stay.
-
-    So does its title, unless it is one of `former_titles`, which an earlier save has given it. Raises `SensiError` if
-    the file cannot be read as a card; it does not change then.
-    """
-    if path.is_file():
-        old = load_card(path)
-        ours = SECTION.search(card.text)[0]  # type: ignore[index]
-        title, old_title = (re.search(r"^# (.+)$", text, re.MULTILINE) for text in (card.text, old.text))
-        if title and old_title and old_title[1].strip() in former_titles:
-            old.text = old.text.replace(old_title[0], title[0], 1)
-        replaced, count = SECTION.subn(lambda _: ours, old.text, count=1)
-        card.text = replaced if count else f"{old.text.rstrip()}\n\n{ours}\n"  # a new section belongs at the end
-        merged = old.data.to_dict() | {k: v for k, v in card.data.to_dict().items() if v is not None}
-        merged["tags"] = [*(old.data.get("tags") or []), *(card.data.get("tags") or [])]
-        card.data = ModelCardData(**merged)
-    save_with_tags(card, path)
-
-
-def load_card(path: Path) -> Any:
-    """The model card in a file. Raises `SensiError` if it is not one, so that nothing replaces what somebody wrote."""
-    try:
-        return ModelCard.load(path)
-    except (ValueError, TypeError, OSError, YAMLError) as error:
-        raise SensiError(
-            f"{path} cannot be read as a model card ({first_line(error)}), and was not changed: correct the metadata "
-            f"between its two lines ---, save it as UTF-8, or move it away."
-        ) from error
-
-
-def save_with_tags(card: ModelCard, path: Path, tags: Iterable[str] = ()) -> None:
-    """Saves the card, with these tags as well as its own. A base that is a folder of this machine is not named.
-
-    PEFT writes the base's name even if it is a path, which nobody else has, and the Hub refuses such metadata.
-    """
-    own = {*(card.data.get("tags") or []), *tags}
-    card.data.tags = sorted(t for t in own if not t.startswith("base_model:") or is_repo(t.rpartition(":")[2]))  # type: ignore[attr-defined]
-    if not is_repo(str(card.data.get("base_model") or "")):
-        card.data.base_model = None  # type: ignore[attr-defined]
-    write_atomically(path, card.save)  # somebody may have written a part of it
 
 
 def _sentence(config: SensiConfig, plan: Plan | None) -> str:

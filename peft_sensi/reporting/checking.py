@@ -66,7 +66,7 @@ def check_saved(name: str, base: str | None = None) -> Iterator[Finding]:
     if isinstance(saved, SavedMerged) and base:
         yield Finding("base", NOTE, f"{base} was not compared: the weights of a merged model are its own")
     if isinstance(saved, SavedAdapter) and (missing := _missing_base(saved, base)):
-        yield Finding("base", NOTE, missing)
+        yield Finding("base", NOTE if base is None else WRONG, missing)
         return
     try:
         if isinstance(saved, SavedMerged):
@@ -130,7 +130,7 @@ def _missing_base(saved: SavedAdapter, base: str | None) -> str | None:
     try:
         load_pretrained(AutoConfig, name)
     except SensiError:
-        return f"not compared: {name} is not here; give it with --base"
+        return f"not compared: {name} is not here" + ("; give it with --base" if base is None else "")
     return None
 
 

@@ -23,9 +23,10 @@ from ..tuner.model import SensiModel
 from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object, write_atomically
 from ..utils.places import is_out_of_reach, is_repo, offline
-from .card import load_card, new_card, save_card, save_with_tags, write_card
+from .card import new_card, write_card
+from .card_files import drop_local_bases, keep_words, load_card, save_card, save_with_tags
 from .pretrained import TOKENIZER_FILES
-from .repositories import keep_words, look_up, read_file, stale_weights
+from .repositories import look_up, read_file, stale_files
 from .saved import CARD, CONFIG, METRICS, PICTURE, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
@@ -34,6 +35,10 @@ from .uploads import Upload, check_links, collect, local_paths, public_config, r
 
 # Everything that an upload may contain. `metrics.json` is what the command `train` writes.
 ADAPTER_FILES = (CONFIG, WEIGHTS, *TOKENIZER_FILES, METRICS, CARD, PICTURE)
+_PUSH_OPTIONS = {
+    *("private", "commit_message", "commit_description", "token", "revision", "create_pr", "tags"),
+    *("results", "license", "base"),
+}
 # Is called before anything is sent, with the files and a sentence that says who can see the repository, if known.
 Announce = Callable[[Upload, str | None], None]
 
@@ -100,8 +105,9 @@ def push_folder(
                 repo = f"{api.whoami()['name']}/{repo}"
             repository = look_up(api, repo, private, revision)
             former = read_file(api, repository, CARD, given)
-            stale = stale_weights(api, repository, saved.weights, given) if isinstance(saved, SavedMerged) else []
         upload = prepare_upload(saved, repo, files, tags or [], former=former, **card)
+        with login_advice(repo):
+            stale = stale_files(api, repository, saved, upload.files, given)
         if announce is not None:
             announce(upload, repository.visibility)
         with login_advice(repo):
@@ -184,14 +190,20 @@ def prepare_upload(
                 stacklevel=2,
             )
     # The new card keeps what was written around our section, here (`collect` has copied it) or in the repository.
+    if CARD in upload.files:
+        readme = load_card(saved.folder / CARD)
+        drop_local_bases(readme)  # before a path becomes `path/to/NAME`, which could be somebody else's
+        text = without_paths(str(readme), local_paths(saved.folder, *private))
+        (target / CARD).write_text(text, encoding="utf-8")
     if former is not None:
-        keep_words(target / CARD, former, repo)
+        keep_words(target / CARD, former, repo, {saved.name, saved.folder.resolve().name, repo.rpartition("/")[2]})
     written = write_card(saved, folder=target, repo=repo, base=base, **card)
     upload.files.update({path.name: path for path in written})
-    readme = upload.files[CARD]
-    save_with_tags(load_card(readme), readme, tags)
-    text = without_paths(readme.read_text(encoding="utf-8"), local_paths(saved.folder, *private))
-    readme.write_text(text, encoding="utf-8")
+    path = upload.files[CARD]
+    save_with_tags(load_card(path), path, tags)
+    path.write_text(
+        without_paths(path.read_text(encoding="utf-8"), local_paths(saved.folder, *private)), encoding="utf-8"
+    )
     return upload
 
 
@@ -223,8 +235,10 @@ def hook_cards() -> None:
                     shutil.copyfile(path, Path(temporary) / CARD)
                 write(self, path, temporary)
                 write_atomically(path, partial(shutil.copyfile, Path(temporary) / CARD))
-        except (SensiError, OSError) as error:  # PEFT writes the card before the weights, so an error would lose them
-            warnings.warn(str(error), stacklevel=3)
+        except (
+            Exception
+        ) as error:  # of any class: PEFT writes the card before the weights, so an error would lose them
+            warnings.warn(f"The model card was not written: {first_line(error)}", stacklevel=3)
 
     def write(self: Any, path: Path, temporary: str) -> None:
         """Writes the card for `path` into another folder, which may hold the one that is there now."""
@@ -252,6 +266,14 @@ def hook_cards() -> None:
         if not isinstance(self.base_model, SensiModel):
             return push_original(self, repo_id, **kwargs)
         kwargs.pop("max_shard_size", None)  # an adapter has one weights file
+        if unknown := sorted(set(kwargs) - _PUSH_OPTIONS):
+            raise TypeError(f"push_to_hub() of an adapter has no argument {unknown[0]!r}.")
+        name = self.active_adapters[0]
+        if others := sorted(set(self.peft_config) - {name}):
+            rest = ", ".join(map(repr, others))
+            warnings.warn(
+                f"Only the active adapter {self.active_adapters[0]!r} is uploaded, not {rest}.", stacklevel=2
+            )
         with tempfile.TemporaryDirectory() as temporary:
             name = self.active_adapters[0]
             self.save_pretrained(temporary, selected_adapters=[name])

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..anatomy.widths import is_merged
 from ..merging.foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
-from .card import SECTION, load_card
-from .saved import CARD, CONFIG
-
-
-# What PEFT adds to each card, and what our section says about the adapter that was there before.
-_VERSIONS = re.compile(r"^### Framework versions\s*(?:^- .*\s*)*", re.MULTILINE)
-_GENERATED = ("base_model", "model-index", "model_name", "pipeline_tag")
+from .card_files import SECTION, load_card
+from .pretrained import TOKENIZER_CONFIG, TOKENIZER_FILES
+from .saved import CARD, CONFIG, METRICS, PICTURE, SavedAdapter
+from .saved_merged import SavedMerged
 
 
 @dataclass(frozen=True)
@@ -77,56 +75,37 @@ def read_file(api: HfApi, repository: Repository, name: str, target: Path) -> Pa
     return Path(api.hf_hub_download(repository.name, name, revision=repository.commit, local_dir=target))
 
 
-def stale_weights(api: HfApi, repository: Repository, weights: str, target: Path) -> list[str]:
-    """Weights of the merged model that an upload of another one, with a file `weights`, must delete.
+def stale_files(
+    api: HfApi, repository: Repository, saved: SavedAdapter | SavedMerged, uploaded: Collection[str], target: Path
+) -> list[str]:
+    """The files of the model that the repository holds now, which an upload of another one must delete.
 
-    Each save writes its weights under a new name. Loaders could take the old ones for the new model's.
+    Each save of a merged model writes its weights under a new name, and loaders could take the old ones for the new
+    model's. `metrics.json` and a tokenizer would be taken for those of the new model.
 
     Raises:
-        SensiError: The repository holds files that are not of a merged model, and loaders would read those.
+        SensiError: The repository holds files of another kind of model, and loaders would mix them up with these.
     """
-    others = repository.files & {CONFIG, *OTHER_WEIGHTS}
-    if MODEL_WEIGHTS in repository.files and weights != MODEL_WEIGHTS:
-        config = read_file(api, repository, MODEL_CONFIG, target)
-        if config is None or not is_merged(read_json_object(config)):
-            others |= {MODEL_WEIGHTS}
+    files: frozenset[str] = repository.files
+    others: Set[str] = frozenset()
+    config = read_file(api, repository, MODEL_CONFIG, target)
+    holds_merged = config is not None and is_merged(read_json_object(config))
+    if isinstance(saved, SavedMerged):
+        others = files & {CONFIG, *OTHER_WEIGHTS, *([] if holds_merged else [MODEL_WEIGHTS])}
+    elif holds_merged:
+        others = {MODEL_CONFIG}
     if others:
         raise SensiError(
-            f"{repository.name} holds {sorted(others)[0]!r}, and loaders would read that instead of the merged model: "
-            f"give another name, or delete the file there first. Nothing was uploaded."
+            f"{repository.name} holds {sorted(others)[0]!r} of another kind of model, and loaders would mix the two "
+            f"up: give another name, or delete the file there first. Nothing was uploaded."
         )
-    own = {name for name in repository.files if name == MODEL_WEIGHTS or OWN_WEIGHTS.fullmatch(name)}
-    return sorted(own - {weights})
-
-
-def keep_words(card: Path, former: Path, repo: str) -> None:
-    """Writes into `card` what somebody has written into the repository's card, `former`.
-
-    The text around our section is taken from there unless `card` has such a text itself. So is the metadata that
-    `card` does not have, but not what our section's adapter has left there.
-    """
-    try:
-        theirs = load_card(former)
-    except SensiError as error:
-        raise SensiError(
-            f"{CARD} in {repo} cannot be read as a model card, and an upload would replace it: correct it there, or "
-            f"delete it. Nothing was uploaded."
-        ) from error
-    data = theirs.data.to_dict()
-    if SECTION.search(theirs.text):
-        data = {key: value for key, value in data.items() if key not in _GENERATED}
-        data["tags"] = [tag for tag in data.get("tags") or [] if not tag.startswith("base_model:")]
-    if card.is_file():
-        ours = load_card(card)
-        own = {key: value for key, value in ours.data.to_dict().items() if value is not None}
-        data |= own | {"tags": [*(data.get("tags") or []), *(own.get("tags") or [])]}
-        if _has_words(ours.text):
-            theirs.text = ours.text
-    theirs.data = ModelCardData(**data)
-    theirs.save(card)
-
-
-def _has_words(text: str) -> bool:
-    """Whether a card says more than what is generated: a title, our section and the versions."""
-    rest = _VERSIONS.sub("", SECTION.sub("", text))
-    return bool(re.sub(r"^# .*$", "", rest, count=1, flags=re.MULTILINE).strip())
+    card = read_file(api, repository, CARD, target)
+    if card is None or not SECTION.search(load_card(card).text):  # perhaps not of an upload like this one
+        return sorted(name for name in files if OWN_WEIGHTS.fullmatch(name) and name not in uploaded)
+    stale = {METRICS, PICTURE, *(TOKENIZER_FILES if TOKENIZER_CONFIG in uploaded else [])} & files
+    if isinstance(saved, SavedMerged):
+        own = re.compile(
+            rf"{OWN_WEIGHTS.pattern}|{re.escape(MODEL_WEIGHTS)}|modeling_sensi_\w+\.py|generation_config\.json"
+        )
+        stale |= {name for name in files if own.fullmatch(name)}
+    return sorted(stale - set(uploaded))

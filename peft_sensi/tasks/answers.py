@@ -112,7 +112,7 @@ def _add(rows: list[dict[str, Any]], article: str, context: str, question: str, 
     """Adds a question, unless all of its answers are misplaced. Returns the number of misplaced answers."""
     if not (isinstance(context, str) and isinstance(question, str)):
         raise TypeError("not a text")
-    right = [(t, at) for t, at in pairs or [] if t.strip() and context[at : at + len(t)] == t]
+    right = [(t, at) for t, at in pairs or [] if t.strip() and at >= 0 and context[at : at + len(t)] == t]
     if not pairs or right:
         row = {"row": len(rows) + 1, "article": article, "context": context, "question": question.strip()}
         known = {} if pairs is None else {"answers": [text for text, _ in right], "starts": [at for _, at in right]}

@@ -40,6 +40,8 @@ def label_columns(name: Any, rows: Sequence[dict[str, Any]], given: Sequence[str
     """The label columns: those that were given, or the only one with a usual name."""
     names = list(rows[0])
     check_known(name, names, given, "--label-column")
+    if len(set(given)) < len(given):
+        raise DataError(f"--label-column names {listed(given)}: give each column once.")
     if given:
         return list(given)
     found = usual_label_columns(rows)

@@ -69,7 +69,8 @@ class Labels:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.in_data)}
+        by_name = {name_of(name): number for number, name in enumerate(self.in_data)}
+        return by_name if len(by_name) == len(self.in_data) else {n: i for i, n in enumerate(self.in_data)}
 
     def _number(self, value: Any) -> int:
         return self._numbers[name_of(value)]
@@ -137,7 +138,8 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
             )
         names = [str(i) for i in range(len(head))] if whole else labels.names
         return Labels(names if head else [], labels.several, labels.separator)
-    unknown = [name for name in labels.names if name not in head]
+    known = {*head, *map(name_of, head)}  # the names of a file have no blanks around them, and no ".0"
+    unknown = [name for name in labels.names if name not in known]
     if unknown and not (allow_unknown and len(unknown) < len(labels.names)):
         raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {listed(head)}.")
     return Labels(list(head), labels.several, labels.separator, tuple(unknown))

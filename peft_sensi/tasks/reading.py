@@ -118,7 +118,9 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     for line, cells in lines:
         heights.append(line - before)
         before = line
-        if [cell.strip() for cell in cells] == names and not (as_is and len(names) == 1):  # the latter may be a text
+        if [cell.strip().removeprefix("\ufeff") for cell in cells] == names and not (
+            as_is and len(names) == 1
+        ):  # the latter may be a text
             repeated += 1
         elif not any(cell.strip() for cell in cells) and not (as_is and len(cells) == len(names)):
             empty.append(line)
@@ -212,6 +214,7 @@ def json_rows(path: Path, value: Any) -> list[Any]:
     if {"columns", "data"} <= value.keys() <= {"columns", "index", "data", "index_names", "column_names"}:
         names, cells = value["columns"], value["data"]  # pandas' form "split" or "tight"
         if isinstance(cells, list) and all(isinstance(row, list) and len(row) == len(names) for row in cells):
+            check_names(path, list(map(str, names)))
             return [dict(zip(map(str, names), row, strict=True)) for row in cells]
     if suffix_of(path) == ".json" and value and all(isinstance(column, list) for column in value.values()):
         columns: dict[str, Sequence[Any]] = value

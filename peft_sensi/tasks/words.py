@@ -55,10 +55,10 @@ def read_conll(
     tokens: list[str] = []
     tags: list[str] = []
     width = 0
-    # Split only at "\n", because U+0085, U+2028 and similar characters can be tokens.
+    # Split only at line ends, tabs and spaces, because U+0085, U+00A0 and similar characters can be tokens.
     lines = read_text(Path(path), notes, encoding).split("\n")
     for number, line in enumerate([*lines, ""], start=1):
-        cells = line.rstrip("\r").split("\t") if "\t" in line else line.split()
+        cells = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip(" \r"))
         if not line.strip() or not cells[0] or cells[0] == "-DOCSTART-":
             if tokens:
                 tagged = {} if tag_column is None else {"tags": tags}

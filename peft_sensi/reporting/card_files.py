@@ -1,0 +1,143 @@
+"""A model card goes in; a file comes out, in which stays what somebody has written around our section."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from ..utils.errors import SensiError, first_line
+from ..utils.files import write_atomically
+from ..utils.places import is_repo
+
+
+# The part of a card that is ours. A start whose end somebody has removed does not reach to the end of another section.
+_START, _END = "<!-- peft_sensi: generated", "<!-- peft_sensi: end -->"
+SECTION = re.compile(f"{_START}(?:(?!{_START}).)*?{_END}", re.DOTALL)
+_TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+# What PEFT adds to each card.
+_VERSIONS = re.compile(r"^### Framework versions\n(?:\s*\n)?(?:- \w+ \d\S*\n?)*", re.MULTILINE)
+# `Trainer` writes this into a card with headings that nobody has filled in, and asks to remove it afterwards.
+_NOT_FILLED_IN = "generated automatically according to the information the Trainer had access to"
+
+
+def load_card(path: Path) -> Any:
+    """The model card in a file. Raises `SensiError` if it is not one, so that nothing replaces what somebody wrote."""
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, TypeError, OSError, YAMLError) as error:
+        raise SensiError(
+            f"{path} cannot be read as a model card ({first_line(error)}), and was not changed: correct the metadata "
+            f"between its two lines ---, save it as UTF-8, or move it away."
+        ) from error
+    tags: Any = card.data.get("tags")
+    card.data.tags = _listed(tags)  # type: ignore[attr-defined]
+    return card
+
+
+def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) -> None:
+    """Saves the card. If there is one already, its metadata and the text around our section stay.
+
+    So does its title, unless it is one of `former_titles`, which an earlier save has given it. Raises `SensiError` if
+    the file cannot be read as a card; it does not change then.
+    """
+    if path.is_file():
+        old = load_card(path)
+        section = SECTION.search(card.text)
+        ours = section[0] if section else card.text
+        title, old_title = _TITLE.search(card.text), _TITLE.search(old.text)
+        if title and old_title and old_title[1].strip() in former_titles:
+            old.text = old.text.replace(old_title[0], title[0], 1)
+        replaced, count = SECTION.subn(lambda _: ours, old.text, count=1)
+        if count:
+            card.text = replaced
+        elif old.text.strip():
+            card.text = f"{old.text.rstrip()}\n\n{ours}\n"  # a new section belongs at the end
+        tags = old.data.tags or []
+        if count:  # tags of the adapter that was there before
+            tags = [tag for tag in tags if tag != "pruning" and not tag.startswith("base_model:")]
+        card.data = _joined(old.data, card.data, tags)
+    save_with_tags(card, path)
+
+
+def save_with_tags(card: ModelCard, path: Path, tags: Iterable[str] = ()) -> None:
+    """Saves the card, with these tags as well as its own. A base that is a folder of this machine is not named."""
+    card.data.tags = sorted({*_listed(card.data.get("tags")), *tags})  # type: ignore[attr-defined]
+    drop_local_bases(card)
+    write_atomically(path, card.save)  # somebody may have written a part of it
+
+
+def drop_local_bases(card: ModelCard) -> None:
+    """Takes bases out of the metadata that are folders of this machine.
+
+    PEFT writes the base's name even if it is a path, which nobody else has, and the Hub refuses such metadata.
+    """
+    data: Any = card.data
+    data.tags = [tag for tag in _listed(data.get("tags")) if not tag.startswith("base_model:") or _is_base(tag)]
+    bases = [name for name in _listed(data.get("base_model")) if is_repo(name)]
+    data.base_model = bases if len(bases) > 1 else next(iter(bases), None)
+
+
+def keep_words(card: Path, former: Path, repo: str, titles: Collection[str]) -> None:
+    """Writes into `card` what somebody has written into the repository's card, `former`.
+
+    The text around our section is taken from there, unless `card` has such a text itself. So is the metadata that
+    `card` does not have, but not what our section's adapter has left there. `titles` are those that are generated.
+
+    Raises:
+        SensiError: One of the two cannot be read as a card.
+    """
+    try:
+        theirs = load_card(former)
+    except SensiError as error:
+        raise SensiError(
+            f"{former.name} in {repo} cannot be read as a model card, and an upload would replace it: correct it "
+            f"there, or delete it. Nothing was uploaded."
+        ) from error
+    if SECTION.search(theirs.text):
+        _drop_generated(theirs, repo)
+    if card.is_file():
+        ours = load_card(card)
+        theirs.data = _joined(theirs.data, ours.data, theirs.data.tags or [])
+        title, their_title = _TITLE.search(ours.text), _TITLE.search(theirs.text)
+        if _has_words(ours.text) or not theirs.text.strip():
+            theirs.text = ours.text
+        elif title and their_title and title[1].strip() not in titles:
+            theirs.text = theirs.text.replace(their_title[0], title[0], 1)
+    theirs.save(card)
+
+
+def _drop_generated(card: Any, repo: str) -> None:
+    """Takes out of the metadata what an upload of another adapter has written there: its base, results and tags."""
+    data = card.data.to_dict()
+    data.pop("base_model", None)
+    data["tags"] = [tag for tag in card.data.tags or [] if tag != "pruning" and not tag.startswith("base_model:")]
+    own = repo.rpartition("/")[2]
+    data["model-index"] = [entry for entry in data.get("model-index") or [] if entry.get("name") != own] or None
+    card.data = ModelCardData(**{key: value for key, value in data.items() if value is not None})
+
+
+def _joined(old: Any, new: Any, tags: list[str]) -> ModelCardData:
+    """The metadata of two cards: where both say something, the new one counts. `tags` stay beside the new ones."""
+    known = {key: value for key, value in new.to_dict().items() if value is not None}
+    return ModelCardData(**old.to_dict() | known | {"tags": [*tags, *_listed(new.get("tags"))]})
+
+
+def _has_words(text: str) -> bool:
+    """Whether a card says more than what is generated: a title, our section and the versions."""
+    rest = _VERSIONS.sub("", SECTION.sub("", text))
+    return _NOT_FILLED_IN not in rest and bool(_TITLE.sub("", rest, count=1).strip())
+
+
+def _is_base(tag: str) -> bool:
+    return is_repo(tag.rpartition(":")[2])
+
+
+def _listed(value: Any) -> list[str]:
+    """A value of the metadata that may be a list or one item; YAML reads `- 2024` and `- no` as other types."""
+    items = value if isinstance(value, list) else [value]
+    return [str(item) for item in items if item is not None]
