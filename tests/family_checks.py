@@ -201,13 +201,18 @@ def check_merge_equals_unmerged(case: Case) -> None:
     """Merging does not change the output, and unmerging restores the base's own tensors."""
     base = case.model()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    batch = case.batch(seed=3)
+    whole = run(base, batch)
     model = case.wrap(base, plan=random_plan(case, base))
     train(model, case)
-    batch = case.batch(seed=3)
     expected = run(model, batch)
     tolerance = 2e-5 * float(expected.abs().max())
     model.merge_adapter()
     torch.testing.assert_close(run(model, batch), expected, atol=tolerance, rtol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(run(model, batch), whole)
+    assert torch.equal(run(model, batch), expected)
+    model.merge_adapter()
     model.unmerge_adapter()
     assert torch.equal(run(model, batch), expected)
     small = copy.deepcopy(model).merge_and_unload()

@@ -7,7 +7,9 @@ import json
 import pickle
 import shutil
 import warnings
+from collections import UserDict
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -50,7 +52,18 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 import peft_sensi
-from peft_sensi import CalibrationError, Scores, SensiConfig, SensiError, SensiLoadError
+from peft_sensi import (
+    Budget,
+    CalibrationError,
+    Scores,
+    SensiConfig,
+    SensiError,
+    SensiLoadError,
+    build_anatomy,
+    compute_scores,
+    load_merged,
+    make_plan,
+)
 from peft_sensi.layers.layer import SensiLayer
 
 
@@ -527,6 +540,73 @@ def test_data_beside_a_finished_plan_has_no_effect_and_is_refused(unused):
     data = {"calibration": tiny_batches(1), "scores": Scores({}, "own")}[unused]
     with pytest.raises(SensiError, match="`plan` is finished"):
         SensiConfig(plan=plan, **{unused: data})
+
+
+@pytest.mark.parametrize("options", [{"update": "low_rank", "rank": 4}, {"also_train": ["norms"]}, {}], ids=str)
+def test_a_plan_from_elsewhere_counts_what_is_trained_here(options, tmp_path):
+    """`make_plan` does not know what another config trains beside the units."""
+    base = tiny_model()
+    anatomy = build_anatomy(base)
+    scores = compute_scores(base, score="magnitude", progress=False)
+    chosen = make_plan(anatomy, scores, 0.8, tunes="update" not in options)
+    model = wrap(base, plan=chosen, **options)
+    assert model.plan() == chosen
+
+    def counts() -> tuple[int, int]:
+        head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" in n)
+        return model.plan().trainable_params, sum(p.numel() for p in model.parameters() if p.requires_grad) - head
+
+    assert counts()[0] == counts()[1] > 0
+    model.trim(0.4, tiny_batches(4))
+    assert counts()[0] == counts()[1] > 0
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(again), logits(model.eval()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": Budget(params=0.5)},
+        {"budget": UserDict(params=0.5)},
+        {"budget": MappingProxyType({"params": 0.5})},
+        {"budget": 0.5, "target_modules": frozenset(["query", "key", "value", "intermediate.dense"])},
+        {"budget": 0.5, "exclude_modules": ("query",)},
+        {"budget": 0.5, "schedule": UserDict(phase="cut", start=0.1, end=0.1, cuts=1)},
+    ],
+    ids=str,
+)
+def test_whatever_a_config_accepts_can_be_saved_and_loaded(fields, tmp_path):
+    if "schedule" not in fields:
+        fields = {**fields, "score": "magnitude"}
+    model = wrap(tiny_model(), **fields)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+
+
+def test_a_merge_and_then_an_unload_gives_a_model_that_can_be_saved(tmp_path):
+    model = wrap(tiny_model(), budget=0.5)
+    expected = logits(model.eval())
+    model.merge_adapter()
+    small = model.unload()
+    small.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_merged(tmp_path)), expected)
+
+
+def test_a_merge_before_the_cuts_are_finished_warns():
+    model = wrap(tiny_model(), budget=0.5, schedule={"phase": "cut", "start": 0.5, "end": 0.5, "cuts": 1})
+    with pytest.warns(UserWarning, match="cuts of the adapter 'default' are not finished"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_that_the_model_cannot_do_is_refused_before_anything_is_scored(task_type):
+    base = tiny_model()
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(SensiError, match=f"`task_type` is '{task_type}'.*generates no text"):
+        get_peft_model(base, SensiConfig(budget=0.5, task_type=task_type, calibration=iter([])))
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
 
 
 def edit_config(folder: Path, **changes) -> None:

@@ -137,8 +137,7 @@ class SensiLayer(ComposedWeights):
 
     def is_masked(self, adapter_name: str) -> bool:
         """Whether the adapter's mask removes at least one weight. True if no mask is stored, or if none could."""
-        bits = self.part("bits", adapter_name)
-        if bits is None:
+        if (bits := self.part("bits", adapter_name)) is None:
             return True
         slice_ = self.sensi_slices[adapter_name]
         removed = masked_count(slice_.kept_shape.numel(), slice_.sparsity or 0.0)
@@ -146,8 +145,7 @@ class SensiLayer(ComposedWeights):
 
     def compress(self, adapter_name: str, kind: str) -> None:
         """Replaces the trained values by codes (see `compression`), or the scores of a mask by its bits."""
-        slice_ = self.sensi_slices.get(adapter_name)
-        if slice_ is None:
+        if (slice_ := self.sensi_slices.get(adapter_name)) is None:
             return
         self._sensi_fused.clear()
         if kind == "bits":
@@ -183,6 +181,8 @@ class SensiLayer(ComposedWeights):
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.sensi_base_dropped:
             raise base_is_dropped("disable the adapter")
+        if not enabled and self.merged:  # now: some blocks read the sizes of all their Linears before one of them runs
+            self.unmerge()
         super().enable_adapters(enabled)
         self.update_parents()
         self._update_saved_modules()

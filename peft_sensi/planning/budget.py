@@ -79,6 +79,12 @@ class Budget:
         return cls(**limits)
 
 
+def as_plain(value: Any) -> Any:
+    """A [`Budget`] or another mapping as a dict, which JSON can hold, without limits that are not set."""
+    found = vars(value) if isinstance(value, Budget) else value
+    return {name: each for name, each in found.items() if each is not None} if isinstance(found, Mapping) else value
+
+
 def _check_limit(name: str, value: Any) -> Any:
     if name in TIMES:
         is_share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1

@@ -47,7 +47,7 @@ class Plan:
     states: tuple[bytes, ...]
     targets: frozenset[str]
     sequence_length: int
-    always_trained: int = 0
+    always_trained: int = field(default=0, compare=False)
     latency: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
     update: str = field(default="", compare=False)
 

@@ -16,7 +16,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..anatomy.layouts import BlockLayout
-from ..planning.budget import Budget
+from ..planning.budget import Budget, as_plain
 from ..planning.packing import check_plan_dict
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn, ScoringOptions
@@ -217,12 +217,12 @@ class SensiConfig(_InputAttributes, PeftConfig):
         check_config(self)
         self.peft_type = SensiPeftType.SENSI  # type: ignore[assignment]
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(names := getattr(self, name), list):
+            if isinstance(names := getattr(self, name), (list, tuple, frozenset)):
                 setattr(self, name, set(names))
+        self.budget, self.schedule = as_plain(self.budget), as_plain(self.schedule)
         if self.also_train is not None:
             self.also_train = sorted(self.also_train)
-        if isinstance(self.plan, Plan):
-            self.plan = self.plan.to_dict()
+        self.plan = self.plan.to_dict() if isinstance(self.plan, Plan) else self.plan
         if self.plan is not None:
             check_plan_dict(self.plan)
             self.update = self.update or "dense"  # the plan was made for units

@@ -85,6 +85,9 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
         plan = Plan.from_dict(config.plan, anatomy, targets)
+        if not config.from_file:  # `make_plan`, or another config, may have counted other values beside the units
+            plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
+            config.plan = plan.to_dict()
         decision = Decision(plan, slices_of(model, config, plan))
         check_plain(model, decision.slices)
     else:

@@ -90,13 +90,13 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
 
 
 def check_task(model: nn.Module, config: SensiConfig) -> None:
-    """Checks that the model can do the task of a file: PEFT finds this out after the layers have been replaced."""
+    """Checks that the model can do the task: PEFT finds this out after the layers have been replaced."""
     task = str(config.task_type).rpartition(".")[2]
     generates = hasattr(model, "prepare_inputs_for_generation")  # PEFT calls this method
-    if config.from_file and task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not generates:
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not generates:
         raise SensiError(
-            f"`task_type` is {task!r}, but {type(model).__name__} generates no text: load the model class that the "
-            f"adapter was made for, or set `task_type` to None."
+            f"`task_type` is {task!r}, but {type(model).__name__} generates no text: give a model that does, or "
+            f"the task type of this model (or None)."
         )
 
 

@@ -240,12 +240,18 @@ class SensiModel(AdapterOperations, BaseTuner):
             self._check_mergeable()  # before anything is replaced
             names = kwargs.get("adapter_names") or self.active_adapters
             self._check_combination(names)
+            if cuts := [name for name in names if self.peft_config[name].phase == "cut"]:
+                what = f"The cuts of the adapter {cuts[0]!r} are not finished, so the merged model keeps all units"
+                warnings.warn(
+                    f"{what}: train on with a `SensiCallback` or a `Schedule`, or call `trim`.", stacklevel=4
+                )
             if set(names) != set(self.active_adapters) and not any(layer.merged for layer in self._layers()):
                 # PEFT would merge the Linears of these adapters and the task head of the active one.
                 self.set_adapter(names if len(names) > 1 else names[0])
         else:
             self._check_base("unload the adapter")
-        trims = merge and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
+        merged = merge or any(layer.merged for layer in self._layers())
+        trims = merged and any(p.trims for layer in self._layers() for p in layer.sensi_slices.values())
         unload = super()._unload_and_optionally_merge
 
         def finish() -> Any:
