@@ -463,7 +463,8 @@ def test_files_of_another_model_do_not_stay_on_the_hub(hub, adapter, tmp_path):
     (first,) = (name for name in hub.repos["me/small"] if name.endswith(".safetensors"))
     save_merged(load_merged(folder), folder)
     (folder / "metrics.json").unlink()
-    push_folder(open_saved(folder), "me/small")
+    result = run("push", folder, "me/small")
+    assert "Of the model there, metrics.json" in result.stderr.replace("\n", " "), result.stderr
     (second,) = (name for name in hub.repos["me/small"] if name.endswith(".safetensors"))
     assert first != second and open_saved("me/small").labels == NAMES
     assert {"notes.txt", "tokenizer.json"} <= set(hub.repos["me/small"]) and "metrics.json" not in hub.repos[

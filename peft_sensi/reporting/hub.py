@@ -62,7 +62,7 @@ def push_folder(
 
     Only files with known names are uploaded, without local paths in them (see `uploads`). The folder does not change.
     What was written into the repository's card, around our section, stays, unless the folder's card has such a text.
-    Weights of another merged model, which was there before, are deleted in the same commit.
+    Files of another model, which was there before, are deleted in the same commit (see `stale_files`).
 
     Args:
         saved: The adapter or the merged model.
@@ -109,7 +109,8 @@ def push_folder(
         with login_advice(repo):
             stale = stale_files(api, repository, saved, upload.files, given)
         if announce is not None:
-            announce(upload, repository.visibility)
+            deleted = f" Of the model there, {', '.join(stale)} will be deleted." if stale else ""
+            announce(upload, repository.visibility + deleted)
         with login_advice(repo):
             api.create_repo(repo, private=private, exist_ok=True)
         with _naming_what_is_left(repo, repository.is_new), login_advice(repo):

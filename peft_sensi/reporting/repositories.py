@@ -99,13 +99,13 @@ def stale_files(
             f"{repository.name} holds {sorted(others)[0]!r} of another kind of model, and loaders would mix the two "
             f"up: give another name, or delete the file there first. Nothing was uploaded."
         )
-    card = read_file(api, repository, CARD, target)
-    if card is None or not SECTION.search(load_card(card).text):  # perhaps not of an upload like this one
-        return sorted(name for name in files if OWN_WEIGHTS.fullmatch(name) and name not in uploaded)
-    stale = {METRICS, PICTURE, *(TOKENIZER_FILES if TOKENIZER_CONFIG in uploaded else [])} & files
+    stale: set[str] = set()
     if isinstance(saved, SavedMerged):
-        own = re.compile(
-            rf"{OWN_WEIGHTS.pattern}|{re.escape(MODEL_WEIGHTS)}|modeling_sensi_\w+\.py|generation_config\.json"
-        )
-        stale |= {name for name in files if own.fullmatch(name)}
+        stale = {name for name in files if name == MODEL_WEIGHTS or OWN_WEIGHTS.fullmatch(name)}
+    card = read_file(api, repository, CARD, target)
+    if card is not None and SECTION.search(load_card(card).text):  # of an upload like this one
+        stale |= {METRICS, PICTURE, *(TOKENIZER_FILES if TOKENIZER_CONFIG in uploaded else [])} & files
+        if isinstance(saved, SavedMerged):
+            code = re.compile(r"modeling_sensi_\w+\.py")
+            stale |= {name for name in files if name == "generation_config.json" or code.fullmatch(name)}
     return sorted(stale - set(uploaded))
