@@ -298,6 +298,7 @@ def test_mistakes_end_with_one_line_that_says_what_to_do(work, adapter, tmp_path
     tiny_model(seed=5, num_labels=2).save_pretrained(work / "other")
     assert "another base" in fails("merge", adapter, tmp_path / "m", "--base", work / "other")
     assert "not a name for a repository" in fails("push", adapter, "a b/c")
+    assert "not a name for a repository" in fails("card", adapter, "--repo", "a b/c")
     assert "sensi_bert needs" in fails(
         "train", base, "--data", data, "--out", tmp_path / "o", "--recipe", "sensi_bert"
     )

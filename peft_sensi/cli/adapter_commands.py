@@ -194,8 +194,11 @@ def card(
     In a card that exists, only our section is written again, between two comments. What is around it stays.
     """
     from ..reporting.card import write_card
+    from ..reporting.repositories import check_name
     from ..reporting.saved_merged import open_saved
 
+    if repo is not None:
+        check_name(repo)
     saved = open_saved(adapter)
     if folder is None and not Path(adapter).is_dir():  # its files are in the cache, where nothing may be changed
         raise SensiError(f"{adapter} is on the Hub: give a folder for the card with --out.")

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import PeftModel
 
 from ..merging.foreign import MODEL_CONFIG
@@ -26,7 +25,7 @@ from ..utils.places import is_out_of_reach, is_repo, offline
 from .card import new_card, write_card
 from .card_files import drop_local_bases, keep_words, load_card, save_card, save_with_tags
 from .pretrained import TOKENIZER_FILES
-from .repositories import look_up, read_file, stale_files
+from .repositories import check_name, look_up, read_file, stale_files
 from .saved import CARD, CONFIG, METRICS, PICTURE, WEIGHTS, SavedAdapter, open_adapter, task_of
 from .saved_merged import SavedMerged
 from .snippets import Head
@@ -81,12 +80,7 @@ def push_folder(
         SensiError: `repo` cannot be the name of a repository, or is public although `private` is `True`, or what it
             holds would be mixed up with the upload.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise SensiError(
-            f"{repo!r} is not a name for a repository: write user/name, with letters, digits, and - _ . between them."
-        ) from None
+    check_name(repo)
     check_links(saved.folder, (MODEL_CONFIG, saved.weights) if isinstance(saved, SavedMerged) else (CONFIG, WEIGHTS))
     if not dry_run and is_out_of_reach(repo):
         raise SensiError("The Hub cannot be reached, so nothing was uploaded. Check the connection.")

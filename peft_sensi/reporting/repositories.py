@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ..anatomy.widths import is_merged
 from ..merging.foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
@@ -39,6 +40,16 @@ class Repository:
     @property
     def is_new(self) -> bool:
         return self.commit is None
+
+
+def check_name(name: str) -> None:
+    """Raises `SensiError` if this cannot be the name of a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise SensiError(
+            f"{name!r} is not a name for a repository: write user/name, with letters, digits, and - _ . between them."
+        ) from None
 
 
 def look_up(api: HfApi, name: str, private: bool | None, revision: str | None) -> Repository:
