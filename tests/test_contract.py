@@ -574,7 +574,7 @@ def test_a_plan_from_elsewhere_counts_what_is_trained_here(options, tmp_path):
         {"budget": 0.5, "exclude_modules": ("query",)},
         {"budget": 0.5, "schedule": UserDict(phase="cut", start=0.1, end=0.1, cuts=1)},
     ],
-    ids=str,
+    ids=["Budget", "UserDict", "MappingProxyType", "frozenset", "tuple", "schedule"],
 )
 def test_whatever_a_config_accepts_can_be_saved_and_loaded(fields, tmp_path):
     if "schedule" not in fields:
