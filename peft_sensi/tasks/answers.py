@@ -15,7 +15,7 @@ from ..utils.formatting import counted
 from . import metrics
 from .labels import DataError, listed, name_of
 from .metrics import Quality
-from .task import Rows
+from .task import MAX_ANSWER_LENGTH, Rows
 
 
 # In tables: the columns of the texts of the answers, and of the characters at which they start.
@@ -217,7 +217,9 @@ def measure(outputs: Any, rows: Rows, max_answer_length: int, silent: bool) -> Q
     return Quality(values, nothing, intervals)
 
 
-def decode(outputs: Any, rows: Rows, max_answer_length: int, silent: bool = False) -> list[dict[str, Any]]:
+def decode(
+    outputs: Any, rows: Rows, max_answer_length: int = MAX_ANSWER_LENGTH, silent: bool = False
+) -> list[dict[str, Any]]:
     """For each question, `answer` (cut from the text; empty for none), `score`, and `start` and `end` in characters.
 
     An answer is the span with the highest sum of its two logits over all windows; `score` is that sum. With `silent`,
