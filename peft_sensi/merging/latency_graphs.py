@@ -130,9 +130,8 @@ def read_graphs(folder: str | os.PathLike) -> tuple[dict[str, Any], list[Kind]]:
         for entry in values["inputs"]:
             _check_input(entry)
     except SensiLoadError as error:
-        raise SensiLoadError(
-            f"{path}: {str(error).removesuffix(AGAIN).rstrip(' .')}. Export the graphs again."
-        ) from None
+        what = str(error).removesuffix(AGAIN).rstrip(" .")
+        raise SensiLoadError(f"{path}: {what}. {_EXPORT}") from None
     except (TypeError, KeyError, AttributeError) as error:
         raise SensiLoadError(f"{path} is malformed: {type(error).__name__}: {error}. {_EXPORT}") from None
     return values, [Kind(kind.shape, kind.groups, kind.units, kind.counts) for kind in table.sublayers]

@@ -47,8 +47,7 @@ def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) 
     """
     if path.is_file():
         old = load_card(path)
-        section = SECTION.search(card.text)
-        ours = section[0] if section else card.text
+        ours = SECTION.search(card.text)[0]  # type: ignore[index]
         title, old_title = _TITLE.search(card.text), _TITLE.search(old.text)
         if title and old_title and old_title[1].strip() in former_titles:
             old.text = old.text.replace(old_title[0], title[0], 1)
@@ -57,10 +56,7 @@ def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) 
             card.text = replaced
         elif old.text.strip():
             card.text = f"{old.text.rstrip()}\n\n{ours}\n"  # a new section belongs at the end
-        tags = old.data.tags or []
-        if count:  # tags of the adapter that was there before
-            tags = [tag for tag in tags if tag != "pruning" and not tag.startswith("base_model:")]
-        card.data = _joined(old.data, card.data, tags)
+        card.data = _joined(old.data, card.data, _own_tags(old) if count else old.data.tags)
     save_with_tags(card, path)
 
 
@@ -102,7 +98,7 @@ def keep_words(card: Path, former: Path, repo: str, titles: Collection[str]) -> 
         _drop_generated(theirs, repo)
     if card.is_file():
         ours = load_card(card)
-        theirs.data = _joined(theirs.data, ours.data, theirs.data.tags or [])
+        theirs.data = _joined(theirs.data, ours.data, theirs.data.tags)
         title, their_title = _TITLE.search(ours.text), _TITLE.search(theirs.text)
         if _has_words(ours.text) or not theirs.text.strip():
             theirs.text = ours.text
@@ -115,10 +111,15 @@ def _drop_generated(card: Any, repo: str) -> None:
     """Takes out of the metadata what an upload of another adapter has written there: its base, results and tags."""
     data = card.data.to_dict()
     data.pop("base_model", None)
-    data["tags"] = [tag for tag in card.data.tags or [] if tag != "pruning" and not tag.startswith("base_model:")]
+    data["tags"] = _own_tags(card)
     own = repo.rpartition("/")[2]
     data["model-index"] = [entry for entry in data.get("model-index") or [] if entry.get("name") != own] or None
     card.data = ModelCardData(**{key: value for key, value in data.items() if value is not None})
+
+
+def _own_tags(card: Any) -> list[str]:
+    """The tags without those that say what kind of adapter has our section in this card."""
+    return [tag for tag in card.data.tags if tag != "pruning" and not tag.startswith("base_model:")]
 
 
 def _joined(old: Any, new: Any, tags: list[str]) -> ModelCardData:

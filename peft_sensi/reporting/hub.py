@@ -101,7 +101,7 @@ def push_folder(
             former = read_file(api, repository, CARD, given)
         upload = prepare_upload(saved, repo, files, tags or [], former=former, **card)
         with login_advice(repo):
-            stale = stale_files(api, repository, saved, upload.files, given)
+            stale = stale_files(api, repository, saved, upload.files, former, given)
         if announce is not None:
             deleted = f" Of the model there, {', '.join(stale)} will be deleted." if stale else ""
             announce(upload, repository.visibility + deleted)
@@ -168,8 +168,8 @@ def prepare_upload(
 
     `former` is the card that the repository has, if any.
     """
-    if (saved.folder / CARD).is_file():
-        load_card(saved.folder / CARD)  # an error names this file and not its copy
+    # Before anything is copied, so that an error names this file.
+    readme = load_card(saved.folder / CARD) if (saved.folder / CARD).is_file() else None
     if isinstance(saved, SavedMerged):
         private = [base] if base and not is_repo(base) else []
         upload = collect(saved.folder, merged_files(saved), private, target)
@@ -185,20 +185,18 @@ def prepare_upload(
                 stacklevel=2,
             )
     # The new card keeps what was written around our section, here (`collect` has copied it) or in the repository.
+    paths = local_paths(saved.folder, *private)
     if CARD in upload.files:
-        readme = load_card(saved.folder / CARD)
+        assert readme is not None
         drop_local_bases(readme)  # before a path becomes `path/to/NAME`, which could be somebody else's
-        text = without_paths(str(readme), local_paths(saved.folder, *private))
-        (target / CARD).write_text(text, encoding="utf-8")
+        (target / CARD).write_text(without_paths(str(readme), paths), encoding="utf-8")
     if former is not None:
         keep_words(target / CARD, former, repo, {saved.name, saved.folder.resolve().name, repo.rpartition("/")[2]})
     written = write_card(saved, folder=target, repo=repo, base=base, **card)
     upload.files.update({path.name: path for path in written})
     path = upload.files[CARD]
     save_with_tags(load_card(path), path, tags)
-    path.write_text(
-        without_paths(path.read_text(encoding="utf-8"), local_paths(saved.folder, *private)), encoding="utf-8"
-    )
+    path.write_text(without_paths(path.read_text(encoding="utf-8"), paths), encoding="utf-8")
     return upload
 
 
@@ -230,9 +228,7 @@ def hook_cards() -> None:
                     shutil.copyfile(path, Path(temporary) / CARD)
                 write(self, path, temporary)
                 write_atomically(path, partial(shutil.copyfile, Path(temporary) / CARD))
-        except (
-            Exception
-        ) as error:  # of any class: PEFT writes the card before the weights, so an error would lose them
+        except Exception as error:  # PEFT writes the card before the weights, so an error would lose them
             warnings.warn(f"The model card was not written: {first_line(error)}", stacklevel=3)
 
     def write(self: Any, path: Path, temporary: str) -> None:
@@ -266,9 +262,7 @@ def hook_cards() -> None:
         name = self.active_adapters[0]
         if others := sorted(set(self.peft_config) - {name}):
             rest = ", ".join(map(repr, others))
-            warnings.warn(
-                f"Only the active adapter {self.active_adapters[0]!r} is uploaded, not {rest}.", stacklevel=2
-            )
+            warnings.warn(f"Only the active adapter {name!r} is uploaded, not {rest}.", stacklevel=2)
         with tempfile.TemporaryDirectory() as temporary:
             name = self.active_adapters[0]
             self.save_pretrained(temporary, selected_adapters=[name])

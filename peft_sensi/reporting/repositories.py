@@ -17,7 +17,7 @@ from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from .card_files import SECTION, load_card
 from .pretrained import TOKENIZER_CONFIG, TOKENIZER_FILES
-from .saved import CARD, CONFIG, METRICS, PICTURE, SavedAdapter
+from .saved import CONFIG, METRICS, PICTURE, SavedAdapter
 from .saved_merged import SavedMerged
 
 
@@ -87,17 +87,22 @@ def read_file(api: HfApi, repository: Repository, name: str, target: Path) -> Pa
 
 
 def stale_files(
-    api: HfApi, repository: Repository, saved: SavedAdapter | SavedMerged, uploaded: Collection[str], target: Path
+    api: HfApi,
+    repository: Repository,
+    saved: SavedAdapter | SavedMerged,
+    uploaded: Collection[str],
+    card: Path | None,
+    target: Path,
 ) -> list[str]:
     """The files of the model that the repository holds now, which an upload of another one must delete.
 
     Each save of a merged model writes its weights under a new name, and loaders could take the old ones for the new
-    model's. `metrics.json` and a tokenizer would be taken for those of the new model.
+    model's. `metrics.json` and a tokenizer would be taken for those of the new model. `card` is the repository's.
 
     Raises:
         SensiError: The repository holds files of another kind of model, and loaders would mix them up with these.
     """
-    files: frozenset[str] = repository.files
+    files = repository.files
     others: Set[str] = frozenset()
     config = read_file(api, repository, MODEL_CONFIG, target)
     holds_merged = config is not None and is_merged(read_json_object(config))
@@ -113,7 +118,6 @@ def stale_files(
     stale: set[str] = set()
     if isinstance(saved, SavedMerged):
         stale = {name for name in files if name == MODEL_WEIGHTS or OWN_WEIGHTS.fullmatch(name)}
-    card = read_file(api, repository, CARD, target)
     if card is not None and SECTION.search(load_card(card).text):  # of an upload like this one
         stale |= {METRICS, PICTURE, *(TOKENIZER_FILES if TOKENIZER_CONFIG in uploaded else [])} & files
         if isinstance(saved, SavedMerged):

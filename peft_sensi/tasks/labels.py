@@ -69,6 +69,7 @@ class Labels:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
+        # As `name_of` spells the values of a file, unless two classes would then have one name.
         by_name = {name_of(name): number for number, name in enumerate(self.in_data)}
         return by_name if len(by_name) == len(self.in_data) else {n: i for i, n in enumerate(self.in_data)}
 

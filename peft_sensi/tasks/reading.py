@@ -118,9 +118,8 @@ def _read_table(path: Path, text: str, kind: str, form: Format, notes: list[str]
     for line, cells in lines:
         heights.append(line - before)
         before = line
-        if [cell.strip().removeprefix("\ufeff") for cell in cells] == names and not (
-            as_is and len(names) == 1
-        ):  # the latter may be a text
+        plain = [cell.strip().removeprefix("\ufeff") for cell in cells]  # a file may have been joined to another
+        if plain == names and not (as_is and len(names) == 1):  # the latter may be a text
             repeated += 1
         elif not any(cell.strip() for cell in cells) and not (as_is and len(cells) == len(names)):
             empty.append(line)

@@ -86,7 +86,7 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
             check_fingerprint(config.fingerprint, model, anatomy)
         plan = Plan.from_dict(config.plan, anatomy, targets)
         if not config.from_file:  # `make_plan`, or another config, may have counted other values beside the units
-            plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
+            plan = _counted(model, config, plan, saved_values)
             config.plan = plan.to_dict()
         decision = Decision(plan, slices_of(model, config, plan))
         check_plain(model, decision.slices)
@@ -179,8 +179,7 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
             )
     _warn_of_nothing_learned(scores, plan)
     fit_rank(model, config, plan, saved_values)
-    # The plan is known now, so what is trained beside its units can be counted exactly.
-    plan = replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
+    plan = _counted(model, config, plan, saved_values)
     refitted: Refitted = {}
     if is_refitted(model, config, anatomy, config.refit) and batches is not None and plan.trims:
         model.eval()
@@ -188,6 +187,11 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
     head = scores.head or (head_to_train(model, batches) if batches is not None else {})
     ranked = scores if scores.method != "none" else None
     return Decision(plan, slices_of(model, config, plan), refitted, head, ranked)
+
+
+def _counted(model: nn.Module, config: SensiConfig, plan: Plan, saved_values: int) -> Plan:
+    """The plan with an exact number of values that are trained beside its units."""
+    return replace(plan, always_trained=saved_values + trained_beside_units(model, config, plan))
 
 
 @contextmanager
