@@ -77,6 +77,8 @@ def test_a_base_that_is_not_here(folder, tmp_path):
     status, found = check(copy)
     assert status == 0 and found["base"][0] == "note" and "--base" in found["base"][1]
     assert check(copy, "--base", folder / "base")[1]["base"][0] == "ok"
+    status, found = check(copy, "--base", "nobody/else")  # the user has asked for this one
+    assert status == 1 and found["base"] == ("wrong", "not compared: nobody/else is not here")
 
 
 def test_files_that_do_not_belong_together(folder, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command import call, fails, run
-from folders import save_adapter
+from folders import NAMES, save_adapter
 
 from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.tasks import sources, texts
@@ -248,6 +248,15 @@ def test_compare_a_model_with_itself_and_with_another(work, tmp_path):
     assert "parameters" in text and "McNemar" in text
     save_adapter(tmp_path, names=["x", "y", "z"])
     assert "labels are x, y, z" in fails("compare", work / "merged", tmp_path / "merged", *data[:2])
+
+
+@pytest.mark.parametrize("order", [("one", "several"), ("several", "one")])
+def test_models_with_one_and_with_several_labels_are_not_compared(order, tmp_path):
+    for name, problem in (("one", None), ("several", "multi_label_classification")):
+        save_adapter(tmp_path / name, names=NAMES, problem=problem)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"a film,{name}\n" for name in NAMES))
+    text = fails("compare", *(tmp_path / name / "merged" for name in order), "--data", tmp_path / "rows.csv")
+    assert "do not predict the same labels" in text, text
 
 
 def test_the_rows_are_not_replaced_by_their_predictions(work, tmp_path, monkeypatch):

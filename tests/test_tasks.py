@@ -32,7 +32,7 @@ from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.decoding import encoding_of
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
-from peft_sensi.tasks.labels import DataError, Labels, find_labels, find_several, order_of_head
+from peft_sensi.tasks.labels import DataError, Labels, find_labels, find_several, labels_of_config, order_of_head
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
@@ -203,6 +203,7 @@ def test_what_was_recognized_is_noted(tmp_path):
     assert "part of the text (--quotes" in notes("d.tsv", b'text\tlabel\nsay "hi\t1\n')
     twice = notes("e.tsv", b"text\tlabel\na b\t1\ntext\tlabel\nc d\t0\n \t \n")
     assert "1 repeated header" in twice and "1 empty row" in twice
+    assert "1 repeated header" in notes("f.csv", "\ufefftext,label\na b,1\n\ufefftext,label\nc d,0\n".encode())
 
 
 def test_quotes_in_files_with_tabs(tmp_path):
@@ -587,6 +588,26 @@ def test_labels_get_the_order_of_a_head():
             order_of_head(Labels(labels), head, "f")
 
 
+@pytest.mark.parametrize("head", [["1.0", "2.0"], [" 1 ", "2"], ["1", "1.0"]], ids=str)
+def test_the_names_of_a_head_may_be_spelled_otherwise_than_in_a_file(head):
+    """A file's names have no blanks around them, and no fraction of zeros. Two classes never become one."""
+    names = list(dict.fromkeys(name.strip().removesuffix(".0") for name in head))
+    found = order_of_head(Labels(names), head, "f")
+    assert found.names == head and not found.unknown
+    assert [found.encode(name) for name in names] == list(range(len(names)))
+
+
+def test_a_label_column_is_given_once():
+    with pytest.raises(DataError, match="give each column once"):
+        label_columns("f.csv", [{"a": "1", "b": "0"}], ["a", "a"])
+
+
+def test_a_head_of_one_class_is_a_regressor_only_for_texts():
+    config = SimpleNamespace(problem_type=None, num_labels=1, id2label={0: "B-x"})
+    assert labels_of_config("words", config).names == ["B-x"]
+    assert labels_of_config("text", config).regression and labels_of_config("answers", config).regression
+
+
 def test_doubts_about_labels_are_said():
     def doubts(*values, twice: bool = False) -> str:
         raw = [{"text": f"film {i // 2 if twice else i}", "label": value} for i, value in enumerate(values)]
@@ -797,6 +818,8 @@ def test_questions_of_a_table():
     ]
     raw, notes = answers.from_table("f", rows)
     assert [row["answers"] for row in raw] == [["red"], []] and "skipped 1 answer that is" in notes[0]
+    from_the_end = {**rows[0], "answers.answer_start": [-9]}
+    assert "skipped 1 answer" in answers.from_table("f", [*rows[:2], from_the_end])[1][0]
     open_ones, _ = answers.from_table("f", [{"question": "what?", "context": "a red stone"}])
     assert "answers" not in open_ones[0]  # for a prediction
     unknown = [{"question": "what?", "context": "a red stone", "answers": None}]
@@ -890,6 +913,14 @@ def test_lists_in_cells_are_read_as_lists(tmp_path):
         (tmp_path / "f.csv").write_text("text\n" + "\n".join(cells))
         found = read_rows(tmp_path / "f.csv", Format())
         assert [row["text"] for row in found.rows] == cells and found.notes == []
+
+
+@pytest.mark.parametrize("token", ["10\u00a0000", "\u00a0", "\u2028", "\u0085", "a\u3000b"])
+def test_only_spaces_and_tabs_separate_the_columns_of_words(token, tmp_path):
+    for space in (" ", "  ", "\t"):
+        (tmp_path / "f.conll").write_text(f"red{space}O\n{token}{space}B-x\n", encoding="utf-8")
+        (found,) = words.read_conll(tmp_path / "f.conll")
+        assert [each.strip() for each in found["tokens"]] == ["red", token.strip()] and found["tags"] == ["O", "B-x"]
 
 
 def test_headers_and_comments_in_files_of_words(tmp_path):

@@ -457,3 +457,11 @@ def test_a_field_of_lora_that_trl_asks_for():
         assert not hasattr(each, "trainable_token_indices") and getattr(each, "trainable_token_indices", 1) == 1
         with pytest.raises(AttributeError, match="no attribute 'other'"):
             assert each.other
+
+
+def test_the_tokens_of_several_tables_are_added_up():
+    names = ["query", "value", "output.dense", "intermediate.dense", "word_embeddings", "position_embeddings"]
+    plan = wrapped(tiny_model(), budget=1.0, target_modules=names).base_model.plan()
+    groups = [group for group in plan.anatomy.groups if group.kind == "token"]
+    tuned = sum(int((plan.of(group) == TUNED).sum()) for group in groups)
+    assert len(groups) == 2 and plan.facts(str)["tokens trained"] == f"{tuned:,} of {sum(g.size for g in groups):,}"
