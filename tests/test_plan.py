@@ -23,6 +23,7 @@ from peft_sensi import (
     BudgetError,
     Plan,
     Scores,
+    SensiConfig,
     SensiError,
     SensiLoadError,
     build_anatomy,
@@ -554,3 +555,8 @@ def test_arguments_out_of_range_are_named(arguments, message):
 def test_a_plan_needs_an_anatomy():
     with pytest.raises(SensiError, match=r"`anatomy` must be what `build_anatomy\(model\)` returns, got Bert"):
         make_plan(tiny_model(), {}, 0.5)
+
+
+def test_the_name_of_a_file_is_no_plan():
+    with pytest.raises(SensiError, match="must be a `Plan` or its dict .*, got 'plan.json'"):
+        SensiConfig(plan="plan.json")

@@ -8,10 +8,12 @@ import json
 import math
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import assert_same_tensors, clone, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,7 +28,10 @@ from peft_sensi import (
     SensiLoadError,
     build_anatomy,
     compute_scores,
+    export_onnx,
     make_plan,
+    measure_latency,
+    save_merged,
 )
 from peft_sensi.cli.arguments import CALIBRATION_STEPS, PRIMING_STEPS
 from peft_sensi.scoring.calibration import ScoringOptions, materialize, preserved
@@ -959,9 +964,27 @@ def test_arguments_out_of_range_are_named(arguments, message, bert, batches):
         compute_scores(bert, batches, **{"progress": False, **arguments})
 
 
-def test_a_name_is_no_model(batches):
+@pytest.mark.parametrize(
+    "call",
+    [
+        compute_scores,
+        build_anatomy,
+        measure_latency,
+        partial(save_merged, folder="merged"),
+        partial(export_onnx, path="model.onnx"),
+    ],
+    ids=["scores", "anatomy", "latency", "merged", "onnx"],
+)
+def test_a_name_is_no_model(call):
     with pytest.raises(SensiError, match="must be a `torch.nn.Module`, got 'bert-base': load it"):
-        compute_scores("bert-base", batches)
+        call("bert-base")
+
+
+@pytest.mark.parametrize("config", [SensiConfig(budget=0.5, task_type="SEQ_CLS"), LoraConfig(task_type="SEQ_CLS")])
+def test_a_model_with_an_adapter_has_no_scores(config, bert, batches):
+    model = get_peft_model(bert, config)
+    with pytest.raises(SensiError, match="has an adapter: score the base model"):
+        compute_scores(model, batches)
 
 
 @pytest.mark.parametrize("priming_steps", [0, 1])

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.checks import shown
-from ..utils.errors import AnatomyError, SensiError
+from ..utils.errors import AnatomyError
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
 from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
@@ -22,12 +22,6 @@ from .units import Anatomy, Group, Side
 
 
 Modules = dict[str, nn.Module]
-
-
-def check_module(model: Any) -> None:
-    """Raises `SensiError` for anything but a module, such as the name of a model."""
-    if not isinstance(model, nn.Module):
-        raise SensiError(f"The model must be a `torch.nn.Module`, got {shown(model)}: load it first.")
 
 
 def _layouts(blocks: Any) -> tuple[BlockLayout, ...]:
@@ -55,7 +49,6 @@ def build_anatomy(
         AnatomyError: `blocks` match no layer, a layout does not fit its layer, or a target is not in the model.
         TypeError: A target is neither a Linear nor an embedding.
     """
-    check_module(model)
     model, blocks = unwrapped(model), None if blocks is None else _layouts(blocks)
     modules, configs = dict(model.named_modules()), _configs(model)
     if blocks is not None:  # they may describe any part of the model

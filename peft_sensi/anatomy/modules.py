@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -14,6 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..utils.checks import shown
+from ..utils.errors import SensiError
 from .linears import is_plain_embedding, matrix
 from .units import Group, Side
 
@@ -37,8 +39,25 @@ def not_linear(module: nn.Module) -> TypeError:
     )
 
 
+def check_module(model: Any) -> None:
+    """Raises `SensiError` for anything but a module, such as the name of a model."""
+    if not isinstance(model, nn.Module):
+        raise SensiError(f"The model must be a `torch.nn.Module`, got {shown(model)}: load it first.")
+
+
+def check_no_adapter(model: Any, action: str) -> None:
+    """Raises `SensiError` for anything but a module without PEFT's layers. `action` is what was asked for."""
+    check_module(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise SensiError(f"The model has an adapter: {action} the base model, or merge the adapter first.")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of DDP, DataParallel, FSDP, DeepSpeed and `torch.compile`, in whatever order."""
+    """The model inside the wrappers of DDP, DataParallel, FSDP, DeepSpeed and `torch.compile`, in whatever order.
+
+    Raises `SensiError` for anything but a module.
+    """
+    check_module(model)
     # Accelerate's function removes a compiled wrapper outside of DDP but not one inside of it.
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner

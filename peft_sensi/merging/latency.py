@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.latency import LatencyTable
 from ..anatomy.latency_points import kinds_of, points_of
+from ..anatomy.modules import check_no_adapter
 from ..planning.measuring import (
     Inputs,
     example_inputs,
@@ -251,8 +251,7 @@ def _check(
     for name, value in {**counts, **({} if threads is None else {"threads": threads})}.items():
         if not is_count(value):
             raise SensiError(f"`{name}` must be a positive whole number, got {shown(value)}.")
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise SensiError("The model has an adapter: measure the base model, or merge the adapter first.")
+    check_no_adapter(model, "measure")
     if runtime == "onnxruntime" and not isinstance(model, PreTrainedModel):
         raise SensiError(f"runtime='onnxruntime' exports models of Transformers, not a {type(model).__name__}.")
     if runtime == "onnxruntime" and (decode or device not in (None, "cpu", torch.device("cpu"))):

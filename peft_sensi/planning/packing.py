@@ -88,8 +88,10 @@ def check_plan_dict(values: Any) -> None:
         return type(value) is int and 0 <= value < 2**48
 
     keys = {"sequence_length", "always_trained", "groups"}
-    if not isinstance(values, Mapping) or set(values) != keys:
-        found = sorted(map(str, values)) if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping):
+        raise SensiLoadError(f"`plan` must be a `Plan` or its dict (`plan.to_dict()`), got {shown(values)}.")
+    if set(values) != keys:
+        found = sorted(map(str, values))
         raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}. {DAMAGED}")
     for name in ("sequence_length", "always_trained"):
         if not is_count(values[name]):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.build import build_anatomy, check_module, nothing_to_score
+from ..anatomy.build import build_anatomy, nothing_to_score
 from ..anatomy.layouts import BlockLayout
-from ..anatomy.modules import input_embedding, unwrapped
+from ..anatomy.modules import check_no_adapter, input_embedding, unwrapped
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
@@ -64,8 +64,8 @@ def compute_scores(
         AnatomyError: The model has no known units, or `targets` or `blocks` do not fit it.
         CalibrationError: The data is empty or has no labels, or a loss or gradient is not finite. The message names
             the batch.
-        SensiError: An argument has a wrong type or range, or `score` is learned during priming and `priming_steps` is
-            0. Or the weights are sharded, offloaded or on the meta device.
+        SensiError: The model has an adapter. An argument has a wrong type or range, or `score` is learned during
+            priming and `priming_steps` is 0. Or the weights are sharded, offloaded or on the meta device.
     """
     if score not in CRITERIA:
         raise SensiError(f"`score` must be one of {', '.join(CRITERIA)}, got {score!r}.")
@@ -73,7 +73,7 @@ def compute_scores(
     check_types({**numbers, "priming_lr": priming_lr, "seed": seed, "targets": targets})
     if priming_optimizer not in OPTIMIZERS:
         raise SensiError(f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {priming_optimizer!r}.")
-    check_module(model)
+    check_no_adapter(model, "score")
     replicas.check_whole(model)
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress

@@ -35,7 +35,7 @@ from .in_place import merged_in_place
 from .latencies import read_latency
 from .rescoring import trained_options
 from .slicing import config_after, trained_beside_units
-from .stages import choose, same_everywhere
+from .stages import choose_units, same_everywhere
 from .targets import plan_of
 
 
@@ -54,7 +54,8 @@ def close_units(
     the model is trained afterwards.
 
     Closed units stay closed. Only the last cut (`progress` 1) may open units again: those that still fit when no
-    open unit does, so that the budget is used up. The others are refitted to the model before the cut (see `choose`).
+    open unit does, so that the budget is used up. The others are refitted to the model before the cut (see
+    `choose_units`).
     """
     read_latency(config)
     before = plan_of(root, config)
@@ -68,7 +69,19 @@ def close_units(
     refits = (config.schedule or {}).get("refit", config.refit)
     with preserved(root), merged_in_place(root, adapter_name):
         root.eval()
-        choice = choose(root, config, before, opened, limits, batches, options, refits, progress, trains_on, movement)
+        choice = choose_units(
+            root,
+            config,
+            before,
+            limits,
+            batches,
+            options,
+            refits=refits,
+            opened=opened,
+            progress=progress,
+            trains_on=trains_on,
+            given=movement,
+        )
     choice = same_everywhere(choice)
     layers = layers_of(root, adapter_name)
     refitted = [layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias")]

@@ -49,27 +49,31 @@ class Choice:
     scores: Scores
 
 
-def choose(
+def choose_units(
     root: nn.Module,
     config: SensiConfig,
     before: Plan,
-    opened: Plan,
     limits: Budget,
     batches: list[Mapping[str, Any]] | None,
     options: ScoringOptions,
+    *,
     refits: bool | None,
+    opened: Plan | None = None,
     progress: float = 1.0,
     trains_on: bool = False,
     given: Scores | None = None,
 ) -> Choice:
     """Scores the model inside `merged_in_place`, in evaluation mode, and chooses units under `limits`.
 
-    `before` says which units the layers have, and `opened` which of them no gate has closed. `refits` is the user's
-    choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`). Whole layers are fitted. If
-    training follows (`trains_on`), and the limits are reached in one stage, training makes up for a less exact choice:
-    whole layers are not fitted, and fewer batches are read. After several stages, all layers are also fitted together.
-    `given` scores (of all units) take the place of scores that are computed; there is then one stage.
+    `before` says which units the layers have, and `opened` which of them no gate has closed (by default all).
+    `refits` is the user's choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`).
+
+    Whole layers are fitted. If training follows (`trains_on`), and the limits are reached in one stage, training makes
+    up for a less exact choice: whole layers are not fitted, and fewer batches are read. After several stages, all
+    layers are also fitted together. `given` scores (of all units) take the place of scores that are computed; there is
+    then one stage.
     """
+    opened = opened or before
     now = _anatomy_of_merged(root, config, before)
     stages = stages_to(opened, limits, config.tables, config.width_options["min_units"])
     exact = not trains_on or len(stages) > 1

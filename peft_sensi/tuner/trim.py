@@ -29,7 +29,7 @@ from .cuts import recounted
 from .in_place import merged_in_place
 from .latencies import exceeds, read_latency
 from .rescoring import read_batches, trained_options
-from .stages import Choice, choose, kept_units, same_everywhere
+from .stages import Choice, choose_units, kept_units, same_everywhere
 from .wrapping import shrink
 
 
@@ -151,7 +151,7 @@ def _decide(
             return None
         _check_fits(config, adapter_name, before, limits)
         refits = config.refit if refits is None else refits
-        choice = choose(root, config, before, before, limits, batches, options, refits)
+        choice = choose_units(root, config, before, limits, batches, options, refits=refits)
     distributed.check_equal("its plan", choice.plan.to_dict(), "The processes must have the same model.")
     return same_everywhere(replace(choice, plan=recounted(root, config, before, choice.plan)))
 
