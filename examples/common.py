@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from peft_sensi.tasks.labels import DataError
+from peft_sensi.tasks import splitting
 from peft_sensi.tasks.reading import read_rows
+from peft_sensi.utils.errors import DataError
 from peft_sensi.utils.progress import progress_bar
 
 
@@ -60,8 +61,17 @@ def check_columns(rows: Dataset, *names: str | None) -> None:
             raise DataError(f"there is no column {name!r}; the columns are: {', '.join(rows.column_names)}")
 
 
-def hold_out(rows: Dataset, share: float, seed: int, group: str | None = None) -> tuple[Dataset, Dataset]:
-    """Splits rows into training and validation rows. Rows with the same value in the column `group` stay together."""
+def hold_out(
+    rows: Dataset, share: float, seed: int, group: str | None = None, classes: str | None = None
+) -> tuple[Dataset, Dataset]:
+    """Splits rows into training and validation rows.
+
+    Rows with the same value in the column `group` stay together. With the name of a column as `classes`, both parts
+    have the same share of each class.
+    """
+    if classes is not None:
+        train, held = splitting.hold_out(rows[classes], share, seed)
+        return rows.select(train), rows.select(held)
     groups = list(rows[group]) if group else list(range(len(rows)))
     distinct = sorted(set(groups))
     np.random.default_rng(seed).shuffle(distinct)

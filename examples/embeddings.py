@@ -1,6 +1,6 @@
 """Trim an embedding model of sentence-transformers under a budget, on pairs of texts that belong together.
 
-    python examples/embeddings.py --model sentence-transformers/all-MiniLM-L6-v2 --train_file pairs.tsv --budget 0.5 \\
+    python examples/embeddings.py --model sentence-transformers/all-MiniLM-L6-v2 --data pairs.tsv --budget 0.5 \\
         --output_dir out
 
 The file (.tsv, .csv, .json or .jsonl) has two columns of texts, such as a question and its answer. Training pulls the

@@ -124,7 +124,7 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
     """Rows with `image` and `label` (a `ClassLabel`). The classes are those of the training rows."""
     if data.data is not None:
         train, validation = split_files(
-            data, lambda path: read_images(path, data.image_column, data.label_column), seed
+            data, lambda path: read_images(path, data.image_column, data.label_column), seed, "label"
         )
         names = sorted(set(train["label"]))
         if unknown := sorted(set(validation["label"]) - set(names)):
@@ -137,7 +137,9 @@ def read_data(data: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
     # The values 0..16 become 0..240.
     rows = {"image": list((digits.images * 15).astype(np.uint8)), "label": digits.target.tolist()}
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
-    train, validation = hold_out(Dataset.from_dict(rows, features=features), data.validation_share, seed)
+    train, validation = hold_out(
+        Dataset.from_dict(rows, features=features), data.validation_share, seed, classes="label"
+    )
     return sample(train, data.max_rows, seed), sample(validation, data.max_validation_rows, seed)
 
 

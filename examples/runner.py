@@ -205,16 +205,16 @@ def share_or_count(value: float) -> float | int:
 
 
 def split_files(
-    data: FileOptions, read: Callable[[str], Dataset], seed: int, group: str | None = None
+    data: FileOptions, read: Callable[[str], Dataset], seed: int, classes: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Reads training and validation rows. Rows with the same value in the column `group` are held out together."""
+    """Reads training and validation rows. Of each class in the column `classes`, the same share is held out."""
     if data.data is None:
         raise DataError("give --data")
     train = read(data.data)
     if data.validation is not None:
         validation = read(data.validation)
     else:
-        train, validation = hold_out(train, data.validation_share, seed, group)
+        train, validation = hold_out(train, data.validation_share, seed, classes=classes)
     return sample(train, data.max_rows, seed), sample(validation, data.max_validation_rows, seed)
 
 

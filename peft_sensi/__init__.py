@@ -35,10 +35,10 @@ try:
         from .reporting.hub import hook_cards as _hook_cards
         from .scoring.compute import compute_scores
         from .scoring.scores import Scores
+        from .tuner.caches import hook_caches as _hook_caches
         from .tuner.config import SensiConfig, SensiPeftType
-        from .tuner.entrances import hook_entrances as _hook_entrances
         from .tuner.model import SensiModel
-        from .tuner.paged import hook_caches as _hook_caches
+        from .tuner.peft_calls import hook_peft_calls as _hook_peft_calls
         from .tuner.schedule import Schedule, SensiCallback
         from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 except ModuleNotFoundError as _error:
@@ -100,7 +100,7 @@ def register() -> None:
                 f"Import only one of the two in a process."
             )
     _hook_cards()
-    _hook_entrances()
+    _hook_peft_calls()
     _hook_caches()
 
 

@@ -298,8 +298,8 @@ def run_job(files: tuple[bytes, bytes], base: torch.nn.Module, folder: Path) -> 
         return "allocation", repr(error), False
     except BaseException as error:  # a panic of safetensors is no `Exception`
         frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        # `entrances` only hands calls of PEFT on.
-        ours = any(name.startswith(OURS) and not name.endswith("entrances.py") for name in frames)
+        # `peft_calls` only hands calls of PEFT on.
+        ours = any(name.startswith(OURS) and not name.endswith("peft_calls.py") for name in frames)
         outcome, detail = "wrong error" if ours else "theirs", f"{type(error).__name__}: {error}"
         if "allocate" in detail:
             outcome = "allocation"

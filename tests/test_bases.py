@@ -346,7 +346,11 @@ def test_arrays_and_lists_score_like_tensors(form):
 
 def test_float_targets_in_numpy():
     batches = [{k: v.numpy() for k, v in b.items()} | {"labels": np.ones(4)} for b in tiny_batches(2)]
-    compute_scores(tiny_model(num_labels=1), batches, priming_steps=1, progress=False)
+    tensors = [{**b, "labels": torch.ones(4)} for b in tiny_batches(2)]
+    found, expected = (
+        compute_scores(tiny_model(num_labels=1), b, priming_steps=1, progress=False) for b in (batches, tensors)
+    )
+    assert_same_tensors(found.values, expected.values)
 
 
 BAD = {

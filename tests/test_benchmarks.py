@@ -27,7 +27,7 @@ def test_speed_in_its_quick_form(tmp_path):
     output, page = tmp_path / "speed.json", tmp_path / "speed.md"
     page.write_text("# Before\n<!-- speed.py: begin -->\nold\n<!-- speed.py: end -->\nafter\n")
     command = [sys.executable, "examples/benchmarks/speed.py", "--quick", "--device", "cpu", "--output", str(output)]
-    command += ["--table", str(page), "--only", "full", "lora_all", "half", "far10_small"]
+    command += ["--page", str(page), "--only", "full", "lora_all", "half", "far10_small"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=PATIENCE)
     methods = json.loads(output.read_text())["tiny/fp32/cpu"]["methods"]

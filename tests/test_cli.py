@@ -30,11 +30,11 @@ from peft_sensi.reporting.saved import load_adapter, open_adapter
 from peft_sensi.tasks import texts
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.kinds import read_task
-from peft_sensi.tasks.labels import DataError, find_labels
+from peft_sensi.tasks.labels import find_labels
 from peft_sensi.tasks.predicting import open_predictor
 from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils import precision
-from peft_sensi.utils.errors import how_to_install
+from peft_sensi.utils.errors import DataError, how_to_install
 from peft_sensi.utils.files import write_text_atomically
 
 

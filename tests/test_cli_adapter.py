@@ -19,7 +19,7 @@ from peft_sensi.cli import measure
 from peft_sensi.cli.commands import app
 from peft_sensi.cli.data_options import DATA_OPTIONS, VALIDATION_OPTIONS
 from peft_sensi.cli.measure import length_for
-from peft_sensi.planning.measuring import tokens_of
+from peft_sensi.planning.latency_torch import tokens_of
 
 
 @pytest.fixture(scope="module")

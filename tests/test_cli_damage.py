@@ -106,7 +106,10 @@ def test_an_adapter_without_a_tokenizer_is_trimmed_with_that_of_its_base(work, t
     without_tokenizer(copy)
     rows = "".join(f'a good film,{name}\na poor film,"bad"\n' for name in ("good", '"it\'s ""so"""')) * 10
     (tmp_path / "data.csv").write_text("text,label\n" + rows)
-    call("trim", copy, "--data", tmp_path / "data.csv", "--budget", "0.3", "--out", tmp_path / "out")
+    trim = ("trim", copy, "--data", tmp_path / "data.csv", "--budget", "0.3")
+    found = json.loads(call(*trim, "--out", tmp_path / "out", "--json"))
+    assert found["plan"]["params_share"] <= 0.3
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (work / "base" / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"task": '])

@@ -16,10 +16,11 @@ from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.tasks import sources, texts
 from peft_sensi.tasks.comparing import mcnemar
 from peft_sensi.tasks.kinds import read_task
-from peft_sensi.tasks.labels import DataError, Labels
+from peft_sensi.tasks.labels import Labels
 from peft_sensi.tasks.metrics import exact
 from peft_sensi.tasks.predicting import Predictor, chunks, open_predictor
 from peft_sensi.tasks.task import Rows
+from peft_sensi.utils.errors import DataError
 
 
 TEXTS = ["the film is good", "a bad plot", "", "the story is very very very very poor", "fine"] * 3

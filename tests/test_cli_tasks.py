@@ -40,9 +40,9 @@ from peft_sensi.cli import train as train_module
 from peft_sensi.cli.run import Run
 from peft_sensi.cli.stopping import StopAfterStep
 from peft_sensi.reporting.saved import open_adapter
-from peft_sensi.tasks.record import saved_record
+from peft_sensi.reporting.task_record import saved_record
+from peft_sensi.tasks.class_weights import balanced_weights
 from peft_sensi.tasks.task import Task
-from peft_sensi.tasks.weights import balanced_weights
 from peft_sensi.tuner import decision
 from peft_sensi.utils.timing import Timing
 
@@ -467,6 +467,16 @@ def test_a_limit_on_times_holds_without_a_table_also_after_an_interrupt(way, wor
         found = call(*trim, "--out", tmp_path / f"{name} trimmed")
         assert found["plan"]["latency_ms"] <= 7
     assert measured == ["BertForSequenceClassification"] * 6
+
+
+def test_the_recipe_sensi_bert_takes_a_latency(work, tmp_path):
+    made_up_table(AutoModel.from_pretrained(work / "base")).save(tmp_path / "table.json")
+    train = ("train", work / "base", "--data", work / "texts.csv", "--recipe", "sensi_bert", *SHORT)
+    table = ("--latency-table", tmp_path / "table.json")
+    found = call(*train, "--out", tmp_path / "out", "--latency", "0.8", *table)
+    assert found["plan"]["latency_ms"] <= 8 and found["recipe"] == "sensi_bert"
+    both = fails(*train, "--out", tmp_path / "no", "--latency", "0.8", *table, "--flops", "0.5")
+    assert "exactly one limit: --budget, --flops or --latency" in both
 
 
 def test_a_budget_that_is_too_small_leaves_no_folder(work, tmp_path):

@@ -25,6 +25,7 @@ from transformers import (
 
 from peft_sensi import SensiError, export_onnx
 from peft_sensi.merging import onnx as export_module
+from peft_sensi.merging.onnx_graph import bytes_of
 from peft_sensi.reporting.onnx_folder import example_for
 from peft_sensi.utils.errors import how_to_install
 
@@ -151,6 +152,9 @@ def test_weights_in_a_file_of_their_own(tmp_path):
         data = [name for name in names(tmp_path) if name.endswith(".onnx_data")]
         assert len(data) == 2 and len(names(tmp_path)) == 4
         assert report.file.bytes > (tmp_path / "model.onnx").stat().st_size
+        (tmp_path / f"model-2-{'0' * 16}.onnx_data").write_bytes(bytes(99))  # of another model in the folder
+        assert bytes_of(tmp_path / "model.onnx") == report.file.bytes
+        (tmp_path / f"model-2-{'0' * 16}.onnx_data").unlink()
     run(tmp_path / "model.onnx", tiny_batches(1)[0])
     run(tmp_path / "model.int8.onnx", tiny_batches(1)[0])
 

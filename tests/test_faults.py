@@ -345,9 +345,3 @@ def test_broken_scores_are_refused(name, tmp_path):
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(SensiLoadError, match="scores.safetensors"):
         Scores.load(path)
-
-
-def test_scores_of_another_model_are_refused(tmp_path):
-    scores = compute_scores(tiny_model(num_attention_heads=8), score="magnitude")
-    with pytest.raises(SensiError, match="units"):
-        wrap(tiny_model(), scores=scores, budget=0.5)

@@ -34,7 +34,7 @@ from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.task import Options
-from peft_sensi.utils import places
+from peft_sensi.utils import hub_names
 
 
 @pytest.fixture(scope="module")
@@ -290,17 +290,17 @@ def test_a_card_does_not_wait_for_the_license_of_its_base(hub, adapter, tmp_path
 
 def test_the_hub_is_asked_once_in_a_minute_whether_it_is_there(hub, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(places, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(hub_names, "time", SimpleNamespace(monotonic=lambda: now[0]))
     hub.repos["me/model"] = {"config.json": b"{}"}
-    assert not any(places.is_out_of_reach("me/model") for _ in range(5))
+    assert not any(hub_names.is_out_of_reach("me/model") for _ in range(5))
     assert len(hub.received) == 1
     hub.server.shutdown()
     hub.server.server_close()
     close_session()
     now[0] = 59.0
-    assert not places.is_out_of_reach("me/model")
+    assert not hub_names.is_out_of_reach("me/model")
     now[0] = 60.0
-    assert places.is_out_of_reach("me/model")
+    assert hub_names.is_out_of_reach("me/model")
 
 
 def test_no_private_byte_leaves_this_machine(hub, private_folder, tmp_path):
@@ -548,6 +548,10 @@ def test_an_upload_names_the_adapters_that_it_leaves_out(hub):
         model.push_to_hub("me/mine")
     with pytest.raises(TypeError, match="push_to_hub.*no argument 'use_temp_dir'"):
         model.push_to_hub("me/mine", use_temp_dir=True)
+    model.delete_adapter("second")
+    model.delete_adapter("default")
+    with pytest.raises(SensiError, match="No adapter is active"):
+        model.push_to_hub("me/mine")
 
 
 @pytest.mark.parametrize(

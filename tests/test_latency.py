@@ -48,7 +48,7 @@ from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_o
 from peft_sensi.cli.commands import app
 from peft_sensi.merging import latency as merging_latency
 from peft_sensi.merging import latency_graphs
-from peft_sensi.planning import measuring
+from peft_sensi.planning import latency_torch
 from peft_sensi.reporting.card import write_card
 from peft_sensi.reporting.saved import open_adapter
 from peft_sensi.tuner.latencies import measure_missing
@@ -70,7 +70,7 @@ def counting(monkeypatch):
         return now[0]
 
     handle = register_module_forward_hook(count)
-    for module in (measuring, merging_latency, latency_graphs):
+    for module in (latency_torch, merging_latency, latency_graphs):
         monkeypatch.setattr(module, "clock_for", lambda *args: clock)
     monkeypatch.setattr(timing, "_MOST", 2)  # the clock is exact: more runs in a round would all take the same time
     yield
@@ -210,10 +210,10 @@ def test_a_model_of_the_users_own_needs_a_batch(counting):
 
 def test_inputs_are_where_the_model_is(bert):
     given = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
-    assert measuring.example_inputs(copy.deepcopy(bert).to("meta"), 1, 4, given)["input_ids"].is_meta
-    expected = measuring.example_inputs(bert, 2, 5)
+    assert latency_torch.example_inputs(copy.deepcopy(bert).to("meta"), 1, 4, given)["input_ids"].is_meta
+    expected = latency_torch.example_inputs(bert, 2, 5)
     with torch.device("meta"):  # as `set_default_device("cuda")` would, where there is none
-        found = measuring.example_inputs(bert, 2, 5)
+        found = latency_torch.example_inputs(bert, 2, 5)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 

@@ -28,7 +28,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 WITHOUT_TORCH = ["planning.budget", "planning.plan", "planning.packing", "planning.allocate", "planning.ladders",
                  "planning.costs", "anatomy.latency", "anatomy.latency_points", "merging.latency_graphs",
                  "utils.timing", "cli.device", "tasks.kinds", "tasks.texts", "tasks.words", "tasks.answers",
-                 "tasks.metrics", "tasks.sources", "tasks.decoding", "tasks.reading"]  # fmt: skip
+                 "tasks.metrics", "tasks.sources", "tasks.encodings", "tasks.reading"]  # fmt: skip
 LONGEST_FILE = 350
 
 # By the name of the module, without `peft_sensi.`; a package has the name of its folder.

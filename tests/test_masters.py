@@ -13,7 +13,7 @@ from safetensors.torch import load, save_file
 from tiny import TRIM, TUNE, assert_same_tensors, logits, some_slow, tiny_batches, tiny_model, wrap
 
 from peft_sensi import SensiConfig, SensiError
-from peft_sensi.layers.saved import SavedWhole
+from peft_sensi.layers.whole_modules import SavedWhole
 
 
 SHORT = [torch.bfloat16, torch.float16]

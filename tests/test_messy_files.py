@@ -21,10 +21,11 @@ from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.cli.terminal import print_result
 from peft_sensi.tasks import answers, texts, words
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
-from peft_sensi.tasks.labels import DataError, Labels, find_labels, listed, separator_of
+from peft_sensi.tasks.labels import Labels, find_labels, listed, separator_of
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import Part, read_part
 from peft_sensi.tasks.task import Options, stride_of
+from peft_sensi.utils.errors import DataError
 
 
 ROWS = [(f"a film number {i}", "good" if i % 2 else "bad") for i in range(12)]

@@ -635,6 +635,8 @@ def test_scores_of_another_model_are_refused():
     scores = compute_scores(tiny_model(num_hidden_layers=1), score="magnitude")
     with pytest.raises(ValueError, match="no scores for"):
         wrap(tiny_model(), budget=0.5, scores=scores)
+    with pytest.raises(ValueError, match="units"):
+        wrap(tiny_model(), budget=0.5, scores=compute_scores(tiny_model(num_attention_heads=8), score="magnitude"))
     with pytest.raises(ValueError, match="`Scores`"):
         SensiConfig(scores=scores.values)
 

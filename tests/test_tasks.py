@@ -28,16 +28,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
+from peft_sensi.reporting.task_record import saved_record
 from peft_sensi.tasks import answers, metrics, sources, texts, words
 from peft_sensi.tasks.columns import label_columns, text_columns
-from peft_sensi.tasks.decoding import encoding_of
-from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
-from peft_sensi.tasks.labels import DataError, Labels, find_labels, find_several, labels_of_config, order_of_head
+from peft_sensi.tasks.encodings import encoding_of
+from peft_sensi.tasks.kinds import kind_of, kind_of_model, read_task, rows_for_prediction
+from peft_sensi.tasks.labels import Labels, find_labels, find_several, labels_of_config, order_of_head
 from peft_sensi.tasks.reading import Format, read_rows
-from peft_sensi.tasks.record import kind_of_model, saved_record
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
 from peft_sensi.tasks.task import Options, Rows, load_tokenizer, longest_input, token_doubts
+from peft_sensi.utils.errors import DataError
 
 
 ROWS = [

@@ -396,7 +396,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=0, help="start no further group of methods after this time")
     parser.add_argument("--wrap-batch", default="8x64", help="rows x tokens of the calibration batches of `wrap`")
     parser.add_argument("--output", default="speed.json")
-    parser.add_argument("--table", help="Markdown page whose generated part is replaced")
+    parser.add_argument("--page", help="Markdown page whose generated part is replaced")
     parser.add_argument(
         "--quick", action="store_true", help="check that everything runs, with a tiny model and few rounds"
     )
@@ -418,8 +418,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = run(options)
     from speed_table import write_table
 
-    text = write_table(results, options.table)
-    if not options.table:
+    text = write_table(results, options.page)
+    if not options.page:
         print(text)
     return results
 

@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft_sensi.tasks import answers, words
-from peft_sensi.tasks.decoding import read_text
+from peft_sensi.tasks.encodings import read_text
 from peft_sensi.tasks.labels import Labels
 from peft_sensi.tasks.reading import parse_json
 from peft_sensi.tasks.task import Rows, load_tokenizer

@@ -97,7 +97,7 @@ def merge(
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
     from ..utils.files import write_text_atomically
-    from ..utils.places import absolute
+    from ..utils.hub_names import absolute
 
     check_merged(folder, overwrite)
     saved, model = load_saved(adapter, base, json)
@@ -150,7 +150,7 @@ def export(
     from ..reporting.onnx_folder import example_for, load_tokenizer, write_companions
     from ..reporting.pretrained import TOKENIZER_FILES
     from ..reporting.saved import CONFIG, METRICS
-    from ..utils.places import UNFINISHED
+    from ..utils.hub_names import UNFINISHED
 
     if file.suffix != ".onnx" or file.name.endswith(".int8.onnx"):
         raise SensiError(f"{file}: the name of an ONNX file ends in .onnx, and that of its --int8 copy in .int8.onnx.")

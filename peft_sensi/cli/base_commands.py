@@ -1,26 +1,21 @@
-"""The commands `plan` and `recipes`, and what all commands that start from a base model share."""
+"""The commands `plan` and `recipes`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from ..recipes import RECIPES
-from ..reporting.tables import facts_table, legend, plan_table, records_table
-from ..utils.errors import SensiError
-from ..utils.formatting import human
-from ..utils.places import absolute
+from ..reporting.tables import plan_renderables, records_table
 from . import arguments as args
 from .arguments import option
 from .checks import check_budget, check_files, check_latency_tables, check_picture
 from .data_options import DATA_OPTIONS, LABELED, task_options
-from .terminal import ascii_only, print_result, print_understood, step
+from .loading import load_base
+from .terminal import ascii_only, print_result
 
 
 # What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
-if TYPE_CHECKING:
-    from ..planning.plan import Plan
 
 
 @args.with_options(asked=args.BUDGET_OPTIONS, reading=DATA_OPTIONS)
@@ -68,7 +63,7 @@ def plan(
     from ..reporting.facts import plan_figures
     from ..scoring.criteria import DATA_METHODS
     from ..scoring.scores import Scores
-    from ..tasks.weights import weighted_model_loss
+    from ..tasks.class_weights import weighted_model_loss
     from .train import plan_for, score_for
 
     latency_tables = asked.pop("latency_table")
@@ -125,7 +120,7 @@ def plan(
             "files": files,
             "plan": plan_figures(found),
         },
-        *plan_renderables(found),
+        *plan_renderables(found, ascii_only()),
         *lines,
     )
 
@@ -140,47 +135,3 @@ def list_recipes(json: args.Json = False, debug: args.Debug = False) -> None:
         "In Python:  config = peft_sensi.recipes.NAME(...)",
         "In a shell: peft-sensi train ... --recipe NAME",
     )
-
-
-def load_base(model: str, data: list[str] | None, needs_data: bool = True, **options: Any) -> tuple[Any, Any]:
-    """Loads the base model, and the task of the data if there is some (else `None`).
-
-    The model gets a fresh head for the labels of the data. `options` are those of `tasks.kinds.read_task`.
-    """
-    from transformers import set_seed
-
-    from ..reporting.saved import is_adapter
-    from ..tasks.task import load_for
-
-    if is_adapter(model):  # Transformers would load its base with the adapter, which this training would then lose
-        raise SensiError(
-            f"{model} is an adapter, and this command starts from a whole model: give its base, or merge it first. "
-            f"`peft-sensi trim` makes an adapter smaller."
-        )
-    place = absolute(model)
-    set_seed(options["seed"])  # the fresh head is random
-    if not data:
-        if needs_data:
-            raise SensiError(
-                "Give --data, labeled rows to compute scores from. Only --score magnitude and --score random need no "
-                "data."
-            )
-        with step("loading the model"):
-            return load_for(options["kind"] or "text", place), None
-    task = read_data(model, data, **options)
-    with step("loading the model"):
-        return load_for(task, place), task
-
-
-def read_data(model: str, data: Any, doubts: Sequence[str] = (), **options: Any) -> Any:
-    """`tasks.kinds.read_task`, with lines that say what was understood, and what may be wrong (also `doubts`)."""
-    from ..tasks.kinds import read_task
-
-    with step("reading the data"):
-        task = read_task(model, data, **options)
-    print_understood(task.lines, [*task.doubts, *doubts])
-    return task
-
-
-def plan_renderables(plan: Plan) -> list[Any]:
-    return [plan_table(plan, ascii_only()), legend(plan, ascii_only()), facts_table(plan.facts(human))]

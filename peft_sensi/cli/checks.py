@@ -6,12 +6,13 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import BudgetError, SensiError
+from ..utils.errors import BudgetError, SensiError, how_to_install
 from ..utils.files import existing_parent
-from ..utils.places import UNFINISHED
+from ..utils.hub_names import UNFINISHED
 from .resuming import can_resume, checkpoints_in
 
 
@@ -103,10 +104,8 @@ def check_picture(path: Path | None) -> None:
         return
     if path.suffix.lower() not in PICTURES:
         raise SensiError(f"{path}: --plot writes {', '.join(PICTURES)}, not {path.suffix or 'a name without ending'}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise SensiError("--plot needs matplotlib: pip install matplotlib") from None
+    if find_spec("matplotlib") is None:
+        raise SensiError(f"--plot needs matplotlib: {how_to_install('plots')}")
 
 
 def check_budget(

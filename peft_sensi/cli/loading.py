@@ -1,21 +1,62 @@
-"""Loads adapters and merged models for the commands. Errors have advice for the command, not for Python."""
+"""Loads models and data for the commands. Errors have advice for the command, not for Python."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import SensiError
+from ..utils.hub_names import absolute
 from .arguments import refuse
-from .terminal import step
+from .terminal import print_understood, step
 
 
 if TYPE_CHECKING:
     from ..reporting.saved import SavedAdapter
     from ..tasks.predicting import Predictor
+
+
+def load_base(model: str, data: list[str] | None, needs_data: bool = True, **options: Any) -> tuple[Any, Any]:
+    """Loads the base model, and the task of the data if there is some (else `None`).
+
+    The model gets a fresh head for the labels of the data. `options` are those of `tasks.kinds.read_task`.
+    """
+    from transformers import set_seed
+
+    from ..reporting.saved import is_adapter
+    from ..tasks.task import load_for
+
+    if is_adapter(model):  # Transformers would load its base with the adapter, which this training would then lose
+        raise SensiError(
+            f"{model} is an adapter, and this command starts from a whole model: give its base, or merge it first. "
+            f"`peft-sensi trim` makes an adapter smaller."
+        )
+    place = absolute(model)
+    set_seed(options["seed"])  # the fresh head is random
+    if not data:
+        if needs_data:
+            raise SensiError(
+                "Give --data, labeled rows to compute scores from. Only --score magnitude and --score random need no "
+                "data."
+            )
+        with step("loading the model"):
+            return load_for(options["kind"] or "text", place), None
+    task = read_data(model, data, **options)
+    with step("loading the model"):
+        return load_for(task, place), task
+
+
+def read_data(model: str, data: Any, doubts: Sequence[str] = (), **options: Any) -> Any:
+    """`tasks.kinds.read_task`, with lines that say what was understood, and what may be wrong (also `doubts`)."""
+    from ..tasks.kinds import read_task
+
+    with step("reading the data"):
+        task = read_task(model, data, **options)
+    print_understood(task.lines, [*task.doubts, *doubts])
+    return task
 
 
 def load_saved(name: str, base: str | None, json: bool) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from ..tasks.labels import listed
 from ..utils.checks import is_count
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
-from ..utils.places import UNFINISHED
+from ..utils.hub_names import UNFINISHED
 
 
 if TYPE_CHECKING:

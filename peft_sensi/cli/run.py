@@ -30,14 +30,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..reporting.facts import plan_figures
 from ..reporting.saved import METRICS, WEIGHTS, open_adapter
+from ..tasks.class_weights import balanced_weights, weighted_loss
 from ..tasks.metrics import Quality
 from ..tasks.task import Task
-from ..tasks.weights import balanced_weights, weighted_loss
 from ..tuner.checkpoint import check_values
 from ..utils.errors import SensiError, number_of_system_error
 from ..utils.files import existing_parent, write_text_atomically
 from ..utils.formatting import size_of
-from ..utils.places import UNFINISHED
+from ..utils.hub_names import UNFINISHED
 from ..utils.progress import show_progress
 from .rates import WHOLE, default_rate
 from .resuming import last_checkpoint, remove_checkpoints

@@ -12,18 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ..reporting.tables import records_table
+from ..reporting.tables import plan_renderables, records_table
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import human, interval_text, metric_text
-from ..utils.places import UNFINISHED
+from ..utils.hub_names import UNFINISHED
 from . import arguments as args
 from .arguments import option
-from .base_commands import load_base, plan_renderables
 from .checks import PICTURE, SCORES, TABLE, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
+from .loading import load_base
 from .measure import length_for
-from .terminal import err, print_result, print_warning, step
+from .terminal import ascii_only, err, print_result, print_warning, step
 
 
 @args.with_options(reading=DATA_OPTIONS | VALIDATION_OPTIONS)
@@ -80,7 +80,7 @@ def sweep(
     from ..anatomy.build import build_anatomy
     from ..reporting.saved import METRICS
     from ..scoring.scores import Scores
-    from ..tasks.weights import weighted_model_loss
+    from ..tasks.class_weights import weighted_model_loss
     from .resuming import check_same_options, note_data, read_state, resumed_state
     from .run import Training, check_training, write_record
     from .train import save_scores, score_for, train_for
@@ -138,7 +138,7 @@ def sweep(
         results.append(train_for(
             copy.deepcopy(base), task, folder, training, limits={"params": limit}, recipe=None, score=score.value,
             scores=ranking, state=own,
-            show=lambda plan: None if json else err.print(*plan_renderables(plan)),
+            show=lambda plan: None if json else err.print(*plan_renderables(plan, ascii_only())),
         ))  # fmt: skip
         state["finished"].append(limit)
         write_record(out_folder / UNFINISHED, state)

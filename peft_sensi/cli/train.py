@@ -20,13 +20,13 @@ from .. import recipes
 from ..anatomy.build import build_anatomy
 from ..anatomy.modules import task_head
 from ..planning.budget import DEFAULT_LIMITS, TIMES
-from ..planning.measuring import fresh_copy
+from ..planning.latency_torch import fresh_copy
 from ..planning.plan import Plan
 from ..scoring.calibration import preserved
 from ..scoring.compute import compute_scores
 from ..scoring.scores import Scores
+from ..tasks.class_weights import weighted_model_loss
 from ..tasks.task import Task
-from ..tasks.weights import weighted_model_loss
 from ..tuner.config import SensiConfig
 from ..tuner.decision import scores_sent_to
 from ..tuner.latencies import measure_missing, read_latency

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..planning.budget import DEFAULT_LIMITS
-from ..reporting.tables import facts_table, records_table
+from ..reporting.tables import facts_table, plan_renderables, records_table
 from ..utils.errors import SensiError
 from ..utils.formatting import interval_text, metric_text, size_of
-from ..utils.places import absolute
+from ..utils.hub_names import absolute
 from . import arguments as args
 from .arguments import option
-from .base_commands import load_base, plan_renderables, read_data
 from .checks import SCORES, check_latency_tables, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
-from .loading import refuse_base
-from .terminal import err, print_result, print_warning, step
+from .loading import load_base, read_data, refuse_base
+from .terminal import ascii_only, err, print_result, print_warning, step
 from .trained_options import TRAINED_OPTIONS, read_as_trained, untrained_columns
 
 
@@ -94,8 +93,8 @@ def train(
         raise SensiError("--late trims during the training, --thorough after it: leave one of them out.")
     if whole and (recipe is not None or asked["trainable"] is not None or scores is not None):
         raise SensiError(f"{whole} trains the whole model first: leave out --recipe, --trainable and --scores.")
-    if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}):
-        raise SensiError("The recipe sensi_bert needs exactly one limit: --budget or --flops.")
+    if recipe == "sensi_bert" and set(limits or ()) not in ({"params"}, {"flops"}, {"latency"}):
+        raise SensiError("The recipe sensi_bert needs exactly one limit: --budget, --flops or --latency.")
     if recipe not in (None, "sensi_bert") and limits is not None:
         raise SensiError(f"The recipe {recipe} has its own limits: leave out --budget and other limits.")
     if recipe is not None:
@@ -127,7 +126,7 @@ def train(
     result = train_for(
         base, task, out_folder, training, limits=limits, late=late, thorough=thorough, latency=latency_tables,
         recipe=recipe.value if recipe else None, score=(score or args.FISHER).value, scores=ranking, state=state,
-        show=lambda plan: err.print(*plan_renderables(plan)),
+        show=lambda plan: err.print(*plan_renderables(plan, ascii_only())),
     )  # fmt: skip
     if not result:
         return  # another process prints
@@ -175,8 +174,9 @@ def trim(
     from ..anatomy.widths import is_merged
     from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
     from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter
+    from ..reporting.task_record import saved_record
+    from ..tasks.kinds import kind_of_model
     from ..tasks.labels import labels_of_config
-    from ..tasks.record import kind_of_model, saved_record
     from ..tasks.task import KINDS, agree_on_padding
     from .resuming import note_data, resumed_state, saved_training
     from .run import Training, check_training
@@ -239,7 +239,7 @@ def trim(
         agree_on_padding(trained, task.tokenizer)
     result = trim_for(
         trained, task, out_folder, training, name=absolute(model), limits=limits, latency=latency_tables, state=state,
-        show=lambda plan: err.print(*plan_renderables(plan)),
+        show=lambda plan: err.print(*plan_renderables(plan, ascii_only())),
     )  # fmt: skip
     if not result:
         return  # another process prints

@@ -19,10 +19,10 @@ from .functional import Pair
 from .marks import LAYER_MARK, layer_marks, marks_are_written, warn_of_no_mark
 from .masters import without_rounding
 from .plain_states import check_plain_state, mark_of
-from .saved import activate
 from .slices import Slice, first_parts, master_dtype, positions_in, tensor_specs
 from .updates import masked_count, pack_mask, top_mask, unpack_mask
 from .weights import ComposedWeights
+from .whole_modules import activate
 
 
 class SensiLayer(ComposedWeights):

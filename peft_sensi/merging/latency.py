@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..anatomy.latency import LatencyTable
 from ..anatomy.latency_points import kinds_of, points_of
 from ..anatomy.modules import check_no_adapter
-from ..planning.measuring import (
+from ..planning.latency_torch import (
     Inputs,
     example_inputs,
     fresh_copy,

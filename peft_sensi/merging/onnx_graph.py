@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def pack(
         onnx.save_model(graph, path)
         return False
     # A new name: the graph that is at the path now still needs its own weights.
-    name = f"{path.stem}-{secrets.token_hex(8)}.onnx_data"
+    name = f"{path.stem}-{secrets.token_hex(8)}.onnx_data"  # `bytes_of` finds it by this name
     onnx.save_model(graph, path, save_as_external_data=True, all_tensors_to_one_file=True, location=name)
     return True
 
@@ -122,6 +123,13 @@ def parts(path: Path) -> list[Path]:
         entry.value for tensor in graph.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     return [*(path.parent / name for name in sorted(names) if Path(name).name == name), path]
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a graph that `pack` wrote, and of the file of its weights. It needs no `onnx`."""
+    own = re.compile(re.escape(path.stem) + r"-[0-9a-f]{16}\.onnx_data")
+    files = [path, *(file for file in path.parent.iterdir() if own.fullmatch(file.name))]
+    return sum(file.stat().st_size for file in files)
 
 
 def move_graph(source: Path, path: Path) -> None:

@@ -25,12 +25,12 @@ from ..tuner.config import SensiConfig
 from ..utils.checks import is_number
 from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
-from ..utils.places import is_repo, reading
+from ..utils.hub_names import is_repo, reading
 from ..utils.states import TRIMMED
 from .card_files import load_card, save_card
 from .facts import limit_words, unit_facts
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
-from .results import metrics_of, model_index, results_table, task_record, training_rows
+from .results import metrics_of, model_index, results_table, training_rows
 from .saved import (
     CARD,
     PICTURE,
@@ -43,6 +43,7 @@ from .saved import (
 )
 from .saved_merged import SavedMerged, merged_facts, merged_figures
 from .snippets import Head, adapter_snippet, merged_snippet
+from .task_record import checked_record
 from .uploads import last_part
 
 
@@ -114,7 +115,7 @@ def write_card(
         base=named_base(base, saved.base),
         repo=repo or saved.name,
         head=Head(saved.task, count or len(names) or None, names, settings.get("problem_type"),
-                  task_record(metrics)),
+                  checked_record(metrics.get("task"))),
         has_tokenizer=(saved.folder / TOKENIZER_CONFIG).is_file(),
         other_head=other_head,
         file_bytes=saved.file_bytes,
@@ -194,7 +195,7 @@ def merged_card(
     figures = merged_figures(saved)
     on_hub, shown = _base_words(base)
     auto_class, pipeline = TASKS.get(saved.task or "", (None, None))
-    head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), task_record(metrics))
+    head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), checked_record(metrics.get("task")))
     facts = merged_facts(figures)
     origin = f"from `{shown}` " if shown else ""
     # The config of a plain checkpoint has the present widths only. Then the record of its training may tell.

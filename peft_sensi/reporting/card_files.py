@@ -1,4 +1,4 @@
-"""A model card goes in; a file comes out, in which stays what somebody has written around our section."""
+"""Writes a model card into a README.md and keeps the words that somebody wrote around this package's section."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from ..utils.errors import SensiError, first_line
 from ..utils.files import write_atomically
-from ..utils.places import is_repo
+from ..utils.hub_names import is_repo
 
 
 # The part of a card that is ours. A start whose end somebody has removed does not reach to the end of another section.

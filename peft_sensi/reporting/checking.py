@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from ..merging.hashes import HASH_KEY
 from ..merging.load import load_merged
-from ..planning.measuring import example_inputs
+from ..planning.latency_torch import example_inputs
 from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object

@@ -21,7 +21,7 @@ from ..tuner.head_settings import head_settings
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object, write_atomically
-from ..utils.places import is_out_of_reach, is_repo, offline
+from ..utils.hub_names import is_out_of_reach, is_repo, offline
 from .card import new_card, write_card
 from .card_files import drop_local_bases, keep_words, load_card, save_card, save_with_tags
 from .pretrained import TOKENIZER_FILES
@@ -259,12 +259,13 @@ def hook_cards() -> None:
         kwargs.pop("max_shard_size", None)  # an adapter has one weights file
         if unknown := sorted(set(kwargs) - _PUSH_OPTIONS):
             raise TypeError(f"push_to_hub() of an adapter has no argument {unknown[0]!r}.")
+        if not self.active_adapters:
+            raise SensiError("No adapter is active, so none can be uploaded: choose one with `set_adapter(...)`.")
         name = self.active_adapters[0]
         if others := sorted(set(self.peft_config) - {name}):
             rest = ", ".join(map(repr, others))
             warnings.warn(f"Only the active adapter {name!r} is uploaded, not {rest}.", stacklevel=2)
         with tempfile.TemporaryDirectory() as temporary:
-            name = self.active_adapters[0]
             self.save_pretrained(temporary, selected_adapters=[name])
             (Path(temporary) / CARD).unlink()  # `push_folder` writes one that contains more
             saved = open_adapter(Path(temporary) if name == "default" else Path(temporary) / name)

@@ -17,15 +17,14 @@ from ..utils.checks import is_count
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.heads import is_regressor
-from ..utils.places import is_onnx
-from .results import metrics_of, task_record
+from ..utils.hub_names import is_onnx
 from .saved import SavedAdapter
 from .saved_merged import SavedMerged, tokenizer_of
+from .task_record import KIND_OF_TASK, saved_record
 
 
 MADE_BY = "peft_sensi"
 # What is predicted, for PEFT's task types.
-_KINDS = {"SEQ_CLS": "text", "TOKEN_CLS": "words", "QUESTION_ANS": "answers"}
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -53,7 +52,7 @@ def write_companions(
     `task` what the training has noted about the data.
     """
     file, config = report.file.path, model.config
-    record = dict(task_record(metrics_of(saved.folder)))
+    record = saved_record(saved.folder)
     task = saved.task
     names = config.id2label or {}
     labels = [str(names[i]) for i in sorted(names)]
@@ -63,7 +62,7 @@ def write_companions(
     values = {
         "made_by": MADE_BY,
         "version": _version(),
-        "kind": _KINDS.get(task or ""),
+        "kind": KIND_OF_TASK.get(task or ""),
         "model_class": type(root_of(model)).__name__,
         "labels": labels if task == "TOKEN_CLS" or is_classifier else [],
         "problem_type": config.problem_type,

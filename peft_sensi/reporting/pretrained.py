@@ -21,7 +21,7 @@ from ..merging.load import load_merged_as
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object
-from ..utils.places import is_out_of_reach, not_found
+from ..utils.hub_names import is_out_of_reach, not_found
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -12,6 +12,7 @@ from ..utils.checks import is_number
 from ..utils.errors import SensiError
 from ..utils.files import read_json, read_json_object
 from .saved import METRICS
+from .task_record import checked_record
 
 
 # The settings of a training that a card shows, by their names in `metrics.json`. Those that are missing, `None` or
@@ -35,12 +36,6 @@ _SETTINGS = {
 def metrics_of(folder: Path) -> dict[str, Any]:
     """What the command wrote into `metrics.json`; empty if there is no such file, or something else in it."""
     return read_json_object(folder / METRICS, optional=True)
-
-
-def task_record(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `metrics` says about the inputs and labels of the task; empty if it says nothing."""
-    record = metrics.get("task")
-    return record if isinstance(record, Mapping) else {}
 
 
 def results_table(results: Any) -> str:
@@ -73,7 +68,7 @@ def markdown(lines: Iterable[Sequence[Any]]) -> str:
 
 def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the adapter was trained: settings, data (names only), time, and versions of the packages."""
-    known = {**task_record(metrics), **metrics}
+    known = {**checked_record(metrics.get("task")), **metrics}
     rows = [("data", ", ".join(f"`{name}`" for name in data_names(metrics)))]
     for key, label in _SETTINGS.items():
         value = known.get(key)

@@ -28,7 +28,7 @@ from ..tuner.targets import plan_of
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import short_repr
-from ..utils.places import not_found
+from ..utils.hub_names import not_found
 from .pretrained import TOKENIZER_CONFIG, TOKENIZER_FILES, file_in, load_pretrained, pretrained_tokenizer
 
 

@@ -21,7 +21,7 @@ from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
 from ..utils.heads import label_names
-from ..utils.places import UNFINISHED, is_onnx, not_found
+from ..utils.hub_names import UNFINISHED, is_onnx, not_found
 from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
 from .saved import CARD, CONFIG, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in
 

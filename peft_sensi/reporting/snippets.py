@@ -89,11 +89,9 @@ def _imports(model_class: str, predicted: Sequence[str]) -> str:
 
 def _prediction(head: Head, model: str, tokenizer: str) -> list[str]:
     """The lines from a text to a printed prediction; empty for tasks that are not about text."""
-    length = head.record.get("max_length")
-    limit = f", max_length={length}" if isinstance(length, int) else ""
+    limit = f", max_length={head.record['max_length']}" if "max_length" in head.record else ""
     options = f', truncation=True{limit}, return_tensors="pt"'
-    columns = head.record.get("text_columns")
-    pair = isinstance(columns, list) and len(columns) == 2
+    pair = len(head.record.get("text_columns", [])) == 2
     inputs = '"Write the first text here.", "Write the second text here."' if pair else '"Write your text here."'
     outputs = [f"outputs = {model}(**batch)"]
     if head.task == "SEQ_CLS":

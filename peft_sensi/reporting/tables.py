@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..planning.plan import Plan
 from ..planning.rows import drawn_rows
-from ..utils.formatting import short_names, shortened
+from ..utils.formatting import human, short_names, shortened
 from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, UPDATED, Row, shown_states
 
 
@@ -97,6 +97,11 @@ def facts_table(facts: Mapping[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, Text(value))
     return table
+
+
+def plan_renderables(plan: Plan, ascii_only: bool = False) -> list[Any]:
+    """What a terminal shows of a plan: the table of its units, the legend, and its figures."""
+    return [plan_table(plan, ascii_only), legend(plan, ascii_only), facts_table(plan.facts(human))]
 
 
 def records_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

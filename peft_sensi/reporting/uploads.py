@@ -20,7 +20,7 @@ from ..merging.hashes import HASH_KEY, hashes_of
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
 from ..utils.formatting import size_of
-from ..utils.places import is_repo
+from ..utils.hub_names import is_repo
 from .pretrained import TOKENIZER_CONFIG, TOKENIZER_FILES
 from .saved import CONFIG, METRICS
 

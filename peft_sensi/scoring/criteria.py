@@ -110,6 +110,8 @@ CRITERIA = {
     "movement": Criterion(movement, needs_priming=True),
 }
 DATA_METHODS = tuple(name for name, criterion in CRITERIA.items() if criterion.needs_data)
+# A trained model is not primed again, so it has only these scores.
+UNPRIMED_METHODS = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_priming)
 
 
 def _mean_over_examples(

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.errors import DataError
 from ..utils.formatting import counted
 from . import metrics
-from .labels import DataError, listed, name_of
+from .labels import listed, name_of
 from .metrics import Quality
 from .task import MAX_ANSWER_LENGTH, Rows
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..utils.errors import DataError
 from . import answers, texts, words
 from .columns import label_columns, other_label_columns, text_columns
-from .labels import DataError, Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
+from .labels import Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .sources import Part, Source
 from .splitting import by_group, hold_out, sample

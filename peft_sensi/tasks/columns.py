@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .decoding import TEXT_SUFFIXES, suffix_of
-from .labels import DataError, is_tag, listed, reads_as_number
+from ..utils.errors import DataError
+from .encodings import TEXT_SUFFIXES, suffix_of
+from .labels import is_tag, listed, reads_as_number
 
 
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "score", "y")

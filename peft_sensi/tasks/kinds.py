@@ -1,4 +1,4 @@
-"""One door for all kinds of tasks: reads data for training, evaluation and prediction, and decodes outputs."""
+"""Reads data and decodes outputs with the module of the task's kind: `texts`, `words` or `answers`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import DataError
 from . import answers, texts, words
 from .building import (
     check_columns,
@@ -19,8 +20,8 @@ from .building import (
     task_of_words,
 )
 from .columns import WRITTEN, text_columns, usual_label_columns
-from .decoding import TEXT_SUFFIXES, suffix_of
-from .labels import DataError, Labels
+from .encodings import TEXT_SUFFIXES, suffix_of
+from .labels import Labels
 from .sources import Part, Source, read_source
 from .task import KINDS, MAX_ANSWER_LENGTH, Kind, Options, Rows, Task, load_tokenizer, stride_of, token_doubts
 
@@ -176,3 +177,11 @@ _UNUSED = {
 
 def _source_of(data: Data, kind: str | None, options: Options, labeled: bool = True, beside: Any = None) -> Source:
     return data if isinstance(data, Source) else read_source(data, kind, options, labeled, beside)
+
+
+def kind_of_model(task_type: str | None, architectures: list[str] | None = None) -> str | None:
+    """The kind of an adapter's task type, or of a model's class (`BertForTokenClassification`); `None` if unknown."""
+    by_type = {KINDS[kind][0]: kind for kind in KINDS}
+    by_class = {KINDS[kind][1].removeprefix("AutoModel"): kind for kind in KINDS}
+    ends = [kind for end, kind in by_class.items() if any(name.endswith(end) for name in architectures or [])]
+    return by_type.get(task_type or "") or (ends[0] if ends else None)

@@ -11,16 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..utils.errors import SensiError
+from ..utils.errors import DataError
 from ..utils.heads import is_regressor, label_names
 
 
 OUTSIDE = "O"  # the tag of a word that is in no entity
 FEW = 20  # whole numbers that are written with a fraction (4.0) are classes if there are at most so many of them
-
-
-class DataError(SensiError):
-    """A data file cannot be read, or does not contain what the options say."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ..reporting.task_record import checked_record, saved_record
 from ..utils.errors import SensiError, first_line, how_to_install
-from .kinds import decode
+from .kinds import decode, kind_of_model
 from .labels import Labels, labels_of_config, labels_of_head
-from .record import checked_record, kind_of_model, saved_record
 from .task import MAX_ANSWER_LENGTH, Kind, Rows, agree_on_padding, collator_of, load_tokenizer
 
 
@@ -144,7 +144,7 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
 
 
 def _of_onnx(file: Path) -> Predictor:
-    from ..merging.onnx_graph import open_session
+    from ..merging.onnx_graph import bytes_of, open_session
     from ..reporting.onnx_folder import read_companion
 
     values = read_companion(file)
@@ -173,7 +173,7 @@ def _of_onnx(file: Path) -> Predictor:
     config = _Family()
     tokenizer = load_tokenizer(kind, str(file.parent), config)
     record = checked_record(values.get("task")) | {"max_length": values.get("max_length")}
-    size = file.stat().st_size + sum(path.stat().st_size for path in file.parent.glob(f"{file.stem}-*.onnx_data"))
+    size = bytes_of(file)
     return Predictor(str(file), kind, labels, tokenizer, run, str(file.parent), config, size, None, record)
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.places import not_found, reading
+from ..utils.errors import DataError
+from ..utils.hub_names import not_found, reading
 from . import answers, words
-from .decoding import TEXT_SUFFIXES, read_text, suffix_of
-from .labels import DataError
+from .encodings import TEXT_SUFFIXES, read_text, suffix_of
 from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
 from .task import Options
 

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from .labels import DataError
+from ..utils.errors import DataError
 
 
 def hold_out(strata: Sequence[Hashable], share: float, seed: int, what: str = "rows") -> tuple[list[int], list[int]]:

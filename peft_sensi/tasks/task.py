@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .labels import DataError, Labels
+from ..utils.errors import DataError
+from .labels import Labels
 from .metrics import Quality
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
+from ..utils.errors import DataError
 from ..utils.formatting import counted
 from . import metrics
 from .columns import check_known
-from .decoding import read_text
-from .labels import OUTSIDE, DataError, Labels, is_tag, listed, order_of_head
+from .encodings import read_text
+from .labels import OUTSIDE, Labels, is_tag, listed, order_of_head
 from .metrics import Quality
 from .task import Rows, check_room
 from .texts import logits_in

@@ -75,8 +75,10 @@ def _reasons(c: Any) -> dict[str, Any]:
         # -- granularity
         f"granularity='weight' is not possible with update={update!r}: use update='sparse' to tune single weights, or "
         "update='mask' to remove some.": c.granularity == "weight" and (dense or update == "low_rank"),
-        "granularity='tensor' either removes sublayers (under a limit on `params` or `flops`) or tunes whole Linears "
-        "(under a `trainable` limit): give one kind of limit.": c.granularity == "tensor" and trims and trainable,
+        "granularity='tensor' either removes sublayers (under a limit on `params`, `flops` or a latency) or tunes "
+        "whole Linears (under a `trainable` limit): give one kind of limit.": (
+            c.granularity == "tensor" and trims and trainable
+        ),
         f"granularity='tensor' tunes whole Linears, but update={update!r} tunes none: use update='dense'.": (
             c.granularity == "tensor" and not dense
         ),
@@ -91,7 +93,7 @@ def _reasons(c: Any) -> dict[str, Any]:
         ),
         "granularity='tensor' removes whole sublayers, so widths='uniform' (the same number of units in all blocks) "
         "is not possible.": c.widths == "uniform" and c.granularity == "tensor",
-        "widths='uniform' has no effect without a limit on `params` or `flops`: nothing is trimmed.": (
+        "widths='uniform' has no effect without a limit on `params`, `flops` or a latency: nothing is trimmed.": (
             c.widths == "uniform" and not (trims or c.chooses_nothing or c.plan is not None)
         ),
         # -- schedule
@@ -101,8 +103,8 @@ def _reasons(c: Any) -> dict[str, Any]:
         "The phase 'draw_mask' needs `sparsity`, and an update that does not learn its mask.": (
             phase == "draw_mask" and (c.sparsity is None or update == "mask")
         ),
-        "The phase 'cut' trims to a limit on `params` or `flops` during training and needs the whole base: give such "
-        "a limit, no `trainable` limit, and `keep_base=True`.": (
+        "The phase 'cut' trims to a limit on `params`, `flops` or a latency during training and needs the whole "
+        "base: give such a limit, no `trainable` limit, and `keep_base=True`.": (
             phase == "cut" and (not trims or trainable or not c.keep_base)
         ),
         "score='mask' is learned during priming, so it cannot rank units for the phase 'cut'.": (

@@ -74,7 +74,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         score: How the units are ranked: `"fisher"`, `"taylor"`, `"mask"`, `"movement"`, `"magnitude"` or `"random"`.
             The first four need `calibration`; without it they fall back to `"magnitude"` with a warning.
         granularity: What is ranked. `"unit"`: heads, neurons and rows. `"tensor"`: whole sublayers under a limit on
-            `params` or `flops`, whole Linears under a `trainable` limit. `"weight"`: single weights, for
+            `params`, `flops` or a latency, whole Linears under a `trainable` limit. `"weight"`: single weights, for
             `update="sparse"` and `update="mask"`.
         update: How the tuned part is parametrized: `"dense"` (its own values), `"low_rank"`, `"sparse"` (single
             values), `"low_rank+sparse"`, `"dense+low_rank"` or `"mask"` (a learned binary mask). `None`: `"dense"`,

@@ -78,7 +78,7 @@ def close_units(
             options,
             refits=refits,
             opened=opened,
-            progress=progress,
+            may_reopen=progress >= 1,
             trains_on=trains_on,
             given=movement,
         )

@@ -12,7 +12,7 @@ from ..anatomy.latency import LatencyTable, check_records
 from ..anatomy.modules import usual_length
 from ..planning.budget import TIMES, allowance
 from ..planning.costs import costs_of, kept_counts, tables_by_limit
-from ..planning.measuring import measure_torch
+from ..planning.latency_torch import measure_torch
 from ..planning.plan import Plan
 from ..utils import distributed
 from ..utils.errors import SensiError

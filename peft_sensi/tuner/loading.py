@@ -5,7 +5,7 @@ There are three checks, because loaders differ:
 - `PeftModel.from_pretrained` reads the config first. So the file is checked before a layer is built, and nothing is
   allocated for a file that does not fit (`check_slices`).
 - Every PEFT loader calls a hook of `SensiModel` with the tensors (`check_state`).
-- Transformers' `load_adapter` does neither. For a local folder, `entrances` gives it the config, so that the file is
+- Transformers' `load_adapter` does neither. For a local folder, `peft_calls` gives it the config, so that the file is
   checked like that of `PeftModel.from_pretrained`. Otherwise a layer checks its tensors when it is first used
   (`SensiLayer.check_loaded`).
 """
@@ -24,9 +24,9 @@ from torch import nn
 
 from ..anatomy.modules import linear_of
 from ..layers.layer import SensiLayer, layers_of
-from ..layers.saved import saved_modules
 from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
+from ..layers.whole_modules import saved_modules
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
 from ..utils.replicas import check_not_partitioned

@@ -17,7 +17,7 @@ from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
 from ..layers.plain_states import check_plain_state
-from ..layers.saved import activate, hold_masters, saved_modules
+from ..layers.whole_modules import activate, hold_masters, saved_modules
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error

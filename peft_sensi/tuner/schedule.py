@@ -19,7 +19,7 @@ from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
-from ..scoring.criteria import DATA_METHODS
+from ..scoring.criteria import DATA_METHODS, UNPRIMED_METHODS
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.checks import is_number, shown
@@ -53,19 +53,19 @@ class Schedule:
       a late cut. After each cut the output projections are refitted to the model before it, if there are calibration
       batches and the adapter trains output biases; `"refit": False` switches that off. A cut that keeps less than
       about a third of what is open is made in stages, like a trim, and fits whole layers. After the last cut the
-      closed units leave the model: at once where the optimizer can follow, so that the remaining steps cost less,
-      otherwise when training is finished.
+      closed units leave the model (see below).
     - `{"phase": "draw_mask", "at": 0.5}`: After this share of the training the mask on the base's weights is drawn
       once (DSEE, arXiv 2111.00160). It keeps the weights with the largest update, or the largest weights without an
       update.
 
     If nothing steps a schedule, the first forward pass in training mode raises an error.
 
-    After the last cut of the phase `"cut"`, the closed units leave the model at once if one process trains, the model
-    is neither wrapped nor compiled, and `step` gets one of PyTorch's elementwise optimizers (such as AdamW or SGD),
-    which holds all trained parameters of the adapter. The parameters are the same objects with smaller values, and the
-    optimizer's state and the gradients are sliced like the values. In all other cases, masks stay until `finish`. The
-    result is the same up to rounding, except that dropout of attention weights draws other random numbers.
+    After the last cut of the phase `"cut"`, the closed units leave the model at once, and the remaining steps cost
+    less, if one process trains, the model is neither wrapped nor compiled, and `step` gets one of PyTorch's
+    elementwise optimizers (such as AdamW or SGD), which holds all trained parameters of the adapter. The parameters
+    are the same objects with smaller values, and the optimizer's state and the gradients are sliced like the values.
+    In all other cases, masks stay until `finish`. The result is the same up to rounding, except that dropout of
+    attention weights draws other random numbers.
 
     Args:
         model: A `PeftModel` whose active adapter has a `schedule` in its `SensiConfig`; also under DDP or
@@ -132,7 +132,7 @@ class Schedule:
         if self.phase["phase"] == "draw_mask":
             shares = [self.phase["at"]]
         else:
-            if self.batches is None and self.config.score in DATA_METHODS and self.config.score != "movement":
+            if self.batches is None and self.config.score in set(DATA_METHODS) & set(UNPRIMED_METHODS):
                 raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
             cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]

@@ -59,14 +59,15 @@ def choose_units(
     *,
     refits: bool | None,
     opened: Plan | None = None,
-    progress: float = 1.0,
+    may_reopen: bool = True,
     trains_on: bool = False,
     given: Scores | None = None,
 ) -> Choice:
     """Scores the model inside `merged_in_place`, in evaluation mode, and chooses units under `limits`.
 
     `before` says which units the layers have, and `opened` which of them no gate has closed (by default all).
-    `refits` is the user's choice, `None` for the default. `progress` is that of a cut (see `cuts.close_units`).
+    `refits` is the user's choice, `None` for the default. `may_reopen` allows the last stage to open closed units
+    again, to use up the budget where no open unit fits any more.
 
     Whole layers are fitted. If training follows (`trains_on`), and the limits are reached in one stage, training makes
     up for a less exact choice: whole layers are not fitted, and fewer batches are read. After several stages, all
@@ -90,8 +91,7 @@ def choose_units(
         with trimmed(root, left, left.anatomy.trimmable, values):
             anatomy = _anatomy_of_merged(root, config, after)
             scores = _all_scores(root, config, anatomy, after, batches, options) if given is None else given
-            # The last stage may open units again, to use up the budget where no open unit fits any more.
-            reopens = stage is limits and progress >= 1
+            reopens = stage is limits and may_reopen
             wanted = make_plan(
                 before.anatomy,
                 _open_first(scores, kept_units(after)) if reopens else scores,

@@ -19,6 +19,7 @@ from ..planning.budget import Budget
 from ..planning.costs import tables_by_limit
 from ..planning.plan import Plan
 from ..scoring.calibration import ScoringOptions, mean_length, preserved
+from ..scoring.criteria import UNPRIMED_METHODS
 from ..scoring.methods import METHODS
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
@@ -31,9 +32,6 @@ from .latencies import exceeds, read_latency
 from .rescoring import read_batches, trained_options
 from .stages import Choice, choose_units, kept_units, same_everywhere
 from .wrapping import shrink
-
-
-LEARNED_WHILE_PRIMING = ("mask", "movement")
 
 
 def trim_adapter(
@@ -65,7 +63,7 @@ def trim_adapter(
             )
         given = asdict(limits) | {"trainable": config.limits.trainable}
         config.budget = {name: limit for name, limit in given.items() if limit is not None}
-        default = "fisher" if config.score in LEARNED_WHILE_PRIMING else config.score
+        default = config.score if config.score in UNPRIMED_METHODS else "fisher"
         options = trained_options(config, inputs.loss_fn, score=score or default)
         trim = _decide(root, config, adapter_name, before, limits, inputs, options, refits)
         if trim is not None:
@@ -93,13 +91,9 @@ def _check(root: nn.Module, config: SensiConfig, name: str, before: Plan, budget
             "`trim()` removes units under limits on `params`, `flops` or latencies. It cannot change how many values "
             "are trained: leave the `trainable` limit out."
         )
-    if score not in (None, *METHODS):
-        raise SensiError(f"`score` must be one of fisher, taylor, magnitude and random, got {score!r}.")
-    if score in LEARNED_WHILE_PRIMING:
-        raise SensiError(
-            f"score={score!r} is measured while a model is primed, and a trained adapter is not primed: use 'fisher', "
-            f"'taylor', 'magnitude' or 'random'."
-        )
+    if score not in (None, *UNPRIMED_METHODS):
+        primed = " is measured while a model is primed, and a trained adapter is not primed" * (score in METHODS)
+        raise SensiError(f"score={score!r}{primed}: `trim` takes one of {', '.join(UNPRIMED_METHODS)}.")
     if config.compressed is not None:
         raise SensiError(
             f"The adapter is compressed to {config.compressed}: trim the checkpoint that was compressed instead."

@@ -26,8 +26,8 @@ from ..layers.integers import note_integers
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.linear import SensiLinear
 from ..layers.marks import plan_mark
-from ..layers.saved import saved_modules
 from ..layers.slices import Slice, kept_parts
+from ..layers.whole_modules import saved_modules
 from ..planning.plan import Plan
 from ..planning.refit import Refitted
 from ..utils import distributed, replicas

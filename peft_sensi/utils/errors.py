@@ -39,6 +39,10 @@ class SensiLoadError(SensiError):
     """A file is damaged, has unexpected content, or does not belong to this base model."""
 
 
+class DataError(SensiError):
+    """A file of labeled rows cannot be read, or does not contain what the options say."""
+
+
 # What to do about a file whose content cannot be right.
 DAMAGED = "The file is damaged or was edited: take it from its source again."
 NOT_FINITE = "the training has failed, or the file is damaged. Train again, or take the file from its source again."
@@ -59,8 +63,9 @@ class NoTokenIndicesError(SensiError, AttributeError):
 def how_to_install(extra: str = "", options: str = "") -> str:
     """The shell command that installs this package, with an extra such as `onnx` and options such as `--no-deps`.
 
-    All messages and cards get it here, because it depends on where the package can be found. It is not on the package
-    index, so pip needs its repository: the URL `Repository` of the package's metadata, or else a clone.
+    All messages and cards about this package's extras get it here, because it depends on where the package can be
+    found. It is not on the package index, so pip needs its repository: the URL `Repository` of the package's metadata,
+    or else a clone.
     """
     words = f"pip install {options} ".rstrip() + " "
     extra = f"[{extra}]" if extra else ""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from .labels import DataError
+from ..utils.errors import DataError
 
 
 _UNPACK: dict[bytes, Callable[[bytes], bytes]] = {

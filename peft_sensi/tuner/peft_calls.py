@@ -42,7 +42,7 @@ from .trainer_loads import hook_trainer
 from .wrapping import root_of
 
 
-def hook_entrances() -> None:
+def hook_peft_calls() -> None:
     """Wraps all of these methods. A second call changes nothing."""
     classes = [PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()]
     others = (PeftAdapterMixin, AutoPeftModel.__base__)  # the base class of all AutoPeft classes

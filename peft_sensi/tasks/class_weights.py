@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .labels import DataError
+from ..utils.errors import DataError
 from .task import Task
 
 

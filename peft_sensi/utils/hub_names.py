@@ -1,4 +1,4 @@
-"""The name of a model or of data goes in. Whether it can be on the Hub comes out, or why it was not found."""
+"""Tells names of repositories on the Hub from paths, and says why something was not found."""
 
 from __future__ import annotations
 
