@@ -36,10 +36,11 @@ try:
         from .scoring.compute import compute_scores
         from .scoring.scores import Scores
         from .tuner.caches import hook_caches as _hook_caches
+        from .tuner.callback import SensiCallback
         from .tuner.config import SensiConfig, SensiPeftType
         from .tuner.model import SensiModel
         from .tuner.peft_calls import hook_peft_calls as _hook_peft_calls
-        from .tuner.schedule import Schedule, SensiCallback
+        from .tuner.schedule import Schedule
         from .utils.errors import AnatomyError, BudgetError, CalibrationError, SensiError, SensiLoadError
 except ModuleNotFoundError as _error:
     # A device that only measures latencies has neither PyTorch nor PEFT. The modules that it needs

@@ -17,11 +17,12 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from peft_sensi import BudgetError, Plan, Schedule, Scores, SensiCallback, SensiConfig, SensiError, recipes
-from peft_sensi.layers.layer import SensiLayer
+from peft_sensi.layers.layer import SensiLayer, layers_of
 from peft_sensi.utils.states import TRIMMED
 
 
@@ -453,18 +454,109 @@ def test_epochs_are_those_of_the_data(settings, epochs, switch, tmp_path):
     assert callback.schedule.switches == [switch]
 
 
-def test_a_second_training_leaves_frozen_what_its_optimizer_cannot_move(tmp_path):
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    """Notes whether the dense part is trained in a step, and interrupts the training before the step `at`."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.trained = at, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise Interrupted
+        self.trained.append(any(p.requires_grad for p in dense_parts(kwargs["model"])))
+
+
+def dense_parts(model):
+    return [p for n, p in model.named_parameters() if ".sensi_weight." in n]
+
+
+def phased_trainer(model, folder, *, at=None, **settings):
     rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(4, padding=False) for i in range(4)]
+    arguments = TrainingArguments(
+        folder, **{"per_device_train_batch_size": 4, "num_train_epochs": 2, "report_to": "none", "use_cpu": True,
+                   "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True, **settings}
+    )  # fmt: skip
+    interrupt = Interrupt(at)
+    callbacks = [SensiCallback(DATA["calibration"]), interrupt]
+    return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks), interrupt
+
+
+def test_a_second_training_trains_the_dense_part_again(tmp_path):
     model = get_peft_model(tiny_model(), recipes.learners(2, priming_epochs=1, task_type="SEQ_CLS"))
     for _ in range(2):
-        arguments = TrainingArguments(
-            tmp_path, per_device_train_batch_size=4, num_train_epochs=2, report_to="none", use_cpu=True
-        )
-        Trainer(model, arguments, train_dataset=rows, callbacks=[SensiCallback()]).train()
-        dense = [p for n, p in model.named_parameters() if ".sensi_weight." in n]
-        assert dense and not any(p.requires_grad or p.grad is not None for p in dense)
+        before = [p.clone() for p in dense_parts(model)]
+        trainer, steps = phased_trainer(model, tmp_path)
+        trainer.train()
+        assert steps.trained == [True] * 4 + [False] * 4
+        assert not any(map(torch.equal, before, dense_parts(model)))
+        assert all(p.requires_grad for p in dense_parts(model)), "another optimizer gets it"
     with pytest.warns(UserWarning, match="nothing is frozen"):
         Schedule(get_peft_model(tiny_model(), recipes.learners(2, task_type="SEQ_CLS")), 4, steps_per_epoch=4)
+
+
+def test_a_training_that_was_interrupted_after_the_freeze_goes_on(tmp_path):
+    model = get_peft_model(tiny_model(), recipes.learners(2, priming_epochs=1, task_type="SEQ_CLS"))
+    with pytest.raises(Interrupted):
+        phased_trainer(model, tmp_path, at=6)[0].train()
+    assert not any(p.requires_grad for p in dense_parts(model))
+    with pytest.raises(SensiError, match="optimizer was made while the dense part.*trainable again now"):
+        phased_trainer(model, tmp_path / "new")[0].train()
+    with pytest.raises(Interrupted):
+        phased_trainer(model, tmp_path / "new", at=6)[0].train()
+    trainer, steps = phased_trainer(model, tmp_path / "new")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "new" / "checkpoint-3"))
+    assert steps.trained == [True] + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({"schedule": recipes.LATE_CUT}, {"num_train_epochs": 3}),
+        ({"schedule": {**recipes.LATE_CUT, "start": 0.3, "cuts": 3}}, {"num_train_epochs": 3}),
+        ({"schedule": recipes.LATE_CUT}, {"num_train_epochs": 6, "per_device_train_batch_size": 8}),
+        (
+            {"schedule": {"phase": "draw_mask", "at": 0.6}, "update": "low_rank", "rank": 2, "sparsity": 0.5},
+            {"num_train_epochs": 3},
+        ),
+    ],
+)
+def test_a_switch_that_a_resumed_training_has_passed_is_made_at_once(config, settings, tmp_path, recwarn):
+    """After 9 of 16 steps, the cut (due after 10) is not made. Of 12 steps, it is due after 8."""
+
+    def fresh():
+        given = {"budget": 0.5, "task_type": "SEQ_CLS", "calibration_steps": 2, **config}
+        return get_peft_model(tiny_model(), SensiConfig(**given))
+
+    with pytest.raises(Interrupted):
+        phased_trainer(fresh(), tmp_path, num_train_epochs=4, at=9)[0].train()
+    model = fresh()
+    trainer, _ = phased_trainer(model, tmp_path, **settings)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            layers = layers_of(model).values()
+            seen.append((trained(model), sum(layer.is_masked("default") for layer in layers)))
+
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert trainer.state.max_steps == 12 and len(seen) == 3
+    assert seen[0] == seen[-1] == (trained(model), seen[0][1])
+    assert model.base_model.plan().params_share <= 0.5
+    assert not [w for w in recwarn if "Training ended in a state" in str(w.message)]
+
+
+def test_a_schedule_may_be_stepped_less_often_than_there_are_steps():
+    phase = {"phase": "cut", "start": 0.25, "end": 0.6, "cuts": 3}
+    model, schedule = scheduled(50, budget={"params": 0.5}, schedule=phase)
+    made = [done for done in range(0, 50, 4) if schedule.step(done_steps=done)]
+    assert schedule.switches == [13, 22, 30] and made == [16, 24, 32]
+    schedule.finish()
+    assert_filled(model.base_model.plan(), 0.5, "params", 4)
 
 
 def test_a_compiled_model_can_be_scheduled():

@@ -27,10 +27,10 @@ from ..scoring.compute import compute_scores
 from ..scoring.scores import Scores
 from ..tasks.class_weights import weighted_model_loss
 from ..tasks.task import Task
+from ..tuner.callback import SensiCallback
 from ..tuner.config import SensiConfig
 from ..tuner.decision import scores_sent_to
 from ..tuner.latencies import measure_missing, read_latency
-from ..tuner.schedule import SensiCallback
 from ..utils import distributed
 from .checks import SCORES, budget_advice, check_budget
 from .rates import rate_line

@@ -32,7 +32,7 @@ from ..utils.states import TRIMMED
 from ..utils.undo import surely
 from .config import SensiConfig
 from .in_place import merged_in_place
-from .latencies import read_latency
+from .latencies import exceeds, read_latency
 from .rescoring import trained_options
 from .slicing import config_after, trained_beside_units
 from .stages import choose_units, same_everywhere
@@ -193,6 +193,12 @@ def open_units(root: nn.Module, config: SensiConfig, adapter_name: str) -> Plan:
     before = plan_of(root, config)
     closed = _closed_units(before, gates_of(root, adapter_name))
     return recounted(root, config, before, before.without(closed))
+
+
+def is_cut(root: nn.Module, config: SensiConfig, adapter_name: str, progress: float) -> bool:
+    """Whether the open units meet the interim limits of a cut (see `close_units`)."""
+    plan = open_units(root, config, adapter_name)
+    return not exceeds(plan, config, _on_the_way(config, plan.anatomy, plan.sequence_length, progress))
 
 
 def _closed_units(plan: Plan, gates: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

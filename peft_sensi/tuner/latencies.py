@@ -10,7 +10,7 @@ from torch import nn
 
 from ..anatomy.latency import LatencyTable, check_records
 from ..anatomy.modules import usual_length
-from ..planning.budget import TIMES, allowance
+from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of, kept_counts, tables_by_limit
 from ..planning.latency_torch import measure_torch
 from ..planning.plan import Plan
@@ -51,11 +51,12 @@ def note_latency(config: Any, plan: Plan) -> None:
     config.latency = {name: dict(r) for name, r in plan.predicted(config.tables).latency.items()} or None
 
 
-def exceeds(plan: Plan, config: Any) -> bool:
-    """Whether the plan keeps more than the config's limits allow."""
+def exceeds(plan: Plan, config: Any, limits: Budget | None = None) -> bool:
+    """Whether the plan keeps more than the limits allow; by default those of the config."""
     read_latency(config)  # the user may have given a table to an adapter from a file
-    costs, counts = costs_of(config.limits, plan.anatomy, plan.sequence_length, config.tables), kept_counts(plan)
-    return any(cost.kept(counts) > allowance(getattr(config.limits, name), cost.whole) for name, cost in costs.items())
+    limits = limits or config.limits
+    costs, counts = costs_of(limits, plan.anatomy, plan.sequence_length, config.tables), kept_counts(plan)
+    return any(cost.kept(counts) > allowance(getattr(limits, name), cost.whole) for name, cost in costs.items())
 
 
 def measure_missing(model: nn.Module, config: Any) -> None:

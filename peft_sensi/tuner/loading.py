@@ -32,6 +32,7 @@ from ..utils.files import Spec, open_safetensors, read_specs
 from ..utils.replicas import check_not_partitioned
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, check_strays, embedding_specs, meaning
 from .config import SensiConfig
+from .scheduled import unfreeze_dense
 from .slicing import Slices
 
 
@@ -182,6 +183,7 @@ def check_state(tensors: Mapping[str, torch.Tensor], model: nn.Module, adapter_n
     for key, tensor in tensors.items():
         layer = layers.get(".".join(key.split(".")[:-2]))
         check_content(key, tensor, None if layer is None else layer.sensi_slices[adapter_name].kept_shape.numel())
+    unfreeze_dense(model, adapter_name)  # an optimizer may be made before the first step freezes the part again
     for layer in layers.values():
         layer.sensi_unchecked.discard(adapter_name)
         layer.sensi_peers = {}

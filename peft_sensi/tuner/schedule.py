@@ -1,4 +1,4 @@
-"""The phases of a training: `Schedule` for your own loop, and `SensiCallback` for `transformers.Trainer`."""
+"""The phases of a training: what is trained or kept changes at certain steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_utils import has_length
 
 from ..anatomy.modules import unwrapped
 from ..layers.layer import SensiLayer, layers_of
@@ -26,10 +24,10 @@ from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
 from .carry import obstacle
 from .combinations import recheck
-from .cuts import check_cut, close_units, open_units
+from .cuts import check_cut, close_units, is_cut, open_units
 from .latencies import exceeds
 from .rescoring import read_batches
-from .scheduled import scheduled_adapters, scheduled_model
+from .scheduled import scheduled_adapters, scheduled_model, unfreeze_dense
 from .slicing import config_after, slices_of
 from .wrapping import root_of, shrink
 
@@ -115,7 +113,7 @@ class Schedule:
             self._check_dense()
             if self.config.phase == "cut" and not replicas.is_sharded(self.model):
                 check_cut(root_of(self.model), self.config)  # at the cut, a part of the training would be lost
-        self.done_steps = 0
+        self.done_steps, self.made = 0, 0
         self.scores: Scores | None = None  # of the latest cut
         if (tuner := self._tuner()) is not None:
             tuner.sensi_stepped = tuner.sensi_stepped | {self.adapter_name}
@@ -192,27 +190,40 @@ class Schedule:
         """Does what is due after so many steps. Returns whether something changed."""
         if self.phase["phase"] == "freeze_dense":
             return self._freeze_dense(done >= self.switches[0], optimizer)
-        if done not in self.switches:
+        due = sum(switch <= done for switch in self.switches)  # several cuts may fall on one step
+        # A resumed training may start after a switch. The values that it has loaded show whether that was made.
+        if due <= self.made or self._is_past_cuts() or (done not in self.switches and self._is_made(due)):
+            self.made = due
             return False
         if self.phase["phase"] == "draw_mask":
             self._draw()
-            return True
-        if self.config.schedule is None:  # the checkpoint that was loaded is from after the last cut
-            return False
-        made = sum(switch <= done for switch in self.switches)  # several cuts may fall on one step
-        self._close(1 - (1 - made / self.phase["cuts"]) ** 3)
-        if made == self.phase["cuts"]:
-            self._remove(optimizer)
+        else:
+            self._close(self._progress(due))
+            if due == self.phase["cuts"]:
+                self._remove(optimizer)
+        self.made = due
         return True
 
-    def finish(self) -> None:
-        """Removes the closed units from the model. Call it after the last optimizer step.
+    def _progress(self, cuts: int) -> float:
+        return 1 - (1 - cuts / self.phase["cuts"]) ** 3
 
-        If training stopped before the last switch of the schedule, or if the best checkpoint is from before it,
-        performs that switch now and warns.
+    def _is_past_cuts(self) -> bool:
+        """Whether the closed units have left the model."""
+        return self.phase["phase"] == "cut" and self.config.schedule is None
+
+    def _is_made(self, due: int) -> bool:
+        """Whether the values are those after so many switches."""
+        if self.phase["phase"] == "draw_mask":
+            return all(layer.is_masked(self.adapter_name) for layer in self._layers())
+        return is_cut(root_of(self.model), self.config, self.adapter_name, self._progress(due))
+
+    def finish(self) -> None:
+        """Ends the phase: closed units leave the model, and a frozen part can be trained again.
+
+        Call it after the last optimizer step. If training stopped before the last switch of the schedule, or if the
+        best checkpoint is from before it, performs that switch now and warns.
         """
-        all_masked = all(layer.is_masked(self.adapter_name) for layer in self._layers())
-        if self.phase["phase"] == "draw_mask" and not all_masked:
+        if self.phase["phase"] == "draw_mask" and not self._is_made(1):
             self._warn("the mask is drawn")
             self._draw()
         if self.phase["phase"] == "cut" and self.config.schedule is not None:
@@ -222,6 +233,8 @@ class Schedule:
                 self._close(1.0, trains_on=False)
                 plan = open_units(root_of(self.model), self.config, self.adapter_name)
             self._shrink(plan)
+        if self.phase["phase"] == "freeze_dense":  # the optimizer of another training must get all parameters
+            unfreeze_dense(self.model, self.adapter_name)
         self.config.past_cuts = None
 
     def _warn(self, what: str) -> None:
@@ -240,7 +253,12 @@ class Schedule:
             if parameter is None or freeze == layer.sensi_frozen.get(name, False):
                 continue
             if not freeze and groups and not any(parameter is p for group in groups for p in group["params"]):
-                continue  # this optimizer was made while the parameter was frozen, so it cannot train it
+                unfreeze_dense(self.model, name)
+                raise SensiError(
+                    "The optimizer was made while the dense part of the update was frozen by another training, so it "
+                    "would not train that part. The part is trainable again now: make a new optimizer (or a new "
+                    "`Trainer`) and start again."
+                )
             changed = True
             layer.sensi_frozen[name] = freeze
             parameter.requires_grad_(not freeze)
@@ -291,40 +309,6 @@ class Schedule:
 
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model, self.adapter_name).values())
-
-
-class SensiCallback(TrainerCallback):
-    """Steps the schedule of the active adapter in a `transformers.Trainer`. Does nothing if there is no schedule.
-
-    Args:
-        calibration: Batches for scoring the units again, for cuts by a score that needs data.
-        loss_fn: A function of the model and a batch that returns the loss, for these scores. Default: the model's
-            loss.
-    """
-
-    def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None, loss_fn: LossFn | None = None) -> None:
-        self.calibration, self.loss_fn = calibration, loss_fn
-        self.schedule: Schedule | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule = None
-        model = kwargs["model"]
-        if scheduled_adapters(scheduled_model(model)):
-            # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
-            loader: Any = kwargs.get("train_dataloader")
-            batches = len(loader) if has_length(loader) else None
-            steps_per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
-            self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
-            # `Trainer` hands over the inner model.
-            self.schedule.keeps_shapes |= args.torch_compile or args.n_gpu > 1
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.schedule is not None:
-            self.schedule.step(kwargs.get("optimizer"), state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.schedule is not None:
-            self.schedule.finish()  # after `Trainer` has loaded the best model
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Finds the adapters of a model whose training has phases."""
+"""Finds the adapters of a model whose training has phases, and puts one back to the start of its phase."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def scheduled_adapters(model: nn.Module) -> dict[str, SensiConfig]:
     configs = (getattr(model, "peft_config", None) or {}).items()
     sensi = {n: config for n, config in configs if n in active and isinstance(config, SensiConfig)}
     return {n: config for n, config in sensi.items() if config.schedule is not None or config.past_cuts is not None}
+
+
+def unfreeze_dense(model: nn.Module, adapter_name: str) -> None:
+    """Makes the dense part trainable again, if the phase `freeze_dense` has frozen it."""
+    for layer in layers_of(model, adapter_name).values():
+        # PEFT keeps adapters that are not active frozen.
+        if layer.sensi_frozen.pop(adapter_name, False) and adapter_name in layer.active_adapters:
+            layer.part("weight", adapter_name).requires_grad_(True)

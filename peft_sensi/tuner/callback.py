@@ -1,0 +1,48 @@
+"""Steps the schedule of an adapter in `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from ..scoring.calibration import LossFn
+from .schedule import Schedule
+from .scheduled import scheduled_adapters, scheduled_model
+
+
+class SensiCallback(TrainerCallback):
+    """Steps the schedule of the active adapter in a `transformers.Trainer`. Does nothing if there is no schedule.
+
+    Args:
+        calibration: Batches for scoring the units again, for cuts by a score that needs data.
+        loss_fn: A function of the model and a batch that returns the loss, for these scores. Default: the model's
+            loss.
+    """
+
+    def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None, loss_fn: LossFn | None = None) -> None:
+        self.calibration, self.loss_fn = calibration, loss_fn
+        self.schedule: Schedule | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule = None
+        model = kwargs["model"]
+        if scheduled_adapters(scheduled_model(model)):
+            # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
+            loader: Any = kwargs.get("train_dataloader")
+            batches = len(loader) if has_length(loader) else None
+            steps_per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
+            self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
+            # `Trainer` hands over the inner model.
+            self.schedule.keeps_shapes |= args.torch_compile or args.n_gpu > 1
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.step(kwargs.get("optimizer"), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.finish()  # after `Trainer` has loaded the best model
