@@ -15,8 +15,9 @@ from test_undo import state
 from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_batches, tiny_model, train, trained, wrap
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from transformers import IBertConfig, IBertForSequenceClassification
 
-from peft_sensi import CalibrationError, SensiConfig, SensiError, compute_scores
+from peft_sensi import AnatomyError, CalibrationError, SensiConfig, SensiError, compute_scores
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
@@ -407,3 +408,17 @@ def test_a_generator_that_goes_on_is_reported():
 
 def test_the_base_is_whole_after_all_this():
     assert_same_tensors(snapshot(wrap(tiny_model(), **TUNE).unload()), snapshot(tiny_model()))
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        (0.5, AnatomyError, "no heads or neurons that can be trimmed"),
+        ({"trainable": 0.1}, SensiError, "has no Linear"),
+    ],
+)
+def test_a_model_without_any_linear_outside_of_its_head(limit, error, message):
+    """I-BERT has quantized layers of its own."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    with pytest.raises(error, match=message):
+        wrap(IBertForSequenceClassification(IBertConfig(vocab_size=40, **sizes)), budget=limit, task_type=None)

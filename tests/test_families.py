@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -173,6 +174,9 @@ RELATIVES = [
     ),
     classifier("rembert", input_embedding_size=14, attention=("eager",)),
     classifier("roberta-prelayernorm"),
+    # The class of its head has "LayerNorm" in its name.
+    Case("roberta-prelayernorm-lm", config("roberta-prelayernorm"), AutoModelForMaskedLM,
+         partial(token_batch, task="MASKED_LM"), None),
     classifier("roformer", embedding_size=14, attention=("eager",)),
     classifier("xlm-roberta"),
     classifier("xlm-roberta-xl"),

@@ -28,7 +28,14 @@ from processes import PATIENCE, run_code
 from tiny import logits, tiny_batches, tiny_config, tiny_model, train, wrap
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    Gemma3TextConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 from peft_sensi import (
@@ -182,6 +189,25 @@ def test_models_that_cannot_be_measured(bert):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64}
     with pytest.raises(SensiError, match="has an encoder, too"):
         measure_latency(AutoModelForSeq2SeqLM.from_config(BartConfig(**sizes)), sequence_length=8, decode=True)
+
+
+@pytest.mark.parametrize("family", [BartConfig, T5Config])
+def test_a_classifier_that_reads_the_end_of_a_text_can_be_measured(family):
+    """It refuses examples without a token for the end, and examples with more of them than others."""
+    sizes = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "num_layers": 1,
+        "vocab_size": 9,
+        "num_labels": 2,
+    }
+    model = AutoModelForSequenceClassification.from_config(family(decoder_start_token_id=0, **sizes)).eval()
+    batch = latency_torch.example_inputs(model, 3, 40)
+    with torch.no_grad():
+        assert model(**batch).logits.shape == (3, 2)
+    assert (batch["input_ids"][:, -1] == model.config.eos_token_id).all()
+    assert ((batch["input_ids"] == model.config.eos_token_id).sum(1) == 1).all()
 
 
 class Own(nn.Module):
@@ -341,6 +367,10 @@ def test_smooth_curves_keep_what_is_larger_than_the_errors():
     steps = np.repeat([0.0, 1.0, 2.0], 3)
     np.testing.assert_allclose(smooth(places, steps, np.full(9, 0.01)), steps, atol=0.03)
     np.testing.assert_array_equal(smooth(places, noisy, np.zeros(9)), noisy)
+    for spread in (3, 6, 12):  # on a busy machine, the time of a small sublayer may come out as nearly nothing
+        errors = np.geomspace(1, 10.0**-spread, 9)
+        smoothed = smooth(places, noisy, errors)
+        assert np.mean(((smoothed - noisy) / np.maximum(errors, 1e-3)) ** 2) <= 1.001
     np.testing.assert_array_equal(smooth(places[:2], noisy[:2], np.full(2, 1.0)), noisy[:2])
 
 

@@ -42,6 +42,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
@@ -634,6 +636,25 @@ def test_a_model_that_lost_sublayers_can_be_wrapped_again(tmp_path):
     again = wrap(load_merged(tmp_path), budget=0.9, min_units=0, calibration=tiny_batches(2))
     train(again)
     assert torch.isfinite(logits(again.merge_and_unload())).all()
+
+
+@pytest.mark.parametrize("saver", ["save_merged", "save_pretrained"])
+def test_a_t5_without_any_neuron_can_be_loaded(saver, tmp_path):
+    """T5 divides by its number of neurons when it initializes weights, also before it loads them."""
+    config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = wrap(
+        T5ForConditionalGeneration(config).eval(), budget=1e-4, score="magnitude", min_units=0, task_type=None
+    )
+    assert model.base_model.plan().kept_params == 0
+    ids = torch.randint(3, 40, (2, 8))
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).logits
+        if saver == "save_merged":
+            assert not save_merged(model, tmp_path), "not a plain checkpoint, because T5 could not build it"
+        else:
+            model.merge_and_unload().save_pretrained(tmp_path)
+        found = load_merged(tmp_path).eval()(input_ids=ids, labels=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_published_names_of_a_trimmed_model_are_read(tmp_path):

@@ -158,15 +158,18 @@ def smooth(places: np.ndarray, values: np.ndarray, errors: np.ndarray) -> np.nda
     """
     if len(values) < 3 or not errors.all():
         return values
+    errors = np.maximum(np.abs(errors), 1e-3 * np.abs(errors).max())  # a nearly exact value would outweigh all others
     steps = np.diff(places)
     bends = np.zeros((len(values) - 2, len(values)))  # second divided differences
     for row, (left, right) in enumerate(zip(steps, steps[1:], strict=False)):
         bends[row, row : row + 3] = [1 / left, -1 / left - 1 / right, 1 / right]
-    weights, roughness = np.diag(errors**-2.0), bends.T @ bends
+    fits = np.diag(1 / errors)
+    scale = np.sqrt(np.square(fits).sum() / np.square(bends).sum())
+    wanted = np.concatenate([values / errors, np.zeros(len(bends))])
 
     def curve(strength: float) -> np.ndarray:
-        scaled = strength * np.trace(weights) / np.trace(roughness)
-        return np.linalg.solve(weights + scaled * roughness, weights @ values)
+        # Not by the normal equations: they are singular in floats if the errors differ much.
+        return np.linalg.lstsq(np.vstack([fits, np.sqrt(strength) * scale * bends]), wanted, rcond=None)[0]
 
     low, high = -8.0, 8.0  # of the exponent: nearly the values themselves, and nearly a line
     for _ in range(40):

@@ -98,6 +98,13 @@ def embedding_of(model: nn.Module, side: Literal["input", "output"]) -> nn.Modul
         return None
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a normalization with trained values, by the name of its class, which may be any model's own."""
+    values = list(module.parameters(recurse=False))
+    # A class with modules inside of it only has a norm, such as `RobertaPreLayerNormLMHead`.
+    return "Norm" in type(module).__name__ and bool(values) and not any(module.children())
+
+
 def image_tokens(model: nn.Module) -> int | None:
     """How many tokens an image model has per image: the length of its position embeddings `[1, tokens, hidden]`."""
     if getattr(model, "main_input_name", "") != "pixel_values":

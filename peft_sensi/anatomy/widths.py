@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,7 +155,12 @@ def config_fields(model: PreTrainedModel, widths: Widths) -> dict[str, Any] | No
                 setattr(trial, key, value)
             if hasattr(trial, "validate"):
                 trial.validate()
-            after = find_widths(model, on_meta(cls, trial), within)
+            stock = on_meta(cls, trial)
+            if 0 in edit.values():  # T5 divides by a width when it initializes weights, also before it loads them
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PyTorch's, about tensors without elements
+                    stock.apply(stock._init_weights)
+            after = find_widths(model, stock, within)
         except Exception:  # a class may refuse a combination of numbers with any error
             continue
         if len(after.shapes) < len(left.shapes):

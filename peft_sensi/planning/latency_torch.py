@@ -119,10 +119,15 @@ def example_inputs(
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator("cpu").manual_seed(0)
     if "input_ids" in accepted:
-        vocabulary = config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (batch_size, length), generator=generator, device="cpu")
-        if (pad := getattr(config.get_text_config(), "pad_token_id", None)) is not None:
-            ids = ids.masked_fill(ids == pad, (pad + 1) % vocabulary)
+        text = config.get_text_config()
+        ids = torch.randint(0, text.vocab_size, (batch_size, length), generator=generator, device="cpu")
+        pad, end = (getattr(text, name, None) for name in ("pad_token_id", "eos_token_id"))
+        end = end[0] if isinstance(end, list) and end else end
+        usual = next(token for token in range(3) if token not in (pad, end))
+        for special in (pad, end):
+            ids = ids if special is None else ids.masked_fill(ids == special, usual)
+        if end is not None and getattr(config, "is_encoder_decoder", False):
+            ids[:, -1] = end  # the classifiers of BART and T5 read the last token, and look for this one
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(config, "is_encoder_decoder", False):
             batch["decoder_input_ids"] = ids

@@ -9,10 +9,11 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from ..anatomy.build import build_anatomy
+from ..anatomy.build import build_anatomy, nothing_to_trim
 from ..anatomy.linears import is_plain
 from ..anatomy.modules import base_of, linear_of, name_in_base
 from ..anatomy.units import Anatomy
+from ..utils.errors import SensiError
 from .admission import (
     check_names,
     check_plain,
@@ -114,6 +115,13 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
             config.target_modules = staying  # type: ignore[assignment]
     if targets_of(model, config):
         return True
+    if (was_default or was_all) and not config.exclude_modules:
+        if config.limits.trims:
+            raise nothing_to_trim(model)
+        raise SensiError(
+            f"{type(model).__name__} has no Linear outside of its task head, so nothing of it can be tuned. If it has "
+            f"an embedding, name that in `target_modules`."
+        )
     bare = config.own_copy()
     bare.modules_to_save = None
     if config.target_modules and not config.exclude_modules and not targets_of(model, bare):

@@ -19,6 +19,7 @@ from ..anatomy.modules import (
     embedding_of,
     input_embedding,
     is_base_parameter,
+    is_norm,
     linear_of,
     name_in_base,
     task_head,
@@ -159,8 +160,7 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
     }
     found = []
     if "norms" in also_train and blocks.groups:
-        norms = [name for name, module in modules.items() if "Norm" in type(module).__name__]
-        found += [name for name in norms if any(True for _ in modules[name].parameters(recurse=False))]
+        found += [name for name, module in modules.items() if is_norm(module)]
     if "pooler" in also_train and head:
         bases = [getattr(model, "base_model_prefix", ""), *transformers_in(model)]
         poolers = [path for base in dict.fromkeys(bases) if (path := f"{base}.pooler") in modules]
