@@ -475,6 +475,7 @@ def test_nothing_to_trim_is_refused():
 
 def test_two_processes_trim_alike(tmp_path):
     first, second = run_two("processes_trim.py", tmp_path)
+    assert "another `latency table` in its trim" in first["tables"] and first["tables"] == second["tables"]
     alone = wrap(tiny_model(), budget=1.0, calibration=tiny_batches(8, seed=3))
     train(alone)
     plan = alone.base_model.trim(0.5, calibration=tiny_batches(8, seed=3))

@@ -121,13 +121,14 @@ def example_inputs(
     if "input_ids" in accepted:
         text = config.get_text_config()
         ids = torch.randint(0, text.vocab_size, (batch_size, length), generator=generator, device="cpu")
-        pad, end = (getattr(text, name, None) for name in ("pad_token_id", "eos_token_id"))
-        end = end[0] if isinstance(end, list) and end else end
-        usual = next(token for token in range(3) if token not in (pad, end))
-        for special in (pad, end):
-            ids = ids if special is None else ids.masked_fill(ids == special, usual)
-        if end is not None and getattr(config, "is_encoder_decoder", False):
-            ids[:, -1] = end  # the classifiers of BART and T5 read the last token, and look for this one
+        ends = getattr(text, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        special = {token for token in (getattr(text, "pad_token_id", None), *ends) if token is not None}
+        usual = next(token for token in range(len(special) + 1) if token not in special)
+        for token in special:
+            ids = ids.masked_fill(ids == token, usual)
+        if getattr(config, "is_encoder_decoder", False) and ends[0] is not None:
+            ids[:, -1] = ends[0]  # the classifiers of BART and T5 read the last token, and look for this one
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(config, "is_encoder_decoder", False):
             batch["decoder_input_ids"] = ids

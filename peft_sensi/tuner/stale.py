@@ -49,8 +49,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if any(map(_is_stale, held)) or (copies and any(p.untyped_storage().data_ptr() in copies for p in held)):
         raise SensiError(
             "This optimizer was made before units were removed (by `trim()`, at the end of a schedule of cuts, or by "
-            "a checkpoint with another plan). It holds parameters that the model no longer has, so its steps would "
-            "change nothing. Make a new optimizer, and a new learning rate scheduler for it (or a new `Trainer`)."
+            "a checkpoint with another plan). It holds parameters that the model no longer has, and not those in "
+            "their place. Make a new optimizer, and a new learning rate scheduler for it (or a new `Trainer`)."
         )
 
 

@@ -128,6 +128,7 @@ def _decide(
     """
     has_data = inputs.calibration is not None
     given = {**asdict(limits), "score": options.score, "refit": refits, "calibration": has_data}
+    given["latency table"] = {name: table.fingerprint for name, table in config.tables.items()}
     distributed.check_equal("its trim", given, "Give all processes the same.")
     with preserved(root), merged_in_place(root, adapter_name):
         # Inside `preserved`, because a shuffling data loader draws random numbers.
