@@ -11,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from peft_sensi import SensiLoadError
 from peft_sensi.reporting.saved_merged import SavedMerged
-from peft_sensi.utils import files, heads, places
+from peft_sensi.utils import files, heads, hub_names
 from peft_sensi.utils.errors import first_line
 
 
@@ -92,7 +92,7 @@ def test_why_the_hub_has_no_such_repository(offline, cause, words, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     answer = SimpleNamespace(status_code=503, headers={}, request=None)
-    text = places.not_found("me/model", raised(OSError("its reason\nand more"), cause(answer)))
+    text = hub_names.not_found("me/model", raised(OSError("its reason\nand more"), cause(answer)))
     assert text.startswith(f"There is no folder me/model here, and it was not found on the Hub: {words}")
 
 
@@ -100,9 +100,9 @@ def test_names_that_can_only_be_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for name in ("./x", "/x/y", "~/x", "a/b/c", "models/x", "with blank"):
-        assert places.not_found(name, OSError("?")) == f"There is no folder {name}. Check the path."
-    assert "is a web address" in places.not_found("https://huggingface.co/me/x", OSError("?"))
-    assert places.is_repo("me/x") and not places.is_repo("models") and not places.is_repo("a/b/c")
+        assert hub_names.not_found(name, OSError("?")) == f"There is no folder {name}. Check the path."
+    assert "is a web address" in hub_names.not_found("https://huggingface.co/me/x", OSError("?"))
+    assert hub_names.is_repo("me/x") and not hub_names.is_repo("models") and not hub_names.is_repo("a/b/c")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,6 @@ def test_the_first_line_of_an_error():
 def test_a_file_is_not_a_repository(tmp_path, monkeypatch):
     """Its name may look like one, and would be sent to the Hub."""
     monkeypatch.chdir(tmp_path)
-    assert places.is_repo("model.onnx") and places.is_repo("me/model.onnx")
+    assert hub_names.is_repo("model.onnx") and hub_names.is_repo("me/model.onnx")
     (tmp_path / "model.onnx").touch()
-    assert not places.is_repo("model.onnx")
+    assert not hub_names.is_repo("model.onnx")
