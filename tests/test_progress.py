@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+from weakref import WeakSet
 
 import pytest
 from tiny import tiny_model
@@ -18,6 +19,12 @@ from peft_sensi.utils.progress import TrainerProgress, progress_bar, show_progre
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def no_bars_of_other_tests(monkeypatch):
+    """A bar that a test has interrupted may still be there. tqdm would show the next one some lines below it."""
+    monkeypatch.setattr(progress.tqdm, "_instances", WeakSet())
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_score
 from ..anatomy.layouts import BlockLayout
-from ..anatomy.modules import check_no_adapter, input_embedding, unwrapped
+from ..anatomy.modules import check_module, input_embedding, unwrapped
 from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
@@ -73,12 +74,14 @@ def compute_scores(
     check_types({**numbers, "priming_lr": priming_lr, "seed": seed, "targets": targets})
     if priming_optimizer not in OPTIMIZERS:
         raise SensiError(f"`priming_optimizer` must be one of {', '.join(OPTIMIZERS)}, got {priming_optimizer!r}.")
-    check_no_adapter(model, "score")
+    check_module(model)
     replicas.check_whole(model)
     options = ScoringOptions(
         score, calibration_steps, priming_steps, priming_lr, priming_optimizer, loss_fn, seed, progress
     )
     model = unwrapped(model)
+    if isinstance(model, PeftModel):
+        raise SensiError("The model has an adapter: score the base model, or merge the adapter first.")
     # Priming does not train embeddings, so movement cannot rank tokens.
     table = input_embedding(model) if calibration is not None and score != "movement" else None
     named = set(targets or ())

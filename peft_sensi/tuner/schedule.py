@@ -148,7 +148,7 @@ class Schedule:
                 )
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, done_steps: int | None = None) -> bool:
-        """Changes what is trained or kept, if it is time for that. Call it before each optimizer step.
+        """Changes what is trained or kept, if it is time for that or overdue. Call it before each optimizer step.
 
         Do not call it between a forward pass and its backward pass.
 
@@ -191,8 +191,10 @@ class Schedule:
         if self.phase["phase"] == "freeze_dense":
             return self._freeze_dense(done >= self.switches[0], optimizer)
         due = sum(switch <= done for switch in self.switches)  # several cuts may fall on one step
+        if self.phase["phase"] == "cut" and self.config.schedule is None:  # the closed units have left the model
+            return False
         # A resumed training may start after a switch. The values that it has loaded show whether that was made.
-        if due <= self.made or self._is_past_cuts() or (done not in self.switches and self._is_made(due)):
+        if done not in self.switches and (due <= self.made or self._is_made(due)):
             self.made = due
             return False
         if self.phase["phase"] == "draw_mask":
@@ -206,10 +208,6 @@ class Schedule:
 
     def _progress(self, cuts: int) -> float:
         return 1 - (1 - cuts / self.phase["cuts"]) ** 3
-
-    def _is_past_cuts(self) -> bool:
-        """Whether the closed units have left the model."""
-        return self.phase["phase"] == "cut" and self.config.schedule is None
 
     def _is_made(self, due: int) -> bool:
         """Whether the values are those after so many switches."""
