@@ -45,13 +45,6 @@ def check_module(model: Any) -> None:
         raise SensiError(f"The model must be a `torch.nn.Module`, got {shown(model)}: load it first.")
 
 
-def check_no_adapter(model: Any, action: str) -> None:
-    """Raises `SensiError` for anything but a module without PEFT's layers. `action` is what was asked for."""
-    check_module(model)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise SensiError(f"The model has an adapter: {action} the base model, or merge the adapter first.")
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of DDP, DataParallel, FSDP, DeepSpeed and `torch.compile`, in whatever order.
 
@@ -102,7 +95,7 @@ def is_norm(module: nn.Module) -> bool:
     """Whether this is a normalization with trained values, by the name of its class, which may be any model's own."""
     values = list(module.parameters(recurse=False))
     # A class with modules inside of it only has a norm, such as `RobertaPreLayerNormLMHead`.
-    return "Norm" in type(module).__name__ and bool(values) and not any(module.children())
+    return "Norm" in type(module).__name__ and bool(values) and not list(module.children())
 
 
 def image_tokens(model: nn.Module) -> int | None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.latency import LatencyTable
 from ..anatomy.latency_points import kinds_of, points_of
-from ..anatomy.modules import check_no_adapter
+from ..anatomy.modules import check_module
 from ..planning.latency_torch import (
     Inputs,
     example_inputs,
@@ -251,7 +252,9 @@ def _check(
     for name, value in {**counts, **({} if threads is None else {"threads": threads})}.items():
         if not is_count(value):
             raise SensiError(f"`{name}` must be a positive whole number, got {shown(value)}.")
-    check_no_adapter(model, "measure")
+    check_module(model)
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise SensiError("The model has an adapter: measure the base model, or merge the adapter first.")
     if runtime == "onnxruntime" and not isinstance(model, PreTrainedModel):
         raise SensiError(f"runtime='onnxruntime' exports models of Transformers, not a {type(model).__name__}.")
     if runtime == "onnxruntime" and (decode or device not in (None, "cpu", torch.device("cpu"))):
