@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from test_trainer import trainer as trainer_of
 from tiny import only_slow, some_slow, tiny_batches, tiny_model, train
 from torch import nn
 from transformers import (
@@ -476,13 +477,10 @@ def dense_parts(model):
 
 def phased_trainer(model, folder, *, at=None, **settings):
     rows = [{k: v[i] for k, v in batch.items()} for batch in tiny_batches(4, padding=False) for i in range(4)]
-    arguments = TrainingArguments(
-        folder, **{"per_device_train_batch_size": 4, "num_train_epochs": 2, "report_to": "none", "use_cpu": True,
-                   "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True, **settings}
-    )  # fmt: skip
     interrupt = Interrupt(at)
+    settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, **settings}
     callbacks = [SensiCallback(DATA["calibration"]), interrupt]
-    return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks), interrupt
+    return trainer_of(model, rows, folder, callbacks=callbacks, **settings), interrupt
 
 
 def test_a_second_training_trains_the_dense_part_again(tmp_path):

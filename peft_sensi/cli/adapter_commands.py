@@ -93,9 +93,9 @@ def merge(
     from ..merging.save import save_merged
     from ..reporting.card import named_base
     from ..reporting.pretrained import TOKENIZER_FILES
-    from ..reporting.results import metrics_of
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
+    from ..reporting.task_record import metrics_of
     from ..utils.files import write_text_atomically
     from ..utils.hub_names import absolute
 

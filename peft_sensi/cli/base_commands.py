@@ -1,4 +1,7 @@
-"""The commands `plan` and `recipes`."""
+"""The commands `plan` and `recipes`.
+
+What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,6 @@ from .checks import check_budget, check_files, check_latency_tables, check_pictu
 from .data_options import DATA_OPTIONS, LABELED, task_options
 from .loading import load_base
 from .terminal import ascii_only, print_result
-
-
-# What needs PyTorch is imported inside the functions, so that `--help` does not wait for it.
 
 
 @args.with_options(asked=args.BUDGET_OPTIONS, reading=DATA_OPTIONS)

@@ -127,10 +127,11 @@ def example_inputs(
         usual = next(token for token in range(len(special) + 1) if token not in special)
         for token in special:
             ids = ids.masked_fill(ids == token, usual)
-        if getattr(config, "is_encoder_decoder", False) and ends[0] is not None:
+        has_both = getattr(config, "is_encoder_decoder", False)
+        if has_both and ends[0] is not None:
             ids[:, -1] = ends[0]  # the classifiers of BART and T5 read the last token, and look for this one
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(config, "is_encoder_decoder", False):
+        if has_both:
             batch["decoder_input_ids"] = ids
     elif "pixel_values" in accepted:
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2

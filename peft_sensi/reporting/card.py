@@ -30,7 +30,7 @@ from ..utils.states import TRIMMED
 from .card_files import load_card, save_card
 from .facts import limit_words, unit_facts
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
-from .results import metrics_of, model_index, results_table, training_rows
+from .results import model_index, results_table, training_rows
 from .saved import (
     CARD,
     PICTURE,
@@ -43,7 +43,7 @@ from .saved import (
 )
 from .saved_merged import SavedMerged, merged_facts, merged_figures
 from .snippets import Head, adapter_snippet, merged_snippet
-from .task_record import checked_record
+from .task_record import checked_record, metrics_of
 from .uploads import last_part
 
 

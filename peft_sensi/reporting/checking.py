@@ -19,9 +19,9 @@ from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError, first_line
 from ..utils.files import read_json_object
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
-from .results import metrics_of
 from .saved import CONFIG, WEIGHTS, SavedAdapter, load_adapter
 from .saved_merged import SavedMerged, open_saved, tokenizer_of
+from .task_record import metrics_of
 
 
 OK, NOTE, WRONG = "ok", "note", "wrong"

@@ -24,7 +24,6 @@ from .task_record import KIND_OF_TASK, saved_record
 
 
 MADE_BY = "peft_sensi"
-# What is predicted, for PEFT's task types.
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:

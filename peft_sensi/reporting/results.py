@@ -10,8 +10,7 @@ from huggingface_hub import EvalResult
 
 from ..utils.checks import is_number
 from ..utils.errors import SensiError
-from ..utils.files import read_json, read_json_object
-from .saved import METRICS
+from ..utils.files import read_json
 from .task_record import checked_record
 
 
@@ -31,11 +30,6 @@ _SETTINGS = {
     "bf16": "bfloat16",
     "seed": "seed",
 }
-
-
-def metrics_of(folder: Path) -> dict[str, Any]:
-    """What the command wrote into `metrics.json`; empty if there is no such file, or something else in it."""
-    return read_json_object(folder / METRICS, optional=True)
 
 
 def results_table(results: Any) -> str:

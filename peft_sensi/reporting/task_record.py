@@ -18,9 +18,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _LEAST = {"max_length": 2, "stride": 0, "max_answer_length": 1}  # numbers of tokens, and the smallest that make sense
 
 
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """What the command wrote into `metrics.json`; empty if there is no such file, or something else in it."""
+    return read_json_object(folder / METRICS, optional=True)
+
+
 def saved_record(folder: str | Path) -> dict[str, Any]:
     """The record of the task in a folder's `metrics.json`, as `record_of` made it; `{}` if there is none."""
-    return checked_record(read_json_object(Path(folder) / METRICS, optional=True).get("task"))
+    return checked_record(metrics_of(Path(folder)).get("task"))
 
 
 def checked_record(record: Any) -> dict[str, Any]:
