@@ -304,9 +304,10 @@ def kept_by_way(
     for r in results:
         scores[r["method"]][r["model"], r["task"]][r["seed"]] = r[split]
     kept: dict[str, dict[tuple[str, str], tuple[float, float]]] = defaultdict(dict)
+    full_scores = scores.get("full", {})
     for way, columns in scores.items():
         for column, own in columns.items():
-            full = {seed: score for seed, score in scores["full"][column].items() if seed in own}
+            full = {seed: score for seed, score in full_scores.get(column, {}).items() if seed in own}
             if len(full) < least or len(own) > len(full):
                 continue
             gain = statistics.fmean(full.values()) - TASKS[column[1]].constant
