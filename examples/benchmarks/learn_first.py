@@ -45,7 +45,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from peft_sensi import SensiConfig, recipes
-from peft_sensi.scoring.head import start_head_at_prior
+from peft_sensi.scoring.head import head_to_train, start_head_at_prior
 
 from common import write_json
 
@@ -101,8 +101,11 @@ class Seed:
         return {row + f" at {rate:g}" * (rate != usual): rate for rate in self.rates or [usual]}
 
     def base(self) -> nn.Module:
+        """The pretrained model. Its head starts as `SensiConfig` starts one: very uneven labels at their prior."""
         set_seed(self.seed)
-        return fresh_base(self.data.task, self.model_name)
+        model = fresh_base(self.data.task, self.model_name)
+        model.load_state_dict(head_to_train(model, list(self.data.calibration())), strict=False)
+        return model
 
     def fit(self, model: nn.Module, epochs: int, rate: float, seed: int | None = None, **options: Any) -> float:
         return fit(model, self.data, self.accelerator, epochs, rate, self.seed if seed is None else seed, **options)

@@ -19,7 +19,7 @@ from ..scoring.scores import Scores
 from ..utils.checks import check_types
 from ..utils.errors import BudgetError, SensiError
 from .budget import TIMES, Budget, allowance
-from .costs import Cost, Tables, costs_of, tables_by_limit
+from .costs import Cost, costs_of, tables_by_limit
 from .ladders import Ladder, Masks, best_first, choose, first_units, joint, ladder_of
 from .plan import Plan
 
@@ -104,20 +104,30 @@ def make_plan(
     if limits.trims:
         must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
-        options = (length, multiple_of, min_units, uniform, tables)
-        ladders, left = _ladders_within(anatomy, values, limits, must_stay, can_stay, *options)
+        costs = costs_of(limits, anatomy, length, tables)
+        ladders, left = _ladders_within(
+            anatomy,
+            values,
+            limits,
+            costs,
+            must_stay,
+            can_stay,
+            multiple_of=multiple_of,
+            min_units=min_units,
+            uniform=uniform,
+        )
         kept |= choose(ladders, left, proportional=limits.latency is None and limits.decode_latency is None)
 
-    costs = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
+    prices = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
     if tuned_layers is not None:
-        costs |= dict.fromkeys(_outside_best_layers(anatomy, values, kept, costs, tuned_layers), 0)
-    tuned = {g.name: kept[g.name] & bool(tunes and costs[g.name]) for g in anatomy.groups}
+        prices |= dict.fromkeys(_outside_best_layers(anatomy, values, kept, prices, tuned_layers), 0)
+    tuned = {g.name: kept[g.name] & bool(tunes and prices[g.name]) for g in anatomy.groups}
     for group in anatomy.groups:
         if group.kind == "token":
             # A token that is not in the calibration data has no gradient. Training would not change it either.
             tuned[group.name] &= values[group.name] > 0
     if tunes and limits.trainable is not None:
-        tuned = _choose_tuned(anatomy, values, tuned, costs, limits.trainable, always_trained)
+        tuned = _choose_tuned(anatomy, values, tuned, prices, limits.trainable, always_trained)
     elif retention is not None:
         for group in anatomy.groups:
             if group.kind == "neuron":
@@ -147,9 +157,19 @@ def check_fits(
     if limits.trims:
         none = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
-        options = (sequence_length, multiple_of, min_units, uniform, tables_by_limit(latency))
         scores = {g.name: np.zeros(g.size) for g in anatomy.trimmable}
-        _ladders_within(anatomy, scores, limits, none, can_stay, *options)
+        costs = costs_of(limits, anatomy, sequence_length, tables_by_limit(latency))
+        _ladders_within(
+            anatomy,
+            scores,
+            limits,
+            costs,
+            none,
+            can_stay,
+            multiple_of=multiple_of,
+            min_units=min_units,
+            uniform=uniform,
+        )
 
 
 def _check_names(argument: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -231,19 +251,18 @@ def _ladders_within(
     anatomy: Anatomy,
     values: Mapping[str, np.ndarray],
     limits: Budget,
+    costs: Mapping[str, Cost],
     protected: Masks,
     available: Masks,
-    sequence_length: int,
+    *,
     multiple_of: int,
     min_units: int,
     uniform: bool,
-    tables: Tables,
 ) -> tuple[list[Ladder], np.ndarray]:
     """How each group can grow, and what the limits on the model's size allow beside the mandatory units.
 
     Raises `BudgetError` if they do not even allow these.
     """
-    costs = costs_of(limits, anatomy, sequence_length, tables)
     rest = np.array([cost.rest for cost in costs.values()], dtype=np.int64)
     allowed = np.array([allowance(getattr(limits, n), cost.whole) for n, cost in costs.items()], dtype=np.int64) - rest
 
