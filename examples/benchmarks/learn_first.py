@@ -51,10 +51,7 @@ from common import write_json
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
-# The usual rates of a model that learns as a whole, and of one that is trimmed before. At 5e-5, the model with twelve
-# layers finds no name of WNUT-17 in three epochs.
-RATES = {"wnut17": (1.5e-4, 3e-4)}
-OTHER_RATES = (5e-5, 1e-4)
+RATES = (5e-5, 1e-4)  # of a model that learns as a whole, and of one that is trimmed before
 LATE = recipes.LATE_CUT["start"]  # when the late way trims
 
 
@@ -85,6 +82,7 @@ class Seed:
         model_name: str,
         bf16: bool,
         models: Path | None = None,
+        usual_rates: tuple[float, float] = RATES,
         rates: Iterable[float] = (),
         late_cuts: Iterable[float] = (LATE,),
     ) -> None:
@@ -92,7 +90,7 @@ class Seed:
         self.rates, self.late_cuts = list(rates), list(late_cuts)
         self.small: dict[float, tuple[Any, float]] = {}
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
-        self.rate, self.fast_rate = RATES.get(rows.data.task.name, OTHER_RATES)
+        self.rate, self.fast_rate = usual_rates
         self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
 
     def named(self, row: str, usual: float | None = None) -> dict[str, float]:
@@ -272,7 +270,7 @@ def run_seed(
     bf16: bool,
     ways: Iterable[str] = WAYS,
     models: Path | None = None,
-    **more: Iterable[float],
+    **more: Any,
 ) -> None:
     run = Seed(rows, model_name, bf16, models, **more)
     for way in ways:
@@ -290,6 +288,13 @@ def main() -> None:
     run.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     run.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     run.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
+    run.add_argument(
+        "--usual-rates",
+        nargs=2,
+        type=float,
+        default=RATES,
+        help="of all ways, and of those that trim first; not part of the names of rows",
+    )
     run.add_argument(
         "--rates", nargs="+", type=float, default=[], help="of the ways full, late, fast, fast_longer, healed, taught"
     )
@@ -309,7 +314,8 @@ def main() -> None:
                 data = load_task(TASKS[task], options.data, folder, seed)
                 rows = Rows(options.results, common, data)
                 given = (options.budgets, options.bf16, options.ways, options.models)
-                run_seed(rows, folder, *given, rates=options.rates, late_cuts=options.late_cuts)
+                rates = {"usual_rates": options.usual_rates, "rates": options.rates}
+                run_seed(rows, folder, *given, **rates, late_cuts=options.late_cuts)
     results = read_results(options.results)
     tables = {"shares": shares_table, "means": ways_summary, "rows": ways_table}
     for name, found in ((f"learn_first_{name}", table(results)) for name, table in tables.items()):
