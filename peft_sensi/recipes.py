@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 LATE_CUT = {"phase": "cut", "start": 0.6, "end": 0.6, "cuts": 1}  # a schedule: one cut, after 60 % of the training
-QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"]
+# In BERT and others, DistilBERT, most decoders, DeBERTa-v2 and v3, T5 and MPNet.
+QUERY_AND_VALUE = ["query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "query_proj", "value_proj", "q", "v"]
 
 
 def sensi_bert(
@@ -137,6 +138,8 @@ def dsee(
         sparsity: Share of the weights, or of the FLOPs for a structured mask, that is removed.
         support: How the positions of `S2` are chosen, as in [`SensiConfig`].
         draw_at: Share of the training after which the weights or units are removed.
+        **kwargs: `target_modules` are the names of query and value where these are one matrix (GPT-2, ModernBERT) or
+            have other names than usual.
 
     Raises:
         SensiError: If only one of `mask` and `sparsity` is given, or if `mask` has another value.

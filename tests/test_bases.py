@@ -98,6 +98,15 @@ def test_a_linear_that_is_more_than_a_weight_is_refused_before_anything_is_touch
     assert next(batches)  # nothing was scored
 
 
+def test_an_embedding_that_is_more_than_a_weight_can_be_left_out():
+    base, options = tiny_model(), {**TRIM, "calibration": tiny_batches(2), "score": "magnitude"}
+    parametrizations.spectral_norm(base.bert.embeddings.word_embeddings)
+    with pytest.raises(SensiError, match=r"Or leave it out, with exclude_modules=\['word_embeddings'\]\.$"):
+        wrap(base, **options)
+    plan = wrap(base, **options, exclude_modules=["word_embeddings"]).base_model.plan()
+    assert plan.params_share <= 0.5 and all(group.kind != "token" for group in plan.anatomy.groups)
+
+
 def test_it_can_be_left_out_if_nothing_is_trimmed(tmp_path):
     def make():
         base = tiny_model()

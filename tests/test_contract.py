@@ -49,7 +49,14 @@ from tiny import (
     wrap,
 )
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
+)
 
 import peft_sensi
 from peft_sensi import (
@@ -64,7 +71,7 @@ from peft_sensi import (
     load_merged,
     make_plan,
 )
-from peft_sensi.layers.layer import SensiLayer
+from peft_sensi.layers.layer import SensiLayer, layers_of
 
 
 HEADS = ("num_attention_heads", "all_head_size", "n_heads")
@@ -216,6 +223,19 @@ def test_what_else_is_trained_is_counted_saved_and_put_back(also, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
     assert_is_base(model.unload(), tiny_model())
+
+
+def test_a_tied_output_layer_is_no_target_by_default():
+    """PEFT's "all-linear" leaves it out only if the model names it as its output layer, and BLIP does not."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    text = {**sizes, "vocab_size": 64, "encoder_hidden_size": 32, "max_position_embeddings": 40}
+    image = {**sizes, "image_size": 16, "patch_size": 8}
+    config = BlipConfig(text_config=text, vision_config=image, projection_dim=32)
+    base = BlipForConditionalGeneration(config)
+    tied = "text_decoder.cls.predictions.decoder"
+    assert base.get_submodule(tied).weight is base.text_decoder.bert.embeddings.word_embeddings.weight
+    model = wrap(base, budget={"trainable": 0.1}, score="magnitude", task_type=None)
+    assert tied not in layers_of(model) and len(layers_of(model)) > 10
 
 
 def test_tied_embeddings_are_refused():

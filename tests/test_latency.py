@@ -30,11 +30,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
     Gemma3TextConfig,
+    GPT2Config,
     T5Config,
+    ViTConfig,
 )
 from typer.testing import CliRunner
 
@@ -53,6 +56,7 @@ from peft_sensi import (
 from peft_sensi.anatomy.latency import FORMAT, LIMITS, check_records
 from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, smooth, table_from
 from peft_sensi.cli.commands import app
+from peft_sensi.cli.measure import length_for
 from peft_sensi.merging import latency as merging_latency
 from peft_sensi.merging import latency_graphs
 from peft_sensi.planning import latency_torch
@@ -161,6 +165,8 @@ def test_a_step_with_a_full_sliding_window(counting):
         ({"runtime": "tflite"}, "`runtime` must be"),
         ({"batch_size": 0}, "`batch_size` must be a positive whole number"),
         ({"threads": 1.0}, "`threads` must be"),
+        ({"threads": 10**9}, "`threads` must be a whole number from 1 to 1024"),  # a runtime would end the process
+        ({"batch_size": 2**30, "sequence_length": 2**30}, "A batch of .* cannot be made"),
         ({"sequence_length": 10_000}, "cannot run a batch of 1 x 10000"),
         ({"runtime": "onnxruntime", "decode": True}, "leave out `decode`"),
         ({"decode": True, "sequence_length": 8}, "cannot run a step after 8 cached tokens"),
@@ -175,6 +181,21 @@ def test_mistakes_in_arguments(options, message, bert):
 def test_a_comparison_refuses_what_a_measurement_does(options, message, bert):
     with pytest.raises(SensiError, match=message):
         merging_latency.compare_latency(bert, bert, runtime="onnxruntime", **options)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"input_ids": [[1, 2]]}, "must be a mapping from names to tensors"),
+        ([1], "must be a mapping from names to tensors"),
+        ({"x": torch.ones(1, 4)}, "cannot run|must be one batch"),
+        ({"input_ids": torch.full((1, 4), 10**6)}, "cannot run a batch"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take(inputs, message, runtime, bert):
+    with pytest.raises(SensiError, match=message):
+        measure_latency(bert, inputs=inputs, runtime=runtime, rounds=1)
 
 
 def test_models_that_cannot_be_measured(bert):
@@ -525,6 +546,28 @@ def test_the_measured_length_is_one_that_the_model_takes(counting):
     assert config.tables["latency"].sequence_length == table.weight.shape[0] - table.padding_idx - 1
 
 
+def test_a_decoding_step_needs_a_position_of_its_own(counting):
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 24, "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    config = SensiConfig(budget={"latency": 0.5, "decode_latency": 0.5}, task_type="CAUSAL_LM")
+    measure_missing(model, config)
+    assert {name: table.sequence_length for name, table in config.tables.items()} == {
+        "latency": 24,
+        "decode_latency": 23,
+    }
+    assert (length_for(model, None), length_for(model, None, decode=True), length_for(model, 24)) == (24, 23, 24)
+    with pytest.raises(SensiError, match="at most 23 cached tokens"):
+        length_for(model, 24, decode=True)
+
+
+def test_the_length_of_an_image_is_its_patches(counting):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    model = AutoModelForImageClassification.from_config(ViTConfig(image_size=8, patch_size=4, **sizes))
+    config = SensiConfig(budget={"latency": 0.5})
+    measure_missing(model, config)
+    assert config.tables["latency"].sequence_length == 5
+
+
 def test_cuts_during_training_meet_the_limit(table):
     config = {"budget": {"latency": 0.6}, "latency": table, "multiple_of": 8, "keep_base": True}
     model = wrap(tiny_model(), schedule={"phase": "cut", "start": 0.0, "end": 0.5, "cuts": 2}, **config)
@@ -659,6 +702,7 @@ def test_a_device_with_onnxruntime_only(bert, tmp_path):
         (("plan", "x"), "the command needs"),
         (("measure", tmp_path), "holds no graphs.json"),
         (("measure", tmp_path / "graphs", "--threads", "0"), "must be at least 1"),
+        (("measure", tmp_path / "graphs", "--threads", "1000000000"), "must be at most 1024"),
     ):
         done = light(*arguments)
         assert done.returncode and message in done.stderr and "Traceback" not in done.stderr

@@ -222,6 +222,11 @@ def test_a_missing_table_and_one_for_another_model():
         make_plan(anatomy, scores, {"decode_latency": 0.5}, latency=good)
     with pytest.raises(SensiError, match="measured for another model"):
         make_plan(anatomy, scores, {"latency": 0.5}, latency=table)
+    edited = replace(good, sublayers=(replace(good.sublayers[0], units=32, counts=(0, 32)),))
+    with pytest.raises(SensiError, match="32 units, and those of this model have another number"):
+        make_plan(anatomy, scores, {"latency": 0.9}, latency=edited)
+    with pytest.warns(UserWarning, match="of the type 'vit', and this one is a 'bert'"):
+        make_plan(replace(anatomy, model_type="bert"), scores, {"latency": 0.9}, latency=replace(good, model="vit"))
     with pytest.raises(SensiError, match="two tables of the phase 'prefill'"):
         make_plan(other, {"a": np.ones(24)}, 0.5, latency=[table, table])
     for wrong in (5, [None], object()):

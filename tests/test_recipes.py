@@ -13,10 +13,15 @@ from test_trainer import trainer as trainer_of
 from tiny import only_slow, some_slow, tiny_batches, tiny_model, train
 from torch import nn
 from transformers import (
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    MPNetConfig,
+    T5Config,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -378,6 +383,22 @@ def test_dsee_needs_mask_and_sparsity_together():
         recipes.dsee(mask="unstructured")
     with pytest.raises(SensiError, match="belong together"):
         recipes.dsee(sparsity=0.5)
+
+
+def test_dsee_finds_query_and_value_under_their_usual_names():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": 64, "max_position_embeddings": 40}
+    t5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 64, "vocab_size": 64}
+    for config, names in [
+        (DebertaV2Config(**sizes), {"query_proj", "value_proj"}),
+        (MPNetConfig(**sizes), {"q", "v"}),
+        (T5Config(**t5, decoder_start_token_id=0), {"q", "v"}),
+    ]:
+        model = get_peft_model(AutoModel.from_config(config), recipes.dsee(2, 10))
+        assert {name.rpartition(".")[2] for name in layers_of(model)} == names
+    fused = AutoModel.from_config(GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=64))
+    with pytest.raises(ValueError, match="This model has, for example, 'h.0.attn.c_attn'"):
+        get_peft_model(fused, recipes.dsee(2, 10))
 
 
 def test_cuts_rescore_by_the_loss_that_is_given():

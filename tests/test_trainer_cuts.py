@@ -111,8 +111,12 @@ def test_a_stream_of_rows(rows, tmp_path):
     assert model.plan().params_share <= 0.5 and not masked(model)
     counting = cutting(rows, {"phase": "freeze_dense", "epochs": 1}, update="dense+low_rank", rank=2)
     one, _ = run(counting, Stream(rows), tmp_path / "other", max_steps=8)
-    with pytest.raises(SensiError, match="counts epochs"):
+    with pytest.raises(SensiError, match="counts epochs.*data without a length"):
         one.train()
+    one.remove_callback(SensiCallback)
+    one.add_callback(callback := SensiCallback(steps_per_epoch=3))
+    one.train()
+    assert callback.schedule.switches == [3]
 
 
 @pytest.mark.parametrize("resumed_from", [3, 5])

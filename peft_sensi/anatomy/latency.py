@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..utils.checks import is_count, is_number, shown
+from ..utils.checks import MOST_THREADS, is_count, is_number, is_threads, shown
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.formatting import data_frame, html_table
@@ -128,13 +129,28 @@ class LatencyTable:
 
     def check_fits(self, anatomy: Anatomy) -> None:
         """Raises `SensiError` if the table was measured for a model with other sublayers."""
-        wanted = Counter(shape_of(group) for group in anatomy.trimmable if group.repeats)
+        running = [group for group in anatomy.trimmable if group.repeats]
+        wanted = Counter(map(shape_of, running))
+        sizes = {(shape_of(group), group.size) for group in running}
         found = {kind.shape: kind.groups for kind in self.sublayers}
         if wrong := sorted(shape for shape in wanted.keys() | found if wanted[shape] != found.get(shape, 0)):
             shape = wrong[0]
             raise SensiError(
                 f"The latency table was measured for another model ({self.model}): this one has {wanted[shape]} "
                 f"sublayers {shape!r}, and the table {found.get(shape, 0)}. Measure this model."
+            )
+        for kind in self.sublayers:  # a whole sublayer may be one unit (see `times`)
+            if sizes.isdisjoint({(kind.shape, kind.units), (kind.shape, 1)}):
+                raise SensiError(
+                    f"The latency table gives sublayers {kind.shape!r} {kind.units} units, and those of this model "
+                    f"have another number: the table was edited, or is for another model. Measure this model."
+                )
+        if anatomy.model_type and self.model != anatomy.model_type:
+            warnings.warn(
+                f"The latency table was measured for a model of the type {self.model!r}, and this one is a "
+                f"{anatomy.model_type!r}. Its sublayers are as large, but everything else may take another time: "
+                f"measure this model if the two are not built alike.",
+                stacklevel=2,
             )
 
     def record(self, predicted: int) -> dict[str, Any]:
@@ -288,9 +304,8 @@ _TYPES = {
         "an object of short strings",
     ),
     **dict.fromkeys(("table", "model", "device", "dtype", "shape"), (_is_text, "a short string")),
-    **dict.fromkeys(
-        ("threads", "batch_size", "sequence_length", "groups", "units"), (is_count, "a positive whole number")
-    ),
+    "threads": (is_threads, f"a whole number from 1 to {MOST_THREADS}"),
+    **dict.fromkeys(("batch_size", "sequence_length", "groups", "units"), (is_count, "a positive whole number")),
     **dict.fromkeys(("rest_ms", "rest_spread_ms", "whole_ms", "predicted_ms"), (_is_ms, "a number of milliseconds")),
 }
 

@@ -211,10 +211,19 @@ def positions_of(model: nn.Module) -> tuple[str, int] | None:
     return None
 
 
-def usual_length(model: nn.Module) -> int:
+def usual_length(model: nn.Module, decode: bool = False) -> int:
     """The tokens of the sequences that are measured by default: 128, or as many as the table of positions has."""
+    longest = longest_to_measure(model, decode)
+    return 128 if longest is None else min(128, longest)
+
+
+def longest_to_measure(model: nn.Module, decode: bool = False) -> int | None:
+    """The most tokens for which the table of positions is large enough; `None` without a table.
+
+    A decoding step (`decode`) needs a position more than the cached tokens before it.
+    """
     table = positions_of(model)
-    return min(128, table[1]) if table else 128
+    return table[1] - decode if table else None
 
 
 def is_shared(model: nn.Module, table: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..merging.latency_graphs import measure_graphs
+from ..utils.checks import MOST_THREADS
 from ..utils.errors import SensiError
 from .checks import check_files
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str], missing: str) -> None:
     options = parser.parse_args(arguments)
     if min(options.rounds, 1 if options.threads is None else options.threads) < 1:
         parser.error("--threads and --rounds must be at least 1")
+    if (options.threads or 1) > MOST_THREADS:
+        parser.error(f"--threads must be at most {MOST_THREADS}")
     try:
         check_files({"--out": options.out}, options.overwrite)
         table = measure_graphs(options.folder, options.threads, options.rounds)

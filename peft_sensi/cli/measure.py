@@ -12,6 +12,7 @@ from rich.text import Text
 from ..anatomy.latency import LatencyTable, latency_facts
 from ..merging.latency_graphs import GRAPHS, measure_graphs
 from ..reporting.tables import facts_table
+from ..utils.checks import MOST_THREADS
 from ..utils.errors import SensiError
 from . import arguments as args
 from .arguments import argument, option
@@ -39,7 +40,11 @@ def measure(
     threads: Annotated[
         int | None,
         option(
-            "--threads", "N", "Number of threads. Default: all that PyTorch uses, or one per core for graphs.", min=1
+            "--threads",
+            "N",
+            "Number of threads. Default: all that PyTorch uses, or one per core for graphs.",
+            min=1,
+            max=MOST_THREADS,
         ),
     ] = None,
     decode: Annotated[
@@ -107,7 +112,8 @@ def measure(
         from ..merging.latency import measure_latency
 
         base = _load_to_measure(model)
-        options |= {"sequence_length": length_for(base, sequence_length), "decode": decode, "rounds": rounds or 7}
+        length = length_for(base, sequence_length, decode)
+        options |= {"sequence_length": length, "decode": decode, "rounds": rounds or 7}
         with step("measuring", show=not json):
             table = measure_latency(base, runtime=(runtime or TORCH).value, threads=threads, **options)
     report(table, out, json)
@@ -140,20 +146,17 @@ def _load_to_measure(name: str) -> Any:
     return load_pretrained(known if is_model else transformers.AutoModel, name).eval()
 
 
-def length_for(model: Any, given: int | None) -> int:
-    """The given length, or by default 128 tokens; fewer if the model takes only fewer, and those of an image.
-
-    Raises `SensiError` if the model does not take inputs of the given length.
-    """
-    from ..anatomy.modules import image_tokens, positions_of, usual_length
+def length_for(model: Any, given: int | None, decode: bool = False) -> int:
+    """The given length, or `usual_length`. Raises `SensiError` if the model does not take inputs of the given one."""
+    from ..anatomy.modules import image_tokens, longest_to_measure, usual_length
 
     if (tokens := image_tokens(model)) is not None:
         args.refuse({"--sequence-length": given}, f"is about texts, and an image has {tokens} tokens here")
-        return tokens
     if given is None:
-        return usual_length(model)
-    if (table := positions_of(model)) is not None and table[1] < given:
-        raise SensiError(f"The model takes at most {table[1]} tokens: give --sequence-length {table[1]} or less.")
+        return usual_length(model, decode)
+    if (most := longest_to_measure(model, decode)) is not None and most < given:
+        what = "cached tokens before a step" if decode else "tokens"
+        raise SensiError(f"The model takes at most {most} {what}: give --sequence-length {most} or less.")
     return given
 
 
@@ -175,7 +178,7 @@ def compare(
         merged: Any = load_adapter(saved, base).merge_and_unload().eval()
         whole = load_adapter(saved, base).unload().eval()
     if not saved.config.latency:
-        options["sequence_length"] = length_for(whole, length)
+        options["sequence_length"] = length_for(whole, length, options["decode"])
         with step("measuring", show=not json):
             merged_ms, base_ms = compare_latency(merged, whole, rounds=rounds, **options)
         found = {"merged_ms": merged_ms, "base_ms": base_ms, "measured_share": merged_ms / base_ms}

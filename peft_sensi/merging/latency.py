@@ -36,7 +36,7 @@ from ..planning.latency_torch import (
     tokens_of,
 )
 from ..planning.trimmed import trimmed
-from ..utils.checks import is_count, shown
+from ..utils.checks import check_threads, is_count, shown
 from ..utils.errors import SensiError
 from ..utils.files import new_folder, writing
 from ..utils.timing import Run, clock_for, started, time_variants
@@ -249,7 +249,8 @@ def _check(
 ) -> None:
     if runtime not in ("torch", "onnxruntime"):
         raise SensiError(f"`runtime` must be 'torch' or 'onnxruntime', got {shown(runtime)}.")
-    for name, value in {**counts, **({} if threads is None else {"threads": threads})}.items():
+    check_threads(threads)
+    for name, value in counts.items():
         if not is_count(value):
             raise SensiError(f"`{name}` must be a positive whole number, got {shown(value)}.")
     check_module(model)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..anatomy.latency import AGAIN, FORMAT, LatencyTable, check_format
 from ..anatomy.latency_points import Kind, points_of, table_from
-from ..utils.checks import shown
+from ..utils.checks import check_threads, shown
 from ..utils.errors import SensiError, SensiLoadError, first_line
 from ..utils.files import read_json_object, write_text_atomically
 from ..utils.timing import clock_for, processor_name, started, time_variants
@@ -47,6 +47,7 @@ def measure_graphs(folder: str | os.PathLike, threads: int | None = None, rounds
         SensiLoadError: The folder or its description is damaged.
         SensiError: onnxruntime is missing or cannot run a graph, or the machine is too busy.
     """
+    check_threads(threads)
     described, kinds = read_graphs(folder)
     threads = threads or os.cpu_count() or 1
     onnxruntime = import_runtime()

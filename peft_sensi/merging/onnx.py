@@ -12,7 +12,7 @@ import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,7 @@ def export_onnx(
     batches = [dict(batch) for batch in data] if data is not None else []
     examples = _examples(merged, inputs)
     names = tuple(examples[0])
-    try:
-        expected = [_run(reference, example) for example in examples]
-    except Exception as error:  # a model can raise anything for a batch that it does not take
-        raise SensiError(
-            f"{type(merged).__name__} cannot run a batch of {', '.join(names)}: {first_line(error)} A decoder that "
-            f"classifies needs `model.config.pad_token_id` for batches. For other kinds of input, give an example as "
-            f"`inputs=`."
-        ) from error
+    expected = _run_all(reference, examples)
     with (
         writing(path),
         new_folder(path.parent),
@@ -238,6 +231,18 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, np.nd
     return {name: value.numpy() for name, value in _outputs(model, batch).items()}
 
 
+def _run_all(model: nn.Module, examples: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
+    """The outputs for each batch. Raises `SensiError` if the model cannot run one."""
+    try:
+        return [_run(model, example) for example in examples]
+    except Exception as error:  # a model can raise anything for a batch that it does not take
+        raise SensiError(
+            f"{type(root_of(model)).__name__} cannot run a batch of {', '.join(examples[0])}: {first_line(error)} A "
+            f"decoder that classifies needs `model.config.pad_token_id` for batches. For other kinds of input, give "
+            f"an example as `inputs=`."
+        ) from error
+
+
 class _Graph(nn.Module):
     """The model as a function of tensors to tensors, in a fixed order."""
 
@@ -285,10 +290,8 @@ def trace_graph(model: Any, batch: Mapping[str, torch.Tensor], path: Path) -> No
 
     Batch size and length are free, as in an exported file. Raises `SensiError` if PyTorch cannot export the model.
     """
-    if any(tensor.dim() != 2 for tensor in batch.values()):
-        expected = [_run(model, batch)]  # images: their shape is fixed
-    else:
-        expected = [_run(model, example) for example in _examples(model, batch)]
+    is_text = all(tensor.dim() == 2 for tensor in batch.values())  # the shape of images is fixed
+    expected = _run_all(model, _examples(model, batch) if is_text else [batch])
     _trace(model, batch, expected, path, OPSET)
 
 

@@ -20,6 +20,7 @@ from ..anatomy.latency_points import Counts, kinds_of, points_of, table_from
 from ..anatomy.modules import image_tokens
 from ..anatomy.units import Anatomy
 from ..scoring.calibration import to_device
+from ..utils.checks import shown
 from ..utils.errors import SensiError, first_line
 from ..utils.timing import Run, clock_for, processor_name, time_variants
 from .plan import Plan
@@ -109,6 +110,8 @@ def example_inputs(
     """
     device = next(model.parameters()).device
     if given is not None:
+        if not isinstance(given, Mapping) or not all(isinstance(value, torch.Tensor) for value in given.values()):
+            raise SensiError(f"`inputs` must be a mapping from names to tensors, got {shown(given)}.")
         return to_device(given, device)
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
@@ -117,29 +120,39 @@ def example_inputs(
             f"`inputs` of `measure_latency`."
         )
     accepted = inspect.signature(model.forward).parameters
-    generator = torch.Generator("cpu").manual_seed(0)
-    if "input_ids" in accepted:
-        text = config.get_text_config()
-        ids = torch.randint(0, text.vocab_size, (batch_size, length), generator=generator, device="cpu")
-        ends = getattr(text, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        special = {token for token in (getattr(text, "pad_token_id", None), *ends) if token is not None}
-        usual = next(token for token in range(len(special) + 1) if token not in special)
-        for token in special:
-            ids = ids.masked_fill(ids == token, usual)
-        has_both = getattr(config, "is_encoder_decoder", False)
-        if has_both and ends[0] is not None:
-            ids[:, -1] = ends[0]  # the classifiers of BART and T5 read the last token, and look for this one
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if has_both:
-            batch["decoder_input_ids"] = ids
-    elif "pixel_values" in accepted:
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        shape = (batch_size, config.num_channels, *size)
-        batch = {"pixel_values": torch.randn(shape, generator=generator, device="cpu")}
-    else:
-        raise SensiError(f"{type(model).__name__} takes neither token ids nor images: give a batch as `inputs`.")
-    return {name: value.to(device) for name, value in batch.items() if name in accepted}
+    try:
+        if "input_ids" in accepted:
+            batch = _random_texts(config, batch_size, length)
+        elif "pixel_values" in accepted:
+            size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+            shape = (batch_size, config.num_channels, *size)
+            batch = {"pixel_values": torch.randn(shape, generator=_generator(), device="cpu")}
+        else:
+            raise SensiError(f"{type(model).__name__} takes neither token ids nor images: give a batch as `inputs`.")
+        return {name: value.to(device) for name, value in batch.items() if name in accepted}
+    except RuntimeError as error:  # of PyTorch, if the memory is too small
+        raise SensiError(f"A batch of {batch_size} x {length} cannot be made: {first_line(error)}") from error
+
+
+def _random_texts(config: Any, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """Token ids without special tokens, and their mask; for an encoder-decoder those of the decoder, too."""
+    text = config.get_text_config()
+    ids = torch.randint(0, text.vocab_size, (batch_size, length), generator=_generator(), device="cpu")
+    ends = getattr(text, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    special = {token for token in (getattr(text, "pad_token_id", None), *ends) if token is not None}
+    usual = next(token for token in range(len(special) + 1) if token not in special)
+    for token in special:
+        ids = ids.masked_fill(ids == token, usual)
+    has_both = getattr(config, "is_encoder_decoder", False)
+    if has_both and ends[0] is not None:
+        ids[:, -1] = ends[0]  # the classifiers of BART and T5 read the last token, and look for this one
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return batch | ({"decoder_input_ids": ids} if has_both else {})
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def tokens_of(model: nn.Module, length: int, given: Inputs | None = None) -> int:

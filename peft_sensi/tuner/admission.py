@@ -121,10 +121,13 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
         if id(module) in shared:
             raise held_twice(name)
         if (reason := obstacle(module)) is not None:
-            raise SensiError(
-                f"{name!r} cannot be adapted, because {reason}. Or leave its attention or FFN out as a whole, "
-                f"with `exclude_modules` and a budget that trims nothing, such as {{'trainable': 0.01}}."
-            )
+            out = f"leave it out, with exclude_modules=[{name.rpartition('.')[2]!r}]"
+            if not isinstance(module, nn.Embedding):
+                out = (
+                    "leave its attention or FFN out as a whole, with `exclude_modules` and a budget that trims "
+                    "nothing, such as {'trainable': 0.01}"
+                )
+            raise SensiError(f"{name!r} cannot be adapted, because {reason}. Or {out}.")
         if not (is_plain(module) or is_plain_embedding(module)):
             raise not_linear(module)
 

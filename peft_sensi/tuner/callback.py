@@ -21,10 +21,17 @@ class SensiCallback(TrainerCallback):
         calibration: Batches for scoring the units again, for cuts by a score that needs data.
         loss_fn: A function of the model and a batch that returns the loss, for these scores. Default: the model's
             loss.
+        steps_per_epoch: Number of optimizer steps that count as one epoch, for a phase that counts epochs and data
+            without a length (a stream). Default: taken from the data.
     """
 
-    def __init__(self, calibration: Iterable[Mapping[str, Any]] | None = None, loss_fn: LossFn | None = None) -> None:
-        self.calibration, self.loss_fn = calibration, loss_fn
+    def __init__(
+        self,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        loss_fn: LossFn | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        self.calibration, self.loss_fn, self.steps_per_epoch = calibration, loss_fn, steps_per_epoch
         self.schedule: Schedule | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -33,9 +40,10 @@ class SensiCallback(TrainerCallback):
         if scheduled_adapters(scheduled_model(model)):
             # From the data: the number of epochs may be a fraction, and `max_steps` takes precedence over it.
             loader: Any = kwargs.get("train_dataloader")
-            batches = len(loader) if has_length(loader) else None
-            steps_per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
-            self.schedule = Schedule(model, state.max_steps, steps_per_epoch, self.calibration, self.loss_fn)
+            steps = self.steps_per_epoch
+            if steps is None and has_length(loader):
+                steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
+            self.schedule = Schedule(model, state.max_steps, steps, self.calibration, self.loss_fn)
             # `Trainer` hands over the inner model.
             self.schedule.keeps_shapes |= args.torch_compile or args.n_gpu > 1
 

@@ -12,7 +12,7 @@ from ..anatomy.latency import LatencyTable, check_records
 from ..anatomy.modules import usual_length
 from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of, kept_counts, tables_by_limit
-from ..planning.latency_torch import measure_torch
+from ..planning.latency_torch import measure_torch, tokens_of
 from ..planning.plan import Plan
 from ..utils import distributed
 from ..utils.errors import SensiError
@@ -73,11 +73,13 @@ def measure_missing(model: nn.Module, config: Any) -> None:
             )
         table = None
         if distributed.rank() == 0:
+            decode = name == "decode_latency"
+            length = tokens_of(model, config.sequence_length or usual_length(model, decode))
             table = measure_torch(
                 model,
                 batch_size=1,
-                sequence_length=config.sequence_length or usual_length(model),
-                decode=name == "decode_latency",
+                sequence_length=length,
+                decode=decode,
                 blocks=config.layouts(),
             )
         table = distributed.broadcast_object(table)

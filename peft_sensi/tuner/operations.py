@@ -193,7 +193,8 @@ class AdapterOperations:
         """PEFT's method for low-rank adapters. Raises `SensiError`: trained units of several plans have no mean."""
         raise SensiError(
             "Adapters of peft_sensi cannot be averaged into a new one: they train and keep different units. If no "
-            "adapter trims or masks, `model.base_model.set_adapter([...])` adds their changes."
+            "adapter trims, masks or saves modules whole (such as a task head), "
+            "`model.base_model.set_adapter([...])` adds their changes."
         )
 
     def _chosen(self, adapter_name: str | None) -> str:

@@ -37,6 +37,7 @@ from .targets import (
     name_targets,
     saved_whole,
     targets_of,
+    tied_to_embeddings,
 )
 
 
@@ -99,6 +100,8 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
     _maybe_include_all_linear_layers(config, model)
     was_all = was_text and isinstance(config.target_modules, set)
     if was_all and isinstance(config.target_modules, set):  # "all-linear" has become a set of names
+        # PEFT leaves out an output layer that the model names as such; BLIP's is tied, and is not named.
+        config.target_modules -= set(tied_to_embeddings(model, config.target_modules))
         special = {n for n in config.target_modules if not is_plain(base_of(model.get_submodule(n)))}
         if special:
             warnings.warn(
@@ -137,6 +140,8 @@ def _choose_targets(model: nn.Module, config: SensiConfig, blocks: Anatomy) -> b
                 f"The adapter was made for another kind of model: {type(model).__name__} has no module "
                 f"{min(config.target_modules)!r}. Load the adapter on the base model that it names."
             )
+        if blocks.groups:
+            advice += f" This model has, for example, {blocks.groups[0].modules[0]!r}."
         raise NoMatchingPeftModuleError(
             f"Target modules {config.target_modules} not found in the base model. {advice}"
         )

@@ -121,7 +121,10 @@ class Schedule:
     def _switches(self, total_steps: int, steps_per_epoch: int | None) -> list[int]:
         if self.phase["phase"] == "freeze_dense":
             if not steps_per_epoch:
-                raise SensiError("This schedule counts epochs: `Schedule` needs `steps_per_epoch`.")
+                raise SensiError(
+                    "This schedule counts epochs: give `steps_per_epoch` to `Schedule`. `SensiCallback` takes it from "
+                    "the training data, and needs it only for data without a length."
+                )
             switch = math.ceil(self.phase["epochs"] * steps_per_epoch)
             if switch >= total_steps:
                 message = f"The phase of {self.phase['epochs']} epochs is as long as the training: nothing is frozen."

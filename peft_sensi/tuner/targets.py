@@ -117,22 +117,30 @@ def check_targets(model: nn.Module, config: SensiConfig, targets: frozenset[str]
             f"this one cannot change it: name it in `exclude_modules` (if it holds the input embeddings, leave "
             f'"tokens" out of `also_train`), or add this adapter to a base of its own.'
         )
-    modules = {id(m): m for m in map(base_of, model.modules())}.values()
-    for name in sorted(targets):
-        target = base_of(model.get_submodule(name))
-        in_table = isinstance(target, nn.Embedding)
-        others = [m for m in modules if m is not target and (in_table or isinstance(m, nn.Embedding))]
-        weight = getattr(target, "weight", None)
-        if weight is not None and any(getattr(other, "weight", None) is weight for other in others):
-            raise SensiError(
-                f"The target {name!r} is tied to the embeddings and cannot be trained separately: leave it out of "
-                f"`target_modules`."
-            )
+    if tied := tied_to_embeddings(model, targets):
+        raise SensiError(
+            f"The target {tied[0]!r} is tied to the embeddings and cannot be trained separately: leave it out of "
+            f"`target_modules`."
+        )
     if any(g.kind == "token" for g in anatomy.groups) and not config.tunes_units:
         raise SensiError(
             f"`target_modules` has an embedding. Its tokens are units of a dense update, so update={config.update!r} "
             f"cannot reach them: use update='dense', or leave the embedding out."
         )
+
+
+def tied_to_embeddings(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these modules that share their weight with an embedding; of embeddings, with any other module."""
+    modules = {id(m): m for m in map(base_of, model.modules())}.values()
+    tied = []
+    for name in sorted(names):
+        target = base_of(model.get_submodule(name))
+        in_table = isinstance(target, nn.Embedding)
+        others = [m for m in modules if m is not target and (in_table or isinstance(m, nn.Embedding))]
+        weight = getattr(target, "weight", None)
+        if weight is not None and any(getattr(other, "weight", None) is weight for other in others):
+            tied.append(name)
+    return tied
 
 
 def _inside_saved(model: nn.Module) -> set[str]:

@@ -44,6 +44,20 @@ def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
     return type(value) is int and least <= value < 2**31
 
 
+MOST_THREADS = 1024  # a runtime ends the whole process if it cannot start as many as it is asked for
+
+
+def is_threads(value: Any) -> bool:
+    """Whether this is a number of threads that a runtime may be asked for."""
+    return is_count(value) and value <= MOST_THREADS
+
+
+def check_threads(threads: Any) -> None:
+    """Raises `SensiError` if this is neither `None` nor a number of threads."""
+    if threads is not None and not is_threads(threads):
+        raise SensiError(f"`threads` must be a whole number from 1 to {MOST_THREADS}, got {shown(threads)}.")
+
+
 def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types)
 
