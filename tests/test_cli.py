@@ -555,9 +555,11 @@ def test_folders_that_are_no_checkpoints_of_trainer_stay(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text('{"global_step": 9}')
     (tmp_path / "unfinished.json").write_text("{}")
+    (tmp_path / "moved").mkdir()  # to another disk
+    (tmp_path / "checkpoint-3").symlink_to(tmp_path / "moved", target_is_directory=True)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     remove_checkpoints(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "unfinished.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "moved", "unfinished.json"]
 
 
 def test_a_merge_over_another_model_leaves_none_of_its_metrics(adapter, tmp_path):

@@ -96,6 +96,16 @@ def test_a_base_in_the_current_folder_is_noted_with_its_place(folder, tmp_path, 
     assert config["base_model_name_or_path"] == metrics["model"] == str(folder / "base")
 
 
+def test_a_merge_keeps_the_files_of_the_user(folder, tmp_path):
+    out = tmp_path / "small"
+    out.mkdir()
+    (out / "merges.txt").write_text("own")
+    assert "merges.txt exists" in fails("merge", folder / "adapter", out)
+    assert [path.name for path in out.iterdir()] == ["merges.txt"]
+    call("merge", folder / "adapter", out, "--overwrite")  # this tokenizer has no such file
+    assert (out / "merges.txt").read_text() == "own" and (out / "tokenizer.json").is_file()
+
+
 def test_a_merge_leaves_nothing_of_the_model_that_was_there(folder, tmp_path):
     call("merge", folder / "adapter", tmp_path / "small")
     assert (tmp_path / "small" / "tokenizer.json").is_file()

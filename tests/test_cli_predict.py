@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command import call, fails, run
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from folders import NAMES, save_adapter
 
 from peft_sensi.cli.prediction_files import write_records
@@ -238,6 +239,35 @@ def test_evaluate_takes_the_split_that_was_not_trained_on(work, tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     (tmp_path / "validation.jsonl").write_text("\n".join(lines[:4]))
     assert json.loads(call("evaluate", work / "merged", tmp_path, "--json"))["rows"] == 4
+
+
+def test_evaluate_takes_a_test_with_labels_before_the_training_rows(work, tmp_path):
+    lines = (work / "test.jsonl").read_text().splitlines()
+    new = json.dumps({"text": "a film", "label": "unknown"})  # of a class that the training does not have
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text("\n".join([*lines[:2], new]))
+    assert json.loads(call("evaluate", work / "merged", tmp_path, "--json"))["rows"] == 3
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))  # as on Kaggle
+    said = " ".join(run("evaluate", work / "merged", tmp_path).stderr.split())
+    assert "measured are the rows of train.jsonl; a model that was trained on them does better" in said
+    rows = [json.loads(line) for line in lines]
+    names = sorted({row["label"] for row in rows})
+    features = Features(text=Value("string"), label=ClassLabel(names=names))
+    hidden = [{**row, "label": -1} for row in rows[:3]]  # as in GLUE
+    for test, count in ((rows[:3], 3), (hidden, len(rows))):
+        splits = {"train": rows, "test": test}
+        saved = {name: Dataset.from_list(part, features=features) for name, part in splits.items()}
+        DatasetDict(saved).save_to_disk(tmp_path / f"set{count}")
+        report = json.loads(call("evaluate", work / "merged", tmp_path / f"set{count}", "--json"))
+        assert report["rows"] == count
+
+
+def test_predict_reads_all_files_of_a_folder(work, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, text in (("train.csv", "a film"), ("test.csv", "a plot"), ("other.csv", "good")):
+        (tmp_path / "data" / name).write_text(f"text\n{text}\n")
+    call("predict", work / "merged", tmp_path / "data", "--out", tmp_path / "p.csv")
+    assert [row["text"] for row in rows_in(tmp_path / "p.csv")] == ["good", "a plot", "a film"]
 
 
 def test_compare_a_model_with_itself_and_with_another(work, tmp_path):

@@ -280,8 +280,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_named(work, tmp_path):
     config = GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
     BertTokenizerFast(str(work / "vocab.txt")).save_pretrained(tmp_path / "base")
-    said = fails("train", tmp_path / "base", "--data", work / "texts.csv", "--out", tmp_path / "out")
+    line = ("train", tmp_path / "base", "--out", tmp_path / "out")
+    said = fails(*line, "--data", work / "texts.csv")
     assert "has embeddings of 10 tokens" in said and "resize_token_embeddings" in said
+    known = BertTokenizerFast(str(work / "vocab.txt")).convert_ids_to_tokens(range(5, 10))
+    rows = "".join(f"{known[i % 5]},{('good', 'bad')[i % 2]}\n" for i in range(8))
+    (tmp_path / "known.csv").write_text("sentence,label\n" + rows)
+    said = fails(*line, "--data", tmp_path / "known.csv", "--validation", work / "texts.csv", "--max-length", "8")
+    assert "has embeddings of 10 tokens" in said
 
 
 def test_an_adapter_is_no_base(work, saved_adapter, tmp_path):
@@ -899,6 +905,14 @@ def test_the_default_rate_follows_the_update(options, rate, work, tmp_path):
     found = call("train", work / "base", "--data", work / "texts.csv", *options, "--epochs", "0.2", "--batch-size",
                  "8", "--out", tmp_path)  # fmt: skip
     assert found["learning_rate"] == rate
+
+
+@pytest.mark.parametrize(("options", "rate"), [(("--budget", "0.7"), 5e-5), (("--trainable", "0.1"), 2e-3)])
+def test_the_rate_after_a_trim_is_that_of_the_update(options, rate, work, tmp_path):
+    data = ("--data", work / "texts.csv", "--batch-size", "8")
+    call("train", work / "base", *data, *options, "--epochs", "0.2", "--out", tmp_path / "a")
+    line = ("trim", tmp_path / "a", *data, "--budget", "0.5", "--heal-epochs", "0.2", "--out", tmp_path / "b")
+    assert call(*line)["learning_rate"] == rate
 
 
 def test_a_pipe_gets_steps_loss_and_time_left(work, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
 from peft_sensi.tasks.task import Options, Rows, load_tokenizer, longest_input, token_doubts
+from peft_sensi.utils import distributed
 from peft_sensi.utils.errors import DataError
 
 
@@ -916,12 +917,38 @@ def test_lists_in_cells_are_read_as_lists(tmp_path):
         assert [row["text"] for row in found.rows] == cells and found.notes == []
 
 
+@pytest.mark.parametrize(("processes", "shares"), [(1, [5]), (2, [3, 2]), (9, [5] * 9)])
+def test_processes_share_out_the_batches(processes, shares, base, tmp_path, monkeypatch):
+    """Or else a refit would be checked on batches that another process has fitted."""
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(18)))
+    task = read_task(str(base), tmp_path / "a.csv", validation_share=0.0)
+    monkeypatch.setattr(distributed, "start", lambda: processes)
+    found = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append([batch["input_ids"].tolist() for batch in task.batches(4, seed=0)])
+    assert list(map(len, found)) == shares
+    if processes == 2:
+        monkeypatch.setattr(distributed, "start", lambda: 1)
+        monkeypatch.setattr(distributed, "rank", lambda: 0)
+        whole = [batch["input_ids"].tolist() for batch in task.batches(4, seed=0)]
+        assert (found[0], found[1]) == (whole[::2], whole[1::2])
+
+
 @pytest.mark.parametrize("token", ["10\u00a0000", "\u00a0", "\u2028", "\u0085", "a\u3000b"])
 def test_only_spaces_and_tabs_separate_the_columns_of_words(token, tmp_path):
     for space in (" ", "  ", "\t"):
         (tmp_path / "f.conll").write_text(f"red{space}O\n{token}{space}B-x\n", encoding="utf-8")
         (found,) = words.read_conll(tmp_path / "f.conll")
         assert [each.strip() for each in found["tokens"]] == ["red", token.strip()] and found["tags"] == ["O", "B-x"]
+
+
+def test_the_column_of_words_decides_where_a_sentence_ends(tmp_path):
+    """In some files, the first column has the name of a sentence, in its first row only."""
+    text = "Sentence: 1\tred\tO\n\tcar\tB-x\n\nSentence: 2\tit\tO\nSentence: 3\t\tO\n\tis\tO\n"
+    (tmp_path / "f.conll").write_text(text)
+    found = words.read_conll(tmp_path / "f.conll", token_column=1)
+    assert [row["tokens"] for row in found] == [["red", "car"], ["it"], ["is"]]
 
 
 def test_headers_and_comments_in_files_of_words(tmp_path):

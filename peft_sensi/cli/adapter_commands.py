@@ -90,6 +90,7 @@ def merge(
 
     The folder gets the tokenizer and the metrics of the adapter, too.
     """
+    from ..merging.foreign import MODEL_CONFIG
     from ..merging.save import save_merged
     from ..reporting.card import named_base
     from ..reporting.pretrained import TOKENIZER_FILES
@@ -109,8 +110,9 @@ def merge(
         metrics["model"] = absolute(named)  # the card of a merged model takes its base from here
     with step("merging", show=not json):
         small = model.merge_and_unload()
+        replaces_model = (folder / MODEL_CONFIG).is_file()
         plain = save_merged(small, folder)
-        for name in (*TOKENIZER_FILES, METRICS):  # those of the model that was there before
+        for name in (*TOKENIZER_FILES, METRICS) if replaces_model else ():
             (folder / name).unlink(missing_ok=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -62,11 +62,11 @@ def check_merged(folder: Path, overwrite: bool) -> None:
     """Checks that a merged model, its tokenizer and its metrics can be saved in this folder. Creates nothing."""
     from ..merging.foreign import MODEL_CONFIG
     from ..merging.save import check_folder
-    from ..reporting.pretrained import TOKENIZER_MARKS
+    from ..reporting.pretrained import TOKENIZER_FILES
     from ..reporting.saved import METRICS
 
     check_folder(folder)
-    check_new([folder / name for name in (MODEL_CONFIG, METRICS, *TOKENIZER_MARKS)], overwrite)
+    check_new([folder / name for name in (MODEL_CONFIG, METRICS, *TOKENIZER_FILES)], overwrite)
     _check_folder_writable(folder, "OUT")
 
 

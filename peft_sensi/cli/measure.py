@@ -152,6 +152,7 @@ def length_for(model: Any, given: int | None, decode: bool = False) -> int:
 
     if (tokens := image_tokens(model)) is not None:
         args.refuse({"--sequence-length": given}, f"is about texts, and an image has {tokens} tokens here")
+        return tokens
     if given is None:
         return usual_length(model, decode)
     if (most := longest_to_measure(model, decode)) is not None and most < given:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,7 +189,7 @@ def rows_of(
     named = {name: value for name, value in reading.items() if value is not None}
     originals: list[dict[str, Any]] = []
     with step("reading the data", show=show):
-        source, options = read_as_trained(predictor.record, predictor.kind, data, named, labeled=False)
+        source, options = read_as_trained(predictor.record, predictor.kind, data, named, "prediction")
         if predictor.kind == "text":
             originals = same_columns([row for part in source.train for row in part.rows])
         rows, lines, doubts = rows_for_prediction(predictor.kind, predictor.tokenizer, source, **options)
@@ -203,25 +202,24 @@ def labeled_rows(
 ) -> Task:
     """The labeled rows as a task, all of them in `train`. What was said about the rows of `known` is not repeated.
 
-    Columns are those of the training, if the file has them. If a folder or a data set has a split for validation, and
-    none is named, that split is used, because the model may have been trained on the other one.
+    Columns are those of the training, if the file has them. Of a folder or a data set with several splits, and if none
+    is named, the rows for validation or for a test are used, because the model may have been trained on the others.
     """
     from ..tasks.kinds import read_task
 
     given = {"task": None, **reading}
     named = {name: value for name, value in task_options(given).items() if value is not None and name != "kind"}
-    if "max_rows" in named:
-        named["max_validation_rows"] = named["max_rows"]  # of these rows, if there are some
     with step("reading the data", show=show):
-        source, options = read_as_trained(predictor.record, predictor.kind, data, named)
+        source, options = read_as_trained(predictor.record, predictor.kind, data, named, "evaluation")
         task = read_task(
             predictor.source, source, kind=predictor.kind, config=predictor.config, validation_share=0.0,
-            allow_unknown=True, head=None if predictor.kind == "answers" else predictor.labels, **options,
+            purpose="evaluation", allow_unknown=True,
+            head=None if predictor.kind == "answers" else predictor.labels, **options,
         )  # fmt: skip
     task.doubts += untrained_columns(predictor.record, options)
     said = [] if known is None else [*known.lines, *known.doubts]
     print_understood(*([text for text in texts if text not in said] for texts in (task.lines, task.doubts)))
-    return replace(task, train=task.validation) if len(task.validation) and "split" not in options else task
+    return task
 
 
 def records_of(

@@ -121,4 +121,7 @@ def remove_checkpoints(folder: Path) -> None:
         are_ours = (folder / UNFINISHED).is_file()
         for path in checkpoints_in(folder):
             if are_ours or (path / TRAINER_STATE).is_file():
-                shutil.rmtree(path)
+                if path.is_symlink():  # the user has moved it to another disk
+                    path.unlink()
+                else:
+                    shutil.rmtree(path)

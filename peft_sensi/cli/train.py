@@ -207,8 +207,10 @@ def trim_for(
     """
     calibration = list(islice(task.batches(training.batch_size, training.seed), CALIBRATION))
     set_seed(training.seed)
-    run = Run(model, task, folder, training, state, is_whole=True)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
+    config = model.active_peft_config if is_adapter else None
+    is_whole = config is None or (config.parts == ["dense"] and config.limits.trainable is None)
+    run = Run(model, task, folder, training, state, is_whole)
     base = model.get_base_model().config if is_adapter else model.config
     if "stage" not in run.state:
         latency = tables_for(model, limits, latency)

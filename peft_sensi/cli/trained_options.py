@@ -10,7 +10,7 @@ from .data_options import DATA_OPTIONS
 
 
 if TYPE_CHECKING:
-    from ..tasks.sources import Source
+    from ..tasks.sources import Purpose
 
 
 FORMATS = ("subset", "split", "encoding", "delimiter", "quotes")
@@ -30,7 +30,7 @@ def read_as_trained(
     kind: str | None,
     data: list[str],
     named: dict[str, Any],
-    labeled: bool = True,
+    purpose: Purpose = "training",
     beside: list[str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The data, and the options with which it becomes a task: those that are `named`, or else those of the training.
@@ -38,14 +38,19 @@ def read_as_trained(
     Tables are read here: the columns of the training are an option only if the first row has them all. `beside` are
     other data that the options are about, too.
     """
+    from ..tasks.sources import read_source
+    from ..tasks.task import Options
+
     trained = _values(record)
     if "max_length" in named:
         trained.pop("stride", None)  # it belongs to the windows of the training
     options = trained | named
     if kind != "text":
         return data, options
-    source = _read_tables(data, options, labeled, beside)
-    columns = _columns(record, source.train[0].rows[0], labeled)
+    labels = options.get("label_column") or record.get("label_columns")
+    form = Options(label_column=labels, **{name: options[name] for name in FORMATS if name in options})
+    source = read_source(data, "text", form, purpose, beside)
+    columns = _columns(record, source.train[0].rows[0], labels=purpose != "prediction")
     if "text_column" in named:
         columns.pop("pair_column", None)  # of a model of pairs, one text only
     options = columns | options
@@ -60,14 +65,6 @@ def untrained_columns(record: Mapping[str, Any], options: Mapping[str, Any]) -> 
     if not texts or "text_column" in options:
         return []
     return [f"the training has read {' + '.join(texts)}, which the data does not have (--text-column)"]
-
-
-def _read_tables(data: list[str], options: Mapping[str, Any], labeled: bool, beside: list[str] | None) -> Source:
-    from ..tasks.sources import read_source
-    from ..tasks.task import Options
-
-    form = Options(**{name: options[name] for name in FORMATS if name in options})
-    return read_source(data, "text", form, labeled, beside)
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,12 @@ def trim(
         float, option("--heal-epochs", "N", "Passes over the data after the trim; 0 for no training.", min=0)
     ] = 0,
     lr: Annotated[
-        float | None, option("--lr", "RATE", "The peak learning rate after the trim. Default: 5e-5.")
+        float | None,
+        option(
+            "--lr",
+            "RATE",
+            "The peak learning rate after the trim. Default: 5e-5, or that of `train` if only a part is trained.",
+        ),
     ] = None,
     overwrite: args.Overwrite = False,
     resume: args.Resume = False,

@@ -22,7 +22,7 @@ from .building import (
 from .columns import WRITTEN, text_columns, usual_label_columns
 from .encodings import TEXT_SUFFIXES, suffix_of
 from .labels import Labels
-from .sources import Part, Source, read_source
+from .sources import Part, Purpose, Source, read_source
 from .task import KINDS, MAX_ANSWER_LENGTH, Kind, Options, Rows, Task, load_tokenizer, stride_of, token_doubts
 
 
@@ -37,6 +37,7 @@ def read_task(
     kind: Kind | None = None,
     head: Labels | None = None,
     config: Any = None,
+    purpose: Purpose = "training",
     **options: Any,
 ) -> Task:
     """Reads the data of a training or an evaluation for a model's tokenizer.
@@ -49,13 +50,14 @@ def read_task(
         kind: What is predicted. `None` is recognized from the file.
         head: The labels of a trained head (`labels_of_head`): the labels of the file then get the same numbers.
         config: The config of the base model, if `model` is the folder of an adapter.
-        **options: See `Options`. For an evaluation of all rows, set `validation_share=0` and use `task.train`.
+        purpose: What the data are for, see `read_source`.
+        **options: See `Options`. For an evaluation, set `validation_share=0` and use `task.train`.
 
     Raises:
         DataError: The data cannot be used. The message names the file, the row, and the option that settles it.
     """
     wanted = Options(**options)
-    source = _source_of(data, kind, wanted, beside=validation)
+    source = _source_of(data, kind, wanted, purpose, beside=validation)
     if validation is not None:
         beside = data.given if isinstance(data, Source) else data
         other = _source_of(validation, kind, replace(wanted, split=None), beside=beside)
@@ -84,14 +86,14 @@ def rows_for_prediction(
     Args:
         kind: `"text"`, `"words"` or `"answers"`.
         tokenizer: From `load_tokenizer`.
-        data: As in `read_task`. All of its rows are read, in their order.
+        data: As in `read_task`. All files of a folder are read, in the order of their names.
         max_length: Longest input in tokens.
         **options: See `Options`: `text_column`, `pair_column`, `stride` and those about the format.
     """
     wanted = Options(**options)
     check_options(kind, wanted)
     limit = min(max_length or KINDS[kind][2], tokenizer.model_max_length)
-    source = _source_of(data, kind, wanted, labeled=False)
+    source = _source_of(data, kind, wanted, "prediction")
     parts = source.train
     if kind == "text":
         only_tables(parts, kind)
@@ -175,8 +177,10 @@ _UNUSED = {
 }
 
 
-def _source_of(data: Data, kind: str | None, options: Options, labeled: bool = True, beside: Any = None) -> Source:
-    return data if isinstance(data, Source) else read_source(data, kind, options, labeled, beside)
+def _source_of(
+    data: Data, kind: str | None, options: Options, purpose: Purpose = "training", beside: Any = None
+) -> Source:
+    return data if isinstance(data, Source) else read_source(data, kind, options, purpose, beside)
 
 
 def kind_of_model(task_type: str | None, architectures: list[str] | None = None) -> str | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..utils.errors import DataError
 from ..utils.hub_names import not_found, reading
 from . import answers, words
+from .columns import usual_label_columns
 from .encodings import TEXT_SUFFIXES, read_text, suffix_of
 from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
 from .task import Options
@@ -26,6 +28,10 @@ SPLITS = {
         "test": "test",
     }.items()
 }
+
+
+# What the data are for. An evaluation and a prediction get all of their rows as `Source.train`.
+Purpose = Literal["training", "evaluation", "prediction"]
 
 
 @dataclass
@@ -57,13 +63,15 @@ def read_source(
     data: str | Path | Iterable[str | Path],
     kind: str | None,
     options: Options,
-    labeled: bool = True,
+    purpose: Purpose = "training",
     beside: str | Path | Iterable[str | Path] | None = None,
 ) -> Source:
     """Reads a file, several files, a folder of files, a saved `datasets` folder, or a data set of the Hub.
 
-    Without `labeled`, files of words need no tags, and those that they have are not read. `beside` are other data that
-    the options are about, too.
+    Of a folder or a data set with several splits, an evaluation takes the rows for validation, or else those for a
+    test if they have labels, or else the training rows, with a note. A prediction takes all files of a folder, in the
+    order of their names; for a prediction, files of words need no tags, and those that they have are not read.
+    `beside` are other data that the options are about, too.
 
     Raises:
         DataError: Says which of them cannot be read, and why, or which option about the format is about none of them.
@@ -72,23 +80,23 @@ def read_source(
     _check_format([*names, *others], kind, options)
     found = Source([], given=names)
     for name in names:
-        source = _read_one(name, kind, options, labeled)
+        source = _read_one(name, kind, options, purpose)
         found.train += source.train
         found.validation += source.validation
         found.notes += source.notes
     return found
 
 
-def _read_one(name: str | Path, kind: str | None, options: Options, labeled: bool) -> Source:
+def _read_one(name: str | Path, kind: str | None, options: Options, purpose: Purpose) -> Source:
     path = Path(name)
     match _place_of(path):
         case "saved":
-            return _of_datasets(str(name), _load_from_disk(path), options)
+            return _of_datasets(str(name), _load_from_disk(path), options, purpose)
         case "folder":
-            return _read_folder(path, kind, options, labeled)
+            return _read_folder(path, kind, options, purpose)
         case "hub":
-            return _of_datasets(str(name), _load_from_hub(str(name), options), options)
-    return Source([read_part(path, kind, options, labeled)])
+            return _of_datasets(str(name), _load_from_hub(str(name), options), options, purpose)
+    return Source([read_part(path, kind, options, labeled=purpose != "prediction")])
 
 
 def _place_of(path: Path) -> str:
@@ -121,7 +129,7 @@ def _check_format(names: Sequence[str | Path], kind: str | None, options: Option
 
 
 def read_part(path: Path, kind: str | None, options: Options, labeled: bool = True) -> Part:
-    """The rows of one file. `labeled` is as in `read_source`."""
+    """The rows of one file. Without `labeled`, words need no tags, and cells are kept as they are."""
     form = Format(options.encoding, options.delimiter, options.quotes)
     suffix = suffix_of(path)
     content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -150,14 +158,23 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
     return Part(str(path), "table", table.rows, table.notes, content)
 
 
-def _read_folder(folder: Path, kind: str | None, options: Options, labeled: bool) -> Source:
+def _read_folder(folder: Path, kind: str | None, options: Options, purpose: Purpose) -> Source:
     files = sorted(path for path in folder.iterdir() if path.is_file() and suffix_of(path) in SUFFIXES)
     if not files:
         raise DataError(f"{folder} has no data files ({', '.join(SUFFIXES[:8])}) in it.")
+
+    def read(paths: list[Path]) -> list[Part]:
+        return [read_part(path, kind, options, labeled=purpose != "prediction") for path in paths]
+
+    if purpose == "prediction":
+        return Source(read(files), [], [f"{folder}: rows are in {', '.join(path.name for path in files)}"])
     split: dict[str, list[Path]] = {
         name: [path for path in files if pattern.search(path.name)] for name, pattern in SPLITS.items()
     }
     chosen = split["train"] or [path for path in files if path not in split["validation"] + split["test"]]
+    if purpose == "evaluation":
+        places = {**split, "train": chosen}
+        return _to_measure(str(folder), {place: partial(read, paths) for place, paths in places.items()}, options)
     if not chosen:
         raise DataError(f"{folder} has no file for training: name the file itself with --data.")
     names = ", ".join(path.name for path in chosen)
@@ -167,8 +184,29 @@ def _read_folder(folder: Path, kind: str | None, options: Options, labeled: bool
     used = {*chosen, *split["validation"]}
     if left := [path.name for path in files if path not in used]:
         notes.append(f"{folder}: not read: {', '.join(left)} (--data or --validation with the path of a file)")
-    parts = [[read_part(path, kind, options, labeled) for path in paths] for paths in (chosen, split["validation"])]
-    return Source(parts[0], parts[1], notes)
+    return Source(read(chosen), read(split["validation"]), notes)
+
+
+def _to_measure(name: str, places: Mapping[str, Callable[[], list[Part]]], options: Options) -> Source:
+    """The rows for an evaluation: those for validation, or else those for a test if they have labels, or else all
+    others, such as the training rows. The functions read them."""
+    for place in ("validation", "test", "train"):
+        parts = places[place]()
+        if parts and (place == "train" or all(_has_labels(part, options) for part in parts)):
+            names = [Path(part.name).name for part in parts]
+            note = f"{name}: measured are the rows of {', '.join(names)}"
+            if place == "train" and any(map(SPLITS["train"].search, names)):
+                note += "; a model that was trained on them does better on them than on others"
+            return Source(parts, [], [note])
+    raise DataError(f"{name} has no rows with labels: name the file itself.")
+
+
+def _has_labels(part: Part, options: Options) -> bool:
+    """Whether the rows of a table have a label; those of words and answers have been read with theirs."""
+    if part.form != "table" or not part.rows:
+        return part.form != "table"
+    columns = options.label_columns() or usual_label_columns(part.rows)
+    return any(row.get(column) not in (None, "") for row in part.rows for column in columns)
 
 
 def _load_from_disk(folder: Path) -> Any:
@@ -190,19 +228,28 @@ def _load_from_hub(name: str, options: Options) -> Any:
         raise DataError(not_found(name, error, "file or folder")) from None
 
 
-def _of_datasets(name: str, found: Any, options: Options) -> Source:
-    """The training and validation rows of a `Dataset` or `DatasetDict`."""
+def _of_datasets(name: str, found: Any, options: Options, purpose: Purpose) -> Source:
+    """The rows of a `Dataset` or `DatasetDict`."""
     splits: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
     wanted = options.split or ("train" if "train" in splits else next(iter(splits)))
     if wanted not in splits:
         raise DataError(f"{name} has no split {wanted!r}; it has {', '.join(splits)}. See --split.")
-    held = next((split for split in splits if SPLITS["validation"].search(split) and split != wanted), None)
+
+    def read(split: str | None) -> list[Part]:
+        if split is None:
+            return []
+        return [Part(f"{name} ({split})", "table", rows := rows_of(splits[split]), [], digest(rows))]
+
+    others = {kind: next((s for s in splits if SPLITS[kind].search(s) and s != wanted), None)
+              for kind in ("validation", "test")}  # fmt: skip
+    if purpose == "evaluation" and options.split is None and len(splits) > 1:
+        places = {**others, "train": wanted}
+        return _to_measure(name, {place: partial(read, split) for place, split in places.items()}, options)
+    if purpose != "training":
+        return Source(read(wanted), [], [f"{name}: split {wanted} (--split)"])
+    held = others["validation"]
     notes = [f"{name}: split {wanted} for training" + (f", {held} for validation" if held else "") + " (--split)"]
-    parts = [
-        [Part(f"{name} ({split})", "table", rows := rows_of(splits[split]), [], digest(rows))] if split else []
-        for split in (wanted, held)
-    ]
-    return Source(parts[0], parts[1], notes)
+    return Source(read(wanted), read(held), notes)
 
 
 def rows_of(dataset: Any) -> list[dict[str, Any]]:

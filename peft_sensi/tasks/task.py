@@ -143,12 +143,20 @@ class Task:
         return "spearman" if self.labels.regression else "f1_micro" if self.labels.several else "accuracy"
 
     def batches(self, batch_size: int, seed: int) -> Any:
-        """Batches of the training rows in a random order that depends on `seed` only."""
+        """Batches of the training rows in a random order that depends on `seed` only.
+
+        Several processes share them out; each gets all of them if there are fewer batches than processes.
+        """
         from torch.utils.data import DataLoader
+
+        from ..utils import distributed
 
         order = list(self.train.inputs)
         random.Random(seed).shuffle(order)
-        return DataLoader(order, batch_size=batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
+        places = [range(i, min(i + batch_size, len(order))) for i in range(0, len(order), batch_size)]
+        processes = distributed.start()
+        own = places[distributed.rank() :: processes] if len(places) >= processes else places
+        return DataLoader(order, batch_sampler=own, collate_fn=self.collator)  # type: ignore[arg-type]
 
     def metrics(self, outputs: Any, rows: Rows) -> dict[str, float | None]:
         """The metrics of a model's outputs for `rows`, as Trainer's `predict` returns them.
@@ -314,7 +322,8 @@ def _check_vocabulary(name: str, model: Any, task: Any) -> None:
     from ..anatomy.modules import embedding_of
 
     table = getattr(embedding_of(model, "input"), "weight", None)
-    largest = max(task.tokenizer.pad_token_id, *(max(row["input_ids"], default=0) for row in task.train.inputs))
+    rows = (*task.train.inputs, *task.validation.inputs)
+    largest = max(task.tokenizer.pad_token_id, *(max(row["input_ids"], default=0) for row in rows))
     if table is not None and largest >= table.shape[0]:
         raise DataError(
             f"{name} has embeddings of {table.shape[0]:,} tokens, and its tokenizer gives the token "

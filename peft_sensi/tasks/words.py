@@ -60,7 +60,9 @@ def read_conll(
     lines = read_text(Path(path), notes, encoding).split("\n")
     for number, line in enumerate([*lines, ""], start=1):
         cells = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip(" \r"))
-        if not line.strip() or not cells[0] or cells[0] == "-DOCSTART-":
+        is_word = -len(cells) <= token_column < len(cells)  # else an error below
+        word = cells[token_column if is_word else 0].strip(" ")
+        if not line.strip() or not word or word == "-DOCSTART-":
             if tokens:
                 tagged = {} if tag_column is None else {"tags": tags}
                 sentences.append({"row": len(sentences) + 1, "tokens": tokens, **tagged})
@@ -77,7 +79,7 @@ def read_conll(
                     f"{path}, line {number}: there is no column {column} among {len(cells)} ({option}): "
                     f"{line.strip()!r:.60}"
                 )
-        tokens.append(cells[token_column].strip())
+        tokens.append(word.strip())
         if tag_column is not None:
             tag = cells[tag_column].strip()
             check_tag(tag, f"{path}, line {number}")

@@ -100,9 +100,10 @@ class AdapterOperations:
                 quarter of the base.
             calibration: Batches with labels. Three times the config's `calibration_steps` are scored, with labels
                 drawn from the model's predictions (see `scoring.drawn_labels`; not with a `loss_fn`, nor for language
-                models and answers). The fit reads up to three times as many again, with at most 65,536 tokens, and
-                that of all layers together up to 24 times `calibration_steps`, with at most 131,072. Without batches
-                the score falls back to magnitude with a warning, and nothing is fitted.
+                models and answers). The fit reads these batches, and up to three times as many as long as all have at
+                most 65,536 tokens; that of all layers together reads up to 24 times `calibration_steps`, as long as
+                they have at most 131,072. Without batches the score falls back to magnitude with a warning, and
+                nothing is fitted.
             adapter_name: The adapter, which must be the only active one. Default: the active one.
             loss_fn: A function of the model and a batch that returns the loss, for models whose output has none.
             score: `"fisher"`, `"taylor"`, `"magnitude"` or `"random"`. Default: the score of the adapter's config, or
