@@ -515,6 +515,7 @@ def test_what_an_earlier_run_has_written_is_replaced_only_on_request_and_the_ans
         ("checkpoint-500/trainer_state.json", "has the results of another run (checkpoint-500)"),  # removed
         ("checkpoint-7/model.safetensors", "has the results of another run (checkpoint-7)"),
         ("tokenizer.json", "has the results of another run (tokenizer.json)"),  # replaced by that of the base
+        ("vocab.txt", "has the results of another run (vocab.txt)"),  # as those of slow tokenizers would be
         ("config.json", "holds a model, or a part of one (config.json)"),
     ],
 )

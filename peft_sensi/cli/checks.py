@@ -31,7 +31,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
             nothing can be written to it.
     """
     from ..merging.foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
-    from ..reporting.pretrained import TOKENIZER_MARKS
+    from ..reporting.pretrained import TOKENIZER_FILES
     from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
@@ -45,7 +45,7 @@ def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more:
             f"{folder} holds a model, or a part of one ({found[0]}), and could not be loaded any more with an adapter "
             f"in it: give another folder as --out."
         )
-    written = (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE, *more, *TOKENIZER_MARKS)
+    written = (CONFIG, WEIGHTS, METRICS, UNFINISHED, TABLE, *more, *TOKENIZER_FILES)
     own = [name for name in written if (folder / name).exists()]
     own += [path.name for path in checkpoints_in(folder)]  # a training removes those of an earlier one in its folder
     if own and not overwrite and not resume:

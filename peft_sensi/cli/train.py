@@ -208,8 +208,8 @@ def trim_for(
     calibration = list(islice(task.batches(training.batch_size, training.seed), CALIBRATION))
     set_seed(training.seed)
     is_adapter, start = isinstance(model, PeftModel), time.perf_counter()
-    config = model.active_peft_config if is_adapter else None
-    is_whole = config is None or (config.parts == ["dense"] and config.limits.trainable is None)
+    adapter = model.active_peft_config if is_adapter else None
+    is_whole = adapter is None or (adapter.parts == ["dense"] and adapter.limits.trainable is None)
     run = Run(model, task, folder, training, state, is_whole)
     base = model.get_base_model().config if is_adapter else model.config
     if "stage" not in run.state:
