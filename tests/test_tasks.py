@@ -488,6 +488,16 @@ def test_a_folder_of_files(tmp_path):
     assert "not read: test.csv" in " ".join(found.notes) and all(part.sha256 for part in found.train)
 
 
+def test_a_name_that_fits_training_and_validation(tmp_path):
+    (tmp_path / "train_dev.csv").write_text(table())
+    found = read_source(tmp_path, None, Options())
+    assert [Path(part.name).name for part in found.train] == ["train_dev.csv"] and not found.validation
+    (tmp_path / "train.csv").write_text(table())
+    found = read_source(tmp_path, None, Options())
+    parts = (found.train, found.validation)
+    assert [[Path(part.name).name for part in each] for each in parts] == [["train.csv"], ["train_dev.csv"]]
+
+
 def test_several_files_are_all_read(tmp_path):
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text(table())

@@ -171,6 +171,9 @@ def _read_folder(folder: Path, kind: str | None, options: Options, purpose: Purp
     split: dict[str, list[Path]] = {
         name: [path for path in files if pattern.search(path.name)] for name, pattern in SPLITS.items()
     }
+    if both := {*split["train"]} & {*split["validation"]}:  # such as train_dev.csv
+        name = "train" if {*split["train"]} - both else "validation"
+        split[name] = [path for path in split[name] if path not in both]
     chosen = split["train"] or [path for path in files if path not in split["validation"] + split["test"]]
     if purpose == "evaluation":
         places = {**split, "train": chosen}

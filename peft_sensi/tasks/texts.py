@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, softmax
 
+from ..utils.errors import DataError
 from ..utils.formatting import counted
 from . import metrics
 from .columns import WRITTEN
 from .labels import (
-    DataError,
     Labels,
     counts_of,
     find_labels,
