@@ -488,6 +488,13 @@ def test_a_folder_of_files(tmp_path):
     assert "not read: test.csv" in " ".join(found.notes) and all(part.sha256 for part in found.train)
 
 
+def test_a_test_of_words_without_tags_is_not_measured(tmp_path):
+    (tmp_path / "train.conll").write_text("ann B-x\nin O\n")
+    (tmp_path / "test.conll").write_text("rome\n")
+    found = read_source(tmp_path, "words", Options(), "evaluation")
+    assert [Path(part.name).name for part in found.train] == ["train.conll"]
+
+
 def test_a_name_that_fits_training_and_validation(tmp_path):
     (tmp_path / "train_dev.csv").write_text(table())
     found = read_source(tmp_path, None, Options())
