@@ -21,7 +21,8 @@ SCORED_BATCHES = 3
 # A cut in one stage is followed by training: it scores and refits on this many times the batches of a wrap. On CoLA,
 # the outputs after such a cut were as close to those before it as with more batches, and less close with fewer.
 CUT_BATCHES = 2
-# The limit on tokens bounds memory: the hidden states of all these tokens are held at the same time.
+# The hidden states of all tokens are held at the same time, so more batches than are scored are read only up to this
+# limit on tokens.
 REFIT_BATCHES, REFIT_TOKENS = 9, 65_536
 # The fit of all layers together holds one batch at a time. Its upper limit on tokens bounds the time. With less than
 # the lower one (of all processes), all layers together fit these batches and no others, as on TREC-6 (55,000 tokens).
