@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learn_first import RATE, Rows, Seed, full
+from learn_first import Rows, Seed, full
 from pages import write_part
 from peft import get_peft_model
 from plots import plot_budgets
@@ -151,7 +151,7 @@ def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> 
     """The fine-tuned model, trimmed under one limit, not trained after and merged; or one with fewer layers."""
     if method == "layers":
         model = fewer_layers(run.base(), share)
-        run.fit(model, run.epochs, RATE)
+        run.fit(model, run.epochs, run.rate)
         return model
     model, _ = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0, latency=table, min_units=0)
     run.trim(model, {method: share})

@@ -143,10 +143,7 @@ class Task:
         return "spearman" if self.labels.regression else "f1_micro" if self.labels.several else "accuracy"
 
     def batches(self, batch_size: int, seed: int) -> Any:
-        """Batches of the training rows in a random order that depends on `seed` only.
-
-        Several processes share them out; each gets all of them if there are fewer batches than processes.
-        """
+        """Batches of the training rows in an order that depends on `seed`. Processes share them out if they can."""
         from torch.utils.data import DataLoader
 
         from ..utils import distributed
