@@ -247,6 +247,8 @@ def test_evaluate_takes_a_test_with_labels_before_the_training_rows(work, tmp_pa
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     (tmp_path / "test.jsonl").write_text("\n".join([*lines[:2], new]))
     assert json.loads(call("evaluate", work / "merged", tmp_path, "--json"))["rows"] == 3
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "a film", "labels": "good"}))  # not named as in training
+    assert json.loads(call("evaluate", work / "merged", tmp_path, "--json"))["rows"] == 1
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))  # as on Kaggle
     said = " ".join(run("evaluate", work / "merged", tmp_path).stderr.split())
     assert "measured are the rows of train.jsonl; a model that was trained on them does better" in said

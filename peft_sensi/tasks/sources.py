@@ -213,7 +213,9 @@ def _has_labels(part: Part, options: Options) -> bool:
     """Whether the rows of a table have a label; those of words and answers have been read with theirs."""
     if part.form != "table" or not part.rows:
         return part.form != "table"
-    columns = options.label_columns() or usual_label_columns(part.rows)
+    # The options may name the columns of the training, and these rows have others.
+    named = [column for column in options.label_columns() if column in part.rows[0]]
+    columns = named or usual_label_columns(part.rows)
     return any(row.get(column) not in (None, "") for row in part.rows for column in columns)
 
 

@@ -60,8 +60,8 @@ def read_conll(
     lines = read_text(Path(path), notes, encoding).split("\n")
     for number, line in enumerate([*lines, ""], start=1):
         cells = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip(" \r"))
-        is_word = -len(cells) <= token_column < len(cells)  # else an error below
-        word = cells[token_column if is_word else 0].strip(" ")
+        has_column = -len(cells) <= token_column < len(cells)  # else an error below
+        word = cells[token_column if has_column else 0].strip(" ")
         if not line.strip() or not word or word == "-DOCSTART-":
             if tokens:
                 tagged = {} if tag_column is None else {"tags": tags}

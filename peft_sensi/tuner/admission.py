@@ -121,13 +121,14 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
         if id(module) in shared:
             raise held_twice(name)
         if (reason := obstacle(module)) is not None:
-            out = f"leave it out, with exclude_modules=[{name.rpartition('.')[2]!r}]"
-            if not isinstance(module, nn.Embedding):
-                out = (
+            if isinstance(module, nn.Embedding):
+                way = f"leave it out, with exclude_modules=[{name.rpartition('.')[2]!r}]"
+            else:
+                way = (
                     "leave its attention or FFN out as a whole, with `exclude_modules` and a budget that trims "
                     "nothing, such as {'trainable': 0.01}"
                 )
-            raise SensiError(f"{name!r} cannot be adapted, because {reason}. Or {out}.")
+            raise SensiError(f"{name!r} cannot be adapted, because {reason}. Or {way}.")
         if not (is_plain(module) or is_plain_embedding(module)):
             raise not_linear(module)
 
