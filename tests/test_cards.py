@@ -177,6 +177,19 @@ def test_a_card_of_an_adapter_on_the_hub_is_not_written_into_the_cache(folder, t
     assert "\n# reviews\n" in (tmp_path / "here" / "README.md").read_text()
 
 
+def test_a_picture_of_the_users_is_not_replaced(folder, tmp_path):
+    (tmp_path / "plan.png").write_bytes(b"mine")
+    (tmp_path / "README.md").write_text("# My project\n")
+    command = ["card", str(folder / "adapter"), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and "plan.png belongs to no card of this command" in result.stderr
+    assert (tmp_path / "plan.png").read_bytes() == b"mine" and "sensi" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "plan.png").unlink()
+    run(*command)
+    run(*command)  # a card of its own is written again, with its picture
+    assert (tmp_path / "plan.png").read_bytes() != b"mine"
+
+
 def test_a_base_in_a_folder_of_another_system_is_named_without_its_path(folder, tmp_path):
     copy = shutil.copytree(folder / "adapter", tmp_path / "adapter")
     config = json.loads((copy / "adapter_config.json").read_text())

@@ -508,6 +508,17 @@ def test_what_an_earlier_run_has_written_is_replaced_only_on_request_and_the_ans
     assert all(path.read_text() == "{}" for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "trim", "sweep"])
+def test_what_is_made_does_not_become_rows(command, work, tmp_path):
+    """All files of a folder of rows are read. With JSON files of a model in it, no command could read it again."""
+    (tmp_path / "reviews.tsv").write_text((work / "data.tsv").read_text())
+    budget = ("--budgets", "0.5,0.7") if command == "sweep" else ("--budget", "0.5")
+    for data in ([tmp_path], [work / "data.tsv", "--validation", tmp_path]):
+        text = fails(command, work / "base", "--data", *data, *budget, "--out", tmp_path)
+        assert "is the folder of the rows" in text and "or a new folder in it" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["reviews.tsv"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -299,6 +299,18 @@ def test_the_rows_are_not_replaced_by_their_predictions(work, tmp_path, monkeypa
     assert (tmp_path / "new.csv").read_text() == "text\ngood film\n"
 
 
+def test_predictions_do_not_become_rows(work, tmp_path, monkeypatch):
+    """All files of a folder of rows are read, so the next command would predict for the predictions, too."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "new.csv").write_text("text\ngood film\n")
+    monkeypatch.chdir(tmp_path)
+    for out in ("rows/predictions.csv", "rows/new.csv", "../" + tmp_path.name + "/rows/a.jsonl"):
+        text = fails("predict", work / "adapter", tmp_path / "rows", "--out", out, "--overwrite")
+        assert "is in the folder of the rows" in text and "give a path outside of" in text
+    run("predict", work / "adapter", "rows", "--out", "rows/made/predictions.csv")
+    assert (tmp_path / "rows" / "new.csv").read_text() == "text\ngood film\n"
+
+
 def test_mcnemar():
     """A textbook example: 5 against 15 discordant pairs."""
     assert mcnemar(5, 15) == pytest.approx(0.0414, abs=1e-4) and mcnemar(0, 0) == 1.0 and mcnemar(3, 3) == 1.0

@@ -386,6 +386,30 @@ def test_early_stopping_keeps_the_best_model(work, tmp_path, monkeypatch):
     assert not list(out.glob("checkpoint-*"))
 
 
+def test_a_signal_after_the_last_step_of_an_epoch_loses_no_evaluation(work, tmp_path, monkeypatch):
+    accuracies, heads, on_step_end = iter([0.5, 0.9, 0.8, 0.95]), [], StopAfterStep.on_step_end
+
+    def compute_metrics(run, outcome):
+        heads.append(run.model.get_parameter("base_model.model.classifier.modules_to_save.default.weight").clone())
+        return {"accuracy": next(accuracies)}
+
+    def interrupted(stop, args, state, control, **others):
+        if state.global_step in (10, 20):  # epochs of 5 steps; the last one has the best model
+            stop.request(signal.SIGTERM)
+        on_step_end(stop, args, state, control, **others)
+
+    monkeypatch.setattr(Run, "_compute_metrics", compute_metrics)
+    monkeypatch.setattr(StopAfterStep, "on_step_end", interrupted)
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", "--early-stopping", "9",
+             "--epochs", "4", "--batch-size", "8", "--out", tmp_path / "out")  # fmt: skip
+    fails(*train, status=143)
+    fails(*train, "--resume", status=143)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-20"] and len(heads) == 4
+    call(*train, "--resume")
+    head = load_file(tmp_path / "out" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert len(heads) == 4 and torch.equal(head, heads[3])
+
+
 def test_a_data_set_on_disk(work, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in (work / "texts.jsonl").read_text().splitlines()]
@@ -877,7 +901,7 @@ def test_several_processes_stop_after_the_same_step(monkeypatch):
     for others, stops in ((0.0, False), (0.5, True)):
         monkeypatch.setattr("peft_sensi.cli.stopping.reduce", lambda flag, mean=others: torch.full_like(flag, mean))
         stop, control = StopAfterStep(), SimpleNamespace(should_save=False)
-        stop.on_step_end(None, step, control)
+        stop.on_step_end(SimpleNamespace(eval_strategy="no"), step, control)
         assert control.should_save is stops and not waited
     with pytest.raises(KeyboardInterrupt):
         stop.on_save(None, step, control)

@@ -196,7 +196,9 @@ def card(
     In a card that exists, only our section is written again, between two comments. What is around it stays.
     """
     from ..reporting.card import write_card
+    from ..reporting.card_files import SECTION, load_card
     from ..reporting.repositories import check_name
+    from ..reporting.saved import CARD, PICTURE
     from ..reporting.saved_merged import open_saved
 
     if repo is not None:
@@ -206,6 +208,12 @@ def card(
         raise SensiError(f"{adapter} is on the Hub: give a folder for the card with --out.")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        is_ours = (folder / CARD).is_file() and SECTION.search(load_card(folder / CARD).text)
+        if (folder / PICTURE).exists() and not is_ours and folder.resolve() != saved.folder.resolve():
+            raise SensiError(
+                f"{folder / PICTURE} belongs to no card of this command, and would be replaced: move it, or give "
+                f"another folder with --out."
+            )
     written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
     paths = [str(path) for path in written]
     print_result(json, {"files": paths}, *paths)

@@ -70,6 +70,25 @@ def check_merged(folder: Path, overwrite: bool) -> None:
     _check_folder_writable(folder, "OUT")
 
 
+def check_apart(out: Path, rows: Iterable[str], is_file: bool = False) -> None:
+    """Checks that --out is not among the rows: of a folder of rows, all files are read, and so would be this one.
+
+    Raises:
+        SensiError: It is one of the files `rows`, or would be in one of the folders `rows`.
+    """
+    for name in rows:
+        if not (place := Path(name)).exists():  # a data set of the Hub
+            continue
+        if is_file and out.resolve() == place.resolve():
+            raise SensiError(f"--out {out} is the file of the rows, and would be replaced: give another name.")
+        if place.is_dir() and (out.parent if is_file else out).resolve() == place.resolve():
+            where = "is in the folder" if is_file else "is the folder"
+            raise SensiError(
+                f"--out {out} {where} of the rows, and the next command would read what is written there as rows: "
+                f"give a path outside of {name}{'' if is_file else ', or a new folder in it'}."
+            )
+
+
 def check_new(paths: Iterable[Path], overwrite: bool) -> None:
     """The rule of all commands for what they would replace: not without --overwrite, and before any work is done."""
     if not overwrite and (found := [path for path in paths if path.exists()]):

@@ -11,7 +11,7 @@ from ..utils.errors import SensiError
 from ..utils.formatting import human, interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import argument, option
-from .checks import check_files
+from .checks import check_apart, check_files
 from .data_options import task_options
 from .loading import load_predictor, refuse_base
 from .prediction_files import SUFFIXES, unused_name, write_records
@@ -60,8 +60,8 @@ def predict(
     suffix = (".jsonl" if json else ".csv") if to_stdout else out_file.suffix.lower()
     if suffix not in SUFFIXES:
         raise SensiError(f"{out_file}: predictions are written as {', '.join(SUFFIXES)}, or to stdout for -.")
-    if any(Path(name).exists() and out_file.resolve() == Path(name).resolve() for name in data):
-        raise SensiError(f"--out {out_file} is the file of the rows, and would be replaced: give another name.")
+    if not to_stdout:
+        check_apart(out_file, data, is_file=True)
     check_files({"--out FILE": None if to_stdout else out_file}, overwrite)
     quiet = json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)

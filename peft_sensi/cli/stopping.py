@@ -44,7 +44,9 @@ class StopAfterStep(TrainerCallback):
         self.has_begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self._must_stop():
+        # After the last step of an epoch, the checkpoint waits for the evaluation. A resumed training goes on with the
+        # next epoch, so the evaluation would be lost, and this epoch's model could not be the best one.
+        if self._must_stop() and not (args.eval_strategy == "epoch" and float(state.epoch).is_integer()):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:

@@ -19,7 +19,7 @@ from ..utils.formatting import human, interval_text, metric_text
 from ..utils.hub_names import UNFINISHED
 from . import arguments as args
 from .arguments import option
-from .checks import PICTURE, SCORES, TABLE, check_budget, check_out
+from .checks import PICTURE, SCORES, TABLE, check_apart, check_budget, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
 from .loading import load_base
 from .measure import length_for
@@ -96,6 +96,8 @@ def sweep(
         "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
+    if not resume:
+        check_apart(out_folder, [*data, *(reading["validation"] or [])])
     check_out(out_folder, overwrite, resume, [SCORES, PICTURE])
     if resume:
         state = {"finished": [], **read_state(out_folder)}

@@ -12,7 +12,7 @@ from ..utils.formatting import interval_text, metric_text, size_of
 from ..utils.hub_names import absolute
 from . import arguments as args
 from .arguments import option
-from .checks import SCORES, check_latency_tables, check_out
+from .checks import SCORES, check_apart, check_latency_tables, check_out
 from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
 from .loading import load_base, read_data, refuse_base
 from .terminal import ascii_only, err, print_result, print_warning, step
@@ -110,6 +110,8 @@ def train(
     args.check_rate(lr)
     args.check_epochs(epochs)
     check_latency_tables(latency_tables, limits)
+    if not resume:
+        check_apart(out_folder, [*data, *(reading["validation"] or [])])
     check_out(out_folder, overwrite, resume, [SCORES] if scores is None else [])
     options = {
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
@@ -195,6 +197,8 @@ def trim(
         args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")
     args.check_overwrite(overwrite, resume)
     check_latency_tables(latency_tables, limits)
+    if not resume:
+        check_apart(out_folder, [*data, *(reading["validation"] or [])])
     check_out(out_folder, overwrite, resume)
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,

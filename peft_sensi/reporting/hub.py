@@ -267,7 +267,7 @@ def hook_cards() -> None:
             warnings.warn(f"Only the active adapter {name!r} is uploaded, not {rest}.", stacklevel=2)
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary, selected_adapters=[name])
-            (Path(temporary) / CARD).unlink()  # `push_folder` writes one that contains more
+            (Path(temporary) / CARD).unlink(missing_ok=True)  # `push_folder` writes one that contains more
             saved = open_adapter(Path(temporary) if name == "default" else Path(temporary) / name)
             plan, scores = self.base_model.plan(name), self.base_model.scores_of(name)
             return push_folder(saved, repo_id, plan=plan, scores=scores, **kwargs)
