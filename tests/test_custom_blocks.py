@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,44 @@ def test_a_layer_that_runs_three_times_costs_its_flops_three_times():
     assert model.base_model.plan().flops_share == 0.5
     before = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"head_size": ""}, "needs `head_size`"),
+        ({"head_size": "sizes"}, "names the attribute 'sizes', which 'stack.0' does not have"),
+        ({"head_size": "norm"}, "names stack.0.norm as a number"),
+        ({"head_size": 4.0}, "'head_size' of a block layout cannot be 4.0"),
+        ({"head_counts": ("attention.nope",)}, "names the attribute 'attention.nope'"),
+        ({"head_counts": "heads"}, "'head_counts' of a block layout cannot be 'heads'"),
+        ({"head_widths": ("norm.eps",)}, "names stack.0.norm.eps as a number"),
+        ({"repeats": ("heads",)}, "a number or two paths"),
+        ({"repeats": ("heads", "nope")}, "names the attribute 'nope'"),
+        ({"layer": ""}, "needs `layer`"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_is_named_before_anything_changes(example, field, words):
+    model = example["Model"]()
+    before = set(dict(model.named_modules())), set(vars(model.stack[0]))
+    with pytest.raises(AnatomyError, match=re.escape(words)):
+        get_peft_model(model, SensiConfig(budget=0.5, score="random", blocks=[replace(example["layout"], **field)]))
+    assert (set(dict(model.named_modules())), set(vars(model.stack[0]))) == before
+
+
+def test_two_layouts_of_one_sublayer_are_refused(example):
+    layout = example["layout"]
+    for other in (layout, replace(layout, layer="*")):
+        with pytest.raises(AnatomyError, match="Several layouts of `blocks` fit the sublayer with 'stack.0"):
+            build_anatomy(example["Model"](), blocks=[layout, other])
+
+
+def test_linears_that_share_a_weight_are_named(example):
+    model = example["Model"]()
+    model.stack[1].wide.weight = model.stack[0].wide.weight
+    with pytest.warns(UserWarning, match="'stack.0.wide' and 'stack.1.wide' are one parameter in the base"):
+        get_peft_model(model, SensiConfig(budget=0.5, score="random", blocks=[example["layout"]]))
 
 
 def test_what_is_not_described_is_refused_or_tuned(example):

@@ -77,6 +77,12 @@ def states_of(model, case, batches):
     return torch.stack([next(o[name] for name in names if o.get(name) is not None)[-1].float() for o in outputs])
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_a_fit_may_have_any_number_of_steps(steps):
+    model = tiny_model()
+    assert fit(model, half_plan(model), data(model, 1), rounds=steps)
+
+
 def test_two_fits_are_equal_and_draw_no_random_numbers():
     model = tiny_model()
     plan, batches = half_plan(model), data(model)

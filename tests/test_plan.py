@@ -494,6 +494,14 @@ def test_the_figures_are_what_every_text_says():
     assert "prunable" not in " ".join(make_plan(only_rows, {"lone": np.ones(5)}, None).facts())
 
 
+def test_a_limit_on_the_size_needs_something_to_trim():
+    anatomy = Anatomy((rows("r", 5),), 1000)
+    for budget in (0.5, {"params": 0.5, "flops": 0.5}):
+        with pytest.raises(BudgetError, match="no heads or neurons that can be trimmed"):
+            make_plan(anatomy, {"r": np.arange(5.0)}, budget)
+    assert make_plan(anatomy, {"r": np.arange(5.0)}, {"trainable": 0.5}).trainable_params
+
+
 def test_plans_are_immutable():
     anatomy, plan = a_plan_dict()
     plan = Plan.from_dict(plan, anatomy, frozenset())

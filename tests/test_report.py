@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
-from tiny import tiny_config, tiny_model
+from tiny import tiny_batches, tiny_config, tiny_model, wrap
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_sensi import Scores, SensiError, SensiLoadError, build_anatomy, compute_scores, make_plan
@@ -75,6 +76,22 @@ def test_a_dict_cannot_make_us_allocate_what_it_likes(plan):
     next(iter(broken["groups"].values()))["size"] = 2**40
     with pytest.raises(SensiLoadError, match="claims"):
         unpack_states(broken)
+    many = plan.to_dict()
+    many["groups"] |= {f"other {i}": {"size": 2**24, "kept": "all", "tuned": "none"} for i in range(17)}
+    with pytest.raises(SensiLoadError, match="in all groups"):
+        unpack_states(many)
+
+
+@pytest.mark.parametrize("size", [2**25, 2**47])
+def test_an_adapter_cannot_make_us_allocate_what_it_likes(size, tmp_path):
+    """The vocabulary of a base may have been resized, so the number of tokens need not be equal."""
+    wrap(tiny_model(), budget=0.5, calibration=tiny_batches()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tokens,) = (name for name in config["plan"]["groups"] if name.endswith(".tokens"))
+    config["plan"]["groups"][tokens] |= {"size": size, "kept": "all"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SensiLoadError, match="claims"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
 def test_short_names_keep_what_tells_blocks_apart():

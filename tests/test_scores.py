@@ -36,6 +36,7 @@ from peft_sensi import (
 from peft_sensi.cli.arguments import CALIBRATION_STEPS, PRIMING_STEPS
 from peft_sensi.scoring.calibration import ScoringOptions, materialize, preserved
 from peft_sensi.scoring.compute import score_units
+from peft_sensi.scoring.criteria import CRITERIA
 from peft_sensi.scoring.gates import (
     find_weighting,
     gate_gradients,
@@ -46,6 +47,7 @@ from peft_sensi.scoring.gates import (
 from peft_sensi.scoring.gates_reference import gate_gradients_reference
 from peft_sensi.scoring.head import start_head_at_prior
 from peft_sensi.scoring.methods import METHODS
+from peft_sensi.scoring.outliers import OutlierFinder
 from peft_sensi.scoring.priming import _some_examples, primed
 
 
@@ -713,6 +715,27 @@ def test_outliers_are_found_and_kept_whatever_their_score():
     assert plan.of(plan.anatomy.by_name[name])[5] == 0
 
 
+@pytest.mark.parametrize("score", sorted(CRITERIA))
+def test_every_score_looks_for_outliers(score):
+    """A control without their protection would lose more than the ranking."""
+    batch = tiny_batches(1)[0]
+    scores = compute_scores(with_an_outlier(tiny_model()), [batch], score=score, priming_steps=1)
+    assert scores.protected["bert.encoder.layer.0.neurons"].nonzero().tolist() == [[5]]
+    empty = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+    finder = OutlierFinder(model := tiny_model(), anatomy := build_anatomy(model))
+    assert anatomy.trimmable
+    with finder.watching(empty), torch.no_grad():
+        model(**empty)
+    assert not any(marks.any() for marks in finder.found().values())
+
+
+def test_batches_of_arrays_in_any_order():
+    batches = [{name: value.numpy()[::-1] for name, value in batch.items()} for batch in tiny_batches()]
+    turned = [{name: value.flip(0) for name, value in batch.items()} for batch in tiny_batches()]
+    found, expected = (compute_scores(tiny_model(), given, **QUICK).values for given in (batches, turned))
+    assert_same_tensors(found, expected)
+
+
 def test_batches_of_a_tokenizer():
     encodings = [BatchEncoding(b) for b in tiny_batches()]
     found = compute_scores(tiny_model(), encodings, **QUICK)
@@ -924,8 +947,8 @@ def test_priming_runs_on_these_examples(score):
     )
     compute_scores(model, tiny_batches(2, size=32), score=score, priming_steps=3, calibration_steps=2, progress=False)
     hook.remove()
-    # Twice 16 examples of each batch are for what was learned (`share_learned`).
-    assert sizes == [(True, 6)] * 3 + ([(False, 16)] * 4 + [(False, 32)] * 2) * (score == "fisher")
+    # Twice 16 examples of each batch are for what was learned (`share_learned`), and all are searched for outliers.
+    assert sizes == [(True, 6)] * 3 + [(False, 16)] * 4 * (score == "fisher") + [(False, 32)] * 2
 
 
 def test_all_places_have_the_same_defaults():

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from peft_sensi import SensiConfig
-from peft_sensi.scoring.calibration import token_mask
+from peft_sensi.scoring.calibration import without_padding
 from peft_sensi.scoring.head import start_head_at_prior
 
 
@@ -203,7 +203,7 @@ def test_multiple_choice_counts_tokens_and_not_choices():
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
     model = get_peft_model(base, SensiConfig(budget={"flops": 0.5}, calibration=[batch], priming_steps=2))
     assert model.base_model.plan().sequence_length == 12
-    assert token_mask(batch, torch.Size((8, 12))).sum() == mask.sum(), "padding stays out of the refit"
+    assert len(without_padding(batch, torch.zeros(8, 12, 3))) == mask.sum(), "padding stays out of the refit"
 
 
 def test_labels_that_are_rows_of_zeros_and_ones_are_no_classes():

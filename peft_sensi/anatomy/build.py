@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from operator import attrgetter
@@ -65,6 +66,8 @@ def build_anatomy(
         groups = [group.as_one_unit() for group in groups]
     elif whole == "tensors":
         groups = []
+    if twice := [name for name, number in Counter(group.output for group in groups).items() if number > 1]:
+        raise AnatomyError(f"Several layouts of `blocks` fit the sublayer with {twice[0]!r}: leave out one of them.")
     in_blocks = {module for group in groups for module in group.modules}
     groups += [_group_of_target(modules, name, layers, whole) for name in sorted(set(targets) - in_blocks)]
     head = tuple(f"{name}." for name in task_head(model))
@@ -164,7 +167,7 @@ def _groups_of_layout(
             index = int(match[1]) if match.lastindex else 0
             repeats = layout.repeats
             if not isinstance(repeats, int):  # the runs are shared by several layers (ALBERT)
-                runs, layers = (attrgetter(attribute)(layer) for attribute in repeats)
+                runs, layers = (_number_at(name, layer, attribute) for attribute in repeats)
                 repeats = sum(int(run / (runs / layers)) == index for run in range(runs))
             if layout.o and _is_there(modules, name, (layout.q, layout.k, layout.v, layout.o), built_in):
                 measures_cache = layout.cached and index in cached
@@ -196,10 +199,24 @@ def _linear(modules: Modules, layer: str, name: str) -> tuple[str, nn.Linear]:
     return path, cast(nn.Linear, linear)
 
 
+def _number_at(name: str, layer: nn.Module, path: str) -> int:
+    """The whole number in an attribute of a layer, such as the size of its heads. A file could name any attribute."""
+    try:
+        value = attrgetter(path)(layer)
+    except AttributeError:
+        raise AnatomyError(
+            f"The block layout names the attribute {path!r}, which {name!r} does not have: give its path from there, "
+            f"such as 'attention.self.num_attention_heads'."
+        ) from None
+    if type(value) is not int:
+        raise AnatomyError(f"The block layout names {name}.{path} as a number, and it is {shown(value)}.")
+    return value
+
+
 def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: bool) -> Group:
     """The heads of the layer `name`. A unit is one key/value head with all query heads that use it."""
     size = layout.head_size
-    head_size = size if isinstance(size, int) else attrgetter(size)(modules[name])
+    head_size = size if isinstance(size, int) else _number_at(name, modules[name], size)
     o_name, o = _linear(modules, name, layout.o)
     o_out, o_in = features(o)
     uneven = AnatomyError(f"{name}: the head size {head_size} does not divide the attention's width {o_in}.")
@@ -221,6 +238,8 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
     sides, relative_rows = _with_relative_positions(modules, name, layout.relative, sides, head_size)
     sides.append(Side(o_name, 1, width, o_out))
     per_unit = ((layout.head_counts, queries), (layout.kv_head_counts, 1), (layout.head_widths, width))
+    for path in (path for paths, _ in per_unit for path in paths):
+        _number_at(name, modules[name], path)  # a trim would set it
     # Without heads, the code for relative positions cannot infer its shapes. `Conv1D` reshapes its input with -1,
     # which is ambiguous if the input has no columns.
     least = max(layout.min_heads, measures_cache, bool(layout.relative), isinstance(o, Conv1D))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..utils.checks import shown
 from ..utils.errors import AnatomyError
 from ..utils.formatting import short_repr
 
@@ -37,6 +38,9 @@ class BlockLayout:
         relative: Path of an attention that projects relative positions, too (DeBERTa, see `build`).
         repeats: How often the layer runs in one pass. Either a number, or the paths of two attributes: the number of
             runs of all layers together, and the number of layers (the first `*`) that share these runs.
+
+    Raises:
+        AnatomyError: A field has a wrong type, or one that is needed is empty.
     """
 
     layer: str
@@ -63,23 +67,35 @@ class BlockLayout:
 
     __repr__ = short_repr
 
+    def __post_init__(self) -> None:
+        kinds: dict[str, Any] = {f.name: (list, tuple) if f.default == () else type(f.default) for f in fields(self)}
+        kinds |= {"layer": str, "head_size": (int, str), "repeats": (int, list, tuple)}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            parts = value if isinstance(value, (list, tuple)) else ()
+            if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
+                raise AnatomyError(f"The field {name!r} of a block layout cannot be {shown(value)}.")
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if not self.layer:
+            raise AnatomyError(
+                "A block layout needs `layer`, the path of the layer modules, such as 'encoder.layer.*'."
+            )
+        if self.o and not self.head_size:
+            raise AnatomyError(
+                f"The block layout of {self.layer!r} has an attention (`o`), and needs `head_size`: the features of a "
+                f"head, or the path of an attribute that holds this number."
+            )
+        if isinstance(self.repeats, tuple) and len(self.repeats) != 2:
+            raise AnatomyError(f"`repeats` of a block layout is a number or two paths, not {shown(self.repeats)}.")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockLayout:
         """The layout of a JSON object. Raises `AnatomyError` for unknown fields and wrong types."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise AnatomyError(f"A block layout has no field {unknown[0]!r}. Its fields are {sorted(known)}.")
-        if not isinstance(values.get("layer"), str) or not values["layer"]:
-            raise AnatomyError(
-                "A block layout needs `layer`, the path of the layer modules, such as 'encoder.layer.*'."
-            )
-        kinds: dict[str, Any] = {f.name: (list, tuple) if f.default == () else type(f.default) for f in fields(cls)}
-        kinds |= {"layer": str, "head_size": (int, str), "repeats": (int, list, tuple)}
-        for name, value in values.items():
-            if not isinstance(value, kinds[name]):
-                raise AnatomyError(f"The field {name!r} of a block layout cannot be {value!r}.")
-        fitting: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
-        return cls(**fitting)
+        return cls(**{"layer": "", **values})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as a JSON object."""

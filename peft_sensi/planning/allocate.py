@@ -101,6 +101,11 @@ def make_plan(
         _warn_if_all_equal([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
 
     kept: Masks = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
+    if limits.trims and not anatomy.trimmable:
+        raise BudgetError(
+            "The budget limits the size of the model, and `anatomy` has no heads or neurons that can be trimmed: give "
+            "`build_anatomy` layouts of the `blocks`, or set only a `trainable` limit."
+        )
     if limits.trims:
         must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}

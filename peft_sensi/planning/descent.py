@@ -11,7 +11,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..anatomy.linears import oriented
-from ..scoring.calibration import token_mask
+from ..scoring.calibration import without_padding
 from ..utils import distributed
 from ..utils.progress import progress_bar
 from .least_squares import Values, token_weights
@@ -71,9 +71,7 @@ def distance(output: torch.Tensor, target: torch.Tensor, batch: Mapping[str, Any
 
     Padding is left out. Each token's error is divided by the variance of its target.
     """
-    output, target = output.float(), target.float()
-    if (mask := token_mask(batch, target.shape[:-1])) is not None:
-        output, target = output[mask], target[mask]
+    output, target = (without_padding(batch, values.float()) for values in (output, target))
     weights = token_weights(target)
     return ((output - target).square().sum(-1) * weights).sum(), float(weights.sum())
 
@@ -94,7 +92,9 @@ def _descend(
         return None
     values = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = Adam([{"params": [value], "lr": rates[name]} for name, value in values.items()])
-    schedule = OneCycleLR(optimizer, [rates[name] for name in values], total_steps=steps, pct_start=WARM_UP)
+    # With a warm-up of exactly one step, `OneCycleLR` divides by zero (torch 2.13).
+    share = WARM_UP if round(WARM_UP * steps, 6) != 1 else 1.5 / steps
+    schedule = OneCycleLR(optimizer, [rates[name] for name in values], total_steps=steps, pct_start=share)
     # A process that has fewer batches than others takes part with zeros.
     filled = [*order, *[None] * (steps - len(order))]
     for batch in progress_bar(filled, "fit of all layers", show=progress):

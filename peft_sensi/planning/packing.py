@@ -16,6 +16,7 @@ from ..utils.states import FROZEN, TRIMMED
 
 DAMAGED = "The plan is damaged or was edited: take its file from its source again."
 OTHER_BASE = "Load the base model that the plan was made for."
+MOST_IN_GROUP, MOST_IN_PLAN = 2**24, 2**28
 
 
 def other_group(name: str, of_plan: bool) -> SensiLoadError:
@@ -52,14 +53,7 @@ def unpack_group(name: str, entry: Mapping[str, Any]) -> np.ndarray:
 def unpack_states(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The states of each group's units from a plan dict, without the model. Raises `SensiLoadError`."""
     check_plan_dict(values)
-    states = {}
-    for name, entry in values["groups"].items():
-        if entry["size"] > 2**24:  # a file must not decide how much memory is allocated
-            raise SensiLoadError(
-                f"The plan's group {name!r} claims {entry['size']:,} units, more than any model has. {DAMAGED}"
-            )
-        states[name] = unpack_group(name, entry)
-    return states
+    return {name: unpack_group(name, entry) for name, entry in values["groups"].items()}
 
 
 def _unpack_mask(text: str, size: int, where: str) -> np.ndarray:
@@ -107,6 +101,13 @@ def check_plan_dict(values: Any) -> None:
                 f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}. "
                 f"{DAMAGED}"
             )
+    # A file must not decide how much memory is allocated: a unit needs a byte, also if the text is only "all".
+    for units, most, what in (
+        (max((entry["size"] for entry in values["groups"].values()), default=0), MOST_IN_GROUP, "a group"),
+        (sum(entry["size"] for entry in values["groups"].values()), MOST_IN_PLAN, "all groups"),
+    ):
+        if units > most:
+            raise SensiLoadError(f"The plan claims {units:,} units in {what}, more than any model has. {DAMAGED}")
 
 
 def states_for(group: Group, entry: Mapping[str, Any]) -> np.ndarray:

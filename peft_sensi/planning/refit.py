@@ -23,7 +23,7 @@ from torch import nn
 
 from ..anatomy.modules import linear_of
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, token_mask
+from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, without_padding
 from ..utils import distributed
 from ..utils.errors import SensiError, not_finite
 from ..utils.progress import progress_bar
@@ -150,8 +150,7 @@ def _check_output(stream: Stream, layer: str) -> None:
             f"{layer!r} returns a {type(hidden).__name__}, and only layers that return hidden states, alone or first "
             f"in a tuple, can be refitted. Set `refit=False`."
         )
-    mask = token_mask(stream.batch, hidden.shape[:-1])
-    if not (hidden if mask is None else hidden[mask]).isfinite().all():
+    if not without_padding(stream.batch, hidden).isfinite().all():
         raise not_finite(f"The output of {layer!r} is not finite for a calibration batch (refit)")
 
 
@@ -202,9 +201,7 @@ def _refit_layer(
             held_out: list[list[torch.Tensor]] = []
             for stream, target in zip(streams, targets[group], strict=True):
                 z, residual = run_up_to(group, stream)
-                mask = token_mask(stream.batch, target.shape[:-1])
-                parts = (z.float(), residual, target)
-                tokens = [part[mask] if mask is not None else part.flatten(0, -2) for part in parts]
+                tokens = [without_padding(stream.batch, part) for part in (z.float(), residual, target)]
                 if stream.fits:
                     system.add(*tokens)
                 if stream.holds_out:

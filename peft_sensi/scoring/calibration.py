@@ -105,7 +105,7 @@ def _as_tensors(batch: Any) -> Any:
     for name, value in batch.items():
         if isinstance(value, np.ndarray) or (isinstance(value, (list, tuple)) and value and not _has_tensor(value)):
             try:
-                array = np.asarray(value)
+                array = np.array(value, order="C")  # torch knows no negative strides
             except ValueError:  # lists of different lengths
                 continue
             if array.dtype.kind in "biuf":
@@ -199,17 +199,19 @@ def _is_text(values: list[Any]) -> bool:
     return any(isinstance(value, str) for value in values)
 
 
-def token_mask(batch: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """The attention mask as booleans, if it fits `shape` (`[batch, tokens]` or `[batch * tokens]`), else `None`.
+def without_padding(batch: Mapping[str, Any], values: torch.Tensor) -> torch.Tensor:
+    """The values of all tokens, `[tokens, features]`. Those of padding are left out, if the batch's mask fits.
 
-    Multiple-choice models get `[batch, choices, tokens]` and run it as `[batch * choices, tokens]`.
+    `values` are `[batch, tokens, features]` or `[batch * tokens, features]`, and may be on another device than the
+    batch, if a model is spread over several. Multiple-choice models get `[batch, choices, tokens]` and run it as
+    `[batch * choices, tokens]`.
     """
-    mask = batch.get("attention_mask")
+    mask, shape = batch.get("attention_mask"), values.shape[:-1]
     if isinstance(mask, torch.Tensor) and mask.dim() in (2, 3):
         mask = mask.flatten(0, -2)
         if shape in (mask.shape, (mask.numel(),)):
-            return mask.bool().view(shape)
-    return None
+            return values[mask.bool().view(shape).to(values.device)]
+    return values.flatten(0, -2)
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:

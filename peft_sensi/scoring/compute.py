@@ -20,6 +20,7 @@ from ..utils.errors import SensiError
 from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
 from .criteria import CRITERIA
 from .head import head_to_train
+from .outliers import find_outliers
 from .priming import OPTIMIZERS
 from .scores import Scores
 
@@ -120,5 +121,8 @@ def score_units(
     # Dropout during priming is random: with the same data and seed, the plan is the same.
     torch.manual_seed(options.seed + distributed.rank())
     found = CRITERIA[method].function(model, anatomy, batches, options)
+    protected = found.protected
+    if not protected and batches is not None:
+        protected = find_outliers(model, anatomy, batches[: max(1, options.calibration_steps)], options.loss_fn)
     head = head_to_train(model, batches, found.head) if found.head and batches is not None else {}
-    return Scores(found.values, method, length, found.protected, head, found.learned)
+    return Scores(found.values, method, length, protected, head, found.learned)

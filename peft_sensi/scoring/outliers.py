@@ -12,10 +12,28 @@ from torch import nn
 from ..anatomy.modules import unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
-from .calibration import device_of, observing, to_device, token_mask
+from .calibration import LossFn, check_loss_fn, device_of, observing, run_model, to_device, without_padding
 
 
 OUTLIER_SHARE = 0.5
+
+
+def find_outliers(
+    model: nn.Module, anatomy: Anatomy, batches: list[Mapping[str, Any]], loss_fn: LossFn | None = None
+) -> dict[str, torch.Tensor]:
+    """What `OutlierFinder` finds in a forward pass of each batch, for scores whose own passes it does not watch."""
+    finder, device = OutlierFinder(model, anatomy), device_of(model)
+    if not finder.groups:
+        return {}
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for index, batch in enumerate(to_device(batch, device) for batch in batches):
+            with finder.watching(batch):
+                if loss_fn is not None:
+                    check_loss_fn(loss_fn)
+                    loss_fn(model, batch)
+                else:
+                    run_model(model, batch, f"calibration batch {index}")
+    return finder.found()
 
 
 class OutlierFinder:
@@ -33,7 +51,6 @@ class OutlierFinder:
 
     def watching(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Inside the block, the model must run forward on `batch` once. Padding is left out."""
-        batch = to_device(batch, device_of(self.model))
 
         def observe(group: Group, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
             x = x.detach().float()
@@ -45,9 +62,8 @@ class OutlierFinder:
                 x = x.unflatten(-1, (group.size, -1))
                 energy = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
             share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
-            mask = token_mask(batch, share.shape[:-1])
-            share = (share[mask] if mask is not None else share.flatten(0, -2)).amax(0).cpu()
-            self.share[group.name] = torch.maximum(self.share[group.name], share)
+            if len(tokens := without_padding(batch, share)):
+                self.share[group.name] = torch.maximum(self.share[group.name], tokens.amax(0).cpu())
 
         return observing(self.model, self.groups, observe)
 

@@ -210,7 +210,7 @@ class SignSteps(ExitStack):
     def _move(self, parameter: torch.Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
-        self.finite = self.finite and bool(torch.isfinite(grad.sum()))
+        self.finite = self.finite and bool(torch.isfinite(grad.sum(dtype=torch.float32)))
         step = self.lr * self.factor
         if parameter.dtype not in _DROPPED_BITS:
             parameter.sub_(grad.sign_(), alpha=step)

@@ -114,8 +114,11 @@ def check_name(model: nn.Module, config: SensiConfig, adapter_name: str) -> None
 
 
 def check_plain(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises an error if one of these Linears or embeddings is more than a weight and a bias."""
-    shared = in_several_places(model)
+    """Raises an error if one of these Linears or embeddings is more than a weight and a bias.
+
+    Warns if two of them share a weight.
+    """
+    shared, owners = in_several_places(model), dict[int, str]()
     for name in sorted(names):
         module = base_of(model.get_submodule(name))
         if id(module) in shared:
@@ -131,6 +134,12 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
             raise SensiError(f"{name!r} cannot be adapted, because {reason}. Or {way}.")
         if not (is_plain(module) or is_plain_embedding(module)):
             raise not_linear(module)
+        if (other := owners.setdefault(id(module._parameters["weight"]), name)) != name:
+            warnings.warn(
+                f"{other!r} and {name!r} are one parameter in the base. The adapter changes each of them on its own, "
+                f"so they become different, and the merged model is larger than the base's number of parameters says.",
+                stacklevel=2,
+            )
 
 
 def check_saved(model: nn.Module, config: SensiConfig) -> None:
