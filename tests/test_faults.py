@@ -69,6 +69,13 @@ def in_child(work: Callable[[], None]) -> int:
     return pid
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long something takes here and now. Kills in this time hit all parts of it on fast and slow machines."""
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
 def kill_after(pid: int, seconds: float) -> None:
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
@@ -99,8 +106,11 @@ def kill_savers(folder: Path, kills: int) -> collections.Counter:
             models[(i + 1) % 3].save_pretrained(folder)
 
     models[0].save_pretrained(folder)
-    for _ in range(kills):
-        kill_after(in_child(save_forever), draw.uniform(0, 0.15))
+    for kill in range(kills):
+        seconds = seconds_of(lambda: models[0].save_pretrained(folder / "another"))
+        # Every second kill comes in the last part of the first save, where the files are written.
+        part = draw.uniform(0.7, 1.1) if kill % 2 else draw.uniform(0, 2)
+        kill_after(in_child(save_forever), part * seconds)
         try:
             model = PeftModel.from_pretrained(base, folder)
         except SensiLoadError as error:
@@ -138,7 +148,8 @@ def kill_mergers(folder: Path, kills: int) -> collections.Counter:
 
     save_merged(models[0], place)
     for _ in range(kills):
-        kill_after(in_child(save_forever), draw.uniform(0, 0.15))
+        seconds = seconds_of(lambda: save_merged(models[0], folder / "another"))
+        kill_after(in_child(save_forever), draw.uniform(0, 2) * seconds)
         found = logits(load_merged(place))
         assert sum(torch.equal(found, one) for one in expected) == 1
         outcomes["loaded"] += 1
@@ -174,9 +185,7 @@ def kill_trainers(rows, folder: Path, kills: int) -> collections.Counter:
     """Training is killed, resumed from the newest checkpoint that can be resumed, and must end like the whole run."""
     torch.manual_seed(0)
     whole = wrapped(rows, **TRIM)
-    begun = time.monotonic()
-    trainer(whole, rows, folder / "whole", save_strategy="steps", save_steps=1).train()
-    seconds = time.monotonic() - begun
+    seconds = seconds_of(trainer(whole, rows, folder / "whole", save_strategy="steps", save_steps=1).train)
     draw, outcomes = random.Random(kills), collections.Counter()
     for kill in range(kills):
         place = folder / str(kill)

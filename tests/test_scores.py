@@ -34,6 +34,7 @@ from peft_sensi import (
     save_merged,
 )
 from peft_sensi.cli.arguments import CALIBRATION_STEPS, PRIMING_STEPS
+from peft_sensi.scoring import learned, priming
 from peft_sensi.scoring.calibration import ScoringOptions, materialize, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.criteria import CRITERIA
@@ -940,15 +941,30 @@ def test_a_batch_that_cannot_be_divided_is_primed_whole(other):
 
 
 @pytest.mark.parametrize("score", ["fisher", "movement", "magnitude"])
-def test_priming_runs_on_these_examples(score):
-    model, sizes = tiny_model(), []
+@pytest.mark.parametrize("share", [0.0, 0.2, None])
+def test_priming_runs_on_these_examples(score, share, monkeypatch):
+    model, sizes, rates = tiny_model(), [], []
+    monkeypatch.setattr(learned, "share_learned", lambda *args: sizes.append("learned?") or share)
+    steps = priming.AdamSteps
+    monkeypatch.setitem(priming._STEPPERS, "adamw", lambda moving, lr: rates.append(lr) or steps(moving, lr))
     hook = model.register_forward_pre_hook(
         lambda m, a, kw: sizes.append((m.training, len(kw["labels"]))), with_kwargs=True
     )
     compute_scores(model, tiny_batches(2, size=32), score=score, priming_steps=3, calibration_steps=2, progress=False)
     hook.remove()
-    # Twice 16 examples of each batch are for what was learned (`share_learned`), and all are searched for outliers.
-    assert sizes == [(True, 6)] * 3 + [(False, 16)] * 4 * (score == "fisher") + [(False, 32)] * 2
+    # If hardly anything was learned, as many steps follow at a higher rate. All examples are searched for outliers.
+    turns = 2 if share == 0.0 else 1
+    assert sizes == [*[(True, 6)] * 3, "learned?"] * turns + [(False, 32)] * 2
+    assert rates == [1e-4, pytest.approx(3e-4)][:turns]
+
+
+def test_what_was_learned_is_measured_on_these_examples():
+    model, sizes = tiny_model(), []
+    hook = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw["labels"])), with_kwargs=True)
+    batches = tiny_batches(2, size=32)
+    learned.share_learned(model, batches, ScoringOptions(priming_steps=3, calibration_steps=2))
+    hook.remove()
+    assert sizes == [16] * 4  # of each batch, with its own labels and with others
 
 
 def test_all_places_have_the_same_defaults():

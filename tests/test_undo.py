@@ -210,6 +210,7 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
         logits(other)
         with Interrupt() as whole:
             operate(other, folder)
+    done = snapshot(other)
     outputs, complete = logits(model), copy.deepcopy(model)
     before, tensors, configs = state(model), snapshot(model), copy.deepcopy(vars(model.peft_config["default"]))
     configs.pop("head_settings")
@@ -230,7 +231,9 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
             model = copy.deepcopy(complete)
             before, tensors = state(model), snapshot(model)
         elif state(model) != before:
-            assert name in ("trim", "load a third") and at > whole.lines - 10, f"line {at} of {whole.lines}"
+            # It has ended, and only the call has not returned. The number of lines differs a little between runs.
+            assert name in ("trim", "load a third") and at > 0.99 * whole.lines, f"line {at} of {whole.lines}"
+            assert_same_tensors(snapshot(model), done)
             break
         now = vars(model.peft_config["default"])
         assert {key: now[key] for key in configs} == configs, f"line {at} of {whole.lines}"

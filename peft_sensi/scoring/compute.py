@@ -54,7 +54,8 @@ def compute_scores(
         calibration_steps: How many batches are scored at most.
         priming_steps: Number of steps of the short fine-tuning before gradients are taken; 0 for none. It also trains
             the task head that the adapter starts with, whatever the score is. Each step uses 6 examples of a batch.
-        priming_lr: Learning rate of that fine-tuning.
+        priming_lr: Learning rate of that fine-tuning. If the model has learned hardly anything after these steps (see
+            `learned.share_learned`), as many follow at three times the rate.
         priming_optimizer: `adamw`, or `sign`, which needs no memory besides the weights.
         loss_fn: Computes the loss from the model and a batch of any size, for models whose output has no `loss`.
         seed: Seed of dropout during priming and of random scores.

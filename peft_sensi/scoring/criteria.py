@@ -25,9 +25,8 @@ from ..utils.progress import progress_bar
 from .calibration import ScoringOptions, device_of
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
-from .learned import share_learned
+from .learned import primed_until_learned
 from .outliers import OutlierFinder
-from .priming import examples_primed_on, primed
 
 
 Batches = list[Mapping[str, Any]]
@@ -80,17 +79,18 @@ def mask(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringO
     }
     with (
         hooked(model, anatomy, lambda group, x, ids: apply_gate(x, gates[group.name], ids)),
-        primed(model, batches, options, list(gates.values())),
+        primed_until_learned(model, batches, options, list(gates.values())) as (_, learned),
     ):
         head = head_state(model)
     values = {g.name: gates[g.name].detach().abs().cpu() * g.unit_params for g in anatomy.groups}
-    return Found(only_seen(anatomy, values, batches), head)
+    return Found(only_seen(anatomy, values, batches), head, learned=learned)
 
 
 def movement(model: nn.Module, anatomy: Anatomy, batches: Batches, options: ScoringOptions) -> Found:
     """`sum |w_primed - w_initial|` over the weights of the unit (FAR, arXiv 2205.01541)."""
-    with primed(model, batches, options) as originals:
-        return Found({g.name: _moved(model, g, originals) for g in anatomy.groups}, head_state(model))
+    with primed_until_learned(model, batches, options) as (originals, learned):
+        values = {g.name: _moved(model, g, originals) for g in anatomy.groups}
+        return Found(values, head_state(model), learned=learned)
 
 
 class Criterion(NamedTuple):
@@ -123,15 +123,12 @@ def _mean_over_examples(
 ) -> Found:
     """The mean of `function(g_i)` over the examples of all processes, taken on the primed model."""
     outliers = OutlierFinder(model, anatomy)
-    with primed(model, batches, options):
+    with primed_until_learned(model, batches, options) as (_, learned):
         head = head_state(model) if options.priming_steps else {}
         model.requires_grad_(False)
         totals = {g.name: g.zeros() for g in anatomy.groups}
         examples, read = 0, batches
         batches = batches[: max(1, options.calibration_steps)]
-        learned = None
-        if options.priming_steps:
-            learned = share_learned(model, batches, options, examples_primed_on(len(read), options))
         # A gate's gradient is a small difference of large terms, so autocast is switched off as a precaution.
         with torch.autocast(device_of(model).type, enabled=False):
             weighting = find_weighting(model, anatomy, batches, options.loss_fn)
@@ -169,7 +166,7 @@ def _primed_head(model: nn.Module, batches: Batches | None, options: ScoringOpti
     """The task head after priming, for scores that need no priming: all scores then start with the same head."""
     if batches is None or not options.priming_steps or not task_head(model):
         return {}
-    with primed(model, batches, options):
+    with primed_until_learned(model, batches, options):
         return head_state(model)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,12 +13,37 @@ from ..anatomy.modules import task_head
 from ..utils import distributed
 from ..utils.errors import CalibrationError
 from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
-from .priming import can_be_divided
+from .priming import can_be_divided, examples_primed_on, primed
 
 
 EXAMPLES, FEWEST = 16, 4  # of each batch, from its end: priming reads it from the beginning
 CLEAR = 0.15  # a share of which the first half of the batches leaves no doubt that something was learned
 ENOUGH = 0.04  # with less, trimming before the training can cost much
+
+
+class Primed(NamedTuple):
+    """What `primed` yields, and what the primed model has learned (see `share_learned`)."""
+
+    originals: dict[int, torch.Tensor]
+    learned: float | None
+
+
+@contextmanager
+def primed_until_learned(
+    model: nn.Module,
+    batches: list[Mapping[str, Any]],
+    options: ScoringOptions,
+    gates: Sequence[torch.Tensor] = (),
+) -> Iterator[Primed]:
+    """`primed`, with more steps if the first ones have taught the model hardly anything."""
+    scored, found = batches[: max(1, options.calibration_steps)], list[float | None]()
+
+    def is_enough() -> bool:
+        found.append(share_learned(model, scored, options, examples_primed_on(len(batches), options)))
+        return found[-1] is None or found[-1] >= ENOUGH
+
+    with primed(model, batches, options, gates, is_enough) as originals:
+        yield Primed(originals, found[-1] if found else None)
 
 
 def share_learned(

@@ -8,7 +8,7 @@ the CPU, so the device never holds a second model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,13 +27,18 @@ from .head import head_bias, start_head_at_prior
 
 
 EXAMPLES = 6  # in a priming step
+LIFT = 3.0
 GATE_LR = 1e-2
 GATE_PENALTY = 1e-4
 
 
 @contextmanager
 def primed(
-    model: nn.Module, batches: list[Mapping[str, Any]], options: ScoringOptions, gates: Sequence[torch.Tensor] = ()
+    model: nn.Module,
+    batches: list[Mapping[str, Any]],
+    options: ScoringOptions,
+    gates: Sequence[torch.Tensor] = (),
+    is_enough: Callable[[], bool] = lambda: True,
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Inside the block, the model is primed and in evaluation mode. Afterwards every weight is restored, bit by bit.
 
@@ -44,6 +49,9 @@ def primed(
     al. 2018, arXiv 1802.04434) are as large as Adam's first steps, but it needs no memory besides the weights: each
     gradient is used and freed at once. A fresh head starts at the prior of the labels (see `start_head_at_prior`).
     Several processes take each step together, on the examples of all of them.
+
+    If `is_enough` returns false after the steps, as many follow at `LIFT` times the rate: some models learn nothing at
+    a rate that suits others.
 
     Raises `CalibrationError` if a loss or gradient is not finite.
     """
@@ -62,9 +70,14 @@ def primed(
             parameter.requires_grad_(True)
         start_head_at_prior(model, batches)
         if options.priming_steps:
-            model.train()
-            # The optimizer lives in this call only, so that its state is freed before the scores need memory.
-            _prime(model, batches, _STEPPERS[options.priming_optimizer](moving, options.priming_lr), options, gates)
+            for factor in (1.0, LIFT):
+                stepper = _STEPPERS[options.priming_optimizer](moving, factor * options.priming_lr)
+                model.train()
+                _prime(model, batches, stepper, options, gates)
+                del stepper  # its state is freed before the scores need memory
+                model.eval()
+                if is_enough():
+                    break
         model.eval()
         yield {id(parameter): original for parameter, original in zip(moving, originals, strict=True)}
     finally:

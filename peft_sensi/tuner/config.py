@@ -109,7 +109,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
         calibration_steps: Number of calibration batches that are used for scores. The refit uses 1.8 times as many.
         priming_steps: Steps of a short fine-tuning before the scores are taken, each on 6 examples of a batch; 0
             switches it off. Its changes are undone, except that the task head starts from what it learned.
-        priming_lr: Learning rate of these steps.
+        priming_lr: Learning rate of these steps; further ones may follow (see `compute_scores`).
         priming_optimizer: Optimizer of these steps: `"adamw"`, or `"sign"`, which has no optimizer state.
         refit: Whether the output projections of trimmed blocks are fitted by least squares to the untrimmed model's
             activations. `None`: yes, if there is calibration data, no `trainable` limit, and the output biases are

@@ -132,9 +132,10 @@ class AdapterOperations:
             inputs = RunInputs(calibration, None, loss_fn)
             config = self.peft_config[adapter_name]
             trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit, latency)
-        if trim is not None:
-            self.note_scores(adapter_name, trim.scores)
-        return self.plan(adapter_name)
+        if trim is None:
+            return self.plan(adapter_name)
+        self.note_scores(adapter_name, trim.scores)
+        return described(trim.plan, config)
 
     def compress(self, kind: str, adapter_name: str | None = None) -> None:
         """Replaces an adapter's trained values by a narrower form. It is used, saved and merged in this form.
