@@ -27,7 +27,7 @@ from .head import head_bias, start_head_at_prior
 
 
 EXAMPLES = 6  # in a priming step
-LIFT = 3.0
+LIFT = 3.0  # of the rate, for further steps
 GATE_LR = 1e-2
 GATE_PENALTY = 1e-4
 
