@@ -170,7 +170,7 @@ def test_a_layer_that_runs_three_times_costs_its_flops_three_times():
         ({"head_size": 4.0}, "'head_size' of a block layout cannot be 4.0"),
         ({"head_counts": ("attention.nope",)}, "names the attribute 'attention.nope'"),
         ({"head_counts": "heads"}, "'head_counts' of a block layout cannot be 'heads'"),
-        ({"head_widths": ("norm.eps",)}, "names stack.0.norm.eps as a number"),
+        ({"head_widths": ("norm.eps",)}, "names 'stack.0.norm.eps' as a number of units"),
         ({"repeats": ("heads",)}, "a number or two paths"),
         ({"repeats": ("heads", "nope")}, "names the attribute 'nope'"),
         ({"layer": ""}, "needs `layer`"),
@@ -180,7 +180,7 @@ def test_a_layer_that_runs_three_times_costs_its_flops_three_times():
 def test_a_layout_that_does_not_fit_is_named_before_anything_changes(example, field, words):
     model = example["Model"]()
     before = set(dict(model.named_modules())), set(vars(model.stack[0]))
-    with pytest.raises(AnatomyError, match=re.escape(words)):
+    with pytest.raises(SensiError, match=re.escape(words)):
         get_peft_model(model, SensiConfig(budget=0.5, score="random", blocks=[replace(example["layout"], **field)]))
     assert (set(dict(model.named_modules())), set(vars(model.stack[0]))) == before
 

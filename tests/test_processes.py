@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import compute_scores
-from peft_sensi.scoring import priming
+from peft_sensi.scoring import learned, priming
 from peft_sensi.scoring.calibration import materialize, weight_of
 
 
@@ -32,7 +33,7 @@ def one_process(name: str) -> dict:
         return scores_of(0, 1)
     options = {"priming_steps": 3, "priming_lr": 1e-2, "calibration_steps": ALL, "progress": False}
     # Each of the two processes has 4 examples in a batch, and uses them all.
-    with mock.patch.object(priming, "EXAMPLES", 8):
+    with mock.patch.object(priming, "EXAMPLES", 8), mock.patch.object(learned, "ENOUGH", -math.inf):
         scores = compute_scores(tiny_model(**STILL), joint(), score=name, **options)
     return {"values": scores.values, "protected": scores.protected, "head": scores.head}
 
@@ -48,9 +49,9 @@ def test_scores_are_those_of_one_process_with_all_data(decided, name):
         assert_close(found["head"], expected["head"], 1e-3)
         assert all(torch.equal(found["protected"][n], expected["protected"][n]) for n in expected["protected"])
     assert all(torch.equal(decided[0][name]["values"][n], v) for n, v in decided[1][name]["values"].items())
-    learned = {process[name]["learned"] for process in decided}
-    # The scores by fisher are made without priming here, and the others without gradients of examples.
-    assert len(learned) == 1 and (learned == {None}) == (name != "taylor")
+    shares = {process[name]["learned"] for process in decided}
+    # The scores by fisher are made without priming here.
+    assert len(shares) == 1 and (shares == {None}) == (name == "fisher")
 
 
 def test_plan_and_refit_are_those_of_one_process_with_all_data(decided):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 import warnings
@@ -30,7 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from peft_sensi import SensiConfig
 from peft_sensi.planning import least_squares, refit
-from peft_sensi.scoring import criteria, priming
+from peft_sensi.scoring import criteria, learned, priming
 
 
 SHAPES = {
@@ -41,7 +42,7 @@ SHAPES = {
 # The parts of a wrap, and the functions that do their work. Time counts for the innermost function.
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "priming": ((priming, "_prime"),),
-    "learned": ((criteria, "share_learned"),),
+    "learned": ((learned, "share_learned"),),
     "scoring": ((criteria, "find_weighting"), (criteria, "gate_gradients")),
     "refit: layers": ((refit, "refit"),),
     "refit: sums": ((least_squares.LeastSquares, "add"),),
@@ -129,6 +130,8 @@ def measure(shape: str, rows: int, length: float, size: int, **settings: Any) ->
             for owner, function in functions:
                 replacement = clock.timed(name, getattr(owner, function))
                 stack.enter_context(mock.patch.object(owner, function, replacement))
+        # These labels are random. Priming would go on, as it does not where something can be learned.
+        stack.enter_context(mock.patch.object(learned, "ENOUGH", -math.inf))
         # `decision` has imported the function under its own name.
         stack.enter_context(mock.patch("peft_sensi.tuner.decision.refit", refit.refit))
         with clock.part("the rest"):

@@ -199,16 +199,20 @@ def _linear(modules: Modules, layer: str, name: str) -> tuple[str, nn.Linear]:
     return path, cast(nn.Linear, linear)
 
 
-def _number_at(name: str, layer: nn.Module, path: str) -> int:
-    """The whole number in an attribute of a layer, such as the size of its heads. A file could name any attribute."""
+def _attribute_at(name: str, layer: nn.Module, path: str) -> Any:
+    """An attribute of a layer that a layout names."""
     try:
-        value = attrgetter(path)(layer)
+        return attrgetter(path)(layer)
     except AttributeError:
         raise AnatomyError(
             f"The block layout names the attribute {path!r}, which {name!r} does not have: give its path from there, "
             f"such as 'attention.self.num_attention_heads'."
         ) from None
-    if type(value) is not int:
+
+
+def _number_at(name: str, layer: nn.Module, path: str) -> int:
+    """The whole number in an attribute of a layer, such as the size of its heads."""
+    if type(value := _attribute_at(name, layer, path)) is not int:
         raise AnatomyError(f"The block layout names {name}.{path} as a number, and it is {shown(value)}.")
     return value
 
@@ -239,7 +243,7 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
     sides.append(Side(o_name, 1, width, o_out))
     per_unit = ((layout.head_counts, queries), (layout.kv_head_counts, 1), (layout.head_widths, width))
     for path in (path for paths, _ in per_unit for path in paths):
-        _number_at(name, modules[name], path)  # a trim would set it
+        _attribute_at(name, modules[name], path)  # a trim would set it
     # Without heads, the code for relative positions cannot infer its shapes. `Conv1D` reshapes its input with -1,
     # which is ambiguous if the input has no columns.
     least = max(layout.min_heads, measures_cache, bool(layout.relative), isinstance(o, Conv1D))
