@@ -68,13 +68,13 @@ def test_held_hidden_states_are_those_that_are_computed_again(tokens, monkeypatc
     model = tiny_model()
     plan, batches = half_plan(model), data(model)
     monkeypatch.setattr(joint_fit, "HELD_TOKENS", tokens)
-    inner, runs, results = joint_fit.run_model, [0, 0], []
+    inner, runs, results = joint_fit.run_forward, [0, 0], []
 
     def counted(*args):
         runs[len(results)] += 1
         return inner(*args)
 
-    monkeypatch.setattr(joint_fit, "run_model", counted)
+    monkeypatch.setattr(joint_fit, "run_forward", counted)
     results.append(fit(model, plan, batches, rounds=ROUNDS, joint=batches))
     computed_again = torch.no_grad()(lambda self, runner: runner(self.batch))
     monkeypatch.setattr(joint_fit._Compared, "targets", computed_again)

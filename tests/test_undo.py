@@ -30,6 +30,7 @@ from tiny import (
 import peft_sensi
 from peft_sensi import AnatomyError, SensiConfig, SensiError, SensiLoadError, compute_scores, load_merged, save_merged
 from peft_sensi.layers.layer import SensiLayer
+from peft_sensi.tuner import stale
 
 
 NAME = "base_model.model.bert.encoder.layer.0.attention.self.query.sensi_weight.default"
@@ -208,6 +209,7 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
         prepare(model)
     for other in (copy.deepcopy(model), copy.deepcopy(model)):  # the first call runs lines that no later call runs
         logits(other)
+        stale._stale.clear()
         with Interrupt() as whole:
             operate(other, folder)
     done = snapshot(other)
@@ -216,6 +218,7 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
     configs.pop("head_settings")
     interrupts = 0
     for at in sorted({*range(1, whole.lines, max(1, whole.lines // points)), *range(whole.lines - 3, whole.lines)}):
+        stale._stale.clear()  # a trim looks through it, and other tests and models leave different numbers of tensors
         with suppress(KeyboardInterrupt), Interrupt(at) as run:
             operate(model, folder)
         if run.lines < at:  # it ran fewer lines than the first time, so it has ended
@@ -231,8 +234,9 @@ def interrupt_operation(name: str, folder: Path, points: int) -> int:
             model = copy.deepcopy(complete)
             before, tensors = state(model), snapshot(model)
         elif state(model) != before:
-            # It has ended, and only the call has not returned. The number of lines differs a little between runs.
-            assert name in ("trim", "load a third") and at > 0.99 * whole.lines, f"line {at} of {whole.lines}"
+            # It has ended, and only what it returns is missing.
+            last = {"trim": 30, "load a third": 10}
+            assert name in last and at > whole.lines - last[name], f"line {at} of {whole.lines}"
             assert_same_tensors(snapshot(model), done)
             break
         now = vars(model.peft_config["default"])

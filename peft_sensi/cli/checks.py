@@ -21,19 +21,27 @@ SCORES = "scores.safetensors"  # what `train` and `sweep` save for other budgets
 TABLE, PICTURE = "sweep.json", "sweep.png"  # what `sweep` saves at its end
 
 
-def check_out(folder: Path, overwrite: bool = False, resume: bool = False, more: Iterable[str] = ()) -> None:
+def check_out(
+    folder: Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    more: Iterable[str] = (),
+    rows: Iterable[str] = (),
+) -> None:
     """Checks, before a long training, that the adapter can be saved in this folder. Creates nothing.
 
-    `more` are names of further files that the command writes into it.
+    `more` are names of further files that the command writes into it, and `rows` are the data that it reads.
 
     Raises:
-        SensiError: The folder holds a model, or results that neither `overwrite` nor `resume` allows to change; or
-            nothing can be written to it.
+        SensiError: The folder holds a model, or results that neither `overwrite` nor `resume` allows to change; or it
+            is one of the folders `rows`; or nothing can be written to it.
     """
     from ..merging.foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
     from ..reporting.pretrained import TOKENIZER_FILES
     from ..reporting.saved import CONFIG, METRICS, WEIGHTS
 
+    if not resume:
+        check_apart(folder, rows)
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []

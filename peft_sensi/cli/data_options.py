@@ -124,6 +124,11 @@ VALIDATION_OPTIONS: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
+def places_of_rows(data: list[str], reading: Mapping[str, Any]) -> list[str]:
+    """What --data and --validation name."""
+    return [*data, *(reading["validation"] or [])]
+
+
 def task_options(reading: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `tasks.kinds.read_task` from the values of the options."""
     options = {name: value for name, value in reading.items() if name != "validation_share" or value is not None}

@@ -19,8 +19,8 @@ from ..utils.formatting import human, interval_text, metric_text
 from ..utils.hub_names import UNFINISHED
 from . import arguments as args
 from .arguments import option
-from .checks import PICTURE, SCORES, TABLE, check_apart, check_budget, check_out
-from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
+from .checks import PICTURE, SCORES, TABLE, check_budget, check_out
+from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, places_of_rows, task_options
 from .loading import load_base
 from .measure import length_for
 from .terminal import ascii_only, err, print_result, print_warning, step
@@ -96,9 +96,7 @@ def sweep(
         "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
         "the options about the data": reading,
     }  # fmt: skip
-    if not resume:
-        check_apart(out_folder, [*data, *(reading["validation"] or [])])
-    check_out(out_folder, overwrite, resume, [SCORES, PICTURE])
+    check_out(out_folder, overwrite, resume, [SCORES, PICTURE], places_of_rows(data, reading))
     if resume:
         state = {"finished": [], **read_state(out_folder)}
         check_same_options(state, options)

@@ -12,8 +12,8 @@ from ..utils.formatting import interval_text, metric_text, size_of
 from ..utils.hub_names import absolute
 from . import arguments as args
 from .arguments import option
-from .checks import SCORES, check_apart, check_latency_tables, check_out
-from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, task_options
+from .checks import SCORES, check_latency_tables, check_out
+from .data_options import DATA_OPTIONS, LABELED, VALIDATION_OPTIONS, places_of_rows, task_options
 from .loading import load_base, read_data, refuse_base
 from .terminal import ascii_only, err, print_result, print_warning, step
 from .trained_options import TRAINED_OPTIONS, read_as_trained, untrained_columns
@@ -110,9 +110,8 @@ def train(
     args.check_rate(lr)
     args.check_epochs(epochs)
     check_latency_tables(latency_tables, limits)
-    if not resume:
-        check_apart(out_folder, [*data, *(reading["validation"] or [])])
-    check_out(out_folder, overwrite, resume, [SCORES] if scores is None else [])
+    saved = [SCORES] if scores is None else []
+    check_out(out_folder, overwrite, resume, saved, places_of_rows(data, reading))
     options = {
         "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
         "--late": late, "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed,
@@ -197,9 +196,7 @@ def trim(
         args.refuse({"--lr": lr}, "is about the training after the trim, and there is none without --heal-epochs")
     args.check_overwrite(overwrite, resume)
     check_latency_tables(latency_tables, limits)
-    if not resume:
-        check_apart(out_folder, [*data, *(reading["validation"] or [])])
-    check_out(out_folder, overwrite, resume)
+    check_out(out_folder, overwrite, resume, rows=places_of_rows(data, reading))
     options = {
         "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
         "--latency-table": latency_tables,

@@ -101,11 +101,6 @@ def make_plan(
         _warn_if_all_equal([values[g.name] for g in (anatomy.trimmable if limits.trims else anatomy.groups)])
 
     kept: Masks = {g.name: np.ones(g.size, dtype=bool) for g in anatomy.groups}
-    if limits.trims and not anatomy.trimmable:
-        raise BudgetError(
-            "The budget limits the size of the model, and `anatomy` has no heads or neurons that can be trimmed: give "
-            "`build_anatomy` layouts of the `blocks`, or set only a `trainable` limit."
-        )
     if limits.trims:
         must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
@@ -266,8 +261,13 @@ def _ladders_within(
 ) -> tuple[list[Ladder], np.ndarray]:
     """How each group can grow, and what the limits on the model's size allow beside the mandatory units.
 
-    Raises `BudgetError` if they do not even allow these.
+    Raises `BudgetError` if they do not even allow these, or if nothing can be trimmed.
     """
+    if not anatomy.trimmable:
+        raise BudgetError(
+            "The budget limits the size of the model, and `anatomy` has no heads or neurons that can be trimmed: give "
+            "`build_anatomy` layouts of the `blocks`, or set only a `trainable` limit."
+        )
     rest = np.array([cost.rest for cost in costs.values()], dtype=np.int64)
     allowed = np.array([allowance(getattr(limits, n), cost.whole) for n, cost in costs.items()], dtype=np.int64) - rest
 

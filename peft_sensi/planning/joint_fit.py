@@ -22,7 +22,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..anatomy.modules import linear_of
-from ..scoring.calibration import LossFn, first_of, run_model, tokens_in
+from ..scoring.calibration import LossFn, first_of, run_forward, tokens_in
 from .descent import Weights, cast_like, distance, fit_linears, in_random_order
 from .least_squares import Values
 from .plan import Plan
@@ -116,8 +116,5 @@ class _HiddenStates(nn.Module):
             for name in self.layers:
                 layer = self.model.get_submodule(name)
                 hooks.enter_context(layer.register_forward_hook(lambda module, args, out: found.append(first_of(out))))
-            if self.loss_fn is None:
-                run_model(self.model, batch, "a batch (fit of all layers)")
-            else:
-                self.loss_fn(self.model, batch)
+            run_forward(self.model, batch, self.loss_fn, "a batch (fit of all layers)")
         return found

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn, check_loss_fn, first_of, observing, run_model
+from ..scoring.calibration import LossFn, first_of, observing, run_forward
 
 
 # A function of the input and the output of a group's output projection, and of the residual sum that the next
@@ -98,11 +98,7 @@ def _record(
             layer = model.get_submodule(name)
             hooks.enter_context(layer.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             hooks.enter_context(layer.register_forward_hook(partial(after, name), with_kwargs=True))
-        if loss_fn is not None:
-            check_loss_fn(loss_fn)
-            loss_fn(model, batch)
-        else:
-            run_model(model, batch, where)
+        run_forward(model, batch, loss_fn, where)
     calls.chain &= set(calls.entries) == set(ran[:1])
     return calls if len(ran) == len(set(ran)) else None
 

@@ -102,12 +102,13 @@ def check_plan_dict(values: Any) -> None:
                 f"{DAMAGED}"
             )
     # A file must not decide how much memory is allocated: a unit needs a byte, also if the text is only "all".
-    for units, most, what in (
-        (max((entry["size"] for entry in values["groups"].values()), default=0), MOST_IN_GROUP, "a group"),
-        (sum(entry["size"] for entry in values["groups"].values()), MOST_IN_PLAN, "all groups"),
-    ):
-        if units > most:
-            raise SensiLoadError(f"The plan claims {units:,} units in {what}, more than any model has. {DAMAGED}")
+    sizes = [entry["size"] for entry in values["groups"].values()]
+    largest, total = max(sizes, default=0), sum(sizes)
+    if largest > MOST_IN_GROUP or total > MOST_IN_PLAN:
+        raise SensiLoadError(
+            f"The plan claims {largest:,} units in a group, and {total:,} in all groups, more than any model has. "
+            f"{DAMAGED}"
+        )
 
 
 def states_for(group: Group, entry: Mapping[str, Any]) -> np.ndarray:

@@ -105,7 +105,7 @@ def _as_tensors(batch: Any) -> Any:
     for name, value in batch.items():
         if isinstance(value, np.ndarray) or (isinstance(value, (list, tuple)) and value and not _has_tensor(value)):
             try:
-                array = np.array(value, order="C")  # torch knows no negative strides
+                array = np.asarray(value, order="C")  # torch knows no negative strides
             except ValueError:  # lists of different lengths
                 continue
             if array.dtype.kind in "biuf":
@@ -193,6 +193,15 @@ def run_model(model: nn.Module, batch: Mapping[str, Any], where: str) -> Any:
             f"`model(**batch)` failed for {where} of `calibration`, whose keys are {sorted(batch)}: give batches that "
             f"the model accepts. Its error was: {error}"
         ) from error
+
+
+def run_forward(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | None, where: str) -> None:
+    """Runs the model on a batch as its loss does, for hooks that read what is inside. No labels are needed."""
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
+        loss_fn(model, batch)
+    else:
+        run_model(model, batch, where)
 
 
 def _is_text(values: list[Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from ..anatomy.modules import unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
-from .calibration import LossFn, check_loss_fn, device_of, observing, run_model, to_device, without_padding
+from .calibration import LossFn, device_of, observing, run_forward, to_device, without_padding
 
 
 OUTLIER_SHARE = 0.5
@@ -28,11 +28,7 @@ def find_outliers(
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for index, batch in enumerate(to_device(batch, device) for batch in batches):
             with finder.watching(batch):
-                if loss_fn is not None:
-                    check_loss_fn(loss_fn)
-                    loss_fn(model, batch)
-                else:
-                    run_model(model, batch, f"calibration batch {index}")
+                run_forward(model, batch, loss_fn, f"calibration batch {index}")
     return finder.found()
 
 

@@ -91,7 +91,7 @@ def _attribute_of(model: nn.Module, path: str, whole: int) -> tuple[nn.Module, s
     """The module and the name of an attribute that counts units, and its value if no unit is trimmed."""
     parent, _, attribute = path.rpartition(".")
     owner = model.get_submodule(parent)
-    if type(getattr(owner, attribute, 0)) is not int:  # a layout from a file could name any attribute
+    if type(getattr(owner, attribute)) is not int:  # a layout from a file could name any attribute
         raise SensiLoadError(f"`blocks` names {path!r} as a number of units, but it is no integer here.")
     return owner, attribute, whole
 
