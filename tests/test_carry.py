@@ -311,6 +311,54 @@ def test_masks_stay_where_the_optimizer_cannot_follow(name, caplog, monkeypatch)
     assert not masked(model) and not exceeds(model.base_model.plan(), model.peft_config["default"])
 
 
+class KeepsCopies(optim.SGD):
+    """Keeps a copy of each value, and computes the next values from it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        held = [p for group in self.param_groups for p in group["params"]]
+        for p in held:
+            self.state[p].setdefault("copy", p.clone())
+            self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+        super().step(closure)
+        for p in held:
+            self.write_back(p, self.state[p]["copy"])
+
+
+class Lookahead(KeepsCopies):
+    def write_back(self, p, copy):
+        p.copy_(copy.lerp_(p, 0.5))
+
+
+class ScheduleFree(KeepsCopies):
+    def write_back(self, p, copy):
+        p.lerp_(copy, 0.3)
+
+
+class Masters(KeepsCopies):
+    def write_back(self, p, copy):
+        p.copy_(copy)
+
+
+@pytest.mark.parametrize("make", [Lookahead, ScheduleFree, Masters])
+def test_an_optimizer_with_copies_of_the_values_does_not_undo_a_cut(make):
+    model = prepared({**CUT, "start": 0.25, "cuts": 2})
+    optimizer = make(trained(model), lr=0.0)  # so that only the cuts change values
+    phases = Schedule(model, STEPS, calibration=CALIBRATION)
+    changed = []
+    for batch in tiny_batches(STEPS):
+        before, averages = snapshot(model), [state["average"].clone() for state in optimizer.state.values()]
+        phases.step(optimizer)
+        after = snapshot(model)
+        changed.append(any(not torch.equal(before[n], after[n]) for n in before if "sensi_weight" in n))
+        assert all(map(torch.equal, averages, (state["average"] for state in optimizer.state.values())))
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(snapshot(model), after, atol=1e-12, rtol=0)
+    assert changed[1] and not changed[0]  # a cut refits
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

@@ -94,6 +94,37 @@ def test_a_resumed_training_equals_the_uninterrupted_one(schedule, left, rows, t
     assert torch.equal(logits(loaded), logits(whole)) and loaded.base_model.plan() == whole.base_model.plan()
 
 
+class TwoSets(torch.optim.SGD):
+    """Trains values that are twice those in which it results, and exchanges them as schedule-free optimizers do."""
+
+    trains = True
+
+    def exchange(self, trains: bool) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(1 if trains == self.trains else 2 if trains else 0.5)
+        self.trains = trains
+
+    def train(self) -> None:
+        self.exchange(True)
+
+    def eval(self) -> None:
+        self.exchange(False)
+
+
+@pytest.mark.parametrize("schedule", [ONE, None], ids=["with a cut", "without a schedule"])
+def test_an_optimizer_with_two_sets_of_values_ends_with_its_results(schedule, rows, tmp_path):
+    model = cutting(rows, schedule, refit=False)
+    start = state(model)
+    optimizer = TwoSets([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    one, _ = run(model, rows, tmp_path, save_strategy="no")
+    one.optimizer = optimizer
+    one.train()
+    one.evaluate(rows)
+    name = next(name for name in start if "layer.0.output.dense" in name and "bias" in name)
+    torch.testing.assert_close(state(model)[name], start[name] / 2)
+    assert not masked(model)
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Rows without a known number."""
 

@@ -53,4 +53,9 @@ class SensiCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:
+            # A schedule-free optimizer (arXiv 2405.15682) trains other values than those that it results in. It cannot
+            # exchange them any more when the parameters have been replaced.
+            exchange = getattr(kwargs.get("optimizer"), "eval", None)
+            if callable(exchange):
+                exchange()
             self.schedule.finish()  # after `Trainer` has loaded the best model

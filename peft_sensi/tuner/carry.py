@@ -1,12 +1,14 @@
-"""Carries an optimizer over a cut: the parameters become smaller, and their state is sliced like their values.
+"""Carries an optimizer over a cut: its state follows what the cut does to the parameters.
 
-The parameters stay the same objects. So nothing that holds them becomes stale: the groups of the optimizer, a list
-that a training loop passes to `clip_grad_norm_`, hooks on parameters.
+A cut changes values (see `copies_follow`). Then, if the optimizer can go on with smaller parameters, its state is
+sliced like their values. The parameters stay the same objects, so nothing that holds them becomes stale: the groups of
+the optimizer, a list that a training loop passes to `clip_grad_norm_`, hooks on parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,10 @@ ELEMENTWISE: frozenset[type] = frozenset({
     optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam,
     optim.RMSprop, optim.Rprop, optim.SGD,
 })  # fmt: skip
+
+# A tensor of the optimizer's state is a copy of a parameter if their distance is less than this share of the
+# parameter's norm. Averages of gradients are unrelated to the values, so their distance is about the norm.
+CLOSE = 0.5
 
 Before = Mapping[str, tuple[Slice, dict[str, nn.Parameter]]]  # slice and tensors of an adapter by the layer's name
 
@@ -47,6 +53,38 @@ def obstacle(optimizer: Any, layers: Mapping[str, Any], adapter_name: str, slice
         if slice_ is not None and any(spec.trained and n not in parts for n, spec in tensor_specs(slice_).items()):
             return "the biases of removed sublayers are not trained yet"
     return None
+
+
+@contextmanager
+def copies_follow(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """What the block adds to `parameters` is added to the optimizer's copies of them as well.
+
+    Some optimizers compute the next values from a copy in their state: Lookahead (arXiv 1907.08610), schedule-free
+    ones (arXiv 2405.15682), or those with float32 copies of 16-bit values. They would undo what a cut does to the
+    values.
+    """
+    state = {} if optimizer is None else _inner(optimizer).state
+    held = [p for p in parameters if p in state]
+    keys = _keys_of_copies(state, held)
+    values = [p.detach().clone() for p in held] if keys else []
+    yield
+    with torch.no_grad():
+        for parameter, before in zip(held, values, strict=False):
+            for key in keys & state[parameter].keys():
+                state[parameter][key].add_(parameter - before)
+
+
+def _keys_of_copies(state: Mapping[torch.Tensor, Mapping[str, Any]], held: Iterable[torch.Tensor]) -> set[str]:
+    """The keys under which the state of every parameter has a copy of it. Parameters of zeros do not count."""
+    found: dict[str, bool] = {}
+    for parameter in held:
+        value = parameter.detach()
+        norm = float(value.norm())
+        for key, tensor in state[parameter].items():
+            if norm and isinstance(tensor, torch.Tensor) and tensor.shape == value.shape:
+                is_close = float((tensor - value).norm()) < CLOSE * norm
+                found[key] = found.get(key, True) and is_close
+    return {key for key, is_copy in found.items() if is_copy}
 
 
 class _Move(NamedTuple):

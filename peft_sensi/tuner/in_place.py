@@ -28,10 +28,15 @@ def merged_in_place(root: nn.Module, adapter_name: str) -> Iterator[None]:
     """
     layers = layers_of(root, adapter_name).values()
     for layer in layers:
-        if layer.active_adapters != [adapter_name] or layer.disable_adapters:
+        if layer.active_adapters != [adapter_name]:
             raise SensiError(
-                f"The adapter {adapter_name!r} must be the only active one, and enabled, to be scored: call "
+                f"The adapter {adapter_name!r} must be the only active one to be scored: call "
                 f"`set_adapter({adapter_name!r})` first."
+            )
+        if layer.disable_adapters:
+            raise SensiError(
+                "The adapters are disabled, so what they compute cannot be scored: call `enable_adapter_layers()` of "
+                "the tuner (`model.base_model`), or leave the block of `disable_adapter()`."
             )
         if layer.merged and layer.merged_adapters != [adapter_name]:
             raise SensiError(f"The adapters {layer.merged_adapters} are merged: call `unmerge_adapter()` first.")

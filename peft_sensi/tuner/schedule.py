@@ -22,7 +22,7 @@ from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
-from .carry import obstacle
+from .carry import copies_follow, obstacle
 from .combinations import recheck
 from .cuts import check_cut, close_units, is_cut, open_units
 from .latencies import exceeds
@@ -203,7 +203,7 @@ class Schedule:
         if self.phase["phase"] == "draw_mask":
             self._draw()
         else:
-            self._close(self._progress(due))
+            self._close(self._progress(due), optimizer=optimizer)
             if due == self.phase["cuts"]:
                 self._remove(optimizer)
         self.made = due
@@ -280,9 +280,13 @@ class Schedule:
                     scores = scores - layer.get_original_weight(name).to(scores.dtype)
                 layer.draw_mask(name, scores.abs())
 
-    def _close(self, progress: float, trains_on: bool = True) -> None:
+    def _close(self, progress: float, trains_on: bool = True, optimizer: torch.optim.Optimizer | None = None) -> None:
         root, name = root_of(self.model), self.adapter_name
-        with distributed.synchronized("cutting units"):
+        refitted = (layer.part(part, name) for layer in self._layers() for part in ("weight", "bias"))
+        with (
+            copies_follow(optimizer, [p for p in refitted if p is not None]),
+            distributed.synchronized("cutting units"),
+        ):
             self.scores = close_units(root, self.config, name, self.batches, progress, trains_on, self.loss_fn)
 
     def _remove(self, optimizer: torch.optim.Optimizer | None) -> None:
