@@ -15,11 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Hub:
     """`repos[name][path]` is the content of a file, `commits` are messages, `strange` are unsupported requests.
 
+    `branches[name, branch]` has the files of another branch than `main`, such as that of a pull request.
+
     `received` has every byte that arrived: request lines, headers and bodies, with base64 parts decoded as well. With
     `refuse`, every request is answered by an error with this status; with `refuse_files`, the first one of an upload.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
@@ -88,25 +91,25 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.refuse:
             return self.answer({"error": "Invalid credentials"}, self.hub.refuse)
         path = self.path.partition("?")[0]
-        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/[\w.-]+)?", path):
-            files = self.hub.repos.get(match[1])
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+?)(?:/revision/([\w.%-]+))?", path):
+            files = self.files(match[1], match[2])
             if files is None:
-                return self.missing("RepoNotFound")
+                return self.missing("RevisionNotFound" if match[1] in self.hub.repos else "RepoNotFound")
             siblings = [{"rfilename": name} for name in files]
-            return self.answer({"id": match[1], "modelId": match[1], "sha": self.sha(match[1]), "siblings": siblings,
+            return self.answer({"id": match[1], "modelId": match[1], "sha": self.sha(files), "siblings": siblings,
                                 "private": self.hub.private[match[1]], "tags": [], "downloads": 0})  # fmt: skip
-        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/[\w.-]+", path):
-            files = self.hub.repos.get(match[1], {})
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/([\w.%-]+)", path):
+            files = self.files(match[1], match[2]) or {}
             sizes = [(name, len(content), hashlib.sha1(content).hexdigest()) for name, content in files.items()]
             return self.answer([{"type": "file", "path": n, "size": size, "oid": oid} for n, size, oid in sizes])
-        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path):
-            files = self.hub.repos.get(match[1])
+        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.%-]+)/(.+)", path):
+            files = self.files(match[1], match[2])
             if files is None:
-                return self.missing("RepoNotFound")
-            if match[2] not in files:
+                return self.missing("RevisionNotFound" if match[1] in self.hub.repos else "RepoNotFound")
+            if match[3] not in files:
                 return self.missing("EntryNotFound")
-            etag = hashlib.sha256(files[match[2]]).hexdigest()
-            return self.answer(files[match[2]], headers={"ETag": f'"{etag}"', "X-Repo-Commit": self.sha(match[1])})
+            etag = hashlib.sha256(files[match[3]]).hexdigest()
+            return self.answer(files[match[3]], headers={"ETag": f'"{etag}"', "X-Repo-Commit": self.sha(files)})
         if path == "/api/whoami-v2":
             return self.answer({"name": "me", "type": "user"})
         self.hub.strange.append(f"{self.command} {self.path}")
@@ -128,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/api/models/(.+/.+)/preupload/[\w.-]+", path):
+        if match := re.fullmatch(r"/api/models/(.+/.+)/preupload/[\w.%-]+", path):
             if self.hub.refuse_files:
                 return self.answer({"error": "No room left"}, self.hub.refuse_files)
             files = [
@@ -147,8 +150,16 @@ class _Handler(BaseHTTPRequestHandler):
                 for o in json.loads(body)["objects"]
             ]
             return self.answer({"transfer": "basic", "objects": objects})
-        if match := re.fullmatch(r"/api/models/(.+/.+)/commit/[\w.-]+", path):
-            files = self.hub.repos[match[1]]
+        if match := re.fullmatch(r"/api/models/(.+/.+)/branch/([\w.%-]+)", path):
+            self.hub.branches[match[1], match[2]] = dict(self.hub.repos[match[1]])
+            return self.answer({})
+        if match := re.fullmatch(r"/api/models/(.+/.+)/commit/([\w.%-]+)", path):
+            request = (
+                {"pullRequestUrl": f"{self.hub.url}/{match[1]}/discussions/1"} if "create_pr=1" in self.path else {}
+            )
+            if request:
+                self.hub.branches[match[1], "refs%2Fpr%2F1"] = dict(self.files(match[1], match[2]))
+            files = self.files(match[1], "refs%2Fpr%2F1" if request else match[2])
             for line in map(json.loads, body.decode().splitlines()):
                 value = line["value"]
                 if line["key"] == "header":
@@ -159,13 +170,20 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = self.hub.lfs[value["oid"]]
                 elif line["key"] == "deletedFile":
                     del files[value["path"]]
-            sha = self.sha(match[1])
-            return self.answer(
-                {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{match[1]}/commit/{sha}"}
-            )
+            sha = self.sha(files)
+            url = f"{self.hub.url}/{match[1]}/commit/{sha}"
+            return self.answer({"success": True, "commitOid": sha, "commitUrl": url, **request})
         self.hub.strange.append(f"POST {self.path}")
         self.missing("EntryNotFound")
 
-    def sha(self, repo: str) -> str:
-        files = sorted((name, hashlib.sha1(content).hexdigest()) for name, content in self.hub.repos[repo].items())
-        return hashlib.sha1(json.dumps(files).encode()).hexdigest()
+    def files(self, repo: str, revision: str | None) -> dict[str, bytes] | None:
+        """The files of a revision, which is a branch or a commit. Of each branch, only its last commit is kept."""
+        states = {"main": self.hub.repos.get(repo)}
+        states |= {branch: files for (name, branch), files in self.hub.branches.items() if name == repo}
+        commits = {self.sha(files): files for files in states.values() if files is not None}
+        return (states | commits).get(revision or "main")
+
+    @staticmethod
+    def sha(files: dict[str, bytes]) -> str:
+        content = sorted((name, hashlib.sha1(content).hexdigest()) for name, content in files.items())
+        return hashlib.sha1(json.dumps(content).encode()).hexdigest()

@@ -400,6 +400,19 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, adapter):
     assert result.exit_code == 1 and "exists and is public" in result.stderr and not hub.repos["me/mine"]
 
 
+def test_a_branch_and_a_pull_request_leave_the_main_branch_as_it_is(hub, adapter, tmp_path):
+    wrap(tiny_model(), budget=0.25).save_pretrained(tmp_path / "other")
+    push_folder(open_adapter(adapter), "me/repo")
+    main = dict(hub.repos["me/repo"])
+    push_folder(open_adapter(tmp_path / "other"), "me/repo", revision="small")
+    request = push_folder(open_adapter(tmp_path / "other"), "me/repo", create_pr=True)
+    push_folder(open_adapter(tmp_path / "other"), "me/repo", revision=request.pr_revision, commit_message="Again")
+    assert hub.repos["me/repo"] == main and not hub.strange and hub.commits[-1] == "Again"
+    assert hub.branches.keys() == {("me/repo", "small"), ("me/repo", "refs%2Fpr%2F1")}
+    for files in hub.branches.values():
+        assert files["adapter_model.safetensors"] == (tmp_path / "other/adapter_model.safetensors").read_bytes()
+
+
 def test_a_merged_model_is_pushed_and_loads_from_the_hub(hub, tmp_path):
     save_adapter(tmp_path, names=NAMES)
     folder = tmp_path / "merged"
