@@ -26,12 +26,14 @@ from family_checks import (
 from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
 )
 
 from peft_sensi import SensiError
@@ -110,6 +112,41 @@ def images(model_type, name="", tokens=10, **changes):
     return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens)
 
 
+def speech_batch(
+    size: int = 4, length: int = 9, *, seed: int = 0, padded: bool = True, labels: int = 3
+) -> dict[str, torch.Tensor]:
+    """Waves that become 9 frames."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_values": torch.randn(size, 100, generator=generator),
+        "labels": torch.randint(0, labels, (size,), generator=generator),
+    }
+
+
+def spectrum_batch(size: int = 4, length: int = 9, *, seed: int = 0, padded: bool = True) -> dict[str, torch.Tensor]:
+    """Spectra that become 9 frames, and texts of 9 tokens."""
+    labels = token_batch(size, length, seed=seed, padded=padded, task="SEQ_2_SEQ_LM")["labels"]
+    return {
+        "input_features": torch.randn(size, 8, 18, generator=torch.Generator().manual_seed(seed)),
+        "labels": labels,
+    }
+
+
+def speech(model_type, name="", **changes):
+    """A classifier of short waves."""
+    sizes = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
+    convolutions = {"conv_dim": (14, 14), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_pos_kernel_size": 3}
+    sizes |= convolutions | positions | {"apply_spec_augment": False, "classifier_proj_size": 13, "num_labels": 3}
+    config = partial(AutoConfig.for_model, model_type, **{**sizes, **changes})
+    options = {"sequence_length": 9}
+    return Case(name or model_type, config, AutoModelForAudioClassification, speech_batch, options=options)
+
+
+# Its encoder takes twice as many frames as it has positions.
+WHISPER = {**BOTH_STACKS, "num_mel_bins": 8, "max_source_positions": 9, "max_target_positions": 24,
+           "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
+
 DEBERTA = {"relative_attention": True, "pooler_hidden_size": 30, "attention": ("eager",), "type_vocab_size": 0}
 
 CASES = [
@@ -155,11 +192,15 @@ CASES = [
     images("vit"),
     images("vit", "vit-no-bias", qkv_bias=False),
     images("deit", tokens=11, architectures=["DeiTForImageClassification"]),
-]
+    speech("wav2vec2"),
+    speech("wav2vec2", "wav2vec2-norm-first", do_stable_layer_norm=True),
+    Case("whisper", partial(AutoConfig.for_model, "whisper", **WHISPER), AutoModelForSpeechSeq2Seq, spectrum_batch,
+         options={"sequence_length": 9}),
+]  # fmt: skip
 # Those whose parts are all in another case above.
 VARIANTS = {
     *("deberta-c2p", "deberta-p2c-shared", "deberta-absolute", "vit-no-bias"),
-    *("t5", "mt5", "umt5", "bart-classifier", "electra", "deberta-v2"),
+    *("t5", "mt5", "umt5", "bart-classifier", "electra", "deberta-v2", "wav2vec2-norm-first"),
 }
 assert VARIANTS < set(map(str, CASES))
 # The same layouts as above.
@@ -194,6 +235,10 @@ RELATIVES = [
     translator("blenderbot"),
     translator("blenderbot-small"),
     translator("plbart"),
+    speech("data2vec-audio"),
+    speech("hubert"),
+    speech("unispeech"),
+    speech("unispeech-sat"),
 ]  # fmt: skip
 
 

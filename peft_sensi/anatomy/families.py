@@ -42,7 +42,7 @@ def _ffn(linears: str) -> dict[str, Any]:
     return {"up": up, "gate": "".join(gate), "down": down}
 
 
-# -- encoders, encoder-decoders and image models ----------------------------------------------------------------------
+# -- encoders, encoder-decoders, models of images and of speech -------------------------------------------------------
 
 _BERT = BlockLayout(
     "encoder.layer.*",
@@ -98,6 +98,19 @@ _VIT = BlockLayout(
     **_ffn("mlp.{fc1,fc2}"),
     attention_norm="layernorm_after",
 )
+
+
+def _speech_encoder(config: Any) -> Layouts:
+    """Wav2Vec2's layers. With `do_stable_layer_norm`, norms come before the sublayers."""
+    norm_first = getattr(config, "do_stable_layer_norm", False)
+    layout = BlockLayout(
+        "encoder.layers.*",
+        **_attention("attention.{q,k,v,out}_proj", size="head_dim", count="num_heads"),
+        **_ffn("feed_forward.{intermediate_dense,output_dense}"),
+        attention_norm="final_layer_norm" if norm_first else "layer_norm",
+        ffn_norm="" if norm_first else "final_layer_norm",
+    )
+    return (layout,)
 
 
 def _t5(config: Any) -> Layouts:
@@ -209,6 +222,7 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
     **dict.fromkeys(("deit", "vit"), (_VIT,)),
     **dict.fromkeys(("mt5", "t5", "umt5"), _t5),
+    **dict.fromkeys(("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"), _speech_encoder),
     "albert": (_ALBERT,),
     "deberta-v2": (_DEBERTA_V2,),
     "distilbert": (_DISTILBERT,),
@@ -217,6 +231,8 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     "mobilebert": (_BERT, _MOBILEBERT_FFN),
     "mpnet": (_MPNET,),
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
+    # Without heads, its code cannot infer its shapes.
+    "whisper": tuple(replace(layout, min_heads=1) for layout in _bart(norm_first=True)),
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
     # decoders and ModernBERT
     **dict.fromkeys(_LIKE_LLAMA, (_LLAMA,)),
