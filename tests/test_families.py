@@ -107,8 +107,10 @@ def translator(model_type, name="", sizes=BOTH_STACKS, **changes):
 def images(model_type, name="", tokens=10, **changes):
     """A classifier of 12 x 12 images in 9 patches."""
     sizes = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
-    sizes |= {"image_size": 12, "patch_size": 4, "num_labels": 3, **changes}
-    config = partial(AutoConfig.for_model, model_type, **sizes)
+    sizes |= {"image_size": 12, "patch_size": 4}
+    if model_type in ("clip", "siglip"):
+        sizes = {"vision_config": sizes}
+    config = partial(AutoConfig.for_model, model_type, **sizes, num_labels=3, **changes)
     return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens)
 
 
@@ -192,6 +194,8 @@ CASES = [
     images("vit"),
     images("vit", "vit-no-bias", qkv_bias=False),
     images("deit", tokens=11, architectures=["DeiTForImageClassification"]),
+    images("clip"),
+    images("siglip", tokens=9),
     speech("wav2vec2"),
     speech("wav2vec2", "wav2vec2-norm-first", do_stable_layer_norm=True),
     Case("whisper", partial(AutoConfig.for_model, "whisper", **WHISPER), AutoModelForSpeechSeq2Seq, spectrum_batch,
@@ -200,7 +204,7 @@ CASES = [
 # Those whose parts are all in another case above.
 VARIANTS = {
     *("deberta-c2p", "deberta-p2c-shared", "deberta-absolute", "vit-no-bias"),
-    *("t5", "mt5", "umt5", "bart-classifier", "electra", "deberta-v2", "wav2vec2-norm-first"),
+    *("t5", "mt5", "umt5", "bart-classifier", "electra", "deberta-v2", "wav2vec2-norm-first", "siglip"),
 }
 assert VARIANTS < set(map(str, CASES))
 # The same layouts as above.

@@ -99,6 +99,13 @@ _VIT = BlockLayout(
     attention_norm="layernorm_after",
 )
 
+_CLIP = BlockLayout(
+    "encoder.layers.*",
+    **_attention("self_attn.{q,k,v,out}_proj", size="head_dim", count="num_heads"),
+    **_ffn("mlp.{fc1,fc2}"),
+    attention_norm="layer_norm2",
+)
+
 
 def _speech_encoder(config: Any) -> Layouts:
     """Wav2Vec2's layers. With `do_stable_layer_norm`, norms come before the sublayers."""
@@ -215,11 +222,13 @@ _LIKE_LLAMA = (
     "cwm ernie4_5 gemma granite helium hunyuan_v1_dense hyperclovax llama ministral ministral3 "
     "mistral olmo qwen2 qwen3 seed_oss smollm3"
 ).split()
+_LIKE_CLIP = "clip clip_text_model clip_vision_model siglip siglip_text_model siglip_vision_model".split()
 # A family with variants has a function from the config to the layouts.
 FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     **dict.fromkeys(_LIKE_BERT, (_BERT,)),
     **dict.fromkeys(("bart", "blenderbot-small", "marian", "plbart"), _bart()),
     **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
+    **dict.fromkeys(_LIKE_CLIP, (_CLIP,)),
     **dict.fromkeys(("deit", "vit"), (_VIT,)),
     **dict.fromkeys(("mt5", "t5", "umt5"), _t5),
     **dict.fromkeys(("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"), _speech_encoder),

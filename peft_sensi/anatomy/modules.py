@@ -99,11 +99,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def image_tokens(model: nn.Module) -> int | None:
-    """How many tokens an image model has per image: the length of its position embeddings `[1, tokens, hidden]`."""
+    """How many tokens an image model has per image: the number of its position embeddings.
+
+    They are a parameter `[1, tokens, hidden]`, or the table `[tokens, hidden]` of an embedding.
+    """
     if getattr(model, "main_input_name", "") != "pixel_values":
         return None
-    positions = (p for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings"))
-    return next((p.shape[1] for p in positions if p.dim() == 3), None)
+    endings = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
+    positions = (p for n, p in model.named_parameters() if n.endswith(endings))
+    return next((p.shape[-2] for p in positions if p.dim() in (2, 3)), None)
 
 
 # Names of task heads, for models that do not hold a transformer in a module of its own.
