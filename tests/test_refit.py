@@ -11,6 +11,7 @@ from test_families import CASES
 from test_families_decoders import CASES as DECODERS
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import peft_sensi.planning.layerwise as layerwise
 import peft_sensi.planning.refit as refit_module
@@ -336,6 +337,32 @@ def test_the_model_is_left_as_it_was():
     fit(model, half_plan(model), data(model))
     assert_same_tensors(snapshot(model), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_factor_of_the_residual_sum_changes_nothing():
+    """A Granite with a factor and larger output projections computes the same as one without, so it is cut alike."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (6, 4, 9))]
+    outputs, plans = [], []
+    for factor in (1.0, 0.125):
+        torch.manual_seed(0)
+        base = GraniteForCausalLM(GraniteConfig(**sizes, **heads, residual_multiplier=factor)).eval()
+        for name, parameter in base.named_parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(6)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.data.div_(factor)
+        whole = base(**batches[0]).logits
+        config = SensiConfig(budget=0.4, calibration=batches, priming_steps=0, multiple_of=1, task_type="CAUSAL_LM")
+        model = get_peft_model(base, config).eval()
+        outputs.append((whole, model(**batches[0]).logits))
+        plans.append(model.plan())
+        scores = model.base_model.scores_of("default")
+        plans.append({name: found.tolist() for name, found in scores.protected.items()})
+    assert plans[:2] == plans[2:]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
+    assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.1
 
 
 def test_padding_is_left_out(family):

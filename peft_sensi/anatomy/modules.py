@@ -110,6 +110,14 @@ def image_tokens(model: nn.Module) -> int | None:
     return next((p.shape[-2] for p in positions if p.dim() in (2, 3)), None)
 
 
+def residual_multiplier(layer: nn.Module) -> float:
+    """The factor by which a layer multiplies the output of a sublayer before it adds it to the residual sum.
+
+    Granite's layers have one, as this attribute. A factor of 0, with which no sublayer does anything, counts as 1.
+    """
+    return float(getattr(layer, "residual_multiplier", 1.0)) or 1.0
+
+
 # Names of task heads, for models that do not hold a transformer in a module of its own.
 HEAD_NAMES = ("classifier", "score", "qa_outputs")
 

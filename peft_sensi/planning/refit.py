@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.modules import linear_of
+from ..anatomy.modules import linear_of, residual_multiplier
 from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, without_padding
 from ..utils import distributed
@@ -176,17 +176,19 @@ def _refit_layer(
         arguments, observers = stream.untrimmed_calls.arguments[layer], {g: partial(keep_sum, g) for g in groups}
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
         _check_output(stream, layer)
-    originals: dict[Group, Values] = {}  # the kept columns of the base model's weights, and its biases
+    # What is fitted is the part of the residual sum: a weight and a bias multiplied by the layer's factor.
+    factor = residual_multiplier(model.get_submodule(layer))
+    originals: dict[Group, Values] = {}  # from the kept columns of the base model's weights, and its biases
     for group in groups:
-        weight, bias = kept_values(linear_of(model, group.output), group.output, group, plan)
-        originals[group] = weight.float(), None if bias is None else bias.float()
+        values = kept_values(linear_of(model, group.output), group.output, group, plan)
+        originals[group] = _scaled(values, factor)
 
     def run_up_to(group: Group, stream: Stream) -> list[torch.Tensor]:
         """The kept activations and the residual of all tokens of a batch."""
         found: list[torch.Tensor] = []
 
         def observe(z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
-            found[:] = z, total.float() - y.float()
+            found[:] = z, total.float() - factor * y.float()
 
         run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {group: observe}, stop=True)
         return found
@@ -215,8 +217,8 @@ def _refit_layer(
             for tokens in held_out:
                 errors.add(*tokens)
             if (best := errors.best()) is not None:
-                refitted[group.output] = best
-                assign(linear_of(model, group.output), *best)
+                refitted[group.output] = _scaled(best, 1 / factor)
+                assign(linear_of(model, group.output), *refitted[group.output])
         if rounds:
             names = [name for group in groups for name in group.modules if name in plan.targets]
             fitted = fit_layer(model, layer, names, streams, rounds)
@@ -225,6 +227,11 @@ def _refit_layer(
                 assign(linear_of(model, name), *values)
             last = [] if fitted else last
         _finish_layer(model, layer, groups, last, streams)
+
+
+def _scaled(values: Values, factor: float) -> Values:
+    weight, bias = values
+    return weight.float() * factor, None if bias is None else bias.float() * factor
 
 
 def _finish_layer(
@@ -244,8 +251,9 @@ def _finish_layer(
     ends = []
     if last:
         linear, norm = linear_of(model, groups[-1].output), groups[-1].norm
+        factor = residual_multiplier(model.get_submodule(layer))
         for z, residual in last:
-            total = (residual + linear(z).float()).to(first.dtype)
+            total = (residual + factor * linear(z).float()).to(first.dtype)
             ends.append(model.get_submodule(norm)(total) if norm else total)
     if not ends or ends[0].shape != first.shape or (ends[0] - first).norm() > SAME * first.norm():
         ends = [first, *(whole(stream) for stream in streams[1:])]

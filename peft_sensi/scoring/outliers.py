@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.modules import unit_weights
+from ..anatomy.modules import residual_multiplier, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from .calibration import LossFn, device_of, observing, run_forward, to_device, without_padding
@@ -50,7 +50,8 @@ class OutlierFinder:
 
         def observe(group: Group, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
             x = x.detach().float()
-            columns = unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
+            factor = residual_multiplier(self.model.get_submodule(group.layer))
+            columns = factor * unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
             if group.sides[-1].width == 1:
                 energy = x.square() * columns.square().sum(1)
             else:  # `|W x|^2` of each head or sublayer as `x^T (W W^T) x`: the matrix in parentheses is small
