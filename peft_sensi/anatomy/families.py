@@ -219,7 +219,7 @@ _LIKE_BERT = (
     "splinter xlm-roberta xmod"
 ).split()
 _LIKE_LLAMA = (
-    "cwm ernie4_5 gemma granite helium hunyuan_v1_dense hyperclovax llama ministral ministral3 "
+    "cwm ernie4_5 gemma granite helium hunyuan_v1_dense llama ministral ministral3 "
     "mistral olmo qwen2 qwen3 seed_oss smollm3"
 ).split()
 _LIKE_CLIP = "clip clip_text_model clip_vision_model siglip siglip_text_model siglip_vision_model".split()
@@ -260,6 +260,9 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     "gpt_neo": (_GPT_NEO,),
     "gpt_neox": lambda config: (replace(_GPT_NEOX, attention_norm=_norm_after_attention(config)),),
     "gptj": (_GPTJ,),
+    "hyperclovax": lambda config: (
+        replace(_LLAMA, attention_norm="post_norm1", ffn_norm="post_norm2") if config.use_post_norm else _LLAMA,
+    ),
     "modernbert": (_MODERNBERT,),
     "modernbert-decoder": (replace(_MODERNBERT, **_attention("attn.{q_proj,k_proj,v_proj,Wo}"), cached=True),),
     "opt": lambda config: (_OPT if config.do_layer_norm_before else _OPT_NORM_LAST,),

@@ -110,12 +110,16 @@ def image_tokens(model: nn.Module) -> int | None:
     return next((p.shape[-2] for p in positions if p.dim() in (2, 3)), None)
 
 
-def residual_multiplier(layer: nn.Module) -> float:
+def residual_multiplier(model: nn.Module, group: Group) -> float:
     """The factor by which a layer multiplies the output of a sublayer before it adds it to the residual sum.
 
-    Granite's layers have one, as this attribute. A factor of 0, with which no sublayer does anything, counts as 1.
+    Granite's layers have one, as this attribute. It is 1 if the group's norm is applied to the output itself (as in
+    HyperCLOVA X), because the factor then follows the norm. A factor of 0, with which a sublayer does nothing, counts
+    as 1.
     """
-    return float(getattr(layer, "residual_multiplier", 1.0)) or 1.0
+    if group.norm.removeprefix(f"{group.layer}.") in ("post_norm1", "post_norm2"):
+        return 1.0
+    return float(getattr(model.get_submodule(group.layer), "residual_multiplier", 1.0)) or 1.0
 
 
 # Names of task heads, for models that do not hold a transformer in a module of its own.

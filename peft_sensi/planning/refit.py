@@ -176,19 +176,19 @@ def _refit_layer(
         arguments, observers = stream.untrimmed_calls.arguments[layer], {g: partial(keep_sum, g) for g in groups}
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
         _check_output(stream, layer)
-    # What is fitted is the part of the residual sum: a weight and a bias multiplied by the layer's factor.
-    factor = residual_multiplier(model.get_submodule(layer))
+    # What is fitted is a part of the residual sum: a weight and a bias, multiplied by the layer's factor.
+    factors = {group: residual_multiplier(model, group) for group in groups}
     originals: dict[Group, Values] = {}  # from the kept columns of the base model's weights, and its biases
     for group in groups:
         values = kept_values(linear_of(model, group.output), group.output, group, plan)
-        originals[group] = _scaled(values, factor)
+        originals[group] = _scaled(values, factors[group])
 
     def run_up_to(group: Group, stream: Stream) -> list[torch.Tensor]:
         """The kept activations and the residual of all tokens of a batch."""
         found: list[torch.Tensor] = []
 
         def observe(z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
-            found[:] = z, total.float() - factor * y.float()
+            found[:] = z, total.float() - factors[group] * y.float()
 
         run_layer(model, layer, stream.trimmed_calls.arguments[layer], stream.trimmed, {group: observe}, stop=True)
         return found
@@ -217,7 +217,7 @@ def _refit_layer(
             for tokens in held_out:
                 errors.add(*tokens)
             if (best := errors.best()) is not None:
-                refitted[group.output] = _scaled(best, 1 / factor)
+                refitted[group.output] = _scaled(best, 1 / factors[group])
                 assign(linear_of(model, group.output), *refitted[group.output])
         if rounds:
             names = [name for group in groups for name in group.modules if name in plan.targets]
@@ -251,7 +251,7 @@ def _finish_layer(
     ends = []
     if last:
         linear, norm = linear_of(model, groups[-1].output), groups[-1].norm
-        factor = residual_multiplier(model.get_submodule(layer))
+        factor = residual_multiplier(model, groups[-1])
         for z, residual in last:
             total = (residual + factor * linear(z).float()).to(first.dtype)
             ends.append(model.get_submodule(norm)(total) if norm else total)

@@ -50,7 +50,7 @@ class OutlierFinder:
 
         def observe(group: Group, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
             x = x.detach().float()
-            factor = residual_multiplier(self.model.get_submodule(group.layer))
+            factor = residual_multiplier(self.model, group)
             columns = factor * unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
             if group.sides[-1].width == 1:
                 energy = x.square() * columns.square().sum(1)
