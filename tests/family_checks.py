@@ -17,9 +17,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from peft_sensi import SensiConfig, build_anatomy, make_plan
+from peft_sensi.anatomy.modules import residual_multiplier
 from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.merging.load import load_merged
 from peft_sensi.merging.save import save_merged
+from peft_sensi.scoring.calibration import observing
 from peft_sensi.utils.states import FROZEN, TRIMMED, TUNED
 
 
@@ -310,6 +312,27 @@ def check_trim(case: Case, folder: Any) -> None:
     model.save_pretrained(folder)
     assert torch.equal(run(PeftModel.from_pretrained(case.model(), folder), batch), expected)
     torch.testing.assert_close(run(model.merge_and_unload(), batch), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def check_sums(case: Case) -> None:
+    """What is added to a sublayer's output is added to the sum that the refit looks at, times the layer's factor."""
+    model, batch = case.model(), case.batch(seed=3)
+
+    def sums(group: Any, shift: float) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        hook = model.get_submodule(group.output).register_forward_hook(lambda module, args, output: output + shift)
+        with observing(model, [group], lambda group, z, y, total: found.append(total)):
+            model(**batch)
+        hook.remove()
+        return found
+
+    for group in case.anatomy(model).trimmable:
+        if group.layer and group.repeats == 1:
+            before, after = sums(group, 0.0), sums(group, 0.25)
+            assert len(before) == len(after) == 1, group.name
+            shift = torch.full_like(before[0], 0.25 * residual_multiplier(model, group))
+            torch.testing.assert_close(after[0] - before[0], shift, atol=1e-4, rtol=0, msg=group.name)
 
 
 def check_empty_sublayers(case: Case) -> None:

@@ -17,6 +17,7 @@ from family_checks import (
     check_merge_equals_unmerged,
     check_merged_files,
     check_save_load,
+    check_sums,
     check_training_step,
     check_trim,
     image_batch,
@@ -265,6 +266,10 @@ def test_gates_equal_removal(case):
 
 def test_merge_equals_unmerged(case):
     check_merge_equals_unmerged(case)
+
+
+def test_sums(case):
+    check_sums(case)
 
 
 def test_costs(case):

@@ -17,6 +17,7 @@ from family_checks import (
     check_generation,
     check_merge_equals_unmerged,
     check_save_load,
+    check_sums,
     check_training_step,
     check_trim,
     random_plan,
@@ -143,7 +144,7 @@ MORE_CASES = [
     decoder("ministral3", head_dim=10),
     decoder("modernbert-decoder", num_key_value_heads=None, local_attention=4, cls_token_id=2, sep_token_id=2),
     decoder("vaultgemma", head_dim=10, query_pre_attn_scalar=10, sliding_window=4, attention=("eager",)),
-    decoder("granite"),
+    decoder("granite", residual_multiplier=0.22),
     decoder("helium", head_dim=6),
     decoder("ministral", head_dim=10, sliding_window=4),
     decoder("nemotron"),
@@ -182,6 +183,11 @@ def test_gates_equal_removal(case, attention):
 
 def test_merge_equals_unmerged(case):
     check_merge_equals_unmerged(case)
+
+
+@pytest.mark.parametrize("case", [*CASES, MODERNBERT, *MORE_CASES], ids=str)
+def test_sums(case):
+    check_sums(case)
 
 
 def test_costs(case):
