@@ -227,6 +227,8 @@ RELATIVES = [
     classifier("xlm-roberta"),
     classifier("xlm-roberta-xl"),
     classifier("xmod", default_language="en_XX"),
+    classifier("xmod", "xmod-pre-norm", default_language="en_XX", pre_norm=True),
+    classifier("xmod", "xmod-own-norm", default_language="en_XX", adapter_layer_norm=True),
     classifier("camembert"),
     Case("bert-generation", config("bert-generation", is_decoder=True), AutoModelForCausalLM,
          partial(token_batch, task="CAUSAL_LM"), "CAUSAL_LM"),

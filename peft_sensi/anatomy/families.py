@@ -58,6 +58,15 @@ _BERT = BlockLayout(
 )
 # BERT with the LayerNorms before the sublayers. Each such family names the norm before its FFN.
 _BERT_PRE_NORM = replace(_BERT, attention_norm="", ffn_norm="")
+
+
+def _xmod(config: Any) -> Layouts:
+    """An adapter for each language follows the FFN. The FFN's sum enters the adapter's norm, which may be shared."""
+    attention_norm = "output.LayerNorm" if config.pre_norm else "attention.output.LayerNorm"
+    ffn_norm = "output.adapter_layer_norm" if config.adapter_layer_norm else "output.LayerNorm"
+    return (replace(_BERT, attention_norm=attention_norm, ffn_norm=ffn_norm),)
+
+
 _DISTILBERT = BlockLayout(
     "transformer.layer.*",
     **_attention("attention.{q,k,v,out}_lin", size="attention_head_size", count="n_heads"),
@@ -215,8 +224,7 @@ def _norm_after_attention(config: Any) -> str:
 
 
 _LIKE_BERT = (
-    "bert bert-generation camembert data2vec-text electra ernie layoutlm rembert roberta roformer "
-    "splinter xlm-roberta xmod"
+    "bert bert-generation camembert data2vec-text electra ernie layoutlm rembert roberta roformer splinter xlm-roberta"
 ).split()
 _LIKE_LLAMA = (
     "cwm ernie4_5 gemma granite helium hunyuan_v1_dense llama ministral ministral3 "
@@ -243,6 +251,7 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     # Without heads, its code cannot infer its shapes.
     "whisper": tuple(replace(layout, min_heads=1) for layout in _bart(norm_first=True)),
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
+    "xmod": _xmod,
     # decoders and ModernBERT
     **dict.fromkeys(_LIKE_LLAMA, (_LLAMA,)),
     **dict.fromkeys(("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe"), (_ATTENTION_ONLY,)),
