@@ -21,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from peft_sensi import SensiError, export_onnx
@@ -269,10 +271,16 @@ def test_a_decoder_that_classifies_needs_a_pad_token(family, tmp_path):
     assert export_onnx(model, tmp_path / "model.onnx").file.difference < 1e-4
 
 
-def test_models_of_images_are_refused_with_the_way_out(tmp_path):
+def test_models_of_images_and_of_sounds_are_refused_with_the_way_out(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
-    for inputs in (None, {"pixel_values": torch.zeros(1, 3, 16, 16)}):
-        with pytest.raises(SensiError, match=r"takes images.*torch\.onnx\.export"):
-            export_onnx(model, tmp_path / "m.onnx", inputs=inputs)
+    convolutions = {"conv_dim": [8], "conv_stride": [5], "conv_kernel": [10], "num_feat_extract_layers": 1}
+    seen = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
+    heard = Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=12, **sizes, **convolutions))
+    for model, what, batch in (
+        (seen, "images", {"pixel_values": torch.zeros(1, 3, 16, 16)}),
+        (heard, "sounds", {"input_values": torch.zeros(1, 400)}),
+    ):
+        for inputs in (None, batch):
+            with pytest.raises(SensiError, match=rf"takes {what}.*torch\.onnx\.export"):
+                export_onnx(model, tmp_path / "m.onnx", inputs=inputs)
     assert not list(tmp_path.iterdir())

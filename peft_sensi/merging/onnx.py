@@ -32,6 +32,7 @@ from .save import merged_copy
 
 # Shapes [batch, length] on which the file must agree with the model. The exporter sees the first one only.
 _SHAPES = ((2, 7), (1, 12), (3, 5))
+_OTHER_INPUTS = {"pixel_values": "images", "input_values": "sounds", "input_features": "sounds"}
 OPSET = 17  # the version of ONNX's operators, if the user names no other
 _LABELS = ("labels", "start_positions", "end_positions")
 
@@ -177,9 +178,10 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
     """
     config: Any = model.config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
-    if "pixel_values" in accepted and "input_ids" not in accepted:
+    other = next((name for name in _OTHER_INPUTS if name in accepted and "input_ids" not in accepted), None)
+    if other is not None:
         raise SensiError(
-            f"{type(model).__name__} takes images, and only models of sequences are exported: call "
+            f"{type(model).__name__} takes {_OTHER_INPUTS[other]}, and only models of tokens are exported: call "
             f"`merge_and_unload()`, then `torch.onnx.export`."
         )
     if given is not None:
