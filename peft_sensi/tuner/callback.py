@@ -54,8 +54,8 @@ class SensiCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.schedule is not None:
             # A schedule-free optimizer (arXiv 2405.15682) trains other values than those that it results in. It cannot
-            # exchange them any more when the parameters have been replaced.
+            # exchange them any more when the parameters have been replaced. Those of the best model are results.
             exchange = getattr(kwargs.get("optimizer"), "eval", None)
-            if callable(exchange):
+            if callable(exchange) and not (args.load_best_model_at_end and state.best_model_checkpoint):
                 exchange()
             self.schedule.finish()  # after `Trainer` has loaded the best model
