@@ -66,12 +66,13 @@ def copies_follow(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Iterato
     state = {} if optimizer is None else _inner(optimizer).state
     held = [p for p in parameters if p in state]
     keys = _keys_of_copies(state, held)
-    values = [p.detach().clone() for p in held] if keys else []
+    values = {p: p.detach().clone() for p in held if keys}
     yield
     with torch.no_grad():
-        for parameter, before in zip(held, values, strict=False):
+        for parameter, before in values.items():
             for key in keys & state[parameter].keys():
-                state[parameter][key].add_(parameter - before)
+                copy = state[parameter][key]
+                copy.add_((parameter - before).to(copy))
 
 
 def _keys_of_copies(state: Mapping[torch.Tensor, Mapping[str, Any]], held: Iterable[torch.Tensor]) -> set[str]:
@@ -81,8 +82,9 @@ def _keys_of_copies(state: Mapping[torch.Tensor, Mapping[str, Any]], held: Itera
         value = parameter.detach()
         norm = float(value.norm())
         for key, tensor in state[parameter].items():
-            if norm and isinstance(tensor, torch.Tensor) and tensor.shape == value.shape:
-                is_close = float((tensor - value).norm()) < CLOSE * norm
+            # Not a tensor of another class, such as a state of 8 bits, which may have no differences.
+            if norm and type(tensor) is torch.Tensor and tensor.shape == value.shape and tensor.is_floating_point():
+                is_close = float((tensor.to(value) - value).norm()) < CLOSE * norm
                 found[key] = found.get(key, True) and is_close
     return {key for key, is_copy in found.items() if is_copy}
 
