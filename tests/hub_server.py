@@ -63,6 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
     def missing(self, code: str) -> None:
         self.answer({"error": code}, 404, {"X-Error-Code": code})
 
+    def unknown(self, repo: str) -> None:
+        self.missing("RevisionNotFound" if repo in self.hub.repos else "RepoNotFound")
+
     def parse_request(self) -> bool:
         fine = super().parse_request()
         self.hub.received.append(self.raw_requestline + bytes(getattr(self, "headers", "")))
@@ -94,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+?)(?:/revision/([\w.%-]+))?", path):
             files = self.files(match[1], match[2])
             if files is None:
-                return self.missing("RevisionNotFound" if match[1] in self.hub.repos else "RepoNotFound")
+                return self.unknown(match[1])
             siblings = [{"rfilename": name} for name in files]
             return self.answer({"id": match[1], "modelId": match[1], "sha": self.sha(files), "siblings": siblings,
                                 "private": self.hub.private[match[1]], "tags": [], "downloads": 0})  # fmt: skip
@@ -105,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.%-]+)/(.+)", path):
             files = self.files(match[1], match[2])
             if files is None:
-                return self.missing("RevisionNotFound" if match[1] in self.hub.repos else "RepoNotFound")
+                return self.unknown(match[1])
             if match[3] not in files:
                 return self.missing("EntryNotFound")
             etag = hashlib.sha256(files[match[3]]).hexdigest()
@@ -154,12 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.branches[match[1], match[2]] = dict(self.hub.repos[match[1]])
             return self.answer({})
         if match := re.fullmatch(r"/api/models/(.+/.+)/commit/([\w.%-]+)", path):
-            request = (
-                {"pullRequestUrl": f"{self.hub.url}/{match[1]}/discussions/1"} if "create_pr=1" in self.path else {}
-            )
-            if request:
-                self.hub.branches[match[1], "refs%2Fpr%2F1"] = dict(self.files(match[1], match[2]))
-            files = self.files(match[1], "refs%2Fpr%2F1" if request else match[2])
+            files, answer = self.files(match[1], match[2]), {}
+            if "create_pr=1" in self.path:
+                files = self.hub.branches[match[1], "refs%2Fpr%2F1"] = dict(files)
+                answer = {"pullRequestUrl": f"{self.hub.url}/{match[1]}/discussions/1"}
             for line in map(json.loads, body.decode().splitlines()):
                 value = line["value"]
                 if line["key"] == "header":
@@ -172,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
                     del files[value["path"]]
             sha = self.sha(files)
             url = f"{self.hub.url}/{match[1]}/commit/{sha}"
-            return self.answer({"success": True, "commitOid": sha, "commitUrl": url, **request})
+            return self.answer({"success": True, "commitOid": sha, "commitUrl": url, **answer})
         self.hub.strange.append(f"POST {self.path}")
         self.missing("EntryNotFound")
 

@@ -52,6 +52,8 @@ SIZES = {
     "pad_token_id": 1,
 }
 
+LAYERS = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
+
 
 def config(model_type, **changes):
     return partial(AutoConfig.for_model, model_type, **{**SIZES, **changes})
@@ -107,8 +109,7 @@ def translator(model_type, name="", sizes=BOTH_STACKS, **changes):
 
 def images(model_type, name="", tokens=10, **changes):
     """A classifier of 12 x 12 images in 9 patches."""
-    sizes = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
-    sizes |= {"image_size": 12, "patch_size": 4}
+    sizes = {**LAYERS, "image_size": 12, "patch_size": 4}
     if model_type in ("clip", "siglip"):
         sizes = {"vision_config": sizes}
     config = partial(AutoConfig.for_model, model_type, **sizes, num_labels=3, **changes)
@@ -137,13 +138,14 @@ def spectrum_batch(size: int = 4, length: int = 9, *, seed: int = 0, padded: boo
 
 def speech(model_type, name="", **changes):
     """A classifier of short waves."""
-    sizes = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
     convolutions = {"conv_dim": (14, 14), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_pos_kernel_size": 3}
-    sizes |= convolutions | positions | {"apply_spec_augment": False, "classifier_proj_size": 13, "num_labels": 3}
+    sizes = (
+        LAYERS | convolutions | positions | {"apply_spec_augment": False, "classifier_proj_size": 13, "num_labels": 3}
+    )
     config = partial(AutoConfig.for_model, model_type, **{**sizes, **changes})
-    options = {"sequence_length": 9}
-    return Case(name or model_type, config, AutoModelForAudioClassification, speech_batch, options=options)
+    auto, options = AutoModelForAudioClassification, {"sequence_length": 9}
+    return Case(name or model_type, config, auto, speech_batch, options=options)
 
 
 # Its encoder takes twice as many frames as it has positions.

@@ -178,10 +178,10 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
     """
     config: Any = model.config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
-    other = next((name for name in _OTHER_INPUTS if name in accepted and "input_ids" not in accepted), None)
-    if other is not None:
+    other = next((what for name, what in _OTHER_INPUTS.items() if name in accepted), None)
+    if other is not None and "input_ids" not in accepted:
         raise SensiError(
-            f"{type(model).__name__} takes {_OTHER_INPUTS[other]}, and only models of tokens are exported: call "
+            f"{type(model).__name__} takes {other}, and only models of tokens are exported: call "
             f"`merge_and_unload()`, then `torch.onnx.export`."
         )
     if given is not None:

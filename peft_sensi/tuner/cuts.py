@@ -30,6 +30,7 @@ from ..scoring.scores import Scores
 from ..utils import distributed
 from ..utils.states import TRIMMED
 from ..utils.undo import surely
+from .carry import copies_follow
 from .config import SensiConfig
 from .in_place import merged_in_place
 from .latencies import exceeds, read_latency
@@ -47,6 +48,7 @@ def close_units(
     progress: float,
     trains_on: bool,
     loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Scores:
     """Scores the trained model and closes units until it meets interim limits. Returns the scores.
 
@@ -55,7 +57,7 @@ def close_units(
 
     Closed units stay closed. Only the last cut (`progress` 1) may open units again: those that still fit when no
     open unit does, so that the budget is used up. The others are refitted to the model before the cut (see
-    `choose_units`).
+    `choose_units`), and copies that the `optimizer` holds of their values change with them.
     """
     read_latency(config)
     before = plan_of(root, config)
@@ -84,8 +86,9 @@ def close_units(
         )
     choice = same_everywhere(choice)
     layers = layers_of(root, adapter_name)
-    refitted = [layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias")]
-    with _values_restored_on_error([*gates.values(), *(p for p in refitted if p is not None)]), torch.no_grad():
+    parts = (layers[name].part(part, adapter_name) for name in choice.refitted for part in ("weight", "bias"))
+    refitted = [part for part in parts if part is not None]
+    with copies_follow(optimizer, refitted), _values_restored_on_error([*gates.values(), *refitted]), torch.no_grad():
         distributed.gather("cutting")  # the copies of the values may have been too large for one process
         for group in before.anatomy.trimmable:
             kept = choice.plan.of(group) != TRIMMED

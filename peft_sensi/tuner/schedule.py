@@ -22,7 +22,7 @@ from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError
-from .carry import copies_follow, obstacle
+from .carry import obstacle
 from .combinations import recheck
 from .cuts import check_cut, close_units, is_cut, open_units
 from .latencies import exceeds
@@ -282,12 +282,10 @@ class Schedule:
 
     def _close(self, progress: float, trains_on: bool = True, optimizer: torch.optim.Optimizer | None = None) -> None:
         root, name = root_of(self.model), self.adapter_name
-        refitted = (layer.part(part, name) for layer in self._layers() for part in ("weight", "bias"))
-        with (
-            copies_follow(optimizer, [p for p in refitted if p is not None]),
-            distributed.synchronized("cutting units"),
-        ):
-            self.scores = close_units(root, self.config, name, self.batches, progress, trains_on, self.loss_fn)
+        with distributed.synchronized("cutting units"):
+            self.scores = close_units(
+                root, self.config, name, self.batches, progress, trains_on, self.loss_fn, optimizer
+            )
 
     def _remove(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Removes the closed units during training, if the optimizer can go on with smaller parameters."""
