@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from peft_sensi import SensiConfig, build_anatomy, make_plan
-from peft_sensi.anatomy.modules import residual_multiplier
+from peft_sensi.anatomy.modules import residual_factor
 from peft_sensi.layers.layer import SensiLayer
 from peft_sensi.merging.load import load_merged
 from peft_sensi.merging.save import save_merged
@@ -91,6 +91,9 @@ def make_lively(model: nn.Module) -> None:
             elif "Norm" in type(module).__name__:
                 for parameter in module.parameters(recurse=False):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, parameter in model.named_parameters():
+            if "lambda" in name:  # LayerScale
+                parameter.uniform_(0.5, 1.5)
 
 
 def token_batch(
@@ -331,7 +334,7 @@ def check_sums(case: Case) -> None:
         if group.layer and group.repeats == 1:
             before, after = sums(group, 0.0), sums(group, 0.25)
             assert len(before) == len(after) == 1, group.name
-            shift = torch.full_like(before[0], 0.25 * residual_multiplier(model, group))
+            shift = (0.25 * residual_factor(model, group)).expand_as(before[0])
             torch.testing.assert_close(after[0] - before[0], shift, atol=1e-4, rtol=0, msg=group.name)
 
 

@@ -156,7 +156,8 @@ def test_plan_without_data_and_with_counts(work):
     found = json.loads(text)["plan"]
     assert found["flops_share"] <= 0.6 and found["trainable_params"] <= 2000
     text = fails("plan", work / "base", "--score", "magnitude", "--trainable", "0.00001")
-    assert "limit --trainable" in text and text.rstrip().endswith("Give a larger one.") and "raise" not in text, text
+    assert "limit on trained values" in text and text.rstrip().endswith("Give a larger --trainable."), text
+    assert "raise" not in text.lower(), text
 
 
 # -- train, inspect, merge, card --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from family_checks import (
 from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -35,9 +37,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForVideoClassification,
 )
 
 from peft_sensi import SensiError
+from peft_sensi.merging.load import load_merged
+from peft_sensi.merging.save import save_merged
 
 
 # 3 heads of size 10. The FFN's width is odd.
@@ -107,13 +112,19 @@ def translator(model_type, name="", sizes=BOTH_STACKS, **changes):
     return Case(name or model_type, config, AutoModelForSeq2SeqLM, batch, "SEQ_2_SEQ_LM", **fields)
 
 
-def images(model_type, name="", tokens=10, **changes):
+def images(model_type, name="", tokens=10, heads=True, **changes):
     """A classifier of 12 x 12 images in 9 patches."""
     sizes = {**LAYERS, "image_size": 12, "patch_size": 4}
     if model_type in ("clip", "siglip"):
         sizes = {"vision_config": sizes}
     config = partial(AutoConfig.for_model, model_type, **sizes, num_labels=3, **changes)
-    return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens)
+    return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens, heads=heads)
+
+
+def video_batch(size: int = 4, length: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+    """Pairs of images, which become 9 patches."""
+    batch = image_batch(size, length, **options)
+    return batch | {"pixel_values": torch.stack([batch["pixel_values"], batch["pixel_values"].flip(0)], dim=1)}
 
 
 def speech_batch(
@@ -199,6 +210,10 @@ CASES = [
     images("deit", tokens=11, architectures=["DeiTForImageClassification"]),
     images("clip"),
     images("siglip", tokens=9),
+    images("dinov2"),
+    images("dinov2", "dinov2-gated", use_swiglu_ffn=True),
+    images("beit"),
+    images("beit", "beit-relative", use_relative_position_bias=True, heads=False),
     speech("wav2vec2"),
     speech("wav2vec2", "wav2vec2-norm-first", do_stable_layer_norm=True),
     Case("whisper", partial(AutoConfig.for_model, "whisper", **WHISPER), AutoModelForSpeechSeq2Seq, spectrum_batch,
@@ -208,6 +223,7 @@ CASES = [
 VARIANTS = {
     *("deberta-c2p", "deberta-p2c-shared", "deberta-absolute", "vit-no-bias"),
     *("t5", "mt5", "umt5", "bart-classifier", "electra", "deberta-v2", "wav2vec2-norm-first", "siglip"),
+    *("dinov2-gated", "beit-relative"),
 }
 assert VARIANTS < set(map(str, CASES))
 # The same layouts as above.
@@ -244,6 +260,15 @@ RELATIVES = [
     translator("blenderbot"),
     translator("blenderbot-small"),
     translator("plbart"),
+    images("dinov2_with_registers", tokens=14),
+    images("beit", "beit-shared", use_shared_relative_position_bias=True, layer_scale_init_value=0.0, heads=False),
+    images("data2vec-vision"),
+    images("data2vec-vision", "data2vec-vision-shared", use_shared_relative_position_bias=True, heads=False),
+    images("data2vec-vision", "data2vec-vision-no-scale", layer_scale_init_value=0.0),
+    images("ijepa", tokens=9),
+    images("vit_msn"),
+    Case("vivit", partial(AutoConfig.for_model, "vivit", **LAYERS, image_size=12, num_frames=2, tubelet_size=[2, 4, 4],
+                          num_labels=3), AutoModelForVideoClassification, video_batch, length=10),
     speech("data2vec-audio"),
     speech("hubert"),
     speech("unispeech"),
@@ -340,6 +365,32 @@ def test_bases_in_16_bits(name, dtype, tmp_path):
 
 def test_calibration_and_training(case, tmp_path):
     check_training_step(case, tmp_path)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_dinov3(is_gated, tmp_path):
+    """Transformers has no class with a task head for it."""
+
+    def batch(size=4, length=0, **options):
+        images = image_batch(size, **options)
+        del images["labels"]
+        return images
+
+    sizes = {**LAYERS, "hidden_size": 24, "image_size": 12, "patch_size": 4, "num_register_tokens": 2}
+    case = Case(
+        "dinov3",
+        partial(AutoConfig.for_model, "dinov3_vit", **sizes, use_gated_mlp=is_gated),
+        AutoModel,
+        batch,
+        length=12,
+    )
+    for check in (check_gates_equal_removal, check_sums, check_costs):
+        check(case)
+    model = case.wrap(case.model(), budget=0.5)
+    assert model.base_model.plan().sequence_length == case.length
+    save_merged(model, tmp_path)
+    images = case.batch()
+    torch.testing.assert_close(run(load_merged(tmp_path), images), run(model, images), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bart-classifier", "bart", "t5-gated"])

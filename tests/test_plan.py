@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import pickle
 import time
 import warnings
 
@@ -288,14 +289,18 @@ def test_only_targets_are_trained():
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"),
-    [(2, "params >= "), ({"params": 0.5, "flops": 2}, "flops >= "), ({"trainable": 2}, "allows 2 values"),
-     ({"trainable": 30}, "beside the 25")],
+    ("budget", "message", "limits"),
+    [(2, r"needs [0-9,]+ parameters\. Raise the budget", ("params",)),
+     ({"params": 0.5, "flops": 2}, r"needs [0-9,]+ parameters, [0-9,]+ FLOPs\. Raise the budget", ("params", "flops")),
+     ({"trainable": 2}, "allows 2, but .* Raise `trainable`", ("trainable",)),
+     ({"trainable": 30}, "beside the 25", ("trainable",))],
 )  # fmt: skip
-def test_a_budget_too_small_says_what_is_needed(budget, message):
+def test_a_budget_too_small_says_what_is_needed(budget, message, limits):
     anatomy = Anatomy((heads("h", 2), neurons("n", 16)), 10_000)
-    with pytest.raises(BudgetError, match=message):
+    with pytest.raises(BudgetError, match=message) as found:
         make_plan(anatomy, {"h": np.ones(2), "n": np.ones(16)}, budget, always_trained=25 if "25" in message else 0)
+    error = pickle.loads(pickle.dumps(found.value))  # as between processes
+    assert error.limits == limits and str(error) == f"{error.problem} {error.advice}" == str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["hyperclovax", "gemma2", "clip", "wav2vec2", "whisper"])
+@pytest.mark.parametrize("name", ["hyperclovax", "gemma2", "clip", "wav2vec2", "whisper", "dinov2", "beit-relative"])
 def test_outputs_of_other_families_get_closer(name, monkeypatch):
     monkeypatch.setattr(refit_module, "MARGIN", 1.0)  # the labels are random
     case = BY_NAME.get(name) or next(case for case in CASES if case.name == name)
@@ -376,6 +376,54 @@ def test_a_factor_of_the_residual_sum_changes_nothing():
     assert plans[:2] == plans[2:]
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
     assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.1
+
+
+def scaled_dinov2(factors):
+    """A DINOv2 with these LayerScale factors, and output projections that are divided by those which are not 0."""
+    case = next(case for case in CASES if case.name == "dinov2")
+    model, inverse = case.model(), torch.where(factors == 0, 1.0, 1 / factors)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lambda1"):
+                parameter.copy_(factors)
+            elif name.endswith(("o_proj.weight", "fc2.weight")):
+                parameter.mul_(inverse[:, None])
+            elif name.endswith(("o_proj.bias", "fc2.bias")):
+                parameter.mul_(inverse)
+    return case, model
+
+
+def test_a_factor_of_each_feature_changes_nothing():
+    """A DINOv2 with LayerScale and larger output projections computes the same as one without, so it is cut alike."""
+    outputs, plans = [], []
+    for factors in (torch.ones(30), torch.linspace(0.01, 2.0, 30)):
+        case, base = scaled_dinov2(factors)
+        batches = [case.batch(seed=seed) for seed in range(8)]
+        whole = run(base, batches[0])
+        model = case.wrap(base, budget=0.4, calibration=batches, priming_steps=0, calibration_steps=8)
+        outputs.append((whole, run(model, batches[0])))
+        plans.append(model.plan())
+        scores = model.base_model.scores_of("default")
+        plans.append({name: found.tolist() for name, found in scores.protected.items()})
+    assert plans[:2] == plans[2:]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
+    assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.1
+
+
+def test_features_that_a_layer_leaves_out_keep_their_values(monkeypatch):
+    monkeypatch.setattr(refit_module, "MARGIN", 1.0)  # the labels are random
+    factors = torch.ones(30)
+    factors[:2] = torch.tensor([0.0, 1e-6])
+    case, model = scaled_dinov2(factors)
+    plan = half_plan(model)
+    refitted = refit(model, plan, [case.batch(8, seed=seed) for seed in range(8)], progress=False)
+    assert refitted
+    for name, (weight, bias) in refitted.items():
+        linear = model.get_submodule(name)
+        kept = torch.isin(linear.weight[0], weight[0])
+        assert int(kept.sum()) == weight.shape[1]
+        assert torch.equal(weight[:2], linear.weight[:2, kept]) and torch.equal(bias[:2], linear.bias[:2])
+        assert not torch.isclose(weight[2:], linear.weight[2:, kept]).all()
 
 
 def test_padding_is_left_out(family):

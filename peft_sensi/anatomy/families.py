@@ -107,6 +107,47 @@ _VIT = BlockLayout(
     **_ffn("mlp.{fc1,fc2}"),
     attention_norm="layernorm_after",
 )
+_DATA2VEC_VISION = replace(
+    _BERT_PRE_NORM,
+    **_attention(
+        "attention.{attention.query,attention.key,attention.value,output.dense}",
+        size="attention.attention_head_size",
+        count="attention.num_attention_heads",
+        width="attention.all_head_size",
+    ),
+    attention_norm="layernorm_after",
+)
+# LayerScale, a factor for each feature, follows each sublayer.
+_DINO = BlockLayout(
+    "encoder.layer.*",
+    **_attention("attention.{q,k,v,o}_proj", size="head_dim", count="num_attention_heads"),
+    **_ffn("mlp.{fc1,fc2}"),
+    attention_norm="norm2",
+    attention_factor="layer_scale1.lambda1",
+    ffn_factor="layer_scale2.lambda1",
+)
+
+
+def _dinov2(config: Any) -> Layouts:
+    return (replace(_DINO, **_ffn("mlp.{up,gate,down}_proj")) if config.use_swiglu_ffn else _DINO,)
+
+
+def _dinov3(config: Any) -> Layouts:
+    attention = _attention("attention.{q,k,v,o}_proj", size="head_dim", count="num_heads")
+    ffn = _ffn("mlp.{up,gate,down}_proj" if config.use_gated_mlp else "mlp.{up,down}_proj")
+    return (replace(_DINO, layer="layer.*", **attention, **ffn),)
+
+
+def _with_factors(layout: BlockLayout) -> Callable[[Any], Layouts]:
+    """BEiT's LayerScale. Where a position bias is added, it has one entry per head, so heads are fixed."""
+
+    def layouts(config: Any) -> Layouts:
+        has_bias = config.use_relative_position_bias or config.use_shared_relative_position_bias
+        factors = ("lambda_1", "lambda_2") if config.layer_scale_init_value > 0 else ("", "")
+        return (replace(layout, attention_factor=factors[0], ffn_factor=factors[1], fixed_heads=has_bias),)
+
+    return layouts
+
 
 _CLIP = BlockLayout(
     "encoder.layers.*",
@@ -166,6 +207,7 @@ _LLAMA = BlockLayout(
     attention_norm="post_attention_layernorm",
     cached=True,
 )
+_GRANITE = replace(_LLAMA, attention_factor="residual_multiplier", ffn_factor="residual_multiplier")
 _ATTENTION_ONLY = replace(_LLAMA, up="", gate="", down="")  # the experts of a mixture have no units
 # A norm is applied to the sublayer's output before it is added. The refit fits the input of that norm.
 _NORMED_TWICE = replace(_LLAMA, ffn_norm="post_feedforward_layernorm")
@@ -227,8 +269,7 @@ _LIKE_BERT = (
     "bert bert-generation camembert data2vec-text electra ernie layoutlm rembert roberta roformer splinter xlm-roberta"
 ).split()
 _LIKE_LLAMA = (
-    "cwm ernie4_5 gemma granite helium hunyuan_v1_dense llama ministral ministral3 "
-    "mistral olmo qwen2 qwen3 seed_oss smollm3"
+    "cwm ernie4_5 gemma helium hunyuan_v1_dense llama ministral ministral3 mistral olmo qwen2 qwen3 seed_oss smollm3"
 ).split()
 _LIKE_CLIP = "clip clip_text_model clip_vision_model siglip siglip_text_model siglip_vision_model".split()
 # A family with variants has a function from the config to the layouts.
@@ -237,11 +278,15 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     **dict.fromkeys(("bart", "blenderbot-small", "marian", "plbart"), _bart()),
     **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
     **dict.fromkeys(_LIKE_CLIP, (_CLIP,)),
-    **dict.fromkeys(("deit", "vit"), (_VIT,)),
+    **dict.fromkeys(("deit", "ijepa", "vit", "vit_msn", "vivit"), (_VIT,)),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
     **dict.fromkeys(("mt5", "t5", "umt5"), _t5),
     **dict.fromkeys(("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"), _speech_encoder),
     "albert": (_ALBERT,),
+    "beit": _with_factors(_VIT),
+    "data2vec-vision": _with_factors(_DATA2VEC_VISION),
     "deberta-v2": (_DEBERTA_V2,),
+    "dinov3_vit": _dinov3,
     "distilbert": (_DISTILBERT,),
     "esm": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
     "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
@@ -254,7 +299,7 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     "xmod": _xmod,
     # decoders and ModernBERT
     **dict.fromkeys(_LIKE_LLAMA, (_LLAMA,)),
-    **dict.fromkeys(("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe"), (_ATTENTION_ONLY,)),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), (_ATTENTION_ONLY,)),
     **dict.fromkeys(("exaone4", "gemma2", "gemma3_text"), (_NORMED_TWICE,)),
     **dict.fromkeys(("olmo2", "olmo3"), (_NORMED_ACROSS_HEADS,)),
     **dict.fromkeys(("arcee", "jais2", "nemotron"), (replace(_LLAMA, gate=""),)),
@@ -269,8 +314,11 @@ FAMILIES: dict[str, Layouts | Callable[[Any], Layouts]] = {
     "gpt_neo": (_GPT_NEO,),
     "gpt_neox": lambda config: (replace(_GPT_NEOX, attention_norm=_norm_after_attention(config)),),
     "gptj": (_GPTJ,),
+    "granite": (_GRANITE,),
+    "granitemoe": (replace(_ATTENTION_ONLY, attention_factor="residual_multiplier"),),
+    # Where the outputs of its sublayers enter a norm, the factor follows the norm.
     "hyperclovax": lambda config: (
-        replace(_LLAMA, attention_norm="post_norm1", ffn_norm="post_norm2") if config.use_post_norm else _LLAMA,
+        replace(_LLAMA, attention_norm="post_norm1", ffn_norm="post_norm2") if config.use_post_norm else _GRANITE,
     ),
     "modernbert": (_MODERNBERT,),
     "modernbert-decoder": (replace(_MODERNBERT, **_attention("attn.{q_proj,k_proj,v_proj,Wo}"), cached=True),),

@@ -29,6 +29,9 @@ class BlockLayout:
         head_widths: The same for the number of heads times the head size.
         attention_norm, ffn_norm: The modules whose *input* is the residual sum after the attention or FFN. The refit
             (see `planning.refit`) weighs its errors by them. Leave them empty if the layer returns that sum.
+        attention_factor, ffn_factor: Paths of attributes that hold a number, or a vector `[features]`, by which the
+            layer multiplies the output of the attention or FFN before it adds it to the residual sum (Granite's
+            multiplier, the LayerScale of DINOv2). The refit and the search for outlier units need it.
         fixed_heads: The heads can be tuned but not trimmed.
         interleaved: A fused Linear holds the queries, keys and values of each head together.
         min_heads: How many heads must stay, so that the layer's code can run.
@@ -57,6 +60,8 @@ class BlockLayout:
     head_widths: tuple[str, ...] = ()
     attention_norm: str = ""
     ffn_norm: str = ""
+    attention_factor: str = ""
+    ffn_factor: str = ""
     fixed_heads: bool = False
     interleaved: bool = False
     min_heads: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any, Literal, cast
 
 import torch
@@ -99,27 +100,34 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def image_tokens(model: nn.Module) -> int | None:
-    """How many tokens an image model has per image: the number of its position embeddings.
+    """How many tokens an image model has per image: patches and special tokens. `None` if this is not known.
 
-    They are a parameter `[1, tokens, hidden]`, or the table `[tokens, hidden]` of an embedding.
+    Position embeddings, a parameter `[1, tokens, hidden]` or the table `[tokens, hidden]` of an embedding, exist for
+    all tokens except registers (as in DINOv2 with registers). Models without such embeddings are BEiT and DINOv3.
     """
     if getattr(model, "main_input_name", "") != "pixel_values":
         return None
     endings = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
-    positions = (p for n, p in model.named_parameters() if n.endswith(endings))
-    return next((p.shape[-2] for p in positions if p.dim() in (2, 3)), None)
+    parameters = dict(model.named_parameters())
+    registers = _count(parameters, "register_tokens")
+    for name, parameter in parameters.items():
+        if name.endswith(endings) and parameter.dim() in (2, 3):
+            return parameter.shape[-2] + registers
+    sizes = [getattr(getattr(model, "config", None), name, None) for name in ("image_size", "patch_size")]
+    image, patch = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
+    if not all(isinstance(size, int) for size in (*image, *patch)):
+        return None
+    return (image[0] // patch[0]) * (image[1] // patch[1]) + _count(parameters, "cls_token") + registers
 
 
-def residual_multiplier(model: nn.Module, group: Group) -> float:
-    """The factor by which a layer multiplies the output of a sublayer before it adds it to the residual sum.
+def _count(parameters: Mapping[str, nn.Parameter], name: str) -> int:
+    """How many special tokens `[1, tokens, hidden]` have this name."""
+    return next((p.shape[-2] for path, p in parameters.items() if path.endswith(f"embeddings.{name}")), 0)
 
-    Granite's layers have one, as this attribute. It is 1 if the group's norm is applied to the output itself (as in
-    HyperCLOVA X), because the factor then follows the norm. A factor of 0, with which a sublayer does nothing, counts
-    as 1.
-    """
-    if group.norm.removeprefix(f"{group.layer}.") in ("post_norm1", "post_norm2"):
-        return 1.0
-    return float(getattr(model.get_submodule(group.layer), "residual_multiplier", 1.0)) or 1.0
+
+def residual_factor(model: nn.Module, group: Group) -> torch.Tensor:
+    """What a layer multiplies a sublayer's output by before it adds it to the residual sum, `[]` or `[features]`."""
+    return torch.as_tensor(attrgetter(group.factor)(model) if group.factor else 1.0).detach().float()
 
 
 # Names of task heads, for models that do not hold a transformer in a module of its own.

@@ -75,6 +75,8 @@ class Group:
         output: The module at whose input gates act (for rows and tokens: at whose output).
         layer: Name of the layer that the sublayer belongs to.
         norm: The module whose input is the residual sum after the sublayer; if empty, the layer returns that sum.
+        factor: Path of the number, or vector `[features]`, by which the layer multiplies the sublayer's output before
+            it adds it to the residual sum; if empty, it adds the output itself.
         attributes: Paths of numbers that a trim must change, each with its amount per unit.
         attention_width: Query heads per unit times head size; 0 for other kinds than heads.
         repeats: How often the layer runs in one pass.
@@ -90,6 +92,7 @@ class Group:
     output: str
     layer: str = ""
     norm: str = ""
+    factor: str = ""
     attributes: tuple[tuple[str, int], ...] = ()
     attention_width: int = 0
     repeats: int = 1

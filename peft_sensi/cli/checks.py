@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,29 +158,20 @@ def check_budget(
         return
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) + 0.5 for group in anatomy.groups}
-    with budget_advice(known, option):
+    with budget_advice(option):
         make_plan(anatomy, scores, known, latency=tables or None, **widths)
 
 
 @contextmanager
-def budget_advice(limits: Mapping[str, Any] | None, option: str = "--budget") -> Iterator[None]:
-    """In errors about these limits, replaces the advice for Python by the options of the command."""
+def budget_advice(option: str = "--budget") -> Iterator[None]:
+    """In errors about limits that are too small, replaces the advice for Python by the options of the command."""
     try:
         yield
     except BudgetError as error:
-        if set(limits or ()) == {"trainable"} or "`trainable`" in str(error):
-            what = str(error).partition(": raise the limit")[0].rstrip(".")
-            raise BudgetError(
-                f"{what.replace('`trainable` limit', 'limit --trainable')}. Give a larger one."
-            ) from None
-        what, found, _ = str(error).partition(" Raise the budget")
-        if not found or not limits:
+        if not error.limits:
             raise
-        for name, words in (("params", "parameters"), ("flops", "FLOPs"), ("trainable", "trained values")):
-            what = re.sub(rf"\b{name} >= (\d[\d,]*\d|\d)", rf"\1 {words}", what)
-        what = re.sub(r"\b(decode_)?latency >= ", "a latency of ", what)
-        options = " or ".join(option if name == "params" else f"--{name.replace('_', '-')}" for name in limits)
-        raise BudgetError(f"{what} Give a larger {options}.") from None
+        options = [option if name == "params" else f"--{name.replace('_', '-')}" for name in error.limits]
+        raise BudgetError(error.problem, f"Give a larger {' or '.join(options)}.") from None
 
 
 def check_latency_tables(paths: Iterable[Path] | None, limits: Mapping[str, Any] | None) -> None:

@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.errors import SensiError
+from ..utils.errors import OtherBaseError, SensiError
 from ..utils.hub_names import absolute
 from .arguments import refuse
 from .terminal import print_understood, step
@@ -95,14 +95,10 @@ def load_predictor(name: str, base: str | None, show: bool = True) -> Predictor:
 @contextlib.contextmanager
 def command_advice() -> Iterator[None]:
     """In errors about another base, replaces the advice for Python."""
-    from ..tuner.fingerprint import WAY_OUT
-
     try:
         yield
-    except SensiError as error:
-        if WAY_OUT not in str(error):
-            raise
-        raise SensiError(str(error).replace(WAY_OUT, "Give the base that it was made for with --base.")) from error
+    except OtherBaseError as error:
+        raise OtherBaseError(error.problem, "Give the base that it was made for with --base.") from error
 
 
 def takes_texts(model: Any) -> bool:

@@ -61,7 +61,7 @@ def plan_for(
     """The plan for these limits and scores, and the limits, which have a default. Wraps the model with an adapter."""
     scores = for_head_of(model, scores)
     config = SensiConfig(budget=limits, scores=scores, seed=seed, latency=latency, task_type=task_type)
-    with budget_advice(limits):
+    with budget_advice():
         peft_model: Any = get_peft_model(model, config)
     return peft_model.base_model.plan(), peft_model.active_peft_config.budget or {}
 
@@ -117,7 +117,7 @@ def train_for(
         common |= {"scores": None if scores is None else for_head_of(model, scores)}
         common |= {"latency": latency, "loss_fn": loss_fn}
         # The scores are saved also if the rest of the wrap fails.
-        with scores_sent_to(partial(save_scores, folder=folder)), budget_advice(limits):
+        with scores_sent_to(partial(save_scores, folder=folder)), budget_advice():
             if late:
                 config = SensiConfig(budget=limits, score=score, schedule=dict(recipes.LATE_CUT), **common)
             else:
@@ -223,7 +223,7 @@ def trim_for(
             config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
             run.model = get_peft_model(model, config)
         loss_fn = weighted_model_loss(task) if training.class_weights else None
-        with budget_advice(limits):
+        with budget_advice():
             run.model.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn)
         run.state["preparation"] = time.perf_counter() - start
         show(run.model.base_model.plan())

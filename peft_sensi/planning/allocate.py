@@ -18,7 +18,7 @@ from ..anatomy.units import Anatomy, Group
 from ..scoring.scores import Scores
 from ..utils.checks import check_types
 from ..utils.errors import BudgetError, SensiError
-from .budget import TIMES, Budget, allowance
+from .budget import Budget, allowance, in_words
 from .costs import Cost, costs_of, tables_by_limit
 from .ladders import Ladder, Masks, best_first, choose, first_units, joint, ladder_of
 from .plan import Plan
@@ -297,17 +297,19 @@ def _ladders_within(
     if (mandatory > allowed).any():  # limits must hold, protection is only a preference
         ladders, mandatory = ladders_with(keep_protected=False)
     if (mandatory > allowed).any():
-        needed = zip(costs, (mandatory + rest).tolist(), strict=True)
-        smallest = ", ".join(f"{n} >= {f'{c / 1e6:.4g} ms' if n in TIMES else f'{c:,}'}" for n, c in needed)
+        smallest = ", ".join(map(in_words, costs, (mandatory + rest).tolist()))
         # Some families cannot run without certain units, whatever `min_units` is.
-        stays, ways = "what the model cannot run without", "Raise the budget"
+        stays, ways, settings = "what the model cannot run without", "Raise the budget", []
         if multiple_of > 1:
             ways += ", or lower `multiple_of`"
+            settings.append("multiple_of")
         if min_units:
             number = " (the same number in all)" if uniform else ""
             stays = f"{min_units} head(s) and {multiple_of} neurons in each block{number}, and {stays}"
             ways += ", or let whole sublayers go with `min_units=0`"
-        raise BudgetError(f"The budget is too small for {stays}: that alone needs {smallest}. {ways}.")
+            settings.append("min_units")
+        problem = f"The budget is too small for {stays}: that alone needs {smallest}."
+        raise BudgetError(problem, f"{ways}.", limits=costs, settings=settings)
     return ladders, allowed - mandatory
 
 
@@ -330,8 +332,9 @@ def _choose_tuned(
     if allowed < cheapest:
         beside = f" beside the {always_trained:,} that are always trained" if always_trained else ""
         raise BudgetError(
-            f"The `trainable` limit allows {max(0, allowed):,} values, but the smallest unit has {cheapest:,}{beside}:"
-            f" raise the limit."
+            f"The limit on trained values allows {max(0, allowed):,}, but the smallest unit has {cheapest:,}{beside}.",
+            "Raise `trainable`.",
+            limits=["trainable"],
         )
     ladders = [
         ladder_of(

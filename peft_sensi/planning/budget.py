@@ -100,6 +100,13 @@ def _check_limit(name: str, value: Any) -> Any:
     return value
 
 
+def in_words(limit: str, amount: int) -> str:
+    """The amount of what is limited, such as `"1,024 parameters"`. Latencies are in nanoseconds."""
+    if limit in TIMES:
+        return f"a latency of {amount / 1e6:.4g} ms" + (" for a decoding step" if limit == "decode_latency" else "")
+    return f"{amount:,} {'FLOPs' if limit == 'flops' else 'parameters'}"
+
+
 def nanoseconds(text: str) -> int | None:
     """The nanoseconds of a time such as `12ms`, rounded down; `None` if the text is not a time above zero."""
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(ns|us|ms|s)\s*", text)

@@ -86,8 +86,9 @@ def joint(ladders: list[Ladder]) -> Ladder:
     counts = reduce(np.intersect1d, [ladder.counts for ladder in ladders])
     if not counts.size:
         raise BudgetError(
-            "Uniform widths are not possible: there is no number of units that all blocks could keep. Leave "
-            "`widths='uniform'` out, or trim the base again."
+            "Uniform widths are not possible: there is no number of units that all blocks could keep.",
+            "Leave `widths='uniform'` out, or trim the base again.",
+            settings=["widths"],
         )
     rungs = [(ladder, np.searchsorted(ladder.counts, counts)) for ladder in ladders]
     return Ladder(

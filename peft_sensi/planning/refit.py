@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.modules import linear_of, residual_multiplier
+from ..anatomy.modules import linear_of, residual_factor
 from ..anatomy.units import Group
 from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, without_padding
 from ..utils import distributed
@@ -40,6 +40,7 @@ Refitted = dict[str, Values]  # by the Linear's module name; without `rounds`, o
 
 HELD_OUT = range(3, 32, 4)  # positions of the batches with which the guards compare values
 MARGIN = 0.02
+SMALLEST_FACTOR = 1e-3  # relative to the largest factor of the sublayer
 SAME = 1e-2  # relative distance of two ways to compute a layer; 16-bit models round
 
 
@@ -177,11 +178,10 @@ def _refit_layer(
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
         _check_output(stream, layer)
     # What is fitted is a part of the residual sum: a weight and a bias, multiplied by the layer's factor.
-    factors = {group: residual_multiplier(model, group) for group in groups}
-    originals: dict[Group, Values] = {}  # from the kept columns of the base model's weights, and its biases
-    for group in groups:
-        values = kept_values(linear_of(model, group.output), group.output, group, plan)
-        originals[group] = _scaled(values, factors[group])
+    factors = {group: residual_factor(model, group) for group in groups}
+    # The kept columns of the base model's weights, and its biases.
+    kept = {group: kept_values(linear_of(model, group.output), group.output, group, plan) for group in groups}
+    originals = {group: _scaled(values, factors[group]) for group, values in kept.items()}
 
     def run_up_to(group: Group, stream: Stream) -> list[torch.Tensor]:
         """The kept activations and the residual of all tokens of a batch."""
@@ -217,7 +217,7 @@ def _refit_layer(
             for tokens in held_out:
                 errors.add(*tokens)
             if (best := errors.best()) is not None:
-                refitted[group.output] = _scaled(best, 1 / factors[group])
+                refitted[group.output] = _unscaled(best, factors[group], kept[group])
                 assign(linear_of(model, group.output), *refitted[group.output])
         if rounds:
             names = [name for group in groups for name in group.modules if name in plan.targets]
@@ -229,9 +229,21 @@ def _refit_layer(
         _finish_layer(model, layer, groups, last, streams)
 
 
-def _scaled(values: Values, factor: float) -> Values:
+def _scaled(values: Values, factor: torch.Tensor) -> Values:
+    """The weight `[out, kept]` and the bias of an output projection, multiplied by a factor `[]` or `[out]`."""
     weight, bias = values
-    return weight.float() * factor, None if bias is None else bias.float() * factor
+    return weight.float() * factor.view(-1, 1), None if bias is None else bias.float() * factor
+
+
+def _unscaled(values: Values, factor: torch.Tensor, old: Values) -> Values:
+    """The inverse of `_scaled`. Where the factor is almost zero, the values stay the `old` ones.
+
+    There, the sublayer adds almost nothing to the sum, and values that correct the sum would be huge.
+    """
+    reaches = factor.abs() > SMALLEST_FACTOR * factor.abs().max()
+    weight, bias = _scaled(values, torch.where(reaches, 1 / factor, 0.0))
+    weight = torch.where(reaches.view(-1, 1), weight, old[0].float())
+    return weight, None if bias is None or old[1] is None else torch.where(reaches, bias, old[1].float())
 
 
 def _finish_layer(
@@ -251,7 +263,7 @@ def _finish_layer(
     ends = []
     if last:
         linear, norm = linear_of(model, groups[-1].output), groups[-1].norm
-        factor = residual_multiplier(model, groups[-1])
+        factor = residual_factor(model, groups[-1])
         for z, residual in last:
             total = (residual + factor * linear(z).float()).to(first.dtype)
             ends.append(model.get_submodule(norm)(total) if norm else total)

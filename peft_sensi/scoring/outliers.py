@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.modules import residual_multiplier, unit_weights
+from ..anatomy.modules import residual_factor, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from .calibration import LossFn, device_of, observing, run_forward, to_device, without_padding
@@ -50,12 +50,12 @@ class OutlierFinder:
 
         def observe(group: Group, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
             x = x.detach().float()
-            factor = residual_multiplier(self.model, group)
-            columns = factor * unit_weights(self.model, group, group.sides[-1])  # [units, width * out]
-            if group.sides[-1].width == 1:
-                energy = x.square() * columns.square().sum(1)
+            side = group.sides[-1]
+            weight = unit_weights(self.model, group, side).view(group.size, side.width, -1)  # [units, width, out]
+            weight = weight * residual_factor(self.model, group)
+            if side.width == 1:
+                energy = x.square() * weight.square().sum((1, 2))
             else:  # `|W x|^2` of each head or sublayer as `x^T (W W^T) x`: the matrix in parentheses is small
-                weight = columns.view(group.size, group.sides[-1].width, -1)
                 x = x.unflatten(-1, (group.size, -1))
                 energy = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
             share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)

@@ -14,7 +14,7 @@ from ..anatomy.linears import is_plain_embedding, is_quantized, matrix
 from ..anatomy.modules import base_of, embedding_of, linear_of
 from ..anatomy.units import Anatomy
 from ..utils import replicas
-from ..utils.errors import SensiLoadError
+from ..utils.errors import OtherBaseError
 
 
 # A fingerprint projects sampled rows on fixed signs, in units of the row's norm, so that a random row gives a standard
@@ -31,8 +31,8 @@ _TOLERANCE = 0.0025  # for the mean over all rows, if no base was quantized
 _LARGEST = 0.012  # for each row
 _TOLERANCE_TOKENS = 0.004  # for the mean over ranges of rows. In bfloat16, MiniLM's differ by 0.0017, at most 0.0048
 _TOLERANCE_QUANTIZED = 0.25
-# The end of the error for another base. The command replaces it.
-WAY_OUT = "If you are sure, load the config first, set `config.fingerprint = None`, and pass it as `config=`."
+# The advice in the error for another base.
+_WAY_OUT = "If you are sure, load the config first, set `config.fingerprint = None`, and pass it as `config=`."
 
 
 def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -126,7 +126,7 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
     if found is None:
         return
     if found["shapes"] != dict(expected["shapes"]) or len(found["marks"]) != len(expected["marks"]):
-        raise SensiLoadError(f"The adapter was made for a base model with other layers or shapes. {WAY_OUT}")
+        raise OtherBaseError("The adapter was made for a base model with other layers or shapes.", _WAY_OUT)
     if replicas.weights_come_later():
         return
     wide = bool(found.get("quantized") or expected.get("quantized"))
@@ -140,16 +140,17 @@ def check_fingerprint(expected: Mapping[str, Any], model: nn.Module, anatomy: An
 
 
 def _compare(pairs: list[tuple[float, float]], wide: bool, least: float = _TOLERANCE) -> None:
-    """Raises `SensiLoadError` if the marks of two bases differ by more than a change of precision explains."""
+    """Raises `OtherBaseError` if the marks of two bases differ by more than a change of precision explains."""
     differences = [abs(a - b) for a, b in pairs if not math.isnan(a)]
     count = max(1, len(differences))
     # The mean over a few rows varies more; with 20 rows or more the tolerance is `least`.
     tolerance = _TOLERANCE_QUANTIZED if wide else max(least, 0.0016 + 0.004 / count**0.5)
     distance, largest = sum(differences) / count, max(differences, default=0.0)
     if distance > tolerance or (largest > _LARGEST and not wide):
-        raise SensiLoadError(
+        raise OtherBaseError(
             f"The adapter was made for another base model: shapes agree, but the weights do not (distance "
             f"{distance:.4f}, largest {largest:.4f}; the same base in {'any' if wide else '16 bits or more'} has at "
             f"most {tolerance:.4f}{'' if wide else f' and {_LARGEST}'}). This also happens if one of the two is a "
-            f"fine-tuned copy of the other, or if an earlier version made the adapter on a quantized base. {WAY_OUT}"
+            f"fine-tuned copy of the other, or if an earlier version made the adapter on a quantized base.",
+            _WAY_OUT,
         )

@@ -114,8 +114,10 @@ def _largest_rank(model: nn.Module, config: SensiConfig, plan: Plan, always_trai
     allowed = allowance(limit, plan.anatomy.total_params) - always_trained - (trained_values(slices) - price)
     if not price or allowed < price:
         raise BudgetError(
-            f"The `trainable` limit allows {max(0, allowed):,} values, but a low-rank update of all targets needs at "
-            f"least {price:,}: raise the limit, or choose fewer `target_modules`."
+            f"The limit on trained values allows {max(0, allowed):,}, but a low-rank update of all targets needs at "
+            f"least {price:,}.",
+            "Raise `trainable`, or choose fewer `target_modules`.",
+            limits=["trainable"],
         )
     return min(allowed // price, max(max(shape) for shape in shapes))
 

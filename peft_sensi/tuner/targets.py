@@ -155,7 +155,8 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
     """Names of the base modules outside the blocks that `also_train` trains, for PEFT's `modules_to_save`.
 
     With `but_frozen`, modules that require no gradients are left out, because the user has frozen them.
-    Modules inside one that the user saves whole are left out: PEFT's wrappers must not be nested.
+    Modules inside one that is saved whole, such as the norm of a pooler, are left out: PEFT's wrappers must not be
+    nested.
     """
     also_train = config.also_train or []
     head = tuple(f"{name}." for name in task_head(model))
@@ -185,8 +186,8 @@ def also_saved(model: nn.Module, blocks: Anatomy, config: SensiConfig, but_froze
         found += embeddings
     if but_frozen:
         found = [name for name in found if any(p.requires_grad for p in modules[name].parameters())]
-    saved = saved_whole(model, config)
-    return [name for name in dict.fromkeys(found) if not saved(name.rpartition(".")[0])]
+    saved, inside = saved_whole(model, config), tuple(f"{name}." for name in found)
+    return [n for n in dict.fromkeys(found) if not saved(n.rpartition(".")[0]) and not n.startswith(inside)]
 
 
 def add_modules_to_save(config: SensiConfig, names: list[str]) -> None:

@@ -163,10 +163,10 @@ def _check_fits(config: SensiConfig, adapter_name: str, before: Plan, limits: Bu
             **config.width_options,
         )
     except BudgetError as error:
-        settings = [name for name in ("multiple_of", "min_units", "widths") if f"`{name}" in str(error)]
-        if not settings:
+        if not error.settings:
             raise
+        where = f"in the config of the adapter, which is `model.peft_config[{adapter_name!r}]`, before you trim it."
+        names = " and ".join(f"`{name}`" for name in error.settings)
         raise BudgetError(
-            f"{error} Set {' and '.join(f'`{name}`' for name in settings)} in the config of the adapter, which is "
-            f"`model.peft_config[{adapter_name!r}]`, before you trim it."
+            error.problem, f"{error.advice} Set {names} {where}", limits=error.limits, settings=error.settings
         ) from None

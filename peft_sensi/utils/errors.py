@@ -4,6 +4,7 @@ The errors are also `ValueError`s, which PEFT raises for bad input.
 """
 
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, metadata
 
 
@@ -12,11 +13,29 @@ TRAINING_STACK = ("torch", "transformers", "peft", "accelerate", "safetensors", 
 
 
 class SensiError(ValueError):
-    """A request cannot be carried out. The message says why, and what to do instead."""
+    """A request cannot be carried out. The message says why, and what to do instead.
+
+    If `advice` is given, it is the part of the message about what to do, so that the commands can replace it by advice
+    about their options. `problem` is then the part before it.
+    """
+
+    def __init__(self, problem: str = "", advice: str = "") -> None:
+        super().__init__(f"{problem} {advice}".rstrip())
+        self.problem, self.advice = problem, advice
 
 
 class BudgetError(SensiError):
-    """The budget is malformed, or no plan satisfies it."""
+    """The budget is malformed, or no plan satisfies it.
+
+    `limits` names the limits that are too small, if the advice is to raise them. `settings` names the settings of
+    `SensiConfig` that would have to be others.
+    """
+
+    def __init__(
+        self, problem: str = "", advice: str = "", limits: Iterable[str] = (), settings: Iterable[str] = ()
+    ) -> None:
+        super().__init__(problem, advice)
+        self.limits, self.settings = tuple(limits), tuple(settings)
 
 
 class AnatomyError(SensiError):
@@ -37,6 +56,10 @@ def not_finite(what: str) -> CalibrationError:
 
 class SensiLoadError(SensiError):
     """A file is damaged, has unexpected content, or does not belong to this base model."""
+
+
+class OtherBaseError(SensiLoadError):
+    """An adapter does not belong to this base model."""
 
 
 class DataError(SensiError):
