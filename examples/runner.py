@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 
 from peft_sensi import Budget, SensiConfig, SensiError
 from peft_sensi.tasks.kinds import read_task
-from peft_sensi.tasks.task import load_for
+from peft_sensi.tasks.models import load_for
 from peft_sensi.tasks.words import best_classes
 from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import show_progress

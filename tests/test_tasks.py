@@ -34,10 +34,11 @@ from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.encodings import encoding_of
 from peft_sensi.tasks.kinds import kind_of, kind_of_model, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import Labels, find_labels, find_several, labels_of_config, order_of_head
+from peft_sensi.tasks.models import load_tokenizer, longest_input
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
-from peft_sensi.tasks.task import Options, Rows, load_tokenizer, longest_input, token_doubts
+from peft_sensi.tasks.task import Options, Rows, token_doubts
 from peft_sensi.utils import distributed
 from peft_sensi.utils.errors import DataError
 

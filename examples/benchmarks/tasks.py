@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peft_sensi.tasks import answers, words
 from peft_sensi.tasks.encodings import read_text
 from peft_sensi.tasks.labels import Labels
+from peft_sensi.tasks.models import load_tokenizer
 from peft_sensi.tasks.reading import parse_json
-from peft_sensi.tasks.task import Rows, load_tokenizer
+from peft_sensi.tasks.task import Rows
 
 from common import hold_out, read_table, sample, tokenize
 

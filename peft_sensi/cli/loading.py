@@ -27,7 +27,7 @@ def load_base(model: str, data: list[str] | None, needs_data: bool = True, **opt
     from transformers import set_seed
 
     from ..reporting.saved import is_adapter
-    from ..tasks.task import load_for
+    from ..tasks.models import load_for
 
     if is_adapter(model):  # Transformers would load its base with the adapter, which this training would then lose
         raise SensiError(

@@ -183,7 +183,8 @@ def trim(
     from ..reporting.task_record import saved_record
     from ..tasks.kinds import kind_of_model
     from ..tasks.labels import labels_of_config
-    from ..tasks.task import KINDS, agree_on_padding
+    from ..tasks.models import agree_on_padding
+    from ..tasks.task import KINDS
     from .resuming import note_data, resumed_state, saved_training
     from .run import Training, check_training
     from .train import trim_for

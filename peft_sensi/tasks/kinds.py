@@ -22,8 +22,9 @@ from .building import (
 from .columns import WRITTEN, text_columns, usual_label_columns
 from .encodings import TEXT_SUFFIXES, suffix_of
 from .labels import Labels
+from .models import load_tokenizer
 from .sources import Part, Purpose, Source, read_source
-from .task import KINDS, MAX_ANSWER_LENGTH, Kind, Options, Rows, Task, load_tokenizer, stride_of, token_doubts
+from .task import KINDS, MAX_ANSWER_LENGTH, Kind, Options, Rows, Task, stride_of, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source

@@ -14,7 +14,8 @@ from ..reporting.task_record import checked_record, saved_record
 from ..utils.errors import SensiError, first_line, how_to_install
 from .kinds import decode, kind_of_model
 from .labels import Labels, labels_of_config, labels_of_head
-from .task import MAX_ANSWER_LENGTH, Kind, Rows, agree_on_padding, collator_of, load_tokenizer
+from .models import agree_on_padding, load_tokenizer
+from .task import MAX_ANSWER_LENGTH, Kind, Rows, collator_of
 
 
 # The outputs that each kind needs, by their names in Transformers.
