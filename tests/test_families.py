@@ -155,8 +155,7 @@ def speech(model_type, name="", **changes):
         LAYERS | convolutions | positions | {"apply_spec_augment": False, "classifier_proj_size": 13, "num_labels": 3}
     )
     config = partial(AutoConfig.for_model, model_type, **{**sizes, **changes})
-    auto, options = AutoModelForAudioClassification, {"sequence_length": 9}
-    return Case(name or model_type, config, auto, speech_batch, options=options)
+    return Case(name or model_type, config, AutoModelForAudioClassification, speech_batch)
 
 
 # Its encoder takes twice as many frames as it has positions.
@@ -216,8 +215,7 @@ CASES = [
     images("beit", "beit-relative", use_relative_position_bias=True, heads=False),
     speech("wav2vec2"),
     speech("wav2vec2", "wav2vec2-norm-first", do_stable_layer_norm=True),
-    Case("whisper", partial(AutoConfig.for_model, "whisper", **WHISPER), AutoModelForSpeechSeq2Seq, spectrum_batch,
-         options={"sequence_length": 9}),
+    Case("whisper", partial(AutoConfig.for_model, "whisper", **WHISPER), AutoModelForSpeechSeq2Seq, spectrum_batch),
 ]  # fmt: skip
 # Those whose parts are all in another case above.
 VARIANTS = {
@@ -365,6 +363,19 @@ def test_bases_in_16_bits(name, dtype, tmp_path):
 
 def test_calibration_and_training(case, tmp_path):
     check_training_step(case, tmp_path)
+
+
+def test_the_length_is_that_of_the_images():
+    """A model for images of 20 x 20, which is given smaller ones. Without images, the config's size counts."""
+    case = images("dinov2")
+    model = case.auto.from_config(case.config(image_size=20))
+    for data, length in (({}, 26), ({"calibration": [case.batch()], "score": "fisher"}, 10)):
+        wrapped = case.wrap(model, budget={"flops": 0.6}, **data)
+        assert wrapped.base_model.plan().sequence_length == length
+        model = wrapped.unload()
+    wrapped = case.wrap(model, budget=1.0, calibration=[case.batch()])
+    assert wrapped.base_model.trim({"flops": 0.6}, calibration=[case.batch()]).sequence_length == 10
+    assert wrapped.training and not any(m._forward_pre_hooks for m in wrapped.modules())
 
 
 @pytest.mark.parametrize("is_gated", [False, True])

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from ..anatomy.units import Group
-from ..utils import distributed
 from ..utils.checks import shown
 from ..utils.errors import CalibrationError, SensiError, not_finite
 from ..utils.undo import snapshot, surely
@@ -250,20 +249,6 @@ def examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
     """These examples of a batch. Values that do not have one row for each example stay as they are."""
     size = examples_in(batch)
     return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
-
-
-def mean_length(batches: list[Mapping[str, Any]]) -> int | None:
-    """Mean padded length of the batches of all processes in tokens, rounded; `None` if the inputs are not tokens."""
-    # The tokens' dimension is the last, or the one before the hidden size. Multiple-choice inputs have three.
-    lengths = [
-        batch[key].shape[dim]
-        for batch in batches
-        for key, dim in (("input_ids", -1), ("inputs_embeds", -2), ("decoder_input_ids", -1))
-        if isinstance(batch.get(key), torch.Tensor) and batch[key].dim() >= 2
-    ]
-    pooled = distributed.gather("measuring lengths", (sum(lengths), len(lengths)))
-    total, number = (sum(values) for values in zip(*pooled, strict=True))
-    return round(total / number) if number else None
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from ..anatomy.units import Anatomy
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
 from ..utils.errors import SensiError
-from .calibration import LossFn, ScoringOptions, materialize, mean_length, preserved
+from .calibration import LossFn, ScoringOptions, materialize, preserved
 from .criteria import CRITERIA
 from .head import head_to_train
+from .lengths import mean_length
 from .outliers import find_outliers
 from .priming import OPTIMIZERS
 from .scores import Scores
@@ -118,7 +119,7 @@ def score_units(
         method = "magnitude"
     if CRITERIA[method].needs_priming and not options.priming_steps:
         raise SensiError(f"score={method!r} is learned during priming: `priming_steps` must not be 0.")
-    length = mean_length(batches) if batches else None
+    length = mean_length(model, anatomy, batches, options.loss_fn) if batches else None
     # Dropout during priming is random: with the same data and seed, the plan is the same.
     torch.manual_seed(options.seed + distributed.rank())
     found = CRITERIA[method].function(model, anatomy, batches, options)

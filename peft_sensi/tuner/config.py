@@ -115,7 +115,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
             activations. `None`: yes, if there is calibration data, no `trainable` limit, and the output biases are
             trained or the model has none.
         sequence_length: Number of tokens at which FLOPs are counted. `None`: the mean length of the calibration
-            batches, or 128.
+            batches (for images and sounds, inside of the model), or 128.
         latency: The [`LatencyTable`] of the device that will run the model, or its path, for the limits `latency` and
             `decode_latency`; a list of two for both. `None`: if there is such a limit, PyTorch on this machine is
             measured at the wrap, with one sequence of `sequence_length` tokens. A saved adapter has records of the

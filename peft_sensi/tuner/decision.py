@@ -29,11 +29,12 @@ from ..planning.allocate import check_fits, make_plan
 from ..planning.budget import DEFAULT_LIMITS, Budget
 from ..planning.plan import Plan
 from ..planning.refit import Refitted, on_cpu, refit
-from ..scoring.calibration import materialize, mean_length, preserved
+from ..scoring.calibration import materialize, preserved
 from ..scoring.compute import score_units
 from ..scoring.criteria import only_seen
 from ..scoring.head import head_to_train
 from ..scoring.learned import ENOUGH
+from ..scoring.lengths import mean_length
 from ..scoring.scores import Scores
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
@@ -154,7 +155,8 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
             receive(scores)
     elif scores is None:  # nothing is ranked, but tokens are tuned only if they are in the data
         unranked = {g.name: g.zeros() + (g.kind == "token") for g in anatomy.groups}
-        scores = Scores(only_seen(anatomy, unranked, batches), "none", mean_length(read) if read else None)
+        length = mean_length(model, anatomy, read, inputs.loss_fn) if read else None
+        scores = Scores(only_seen(anatomy, unranked, batches), "none", length)
     plan = make_plan(
         anatomy,
         scores,

@@ -18,8 +18,9 @@ from ..planning.allocate import check_fits
 from ..planning.budget import Budget
 from ..planning.costs import tables_by_limit
 from ..planning.plan import Plan
-from ..scoring.calibration import ScoringOptions, mean_length, preserved
+from ..scoring.calibration import ScoringOptions, preserved
 from ..scoring.criteria import UNPRIMED_METHODS
+from ..scoring.lengths import mean_length
 from ..scoring.methods import METHODS
 from ..utils import distributed, replicas
 from ..utils.checks import check_types
@@ -134,7 +135,8 @@ def _decide(
         # Inside `preserved`, because a shuffling data loader draws random numbers.
         batches = None if inputs.calibration is None else read_batches(inputs.calibration, config)
         root.eval()
-        length = mean_length(batches[: options.calibration_steps]) if batches else None
+        scored = (batches or [])[: options.calibration_steps]
+        length = mean_length(root, before.anatomy, scored, options.loss_fn) if scored else None
         before = replace(before, sequence_length=config.sequence_length or length or before.sequence_length)
         if not exceeds(before, config):
             warnings.warn(
