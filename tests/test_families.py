@@ -115,7 +115,7 @@ def translator(model_type, name="", sizes=BOTH_STACKS, **changes):
 def images(model_type, name="", tokens=10, heads=True, **changes):
     """A classifier of 12 x 12 images in 9 patches."""
     sizes = {**LAYERS, "image_size": 12, "patch_size": 4}
-    if model_type in ("clip", "siglip"):
+    if model_type in ("clip", "metaclip_2", "siglip"):
         sizes = {"vision_config": sizes}
     config = partial(AutoConfig.for_model, model_type, **sizes, num_labels=3, **changes)
     return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens, heads=heads)
@@ -147,6 +147,12 @@ def spectrum_batch(size: int = 4, length: int = 9, *, seed: int = 0, padded: boo
     }
 
 
+def mel_batch(size: int = 4, length: int = 9, *, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+    """Spectra that become 9 patches."""
+    waves = speech_batch(size, seed=seed)
+    return waves | {"input_values": torch.randn(size, 12, 12, generator=torch.Generator().manual_seed(seed))}
+
+
 def speech(model_type, name="", **changes):
     """A classifier of short waves."""
     convolutions = {"conv_dim": (14, 14), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
@@ -162,6 +168,8 @@ def speech(model_type, name="", **changes):
 WHISPER = {**BOTH_STACKS, "num_mel_bins": 8, "max_source_positions": 9, "max_target_positions": 24,
            "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
 
+LAYOUTLM3 = {"has_relative_attention_bias": False, "has_spatial_attention_bias": False, "visual_embed": False,
+             "coordinate_size": 5, "shape_size": 5, "attention": ("eager",)}  # fmt: skip
 DEBERTA = {"relative_attention": True, "pooler_hidden_size": 30, "attention": ("eager",), "type_vocab_size": 0}
 
 CASES = [
@@ -258,6 +266,35 @@ RELATIVES = [
     translator("blenderbot"),
     translator("blenderbot-small"),
     translator("plbart"),
+    # Other layouts.
+    classifier("big_bird", attention_type="original_full", attention=("eager",)),
+    classifier("big_bird", "big_bird-sparse", attention=("eager",), heads=False),
+    classifier("deberta", pooler_hidden_size=30, attention=("eager",), heads=False),
+    classifier("deberta", "deberta-relative", relative_attention=True, pos_att_type=["c2p", "p2c"],
+               position_biased_input=False, pooler_hidden_size=30, attention=("eager",), heads=False),
+    classifier("eurobert", num_key_value_heads=3),
+    classifier("fnet", attention=("eager",), heads=False),
+    classifier("gte"),
+    classifier("jina_embeddings_v3"),
+    classifier("layoutlmv3", **LAYOUTLM3),
+    classifier("layoutlmv3", "layoutlmv3-relative", **{**LAYOUTLM3, "has_relative_attention_bias": True}, heads=False),
+    classifier("luke", entity_vocab_size=20, entity_emb_size=6, attention=("eager",), heads=False),
+    classifier("markuplm", attention=("eager",)),
+    classifier("nomic_bert"),
+    classifier("roc_bert", pronunciation_vocab_size=60, shape_vocab_size=60, pronunciation_embed_dim=6,
+               shape_embed_dim=6),
+    classifier("tapas", type_vocab_sizes=[3, 5, 5, 2, 5, 5, 5], attention=("eager",)),
+    Case("xlnet", partial(AutoConfig.for_model, "xlnet", vocab_size=VOCABULARY, d_model=30, n_head=3, n_layer=2,
+                          d_inner=43, num_labels=3, pad_token_id=1), AutoModelForSequenceClassification, token_batch,
+         "SEQ_CLS", heads=False, attention=("eager",)),
+    translator("mvp", attention=("eager",)),
+    # Models of images and of speech.
+    Case("audio-spectrogram-transformer",
+         partial(AutoConfig.for_model, "audio-spectrogram-transformer", **LAYERS, patch_size=4, frequency_stride=4,
+                 time_stride=4, max_length=12, num_mel_bins=12, num_labels=3),
+         AutoModelForAudioClassification, mel_batch, length=11),
+    images("metaclip_2"),
+    speech("sew", squeeze_factor=1),
     images("dinov2_with_registers", tokens=14),
     images("beit", "beit-shared", use_shared_relative_position_bias=True, layer_scale_init_value=0.0, heads=False),
     images("data2vec-vision"),

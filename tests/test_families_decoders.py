@@ -78,6 +78,9 @@ GPT2 = {
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+FALCON = {**TOKENS, "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3, "ffn_hidden_size": 43,
+          "max_position_embeddings": 32, "alibi": False}  # fmt: skip
 OPT = {"num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 43, "word_embed_proj_dim": 36}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "num_local_experts": 4}
 ACTIVE = {"output_router_logits": True}  # with the auxiliary loss
@@ -128,16 +131,27 @@ MORE_CASES = [
     decoder("gpt_neox", "gpt_neox-sequential", num_key_value_heads=None, use_parallel_residual=False),
     decoder("apertus"),
     decoder("biogpt", num_key_value_heads=None),
+    decoder("bloom", sizes={**TOKENS, "hidden_size": 36, "n_head": 6, "n_layer": 2}, heads=False,
+            attention=("eager",)),
     decoder("cohere2", sliding_window=4),
     decoder("cwm", head_dim=10, sliding_window=4),
     decoder("ernie4_5"),
+    decoder("ernie4_5_moe", neurons=False, moe_num_experts=4, moe_k=2, moe_intermediate_size=12),
     decoder("exaone4", sliding_window=4),
+    decoder("falcon", sizes=FALCON, new_decoder_architecture=True, num_kv_heads=3),
+    decoder("falcon", "falcon-one-key", sizes=FALCON, heads=False),
+    decoder("falcon", "falcon-sequential", sizes=FALCON, multi_query=False, parallel_attn=False, bias=True,
+            heads=False),
     decoder("glm", hidden_size=48, head_dim=8),
     decoder("glm4", hidden_size=48, head_dim=8),
+    decoder("glm4_moe", hidden_size=48, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            moe_intermediate_size=12, first_k_dense_replace=1),
     decoder("gpt_neo", num_key_value_heads=None, num_hidden_layers=None, num_layers=2, num_attention_heads=None,
             num_heads=6, attention_types=[[["global", "local"], 1]], window_size=4, attention=("eager",)),
     decoder("gptj", sizes=GPT2, n_embd=48, rotary_dim=4, attention=("eager",)),
     decoder("granitemoe", neurons=False, intermediate_size=12, **EXPERTS),
+    decoder("granitemoeshared", neurons=False, num_local_experts=4, num_experts_per_tok=2, intermediate_size=12,
+            shared_intermediate_size=12, residual_multiplier=0.3),
     decoder("hunyuan_v1_dense", head_dim=10),
     decoder("hyperclovax", head_dim=10),
     decoder("jais2"),
@@ -155,6 +169,7 @@ MORE_CASES = [
     decoder("opt", "opt-without-biases", **OPT, enable_bias=False),
     decoder("phi", hidden_size=48),
     decoder("phi3", heads=False),
+    decoder("phimoe", neurons=False, num_local_experts=4, num_experts_per_tok=2, intermediate_size=12),
     decoder("qwen2_moe", neurons=False, **EXPERTS, shared_expert_intermediate_size=12),
     decoder("qwen3_moe", neurons=False, **EXPERTS, head_dim=10, mlp_only_layers=[1]),
     decoder("seed_oss", head_dim=10),
@@ -163,6 +178,8 @@ MORE_CASES = [
     decoder("stablelm", "stablelm-parallel", hidden_size=48, use_parallel_residual=True, use_qkv_bias=True),
     decoder("stablelm", "stablelm-normed", hidden_size=48, qk_layernorm=True, heads=False),
     decoder("starcoder2"),
+    decoder("xglm", sizes={**TOKENS, "d_model": 36, "attention_heads": 6, "num_layers": 2, "ffn_dim": 43,
+                           "max_position_embeddings": 32}, attention=("eager",)),
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
 
@@ -458,8 +475,6 @@ def test_a_large_model_is_planned_on_meta():
 # -- families that the table does not have ---------------------------------------------------------------------------
 
 UNKNOWN = {
-    "bloom": {"n_head": 6, "n_layer": 2},
-    "falcon": {"num_key_value_heads": None},
     "gpt_oss": {"head_dim": 8, **EXPERTS},
     "deepseek_v3": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                     "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -106,3 +107,36 @@ class BlockLayout:
         """The fields that differ from their defaults, as a JSON object."""
         changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+Layouts = tuple[BlockLayout, ...]
+Family = Layouts | Callable[[Any], Layouts]  # a family with variants has a function of the config
+
+
+def expanded(paths: str) -> list[str]:
+    """The paths of a text with braces: `mlp.{up,down}_proj` is `mlp.up_proj` and `mlp.down_proj`."""
+    start, names, end = re.split("[{}]", paths)
+    return [f"{start}{name}{end}" for name in names.split(",")]
+
+
+def attention_fields(linears: str, size: str = "", count: str = "", width: str = "") -> dict[str, Any]:
+    """The attention's fields of a `BlockLayout`.
+
+    `linears` are `q`, `k`, `v` and `o` as in `expanded`, or one fused Linear and `o`. The attributes that hold the
+    head size, the number of heads and the width of all heads belong to the module whose path ends at the brace.
+    """
+    *inputs, o = expanded(linears)
+    module = linears.partition("{")[0]
+    attributes = {
+        "head_size": size and module + size,
+        "head_counts": count and (module + count,),
+        "head_widths": width and (module + width,),
+    }
+    projections = dict(zip("qkvo", [*(inputs * 3)[:3], o], strict=True))
+    return projections | {name: value for name, value in attributes.items() if value}
+
+
+def ffn_fields(linears: str) -> dict[str, Any]:
+    """The FFN's fields: `up` and `down`, or `up`, `gate` and `down`, as in `expanded`."""
+    up, *gate, down = expanded(linears)
+    return {"up": up, "gate": "".join(gate), "down": down}
