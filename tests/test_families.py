@@ -32,12 +32,18 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     AutoModelForVideoClassification,
+    BertConfig,
+    CLIPVisionConfig,
+    EncoderDecoderConfig,
+    LlamaConfig,
+    LlavaConfig,
 )
 
 from peft_sensi import SensiError
@@ -119,6 +125,13 @@ def images(model_type, name="", tokens=10, heads=True, **changes):
         sizes = {"vision_config": sizes}
     config = partial(AutoConfig.for_model, model_type, **sizes, num_labels=3, **changes)
     return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens, heads=heads)
+
+
+def two_berts():
+    """The config of an encoder-decoder that is made of two models of another family."""
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SIZES), BertConfig(**SIZES))
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
+    return config
 
 
 def video_batch(size: int = 4, length: int = 0, **options: Any) -> dict[str, torch.Tensor]:
@@ -288,6 +301,8 @@ RELATIVES = [
                           d_inner=43, num_labels=3, pad_token_id=1), AutoModelForSequenceClassification, token_batch,
          "SEQ_CLS", heads=False, attention=("eager",)),
     translator("mvp", attention=("eager",)),
+    Case("encoder-decoder", two_berts, AutoModelForSeq2SeqLM, partial(token_batch, task="SEQ_2_SEQ_LM"),
+         "SEQ_2_SEQ_LM", attention=("eager",)),
     # Models of images and of speech.
     Case("audio-spectrogram-transformer",
          partial(AutoConfig.for_model, "audio-spectrogram-transformer", **LAYERS, patch_size=4, frequency_stride=4,
@@ -439,6 +454,29 @@ def test_dinov3(is_gated, tmp_path):
     save_merged(model, tmp_path)
     images = case.batch()
     torch.testing.assert_close(run(load_merged(tmp_path), images), run(model, images), atol=1e-5, rtol=1e-4)
+
+
+def test_llava(tmp_path):
+    """Vision and language are trimmed together. LLaVA does not use the last vision layer, so not all checks hold."""
+    image, words = 4, {**LAYERS, "hidden_size": 36, "vocab_size": VOCABULARY}
+
+    def config():
+        vision = CLIPVisionConfig(**LAYERS, image_size=12, patch_size=4)
+        text = LlamaConfig(**words, pad_token_id=1)
+        return LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=9)
+
+    def batch(size=4, length=14, *, seed=0, padded=True):
+        found = token_batch(size, length - 9, seed=seed, padded=padded, task="CAUSAL_LM")
+        found["input_ids"] = found["input_ids"].where(found["input_ids"] != image, 5)
+        for name, value in (("input_ids", image), ("attention_mask", 1), ("labels", -100)):
+            found[name] = torch.cat([torch.full((size, 9), value), found[name]], dim=1)
+        return found | {"pixel_values": image_batch(size, seed=seed)["pixel_values"]}
+
+    case = Case("llava", config, AutoModelForImageTextToText, batch, "CAUSAL_LM", length=14)
+    for check in (check_gates_equal_removal, check_merge_equals_unmerged, check_sums, check_generation):
+        check(case)
+    check_trim(case, tmp_path / "trim")
+    check_merged_files(case, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("name", ["bart-classifier", "bart", "t5-gated"])

@@ -75,11 +75,16 @@ def build_anatomy(
 def _configs(model: nn.Module) -> dict[str, Any]:
     """The configs that describe the model's blocks, by the path of the part that each describes.
 
-    A model of the user's own may have no config. Then those of the transformers inside of it count.
+    A model of the user's own may have no config, and one of several transformers (an `EncoderDecoderModel`, LLaVA) may
+    be of no known family. Then the configs of the transformers inside of it count.
     """
     config = getattr(model, "config", None)
-    inner = {path: transformer.config for path, transformer in transformers_in(model).items()}
-    return {"": config} if getattr(config, "model_type", None) or not inner else inner
+    inner: dict[str, Any] = {}
+    for path, transformer in transformers_in(model).items():
+        inner |= {f"{path}.{within}".rstrip("."): found for within, found in _configs(transformer).items()}
+    has_type = bool(getattr(config, "model_type", None))
+    is_composite = has_type and not layouts_of(config) and all(map(layouts_of, inner.values()))
+    return inner if inner and (is_composite or not has_type) else {"": config}
 
 
 def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[BlockLayout, ...] | None) -> list[Group]:
@@ -146,5 +151,6 @@ def nothing_to_trim(model: nn.Module) -> AnatomyError:
 
 
 _UNKNOWN_BLOCKS = (
-    f"its blocks are unknown. Known families are {', '.join(sorted(FAMILIES))}. Describe another one with"
+    f"its blocks are unknown. The {len(FAMILIES)} families that are known are listed in docs/families.md. Describe "
+    f"another one with"
 )
