@@ -82,6 +82,18 @@ def kill_after(pid: int, seconds: float) -> None:
     os.waitpid(pid, 0)
 
 
+def kill_at_a_change(pid: int, folder: Path) -> None:
+    """Kills as soon as a file in the folder has been replaced, however fast the machine is."""
+
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("adapter_*")}
+
+    before = times()
+    while times() == before:
+        pass  # a sleep would miss the short time between two files
+    kill_after(pid, 0)
+
+
 def test_a_fork_that_is_killed_with_the_lock_of_tqdm_blocks_nothing():
     def die_with_the_lock() -> None:
         tqdm.get_lock().acquire()
@@ -108,9 +120,10 @@ def kill_savers(folder: Path, kills: int) -> collections.Counter:
     models[0].save_pretrained(folder)
     for kill in range(kills):
         seconds = seconds_of(lambda: models[0].save_pretrained(folder / "another"))
-        # Every second kill comes in the last part of the first save, where the files are written.
-        part = draw.uniform(0.7, 1.1) if kill % 2 else draw.uniform(0, 2)
-        kill_after(in_child(save_forever), part * seconds)
+        if kill % 2:  # between the files of one save
+            kill_at_a_change(in_child(save_forever), folder)
+        else:
+            kill_after(in_child(save_forever), draw.uniform(0, 2) * seconds)
         try:
             model = PeftModel.from_pretrained(base, folder)
         except SensiLoadError as error:

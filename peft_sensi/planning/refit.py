@@ -232,6 +232,8 @@ def _refit_layer(
 def _scaled(values: Values, factor: torch.Tensor) -> Values:
     """The weight `[out, kept]` and the bias of an output projection, multiplied by a factor `[]` or `[out]`."""
     weight, bias = values
+    if (factor == 1).all():  # as in most models: without copies
+        return weight.float(), None if bias is None else bias.float()
     return weight.float() * factor.view(-1, 1), None if bias is None else bias.float() * factor
 
 
@@ -242,6 +244,8 @@ def _unscaled(values: Values, factor: torch.Tensor, old: Values) -> Values:
     """
     reaches = factor.abs() > SMALLEST_FACTOR * factor.abs().max()
     weight, bias = _scaled(values, torch.where(reaches, 1 / factor, 0.0))
+    if reaches.all():
+        return weight, bias
     weight = torch.where(reaches.view(-1, 1), weight, old[0].float())
     return weight, None if bias is None or old[1] is None else torch.where(reaches, bias, old[1].float())
 
