@@ -280,8 +280,8 @@ RELATIVES = [
     translator("blenderbot-small"),
     translator("plbart"),
     # Other layouts.
-    classifier("big_bird", attention_type="original_full", attention=("eager",)),
-    classifier("big_bird", "big_bird-sparse", attention=("eager",), heads=False),
+    classifier("big_bird", attention=("eager",), heads=False),
+    classifier("big_bird", "big_bird-full", attention_type="original_full", attention=("eager",), heads=False),
     classifier("deberta", pooler_hidden_size=30, attention=("eager",), heads=False),
     classifier("deberta", "deberta-relative", relative_attention=True, pos_att_type=["c2p", "p2c"],
                position_biased_input=False, pooler_hidden_size=30, attention=("eager",), heads=False),

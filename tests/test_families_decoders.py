@@ -139,6 +139,8 @@ MORE_CASES = [
     decoder("ernie4_5_moe", neurons=False, moe_num_experts=4, moe_k=2, moe_intermediate_size=12),
     decoder("exaone4", sliding_window=4),
     decoder("falcon", sizes=FALCON, new_decoder_architecture=True, num_kv_heads=3),
+    decoder("falcon", "falcon-alibi", sizes=FALCON, new_decoder_architecture=True, num_kv_heads=3, alibi=True,
+            attention=("eager",), heads=False),
     decoder("falcon", "falcon-one-key", sizes=FALCON, heads=False),
     decoder("falcon", "falcon-sequential", sizes=FALCON, multi_query=False, parallel_attn=False, bias=True,
             heads=False),

@@ -89,11 +89,14 @@ def _norm_after_attention(config: Any) -> str:
 
 
 def _falcon(config: Any) -> Layouts:
-    """Only in the newer architecture, heads can be cut: its groups of query heads have a key and a value head each."""
+    """Only in the newer architecture, heads can be cut: its groups of query heads have a key and a value head each.
+
+    An ALiBi has one slope per head there, too.
+    """
     is_new = config.new_decoder_architecture
     layout = replace(
         _BLOOM,
-        fixed_heads=not is_new,
+        fixed_heads=not is_new or config.alibi,
         head_counts=("self_attention.num_heads",),
         kv_head_counts=("self_attention.num_kv_heads",),
         min_heads=1,

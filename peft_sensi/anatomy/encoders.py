@@ -179,9 +179,10 @@ _MVP = tuple(
 )
 
 
-def _heads_fixed_if(layout: BlockLayout, condition: Callable[[Any], bool]) -> Callable[[Any], Layouts]:
-    """The heads are fixed if this holds for the config, because something outside of the Linears depends on them."""
-    return lambda config: (replace(layout, fixed_heads=condition(config)),)
+def _layoutlmv3(config: Any) -> Layouts:
+    """BERT's layers. A position bias has one entry per head. Without heads, the code cannot infer its shapes."""
+    has_bias = config.has_relative_attention_bias or config.has_spatial_attention_bias
+    return (replace(_BERT, min_heads=1, fixed_heads=has_bias),)
 
 
 _LIKE_BERT = (
@@ -205,18 +206,15 @@ ENCODERS: dict[str, Family] = {
     **dict.fromkeys(_LIKE_WAV2VEC2, _speech_encoder),
     "albert": (_ALBERT,),
     "beit": _with_factors(_VIT),
-    # Sparse attention looks at random blocks, which are drawn for each head.
-    "big_bird": _heads_fixed_if(_BERT, lambda config: config.attention_type != "original_full"),
+    # Sparse attention looks at random blocks, which are drawn for each head. Short inputs switch it off for good.
+    "big_bird": (replace(_BERT, fixed_heads=True),),
     "data2vec-vision": _with_factors(_DATA2VEC_VISION),
     "deberta": (_DEBERTA,),
     "deberta-v2": (_DEBERTA_V2,),
     "dinov3_vit": _dinov3,
     "distilbert": (_DISTILBERT,),
     "esm": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
-    "layoutlmv3": _heads_fixed_if(
-        replace(_BERT, min_heads=1),  # without heads, its code cannot infer its shapes
-        lambda config: config.has_relative_attention_bias or config.has_spatial_attention_bias,
-    ),
+    "layoutlmv3": _layoutlmv3,
     "luke": (replace(_BERT, fixed_heads=True),),  # each attention has further Linears, for entities
     "megatron-bert": (replace(_BERT_PRE_NORM, attention_norm="ln"),),
     "mobilebert": (_BERT, _MOBILEBERT_FFN),
