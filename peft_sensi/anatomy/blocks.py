@@ -9,10 +9,11 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.checks import shown
+from ..utils.checks import is_number, shown
 from ..utils.errors import AnatomyError
 from .layouts import BlockLayout
 from .linears import LINEARS, features
@@ -121,7 +122,7 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
         output=o_name,
         layer=name,
         norm=_norm(modules, name, layout.attention_norm),
-        factor=_factor(modules, name, layout.attention_factor),
+        factor=_factor(modules, name, layout.attention_factor, o_out),
         attributes=tuple((f"{name}.{path}", amount) for paths, amount in per_unit for path in paths),
         attention_width=width,
         least=min(int(least), units),
@@ -144,7 +145,7 @@ def _neurons(modules: Modules, name: str, layout: BlockLayout) -> Group:
         output=down_name,
         layer=name,
         norm=_norm(modules, name, layout.ffn_norm),
-        factor=_factor(modules, name, layout.ffn_factor),
+        factor=_factor(modules, name, layout.ffn_factor, out),
         least=min(int(isinstance(down, Conv1D)), size),
     )
 
@@ -174,10 +175,17 @@ def _norm(modules: Modules, layer: str, name: str) -> str:
     return path if name else ""
 
 
-def _factor(modules: Modules, layer: str, path: str) -> str:
-    if path:
-        _attribute_at(layer, modules[layer], path)
-    return f"{layer}.{path}" if path else ""
+def _factor(modules: Modules, layer: str, path: str, size: int) -> str:
+    """The path of a number, or of one for each of `size` features."""
+    if not path:
+        return ""
+    value = _attribute_at(layer, modules[layer], path)
+    if not is_number(value) and (not isinstance(value, torch.Tensor) or tuple(value.shape) not in ((), (1,), (size,))):
+        raise AnatomyError(
+            f"The block layout names {layer}.{path} as a factor, and it is {shown(value)}: a number is needed, or a "
+            f"vector with one for each of the {size} features."
+        )
+    return f"{layer}.{path}"
 
 
 def _depends_on_all_heads(modules: Modules, name: str, layout: BlockLayout, sides: list[Side], head_size: int) -> bool:
