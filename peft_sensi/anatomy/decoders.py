@@ -106,8 +106,8 @@ def _falcon(config: Any) -> Layouts:
 
 
 _LIKE_LLAMA = (
-    "cwm ernie4_5 gemma glm4_moe helium hunyuan_v1_dense llama ministral ministral3 mistral olmo qwen2 qwen3 seed_oss "
-    "smollm3"
+    "cwm ernie4_5 gemma glm4_moe helium hunyuan_v1_dense llama ministral ministral3 mistral olmo qwen2 qwen2_vl_text "
+    "qwen2_5_vl_text qwen3 qwen3_vl_text seed_oss smollm3"
 ).split()
 DECODERS: dict[str, Family] = {
     **dict.fromkeys(_LIKE_LLAMA, (_LLAMA,)),

@@ -133,6 +133,15 @@ _CLIP = BlockLayout(
 )
 
 
+_QWEN_VISION = BlockLayout(
+    "blocks.*",
+    **attention_fields("attn.{qkv,proj}", size="head_dim", count="num_heads"),
+    **ffn_fields("mlp.{up,gate,down}_proj"),
+    attention_norm="norm2",
+    min_heads=1,  # without heads, its code cannot infer its shapes
+)
+
+
 def _speech_encoder(config: Any) -> Layouts:
     """Wav2Vec2's layers. With `do_stable_layer_norm`, norms come before the sublayers."""
     norm_first = getattr(config, "do_stable_layer_norm", False)
@@ -220,6 +229,9 @@ ENCODERS: dict[str, Family] = {
     "mobilebert": (_BERT, _MOBILEBERT_FFN),
     "mpnet": (_MPNET,),
     "mvp": _MVP,
+    "qwen2_vl_vision": (replace(_QWEN_VISION, **ffn_fields("mlp.{fc1,fc2}")),),
+    "qwen2_5_vl_vision": (_QWEN_VISION,),
+    "qwen3_vl_vision": (replace(_QWEN_VISION, **ffn_fields("mlp.{linear_fc1,linear_fc2}")),),
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
     # Without heads, its code cannot infer its shapes.
     "whisper": tuple(replace(layout, min_heads=1) for layout in _bart(norm_first=True)),
