@@ -26,14 +26,12 @@ from family_checks import (
     token_batch,
 )
 from peft import PeftModel
-from tiny import only_slow
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -41,10 +39,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoModelForVideoClassification,
     BertConfig,
-    CLIPVisionConfig,
     EncoderDecoderConfig,
-    LlamaConfig,
-    LlavaConfig,
 )
 
 from peft_sensi import SensiError
@@ -455,67 +450,6 @@ def test_dinov3(is_gated, tmp_path):
     save_merged(model, tmp_path)
     images = case.batch()
     torch.testing.assert_close(run(load_merged(tmp_path), images), run(model, images), atol=1e-5, rtol=1e-4)
-
-
-def test_llava(tmp_path):
-    """Vision and language are trimmed together. LLaVA does not use the last vision layer, so not all checks hold."""
-    image, words = 4, {**LAYERS, "hidden_size": 36, "vocab_size": VOCABULARY}
-
-    def config():
-        vision = CLIPVisionConfig(**LAYERS, image_size=12, patch_size=4)
-        text = LlamaConfig(**words, pad_token_id=1)
-        return LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=9)
-
-    def batch(size=4, length=14, *, seed=0, padded=True):
-        found = token_batch(size, length - 9, seed=seed, padded=padded, task="CAUSAL_LM")
-        found["input_ids"] = found["input_ids"].where(found["input_ids"] != image, 5)
-        for name, value in (("input_ids", image), ("attention_mask", 1), ("labels", -100)):
-            found[name] = torch.cat([torch.full((size, 9), value), found[name]], dim=1)
-        return found | {"pixel_values": image_batch(size, seed=seed)["pixel_values"]}
-
-    case = Case("llava", config, AutoModelForImageTextToText, batch, "CAUSAL_LM", length=14)
-    for check in (check_gates_equal_removal, check_merge_equals_unmerged, check_sums, check_generation):
-        check(case)
-    check_trim(case, tmp_path / "trim")
-    check_merged_files(case, tmp_path / "merged")
-
-
-@pytest.mark.parametrize("model_type", ["qwen2_vl", *only_slow("qwen2_5_vl", "qwen3_vl")])
-def test_qwen_vl(model_type, tmp_path):
-    """The images of a batch are one list of patches, so its tensors cannot be divided into examples."""
-    image, start = 4, 6
-    layers = {"num_heads": 4, "depth": 2, "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1}
-    sizes = {
-        "qwen2_vl": {"embed_dim": 48, "hidden_size": 32, "mlp_ratio": 2},
-        "qwen2_5_vl": {"hidden_size": 48, "out_hidden_size": 32, "intermediate_size": 43, "window_size": 8,
-                       "fullatt_block_indexes": [1]},
-        "qwen3_vl": {"hidden_size": 48, "out_hidden_size": 32, "intermediate_size": 43, "num_position_embeddings": 16,
-                     "deepstack_visual_indexes": [0]},
-    }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    words = {**LAYERS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    text = {**words, "vocab_size": VOCABULARY, "pad_token_id": 1, "rope_parameters": rope}
-    tokens = {"image_token_id": image, "video_token_id": 5, "vision_start_token_id": start, "vision_end_token_id": 7}
-    config = partial(
-        AutoConfig.for_model, model_type, vision_config={**layers, **sizes[model_type]}, text_config=text, **tokens
-    )
-
-    def batch(size=4, length=16, *, seed=0, padded=True):
-        found = token_batch(size, length - 10, seed=seed, padded=padded, task="CAUSAL_LM")
-        found["input_ids"] = found["input_ids"].where((found["input_ids"] < image) | (found["input_ids"] > 7), 9)
-        for name, value in (("input_ids", image), ("attention_mask", 1), ("labels", -100)):
-            found[name] = torch.cat([torch.full((size, 10), value), found[name]], dim=1)
-        found["input_ids"][:, 0] = start
-        patches = torch.randn(size * 9, 3 * 4 * 4, generator=torch.Generator().manual_seed(seed))
-        images = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 3, 3]] * size)}
-        return found | images | {"mm_token_type_ids": (found["input_ids"] == image).long()}
-
-    case = Case(model_type, config, AutoModelForImageTextToText, batch, "CAUSAL_LM", length=16)
-    for check in (check_gates_equal_removal, check_merge_equals_unmerged, check_sums, check_empty_sublayers):
-        check(case)
-    check_generation(case)
-    check_trim(case, tmp_path / "trim")
-    check_merged_files(case, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("name", ["bart-classifier", "bart", "t5-gated"])

@@ -199,8 +199,8 @@ _LIKE_BERT = (
     "roformer splinter tapas xlm-roberta"
 ).split()
 _LIKE_CLIP = (
-    "clip clip_text_model clip_vision_model metaclip_2 metaclip_2_text_model metaclip_2_vision_model siglip "
-    "siglip_text_model siglip_vision_model"
+    "clip clip_text_model clip_vision_model idefics3_vision metaclip_2 metaclip_2_text_model metaclip_2_vision_model "
+    "siglip siglip_text_model siglip_vision_model smolvlm_vision"
 ).split()
 _LIKE_VIT = "audio-spectrogram-transformer deit ijepa vit vit_msn vivit".split()
 _LIKE_WAV2VEC2 = "data2vec-audio hubert sew unispeech unispeech-sat wav2vec2".split()
