@@ -32,6 +32,7 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -40,6 +41,9 @@ from transformers import (
     AutoModelForVideoClassification,
     BertConfig,
     EncoderDecoderConfig,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    ViTConfig,
 )
 
 from peft_sensi import SensiError
@@ -59,6 +63,8 @@ SIZES = {
     "pad_token_id": 1,
 }
 
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 36, "n_head": 6, "n_layer": 2, "n_inner": 43, "n_positions": 32,
+        "pad_token_id": 1}  # fmt: skip
 LAYERS = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
 
 
@@ -123,11 +129,17 @@ def images(model_type, name="", tokens=10, heads=True, **changes):
     return Case(name or model_type, config, AutoModelForImageClassification, image_batch, length=tokens, heads=heads)
 
 
-def two_berts():
-    """The config of an encoder-decoder that is made of two models of another family."""
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SIZES), BertConfig(**SIZES))
+def joined(kind, encoder, decoder):
+    """The config of an encoder-decoder that is made of two models of other families."""
+    config = kind.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
     return config
+
+
+def caption_batch(size: int = 4, length: int = 10, *, seed: int = 0, padded: bool = True) -> dict[str, torch.Tensor]:
+    """Images, and texts of 10 tokens, as many as an image has."""
+    texts = token_batch(size, length, seed=seed, padded=padded, task="SEQ_2_SEQ_LM")
+    return {"pixel_values": image_batch(size, seed=seed)["pixel_values"], "labels": texts["labels"]}
 
 
 def video_batch(size: int = 4, length: int = 0, **options: Any) -> dict[str, torch.Tensor]:
@@ -297,8 +309,11 @@ RELATIVES = [
                           d_inner=43, num_labels=3, pad_token_id=1), AutoModelForSequenceClassification, token_batch,
          "SEQ_CLS", heads=False, attention=("eager",)),
     translator("mvp", attention=("eager",)),
-    Case("encoder-decoder", two_berts, AutoModelForSeq2SeqLM, partial(token_batch, task="SEQ_2_SEQ_LM"),
-         "SEQ_2_SEQ_LM", attention=("eager",)),
+    Case("encoder-decoder", partial(joined, EncoderDecoderConfig, BertConfig(**SIZES), BertConfig(**SIZES)),
+         AutoModelForSeq2SeqLM, partial(token_batch, task="SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM", attention=("eager",)),
+    Case("vision-encoder-decoder", partial(joined, VisionEncoderDecoderConfig,
+                                           ViTConfig(**LAYERS, image_size=12, patch_size=4), GPT2Config(**GPT2)),
+         AutoModelForImageTextToText, caption_batch, length=10, attention=("eager",)),
     # Models of images and of speech.
     Case("audio-spectrogram-transformer",
          partial(AutoConfig.for_model, "audio-spectrogram-transformer", **LAYERS, patch_size=4, frequency_stride=4,
