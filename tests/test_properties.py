@@ -121,7 +121,7 @@ def test_limits_hold_in_the_modules_themselves(family, budget, multiple_of, also
     try:
         model = wrap(tiny_model(family), budget=budget, score="random", **options)
     except BudgetError as error:
-        assert "limit allows" in str(error) or "too small" in str(error)
+        assert "limit on trained values allows" in str(error) or "too small" in str(error)
         return
     plan, anatomy = model.base_model.plan(), ANATOMIES[family]
     assert trainable(model, family) == plan.trainable_params

@@ -151,6 +151,5 @@ def nothing_to_trim(model: nn.Module) -> AnatomyError:
 
 
 _UNKNOWN_BLOCKS = (
-    f"its blocks are unknown. The {len(FAMILIES)} families that are known are listed in docs/families.md. Describe "
-    f"another one with"
+    f"its blocks are unknown. Known families are {', '.join(sorted(FAMILIES))}. Describe another one with"
 )

@@ -27,7 +27,7 @@ from ..layers.layer import SensiLayer, layers_of
 from ..layers.slices import master_dtype, tensor_specs
 from ..layers.values import WEIGHTS, check_content, check_specs
 from ..layers.whole_modules import saved_modules
-from ..utils.errors import SensiError, SensiLoadError
+from ..utils.errors import OtherBaseError, SensiError, SensiLoadError
 from ..utils.files import Spec, open_safetensors, read_specs
 from ..utils.replicas import check_not_partitioned
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, check_strays, embedding_specs, meaning
@@ -87,6 +87,8 @@ def errors_of_file(config: SensiConfig) -> Iterator[None]:
     except (ValueError, TypeError, AttributeError) as error:
         if not config.from_file:
             raise
+        if isinstance(error, OtherBaseError):
+            raise OtherBaseError(f"{config.file_name}: {error.problem}", error.advice) from error
         raise SensiLoadError(f"{config.file_name}: {error}") from error
 
 
