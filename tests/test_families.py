@@ -26,6 +26,7 @@ from family_checks import (
     token_batch,
 )
 from peft import PeftModel
+from test_families_decoders import GPT2
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -63,8 +64,6 @@ SIZES = {
     "pad_token_id": 1,
 }
 
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 36, "n_head": 6, "n_layer": 2, "n_inner": 43, "n_positions": 32,
-        "pad_token_id": 1}  # fmt: skip
 LAYERS = {k: SIZES[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,15 @@ from family_checks import (
     image_batch,
     token_batch,
 )
+from test_families import LAYERS
 from tiny import some_slow
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from peft_sensi import build_anatomy
+from peft_sensi.anatomy.families import layouts_of
+
 
 IMAGE, START = 4, 6  # tokens
-LAYERS = {"hidden_size": 30, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 43}
 IMAGES = {**LAYERS, "image_size": 12, "patch_size": 4}
 TEXTS = {**LAYERS, "hidden_size": 36, "vocab_size": VOCABULARY, "pad_token_id": 1, "model_type": "llama"}
 QWEN_IMAGES = {"num_heads": 4, "depth": 2, "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1}
@@ -88,13 +92,14 @@ def qwen(model_type: str, **images: Any) -> Case:
     return Case(model_type, config, AutoModelForImageTextToText, qwen_batch, "CAUSAL_LM", length=16)
 
 
+KINDS = ["sliding_attention", "full_attention"]  # a cache measures one layer of each kind
 CASES = [
     # It does not use the last layer of the images.
     Case("llava", partial(AutoConfig.for_model, "llava", vision_config={**IMAGES, "model_type": "clip_vision_model"},
                           text_config=TEXTS, image_token_index=IMAGE, image_seq_length=9),
          AutoModelForImageTextToText, batch, "CAUSAL_LM", length=14),
-    google("gemma3", {"model_type": "gemma3_text", "sliding_window": 4}, mm_tokens_per_image=9, boi_token_index=5,
-           eoi_token_index=7),
+    google("gemma3", {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": KINDS}, mm_tokens_per_image=9,
+           boi_token_index=5, eoi_token_index=7),
     google("paligemma", {"model_type": "gemma"}, projection_dim=36),
     several_images("smolvlm"),
     several_images("idefics3"),
@@ -106,6 +111,7 @@ CASES = [
 ]  # fmt: skip
 
 
+BY_NAME = {case.name: case for case in CASES}
 VARIANTS = ("gemma3", "idefics3", "paligemma", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -118,3 +124,14 @@ def test_images_and_texts(case, tmp_path):
         check_gates_equal_removal(case, attention)
     check_trim(case, tmp_path / "trim")
     check_merged_files(case, tmp_path / "merged")
+
+
+def test_a_described_model_is_one_model():
+    """Layouts of the user's own belong to the whole model, whose config says which layers a cache measures."""
+    base = BY_NAME["gemma3"].model()
+    known = build_anatomy(base)
+    assert known.model_type == "gemma3"
+    (layout,) = layouts_of(base.config.text_config)
+    described = build_anatomy(base, blocks=[replace(layout, layer="language_model.layers.*")])
+    texts = [group for group in known.groups if "language_model" in group.name]
+    assert list(described.groups) == texts and {group.least for group in texts if group.kind == "head"} == {1}

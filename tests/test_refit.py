@@ -352,30 +352,40 @@ def test_outputs_of_other_families_get_closer(name, monkeypatch):
     assert errors[1] < 0.85 * errors[0]
 
 
-def test_a_factor_of_the_residual_sum_changes_nothing():
-    """A Granite with a factor and larger output projections computes the same as one without, so it is cut alike."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60, "pad_token_id": 0}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (6, 4, 9))]
+def assert_cut_alike(bases, batches, task_type=None):
+    """Models that compute the same have the same plan and outlier units, and compute the same after a trim."""
     outputs, plans = [], []
-    for factor in (1.0, 0.125):
-        torch.manual_seed(0)
-        base = GraniteForCausalLM(GraniteConfig(**sizes, **heads, residual_multiplier=factor)).eval()
-        for name, parameter in base.named_parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(6)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.data.div_(factor)
-        whole = base(**batches[0]).logits
-        config = SensiConfig(budget=0.4, calibration=batches, priming_steps=0, multiple_of=1, task_type="CAUSAL_LM")
-        model = get_peft_model(base, config).eval()
-        outputs.append((whole, model(**batches[0]).logits))
-        plans.append(model.plan())
-        scores = model.base_model.scores_of("default")
-        plans.append({name: found.tolist() for name, found in scores.protected.items()})
-    assert plans[:2] == plans[2:]
+    for base in bases:
+        whole = run(base, batches[0])
+        config = SensiConfig(
+            budget=0.4, calibration=batches, priming_steps=0, calibration_steps=8, multiple_of=1, task_type=task_type
+        )
+        model = get_peft_model(base, config)
+        outputs.append((whole, run(model, batches[0])))
+        protected = model.base_model.scores_of("default").protected
+        plans.append((model.plan(), {name: found.tolist() for name, found in protected.items()}))
+    assert plans[0] == plans[1]
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
     assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.1
+
+
+def scaled_granite(factor):
+    """A Granite with this factor, and output projections that are divided by it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    base = GraniteForCausalLM(GraniteConfig(**sizes, **heads, residual_multiplier=factor)).eval()
+    for name, parameter in base.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(6)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data.div_(factor)
+    return base
+
+
+def test_a_factor_of_the_residual_sum_changes_nothing():
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (6, 4, 9))]
+    assert_cut_alike([scaled_granite(1.0), scaled_granite(0.125)], batches, "CAUSAL_LM")
 
 
 def scaled_dinov2(factors):
@@ -394,20 +404,8 @@ def scaled_dinov2(factors):
 
 
 def test_a_factor_of_each_feature_changes_nothing():
-    """A DINOv2 with LayerScale and larger output projections computes the same as one without, so it is cut alike."""
-    outputs, plans = [], []
-    for factors in (torch.ones(30), torch.linspace(0.01, 2.0, 30)):
-        case, base = scaled_dinov2(factors)
-        batches = [case.batch(seed=seed) for seed in range(8)]
-        whole = run(base, batches[0])
-        model = case.wrap(base, budget=0.4, calibration=batches, priming_steps=0, calibration_steps=8)
-        outputs.append((whole, run(model, batches[0])))
-        plans.append(model.plan())
-        scores = model.base_model.scores_of("default")
-        plans.append({name: found.tolist() for name, found in scores.protected.items()})
-    assert plans[:2] == plans[2:]
-    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)
-    assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.1
+    (case, base), (_, scaled) = map(scaled_dinov2, (torch.ones(30), torch.linspace(0.01, 2.0, 30)))
+    assert_cut_alike([base, scaled], [case.batch(seed=seed) for seed in range(8)])
 
 
 def test_features_that_a_layer_leaves_out_keep_their_values(monkeypatch):

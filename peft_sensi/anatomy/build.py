@@ -46,7 +46,7 @@ def build_anatomy(
         TypeError: A target is neither a Linear nor an embedding.
     """
     model, blocks = unwrapped(model), None if blocks is None else _layouts(blocks)
-    modules, configs = dict(model.named_modules()), _configs(model)
+    modules, configs = dict(model.named_modules()), _configs(model, described=blocks is not None)
     if blocks is not None:  # they may describe any part of the model
         configs = {"": next(iter(configs.values()))}
     groups = [group for path, config in configs.items() for group in _groups_in_blocks(modules, path, config, blocks)]
@@ -68,23 +68,26 @@ def build_anatomy(
     head = tuple(f"{name}." for name in task_head(model))
     parameters = {n: p for n, p in model.named_parameters() if is_base_parameter(n) and not n.startswith(head)}
     total = sum(count(parameter) for parameter in parameters.values())
-    model_type = next((kind for config in configs.values() if (kind := getattr(config, "model_type", None))), "")
-    return Anatomy(tuple(groups), total, model_type)
+    kinds = (getattr(config, "model_type", None) for config in (getattr(model, "config", None), *configs.values()))
+    return Anatomy(tuple(groups), total, next(filter(None, kinds), ""))
 
 
-def _configs(model: nn.Module) -> dict[str, Any]:
+def _configs(model: nn.Module, described: bool = False) -> dict[str, Any]:
     """The configs that describe the model's blocks, by the path of the part that each describes.
 
     A model of the user's own may have no config, and one of several transformers (an `EncoderDecoderModel`, LLaVA) may
-    be of no known family. Then the configs of the transformers inside of it count.
+    be of no known family. Then the configs of the transformers inside of it count. The family does not matter if the
+    user has `described` the blocks.
     """
     config = getattr(model, "config", None)
+    has_type = bool(getattr(config, "model_type", None))
+    if layouts_of(config) or (has_type and described):
+        return {"": config}
     inner: dict[str, Any] = {}
     for path, transformer in transformers_in(model).items():
         inner |= {f"{path}.{within}".rstrip("."): found for within, found in _configs(transformer).items()}
-    has_type = bool(getattr(config, "model_type", None))
-    is_composite = has_type and not layouts_of(config) and all(map(layouts_of, inner.values()))
-    return inner if inner and (is_composite or not has_type) else {"": config}
+    is_usable = not has_type or all(map(layouts_of, inner.values()))
+    return inner if inner and is_usable else {"": config}
 
 
 def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[BlockLayout, ...] | None) -> list[Group]:

@@ -113,7 +113,7 @@ Layouts = tuple[BlockLayout, ...]
 Family = Layouts | Callable[[Any], Layouts]  # a family with variants has a function of the config
 
 
-def expanded(paths: str) -> list[str]:
+def _expanded(paths: str) -> list[str]:
     """The paths of a text with braces: `mlp.{up,down}_proj` is `mlp.up_proj` and `mlp.down_proj`."""
     start, names, end = re.split("[{}]", paths)
     return [f"{start}{name}{end}" for name in names.split(",")]
@@ -122,10 +122,10 @@ def expanded(paths: str) -> list[str]:
 def attention_fields(linears: str, size: str = "", count: str = "", width: str = "") -> dict[str, Any]:
     """The attention's fields of a `BlockLayout`.
 
-    `linears` are `q`, `k`, `v` and `o` as in `expanded`, or one fused Linear and `o`. The attributes that hold the
+    `linears` are `q`, `k`, `v` and `o` as in `_expanded`, or one fused Linear and `o`. The attributes that hold the
     head size, the number of heads and the width of all heads belong to the module whose path ends at the brace.
     """
-    *inputs, o = expanded(linears)
+    *inputs, o = _expanded(linears)
     module = linears.partition("{")[0]
     attributes = {
         "head_size": size and module + size,
@@ -137,6 +137,6 @@ def attention_fields(linears: str, size: str = "", count: str = "", width: str =
 
 
 def ffn_fields(linears: str) -> dict[str, Any]:
-    """The FFN's fields: `up` and `down`, or `up`, `gate` and `down`, as in `expanded`."""
-    up, *gate, down = expanded(linears)
+    """The FFN's fields: `up` and `down`, or `up`, `gate` and `down`, as in `_expanded`."""
+    up, *gate, down = _expanded(linears)
     return {"up": up, "gate": "".join(gate), "down": down}

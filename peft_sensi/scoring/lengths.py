@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy
 from ..utils import distributed
-from .calibration import LossFn, device_of, run_forward, to_device
+from .calibration import LossFn, device_of, observing, run_forward, to_device
 
 
 OBSERVED_BATCHES = 8
@@ -50,13 +49,9 @@ def _observed(
 ) -> list[int]:
     """How many tokens the first sublayer gets that runs for a batch, for each of these batches."""
     found, seen, device = list[int](), list[int](), device_of(model)
+    groups = [group for group in anatomy.groups if group.in_block]
     model.eval()
-    with torch.no_grad(), ExitStack() as hooks:
-        for group in anatomy.groups:
-            if group.in_block:
-                output = model.get_submodule(group.output)
-                hook = output.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2]))
-                hooks.callback(hook.remove)
+    with torch.no_grad(), observing(model, groups, lambda group, z, y, total: seen.append(z.shape[-2])):
         for index, batch in enumerate(batches):
             seen.clear()
             run_forward(model, to_device(batch, device), loss_fn, f"calibration batch {index}")
