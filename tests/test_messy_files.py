@@ -134,6 +134,13 @@ def test_vectors_of_labels_are_not_taken_for_their_numbers():
     assert texts.labels_of("f", raw, ["labels"], Options()).names == ["0", "1"]
 
 
+def test_vectors_of_labels_are_refused_for_a_trained_head(base, tmp_path):
+    rows = [{"text": f"w{i}", "labels": [float(i % 2), float(i % 3 == 0), 1.0]} for i in range(12)]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="0 or 1 for each label"):
+        read_task(base, tmp_path / "f.jsonl", head=Labels(["a", "b", "c"], several=True))
+
+
 def test_half_characters_in_json(tmp_path):
     (tmp_path / "f.jsonl").write_text(
         '{"text": "cut \\ud83d", "label": "a"}\n{"text": "\\ud83d\\ude00", "label": "b"}\n'

@@ -608,6 +608,19 @@ def test_labels_get_the_order_of_a_head():
             order_of_head(Labels(labels), head, "f")
 
 
+def test_a_file_may_have_the_numbers_of_a_heads_classes():
+    """As the public data sets have, of which many models with named classes are trained. They count from 0."""
+    found = order_of_head(Labels(["0", "2"]), ["bad", "so", "good"], "f")
+    assert found.names == ["bad", "so", "good"] and found.numbered
+    assert [found.encode(value) for value in ("0", 1, 2.0)] == [0, 1, 2]
+    several = order_of_head(Labels(["0", "1"], several=True), ["a", "b"], "f")
+    assert several.encode([1]) == [0.0, 1.0]
+    assert not order_of_head(Labels(["0", "1"]), ["1", "0"], "f").numbered  # these are names
+    for numbers in (["1", "2"], ["0", "3"], ["0", "so"]):
+        with pytest.raises(DataError, match="bad, so, good. Write these names, or numbers that start at 0"):
+            order_of_head(Labels(numbers), ["bad", "so", "good"], "f")
+
+
 @pytest.mark.parametrize("head", [["1.0", "2.0"], [" 1 ", "2"], ["1", "1.0"]], ids=str)
 def test_the_names_of_a_head_may_be_spelled_otherwise_than_in_a_file(head):
     """A file's names have no blanks around them, and no fraction of zeros. Two classes never become one."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learn_first import Rows, Seed, full
+from learn_first import RATES, Rows, Seed, full
 from pages import write_part
 from peft import get_peft_model
 from plots import plot_budgets
@@ -120,7 +120,8 @@ def accuracy(options: argparse.Namespace) -> None:
     for seed, task in itertools.product(options.seeds, options.tasks):
         common = {"model": name, "task": task, "seed": seed}
         data = load_task(TASKS[task], options.data, folder, seed)
-        run = Seed(Rows(options.results / "accuracy", common, data), folder, options.bf16, options.models)
+        rows = Rows(options.results / "accuracy", common, data)
+        run = Seed(rows, folder, options.bf16, options.models, usual_rates=(options.rate, options.rate))
         file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
         whole = run.base().eval()
         full(run, [])
@@ -227,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec6", "sst2", "wnut17"])
     second.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     second.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    second.add_argument("--rate", type=float, default=RATES[0], help="of the trainings")
     second.add_argument("--models", type=Path, help="folder that keeps fully fine-tuned models for later runs")
     second.add_argument("--bf16", action="store_true", help="train under autocast to bfloat16")
     second.add_argument("--picture", type=Path, help="accuracy over measured latency; .png, .svg or .pdf")

@@ -61,6 +61,8 @@ def task_of_texts(source: Source, options: Options, head: Labels | None, tokeniz
         more.append(
             f"the classes of the model have no names: they are taken for {listed(labels.names)}, in this order"
         )
+    if labels.numbered:
+        more.append(f"the labels are taken for the numbers of the model's classes {listed(labels.names)}, from 0 on")
     if words.OUTSIDE in labels.names and all(map(is_tag, labels.names)):
         more.append("the labels look like tags of words: --task words reads words and sentences")
     if not source.validation and options.validation_share:
@@ -102,6 +104,7 @@ def _labels_for(
         return texts.labels_of(name, raw, columns, options)
     values = [row["label"] for row in raw]
     if head.several:
+        texts.check_no_vectors(name, raw, columns)
         return order_of_head(find_several(values, options.label_separator), head.names, name, options.allow_unknown)
     if options.label_separator is not None:
         raise DataError("The model predicts one label for each row: leave out --label-separator.")

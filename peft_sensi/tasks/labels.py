@@ -28,12 +28,14 @@ class Labels:
         several: Whether a row can have several of the classes, or none (multi-label).
         separator: The text between the labels of a cell, if a row can have several.
         unknown: Further classes of a file, which a trained head cannot predict. Their numbers come after the others.
+        numbered: Whether a file has the numbers of the classes, counted from 0, where a trained head has names.
     """
 
     names: list[str]
     several: bool = False
     separator: str | None = None
     unknown: tuple[str, ...] = ()
+    numbered: bool = False
 
     @property
     def in_data(self) -> list[str]:
@@ -65,6 +67,8 @@ class Labels:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
+        if self.numbered:
+            return {str(number): number for number in range(len(self.names))}
         # As `name_of` spells the values of a file, unless two classes would then have one name.
         by_name = {name_of(name): number for number, name in enumerate(self.in_data)}
         return by_name if len(by_name) == len(self.in_data) else {n: i for i, n in enumerate(self.in_data)}
@@ -115,6 +119,8 @@ def find_several(values: Sequence[Any], separator: str | None) -> Labels:
 def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown: bool = False) -> Labels:
     """The labels of a file, in the order that the head of a trained model has them. `head` is empty for a regressor.
 
+    A file may have numbers from 0 on where the head has names, as many public data sets do.
+
     Raises:
         DataError: The file has labels that the head does not know (only such labels, with `allow_unknown`), or numbers
             where the head has classes.
@@ -127,8 +133,7 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
         usual = [f"LABEL_{i}" for i in range(len(head))]  # what Transformers, and so its predictions, call the classes
         if labels.names and set(labels.names) <= set(usual):
             return Labels(usual, labels.several, labels.separator)
-        # Without "0", it is not known whether the numbers in the file start at 0 or at 1.
-        whole = "0" in labels.names and all(name.isdecimal() and int(name) < len(head) for name in labels.names)
+        whole = _count_from_0(labels.names, len(head))
         if not whole and len(labels.names) != len(head):
             raise DataError(
                 f"{data} has {len(labels.names)} classes as labels, but the model's head has {len(head)} outputs."
@@ -137,9 +142,20 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
         return Labels(names if head else [], labels.several, labels.separator)
     known = {*head, *map(name_of, head)}  # the names of a file have no blanks around them, and no ".0"
     unknown = [name for name in labels.names if name not in known]
+    if unknown and len(unknown) == len(labels.names) and _count_from_0(labels.names, len(head)):
+        return Labels(list(head), labels.several, labels.separator, numbered=True)
     if unknown and not (allow_unknown and len(unknown) < len(labels.names)):
-        raise DataError(f"{data} has the label {unknown[0]!r}, but the model's labels are {listed(head)}.")
+        numbers = "" if OUTSIDE in head else ", or numbers that start at 0"  # tags of words are read by name only
+        raise DataError(
+            f"{data} has the label {unknown[0]!r}, but the model's labels are {listed(head)}. Write these "
+            f"names{numbers}."
+        )
     return Labels(list(head), labels.several, labels.separator, tuple(unknown))
+
+
+def _count_from_0(names: Sequence[str], count: int) -> bool:
+    """Whether these are numbers of `count` classes. Without a 0, they could count from 0 or from 1."""
+    return "0" in names and all(name.isdecimal() and int(name) < count for name in names)
 
 
 def name_of(value: Any) -> str:

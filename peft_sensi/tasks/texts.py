@@ -107,11 +107,7 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
     shown = ", ".join(map(repr, columns))
     if len(columns) > 1:
         return Labels(list(columns), several=True)
-    if _are_vectors(values):
-        raise DataError(
-            f"{name}: the cells in {shown} have a 0 or 1 for each label, such as {values[0]!r:.60}. Write the names "
-            f"of a row's labels into the cell, or a column of 0 and 1 for each label (several --label-column)."
-        )
+    check_no_vectors(name, raw, columns)
     if options.label_separator is not None or any(isinstance(value, list | tuple) for value in values):
         if options.regression:
             raise DataError(f"{name}: the cells in {shown} are lists, and --regression predicts one number.")
@@ -154,6 +150,16 @@ def check_numbers(name: Any, raw: Sequence[dict[str, Any]], why: str) -> None:
         raise DataError(
             f"{name}: the label {wrong['label']!r} of row {wrong['row']} is not a number, {why}. Write "
             f"numbers as 1234.5, and leave the label empty (--skip-unlabeled) where there is none."
+        )
+
+
+def check_no_vectors(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Raises `DataError` if the labels are vectors of 0 and 1: they would be taken for the labels "0" and "1"."""
+    if _are_vectors(values := [row["label"] for row in raw]):
+        raise DataError(
+            f"{name}: the cells in {', '.join(map(repr, columns))} have a 0 or 1 for each label, such as "
+            f"{values[0]!r:.60}. Write the names of a row's labels into the cell, or a column of 0 and 1 for each "
+            "label (several --label-column)."
         )
 
 

@@ -134,7 +134,10 @@ class Schedule:
             shares = [self.phase["at"]]
         else:
             if self.batches is None and self.config.score in set(DATA_METHODS) & set(UNPRIMED_METHODS):
-                raise SensiError(f"Cuts by score={self.config.score!r} need `calibration`, batches with labels.")
+                raise SensiError(
+                    f"Cuts by score={self.config.score!r} need `calibration`, batches with labels: give them to "
+                    "`SensiCallback` or `Schedule`. The batches given to `SensiConfig` are not kept after the wrap."
+                )
             cuts, start, end = (self.phase[name] for name in ("cuts", "start", "end"))
             shares = [start + (end - start) * i / max(1, cuts - 1) for i in range(cuts)]
         # The latest switch is before the last step, because `step` is not called after it.
