@@ -31,6 +31,7 @@ from peft_sensi.tasks import texts
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.labels import find_labels
+from peft_sensi.tasks.metrics import beats_baseline
 from peft_sensi.tasks.predicting import open_predictor
 from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils import precision
@@ -794,6 +795,23 @@ def test_trim_an_adapter_and_a_finetuned_model(work, tmp_path):
     metrics = json.loads((tmp_path / "healed" / "metrics.json").read_text())
     assert metrics["validation_before"] == found["validation_before"]
     assert metrics["classes"] == ["good", "bad"]
+
+
+def test_a_model_that_has_learned_nothing_is_named(work, tmp_path):
+    """Its metric alone may look fine: always the most frequent class is right in most rows of many files."""
+    rare = lines_of(work, "rare.tsv", [f"good film\t{('yes', 'no')[i % 5 == 0]}" for i in range(40)])
+    data = ("--data", rare, "--budget", "0.5", "--validation-share", "0.25")
+    said = run("train", work / "base", *data, "--epochs", "1", "--lr", "1e-7", "--out", tmp_path / "a").stderr
+    assert "than the baseline (always the most frequent class). Give a higher --lr" in " ".join(said.split())
+    said = run("trim", tmp_path / "a", *data[:2], "--budget", "0.25", "--out", tmp_path / "b").stderr
+    assert "Fine-tune it before the trim" in said and "--heal-epochs" not in said
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert len(metrics["validation_remarks"]) == 1
+    # A smaller squared error is better, and an undefined correlation is none.
+    assert not beats_baseline({"accuracy": 0.8, "matthews_correlation": 0.0}, {"accuracy": 0.8})
+    assert beats_baseline({"f1": 0.1, "tag_accuracy": 0.7}, {"f1": 0.0, "tag_accuracy": 0.8})
+    assert beats_baseline({"pearson": None, "mse": 0.4}, {"pearson": None, "mse": 0.5})
+    assert not beats_baseline({"pearson": None, "mse": 0.6}, {"pearson": None, "mse": 0.5})
 
 
 def test_trim_refuses_other_labels(work, adapter, tmp_path):

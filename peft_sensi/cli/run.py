@@ -31,8 +31,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..reporting.facts import plan_figures
 from ..reporting.saved import METRICS, WEIGHTS, open_adapter
 from ..tasks.class_weights import balanced_weights, weighted_loss
-from ..tasks.metrics import Quality
-from ..tasks.task import Task
+from ..tasks.metrics import Quality, beats_baseline
+from ..tasks.task import Task, baseline_words
 from ..tuner.checkpoint import check_values
 from ..utils.errors import SensiError, number_of_system_error
 from ..utils.files import existing_parent, write_text_atomically
@@ -246,13 +246,20 @@ class Run:
                 f"The adapter could not be written to {self.folder}: {reason}. Make room.{rest}"
             ) from error
 
-    def evaluate(self) -> Quality:
-        """The quality on the validation rows; without such rows, it is empty and says so."""
+    def evaluate(self, advice: str = "Give a higher --lr, more --epochs or more rows.") -> Quality:
+        """The quality on the validation rows; without such rows, it is empty and says so.
+
+        A remark with `advice` follows if the model is not better than one that always gives the same answer.
+        """
         if not len(self.task.validation):
             return Quality({}, remarks=["There are no validation rows, so the quality is not known."])
         extract_model_from_parallel(self.model, keep_fp32_wrapper=False)  # otherwise the training's autocast stays
         outcome = self.trainer().predict(self.task.validation)  # type: ignore[arg-type]
-        return self.task.quality(outcome.predictions, self.task.validation)
+        quality = self.task.quality(outcome.predictions, self.task.validation)
+        if not (quality.remarks or beats_baseline(quality.values, quality.baseline)):
+            answer = baseline_words(self.task.record)
+            quality.remarks.append(f"The model is not better than the baseline ({answer}). {advice}")
+        return quality
 
     def write_metrics(self, base: Any, **more: Any) -> dict[str, Any]:
         """Writes `metrics.json`, and removes what an interrupted training needs.

@@ -217,7 +217,8 @@ def trim_for(
         widths = model.active_peft_config.width_options if is_adapter else {}
         anatomy = model.base_model.plan().anatomy if is_adapter else build_anatomy(model)
         check_budget(anatomy, limits, latency, **widths)
-        run.state["before"] = run.evaluate().values
+        before = run.evaluate("Fine-tune it before the trim, or use train --thorough.")
+        run.state |= {"before": before.values, "doubts": before.remarks}
         start = time.perf_counter()
         if not is_adapter:
             config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
@@ -227,7 +228,7 @@ def trim_for(
             run.model.base_model.trim(limits, calibration, latency=latency, loss_fn=loss_fn)
         run.state["preparation"] = time.perf_counter() - start
         show(run.model.base_model.plan())
-        quality = run.evaluate()
+        quality = run.evaluate("Give a larger budget, or train on with --heal-epochs.")
         run.state["trimmed"] = quality.values
     if training.epochs:
         run.train(training.epochs, stage="heal")
@@ -242,6 +243,6 @@ def trim_for(
         epochs=training.epochs,
         validation_before=run.state["before"],
         validation_trimmed=run.state["trimmed"],
-        **quality.to_dict(),
+        **quality.to_dict() | {"validation_remarks": run.state.get("doubts") or quality.remarks},
         seconds={"preparation": run.state["preparation"], "training": run.seconds},
     )

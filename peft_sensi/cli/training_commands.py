@@ -137,8 +137,7 @@ def train(
         "adapter": size_of(result["weight_bytes"]),
         "training": f"{result['seconds']['training']:.0f} s",
     }
-    for remark in result["validation_remarks"]:
-        print_warning(remark)
+    print_remarks(result)
     print_result(json, result, facts_table(facts), f"saved in {out_folder}")
 
 
@@ -253,9 +252,15 @@ def trim(
     measured = {"before": "validation_before", "trimmed": "validation_trimmed"}
     if heal_epochs:
         measured[f"after {heal_epochs:g} epoch{'s' * (heal_epochs != 1)}"] = "validation"
+    print_remarks(result)
     rows = [[name, *(metric_text(result[key][name]) for key in measured.values())] for name in result["validation"]]
     table = records_table(["", *measured], rows)
     print_result(json, result, table, f"saved in {out_folder}")
+
+
+def print_remarks(result: dict[str, Any]) -> None:
+    for remark in result["validation_remarks"]:
+        print_warning(remark)
 
 
 def quality_facts(result: dict[str, Any]) -> dict[str, str]:

@@ -37,6 +37,12 @@ class Quality:
         }
 
 
+def beats_baseline(values: Values, baseline: Values) -> bool:
+    """Whether any metric is better than that of the constant answer. An undefined one counts as 0."""
+    gains = {name: (value or 0.0) - (baseline.get(name) or 0.0) for name, value in values.items()}
+    return any(gain < 0 if name == "mse" else gain > 0 for name, gain in gains.items())
+
+
 def measured(
     measure: Callable[[np.ndarray], Values],
     rows: int,
