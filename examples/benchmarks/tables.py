@@ -297,17 +297,22 @@ def kept_by_way(
     """For each way, model and task, the share of full fine-tuning's gain on these rows that is kept, and its error.
 
     The share is 1 + the mean of the differences from full fine-tuning with the same seed / its mean gain over
-    `Task.constant` (for the held-out rows, too). It is left out if there are fewer than `least` seeds, if full
-    fine-tuning lacks one of them, and if it learns nothing.
+    `Task.constant` (for the held-out rows, too). A way "at <rate>" is compared with full fine-tuning at this rate, if
+    that was run with the same seeds, and otherwise at its usual rate. The share is left out if there are fewer than
+    `least` seeds, if full fine-tuning lacks one of them, and if it learns nothing.
     """
     scores: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in results:
         scores[r["method"]][r["model"], r["task"]][r["seed"]] = r[split]
     kept: dict[str, dict[tuple[str, str], tuple[float, float]]] = defaultdict(dict)
-    full_scores = scores.get("full", {})
     for way, columns in scores.items():
+        rate = way.rpartition(" at ")[2]
+        same_rate = scores.get(f"full at {rate}", {}) if not way.startswith("full") else {}
         for column, own in columns.items():
-            full = {seed: score for seed, score in full_scores.get(column, {}).items() if seed in own}
+            reference = same_rate.get(column, {})
+            if own.keys() - reference.keys():
+                reference = scores.get("full", {}).get(column, {})
+            full = {seed: score for seed, score in reference.items() if seed in own}
             if len(full) < least or len(own) > len(full):
                 continue
             gain = statistics.fmean(full.values()) - TASKS[column[1]].constant
