@@ -284,3 +284,12 @@ def test_models_of_images_and_of_sounds_are_refused_with_the_way_out(tmp_path):
             with pytest.raises(SensiError, match=rf"takes {what}.*torch\.onnx\.export"):
                 export_onnx(model, tmp_path / "m.onnx", inputs=inputs)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disabled_adapter_is_exported(tmp_path):
+    model = trained(budget=0.5)
+    expected = export_onnx(model, tmp_path / "a.onnx", inputs=tiny_batches(1)[0])
+    with model.disable_adapter():
+        found = export_onnx(model, tmp_path / "b.onnx", inputs=tiny_batches(1)[0])
+    assert (tmp_path / "a.onnx").stat().st_size == (tmp_path / "b.onnx").stat().st_size
+    assert type(found) is type(expected)

@@ -170,3 +170,10 @@ def test_who_trims_too_early_is_warned():
 def test_given_scores_warn_as_well():
     scores = compute_scores(tiny_model(lively=False), easy_batches(), priming_steps=1)
     assert warned(None, scores=scores)
+
+
+def test_batches_of_one_class_each_tell_nothing():
+    """A file that is sorted by class: another example's label is the same."""
+    batches = [b | {"labels": torch.full((12,), i % LABELS)} for i, b in enumerate(easy_batches())]
+    assert learned(batches) is None
+    assert learned([*batches, *easy_batches()]) == pytest.approx(learned(easy_batches()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import tiny_batches, tiny_model
+from tiny import tiny_batches, tiny_model, wrap
 
 from peft_sensi import BudgetError, SensiConfig, SensiError, SensiLoadError, compute_scores
 from peft_sensi.layers.layer import layers_of
@@ -218,3 +218,13 @@ def test_saved_loaded_merged_and_compressed(large, tmp_path):
         loaded.base_model.compress("bfloat16")
         assert torch.allclose(loaded(**batch).logits, expected, atol=2e-2)
         assert torch.allclose(model.merge_and_unload()(**batch).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [{"trainable": 0.3}, {"trainable": 0.3, "params": 0.5}])
+def test_a_limit_counts_the_low_rank_term_beside_units(budget):
+    model = wrap(tiny_model(), budget=budget, update="dense+low_rank", rank=4)
+    plan, beside = model.plan(), {"classifier"}
+    found = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not beside & set(n.split(".")))
+    assert plan.trainable_params == found <= 0.3 * plan.anatomy.total_params
+    with pytest.raises(BudgetError, match="trainable|trained"):
+        wrap(tiny_model(), budget={"trainable": 0.05}, update="dense+low_rank", rank=8)

@@ -38,10 +38,13 @@ from tiny import (
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertTokenizerFast,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -989,3 +992,36 @@ def test_a_full_disk_is_named_and_nothing_stays_behind(tmp_path):
         with pytest.raises(SensiError, match=r"old could not be written"):
             save_merged(model, tmp_path / "old")
     assert list(tmp_path.iterdir()) == [tmp_path / "old"] and not list((tmp_path / "old").iterdir())
+
+
+def test_shards_of_a_plain_save_are_loaded(tmp_path):
+    model = wrap(tiny_model(), budget=0.5).merge_and_unload()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert_same_tensors(snapshot(load_merged(tmp_path / "shards")), snapshot(model))
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    for value in ("../model.safetensors", "pytorch_model.bin"):
+        index.write_text(json.dumps({**places, "weight_map": dict.fromkeys(places["weight_map"], value)}))
+        with pytest.raises(SensiLoadError, match="weight_map"):
+            load_merged(tmp_path / "shards")
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    with pytest.raises(SensiLoadError, match="lacks the weights .* Rename 'model.fp16.safetensors'"):
+        load_merged(tmp_path / "variant")
+
+
+def test_the_base_inside_of_clips_projection_models_is_found(tmp_path):
+    """Transformers does not know the name under which these classes hold it."""
+    config = tiny_config("bert", vocab_size=64)
+    sizes = {k: getattr(config, k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
+    clip = CLIPTextConfig(**sizes, vocab_size=64, intermediate_size=64, bos_token_id=1, eos_token_id=2)
+    merged = wrap(CLIPTextModelWithProjection(clip), budget=0.5, score="magnitude", task_type=None)
+    save_merged(merged, tmp_path / "a")
+    ids = torch.tensor([[1, 5, 6, 2]])
+    with torch.no_grad():
+        expected = load_merged(tmp_path / "a").text_model(ids).last_hidden_state
+        found = AutoModel.from_pretrained(tmp_path / "a", trust_remote_code=True)
+        assert torch.equal(found.eval()(ids).last_hidden_state, expected)
+        found.save_pretrained(tmp_path / "b")
+        again = AutoModel.from_pretrained(tmp_path / "b", trust_remote_code=True)
+        assert torch.equal(again.eval()(ids).last_hidden_state, expected)

@@ -1045,3 +1045,59 @@ def test_a_loss_that_does_not_run_the_model_says_what_to_do(bert, batches):
     with pytest.raises(CalibrationError, match="runs none of the modules.*must call the model that it gets"):
         loss = torch.ones((), requires_grad=True)
         compute_scores(bert, batches, loss_fn=lambda model, batch: loss, priming_steps=0, progress=False)
+
+
+def test_a_loss_fn_may_take_the_labels_out():
+    """As the `compute_loss` of `Trainer` does. The batches are used again, by the refit."""
+
+    def loss_fn(model, batch):
+        labels = batch.pop("labels")
+        return nn.functional.cross_entropy(model(**batch).logits, labels)
+
+    batches = tiny_batches(4)
+    model = wrap(tiny_model(), budget=0.5, calibration=batches, loss_fn=loss_fn, priming_steps=2)
+    model.base_model.trim(0.25, batches, loss_fn=loss_fn)
+    assert all("labels" in batch for batch in batches)
+
+
+def test_the_seed_also_holds_for_numpy_and_python():
+    """Models of speech draw the parts that they mask from NumPy's generator."""
+
+    def scores(outer: int):
+        np.random.seed(outer)
+        random.seed(outer)
+        model = tiny_model()
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"input_ids": kwargs["input_ids"].roll(drawn(), 1)}),
+            with_kwargs=True,
+        )
+        return compute_scores(model, tiny_batches(4), priming_steps=2).values
+
+    def drawn() -> int:
+        return int(np.random.randint(5)) + random.randrange(5)
+
+    assert_same_tensors(scores(1), scores(2))
+
+
+def test_lists_beside_labels_of_other_numbers_are_not_divided():
+    batches = tiny_batches(2, task="TOKEN_CLS")
+    for batch in batches:
+        batch["labels"][0, 3:] = -100
+        batch["domain"] = ["news"] * len(batch["labels"])
+
+    def loss_fn(model, batch):
+        assert len(batch["domain"]) == len(batch["labels"])
+        return model(**{name: value for name, value in batch.items() if name != "domain"}).loss
+
+    compute_scores(tiny_model(task="TOKEN_CLS"), batches, loss_fn=loss_fn, priming_steps=2)
+
+
+def test_priming_leaves_buffers_as_they_were():
+    """The refit after it needs the statistics of batch norms that the base has."""
+    model = tiny_model()
+    model.bert.embeddings.register_module("extra", nn.BatchNorm1d(32))
+    model.bert.embeddings.register_forward_hook(lambda m, args, out: m.extra(out.mT).mT)
+    before = clone(dict(model.named_buffers()))
+    with primed(model, tiny_batches(2), ScoringOptions(priming_steps=2)):
+        assert not torch.equal(model.bert.embeddings.extra.running_mean, before["bert.embeddings.extra.running_mean"])
+    assert_same_tensors(dict(model.named_buffers()), before)

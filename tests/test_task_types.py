@@ -30,14 +30,16 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertForMultipleChoice,
     T5Config,
     T5ForQuestionAnswering,
 )
 
 from peft_sensi import SensiConfig
-from peft_sensi.scoring.calibration import without_padding
 from peft_sensi.scoring.head import start_head_at_prior
+from peft_sensi.scoring.padding import seen_by, without_padding
 
 
 ENCODER = {
@@ -213,3 +215,23 @@ def test_labels_that_are_rows_of_zeros_and_ones_are_no_classes():
     assert not base.classifier.bias.any()
     start_head_at_prior(base, tiny_batches(2))
     assert base.classifier.bias.any(), "the same head does start at the prior of classes"
+
+
+def test_the_decoder_has_its_own_padding():
+    """Also where both texts are padded to one length, so that the encoder's mask would fit the decoder's tokens."""
+    model = BartForConditionalGeneration(BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1))
+    ids = torch.ones(2, 5, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])}
+    encoder, decoder = "model.encoder.layers.0", "model.decoder.layers.0"
+    values = torch.zeros(2, 5, 3)
+    labels = torch.tensor([[1, 2, 3, -100, -100], [1, 2, 3, 4, -100]])
+
+    def kept(layer, **more):
+        return len(without_padding(seen_by(layer, model, batch | more), values))
+
+    assert kept(encoder) == kept(encoder, labels=labels) == 6
+    assert kept(decoder, labels=labels) == int((labels >= 0).sum())
+    assert kept(decoder, labels=labels, decoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0]] * 2)) == 6
+    assert kept(decoder, decoder_input_ids=ids) == 10  # nothing says which tokens are padding
+    assert kept(decoder, labels=torch.tensor([0, 1])) == 6  # a classifier's decoder reads the encoder's tokens
+    assert seen_by("bert.encoder.layer.0", tiny_model(), batch) is batch

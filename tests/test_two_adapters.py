@@ -137,3 +137,32 @@ def test_a_name_inside_the_task_head_means_the_head(tmp_path):
     assert "out_proj" not in model.peft_config["default"].modules_to_save
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("roberta"), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "second", [{"budget": {"trainable": 0.05}}, {"budget": 0.5}, {"budget": 0.5, "also_train": []}]
+)
+def test_a_base_that_holds_the_adapter_already_is_refused(second, tmp_path):
+    """As when a cell of a notebook is run again. The first adapter's layers would stay where the second has none."""
+    base = tiny_model()
+    first = wrap(base, budget=0.5)
+    train(first)
+    before = logits(first)
+    first.save_pretrained(tmp_path)
+    for again in (lambda: wrap(base, **second), lambda: PeftModel.from_pretrained(base, tmp_path)):
+        with pytest.warns(UserWarning), pytest.raises(SensiError, match="unload.*on that model"):
+            again()
+    assert torch.equal(logits(first), before)
+    first.unload()
+    wrap(base, **second)
+
+
+def test_values_are_not_loaded_into_a_merged_adapter(tmp_path):
+    """Its head and norms would become the new ones at once, and its merged Linears would not."""
+    model = trained(budget={"trainable": 0.1})
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(SensiError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    model.load_adapter(tmp_path, "default")

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..anatomy.widths import RECORD_KEY, Widths, apply_widths, classes_for, on_meta
 from ..utils.errors import DAMAGED, NOT_FINITE, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object, read_specs
 from .foreign import (
     MODEL_CONFIG,
+    MODEL_WEIGHTS,
     architecture_of,
     check_buffers,
     check_record,
@@ -160,13 +162,32 @@ def _read(folder: Path) -> _Folder:
 
 
 def _open(folder: Path, weights: str) -> dict[str, torch.Tensor]:
-    """The tensors of the file, mapped into memory. Their values are read when they are used."""
-    try:
-        with open_safetensors(folder / weights) as file:
-            read_specs(folder / weights, file)  # refuses dtypes that no model of this package has
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise SensiLoadError(f"{folder} lacks {weights!r}, the weights that its {MODEL_CONFIG} names.") from None
+    """The tensors of the file or of its shards, mapped into memory. Their values are read when they are used."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in _shards(folder, weights):
+        try:
+            with open_safetensors(folder / name) as file:
+                read_specs(folder / name, file)  # refuses dtypes that no model of this package has
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}
+        except FileNotFoundError:
+            others = [path.name for path in folder.glob("model.*.safetensors")]  # saved with `variant`
+            more = f" Rename {others[0]!r} to {name!r} if these are the weights." if len(others) == 1 else ""
+            raise SensiLoadError(f"{folder} lacks the weights {name!r}.{more}") from None
+    return tensors
+
+
+def _shards(folder: Path, weights: str) -> list[str]:
+    """The file of the weights; or, where a model's own `save_pretrained` has split it, those that the index names."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if weights != MODEL_WEIGHTS or (folder / weights).exists() or not index.exists():
+        return [weights]
+    places = read_json_object(index).get("weight_map")
+    names = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not names or not all(Path(name).name == name and name.endswith(".safetensors") for name in names):
+        raise SensiLoadError(
+            f"{index} must have a `weight_map` with a safetensors file of the folder for each tensor."
+        )
+    return sorted(names)
 
 
 def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ Load it with `AutoModel...from_pretrained(folder, trust_remote_code=True)`. If p
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class Sensi{config}({config}):
 
 class _Widths:
     fresh = ()  # tensors that a saved model need not have
+    inside = None  # the name under which the saved model holds this one, where Transformers does not know it
 
     @classmethod
     def from_pretrained(cls, folder, *args, config=None, **kwargs):
@@ -90,6 +92,8 @@ class _Widths:
             if hasattr(config, "peft_sensi"):
                 config.transformers_weights = _weights(values)  # a save has removed it
         options = {{**kwargs, "output_loading_info": True}}
+        if cls.inside is not None:
+            options.setdefault("key_mapping", {{"^" + re.escape(cls.inside + "."): ""}})
         model, info = super().from_pretrained(folder, *args, config=config, **options)
         if missing := sorted(set(info["missing_keys"]).difference(cls.fresh)):
             raise OSError(f"{{folder}} lacks the tensor {{missing[0]!r}} ({{len(missing)}} missing).")
@@ -151,6 +155,7 @@ _BASE = """
 class Sensi{base}(_Widths, {base}):
     config_class = Sensi{config}
     fresh = {fresh}
+    inside = {inside}
 """
 
 
@@ -176,7 +181,8 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
     text = _TEXT.format(**names, imports=imports, functions=functions.rstrip())
     if inner is not None and base is not cls:
         fresh = set(on_meta(base, empty.config).state_dict()) - set(inner.state_dict())
-        text += _BASE.format(**names, fresh=tuple(sorted(fresh)))
+        inside = None if base.base_model_prefix == cls.base_model_prefix else cls.base_model_prefix  # as in CLIP
+        text += _BASE.format(**names, fresh=tuple(sorted(fresh)), inside=repr(inside))
     (folder / f"{module}.py").write_text(text, encoding="utf-8")
     entries = {"AutoConfig": f"{module}.Sensi{config}"}
     for name, classes in known.items():

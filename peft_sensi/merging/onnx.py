@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -138,6 +139,9 @@ def export_onnx(
     # The reference still has its adapter, so the comparison checks the merge, too.
     model = unwrapped(model)
     reference = copy.deepcopy(model).float().cpu().eval()
+    if isinstance(reference, PeftModel):
+        tuner: Any = reference.base_model
+        tuner.enable_adapter_layers()  # the adapter is exported, also if it is disabled now
     merged = merged_copy(reference)
     merged = (copy.deepcopy(merged) if merged is reference else merged).eval()
     batches = [dict(batch) for batch in data] if data is not None else []

@@ -11,7 +11,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..anatomy.linears import oriented
-from ..scoring.calibration import without_padding
+from ..scoring.padding import without_padding
 from ..utils import distributed
 from ..utils.progress import progress_bar
 from .least_squares import Values, token_weights

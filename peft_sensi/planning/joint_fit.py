@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from ..anatomy.modules import linear_of
 from ..scoring.calibration import LossFn, first_of, run_forward, tokens_in
+from ..scoring.padding import seen_by
 from .descent import Weights, cast_like, distance, fit_linears, in_random_order
 from .least_squares import Values
 from .plan import Plan
@@ -58,8 +59,8 @@ def fit_layers(
         targets = compared.targets(runner)
         with trimmed(model, plan, plan.anatomy.trimmable, refitted):
             outputs = functional_call(runner, cast_like(runner, values), (compared.batch,))
-        pairs = zip(outputs, targets, strict=True)
-        errors, weights = zip(*(distance(*pair, compared.batch) for pair in pairs), strict=True)
+        pairs = zip(outputs, targets, (seen_by(layer, model, compared.batch) for layer in layers), strict=True)
+        errors, weights = zip(*(distance(*pair) for pair in pairs), strict=True)
         return torch.stack(errors).sum(), sum(weights)
 
     linears = {name: linear_of(model, name) for name in refitted}

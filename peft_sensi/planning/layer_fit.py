@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..anatomy.linears import bias_of, matrix
 from ..anatomy.modules import linear_of
 from ..scoring.calibration import first_of
+from ..scoring.padding import seen_by
 from ..utils.errors import CalibrationError
 from .descent import Weights, cast_like, distance, fit_linears, in_random_order
 from .layerwise import Stream
@@ -45,7 +46,7 @@ def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stre
     def error_of(values: Weights, stream: Stream) -> tuple[torch.Tensor, float]:
         args, kwargs = stream.trimmed_calls.arguments[layer]
         output = first_of(functional_call(module, cast_like(module, values), (stream.trimmed, *args), kwargs))
-        return distance(output, stream.untrimmed, stream.batch)
+        return distance(output, stream.untrimmed, seen_by(layer, model, stream.batch))
 
     linears = {name: linear_of(model, name) for name in names}
     start = {name: (matrix(linear), bias_of(linear)) for name, linear in linears.items()}

@@ -23,7 +23,8 @@ from torch import nn
 
 from ..anatomy.modules import linear_of, residual_factor
 from ..anatomy.units import Group
-from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device, without_padding
+from ..scoring.calibration import LossFn, calibration_loss, device_of, to_device
+from ..scoring.padding import seen_by, without_padding
 from ..utils import distributed
 from ..utils.errors import SensiError, not_finite
 from ..utils.progress import progress_bar
@@ -143,7 +144,7 @@ def _follow_trimmed_model(
         stream.trimmed_calls = calls
 
 
-def _check_output(stream: Stream, layer: str) -> None:
+def _check_output(model: nn.Module, stream: Stream, layer: str) -> None:
     """Raises an error if the untrimmed model has no finite hidden states after a layer: nothing could be fitted."""
     hidden = stream.untrimmed
     if not isinstance(hidden, torch.Tensor):
@@ -151,7 +152,7 @@ def _check_output(stream: Stream, layer: str) -> None:
             f"{layer!r} returns a {type(hidden).__name__}, and only layers that return hidden states, alone or first "
             f"in a tuple, can be refitted. Set `refit=False`."
         )
-    if not without_padding(stream.batch, hidden).isfinite().all():
+    if not without_padding(seen_by(layer, model, stream.batch), hidden).isfinite().all():
         raise not_finite(f"The output of {layer!r} is not finite for a calibration batch (refit)")
 
 
@@ -176,7 +177,7 @@ def _refit_layer(
             stream.trimmed = stream.trimmed_calls.entries[layer]
         arguments, observers = stream.untrimmed_calls.arguments[layer], {g: partial(keep_sum, g) for g in groups}
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
-        _check_output(stream, layer)
+        _check_output(model, stream, layer)
     # What is fitted is a part of the residual sum: a weight and a bias, multiplied by the layer's factor.
     factors = {group: residual_factor(model, group) for group in groups}
     # The kept columns of the base model's weights, and its biases.
@@ -203,7 +204,8 @@ def _refit_layer(
             held_out: list[list[torch.Tensor]] = []
             for stream, target in zip(streams, targets[group], strict=True):
                 z, residual = run_up_to(group, stream)
-                tokens = [without_padding(stream.batch, part) for part in (z.float(), residual, target)]
+                seen = seen_by(layer, model, stream.batch)
+                tokens = [without_padding(seen, part) for part in (z.float(), residual, target)]
                 if stream.fits:
                     system.add(*tokens)
                 if stream.holds_out:

@@ -198,7 +198,7 @@ def run_forward(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFn | No
     """Runs the model on a batch as its loss does, for hooks that read what is inside. No labels are needed."""
     if loss_fn is not None:
         check_loss_fn(loss_fn)
-        loss_fn(model, batch)
+        loss_fn(model, dict(batch))  # it may take the labels out
     else:
         run_model(model, batch, where)
 
@@ -207,24 +207,16 @@ def _is_text(values: list[Any]) -> bool:
     return any(isinstance(value, str) for value in values)
 
 
-def without_padding(batch: Mapping[str, Any], values: torch.Tensor) -> torch.Tensor:
-    """The values of all tokens, `[tokens, features]`. Those of padding are left out, if the batch's mask fits.
-
-    `values` are `[batch, tokens, features]` or `[batch * tokens, features]`, and may be on another device than the
-    batch, if a model is spread over several. Multiple-choice models get `[batch, choices, tokens]` and run it as
-    `[batch * choices, tokens]`.
-    """
-    mask, shape = batch.get("attention_mask"), values.shape[:-1]
-    if isinstance(mask, torch.Tensor) and mask.dim() in (2, 3):
-        mask = mask.flatten(0, -2)
-        if shape in (mask.shape, (mask.numel(),)):
-            return values[mask.bool().view(shape).to(values.device)]
-    return values.flatten(0, -2)
-
-
 def examples_in(batch: Mapping[str, Any]) -> int:
     """The number of examples of a batch: the largest first dimension of its tensors."""
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
+
+
+def can_be_divided(batch: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a batch have one row for each example, and it has no lists."""
+    size = examples_in(batch)
+    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
+    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
 
 
 def tokens_in(batch: Any) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -121,7 +123,10 @@ def score_units(
         raise SensiError(f"score={method!r} is learned during priming: `priming_steps` must not be 0.")
     length = mean_length(model, anatomy, batches, options.loss_fn) if batches else None
     # Dropout during priming is random: with the same data and seed, the plan is the same.
-    torch.manual_seed(options.seed + distributed.rank())
+    seed = options.seed + distributed.rank()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # speech models draw the parts that they mask from it
     found = CRITERIA[method].function(model, anatomy, batches, options)
     protected = found.protected
     if not protected and batches is not None:

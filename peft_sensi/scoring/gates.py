@@ -17,7 +17,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError, not_finite
-from .calibration import LossFn, calibration_loss, check_differentiable, examples_in, examples_of
+from .calibration import LossFn, calibration_loss, can_be_divided, check_differentiable, examples_in, examples_of
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -126,7 +126,8 @@ def find_weighting(
     same if no weighting is within 5 % (as with a contrastive loss), or if gradients are zero or not finite. If
     `loss_fn` takes a mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
     """
-    contrast, rows, batch = max(((*_unequal_pair(batch), batch) for batch in batches), key=lambda found: found[0])
+    pairs = ((*_unequal_pair(batch), batch) for batch in batches if can_be_divided(batch))
+    contrast, rows, batch = max(pairs, key=lambda found: found[0], default=(0, [], {}))
     if not contrast:
         return mean_over_examples
     pair, twice = examples_of(batch, rows), examples_of(batch, [rows[0], rows[0]])

@@ -12,8 +12,8 @@ from torch import nn
 from ..anatomy.modules import task_head
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
-from .priming import can_be_divided, examples_primed_on, primed
+from .calibration import ScoringOptions, calibration_loss, can_be_divided, examples_in, examples_of
+from .priming import examples_primed_on, primed
 
 
 EXAMPLES, FEWEST = 16, 4  # of each batch, from its end: priming reads it from the beginning
@@ -91,7 +91,8 @@ def _losses(
         rows = list(range(count - min(unseen, EXAMPLES), count))
         part = examples_of(batch, rows) if can_be_divided(batch) else batch
         labels = {name: value.roll(1, 0) for name, value in part.items() if _is_label(name, value)}
-        if count < 2 or not labels:
+        # In data that is sorted by class, the other labels are the same: such a batch says nothing.
+        if count < 2 or all(torch.equal(value, part[name]) for name, value in labels.items()):
             continue
         try:
             losses = [float(calibration_loss(model, b, options.loss_fn)) for b in (part, {**part, **labels})]

@@ -12,7 +12,8 @@ from torch import nn
 from ..anatomy.modules import residual_factor, unit_weights
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
-from .calibration import LossFn, device_of, observing, run_forward, to_device, without_padding
+from .calibration import LossFn, device_of, observing, run_forward, to_device
+from .padding import seen_by, without_padding
 
 
 OUTLIER_SHARE = 0.5
@@ -59,7 +60,7 @@ class OutlierFinder:
                 x = x.unflatten(-1, (group.size, -1))
                 energy = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
             share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
-            if len(tokens := without_padding(batch, share)):
+            if len(tokens := without_padding(seen_by(group.layer, self.model, batch), share)):
                 self.share[group.name] = torch.maximum(self.share[group.name], tokens.amax(0).cpu())
 
         return observing(self.model, self.groups, observe)

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -46,7 +47,9 @@ _OUR_NAMES = (
 def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> None:
     """Raises `SensiError` if the model, as it is now, cannot take this adapter."""
     layers = layers_of(model).values()
-    others = sorted({name for layer in layers for name in layer.sensi_slices} - {adapter_name})
+    saved = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    present = {name for layer in layers for name in layer.sensi_slices}
+    others = sorted(present - {adapter_name})
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise SensiError(
             f"An adapter cannot be called {adapter_name!r}: torch stores its parameters under this name, so the "
@@ -60,6 +63,12 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
         raise SensiError(
             f"The model has an adapter of another PEFT method ({type(foreign[0]).__module__}). Merge or remove it "
             f"first: `merge_and_unload()` or `unload()`, and `delete_adapter` for adapters of Transformers."
+        )
+    if adapter_name in present or any(adapter_name in module.modules_to_save for module in saved):
+        raise SensiError(
+            f"The base holds an adapter called {adapter_name!r} already, from an earlier `get_peft_model` or "
+            f"`from_pretrained`. Call `unload()` on that model first, load a fresh base, or give another "
+            f"`adapter_name`."
         )
     _check_names_of_tensors(model, adapter_name, others)
     if any(layer.sensi_base_dropped for layer in layers):

@@ -44,7 +44,7 @@ from .fingerprint import check_fingerprint, fingerprint
 from .latencies import exceeds, measure_missing, note_latency
 from .reach import Reach, reach_of
 from .slicing import Slices, fit_rank, slices_of, trained_beside_units
-from .targets import bias_values, described
+from .targets import bias_values, described, low_rank_values
 
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
         targets=targets,
         sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         **config.width_options,
-        always_trained=saved_values + bias_values(model, config, targets),
+        always_trained=saved_values + sum(count(model, config, targets) for count in (bias_values, low_rank_values)),
         tunes=config.tunes_units,
         retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),

@@ -28,7 +28,7 @@ from .config import SensiConfig
 from .decision import Decision, prepare
 from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
 from .operations import AdapterOperations
-from .saving import check_collected, check_present, completed
+from .saving import check_collected, check_takes_values, completed
 from .stale import check_wrapper
 from .wrapping import copy_saved_modules, drop_base, note_plan, replanned, set_head, wrap_head, wrap_module
 
@@ -331,7 +331,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        check_present(model, adapter_name)
+        check_takes_values(model, adapter_name)
         state_dict = dict(state_dict)
         stored = state_dict.pop(plan_key(state_dict))
         if config.from_file:

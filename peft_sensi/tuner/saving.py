@@ -32,6 +32,13 @@ def check_present(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def check_takes_values(model: nn.Module, adapter_name: str) -> None:
+    """Raises `SensiError` as `check_present`, and if the adapter is merged: its Linears would keep the old values."""
+    check_present(model, adapter_name)
+    if any(layer.merged for layer in layers_of(model, adapter_name).values()):
+        raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the values of an adapter are loaded.")
+
+
 def check_collected(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """Raises `SensiError` if a state dict holds shards of adapters, or what ZeRO-3 leaves in a single process."""
     ours = {name: p for name, p in model.named_parameters() if name in state_dict and not is_base_parameter(name)}

@@ -231,6 +231,13 @@ def bias_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -
     return sum(bias.numel() for bias in biases if bias is not None)
 
 
+def low_rank_values(model: nn.Module, config: SensiConfig, targets: Iterable[str]) -> int:
+    """The most values that a low-rank term beside dense units can have: those of the whole Linears. Otherwise 0."""
+    if config.rank is None or not (config.tunes_units and "low_rank" in config.parts):
+        return 0
+    return config.rank * sum(sum(features(linear_of(model, name))) for name in targets)
+
+
 def default_also_train(
     model: nn.Module, config: SensiConfig, inputs: RunInputs, blocks: Anatomy, partly_frozen: bool
 ) -> list[str]:
