@@ -212,13 +212,6 @@ def examples_in(batch: Mapping[str, Any]) -> int:
     return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
 
 
-def can_be_divided(batch: Mapping[str, Any]) -> bool:
-    """Whether all tensors of a batch have one row for each example, and it has no lists."""
-    size = examples_in(batch)
-    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
-    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
-
-
 def tokens_in(batch: Any) -> float:
     """The number of tokens, padding included; infinite for inputs that are not token ids."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError, not_finite
-from .calibration import LossFn, calibration_loss, can_be_divided, check_differentiable, examples_in, examples_of
+from .calibration import LossFn, calibration_loss, check_differentiable, examples_in, examples_of
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -110,6 +110,7 @@ def mean_over_labels(batch: Mapping[str, Any], first: int = 0) -> torch.Tensor:
 
 # For causal language models: the labels are shifted by one, so the first has no prediction.
 mean_over_next_labels = partial(mean_over_labels, first=1)
+_DIVISIBLE = (torch.Tensor, bool, int, float, str, type(None))
 _WEIGHTINGS: tuple[Weighting, ...] = (mean_over_examples, mean_over_labels, mean_over_next_labels)
 
 
@@ -126,7 +127,9 @@ def find_weighting(
     same if no weighting is within 5 % (as with a contrastive loss), or if gradients are zero or not finite. If
     `loss_fn` takes a mean over tokens whose labels are not in `labels`, longer examples count more in the scores.
     """
-    pairs = ((*_unequal_pair(batch), batch) for batch in batches if can_be_divided(batch))
+    # A list of the user's own, such as names for `loss_fn`, would keep the items of all examples.
+    divisible = [batch for batch in batches if all(isinstance(v, _DIVISIBLE) for v in batch.values())]
+    pairs = ((*_unequal_pair(batch), batch) for batch in divisible)
     contrast, rows, batch = max(pairs, key=lambda found: found[0], default=(0, [], {}))
     if not contrast:
         return mean_over_examples

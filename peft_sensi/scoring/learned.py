@@ -12,8 +12,8 @@ from torch import nn
 from ..anatomy.modules import task_head
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import ScoringOptions, calibration_loss, can_be_divided, examples_in, examples_of
-from .priming import examples_primed_on, primed
+from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
+from .priming import can_be_divided, examples_primed_on, primed
 
 
 EXAMPLES, FEWEST = 16, 4  # of each batch, from its end: priming reads it from the beginning
