@@ -1012,9 +1012,8 @@ def test_shards_of_a_plain_save_are_loaded(tmp_path):
 
 def test_the_base_inside_of_clips_projection_models_is_found(tmp_path):
     """Transformers does not know the name under which these classes hold it."""
-    config = tiny_config("bert", vocab_size=64)
-    sizes = {k: getattr(config, k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
-    clip = CLIPTextConfig(**sizes, vocab_size=64, intermediate_size=64, bos_token_id=1, eos_token_id=2)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    clip = CLIPTextConfig(**sizes, vocab_size=64, bos_token_id=1, eos_token_id=2)
     merged = wrap(CLIPTextModelWithProjection(clip), budget=0.5, score="magnitude", task_type=None)
     save_merged(merged, tmp_path / "a")
     ids = torch.tensor([[1, 5, 6, 2]])

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -256,10 +256,10 @@ class Run:
         extract_model_from_parallel(self.model, keep_fp32_wrapper=False)  # otherwise the training's autocast stays
         outcome = self.trainer().predict(self.task.validation)  # type: ignore[arg-type]
         quality = self.task.quality(outcome.predictions, self.task.validation)
-        if not (quality.remarks or beats_baseline(quality.values, quality.baseline)):
-            answer = baseline_words(self.task.record)
-            quality.remarks.append(f"The model is not better than the baseline ({answer}). {advice}")
-        return quality
+        if quality.remarks or beats_baseline(quality.values, quality.baseline):
+            return quality
+        answer = baseline_words(self.task.record)
+        return replace(quality, remarks=[f"The model is not better than the baseline ({answer}). {advice}"])
 
     def write_metrics(self, base: Any, **more: Any) -> dict[str, Any]:
         """Writes `metrics.json`, and removes what an interrupted training needs.

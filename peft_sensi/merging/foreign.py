@@ -63,6 +63,11 @@ def check_record(record: Any) -> None:
         raise SensiLoadError(f"{where} names {weights!r}, which is not the name of a weights file. {DAMAGED}")
 
 
+def is_weights_name(name: Any) -> bool:
+    """Whether this is the name of a safetensors file, without a path to another folder."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
 def weights_in(values: Mapping[str, Any], folder: str | Path) -> str:
     """The name of the weights file of a merged folder, from the object in its config.
 
@@ -73,7 +78,7 @@ def weights_in(values: Mapping[str, Any], folder: str | Path) -> str:
         check_record(record)
     where, key = (values, "transformers_weights") if record is None else (record, "weights")
     weights = where.get(key, MODEL_WEIGHTS)
-    if not isinstance(weights, str) or Path(weights).name != weights or not weights.endswith(".safetensors"):
+    if not is_weights_name(weights):
         raise SensiLoadError(
             f"{folder}: {MODEL_CONFIG} names {weights!r}, which is not a safetensors file of this folder. {DAMAGED}"
         )

@@ -29,6 +29,7 @@ from .foreign import (
     check_widths,
     config_of,
     few_modules,
+    is_weights_name,
     weights_in,
 )
 from .hashes import HASH_KEY
@@ -182,12 +183,12 @@ def _shards(folder: Path, weights: str) -> list[str]:
     if weights != MODEL_WEIGHTS or (folder / weights).exists() or not index.exists():
         return [weights]
     places = read_json_object(index).get("weight_map")
-    names = set(map(str, places.values())) if isinstance(places, dict) else set()
-    if not names or not all(Path(name).name == name and name.endswith(".safetensors") for name in names):
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(map(is_weights_name, names)):
         raise SensiLoadError(
             f"{index} must have a `weight_map` with a safetensors file of the folder for each tensor."
         )
-    return sorted(names)
+    return sorted(set(names))
 
 
 def _state(empty: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:

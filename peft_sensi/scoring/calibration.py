@@ -278,6 +278,19 @@ def first_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def saved_buffers(model: nn.Module) -> Callable[[], None]:
+    """Copies the model's buffers, such as the statistics of batch norms. Returns a function that puts them back."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in saved:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+    return restore
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restores what forward and backward passes may change, even if an error occurs inside the block.
@@ -293,16 +306,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
             "units can be chosen and nothing can be trained. Load the base and add the adapter outside of it."
         )
     structure = snapshot(model)
-    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
+    restore_buffers = saved_buffers(model)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
     @torch.no_grad()
     def restore() -> None:
         structure()
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        restore_buffers()
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

@@ -17,7 +17,7 @@ def seen_by(layer: str, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[s
     those for labels below 0 are padding.
     """
     find_decoder: Any = getattr(model, "get_decoder", None)
-    if find_decoder is None or not getattr(model.config, "is_encoder_decoder", False):
+    if find_decoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return batch
     decoder, module = find_decoder(), model.get_submodule(layer)
     if not isinstance(decoder, nn.Module) or all(part is not module for part in decoder.modules()):

@@ -22,7 +22,15 @@ from ..utils import distributed
 from ..utils.errors import not_finite
 from ..utils.progress import progress_bar
 from ..utils.undo import surely
-from .calibration import ScoringOptions, calibration_loss, check_differentiable, examples_in, examples_of, weight_of
+from .calibration import (
+    ScoringOptions,
+    calibration_loss,
+    check_differentiable,
+    examples_in,
+    examples_of,
+    saved_buffers,
+    weight_of,
+)
 from .head import head_bias, start_head_at_prior
 
 
@@ -57,15 +65,14 @@ def primed(
     """
     moving = _primed_parameters(model) if options.priming_steps else head_bias(model)
     originals = [p.detach().to("cpu", copy=True) for p in moving]
-    buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]  # such as the statistics of batch norms
+    restore_buffers = saved_buffers(model)
 
     @torch.no_grad()
     def restore() -> None:
         for parameter, original in zip(moving, originals, strict=True):
             parameter.grad = None
             parameter.copy_(original)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        restore_buffers()
 
     try:
         model.requires_grad_(False)

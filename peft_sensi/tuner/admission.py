@@ -33,6 +33,7 @@ from ..utils.errors import SensiError
 from .checkpoint import PLAN_KEY
 from .config import SensiConfig
 from .targets import saved_whole
+from .wrapping import check_unmerged
 
 
 # Parts of the names that adapted models have in their state dicts, beside those of the base.
@@ -85,8 +86,7 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
         )
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         raise SensiError(f"{lazy[0]!r} has no values yet. Run a forward pass first, which gives it a shape.")
-    if any(layer.merged for layer in layers):
-        raise SensiError("An adapter is merged into the base. Call `unmerge_adapter()` before another one is added.")
+    check_unmerged(model, "another one is added")
     replicas.check_whole(model)
 
 

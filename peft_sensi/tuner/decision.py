@@ -164,7 +164,7 @@ def decide(model: nn.Module, config: SensiConfig, inputs: RunInputs, reach: Reac
         targets=targets,
         sequence_length=config.sequence_length or scores.sequence_length or image_tokens(model) or 128,
         **config.width_options,
-        always_trained=saved_values + sum(count(model, config, targets) for count in (bias_values, low_rank_values)),
+        always_trained=saved_values + bias_values(model, config, targets) + low_rank_values(model, config, targets),
         tunes=config.tunes_units,
         retention=config.retention,
         biases_apart="biases" in (config.also_train or ()),

@@ -21,6 +21,7 @@ from .combinations import compressed_kinds
 from .config import RunInputs, SensiConfig
 from .targets import described, targets_of
 from .trim import trim_adapter
+from .wrapping import check_unmerged
 
 
 class AdapterOperations:
@@ -127,8 +128,7 @@ class AdapterOperations:
             adapter_name = self._chosen(adapter_name)
             before = self.plan(adapter_name)
             replicas.check_gathered(self.model, "trim the adapter")
-            if any(layer.merged for layer in self._layers()):
-                raise SensiError("An adapter is merged. Call `unmerge_adapter()` before `trim()`.")
+            check_unmerged(self.model, "`trim()`")
             inputs = RunInputs(calibration, None, loss_fn)
             config = self.peft_config[adapter_name]
             trim = trim_adapter(self.model, config, adapter_name, before, budget, inputs, score, refit, latency)

@@ -16,7 +16,7 @@ from ..utils.replicas import has_shards, is_spread
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, plan_to_tensor
 from .config import SensiConfig
 from .head_settings import head_settings
-from .wrapping import root_of
+from .wrapping import check_unmerged, root_of
 
 
 def check_present(model: nn.Module, adapter_name: str) -> None:
@@ -35,8 +35,7 @@ def check_present(model: nn.Module, adapter_name: str) -> None:
 def check_takes_values(model: nn.Module, adapter_name: str) -> None:
     """Raises `SensiError` as `check_present`, and if the adapter is merged: its Linears would keep the old values."""
     check_present(model, adapter_name)
-    if any(layer.merged for layer in layers_of(model, adapter_name).values()):
-        raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the values of an adapter are loaded.")
+    check_unmerged(model, "the values of an adapter are loaded")
 
 
 def check_collected(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> None:

@@ -255,6 +255,12 @@ def _rebuild(
             rebuilt.train(rebuilt.get_base_layer().training)
 
 
+def check_unmerged(model: nn.Module, what_follows: str) -> None:
+    """Raises `SensiError` if an adapter is merged: the weights of the base are not its own then."""
+    if any(layer.merged for layer in layers_of(model).values()):
+        raise SensiError(f"An adapter is merged. Call `unmerge_adapter()` before {what_follows}.")
+
+
 @contextmanager
 def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str, optimizer: Any = None) -> Iterator[None]:
     """Inside the block, the layers of one adapter may be rebuilt.
@@ -263,8 +269,7 @@ def _rebuilding(root: nn.Module, config: SensiConfig, adapter_name: str, optimiz
     require gradients if the adapter's other tensors did. The `optimizer` follows (see `carry.carry_over`), and others
     that hold lost parameters are refused. If this fails or is interrupted, adapter and optimizer are as before.
     """
-    if any(layer.merged for layer in layers_of(root).values()):
-        raise SensiError("An adapter is merged. Call `unmerge_adapter()` before the plan of an adapter is changed.")
+    check_unmerged(root, "the plan of an adapter is changed")
     fields = copy.copy(config)
     own = layers_of(root, adapter_name)
     before: Before = {n: (layer.sensi_slices[adapter_name], layer.own_parts(adapter_name)) for n, layer in own.items()}
