@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +24,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from peft_sensi.tasks import splitting
 from peft_sensi.tasks.reading import read_rows
 from peft_sensi.utils.errors import DataError
+from peft_sensi.utils.files import write_json_atomically
 from peft_sensi.utils.progress import progress_bar
 
 
@@ -134,28 +132,9 @@ def class_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically, so that a killed run leaves no partial file. NaN and infinity become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float | np.floating):
-            return float(value) if math.isfinite(value) else None
-        return value
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            json.dump(plain(content), file, indent=2, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Writes a JSON file atomically, so that a killed run leaves no partial file. Creates the folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(path, content)
 
 
 def folder_bytes(folder: str | Path) -> int:

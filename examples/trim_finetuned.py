@@ -6,9 +6,8 @@
 The model must have a trained head for the labels of the files. For each budget, the script wraps it with
 `SensiConfig(budget=1.0)`, which keeps everything, and calls `trim(...)`, which scores, plans and refits. It evaluates
 the trimmed model, trains it on for `--heal_epochs` ("healing"), evaluates again, and saves the adapter to
-`out/<budget>`. The adapter belongs to the
-fine-tuned model: `PeftModel.from_pretrained(fine_tuned_model, "out/0.5")`. Files and the other options are those of
-`text_classification.py`. All figures are written to `out/metrics.json`.
+`out/<budget>`. The adapter belongs to the fine-tuned model: `PeftModel.from_pretrained(fine_tuned_model, "out/0.5")`.
+Files and the other options are those of `text_classification.py`. All figures are written to `out/metrics.json`.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from folders import NAMES, save_adapter
 from hub_cache import add_model, use
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from tiny import tiny_model, wrap
 from typer.testing import CliRunner
 
 from peft_sensi import SensiError, save_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.reporting.card import write_card
+from peft_sensi.reporting.results import model_index
 from peft_sensi.reporting.saved_merged import SavedMerged, open_saved
 from peft_sensi.utils.files import write_atomically
 
@@ -72,6 +73,34 @@ def test_a_card_needs_no_arguments_and_says_what_was_done(folder):
     results = {result.metric_type: result for result in card.data.eval_results}
     assert card.data.model_name == "adapter" and results["accuracy"].metric_value == 0.875
     assert results["accuracy"].dataset_name == "test.tsv" and results["accuracy"].task_type == "text-classification"
+
+
+def test_results_and_base_of_an_earlier_adapter_leave_the_card_and_those_of_the_user_stay(folder, tmp_path):
+    place = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    card, mine = place / "README.md", EvalResult("text-classification", "me/t", "my test", "accuracy", 0.777)
+    run("card", place, "--base", "someone/base")
+    written = ModelCard.load(card)
+    assert {r.metric_type for r in written.data.eval_results} == {"accuracy", "f1_macro"}
+    assert written.data.base_model == "someone/base"
+    written.data.eval_results.append(mine)
+    written.save(card)
+    run("card", place, "--base", "someone/base")
+    again = ModelCard.load(card).data.eval_results
+    assert len(again) == 3 and mine.metric_value in {r.metric_value for r in again}
+    (place / "metrics.json").unlink()
+    run("card", place)
+    last = ModelCard.load(card)
+    assert [(r.dataset_name, r.metric_value) for r in last.data.eval_results] == [("my test", 0.777)]
+    assert last.data.get("base_model") is None and "someone/base" not in last.content
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [(["dev.tsv"], "dev.tsv"), ([], "train.tsv, test.tsv (held-out rows)"), (["me/set (test)"], "me/set (test)")],
+)
+def test_a_card_says_which_rows_were_measured(found, name):
+    results = model_index({**METRICS, "validation_data": found}, "text-classification")
+    assert {result.dataset_name for result in results} == {name}
 
 
 def test_the_title_is_the_name_of_the_repository(folder, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -93,6 +94,18 @@ def test_mixed_precision_does_not_round_the_metrics(way, work, tmp_path):
     found = call("train", work / "base", *data, "--budget", "0.7", "--bf16", "--out", tmp_path / "out", *SHORT, *way)
     again = call("evaluate", tmp_path / "out", tmp_path / "rows.jsonl")
     assert found["bf16"] and found["validation"] == pytest.approx(again["metrics"], rel=1e-3)
+
+
+def test_a_base_in_16_bits_is_measured_as_it_was_trained(work, tmp_path):
+    """Its merged model has the dtype of the base, whose rounding gave other metrics."""
+    base = shutil.copytree(work / "base", tmp_path / "base")
+    AutoModel.from_pretrained(work / "base", dtype=torch.bfloat16).save_pretrained(base)
+    rows = [{"text": f"the {word} is {WORDS[-i]}", "score": i / 7} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--data", tmp_path / "rows.jsonl", "--validation", tmp_path / "rows.jsonl")
+    found = call("train", base, *data, "--budget", "0.7", "--out", tmp_path / "out", *SHORT)
+    again = call("evaluate", tmp_path / "out", tmp_path / "rows.jsonl")
+    assert found["validation"] == pytest.approx(again["metrics"], rel=1e-3)
 
 
 def test_words_are_tagged(work, tmp_path):
@@ -410,6 +423,23 @@ def test_a_signal_after_the_last_step_of_an_epoch_loses_no_evaluation(work, tmp_
     assert len(heads) == 4 and torch.equal(head, heads[3])
 
 
+def test_no_results_of_an_earlier_run_stay_beside_a_new_adapter(work, tmp_path, monkeypatch):
+    train = ("train", work / "base", "--data", work / "texts.csv", "--budget", "0.7", *SHORT, "--out", tmp_path / "a")
+    call(*train)
+
+    def stopped(*_, **__):
+        assert torch.equal(load_file(weights)[key], head), "the adapter is saved"
+        raise KeyboardInterrupt
+
+    weights, key = tmp_path / "a" / "adapter_model.safetensors", "base_model.model.classifier.weight"
+    head = load_file(weights)[key]
+    monkeypatch.setattr(Run, "evaluate", stopped)
+    fails(*train, "--overwrite", status=130)
+    assert not (tmp_path / "a" / "metrics.json").exists()
+    monkeypatch.undo()
+    assert call(*train, "--resume")["validation"]
+
+
 def test_a_data_set_on_disk(work, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in (work / "texts.jsonl").read_text().splitlines()]
@@ -424,6 +454,7 @@ def test_metrics_record_where_they_come_from(work, tmp_path):
     assert set(found["validation_interval"]) <= set(found["validation"]) == set(found["validation_baseline"])
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0] or found["versions"]["torch"]
     assert len(found["data_sha256"]["texts.csv"]) == 64 and found["base_revision"] is None
+    assert found["validation_data"] == []  # a part of the rows was held out
     assert found["task"]["text_columns"] == ["sentence"] and found["learning_rate"] == 1e-4
 
 

@@ -1391,7 +1391,12 @@ def test_transformers_reports_only_tensors_that_nothing_reads(saved, tmp_path):
 def test_a_fresh_adapter_from_the_config_of_a_file(saved):
     config = PeftConfig.from_pretrained(saved[1])
     config.inference_mode = False
-    train(get_peft_model(tiny_model(), config))
+    model = get_peft_model(tiny_model(), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model)
+    assert model.base_model.plan().to_dict() == PeftConfig.from_pretrained(saved[1]).plan
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("default" in name for name in changed), "only values of the adapter"
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peft_sensi.tasks import answers, words
+from peft_sensi.tasks import answers, word_files, words
 from peft_sensi.tasks import metrics as metrics_of
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.labels import Labels
@@ -204,7 +204,7 @@ def test_every_word_is_labeled_once_over_all_windows(max_length, encoder, tmp_pa
     path = tmp_path / "rows.conll"
     # The third word of the first sentence is a control character, for which the tokenizer produces no token.
     path.write_text("red O\nabcdefgh B-x\n\x07 I-x\nblue I-x\n\nstone O\n\n-DOCSTART- -X- O\n\nzz S-y\nabc I-x\n")
-    raw = words.read_conll(path, 0, -1)
+    raw = word_files.read_conll(path, 0, -1)
     assert [len(row["tokens"]) for row in raw] == [4, 1, 2]
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     labels = Labels(["O", "B-x", "I-x", "S-y"])

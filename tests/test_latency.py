@@ -53,7 +53,7 @@ from peft_sensi import (
     export_graphs,
     measure_latency,
 )
-from peft_sensi.anatomy.latency import FORMAT, LIMITS, check_records
+from peft_sensi.anatomy.latency import FORMAT, LIMIT_OF, check_records
 from peft_sensi.anatomy.latency_points import Kind, kinds_of, monotone, points_of, smooth, table_from
 from peft_sensi.cli.commands import app
 from peft_sensi.cli.measure import length_for
@@ -459,7 +459,8 @@ def test_damaged_tables_are_refused_or_make_sense(table, tmp_path):
         assert found.whole > 0 and LatencyTable.from_dict(found.to_dict()) == found, (path, other)
         for kind in found.sublayers:
             assert list(kind.ms) == sorted(kind.ms) and kind.counts[-1] == kind.units
-        check_records({LIMITS[found.phase]: found.record(found.whole)})  # what an adapter of it saves can be loaded
+        record = {LIMIT_OF[found.phase]: found.record(found.whole)}
+        check_records(record)  # what an adapter of it saves can be loaded
     assert accepted < 250
     huge = {**table.to_dict(), "rest_ms": 9e8}
     huge["sublayers"] = [{**kind, "ms": [1e9] * len(kind["ms"])} for kind in huge["sublayers"]]

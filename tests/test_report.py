@@ -272,16 +272,18 @@ def test_marks_are_on_the_groups_with_an_outlier_unit(scored, tmp_path):
 def test_rows_tensors_and_sublayers_have_maps(tmp_path):
     model = tiny_model()
     name = "bert.encoder.layer.0.attention.self.query"
-    for anatomy in (
-        build_anatomy(model, [name, "bert.pooler.dense"], None, "tensors"),
-        build_anatomy(model, ["bert.pooler.dense"]),
-        build_anatomy(model, (), None, "sublayers"),
-    ):
+    for picture, anatomy in {
+        "tensors.png": build_anatomy(model, [name, "bert.pooler.dense"], None, "tensors"),
+        "rows.png": build_anatomy(model, ["bert.pooler.dense"]),
+        "sublayers.png": build_anatomy(model, (), None, "sublayers"),
+    }.items():
         values = {g.name: np.arange(1.0, g.size + 1) for g in anatomy.groups}
         plan = make_plan(anatomy, values, {"trainable": 0.2})
         scores = Scores({n: torch.tensor(v) for n, v in values.items()}, "magnitude")
-        plan.plot(tmp_path / "x.png", scores=scores, cost="params")
-        printed(plan_table(plan), facts_table(plan.facts(human)))
+        plan.plot(tmp_path / picture, scores=scores, cost="params")
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        text = printed(plan_table(plan), facts_table(plan.facts(human)))
+        assert f"{plan.trainable_params:,}" in text or human(plan.trainable_params) in text
 
 
 def test_mistakes_are_named(plan, scored, tmp_path):

@@ -29,7 +29,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
 from peft_sensi.reporting.task_record import saved_record
-from peft_sensi.tasks import answers, metrics, sources, texts, words
+from peft_sensi.tasks import answers, metrics, sources, texts, word_files, words
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.encodings import encoding_of
 from peft_sensi.tasks.kinds import kind_of, kind_of_model, read_task, rows_for_prediction
@@ -838,7 +838,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
     found = read_source("someone/things", None, Options(subset="small"))
     assert asked == [(("someone/things", "small"), {"split": None})]
     assert kind_of(found.train[0]) == "words" and len(found.validation) == 1
-    assert words.to_raw("f", found.train[0].rows, None, None)[0]["tags"] == ["O", "B-x"]
+    assert word_files.to_raw("f", found.train[0].rows, None, None)[0]["tags"] == ["O", "B-x"]
     assert "split train for training, validation_matched for validation" in found.notes[0]
     assert read_source("someone/things", None, Options(split="test")).train[0].name == "someone/things (test)"
 
@@ -970,7 +970,7 @@ def test_processes_share_out_the_batches(processes, shares, base, tmp_path, monk
 def test_only_spaces_and_tabs_separate_the_columns_of_words(token, tmp_path):
     for space in (" ", "  ", "\t"):
         (tmp_path / "f.conll").write_text(f"red{space}O\n{token}{space}B-x\n", encoding="utf-8")
-        (found,) = words.read_conll(tmp_path / "f.conll")
+        (found,) = word_files.read_conll(tmp_path / "f.conll")
         assert [each.strip() for each in found["tokens"]] == ["red", token.strip()] and found["tags"] == ["O", "B-x"]
 
 
@@ -978,7 +978,7 @@ def test_the_column_of_words_decides_where_a_sentence_ends(tmp_path):
     """In some files, the first column has the name of a sentence, in its first row only."""
     text = "Sentence: 1\tred\tO\n\tcar\tB-x\n\nSentence: 2\tit\tO\nSentence: 3\t\tO\n\tis\tO\n"
     (tmp_path / "f.conll").write_text(text)
-    found = words.read_conll(tmp_path / "f.conll", token_column=1)
+    found = word_files.read_conll(tmp_path / "f.conll", token_column=1)
     assert [row["tokens"] for row in found] == [["red", "car"], ["it"], ["is"]]
 
 
@@ -986,10 +986,21 @@ def test_headers_and_comments_in_files_of_words(tmp_path):
     text = "# newdoc\n# sent_id = 1\nred\tB-x\n# O\n\n# text = a = b\n# id 3\tO\n"
     for header in ("", "token\ttag\n", "Word\tNER\n"):
         (tmp_path / "f.conll").write_text(header + text)
-        found = words.read_conll(tmp_path / "f.conll")
+        found = word_files.read_conll(tmp_path / "f.conll")
         assert [row["tokens"] for row in found] == [["red", "#"], ["# id 3"]]  # only what is written as a comment
     with pytest.raises(DataError, match="row 1 has no list of words in 'tokens', but 'a b'. Files of words"):
-        words.to_raw("f", [{"tokens": "a b", "ner_tags": "O O"}], None, None)
+        word_files.to_raw("f", [{"tokens": "a b", "ner_tags": "O O"}], None, None)
+
+
+def test_the_name_of_the_only_column_is_no_word(tmp_path):
+    """This is what is left of a file with a header when its tags are cut off."""
+    notes: list[str] = []
+    (tmp_path / "f.txt").write_text("word\nred\ncar\n\nblue\n")
+    found = word_files.read_conll(tmp_path / "f.txt", tag_column=None, notes=notes)
+    assert [row["tokens"] for row in found] == [["red", "car"], ["blue"]] and "'word', is the name" in notes[0]
+    (tmp_path / "f.txt").write_text("word\n\nblue\nword\n")  # a sentence of one word
+    found = word_files.read_conll(tmp_path / "f.txt", tag_column=None)
+    assert [row["tokens"] for row in found] == [["word"], ["blue", "word"]]
 
 
 WORD_ROWS = [

@@ -31,6 +31,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from peft_sensi.utils.files import write_json_atomically
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -347,7 +349,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                             continue  # keep the reference of the first group
                         methods.setdefault(name, {})[part] = values
                         print(f"{key} {part:6} {name:14} {_short(values)}", flush=True)
-                    _write(path, results)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json_atomically(path, results)
     return results
 
 
@@ -358,13 +361,6 @@ def _applies(method: Any, name: str, part: str) -> bool:
 def _short(values: dict[str, Any]) -> str:
     found = {k: v["median"] if isinstance(v, dict) else v for k, v in values.items()}
     return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in found.items())
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1))
-    os.replace(temporary, path)
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:

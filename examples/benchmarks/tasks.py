@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_sensi.tasks import answers, words
+from peft_sensi.tasks import answers, word_files, words
 from peft_sensi.tasks.encodings import read_text
 from peft_sensi.tasks.labels import Labels
 from peft_sensi.tasks.models import load_tokenizer
@@ -138,7 +138,7 @@ def load_task(task: Task, folder: Path, model: str, seed: int) -> Data:
 
 def _load_words(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
     files = {
-        name: words.read_conll(folder / task.name / file)
+        name: word_files.read_conll(folder / task.name / file)
         for name, file in (("train", "train.conll"), ("dev", task.dev))
     }
     train = Dataset.from_list(files["train"]).train_test_split(test_size=task.held_out, seed=0)

@@ -11,7 +11,6 @@ it. Times are CPU times of one process with one thread, because other work on th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -32,6 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from peft_sensi import SensiConfig
 from peft_sensi.planning import least_squares, refit
 from peft_sensi.scoring import criteria, learned, priming
+from peft_sensi.utils.files import write_json_atomically
 
 
 SHAPES = {
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
                 print(table({name: results[name]}), flush=True)
     print(table(results))
     if options.output:
-        options.output.write_text(json.dumps(results, indent=1))
+        write_json_atomically(options.output, results)
     return results
 
 

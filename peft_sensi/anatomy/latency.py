@@ -21,7 +21,7 @@ import numpy as np
 
 from ..utils.checks import MOST_THREADS, is_count, is_number, is_threads, shown
 from ..utils.errors import SensiError, SensiLoadError
-from ..utils.files import read_json_object, write_text_atomically
+from ..utils.files import read_json_object, write_json_atomically
 from ..utils.formatting import data_frame, html_table
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = "peft_sensi.latency.1"
 AGAIN = "Measure the model again."
-LIMITS = {"prefill": "latency", "decode": "decode_latency"}  # phase -> name of the limit in a budget
+LIMIT_OF = {"prefill": "latency", "decode": "decode_latency"}  # phase -> name of the limit in a budget
 LABELS = {"latency": "predicted latency", "decode_latency": "predicted latency of a decoding step"}
 RUNTIMES = ("torch", "onnxruntime")
 _MOST_MS = 1e9
@@ -93,7 +93,7 @@ class LatencyTable:
     @property
     def limit(self) -> str:
         """The name of the limit in a budget that this table is for: `latency` or `decode_latency`."""
-        return LIMITS[self.phase]
+        return LIMIT_OF[self.phase]
 
     @property
     def rest(self) -> int:
@@ -184,7 +184,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the table as JSON, under a temporary name first. Raises `SensiError` if that fails."""
-        write_text_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json_atomically(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
@@ -270,7 +270,7 @@ def check_records(records: Any) -> None:
             raise SensiError(f"`latency`: the record of {limit!r} must have {sorted(names)}, got {shown(record)}.")
         for name in names:
             _check(record, name, f"`latency`: the record of {limit!r}", SensiError)
-        if LIMITS[record["phase"]] != limit or not 0 < record["whole_ms"] >= record["predicted_ms"]:
+        if LIMIT_OF[record["phase"]] != limit or not 0 < record["whole_ms"] >= record["predicted_ms"]:
             raise SensiError(f"`latency`: the record of {limit!r} is not possible: {shown(record)}.")
 
 
@@ -297,7 +297,7 @@ def _is_ms(value: Any) -> bool:
 
 # For each field: a function that says whether a value is accepted, and a description for the message.
 _TYPES = {
-    "phase": (lambda v: isinstance(v, str) and v in LIMITS, " or ".join(LIMITS)),
+    "phase": (lambda v: isinstance(v, str) and v in LIMIT_OF, " or ".join(LIMIT_OF)),
     "runtime": (lambda v: isinstance(v, str) and v in RUNTIMES, " or ".join(RUNTIMES)),
     "versions": (
         lambda v: isinstance(v, Mapping) and len(v) <= 100 and all(map(_is_text, [*v, *v.values()])),

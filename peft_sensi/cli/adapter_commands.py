@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
     from ..reporting.uploads import Upload
 
 
-def inspect(
-    adapter: args.AdapterOrMerged, base: args.Base = None, json: args.Json = False, debug: args.Debug = False
-) -> None:
+def inspect(adapter: args.AdapterOrMerged, base: args.Base = None, as_json: args.Json = False) -> None:
     """Show what is in an adapter or a merged model.
 
     No weights are loaded. The shares of an adapter need the base model's configuration.
@@ -41,13 +38,13 @@ def inspect(
     if isinstance(saved, SavedMerged):
         refuse_base(adapter, base)
         figures = merged_figures(saved)
-        print_result(json, figures, facts_table(merged_facts(figures)), widths_table(figures["groups"]))
+        print_result(as_json, figures, facts_table(merged_facts(figures)), widths_table(figures["groups"]))
         return
     plan = plan_without_weights(saved, base)
     shown = saved.config.plan if plan is None else plan
     tables = facts_table(adapter_facts(saved, plan)), plan_table(shown, ascii_only()), legend(shown, ascii_only())
-    print_result(json, adapter_figures(saved, plan), *tables)
-    if plan is None and not json:
+    print_result(as_json, adapter_figures(saved, plan), *tables)
+    if plan is None and not as_json:
         named = base or saved.base
         why = "which the adapter does not name: give it with --base"
         if named:
@@ -56,9 +53,7 @@ def inspect(
         err.print(Text(f"The shares need the base model, {why}", "dim"))
 
 
-def check(
-    adapter: args.AdapterOrMerged, base: args.Base = None, json: args.Json = False, debug: args.Debug = False
-) -> None:
+def check(adapter: args.AdapterOrMerged, base: args.Base = None, as_json: args.Json = False) -> None:
     """Check an adapter or a merged model. The exit status is 1 if something is wrong.
 
     Checked are the files (do they belong together, are all values finite), the versions, the tokenizer, the base of an
@@ -66,14 +61,14 @@ def check(
     """
     from ..reporting.checking import WRONG, check_saved
 
-    with step("checking", show=not json):
+    with step("checking", show=not as_json):
         findings = list(check_saved(adapter, base))
     wrong = [finding for finding in findings if finding.status == WRONG]
     table = records_table(
         ["checked", "result", ""], [[finding.what, finding.status, finding.text] for finding in findings]
     )
     verdict = f"{len(wrong)} of {len(findings)} checks failed." if wrong else "Nothing is wrong."
-    print_result(json, {"ok": not wrong, "findings": [f.to_dict() for f in findings]}, table, Text(verdict))
+    print_result(as_json, {"ok": not wrong, "findings": [f.to_dict() for f in findings]}, table, Text(verdict))
     if wrong:
         raise typer.Exit(1)
 
@@ -83,8 +78,7 @@ def merge(
     folder: Annotated[Path, argument("OUT", "The folder for the model.")],
     overwrite: args.OverwriteFiles = False,
     base: args.Base = None,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Merge an adapter into its base. The result is a Transformers model with smaller matrices.
 
@@ -97,18 +91,18 @@ def merge(
     from ..reporting.saved import METRICS
     from ..reporting.saved_merged import SavedMerged, tokenizer_of
     from ..reporting.task_record import metrics_of
-    from ..utils.files import write_text_atomically
+    from ..utils.files import write_json_atomically
     from ..utils.hub_names import absolute
 
     check_merged(folder, overwrite)
-    saved, model = load_saved(adapter, base, json)
+    saved, model = load_saved(adapter, base, as_json)
     if isinstance(saved, SavedMerged):
         raise SensiError(f"{adapter} is a merged model already, so there is nothing to do.")
     # Before anything is written, because they may be damaged.
     tokenizer, metrics = tokenizer_of(saved, base), metrics_of(saved.folder)
     if metrics and (named := named_base(base, saved.base)) is not None:
         metrics["model"] = absolute(named)  # the card of a merged model takes its base from here
-    with step("merging", show=not json):
+    with step("merging", show=not as_json):
         small = model.merge_and_unload()
         replaces_model = (folder / MODEL_CONFIG).is_file()
         plain = save_merged(small, folder)
@@ -117,11 +111,11 @@ def merge(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if metrics:
-            write_text_atomically(folder / METRICS, dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+            write_json_atomically(folder / METRICS, metrics)
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print_result(
-        json,
+        as_json,
         {"folder": str(folder), "parameters": count, "bytes": size, "loads_without_peft_sensi": plain},
         f"{folder}: {count:,} parameters, {size_of(size)}",
         Text(
@@ -140,8 +134,7 @@ def export(
     opset: Annotated[int, option("--opset", "N", "The version of ONNX's operators, from 14 to 20.", min=14)] = 17,
     overwrite: args.OverwriteFiles = False,
     base: args.Base = None,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Write the merged model as an ONNX file for any batch size and length, and check it in onnxruntime.
 
@@ -161,20 +154,20 @@ def export(
         raise SensiError(f"{file}: {file.stem}.json, which goes beside it, is the name of another file.")
     check_place(file, "OUT.onnx")
     check_new([file, file.with_suffix(".json"), *([file.with_suffix(".int8.onnx")] if int8 else [])], overwrite)
-    saved, model = load_saved(adapter, base, json)
+    saved, model = load_saved(adapter, base, as_json)
     if not takes_texts(model):
         raise SensiError(
             f"The command exports models of texts, and {adapter} takes other inputs. In Python, "
             f"peft_sensi.export_onnx(model, path, inputs=batch) exports models of other sequences; for images, merge "
             f"the adapter, and call torch.onnx.export."
         )
-    with step("exporting", show=not json):
+    with step("exporting", show=not as_json):
         tokenizer = load_tokenizer(saved, base, file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         report = export_onnx(model, file, inputs=example_for(tokenizer, model), int8=int8, opset=opset)
         companions = write_companions(saved, model, tokenizer, report)
     lines = [str(report), *(f"beside it: {path.name}" for path in companions)]
-    print_result(json, asdict(report) | {"beside": [str(path) for path in companions]}, *lines)
+    print_result(as_json, asdict(report) | {"beside": [str(path) for path in companions]}, *lines)
 
 
 def card(
@@ -188,8 +181,7 @@ def card(
         Path | None, option("--out", "FOLDER", "The folder for the card. Default: that of the model.")
     ] = None,
     base: args.Base = None,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Write the model card of an adapter or a merged model: README.md and, for an adapter, a picture of the plan.
 
@@ -207,6 +199,8 @@ def card(
     if folder is None and not Path(adapter).is_dir():  # its files are in the cache, where nothing may be changed
         raise SensiError(f"{adapter} is on the Hub: give a folder for the card with --out.")
     if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         is_ours = (folder / CARD).is_file() and SECTION.search(load_card(folder / CARD).text)
         if (folder / PICTURE).exists() and not is_ours and folder.resolve() != saved.folder.resolve():
@@ -216,7 +210,7 @@ def card(
             )
     written = write_card(saved, results=results, license=license, base=base, repo=repo, folder=folder)
     paths = [str(path) for path in written]
-    print_result(json, {"files": paths}, *paths)
+    print_result(as_json, {"files": paths}, *paths)
 
 
 def push(
@@ -232,8 +226,7 @@ def push(
         str | None, option("--message", "TEXT", "The message of the commit. Default: Upload adapter, or Upload model.")
     ] = None,
     base: args.Base = None,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Upload an adapter or a merged model with its model card to the Hub (log in first: hf auth login).
 
@@ -247,20 +240,20 @@ def push(
     def announce(upload: Upload, visibility: str | None) -> None:
         listed.extend(upload.files)
         for line in [*upload.lines(), *([visibility] if visibility else [])]:
-            if not json:
+            if not as_json:
                 (out if dry_run else err).print(Text(line), soft_wrap=True)
 
     saved = open_saved(adapter)
-    with step(f"uploading to {repo}", show=not json and not dry_run):
+    with step(f"uploading to {repo}", show=not as_json and not dry_run):
         commit = push_folder(
             saved, repo, private=private or None, commit_message=message, results=results, license=license, base=base,
             dry_run=dry_run, announce=announce,
         )  # fmt: skip
     if dry_run:
         who = "private" if private else "public, unless it exists and is private: --private creates a private one"
-        print_result(json, {"repo": repo, "files": listed, "private": private}, Text(f"{repo} would be {who}."))
+        print_result(as_json, {"repo": repo, "files": listed, "private": private}, Text(f"{repo} would be {who}."))
     else:
-        print_result(json, {"url": commit.commit_url, "repo": repo, "files": listed}, commit.commit_url)
+        print_result(as_json, {"url": commit.commit_url, "repo": repo, "files": listed}, commit.commit_url)
 
 
 def widths_table(groups: list[dict[str, Any]]) -> Any:

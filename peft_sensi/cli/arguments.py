@@ -48,7 +48,6 @@ AdapterOrMerged = Annotated[
 ]
 Repo = Annotated[str, argument("REPO", "The name on the Hub: user/name.")]
 Json = Annotated[bool, option("--json", None, "Print one JSON value instead of tables.")]
-Debug = Annotated[bool, option("--debug", None, "Show Python's traceback after an error.")]
 Base = Annotated[
     str | None, option("--base", "MODEL", "Use this base model. Default: the one that the adapter names.")
 ]
@@ -104,7 +103,7 @@ OverwriteFiles = Annotated[bool, option("--overwrite", None, "Replace what an ea
 Resume = Annotated[
     bool, option("--resume", None, "Go on with a training that was interrupted, with the same options.")
 ]
-Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0)]
+Seed = Annotated[int, option("--seed", "N", "The seed of all random choices.", min=0, max=2**32 - 1)]
 Results = Annotated[
     Path | None,
     option("--results", "FILE", "Results for the card, as JSON. Default: metrics.json of the adapter, if any."),
@@ -138,11 +137,24 @@ def with_options(**tables: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[
             for name, parameter in own.parameters.items()
             if name not in tables
         ]
-        wrapper.__signature__ = own.replace(parameters=[*others, *shared])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in (*others, *shared)} | {"return": None}
+        _set_parameters(wrapper, [*others, *shared])
         return wrapper
 
     return decorate
+
+
+def with_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds `--debug` to the options of a command that `one_line_errors` has wrapped."""
+    kind = Annotated[bool, option("--debug", None, "Show Python's traceback after an error.")]
+    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+    _set_parameters(command, [*inspect.signature(command, eval_str=True).parameters.values(), debug])
+    return command
+
+
+def _set_parameters(command: Any, parameters: list[inspect.Parameter]) -> None:
+    """Sets the parameters that typer finds: it reads the signature and the annotations."""
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
 
 
 def refuse(given: Mapping[str, Any], why: str) -> None:

@@ -50,8 +50,7 @@ def plan(
     ] = None,
     overwrite: args.OverwriteFiles = False,
     seed: args.Seed = 0,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Show what a budget would tune, freeze and trim. Nothing is trained or changed.
 
@@ -111,7 +110,7 @@ def plan(
     if ranking.learned is not None:
         lines.insert(0, f"learned of the task in priming: {max(0, ranking.learned):.1%}")
     print_result(
-        json,
+        as_json,
         {
             "model": model,
             "budget": limits,
@@ -125,11 +124,11 @@ def plan(
     )
 
 
-def list_recipes(json: args.Json = False, debug: args.Debug = False) -> None:
+def list_recipes(as_json: args.Json = False) -> None:
     """List the published methods that are built in."""
     lines = {name: (function.__doc__ or "").strip().split("\n")[0] for name, function in RECIPES.items()}
     print_result(
-        json,
+        as_json,
         [{"name": name, "what": what} for name, what in lines.items()],
         records_table(["recipe", "what it does"], list(lines.items())),
         "In Python:  config = peft_sensi.recipes.NAME(...)",

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import adapter_commands, base_commands, measure, prediction_commands, sweep, training_commands
+from .arguments import with_debug
 from .terminal import one_line_errors
 
 
@@ -87,6 +88,7 @@ for function, example in (
 ):
     # Lines inside of a paragraph would be kept as they are in the source.
     text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
+    loads, trains = function is not base_commands.list_recipes, function in TRAINING
     app.command(example.split()[0], cls=Command, help=text, epilog=f"Example: peft-sensi {example}")(
-        one_line_errors(function, loads=function is not base_commands.list_recipes, trains=function in TRAINING)
+        with_debug(one_line_errors(function, loads, trains))
     )

@@ -73,8 +73,7 @@ def measure(
         ),
     ] = None,
     overwrite: args.OverwriteFiles = False,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Measure the latency of a model for plans with --latency, or compare an adapter with its base.
 
@@ -87,7 +86,7 @@ def measure(
         writing = {"--out": out, "--export": export, "--overwrite": overwrite}
         args.refuse(writing, "is about files to write, and --against compares two models")
         options |= {"runtime": (runtime or TORCH).value, "threads": threads, "decode": decode}
-        compare(model, against, rounds or 7, json, shape | how, sequence_length, **options)
+        compare(model, against, rounds or 7, as_json, shape | how, sequence_length, **options)
         return
     if export is not None:
         from ..merging.latency import export_graphs
@@ -97,16 +96,16 @@ def measure(
         args.refuse(measured, "is about a measurement, and --export only writes graphs of whole sequences")
         base = _load_to_measure(model)
         length = length_for(base, sequence_length)
-        with step("exporting the graphs", show=not json):
+        with step("exporting the graphs", show=not as_json):
             export_graphs(base, export, sequence_length=length, **options)
         lines = f"{export}: copy it to the device and run there: peft-sensi measure {export.name} --out table.json"
-        print_result(json, {"folder": str(export)}, lines)
+        print_result(as_json, {"folder": str(export)}, lines)
         return
     check_files({"--out": out}, overwrite)
     if (Path(model) / GRAPHS).is_file():
         known = shape | {"--decode": decode, "--runtime": runtime == TORCH}
         args.refuse(known, f"was chosen when the graphs in {model} were exported, for onnxruntime")
-        with step("measuring", show=not json):
+        with step("measuring", show=not as_json):
             table = measure_graphs(model, threads, rounds or 7)
     else:
         from ..merging.latency import measure_latency
@@ -114,15 +113,15 @@ def measure(
         base = _load_to_measure(model)
         length = length_for(base, sequence_length, decode)
         options |= {"sequence_length": length, "decode": decode, "rounds": rounds or 7}
-        with step("measuring", show=not json):
+        with step("measuring", show=not as_json):
             table = measure_latency(base, runtime=(runtime or TORCH).value, threads=threads, **options)
-    report(table, out, json)
+    report(table, out, as_json)
 
 
-def report(table: LatencyTable, out: Path | None, json: bool) -> None:
+def report(table: LatencyTable, out: Path | None, as_json: bool) -> None:
     if out is not None:
         table.save(out)
-    print_result(json, table.to_dict(), Text(str(table)), *([] if out is None else [f"saved as {out}"]))
+    print_result(as_json, table.to_dict(), Text(str(table)), *([] if out is None else [f"saved as {out}"]))
 
 
 def _load_to_measure(name: str) -> Any:
@@ -162,7 +161,7 @@ def length_for(model: Any, given: int | None, decode: bool = False) -> int:
 
 
 def compare(
-    adapter: str, base: str, rounds: int, json: bool, given: Mapping[str, Any], length: int | None, **options: Any
+    adapter: str, base: str, rounds: int, as_json: bool, given: Mapping[str, Any], length: int | None, **options: Any
 ) -> None:
     """Times the merged model and its base for each table that the adapter's plan was predicted with.
 
@@ -175,23 +174,23 @@ def compare(
     saved = open_adapter(adapter)
     if saved.config.latency:
         args.refuse(given, f"is that of the table that the plan of {adapter} was made with")
-    with step("loading the model", show=not json):
+    with step("loading the model", show=not as_json):
         merged: Any = load_adapter(saved, base).merge_and_unload().eval()
         whole = load_adapter(saved, base).unload().eval()
     if not saved.config.latency:
         options["sequence_length"] = length_for(whole, length, options["decode"])
-        with step("measuring", show=not json):
+        with step("measuring", show=not as_json):
             merged_ms, base_ms = compare_latency(merged, whole, rounds=rounds, **options)
         found = {"merged_ms": merged_ms, "base_ms": base_ms, "measured_share": merged_ms / base_ms}
         text = f"{merged_ms:.3g} ms of {base_ms:.3g} ({merged_ms / base_ms:.2%})"
-        print_result(json, found, facts_table({"measured latency": text}))
+        print_result(as_json, found, facts_table({"measured latency": text}))
         return
     results = {}
     for name, record in saved.config.latency.items():
-        with step(f"measuring {name}", show=not json):
+        with step(f"measuring {name}", show=not as_json):
             results[name] = check_prediction(merged, whole, record, rounds)
     facts = latency_facts(saved.config.latency)
     for name, r in results.items():
         facts[f"measured {name}"] = f"{r['merged_ms']:.3g} ms of {r['base_ms']:.3g} ({r['measured_share']:.2%})"
         facts[f"off by ({name})"] = f"{r['off']:+.1%}"
-    print_result(json, results, facts_table(facts))
+    print_result(as_json, results, facts_table(facts))

@@ -45,8 +45,7 @@ def predict(
     overwrite: args.OverwriteFiles = False,
     base: args.Base = None,
     batch_size: args.BatchSize = 32,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Predict classes, numbers, tags of words, or answers, for each row of a file, in its order.
 
@@ -57,20 +56,20 @@ def predict(
     from ..utils.progress import progress_bar
 
     to_stdout = str(out_file) == "-"
-    suffix = (".jsonl" if json else ".csv") if to_stdout else out_file.suffix.lower()
+    suffix = (".jsonl" if as_json else ".csv") if to_stdout else out_file.suffix.lower()
     if suffix not in SUFFIXES:
         raise SensiError(f"{out_file}: predictions are written as {', '.join(SUFFIXES)}, or to stdout for -.")
     if not to_stdout:
         check_apart(out_file, data, is_file=True)
     check_files({"--out FILE": None if to_stdout else out_file}, overwrite)
-    quiet = json or to_stdout
+    quiet = as_json or to_stdout
     predictor = load_predictor(model, base, show=not quiet)
     if scores and (predictor.kind != "text" or predictor.labels.regression):
         raise SensiError(f"--scores writes the score of each class, and {model} has no classes: leave it out.")
     rows, originals = rows_of(predictor, data, reading, show=not quiet)
     longest = reading["max_answer_length"]
     predicted = progress_bar(
-        predictor.predictions(rows, batch_size, longest), "predicting", len(rows.raw), show=not json
+        predictor.predictions(rows, batch_size, longest), "predicting", len(rows.raw), show=not as_json
     )
     separator = predictor.record.get("label_separator") or " "
     columns = list(originals[0]) if originals else []
@@ -80,7 +79,7 @@ def predict(
         return
     write_atomically(out_file, lambda path: write_records(Path(path), suffix, records, separator, columns))
     count = len(rows.raw)
-    print_result(json, {"file": str(out_file), "rows": count}, f"{out_file}: {count:,} rows")
+    print_result(as_json, {"file": str(out_file), "rows": count}, f"{out_file}: {count:,} rows")
 
 
 @args.with_options(reading=_LABELED)
@@ -90,8 +89,7 @@ def evaluate(
     reading: dict[str, Any],
     base: args.Base = None,
     batch_size: args.BatchSize = 32,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Measure a model on labeled rows: each metric with its 95 % interval, and the metric of a baseline.
 
@@ -99,11 +97,11 @@ def evaluate(
     """
     from ..tasks.task import baseline_words
 
-    predictor = load_predictor(model, base, show=not json)
-    task = labeled_rows(predictor, data, reading, show=not json)
-    with step(f"predicting {len(task.train.raw):,} rows", show=not json):
+    predictor = load_predictor(model, base, show=not as_json)
+    task = labeled_rows(predictor, data, reading, show=not as_json)
+    with step(f"predicting {len(task.train.raw):,} rows", show=not as_json):
         outputs = predictor.outputs(task.train, batch_size)
-    with step("computing metrics and their intervals", show=not json):
+    with step("computing metrics and their intervals", show=not as_json):
         quality = task.measure(outputs, task.train, None)
     # Here, all rows are measured, and there is no --validation.
     remarks = [text.replace("validation rows", "rows").replace(", or --validation", "") for text in quality.remarks]
@@ -114,7 +112,7 @@ def evaluate(
         for name, value in quality.values.items()
     ]
     print_result(
-        json,
+        as_json,
         {
             "model": model, "data_sha256": task.hashes, "rows": len(task.train.raw), "metrics": quality.values,
             "baseline": quality.baseline, "intervals": quality.intervals, "remarks": remarks,
@@ -134,8 +132,7 @@ def compare(
     ],
     base: args.Base = None,
     batch_size: args.BatchSize = 32,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Compare two models on the same labeled rows: metrics, size, and how sure the difference is."""
     from ..reporting.saved import is_adapter
@@ -145,10 +142,10 @@ def compare(
     sizes: list[dict[str, Any]] = []
     task: Any = None
     for name in (first, second):
-        predictor = load_predictor(name, base if is_adapter(name) else None, show=not json)
+        predictor = load_predictor(name, base if is_adapter(name) else None, show=not as_json)
         if name == second and not any(map(is_adapter, (first, second))):
             refuse_base(f"each of {first} and {second}", base)
-        own = labeled_rows(predictor, data, reading, show=not json and task is None, known=task)
+        own = labeled_rows(predictor, data, reading, show=not as_json and task is None, known=task)
         task = task or own
         same = own.kind == task.kind and own.labels.several == task.labels.several
         if not same or sorted(own.labels.names) != sorted(task.labels.names):
@@ -158,7 +155,7 @@ def compare(
                 f"{first} and {second} were trained on different columns of labels: say with --label-column which one "
                 f"of them both are compared on."
             )
-        with step(f"predicting with {name}", show=not json):
+        with step(f"predicting with {name}", show=not as_json):
             outputs.append(predictor.outputs(own.train, batch_size))
         measured.append((own, own.measure(outputs[-1], own.train, None)))
         sizes.append({"parameters": predictor.parameters, "bytes": predictor.bytes})
@@ -172,7 +169,7 @@ def compare(
         for name, quality, size in zip((first, second), qualities, sizes, strict=True)
     ]
     print_result(
-        json,
+        as_json,
         {"models": figures, "rows": len(task.train.raw), "difference": result.to_dict()},
         records_table(["", "A", "B"], rows),
         facts_table({"A": first, "B": second} | result.facts()),

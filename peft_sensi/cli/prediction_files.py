@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .terminal import json_text, stdout_for_programs
+from ..utils.files import json_text
+from .terminal import stdout_for_programs
 
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import platform
 import shutil
 import signal
@@ -35,9 +34,9 @@ from ..tasks.metrics import Quality, beats_baseline
 from ..tasks.task import Task, baseline_words
 from ..tuner.checkpoint import check_values
 from ..utils.errors import SensiError, number_of_system_error
-from ..utils.files import existing_parent, write_text_atomically
+from ..utils.files import existing_parent, write_json_atomically
 from ..utils.formatting import size_of
-from ..utils.hub_names import UNFINISHED
+from ..utils.hub_names import UNFINISHED, is_repo
 from ..utils.progress import show_progress
 from .rates import WHOLE, default_rate
 from .resuming import last_checkpoint, remove_checkpoints
@@ -211,6 +210,8 @@ class Run:
     def save(self, trainer: Trainer) -> None:
         """Saves the adapter; where that fails, in a temporary folder, because the training would be lost."""
         before = _version_of(self.folder / WEIGHTS)
+        if not PartialState().process_index:
+            (self.folder / METRICS).unlink(missing_ok=True)  # of another adapter: this one is measured later
         try:
             with self.saving():
                 trainer.save_model()
@@ -287,6 +288,7 @@ class Run:
             "weight_bytes": (self.folder / WEIGHTS).stat().st_size,
             "versions": versions(),
             "data_sha256": by_file_name(self.task.hashes),
+            "validation_data": list(by_file_name(dict.fromkeys(self.task.validation_data, ""))),
             "base_revision": getattr(base, "_commit_hash", None),
             "folder": str(self.folder),
             "command": sys.argv[1:],
@@ -302,7 +304,7 @@ def write_record(path: Path, value: Mapping[str, Any]) -> None:
     """Writes what was measured or done as JSON, in the first process only. Creates the folder."""
     if PartialState().process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(value, indent=2, default=str))
+        write_json_atomically(path, value)
 
 
 def versions() -> dict[str, str]:
@@ -315,9 +317,13 @@ def versions() -> dict[str, str]:
 
 
 def by_file_name(by_path: Mapping[str, str]) -> dict[str, str]:
-    """The same values by the names of the files, without their folders. Files of the same name keep their paths."""
+    """The same values by the names of the files, without their folders. Files of the same name keep their paths.
+
+    So do data sets of the Hub, such as `user/data (train)`.
+    """
     counts = Counter(Path(path).name for path in by_path)
-    return {path if counts[Path(path).name] > 1 else Path(path).name: value for path, value in by_path.items()}
+    is_alone = {path: counts[Path(path).name] == 1 and not is_repo(path.partition(" (")[0]) for path in by_path}
+    return {Path(path).name if is_alone[path] else path: value for path, value in by_path.items()}
 
 
 def _is_whole(folder: Path) -> bool:

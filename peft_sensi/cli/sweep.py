@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json as jsonlib
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from ..reporting.tables import plan_renderables, records_table
 from ..utils.errors import SensiError
-from ..utils.files import read_json_object, write_text_atomically
+from ..utils.files import read_json_object, write_json_atomically
 from ..utils.formatting import human, interval_text, metric_text
 from ..utils.hub_names import UNFINISHED
 from . import arguments as args
@@ -65,8 +64,7 @@ def sweep(
     resume: args.Resume = False,
     bf16: args.Bf16 = None,
     seed: args.Seed = 0,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Train under several budgets with one ranking, and show the metric over size and over measured time.
 
@@ -138,22 +136,22 @@ def sweep(
         results.append(train_for(
             copy.deepcopy(base), task, folder, training, limits={"params": limit}, recipe=None, score=score.value,
             scores=ranking, state=own,
-            show=lambda plan: None if json else err.print(*plan_renderables(plan, ascii_only())),
+            show=lambda plan: None if as_json else err.print(*plan_renderables(plan, ascii_only())),
         ))  # fmt: skip
         state["finished"].append(limit)
         write_record(out_folder / UNFINISHED, state)
     if PartialState().process_index:
         return  # the first process writes and prints
     points = [point_of(limit, result, task.main_metric) for limit, result in zip(limits, results, strict=True)]
-    whole = add_times(points, [str(folder) for folder in folders.values()], base, length, rounds, json)
+    whole = add_times(points, [str(folder) for folder in folders.values()], base, length, rounds, as_json)
     table = {"model": model, "metric": task.main_metric, "base_parameters": base.num_parameters(), "base_ms": whole,
              "sequence_length": length, "points": points}  # fmt: skip
-    write_text_atomically(out_folder / TABLE, jsonlib.dumps(table, indent=2) + "\n")
+    write_json_atomically(out_folder / TABLE, table)
     (out_folder / UNFINISHED).unlink(missing_ok=True)
     lines = ["Below each value is its 95 % interval.", f"table: {out_folder / TABLE}"]
     if (picture := draw(points, table, out_folder / PICTURE)) is not None:
         lines.append(f"picture: {picture}")
-    print_result(json, table, points_table(points, table), *lines)
+    print_result(as_json, table, points_table(points, table), *lines)
 
 
 def budgets_of(texts: list[str]) -> list[float | int]:

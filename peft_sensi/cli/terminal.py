@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..utils.errors import SensiError, how_to_install, number_of_system_error
+from ..utils.files import json_text
 from .resuming import can_resume
 
 
@@ -89,16 +89,16 @@ def is_for_this_process(trains: bool) -> bool:
     return is_first
 
 
-def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bool = False) -> Callable[..., None]:
+def one_line_errors(command: Callable[..., None], loads: bool, trains: bool) -> Callable[..., None]:
     """Turns an exception of a command into one line on stderr and exit status 1.
 
-    The traceback is printed before that line if the command was called with `debug=True`. `loads` says whether the
+    The traceback is printed before that line with `debug=True` (see `arguments.with_debug`). `loads` says whether the
     command needs PyTorch and PEFT, which are then imported first, and `trains` whether several processes can run it
     together.
     """
 
     @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
+    def wrapper(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         if not is_for_this_process(trains):
             return
         for stream in (sys.stdout, sys.stderr):
@@ -122,7 +122,7 @@ def one_line_errors(command: Callable[..., None], loads: bool = True, trains: bo
             sys.stderr.close()
             raise typer.Exit(1) from None
         except Exception as error:
-            if kwargs.get("debug"):
+            if debug:
                 traceback.print_exc()
             err.quiet = False
             known = isinstance(error, (SensiError, OSError, ImportError))
@@ -213,12 +213,6 @@ def print_result(as_json: bool, value: Mapping[str, Any] | list[Any], *parts: An
     for part in parts:
         is_line = isinstance(part, str)  # lines are not wrapped, so that paths can be copied
         out.print(Text(part) if is_line else part, soft_wrap=is_line)
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, which has no NaN and no infinity: they become null. Sets become lists, other objects texts."""
-    text = json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent, ensure_ascii=False)
 
 
 def stdout_for_programs() -> TextIO:

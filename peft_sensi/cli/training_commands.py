@@ -72,8 +72,7 @@ def train(
     resume: args.Resume = False,
     bf16: args.Bf16 = None,
     seed: args.Seed = 0,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Train an adapter under a budget: for classes, numbers, tags of words, or answers to questions.
 
@@ -138,7 +137,7 @@ def train(
         "training": f"{result['seconds']['training']:.0f} s",
     }
     print_remarks(result)
-    print_result(json, result, facts_table(facts), f"saved in {out_folder}")
+    print_result(as_json, result, facts_table(facts), f"saved in {out_folder}")
 
 
 @args.with_options(asked=_TRIMMING, reading=TRAINED_OPTIONS | VALIDATION_OPTIONS)
@@ -166,8 +165,7 @@ def trim(
     class_weights: args.Weights = None,
     bf16: args.Bf16 = None,
     seed: args.Seed = 0,
-    json: args.Json = False,
-    debug: args.Debug = False,
+    as_json: args.Json = False,
 ) -> None:
     """Make a trained model smaller: a fine-tuned model, or an adapter that `train` has made.
 
@@ -255,7 +253,7 @@ def trim(
     print_remarks(result)
     rows = [[name, *(metric_text(result[key][name]) for key in measured.values())] for name in result["validation"]]
     table = records_table(["", *measured], rows)
-    print_result(json, result, table, f"saved in {out_folder}")
+    print_result(as_json, result, table, f"saved in {out_folder}")
 
 
 def print_remarks(result: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from ..utils.checks import check_threads, is_count, shown
 from ..utils.errors import SensiError
 from ..utils.files import new_folder, writing
 from ..utils.timing import Run, clock_for, started, time_variants
-from .latency_graphs import WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
+from .latency_graphs import GRAPH_WEIGHTS, graph_name, import_runtime, measure_graphs, start_session, write_graphs
 from .onnx import trace_graph
 from .onnx_graph import with_external_weights
 
@@ -125,7 +125,7 @@ def export_graphs(
         nonlocal largest
         with tempfile.TemporaryDirectory(prefix="sensi-draft-") as place:
             trace_graph(small, batch, Path(place) / "draft.onnx")
-            graph, size = with_external_weights(Path(place) / "draft.onnx", WEIGHTS, _SMALLEST_WEIGHT)
+            graph, size = with_external_weights(Path(place) / "draft.onnx", GRAPH_WEIGHTS, _SMALLEST_WEIGHT)
         (folder / name).write_bytes(graph)
         largest = max(largest, size)
 

@@ -29,7 +29,7 @@ from .onnx_graph import open_session
 
 GRAPHS = "graphs.json"
 GRAPHS_FORMAT = "peft_sensi.graphs.2"
-WEIGHTS = "weights.bin"
+GRAPH_WEIGHTS = "weights.bin"
 _LARGEST = 2**37  # bytes of weights
 _OF_TABLE = ("phase", "model", "dtype", "batch_size", "sequence_length", "versions")  # fields of the table
 _EXPORT = "Export the graphs again (`peft-sensi measure --export`)."
@@ -56,7 +56,7 @@ def measure_graphs(folder: str | os.PathLike, threads: int | None = None, rounds
         try:
             for file in Path(folder).glob("*.onnx"):
                 shutil.copyfile(file, place / file.name)
-            _write_weights(place / WEIGHTS, described["weight_bytes"])
+            _write_weights(place / GRAPH_WEIGHTS, described["weight_bytes"])
         except OSError as error:
             size = described["weight_bytes"]
             raise SensiError(f"The graphs need room for {size:,} bytes of random weights: {error}.") from None

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -211,7 +212,7 @@ def check_folder(folder: Path) -> None:
 def _check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SensiError(f"{folder} is a file: give the path of a folder.")
-    for name in ("adapter_config.json", *OTHER_WEIGHTS):
+    for name in (CONFIG_NAME, *OTHER_WEIGHTS):
         if (folder / name).exists():
             raise SensiError(
                 f"{folder} holds {name!r}, and loaders would read that instead of the merged model: give another "

@@ -47,9 +47,9 @@ def make_plan(
 
     Args:
         anatomy: The groups of units, from `build_anatomy`.
-        budget: A limit on `params`, or a dict or `Budget` with several limits. `None`: everything stays and is tuned.
         scores: The result of `compute_scores`, or for each group's name an array or tensor of shape `[units]`. Units
             with larger scores are kept first. This function divides the scores by the units' costs.
+        budget: A limit on `params`, or a dict or `Budget` with several limits. `None`: everything stays and is tuned.
         targets: Names of the modules that may be trained. Default: all modules of all groups.
         protected: For each group a boolean mask `[units]`. These units are kept whatever their scores, unless the
             budget is too small for that. Default: the protected units of `scores`.

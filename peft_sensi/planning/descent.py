@@ -1,4 +1,4 @@
-"""Gradient descent on the weights of Linears towards what an untrimmed model computes, in one or several processes."""
+"""Gradient descent on the weights of Linears toward what an untrimmed model computes, in one or several processes."""
 
 from __future__ import annotations
 

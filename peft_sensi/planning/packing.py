@@ -14,7 +14,7 @@ from ..utils.errors import SensiLoadError
 from ..utils.states import FROZEN, TRIMMED
 
 
-DAMAGED = "The plan is damaged or was edited: take its file from its source again."
+PLAN_DAMAGED = "The plan is damaged or was edited: take its file from its source again."
 OTHER_BASE = "Load the base model that the plan was made for."
 MOST_IN_GROUP, MOST_IN_PLAN = 2**24, 2**28
 
@@ -46,7 +46,7 @@ def unpack_group(name: str, entry: Mapping[str, Any]) -> np.ndarray:
     """The states of a group's units (uint8, `[size]`) from its entry in a checked dict. Raises `SensiLoadError`."""
     kept, tuned = (_unpack_mask(entry[key], entry["size"], f"{name}.{key}") for key in ("kept", "tuned"))
     if (tuned & ~kept).any():
-        raise SensiLoadError(f"The plan tunes units of {name!r} that it also trims. {DAMAGED}")
+        raise SensiLoadError(f"The plan tunes units of {name!r} that it also trims. {PLAN_DAMAGED}")
     return kept.astype(np.uint8) + tuned.astype(np.uint8)
 
 
@@ -62,15 +62,15 @@ def _unpack_mask(text: str, size: int, where: str) -> np.ndarray:
     length = -(-size // 24) * 4
     if len(text) != length:  # checked first, so that a long text is never decoded
         raise SensiLoadError(
-            f"The plan's mask {where!r} has {len(text)} characters, but {size} units need {length}. {DAMAGED}"
+            f"The plan's mask {where!r} has {len(text)} characters, but {size} units need {length}. {PLAN_DAMAGED}"
         )
     try:
         bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8))
     except ValueError as error:
-        raise SensiLoadError(f"The plan's mask {where!r} is not base64: {error}. {DAMAGED}") from None
+        raise SensiLoadError(f"The plan's mask {where!r} is not base64: {error}. {PLAN_DAMAGED}") from None
     if len(bits) != -(-size // 8) * 8 or bits[size:].any():
         raise SensiLoadError(
-            f"The plan's mask {where!r} does not hold exactly one bit for each of {size} units. {DAMAGED}"
+            f"The plan's mask {where!r} does not hold exactly one bit for each of {size} units. {PLAN_DAMAGED}"
         )
     return bits[:size].astype(bool)
 
@@ -86,20 +86,22 @@ def check_plan_dict(values: Any) -> None:
         raise SensiLoadError(f"`plan` must be a `Plan` or its dict (`plan.to_dict()`), got {shown(values)}.")
     if set(values) != keys:
         found = sorted(map(str, values))
-        raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}. {DAMAGED}")
+        raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}. {PLAN_DAMAGED}")
     for name in ("sequence_length", "always_trained"):
         if not is_count(values[name]):
-            raise SensiLoadError(f"The plan's `{name}` must be a whole number, got {shown(values[name])}. {DAMAGED}")
+            raise SensiLoadError(
+                f"The plan's `{name}` must be a whole number, got {shown(values[name])}. {PLAN_DAMAGED}"
+            )
     if not isinstance(values["groups"], Mapping):
         raise SensiLoadError(
-            f"The plan's groups must be a mapping from names, got {shown(values['groups'])}. {DAMAGED}"
+            f"The plan's groups must be a mapping from names, got {shown(values['groups'])}. {PLAN_DAMAGED}"
         )
     for name, entry in values["groups"].items():
         good = isinstance(entry, Mapping) and set(entry) == {"size", "kept", "tuned"} and is_count(entry["size"])
         if not good or not all(isinstance(entry[key], str) for key in ("kept", "tuned")):
             raise SensiLoadError(
                 f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}. "
-                f"{DAMAGED}"
+                f"{PLAN_DAMAGED}"
             )
     # A file must not decide how much memory is allocated: a unit needs a byte, also if the text is only "all".
     sizes = [entry["size"] for entry in values["groups"].values()]
@@ -107,7 +109,7 @@ def check_plan_dict(values: Any) -> None:
     if largest > MOST_IN_GROUP or total > MOST_IN_PLAN:
         raise SensiLoadError(
             f"The plan claims {largest:,} units in a group, and {total:,} in all groups, more than any model has. "
-            f"{DAMAGED}"
+            f"{PLAN_DAMAGED}"
         )
 
 
@@ -130,7 +132,7 @@ def states_for(group: Group, entry: Mapping[str, Any]) -> np.ndarray:
         state = np.pad(state[: group.size], (0, max(0, group.size - len(state))), constant_values=FROZEN)
     kept = state != TRIMMED
     if not group.trimmable and not kept.all():
-        reason = f"only heads and neurons can be trimmed. {DAMAGED}"
+        reason = f"only heads and neurons can be trimmed. {PLAN_DAMAGED}"
         if group.fixed:
             reason = f"this group cannot be trimmed in this model (is it quantized?). {OTHER_BASE}"
         raise SensiLoadError(f"The plan trims units of {group.name!r}, but {reason}")

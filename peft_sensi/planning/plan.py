@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..anatomy.latency import LIMITS, LatencyTable, latency_facts
+from ..anatomy.latency import LIMIT_OF, LatencyTable, latency_facts
 from ..anatomy.units import Anatomy, Group
 from ..plotting.plots import Ranking, plot_plan
 from ..utils.errors import SensiError
@@ -260,7 +260,7 @@ class Plan:
         """The most important figures in one line, for a log."""
         units = {kind: counts for kind, counts in units_by_kind(self).items() if kind in ("head", "neuron")}
         kept = ", ".join(f"{c['kept']} of {c['size']} {KINDS[kind]}" for kind, c in units.items())
-        times = [f"{self.latency[n]['predicted_ms']:.3g} ms {n}, " for n in LIMITS.values() if n in self.latency]
+        times = [f"{self.latency[n]['predicted_ms']:.3g} ms {n}, " for n in LIMIT_OF.values() if n in self.latency]
         shares = f"{self.params_share:.1%} of prunable parameters, {self.flops_share:.1%} of prunable FLOPs, "
         return (
             f"{f'kept {kept}; ' if kept else ''}{''.join(times)}{shares if self.anatomy.trimmable else ''}"

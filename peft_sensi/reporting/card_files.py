@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from ..utils.errors import SensiError, first_line
 from ..utils.files import write_atomically
 from ..utils.hub_names import is_repo
+from .results import MEASURED_BY_US
 
 
 # The part of a card that is ours. A start whose end somebody has removed does not reach to the end of another section.
@@ -51,6 +52,8 @@ def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) 
         title, old_title = _TITLE.search(card.text), _TITLE.search(old.text)
         if title and old_title and old_title[1].strip() in former_titles:
             old.text = old.text.replace(old_title[0], title[0], 1)
+        if (former := SECTION.search(old.text)) and str(old.data.get("base_model")) in former[0]:
+            old.data.base_model = None  # of the adapter that had this section
         replaced, count = SECTION.subn(lambda _: ours, old.text, count=1)
         if count:
             card.text = replaced
@@ -95,7 +98,7 @@ def keep_words(card: Path, former: Path, repo: str, titles: Collection[str]) -> 
             f"there, or delete it. Nothing was uploaded."
         ) from error
     if SECTION.search(theirs.text):
-        _drop_generated(theirs, repo)
+        _drop_generated(theirs)
     if card.is_file():
         ours = load_card(card)
         theirs.data = _joined(theirs.data, ours.data, theirs.data.tags)
@@ -107,14 +110,10 @@ def keep_words(card: Path, former: Path, repo: str, titles: Collection[str]) -> 
     theirs.save(card)
 
 
-def _drop_generated(card: Any, repo: str) -> None:
-    """Takes out of the metadata what an upload of another adapter has written there: its base, results and tags."""
-    data = card.data.to_dict()
-    data.pop("base_model", None)
-    data["tags"] = _own_tags(card)
-    own = repo.rpartition("/")[2]
-    data["model-index"] = [entry for entry in data.get("model-index") or [] if entry.get("name") != own] or None
-    card.data = ModelCardData(**{key: value for key, value in data.items() if value is not None})
+def _drop_generated(card: Any) -> None:
+    """Takes out of the metadata what an upload of another adapter has written there: its base and tags."""
+    card.data.base_model = None
+    card.data.tags = _own_tags(card)
 
 
 def _own_tags(card: Any) -> list[str]:
@@ -123,9 +122,23 @@ def _own_tags(card: Any) -> list[str]:
 
 
 def _joined(old: Any, new: Any, tags: list[str]) -> ModelCardData:
-    """The metadata of two cards: where both say something, the new one counts. `tags` stay beside the new ones."""
+    """The metadata of two cards: where both say something, the new one counts. `tags` stay beside the new ones.
+
+    So do the results that somebody has added. Those that a former card of this package has written go.
+    """
     known = {key: value for key, value in new.to_dict().items() if value is not None}
-    return ModelCardData(**old.to_dict() | known | {"tags": [*tags, *_listed(new.get("tags"))]})
+    data = old.to_dict() | known | {"tags": [*tags, *_listed(new.get("tags"))]}
+    for key in ("model-index", "eval_results", "model_name"):
+        data.pop(key, None)
+    found = list(new.get("eval_results") or [])
+    own = {_measured(result) for result in found}
+    others = [r for r in old.get("eval_results") or [] if r.dataset_args != MEASURED_BY_US and _measured(r) not in own]
+    name = new.get("model_name") or old.get("model_name")
+    return ModelCardData(**data, eval_results=[*others, *found] or None, model_name=name)
+
+
+def _measured(result: EvalResult) -> tuple[str | None, ...]:
+    return result.task_type, result.dataset_name, result.metric_type
 
 
 def _has_words(text: str) -> bool:

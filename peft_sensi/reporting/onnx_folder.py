@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..merging.onnx import ExportReport
 from ..tuner.wrapping import root_of
 from ..utils.checks import is_count
 from ..utils.errors import SensiError
-from ..utils.files import read_json_object, write_text_atomically
+from ..utils.files import read_json_object, write_json_atomically
 from ..utils.heads import is_regressor
 from ..utils.hub_names import is_onnx
 from .saved import SavedAdapter
@@ -73,7 +72,7 @@ def write_companions(
         "task": record,
     }
     target = file.with_suffix(".json")
-    write_text_atomically(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_json_atomically(target, values)
     written = [target]
     if tokenizer is not None and file.parent.resolve() != saved.folder.resolve():
         written += [Path(name) for name in tokenizer.save_pretrained(file.parent) if Path(name).is_file()]

@@ -32,6 +32,9 @@ _SETTINGS = {
 }
 
 
+MEASURED_BY_US = {"measured_by": "peft_sensi"}  # in the results that a later card replaces; all others stay
+
+
 def results_table(results: Any) -> str:
     """Measured numbers as a Markdown table; see `write_card` for their forms and the errors. Empty for `None`."""
     if results is None:
@@ -78,11 +81,20 @@ def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def data_names(metrics: Mapping[str, Any]) -> list[str]:
-    """The names of the data files or data sets, without their folders. The last one was used for validation."""
+    """The names of the data files or data sets, without their folders; those for validation come last."""
     found = metrics.get("data_sha256")
     names = list(found) if isinstance(found, Mapping) else []
     # The name of a data set on the Hub has a slash, too, but no suffix.
     return [Path(name).name if Path(name).suffix else name for name in names]
+
+
+def measured_on(metrics: Mapping[str, Any]) -> str:
+    """What the validation rows are called: the names of their files, or of those that they were held out of."""
+    names, found = data_names(metrics), metrics.get("validation_data")
+    if not isinstance(found, list):  # of an older version
+        return (names or ["not named"])[-1]
+    named = [Path(name).name if Path(name).suffix else name for name in map(str, found)]
+    return ", ".join(named) if named else f"{', '.join(names)} (held-out rows)"
 
 
 def model_index(metrics: Mapping[str, Any], task: str | None) -> list[EvalResult] | None:
@@ -90,9 +102,10 @@ def model_index(metrics: Mapping[str, Any], task: str | None) -> list[EvalResult
     numbers = metrics.get("validation")
     if task is None or not isinstance(numbers, Mapping):
         return None
-    data = (data_names(metrics) or ["not named"])[-1]
+    data = measured_on(metrics)
+    kind = Path(data).stem if Path(data).suffix else data
     results = [
-        EvalResult(task, Path(data).stem if Path(data).suffix else data, data, name, round(value, 6))
+        EvalResult(task, kind, data, name, round(value, 6), dataset_args=dict(MEASURED_BY_US))
         for name, value in numbers.items()
         if is_number(value)
     ]

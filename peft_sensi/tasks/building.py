@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..utils.errors import DataError
-from . import answers, texts, words
+from . import answers, texts, word_files, words
 from .columns import label_columns, other_label_columns, text_columns
 from .labels import Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
 from .metrics import Quality
@@ -137,7 +137,7 @@ def sentences_in(part: Part, options: Options, needs_tags: bool = True) -> list[
     only_tables([part], "words")
     label = options.label_columns()
     column = label[0] if label else None
-    return words.to_raw(part.name, part.rows, options.text_column, column, needs_tags, part.notes)
+    return word_files.to_raw(part.name, part.rows, options.text_column, column, needs_tags, part.notes)
 
 
 def task_of_words(source: Source, options: Options, head: Labels | None, tokenizer: Any, limit: int) -> Task:

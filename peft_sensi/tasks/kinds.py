@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import DataError
-from . import answers, texts, words
+from . import answers, texts, word_files, words
 from .building import (
     check_columns,
     only_tables,
@@ -71,6 +71,7 @@ def read_task(
     task = read(source, wanted, head, tokenizer, limit)
     task.doubts[:0] = [*notes_of(source), *token_doubts(task.train, tokenizer)]
     task.hashes = {part.name: part.sha256 for part in (*source.train, *source.validation)}
+    task.validation_data = [part.name for part in source.validation]
     return task
 
 
@@ -144,7 +145,8 @@ def kind_of(part: Part, has_label: bool = False) -> Kind:
         known = [text for text, start in answers.COLUMNS if text in names and (start in names or not has_label)]
         if known or "answers" in names:
             return "answers"
-    if any(isinstance(first.get(column), list) for column in words.WORD_COLUMNS) or words.has_word_rows(part.rows):
+    has_lists = any(isinstance(first.get(column), list) for column in word_files.WORD_COLUMNS)
+    if has_lists or word_files.has_word_rows(part.rows):
         return "words"
     if len(names) == 1:
         hint = " If the file has no header, write one. For other delimiters, see --delimiter."

@@ -191,7 +191,11 @@ def reads_as_number(value: Any) -> bool:
 
 def finite(value: Any) -> float:
     """`float(value)`. Raises `ValueError` for NaN and infinity too, because a loss cannot be computed from them."""
-    if not math.isfinite(number := float(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{value!r} is not finite")
     return number
 

@@ -121,8 +121,10 @@ def open_predictor(name: str, base: str | None = None) -> Predictor:
         model: Any = load_merged(saved.folder)
         other = None
     else:
-        model, other = load_adapter(saved, base).merge_and_unload(), base or saved.base
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        model, other = load_adapter(saved, base).float().merge_and_unload(), base or saved.base  # as in training
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type == "cpu":  # many CPUs compute slowly in 16 bits
+        model = model.float()
     model = model.eval().to(device)
     has_tokenizer = (saved.folder / TOKENIZER_CONFIG).is_file()
     if not has_tokenizer and other is None:

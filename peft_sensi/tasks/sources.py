@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..utils.errors import DataError
 from ..utils.hub_names import not_found, reading
-from . import answers, words
+from . import answers, word_files
 from .columns import usual_label_columns
 from .encodings import TEXT_SUFFIXES, read_text, suffix_of
 from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
@@ -135,13 +135,13 @@ def read_part(path: Path, kind: str | None, options: Options, labeled: bool = Tr
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     recognized: list[str] = []
     is_conll = suffix in (".conll", ".iob", ".bio")
-    if kind == "words" and suffix in words.CONLL_SUFFIXES and not is_conll:
+    if kind == "words" and suffix in word_files.CONLL_SUFFIXES and not is_conll:
         header = read_text(path, encoding=options.encoding).partition("\n")[0]
-        is_conll = not words.is_word_header(re.split(r"[\t,;|]", header))
+        is_conll = not word_files.is_word_header(re.split(r"[\t,;|]", header))
     if is_conll:
         label = options.label_columns()
-        token, tag = words.column_numbers(options.text_column, label[0] if label else None)
-        rows = words.read_conll(path, token, tag if labeled else None, options.encoding, recognized)
+        token, tag = word_files.column_numbers(options.text_column, label[0] if label else None)
+        rows = word_files.read_conll(path, token, tag if labeled else None, options.encoding, recognized)
         return Part(str(path), "words", rows, recognized, content)
     if suffix in (".json", ".jsonl", ".ndjson"):
         try:

@@ -112,6 +112,7 @@ class Task:
         doubts: What may be wrong, for the user, each with the option that settles it.
         record: What a later prediction must know besides the adapter, as a JSON value.
         hashes: SHA-256 of each data file, by its name.
+        validation_data: The names of the files for validation; none if the rows were held out of those for training.
     """
 
     kind: Kind
@@ -124,6 +125,7 @@ class Task:
     doubts: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    validation_data: list[str] = field(default_factory=list)
 
     @property
     def task_type(self) -> str:

@@ -71,7 +71,7 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
             f"`from_pretrained`. Call `unload()` on that model first, load a fresh base, or give another "
             f"`adapter_name`."
         )
-    _check_names_of_tensors(model, adapter_name, others)
+    _check_adapter_name(model, adapter_name, others)
     if any(layer.sensi_base_dropped for layer in layers):
         raise base_is_dropped("add another adapter")
     if not config.keep_base and others:
@@ -90,7 +90,7 @@ def check_addition(model: nn.Module, adapter_name: str, config: SensiConfig) -> 
     replicas.check_whole(model)
 
 
-def _check_names_of_tensors(model: nn.Module, adapter_name: str, others: list[str]) -> None:
+def _check_adapter_name(model: nn.Module, adapter_name: str, others: list[str]) -> None:
     """Raises `SensiError` if PEFT could not tell an adapter's name from a part of a tensor's name.
 
     PEFT takes adapters' names out of the names of tensors when it saves, and leaves out what has another's name. So an
@@ -106,7 +106,7 @@ def _check_names_of_tensors(model: nn.Module, adapter_name: str, others: list[st
             )
 
 
-def check_name(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+def check_adapter_name_in_saved(model: nn.Module, config: SensiConfig, adapter_name: str) -> None:
     """Raises `SensiError` if PEFT could not tell the adapter's name from names in a module that is saved whole.
 
     PEFT takes the adapter's name out of a parameter's name when it saves, and puts it in when it loads.
@@ -197,12 +197,8 @@ def check_saved(model: nn.Module, config: SensiConfig) -> None:
             return
 
 
-def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> None:
-    """Raises `SensiError` if a module is to be saved whole whose units may be trimmed: one of these groups.
-
-    Warns of names that fit no module beside others that fit: all of these in `modules_to_save` and `exclude_modules`,
-    and in `target_modules` those that are nearly the name of a module.
-    """
+def check_saved_whole(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> None:
+    """Raises `SensiError` if a module is to be saved whole whose units may be trimmed: one of these groups."""
     saved = saved_whole(model, config)
     if both := [name for group in trimmed for name in group.modules if saved(name)]:
         raise SensiError(
@@ -210,6 +206,14 @@ def check_names(model: nn.Module, config: SensiConfig, trimmed: list[Group]) -> 
             f"its shape: leave it out of `modules_to_save`, or set a budget that trims nothing, such as "
             f"{{'trainable': 0.01}}."
         )
+
+
+def warn_of_unknown_names(model: nn.Module, config: SensiConfig) -> None:
+    """Warns of names that fit no module beside others that fit.
+
+    That are all such names in `modules_to_save` and `exclude_modules`, and in `target_modules` those that are nearly
+    the name of a module.
+    """
     paths = [f".{name_in_base(name)}" for name, _ in model.named_modules() if name]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         names = getattr(config, field) or ()

@@ -55,91 +55,147 @@ _PHASES: dict[str, tuple[dict[str, tuple[float, float]], str]] = {
 }
 
 
-def _reasons(c: Any) -> dict[str, Any]:
-    """For each reason to refuse a config: whether it holds. The first one that holds gives the error."""
-    update, phase, also = c.update or "dense", c.phase, set(c.also_train or ())
-    dense, trims, trainable = c.tunes_units, c.limits.trims, c.limits.trainable is not None
+# A rule: whether it refuses a config, and the reason for the error message.
+Rule = tuple[bool, str]
+
+
+def _rules(c: Any) -> list[Rule]:
+    """All rules for the combination of a config's fields. The first one that refuses it gives the error."""
+    return [*_size_rules(c), *_schedule_rules(c), *_also_train_rules(c), *_input_rules(c)]
+
+
+def _size_rules(c: Any) -> list[Rule]:
+    """Rules about the update, the granularity and the fields that choose how much is tuned or kept."""
+    update, dense = c.update or "dense", c.tunes_units
+    trims, trainable = c.limits.trims, c.limits.trainable is not None
     # At the wrap, the rank of a low-rank update can follow from the limit.
     ranked = update == "low_rank" and trainable and c.plan is None
-    return {
-        # -- update: the fields that it needs
-        f"update={update!r} needs `rank`. With update='low_rank', a `trainable` limit can take its place.": (
-            "low_rank" in c.parts and c.rank is None and not ranked
+    has_use = trims or c.chooses_nothing or c.plan is not None
+    return [
+        (
+            "low_rank" in c.parts and c.rank is None and not ranked,
+            f"update={update!r} needs `rank`. With update='low_rank', a `trainable` limit can take its place.",
         ),
-        f"update={update!r} needs `sparse`, the number of trained values in each matrix.": (
-            "sparse" in c.parts and c.sparse is None
+        (
+            "sparse" in c.parts and c.sparse is None,
+            f"update={update!r} needs `sparse`, the number of trained values in each matrix.",
         ),
-        "update='mask' needs `sparsity`, the share of the weights that the mask removes.": (
-            update == "mask" and c.sparsity is None
+        (
+            update == "mask" and c.sparsity is None,
+            "update='mask' needs `sparsity`, the share of the weights that the mask removes.",
         ),
-        # -- granularity
-        f"granularity='weight' is not possible with update={update!r}: use update='sparse' to tune single weights, or "
-        "update='mask' to remove some.": c.granularity == "weight" and (dense or update == "low_rank"),
-        "granularity='tensor' either removes sublayers (under a limit on `params`, `flops` or a latency) or tunes "
-        "whole Linears (under a `trainable` limit): give one kind of limit.": (
-            c.granularity == "tensor" and trims and trainable
+        (
+            c.granularity == "weight" and (dense or update == "low_rank"),
+            f"granularity='weight' is not possible with update={update!r}: use update='sparse' to tune single "
+            "weights, or update='mask' to remove some.",
         ),
-        f"granularity='tensor' tunes whole Linears, but update={update!r} tunes none: use update='dense'.": (
-            c.granularity == "tensor" and not dense
+        (
+            c.granularity == "tensor" and trims and trainable,
+            "granularity='tensor' either removes sublayers (under a limit on `params`, `flops` or a latency) or tunes "
+            "whole Linears (under a `trainable` limit): give one kind of limit.",
         ),
-        # -- fields that choose how much is tuned or kept
-        f"A `trainable` limit chooses units to tune, or a rank. The size of update={update!r} follows from `rank`, "
-        "`sparse` or `sparsity` instead: leave the limit out.": trainable and not dense and update != "low_rank",
-        "The rank follows from the `trainable` limit: give `rank` or the limit, but not both.": (
-            ranked and c.rank is not None
+        (
+            c.granularity == "tensor" and not dense,
+            f"granularity='tensor' tunes whole Linears, but update={update!r} tunes none: use update='dense'.",
         ),
-        "`retention` chooses the tuned neurons, and a `trainable` limit chooses them too: give one of the two.": (
-            trainable and c.retention is not None
+        (
+            trainable and not dense and update != "low_rank",
+            f"A `trainable` limit chooses units to tune, or a rank. The size of update={update!r} follows from "
+            "`rank`, `sparse` or `sparsity` instead: leave the limit out.",
         ),
-        "granularity='tensor' removes whole sublayers, so widths='uniform' (the same number of units in all blocks) "
-        "is not possible.": c.widths == "uniform" and c.granularity == "tensor",
-        "widths='uniform' has no effect without a limit on `params`, `flops` or a latency: nothing is trimmed.": (
-            c.widths == "uniform" and not (trims or c.chooses_nothing or c.plan is not None)
+        (
+            ranked and c.rank is not None,
+            "The rank follows from the `trainable` limit: give `rank` or the limit, but not both.",
         ),
-        # -- schedule
-        f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part.": (
-            phase == "freeze_dense" and not dense
+        (
+            trainable and c.retention is not None,
+            "`retention` chooses the tuned neurons, and a `trainable` limit chooses them too: give one of the two.",
         ),
-        "The phase 'draw_mask' needs `sparsity`, and an update that does not learn its mask.": (
-            phase == "draw_mask" and (c.sparsity is None or update == "mask")
+        (
+            c.widths == "uniform" and c.granularity == "tensor",
+            "granularity='tensor' removes whole sublayers, so widths='uniform' (the same number of units in all "
+            "blocks) is not possible.",
         ),
-        "The phase 'cut' trims to a limit on `params`, `flops` or a latency during training and needs the whole "
-        "base: give such a limit, no `trainable` limit, and `keep_base=True`.": (
-            phase == "cut" and (not trims or trainable or not c.keep_base)
+        (
+            c.widths == "uniform" and not has_use,
+            "widths='uniform' has no effect without a limit on `params`, `flops` or a latency: nothing is trimmed.",
         ),
-        "score='mask' is learned during priming, so it cannot rank units for the phase 'cut'.": (
-            phase == "cut" and c.score == "mask"
+    ]
+
+
+def _schedule_rules(c: Any) -> list[Rule]:
+    update, trims, trainable = c.update or "dense", c.limits.trims, c.limits.trainable is not None
+    return [
+        (
+            c.phase == "freeze_dense" and not c.tunes_units,
+            f"The phase 'freeze_dense' has no effect with update={update!r}, which has no dense part.",
         ),
-        "The phase 'cut' removes units and `sparsity` masks weights: give one of the two.": (
-            phase == "cut" and c.sparsity is not None
+        (
+            c.phase == "draw_mask" and (c.sparsity is None or update == "mask"),
+            "The phase 'draw_mask' needs `sparsity`, and an update that does not learn its mask.",
         ),
-        # -- what is trained beside the units
-        "Under a `trainable` limit `also_train` may hold 'biases' (of all targeted Linears), but neither "
-        "'output_biases' nor 'removed_biases'.": trainable and {"output_biases", "removed_biases"} & also,
-        "`also_train` has 'tokens', some rows of the embeddings, and 'embeddings', all of them: give only one.": (
-            {"tokens", "embeddings"} <= also
+        (
+            c.phase == "cut" and (not trims or trainable or not c.keep_base),
+            "The phase 'cut' trims to a limit on `params`, `flops` or a latency during training and needs the whole "
+            "base: give such a limit, no `trainable` limit, and `keep_base=True`.",
         ),
-        "'tokens' in `also_train` are units of a dense update: use update='dense' and granularity='unit'.": (
-            "tokens" in also and not (dense and c.granularity == "unit")
+        (
+            c.phase == "cut" and c.score == "mask",
+            "score='mask' is learned during priming, so it cannot rank units for the phase 'cut'.",
         ),
-        "score='movement' is measured during priming, which leaves embeddings alone: it cannot rank 'tokens'.": (
-            "tokens" in also and c.score == "movement"
+        (
+            c.phase == "cut" and c.sparsity is not None,
+            "The phase 'cut' removes units and `sparsity` masks weights: give one of the two.",
         ),
-        # -- run-time inputs and stored fields
-        "`compressed` describes a finished adapter: call `model.compress(...)` instead.": (
-            c.compressed is not None and c.plan is None
+    ]
+
+
+def _also_train_rules(c: Any) -> list[Rule]:
+    """Rules about what is trained beside the units."""
+    also, trainable = set(c.also_train or ()), c.limits.trainable is not None
+    has_units = c.tunes_units and c.granularity == "unit"
+    return [
+        (
+            trainable and bool({"output_biases", "removed_biases"} & also),
+            "Under a `trainable` limit `also_train` may hold 'biases' (of all targeted Linears), but neither "
+            "'output_biases' nor 'removed_biases'.",
         ),
-        "`plan` is finished, so nothing is scored or refitted: leave `calibration` and `scores` out.": (
-            c.plan is not None and (c.calibration is not None or c.scores is not None)
+        (
+            {"tokens", "embeddings"} <= also,
+            "`also_train` has 'tokens', some rows of the embeddings, and 'embeddings', all of them: give only one.",
         ),
-        "`loss_fn` has no effect without `calibration`.": c.loss_fn is not None and c.calibration is None,
-        "`refit=True` needs `calibration`: the kept units are fitted to the activations of these batches.": (
-            c.refit and c.calibration is None and c.plan is None
+        (
+            "tokens" in also and not has_units,
+            "'tokens' in `also_train` are units of a dense update: use update='dense' and granularity='unit'.",
         ),
-        "`refit=True` changes values that a `trainable` limit may freeze: leave one of the two out.": (
-            c.refit and trainable
+        (
+            "tokens" in also and c.score == "movement",
+            "score='movement' is measured during priming, which leaves embeddings alone: it cannot rank 'tokens'.",
         ),
-    }
+    ]
+
+
+def _input_rules(c: Any) -> list[Rule]:
+    """Rules about the data of a wrap, and about fields that a finished adapter stores."""
+    return [
+        (
+            c.compressed is not None and c.plan is None,
+            "`compressed` describes a finished adapter: call `model.compress(...)` instead.",
+        ),
+        (
+            c.plan is not None and (c.calibration is not None or c.scores is not None),
+            "`plan` is finished, so nothing is scored or refitted: leave `calibration` and `scores` out.",
+        ),
+        (c.loss_fn is not None and c.calibration is None, "`loss_fn` has no effect without `calibration`."),
+        (
+            bool(c.refit) and c.calibration is None and c.plan is None,
+            "`refit=True` needs `calibration`: the kept units are fitted to the activations of these batches.",
+        ),
+        (
+            bool(c.refit) and c.limits.trainable is not None,
+            "`refit=True` changes values that a `trainable` limit may freeze: leave one of the two out.",
+        ),
+    ]
 
 
 def check_config(config: Any) -> None:
@@ -151,8 +207,8 @@ def check_config(config: Any) -> None:
     for name, part in _PART_OF.items():
         if getattr(config, name) is not None and part not in config.parts:
             raise SensiError(f"`{name}` belongs to {part!r}, so it has no effect with update={update!r}.")
-    for reason, holds in _reasons(config).items():
-        if holds:
+    for refuses, reason in _rules(config):
+        if refuses:
             raise SensiError(reason)
 
 

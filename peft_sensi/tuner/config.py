@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from peft.config import PeftConfig
@@ -50,7 +50,7 @@ class RunInputs:
 
 
 # A config holds the inputs as plain attributes: `asdict` would deep-copy the value of a field.
-_INPUTS = ("calibration", "scores", "loss_fn")
+_INPUTS = tuple(field.name for field in fields(RunInputs))
 
 
 class _InputAttributes:  # for type checkers; in `SensiConfig` itself these would become fields
@@ -233,7 +233,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     @property
     def inputs(self) -> RunInputs:
         """The data of one wrap, which no file holds."""
-        return RunInputs(self.calibration, self.scores, self.loss_fn)
+        return RunInputs(**{name: getattr(self, name) for name in _INPUTS})
 
     @property
     def limits(self) -> Budget:
@@ -285,7 +285,7 @@ class SensiConfig(_InputAttributes, PeftConfig):
     def own_copy(self) -> SensiConfig:
         """A copy for one model, without the run inputs. The user's object can then wrap another model."""
         mine = copy.deepcopy(self)
-        mine.calibration = mine.scores = mine.loss_fn = None
+        vars(mine).update(dict.fromkeys(_INPUTS))
         mine.adapter_id = uuid.uuid4().hex
         return mine
 

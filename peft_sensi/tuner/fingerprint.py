@@ -74,9 +74,10 @@ def fingerprint(model: nn.Module, anatomy: Anatomy, like: Mapping[str, Any] | No
 
 
 def _marks_of_tokens(model: nn.Module, like: Iterable[str] | None) -> dict[str, float]:
-    """One number for each range of rows of the input embedding: the sum of the rows' marks, divided by the square root
-    of their count. So a change of precision, which is another one in each row, has no more influence than on one row.
+    """One number for each range of rows of the input embedding.
 
+    It is the sum of the rows' marks, divided by the square root of their count. Rounding errors of different rows are
+    independent, so with this factor a change of precision changes the number no more than the mark of one row.
     The names end in the range, such as `[0:100]`. With names as `like`, their ranges are taken, if they exist here.
     """
     if (table := embedding_of(model, "input")) is None:

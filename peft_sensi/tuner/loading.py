@@ -47,8 +47,10 @@ def file_to_check(config: SensiConfig) -> str | None:
 
 
 def prefix_of(config: SensiConfig, model: nn.Module) -> str:
-    """What the names in a file's plan begin with, if `model` is the base model inside of the one with a head that they
-    belong to. Otherwise an empty string."""
+    """The prefix of the module names in the file's plan, if `model` is only the base of the one it was made for.
+
+    Otherwise an empty string.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     groups = (config.plan or {}).get("groups", {})
     is_inside = bool(groups) and not hasattr(model, prefix[:-1]) and all(name.startswith(prefix) for name in groups)

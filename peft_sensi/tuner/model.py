@@ -22,7 +22,7 @@ from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
 from . import wrapping
-from .admission import check_addition, check_name
+from .admission import check_adapter_name_in_saved, check_addition
 from .checkpoint import check_hidden, check_pair, described_by, plan_from_tensor, plan_key
 from .config import SensiConfig
 from .decision import Decision, prepare
@@ -130,7 +130,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                 with errors_of_file(users_config):
                     check_task(model, config)
                     decision = prepare(model, config, users_config.inputs)
-                    check_name(model, config, adapter_name)
+                    check_adapter_name_in_saved(model, config, adapter_name)
                 if file is not None:
                     check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision

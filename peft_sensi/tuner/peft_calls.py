@@ -70,9 +70,8 @@ def hook_peft_calls() -> None:
 def _saving(function: Callable[..., Any]) -> Callable[..., Any]:
     """`save_pretrained` that refuses to write what no loader of this package reads, and warns of a merged model there.
 
-    PEFT changes `inference_mode` of a config while it saves it. If it fails, for example because the disk is full, the
-    adapter must still be one that is trained. And others than the user may read the weights, as all other files, when
-    they serve the adapter.
+    PEFT sets `inference_mode` of the config while it saves. If the save fails, for example because the disk is full,
+    it is set back: the adapter stays trainable. Afterwards other users may read the weights file, as all other files.
     """
 
     @functools.wraps(function)

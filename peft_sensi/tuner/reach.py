@@ -15,14 +15,15 @@ from ..anatomy.modules import base_of, linear_of, name_in_base
 from ..anatomy.units import Anatomy
 from ..utils.errors import SensiError
 from .admission import (
-    check_names,
     check_plain,
     check_quantized,
     check_saved,
+    check_saved_whole,
     head_to_save,
     is_partly_frozen,
     leave_frozen,
     warn_of_frozen_linears,
+    warn_of_unknown_names,
 )
 from .config import RunInputs, SensiConfig
 from .loading import prefix_of
@@ -79,7 +80,8 @@ def reach_of(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Reach 
         warn_of_frozen_linears(model, blocks, targets, config)
         whole_blocks = config.limits.trims or config.chooses_nothing or config.sparsity is not None
         whole_blocks |= config.phase == "cut"
-        check_names(model, config, list(anatomy.trimmable) if whole_blocks else [])
+        check_saved_whole(model, config, list(anatomy.trimmable) if whole_blocks else [])
+        warn_of_unknown_names(model, config)
         # The modules of a group are changed together: tuned units come first in all of them.
         reached = [g for g in anatomy.groups if targets & set(g.modules) or (whole_blocks and g.in_block)]
         check_plain(model, {name for group in reached for name in group.modules})

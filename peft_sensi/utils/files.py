@@ -92,6 +92,26 @@ def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
+def write_json_atomically(path: str | os.PathLike, value: Any) -> None:
+    """Writes `json_text` of a value as `write_atomically` does."""
+    write_text_atomically(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no NaN and no infinity: they become null.
+
+    Sets become lists, numbers of NumPy become numbers, and other objects become texts.
+    """
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, set):
+            return sorted(other)
+        return other.item() if hasattr(other, "item") else str(other)
+
+    text = json.dumps(value, default=plain)
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent, ensure_ascii=False)
+
+
 def move_files(files: Sequence[Path], folder: Path) -> None:
     """Moves files into a folder on the same disk, in the given order. Existing files of these names are replaced.
 
@@ -181,6 +201,8 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a part of the path is a file
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
         raise SensiLoadError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

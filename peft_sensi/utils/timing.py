@@ -26,8 +26,8 @@ Clock = Callable[[], float]
 
 # The largest standard error of the times, as a share of the reference's time.
 LARGEST_ERROR = 0.02
-# If the reference takes long, a turn has one run, and rounds end when the error is as small as this. A fast reference
-# takes all rounds, because its time depends most on its place in the memory, of which few rounds show little.
+# If the reference takes long, a turn has one run, and rounds end when the error is as small as this. The time of a
+# fast model varies with its place in the memory, which is another one in each round. So it takes all rounds.
 PRECISE, _LONG = 0.005, 0.25
 _FEWEST_ROUNDS, _FEWEST_FREE = 4, 4  # from fewer rounds or degrees of freedom, the error is not known
 # A function that is fast is run several times in each turn, for this many seconds.
@@ -162,8 +162,9 @@ def _time(run: Run, clock: Clock) -> float:
 def _summary(values: list[float], unit: float) -> Timing:
     """Mean, spread and standard error of these values, times `unit`, without about a tenth of them at either end.
 
-    The ends are turns in which other programs ran. A median would jump: in some places of the memory a model is fast,
-    in the others slow, and little between. Error of a trimmed mean: Tukey & McLaughlin 1963.
+    The ends are turns in which other programs ran. The times form two clusters, because a model is fast in some places
+    of the memory and slow in the others, so a median would jump between the clusters.
+    Error of a trimmed mean: Tukey & McLaughlin 1963.
     """
     ordered, count = np.sort(values), len(values)
     cut = _cut(count)
