@@ -28,6 +28,8 @@ OUTSIDE = {
     "CHANGELOG.md": "changes.md",
     "SECURITY.md": "security.md",
     "peft_sensi/tuner/FORMAT.md": "format.md",
+    "hub_cards/README.md": "cards.md",
+    "CITATION.cff": "CITATION.cff",
 }
 NOTEBOOK, NOTEBOOK_PAGE = ROOT / "examples" / "tour.ipynb", "tour.md"
 # The target of a Markdown link, or of an image or link in HTML; without its anchor. Addresses with a scheme are left.

@@ -1064,3 +1064,11 @@ def test_one_column_is_no_task_and_the_advice_is_for_who_can_follow_it(tmp_path,
     with pytest.raises(DataError, match="--label-column") as caught:
         read_task(str(base), tmp_path / "a.csv", kind="text")
     assert "--task" not in str(caught.value)
+
+
+def test_a_whole_number_without_a_float_is_no_label(base, tmp_path):
+    rows = [{"text": f"film {i}", "label": i / 7} for i in range(6)]
+    for name, more in (("train", []), ("dev", [{"text": "a plot", "label": 10**400}])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [*rows, *more])))
+    with pytest.raises(DataError, match="of row 7 is not a number"):
+        read_task(str(base), tmp_path / "train.jsonl", tmp_path / "dev.jsonl", regression=True)
