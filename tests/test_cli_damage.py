@@ -201,7 +201,7 @@ def test_an_interrupted_training_is_named_where_its_adapter_is_needed(tmp_path):
     (tmp_path / "unfinished.json").write_text(json.dumps({"options": {"--lr": None, "--epochs": 3}}))
     for command in (("predict", tmp_path, tmp_path / "new.csv"), ("push", tmp_path, "me/x", "--dry-run")):
         assert "holds an interrupted training: finish it with --resume" in fails(*command)
-    for damaged in ({"options": []}, {"seconds": "x"}, {"finished": "x"}):
+    for damaged in ({"options": []}, {"seconds": "x"}, {"finished": "x"}, {"score": 1}, {"stage": "heal"}):
         (tmp_path / "damaged").mkdir(exist_ok=True)
         (tmp_path / "damaged" / "unfinished.json").write_text(json.dumps(damaged))
         with pytest.raises(SensiError, match="unfinished.json is damaged: start again with --overwrite"):

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint of Trainer
-# Types in the state of a training, see `run.Run`.
+# Types in the state of a training (see `run.Run`), and what is there once a stage of `trim` has begun.
 _STATE: dict[str, Any] = {
     "options": dict, "stage": str, "steps": int | None, "seconds": float, "preparation": float, "before": dict,
-    "trimmed": dict, "finished": list, "data_sha256": dict, "classes": list,
+    "trimmed": dict, "doubts": list, "score": str, "finished": list, "data_sha256": dict, "classes": list,
 }  # fmt: skip
+_OF_STAGE = {"heal": ("before", "trimmed", "preparation")}
 
 
 def can_resume(folder: Path | None) -> bool:
@@ -72,7 +73,8 @@ def resumed_state(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def read_state(folder: Path) -> dict[str, Any]:
     """What a command has noted in the folder of an interrupted training. Raises `SensiError` if it is damaged."""
     state = read_json_object(folder / UNFINISHED)
-    if not all(isinstance(state[name], kind) for name, kind in _STATE.items() if name in state):
+    is_right = all(isinstance(state[name], kind) for name, kind in _STATE.items() if name in state)
+    if not is_right or any(name not in state for name in _OF_STAGE.get(state.get("stage", ""), ())):
         raise SensiError(f"{folder / UNFINISHED} is damaged: start again with --overwrite.")
     return state
 

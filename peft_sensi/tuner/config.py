@@ -68,9 +68,9 @@ class SensiConfig(_InputAttributes, PeftConfig):
     Args:
         budget: How much is kept and tuned. A float in (0, 1] is a share and an int above 1 a count of the parameters
             of all heads and neurons. A dict sets several limits at once: `params`, `flops`, `latency`,
-            `decode_latency` (these trim) and `trainable` (the number of trained values; its shares are of the
-            base's parameters without the task head). A latency is a share of the untrimmed model's, or a time such as `"12ms"`. `None`: 0.5 if the
-            model has heads or neurons to trim; otherwise all targeted modules are tuned.
+            `decode_latency` (these trim) and `trainable` (trained values; its shares are of the base's parameters
+            without the task head). A latency is a share of the untrimmed model's, or a time such as `"12ms"`. `None`:
+            0.5 if the model has heads or neurons to trim; otherwise all targeted modules are tuned.
         score: How the units are ranked: `"fisher"`, `"taylor"`, `"mask"`, `"movement"`, `"magnitude"` or `"random"`.
             The first four need `calibration`; without it they fall back to `"magnitude"` with a warning.
         granularity: What is ranked. `"unit"`: heads, neurons and rows. `"tensor"`: whole sublayers under a limit on
