@@ -52,6 +52,7 @@ from transformers import (
 from peft_sensi import BlockLayout, SensiConfig, SensiError, SensiLoadError, build_anatomy, load_merged, save_merged
 from peft_sensi.anatomy.families import FAMILIES as LAYOUTS
 from peft_sensi.cli.checks import check_out
+from peft_sensi.merging.foreign import check_counts
 from peft_sensi.planning.allocate import make_plan
 from peft_sensi.utils.states import TRIMMED
 
@@ -1024,3 +1025,13 @@ def test_the_base_inside_of_clips_projection_models_is_found(tmp_path):
         found.save_pretrained(tmp_path / "b")
         again = AutoModel.from_pretrained(tmp_path / "b", trust_remote_code=True)
         assert torch.equal(again.eval()(ids).last_hidden_state, expected)
+
+
+def test_positions_without_a_table_may_be_many_also_in_the_model_inside():
+    """Models of images and texts have the config of their text model inside of theirs."""
+    rotary = {"rope_parameters": {"rope_theta": 1e4}, "max_position_embeddings": 2**20}
+    tensors = {"weight": torch.zeros(4, 150)}
+    check_counts({"text_config": rotary}, tensors)
+    for values in ({"max_position_embeddings": 2**20}, {"text_config": rotary, "max_position_embeddings": 2**20}):
+        with pytest.raises(SensiLoadError, match="max_position_embeddings"):
+            check_counts(values, tensors)

@@ -467,3 +467,20 @@ def test_a_plan_that_changes_nothing_is_an_error():
     with pytest.raises(SensiError, match="nothing to adapt"):
         wrap(base, target_modules=["intermediate.dense"], retention=0.0, also_train=[], **PLAIN, budget=1.0)
     assert_same_tensors(snapshot(base), snapshot(clone(tiny_model())))
+
+
+def test_cuts_need_a_model_with_all_units():
+    """The first step failed, because the gates have the units of the base."""
+    plan = wrap(tiny_model(), **TRIM).base_model.plan()
+    before = snapshot(model := tiny_model())
+    with pytest.raises(SensiError, match="this `plan` trims already"):
+        get_peft_model(model, SensiConfig(plan=plan, budget=0.25, schedule=CUT, task_type="SEQ_CLS"))
+    assert_same_tensors(before, snapshot(model))
+
+
+def test_a_schedule_of_cuts_cannot_be_set_after_the_wrap():
+    """It changed nothing, without a word."""
+    model = wrap(tiny_model(), budget=1.0)
+    model.peft_config["default"].schedule, model.peft_config["default"].budget = dict(CUT), 0.5
+    with pytest.raises(SensiError, match="was made without the phase 'cut'"):
+        Schedule(model, 10, calibration=tiny_batches(2))

@@ -15,6 +15,7 @@ from tiny import TRIM, TUNE, assert_same_tensors, logits, snapshot, tiny_batches
 from torch import nn
 
 from peft_sensi import Schedule, SensiConfig, SensiError, SensiLoadError
+from peft_sensi.layers.layer import layers_of
 
 
 def test_the_plan_can_be_read_while_the_adapter_is_merged():
@@ -157,6 +158,43 @@ def test_merging_another_than_the_active_adapter_takes_its_head_too():
     with pytest.raises(SensiError, match="set_adapter"):
         model.merge_adapter(["b"])
     assert torch.allclose(logits(model.merge_and_unload(adapter_names=["b"])), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_an_adapter_of_few_layers_is_not_merged_beside_an_active_one_that_trims(family):
+    """Layers that it does not have went on trimming for the active adapter, next to layers merged whole."""
+    model = trained(family, adapter_name="a", **TRIM)
+    name = {"bert": "intermediate.dense", "llama": "up_proj"}[family]
+    low_rank = {"budget": {"trainable": 0.02}, "update": "low_rank", "target_modules": [name]}
+    model.add_adapter("b", SensiConfig(**low_rank))  # without a task type, it saves no module whole
+    before = logits(model)
+    with pytest.raises(SensiError, match="merged together|set_adapter"):
+        model.merge_adapter(["b"])
+    assert torch.equal(logits(model), before) and not any(layer.merged for layer in layers_of(model).values())
+
+
+def test_what_is_merged_already_counts_when_a_model_is_unloaded():
+    model = trained(adapter_name="a", **TRIM)
+    model.add_adapter("b", SensiConfig(budget=0.4, score="magnitude", task_type="SEQ_CLS"))
+    model.merge_adapter()
+    before = logits(model)
+    with pytest.raises(SensiError, match="merged together"):
+        model.merge_and_unload(adapter_names=["b"])
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
+def test_disabled_adapters_are_not_merged_in_place(family):
+    model = trained(family, **TRIM)
+    model.base_model.disable_adapter_layers()
+    base = logits(model)
+    with pytest.raises(SensiError, match="disabled, and a merge would use them"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), base)
+    model.base_model.enable_adapter_layers()
+    after = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), after, atol=1e-5)
 
 
 def test_scores_of_a_deleted_adapter_are_forgotten(tmp_path):

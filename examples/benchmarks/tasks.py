@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -34,6 +35,7 @@ from common import hold_out, read_table, sample, tokenize
 
 
 BATCH_SIZE = 32
+PAIRS = {"train": 3_000, "dev": 1_500}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Task:
     `rows` limits the number of training rows; 0 means all. `constant` is the dev metric of always answering the most
     frequent class. Learning rates are chosen on `held_out` training rows. With 500 rows the error is one point, so a
     task with many rows holds out more. `kind` says what is predicted: the class of a text (TSV files), the class of
-    every word (CoNLL files), or an answer in a text (a JSON file in the format of SQuAD, split by article). A `noisy`
-    task cannot separate methods at this model size: it is shown, but left out of means over tasks.
+    every word (CoNLL files), or an answer in a text (a JSON file in the format of SQuAD, split by article). With
+    `pairs_of`, the texts of that task are paired (see `make_pairs`). A `noisy` task is shown, but left out of means
+    over tasks: it cannot separate methods at this model size, or it is no task of its own.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Task:
     kind: Literal["text", "words", "answers"] = "text"
     noisy: bool = False
     dev: str = "dev.tsv"
+    pairs_of: str | None = None
 
 
 TASKS = {
@@ -68,6 +72,9 @@ TASKS = {
         Task("wnut17", classes=13, epochs=3, constant=0.0, metric="f1", kind="words", dev="dev.conll"),
         Task("cola", classes=2, epochs=3, constant=0.0, metric="matthews_correlation", noisy=True),
         Task("rte", classes=2, epochs=4, constant=0.527, pair=True, noisy=True),
+        Task(
+            "trec6_pairs", classes=2, epochs=3, constant=0.5, pair=True, noisy=True, dev="test.tsv", pairs_of="trec6"
+        ),
         Task("mlqa_en", classes=2, epochs=4, constant=0.0, metric="f1", kind="answers", dev="dev.json", noisy=True),
     )
 }
@@ -117,7 +124,10 @@ def load_task(task: Task, folder: Path, model: str, seed: int) -> Data:
     tokenizer = AutoTokenizer.from_pretrained(model)
     if task.kind == "words":
         return _load_words(task, folder, tokenizer, seed)
-    rows = {name: read_table(folder / task.name / file) for name, file in (("train", "train.tsv"), ("dev", task.dev))}
+    files = {"train": "train.tsv", "dev": task.dev}
+    rows = {name: read_table(folder / (task.pairs_of or task.name) / file) for name, file in files.items()}
+    if task.pairs_of:
+        rows = {name: make_pairs(part, PAIRS[name]) for name, part in rows.items()}
     names = sorted(set(rows["train"]["label"]))
     if len(names) != task.classes:
         raise ValueError(f"{folder / task.name}: expected {task.classes} classes, found {len(names)}")
@@ -134,6 +144,21 @@ def load_task(task: Task, folder: Path, model: str, seed: int) -> Data:
         for name, rows in chosen.items()
     }
     return Data(task, **encoded, collator=DataCollatorWithPadding(tokenizer), seed=seed)
+
+
+def make_pairs(texts: Dataset, count: int) -> Dataset:
+    """Pairs of texts, always the same ones: every second pair has two texts of one class, the others have not."""
+    generator = np.random.default_rng(0)
+    labels = np.array(texts["label"])
+    rows = []
+    for number in range(count):
+        first = generator.integers(len(labels))
+        is_same = labels == labels[first]
+        is_same[first] = False
+        second = generator.choice(np.flatnonzero(is_same if number % 2 else labels != labels[first]))
+        names = {"sentence1": texts["sentence"][int(first)], "sentence2": texts["sentence"][int(second)]}
+        rows.append({**names, "label": "same" if number % 2 else "other"})
+    return Dataset.from_list(rows)
 
 
 def _load_words(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:

@@ -114,7 +114,7 @@ def _without_code(values: Any) -> Any:
 def config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     """The config object. Raises `SensiLoadError` for numbers that are too large for the tensors of the file."""
     try:
-        _check_counts(values, tensors, "rope_" in str(list(values)))
+        check_counts(values, tensors)
         values = _without_code(values)
     except RecursionError as error:
         raise SensiLoadError(f"{MODEL_CONFIG} is nested too deeply.") from error
@@ -128,15 +128,17 @@ def config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[
         raise SensiLoadError(f"The config does not fit a {cls.__name__}: {error}") from error
 
 
-def _check_counts(values: Any, tensors: Mapping[str, torch.Tensor], rotary: bool, name: str = "") -> None:
+def check_counts(values: Any, tensors: Mapping[str, torch.Tensor], rotary: bool = False, name: str = "") -> None:
     """Raises `SensiLoadError` for counts in a config that are far larger than anything in the weights file.
 
     Building a config or a module takes time for each layer, label or position, even without any weights.
     """
     if isinstance(values, (dict, list)):
+        # Rotary positions take no room. The text model inside of a model of images and texts has a dict of its own.
+        rotary = rotary or (isinstance(values, dict) and any("rope_" in str(key) for key in values))
         items = values.items() if isinstance(values, dict) else ((name, value) for value in values)
         for key, value in items:
-            _check_counts(value, tensors, rotary, key)
+            check_counts(value, tensors, rotary, key)
         return
     if type(values) is not int:
         return

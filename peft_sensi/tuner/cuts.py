@@ -28,6 +28,7 @@ from ..planning.plan import Plan
 from ..scoring.calibration import LossFn, preserved
 from ..scoring.scores import Scores
 from ..utils import distributed
+from ..utils.errors import SensiError
 from ..utils.states import TRIMMED
 from ..utils.undo import surely
 from .carry import copies_follow
@@ -105,8 +106,16 @@ def close_units(
     return choice.scores
 
 
-def check_cut(root: nn.Module, config: SensiConfig) -> None:
-    """Raises `BudgetError` if a cut cannot meet the limits, or if the latency table of a limit is missing."""
+def check_cut(root: nn.Module, config: SensiConfig, adapter_name: str) -> None:
+    """Raises `BudgetError` if a cut cannot meet the limits, or if the latency table of a limit is missing.
+
+    And `SensiError` if the adapter was made without a schedule, so that no unit can be closed.
+    """
+    if not gates_of(root, adapter_name):
+        raise SensiError(
+            f"The adapter {adapter_name!r} was made without the phase 'cut', which needs more in each layer: set "
+            f"`schedule` in the config that wraps the model, or call `trim` after the training."
+        )
     read_latency(config)
     plan = plan_of(root, config)
     check_fits(plan.anatomy, config.limits, plan.sequence_length, latency=config.tables, **config.width_options)

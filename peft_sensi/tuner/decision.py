@@ -86,6 +86,11 @@ def prepare(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Decisio
         if config.fingerprint is not None:
             check_fingerprint(config.fingerprint, model, anatomy)
         plan = Plan.from_dict(config.plan, anatomy, targets)
+        if config.phase == "cut" and plan.trims:  # its gates would need all units
+            raise SensiError(
+                "The phase 'cut' needs a model with all units, and this `plan` trims already: leave the schedule out, "
+                "and call `trim` after the training."
+            )
         if not config.from_file:  # `make_plan`, or another config, may have counted other values beside the units
             plan = _counted(model, config, plan, saved_values)
             config.plan = plan.to_dict()

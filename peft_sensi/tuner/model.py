@@ -17,7 +17,7 @@ from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor
 from ..layers.plain_states import check_plain_state
-from ..layers.whole_modules import activate, hold_masters, saved_modules
+from ..layers.whole_modules import activate, hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
@@ -208,14 +208,7 @@ class SensiModel(AdapterOperations, BaseTuner):
     # -- several adapters, merging ------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_combination(adapter_names or self.active_adapters)
-        self._check_mergeable()
-        if adapter_names and set(adapter_names) != set(self.active_adapters):
-            if any(saved_modules(self.model, name) for name in adapter_names):
-                raise SensiError(
-                    f"Merging {list(adapter_names)} while {self.active_adapters} is active would combine the Linears "
-                    f"of the one with the task head and the norms of the other. Call `set_adapter` first."
-                )
+        self._check_merge(adapter_names or self.active_adapters)
         with undone_on_error(self):
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
@@ -239,7 +232,8 @@ class SensiModel(AdapterOperations, BaseTuner):
         if merge:
             self._check_mergeable()  # before anything is replaced
             names = kwargs.get("adapter_names") or self.active_adapters
-            self._check_combination(names)
+            merged_before = {name for layer in self._layers() for name in layer.merged_adapters}
+            self._check_combination([*names, *sorted(merged_before - {*names})])
             if cuts := [name for name in names if self.peft_config[name].phase == "cut"]:
                 what = f"The cuts of the adapter {cuts[0]!r} are not finished, so the merged model keeps all units"
                 warnings.warn(

@@ -11,6 +11,7 @@ from ..anatomy.linears import check_weight, is_quantized, not_mergeable, quantiz
 from ..anatomy.units import Anatomy
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..layers.marks import EXTRA, check_marks, marks_are_written, marks_to_tensor, plan_mark
+from ..layers.whole_modules import saved_modules
 from ..planning.plan import Plan
 from ..scoring.calibration import LossFn
 from ..scoring.scores import Scores
@@ -224,6 +225,27 @@ class AdapterOperations:
 
     def _layers(self) -> list[SensiLayer]:
         return list(layers_of(self.model).values())
+
+    def _check_merge(self, names: list[str]) -> None:
+        """Raises `SensiError` if these adapters cannot be merged in place, or not while others are active."""
+        self._check_combination(names)
+        self._check_mergeable()
+        active: list[str] = self.active_adapters  # type: ignore[attr-defined]
+        if any(layer.disable_adapters for layer in self._layers()):
+            raise SensiError(
+                "The adapters are disabled, and a merge would use them: call `enable_adapter_layers()` first."
+            )
+        if set(names) == set(active):
+            return
+        if any(saved_modules(self.model, name) for name in names):
+            raise SensiError(
+                f"Merging {list(names)} while {active} is active would combine the Linears of the one with the task "
+                f"head and the norms of the other. Call `set_adapter` first."
+            )
+        # The forward pass still applies the active adapters in layers that these do not have.
+        others = [layer for layer in self._layers() if not {*names} & {*layer.sensi_slices}]
+        if any({*active} & {*layer.sensi_slices} for layer in others):
+            self._check_combination([*dict.fromkeys([*names, *active])])
 
     def _check_mergeable(self) -> None:
         replicas.check_gathered(self.model, "merge the adapter")

@@ -112,7 +112,8 @@ class Schedule:
             self.switches = self._switches(total_steps, steps_per_epoch)
             self._check_dense()
             if self.config.phase == "cut" and not replicas.is_sharded(self.model):
-                check_cut(root_of(self.model), self.config)  # at the cut, a part of the training would be lost
+                # Now: at the cut, a part of the training would be lost.
+                check_cut(root_of(self.model), self.config, self.adapter_name)
         self.done_steps, self.made = 0, 0
         self.scores: Scores | None = None  # of the latest cut
         if (tuner := self._tuner()) is not None:
