@@ -698,7 +698,7 @@ def test_a_device_with_onnxruntime_only(bert, tmp_path):
     table = LatencyTable.load(tmp_path / "pi.json")
     assert table.runtime == "onnxruntime" and table.rest_ms == table.whole_ms == 1000
     table.check_fits(build_anatomy(bert))
-    assert not (tmp_path / "graphs" / latency_graphs.WEIGHTS).exists()
+    assert not (tmp_path / "graphs" / latency_graphs.GRAPH_WEIGHTS).exists()
     for arguments, message in (
         (("plan", "x"), "the command needs"),
         (("measure", tmp_path), "holds no graphs.json"),
