@@ -144,16 +144,6 @@ def folder_bytes(folder: str | Path) -> int:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def plan_figures(model: Any) -> dict[str, float]:
-    """The figures of a Sensi model's plan that the examples report."""
-    plan = model.base_model.plan()
-    return {
-        "params_share": plan.params_share,
-        "flops_share": plan.flops_share,
-        "trainable_params": plan.trainable_params,
-    }
-
-
 def trained_model(trainer: Trainer) -> Any:
     """The trained model without Accelerate's changes.
 

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from peft_sensi import Budget, SensiConfig, SensiError
+from peft_sensi.anatomy.modules import task_head
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.models import load_for
 from peft_sensi.tasks.words import best_classes
@@ -47,7 +48,6 @@ from common import (
     flops,
     hold_out,
     parameters,
-    plan_figures,
     sample,
     trained_model,
     write_json,
@@ -330,7 +330,7 @@ def run(task: Task, options: MethodOptions, training: TrainingArguments) -> dict
 
     trained = trained_model(trainer)
     trained_values = parameters(trained, trainable_only=True)
-    plan = plan_figures(trained) if options.method == "sensi" else None
+    plan = trained.base_model.plan().figures() if options.method == "sensi" else None
     reloaded, differences = check_reloaded(trained, task, training)
     metrics = {
         "model": options.model,
@@ -377,18 +377,10 @@ def wrapped(base: PreTrainedModel, task: Task, options: MethodOptions, training:
             r=options.lora_rank,
             lora_alpha=2 * options.lora_rank,
             target_modules="all-linear" if task.task_type is None else None,
-            modules_to_save=task_head(base, task.task_type) or None,
+            modules_to_save=task_head(base) or None,
         )
         return get_peft_model(base, config)
     return base
-
-
-def task_head(base: PreTrainedModel, task_type: str | None) -> list[str]:
-    """Names of the modules outside the transformer. A language model's head belongs to the pretrained model."""
-    if task_type == "CAUSAL_LM":
-        return []
-    children = {name for name, child in base.named_children() if any(True for _ in child.parameters())}
-    return sorted(children - {base.base_model_prefix})
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from peft_sensi import Budget, SensiConfig
 
-from common import DataError, batches, plan_figures, write_json
+from common import DataError, batches, write_json
 from runner import DataOptions, OrderedTrainer, Task, parse, pretrained, read_for, readable_errors, share_or_count
 
 
@@ -67,7 +67,7 @@ def trimmed(
     config = SensiConfig(budget=1.0, calibration=calibration, task_type=task.task_type, seed=training.seed)
     model: Any = get_peft_model(task.load_base().to(training.device), config)
     model.base_model.trim(budget, calibration)
-    row = {"budget": budget, "plan": plan_figures(model), "trimmed": evaluate(model, task, training)}
+    row = {"budget": budget, "plan": model.base_model.plan().figures(), "trimmed": evaluate(model, task, training)}
     print(f"{budget:g} of the parameters, no training: {line(row['trimmed'])}")
     if options.heal_epochs:
         trainer(model, task, training).train()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -137,3 +139,12 @@ def test_a_file_is_not_a_repository(tmp_path, monkeypatch):
     assert hub_names.is_repo("model.onnx") and hub_names.is_repo("me/model.onnx")
     (tmp_path / "model.onnx").touch()
     assert not hub_names.is_repo("model.onnx")
+
+
+def test_json_has_no_nan_and_no_numbers_of_numpy():
+    """`metrics.json` with a NaN could not be read by other programs."""
+    values = {"nan": float("nan"), "inf": np.float32("inf"), "mean": np.float32(0.5), "counts": np.arange(2),
+              "names": {"b", "a"}, "folder": Path("x")}  # fmt: skip
+    assert json.loads(files.json_text(values)) == {
+        "nan": None, "inf": None, "mean": 0.5, "counts": [0, 1], "names": ["a", "b"], "folder": "x"
+    }  # fmt: skip

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.replicas import is_partitioned
-from .values import version_of
+from .versions import version_of
 
 
 INTEGERS = ("places", "bits", "codes")

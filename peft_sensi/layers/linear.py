@@ -15,7 +15,7 @@ from .functional import Pair, Parts, cast, compose, fused_linear
 from .layer import SensiLayer
 from .masters import warn_of_lost_gradients, warn_of_merged, warn_of_short, warn_of_unfrozen
 from .sources import Source
-from .values import version_of, writes
+from .versions import version_of, writes
 
 
 # From this number of tokens in a call, a fused weight is made for the call and again for its backward pass. For fewer

@@ -1,4 +1,4 @@
-"""Checks of tensors: what those from files must be like, and whether something was written into a tensor."""
+"""Checks of the tensors in an adapter's file: names, shapes, dtypes and values."""
 
 from __future__ import annotations
 
@@ -89,13 +89,3 @@ def round_integers(tensors: dict[str, torch.Tensor], like: Mapping[str, torch.Te
                     f"exact. Average or convert only floats, and copy integers as they are."
                 )
             tensors[name] = rounded.to(parameter.dtype)
-
-
-def writes(tensor: torch.Tensor) -> int:
-    """How often values were written into a tensor. Tensors made under `torch.inference_mode` do not count: -1."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def version_of(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """What changes when a tensor gets another storage, or when values are written into it."""
-    return None if tensor is None else (tensor.data_ptr(), writes(tensor))

@@ -20,7 +20,8 @@ from .marks import Mark
 from .slices import Slice, tensor_specs
 from .sources import Source
 from .updates import learned_mask, unpack_mask
-from .values import WEIGHTS, check_content, check_finite, version_of, writes
+from .values import WEIGHTS, check_content, check_finite
+from .versions import version_of, writes
 
 
 class ComposedWeights(nn.Module, BaseTunerLayer):

@@ -28,7 +28,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ..anatomy.modules import base_of, embedding_of
 from ..anatomy.widths import is_merged
 from ..layers.layer import layers_of
-from ..layers.values import writes
+from ..layers.versions import writes
 from ..layers.weights import untouched
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import make_readable, open_safetensors, read_json_object

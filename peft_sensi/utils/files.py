@@ -100,13 +100,13 @@ def write_json_atomically(path: str | os.PathLike, value: Any) -> None:
 def json_text(value: Any, indent: int | None = None) -> str:
     """A value as JSON, which has no NaN and no infinity: they become null.
 
-    Sets become lists, numbers of NumPy become numbers, and other objects become texts.
+    Sets and arrays become lists, numbers of NumPy become numbers, and other objects become texts.
     """
 
     def plain(other: Any) -> Any:
         if isinstance(other, set):
             return sorted(other)
-        return other.item() if hasattr(other, "item") else str(other)
+        return other.tolist() if hasattr(other, "tolist") else str(other)
 
     text = json.dumps(value, default=plain)
     return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent, ensure_ascii=False)
