@@ -154,7 +154,7 @@ def _model_within(run: Seed, method: str, share: float, table: LatencyTable) -> 
         model = fewer_layers(run.base(), share)
         run.fit(model, run.epochs, run.rate)
         return model
-    model, _ = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0, latency=table, min_units=0)
+    model, _ = run.wrapped(copy.deepcopy(run.full[0]), budget=1.0, latency=table)
     run.trim(model, {method: share})
     return model.merge_and_unload()
 
