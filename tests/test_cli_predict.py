@@ -262,6 +262,9 @@ def test_evaluate_takes_a_test_with_labels_before_the_training_rows(work, tmp_pa
         DatasetDict(saved).save_to_disk(tmp_path / f"set{count}")
         report = json.loads(call("evaluate", work / "merged", tmp_path / f"set{count}", "--json"))
         assert report["rows"] == count
+    plain = {"train": [{**row, "label": names.index(row["label"])} for row in rows], "test": hidden}  # no names
+    DatasetDict({name: Dataset.from_list(part) for name, part in plain.items()}).save_to_disk(tmp_path / "plain")
+    assert json.loads(call("evaluate", work / "merged", tmp_path / "plain", "--json"))["rows"] == len(rows)
 
 
 def test_predict_reads_all_files_of_a_folder(work, tmp_path):

@@ -210,13 +210,16 @@ def _to_measure(name: str, places: Mapping[str, Callable[[], list[Part]]], optio
 
 
 def _has_labels(part: Part, options: Options) -> bool:
-    """Whether the rows of a table have a label; those of words and answers have been read with theirs."""
+    """Whether the rows of a table have a label; those of words and answers have been read with theirs.
+
+    Tests of the Hub without labels have -1 in each row.
+    """
     if part.form != "table" or not part.rows:
         return part.form != "table"
     # The options may name the columns of the training, and these rows have others.
     named = [column for column in options.label_columns() if column in part.rows[0]]
     columns = named or usual_label_columns(part.rows)
-    return any(row.get(column) not in (None, "") for row in part.rows for column in columns)
+    return any(row.get(column) not in (None, "", -1) for row in part.rows for column in columns)
 
 
 def _load_from_disk(folder: Path) -> Any:
