@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from peft_sensi import SensiError, save_merged
 from peft_sensi.cli.commands import app
 from peft_sensi.reporting.card import write_card
+from peft_sensi.reporting.card_files import keep_words
 from peft_sensi.reporting.results import model_index
 from peft_sensi.reporting.saved_merged import SavedMerged, open_saved
 from peft_sensi.utils.files import write_atomically
@@ -92,6 +93,16 @@ def test_results_and_base_of_an_earlier_adapter_leave_the_card_and_those_of_the_
     last = ModelCard.load(card)
     assert [(r.dataset_name, r.metric_value) for r in last.data.eval_results] == [("my test", 0.777)]
     assert last.data.get("base_model") is None and "someone/base" not in last.content
+
+
+def test_an_upload_without_a_card_leaves_no_results_of_another_adapter_on_the_hub(folder, tmp_path):
+    former = shutil.copytree(folder / "adapter", tmp_path / "adapter") / "README.md"
+    run("card", former.parent)
+    card = ModelCard.load(former)
+    card.data.eval_results.append(EvalResult("text-classification", "me/t", "my test", "accuracy", 0.777))
+    card.save(former)
+    keep_words(tmp_path / "README.md", former, "me/adapter", [])
+    assert [result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results] == [0.777]
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,9 @@ def keep_words(card: Path, former: Path, repo: str, titles: Collection[str]) -> 
 
 
 def _drop_generated(card: Any) -> None:
-    """Takes out of the metadata what an upload of another adapter has written there: its base and tags."""
+    """Takes out of the metadata what an upload of another adapter has written there: its base, results and tags."""
     card.data.base_model = None
+    card.data.eval_results = _results_of_others(card.data) or None
     card.data.tags = _own_tags(card)
 
 
@@ -132,9 +133,14 @@ def _joined(old: Any, new: Any, tags: list[str]) -> ModelCardData:
         data.pop(key, None)
     found = list(new.get("eval_results") or [])
     own = {_measured(result) for result in found}
-    others = [r for r in old.get("eval_results") or [] if r.dataset_args != MEASURED_BY_US and _measured(r) not in own]
+    others = [result for result in _results_of_others(old) if _measured(result) not in own]
     name = new.get("model_name") or old.get("model_name")
     return ModelCardData(**data, eval_results=[*others, *found] or None, model_name=name)
+
+
+def _results_of_others(data: Any) -> list[EvalResult]:
+    """The results that this package has not measured."""
+    return [result for result in data.get("eval_results") or [] if result.dataset_args != MEASURED_BY_US]
 
 
 def _measured(result: EvalResult) -> tuple[str | None, ...]:
