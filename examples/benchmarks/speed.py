@@ -31,8 +31,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from peft_sensi.utils.files import write_json_atomically
-
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -307,6 +305,8 @@ def alone(name: str, arguments: dict[str, Any], command: str, **fields: Any) -> 
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from peft_sensi.utils.files import write_json_atomically
+
     from speed_methods import METHODS, SHAPES
 
     path = Path(options.output)

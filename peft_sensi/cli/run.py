@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -271,7 +271,7 @@ class Run:
             return {}
         # Loaders take a folder with this file, of an adapter of an older version, for a whole model.
         (self.folder / "config.json").unlink(missing_ok=True)
-        plan = self.model.base_model.plan()
+        plan, names = self.model.base_model.plan(), names_of_data(self.task.hashes)
         result = {
             **more,
             "rows": {"train": len(self.task.train.raw), "validation": len(self.task.validation.raw)},
@@ -287,8 +287,8 @@ class Run:
             "plan": plan_figures(plan),
             "weight_bytes": (self.folder / WEIGHTS).stat().st_size,
             "versions": versions(),
-            "data_sha256": by_file_name(self.task.hashes),
-            "validation_data": list(by_file_name(dict.fromkeys(self.task.validation_data, ""))),
+            "data_sha256": {names[path]: value for path, value in self.task.hashes.items()},
+            "validation_data": [names[path] for path in self.task.validation_data],
             "base_revision": getattr(base, "_commit_hash", None),
             "folder": str(self.folder),
             "command": sys.argv[1:],
@@ -316,14 +316,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def by_file_name(by_path: Mapping[str, str]) -> dict[str, str]:
-    """The same values by the names of the files, without their folders. Files of the same name keep their paths.
+def names_of_data(paths: Collection[str]) -> dict[str, str]:
+    """The name of each file without its folder. Files of the same name keep their paths.
 
     So do data sets of the Hub, such as `user/data (train)`.
     """
-    counts = Counter(Path(path).name for path in by_path)
-    is_alone = {path: counts[Path(path).name] == 1 and not is_repo(path.partition(" (")[0]) for path in by_path}
-    return {Path(path).name if is_alone[path] else path: value for path, value in by_path.items()}
+    counts = Counter(Path(path).name for path in paths)
+    is_alone = {path: counts[Path(path).name] == 1 and not is_repo(path.partition(" (")[0]) for path in paths}
+    return {path: Path(path).name if is_alone[path] else path for path in paths}
 
 
 def _is_whole(folder: Path) -> bool:

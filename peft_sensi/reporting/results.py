@@ -83,9 +83,7 @@ def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def data_names(metrics: Mapping[str, Any]) -> list[str]:
     """The names of the data files or data sets, without their folders; those for validation come last."""
     found = metrics.get("data_sha256")
-    names = list(found) if isinstance(found, Mapping) else []
-    # The name of a data set on the Hub has a slash, too, but no suffix.
-    return [Path(name).name if Path(name).suffix else name for name in names]
+    return _without_folders(found) if isinstance(found, Mapping) else []
 
 
 def measured_on(metrics: Mapping[str, Any]) -> str:
@@ -93,8 +91,12 @@ def measured_on(metrics: Mapping[str, Any]) -> str:
     names, found = data_names(metrics), metrics.get("validation_data")
     if not isinstance(found, list):  # of an older version
         return (names or ["not named"])[-1]
-    named = [Path(name).name if Path(name).suffix else name for name in map(str, found)]
-    return ", ".join(named) if named else f"{', '.join(names)} (held-out rows)"
+    return ", ".join(_without_folders(found)) or f"{', '.join(names)} (held-out rows)"
+
+
+def _without_folders(names: Iterable[Any]) -> list[str]:
+    # The name of a data set on the Hub has a slash, too, but no suffix.
+    return [Path(name).name if Path(name).suffix else name for name in map(str, names)]
 
 
 def model_index(metrics: Mapping[str, Any], task: str | None) -> list[EvalResult] | None:

@@ -35,7 +35,7 @@ def read_conll(
 ) -> list[dict[str, Any]]:
     """Rows with `tokens` and `tags`, one row per sentence; without `tags` if `tag_column` is `None`.
 
-    A note about the encoding is added to `notes`.
+    Notes about the encoding, and about a header without tags, are added to `notes`.
 
     An empty line, a line without a word, or a -DOCSTART- line ends a sentence. Not read are a header in the first line
     and, before a sentence, comments such as `# id = 3` and `# newdoc`.
