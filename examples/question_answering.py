@@ -13,12 +13,12 @@ All options of `transformers.TrainingArguments` work. The adapter, the tokenizer
 
 from __future__ import annotations
 
-from runner import DataOptions, parse, read_for, readable_errors, run
+from runner import TaskOptions, parse, read_for, readable_errors, run
 
 
 @readable_errors()
 def main(arguments: list[str] | None = None) -> None:
-    options, data, training = parse(__doc__.splitlines()[0], DataOptions, arguments=arguments)
+    options, data, training = parse(__doc__.splitlines()[0], TaskOptions, arguments=arguments)
     run(read_for("answers", options.model, options.dtype, data, training.seed), options, training)
 
 

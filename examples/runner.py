@@ -37,6 +37,7 @@ from peft_sensi import Budget, SensiConfig, SensiError
 from peft_sensi.anatomy.modules import task_head
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.models import load_for
+from peft_sensi.tasks.options import DataOptions
 from peft_sensi.tasks.words import best_classes
 from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import show_progress
@@ -93,9 +94,9 @@ class FileOptions:
     max_validation_rows: int | None = None
 
 
-@dataclass
-class DataOptions:
-    """The options of `peft-sensi train` about the data, with the same names. See `peft_sensi.tasks.task.Options`."""
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(DataOptions):
+    """The options of `peft-sensi train` about the data, and the data."""
 
     data: list[str] | None = HfArg(
         default=None, aliases=["--train_file"], help="Files, folders or data sets with the training rows"
@@ -103,32 +104,6 @@ class DataOptions:
     validation: list[str] | None = HfArg(
         default=None, aliases=["--validation_file"], help="Without it, a part of the training rows is held out"
     )
-    validation_share: float = field(default=0.1, metadata={"help": "The share that is held out"})
-    max_rows: int | None = HfArg(default=None, aliases=["--max_train_rows"], help="At most so many training rows")
-    max_validation_rows: int | None = None
-    text_column: str | None = field(default=None, metadata={"help": "The column of the (first) text, or of the words"})
-    pair_column: str | None = field(default=None, metadata={"help": "The column of the second text"})
-    label_column: list[str] | None = field(
-        default=None, metadata={"help": "The column of the labels, or several columns of 0 and 1"}
-    )
-    label_separator: str | None = field(default=None, metadata={"help": "Between the labels, if a row has several"})
-    regression: bool | None = field(
-        default=None, metadata={"help": "Whether labels are numbers, not classes; by default found from the labels"}
-    )
-    skip_unlabeled: bool = field(default=False, metadata={"help": "Leave out rows without a label"})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a text or window; by default 128, and 384 for answers"}
-    )
-    stride: int | None = field(
-        default=None,
-        metadata={"help": "Tokens that neighboring windows share, for answers; by default 128 or less"},
-    )
-    max_answer_length: int = field(default=30, metadata={"help": "Longest answer, in tokens"})
-    subset: str | None = field(default=None, metadata={"help": "The subset of a data set of the Hub"})
-    split: str | None = field(default=None, metadata={"help": "The split of a data set; by default train"})
-    encoding: str | None = field(default=None, metadata={"help": "The encoding of text files"})
-    delimiter: str | None = field(default=None, metadata={"help": "Between the cells of a table"})
-    quotes: bool | None = field(default=None, metadata={"help": "Whether double quotes enclose cells"})
 
 
 @dataclass
@@ -218,7 +193,7 @@ def split_files(
     return sample(train, data.max_rows, seed), sample(validation, data.max_validation_rows, seed)
 
 
-def read_for(kind: str, model: str, dtype: str, data: DataOptions, seed: int) -> Task:
+def read_for(kind: str, model: str, dtype: str, data: TaskOptions, seed: int) -> Task:
     """Reads the data of a task as the command `peft-sensi` does, and says what was understood."""
     if not data.data:
         raise DataError("give --data")

@@ -23,7 +23,7 @@ from transformers import AutoConfig, TrainingArguments
 from peft_sensi import Budget, SensiConfig
 
 from common import DataError, batches, write_json
-from runner import DataOptions, OrderedTrainer, Task, parse, pretrained, read_for, readable_errors, share_or_count
+from runner import OrderedTrainer, Task, TaskOptions, parse, pretrained, read_for, readable_errors, share_or_count
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TrimOptions:
 
 @readable_errors()
 def main(arguments: list[str] | None = None) -> None:
-    options, data, training = parse(__doc__.splitlines()[0], DataOptions, TrimOptions, arguments=arguments)
+    options, data, training = parse(__doc__.splitlines()[0], TaskOptions, TrimOptions, arguments=arguments)
     budgets = [share_or_count(budget) for budget in options.budgets]
     for budget in budgets:
         Budget.parse(budget)

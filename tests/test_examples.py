@@ -6,11 +6,13 @@ import importlib
 import json
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from peft import PeftModel
 from processes import environment, run_script
 from tiny import tiny_model
@@ -22,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peft_sensi.cli.commands import app
 from peft_sensi.tasks import answers, word_files, words
 from peft_sensi.tasks import metrics as metrics_of
 from peft_sensi.tasks.kinds import read_task
@@ -115,8 +118,14 @@ def test_precision_follows_the_hardware_unless_it_is_given(pays, tmp_path, monke
     monkeypatch.setattr(runner, "bf16_pays", lambda device: pays)
     for given, expected in (("", pays), ("--bf16 true", True), ("--bf16 false", False), ("--fp16 true", False)):
         arguments = ["--model", "any", "--output_dir", str(tmp_path), "--use_cpu", *given.split()]
-        *_, training = runner.parse("", runner.DataOptions, arguments=arguments)
+        *_, training = runner.parse("", runner.TaskOptions, arguments=arguments)
         assert training.bf16 is expected
+
+
+def test_examples_have_the_options_of_the_command_about_the_data():
+    data = importlib.import_module("runner").TaskOptions
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    assert {field.name for field in fields(data)} <= {each.name for each in command.params}
 
 
 def test_text_classification(encoder, tmp_path):

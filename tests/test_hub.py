@@ -32,8 +32,8 @@ from peft_sensi.reporting.results import model_index, training_rows
 from peft_sensi.reporting.saved import open_adapter, short_fingerprint
 from peft_sensi.reporting.saved_merged import open_saved
 from peft_sensi.reporting.uploads import local_paths, scrubbed
+from peft_sensi.tasks.options import Options
 from peft_sensi.tasks.sources import read_source
-from peft_sensi.tasks.task import Options
 from peft_sensi.utils import hub_names
 
 

@@ -22,9 +22,9 @@ from peft_sensi.cli.terminal import print_result
 from peft_sensi.tasks import answers, texts, words
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import Labels, find_labels, listed, separator_of
+from peft_sensi.tasks.options import Options, stride_of
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import Part, read_part
-from peft_sensi.tasks.task import Options, stride_of
 from peft_sensi.utils.errors import DataError
 
 

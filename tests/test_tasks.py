@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from folders import save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,15 +33,17 @@ from peft_sensi.reporting.task_record import saved_record
 from peft_sensi.tasks import answers, metrics, sources, texts, word_files, words
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.encodings import encoding_of
-from peft_sensi.tasks.kinds import kind_of, kind_of_model, read_task, rows_for_prediction
+from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
 from peft_sensi.tasks.labels import Labels, find_labels, find_several, labels_of_config, order_of_head
 from peft_sensi.tasks.models import load_tokenizer, longest_input
+from peft_sensi.tasks.options import Options
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import read_source
 from peft_sensi.tasks.splitting import by_group, hold_out, sample
-from peft_sensi.tasks.task import Options, Rows, token_doubts
+from peft_sensi.tasks.task import Rows, token_doubts
 from peft_sensi.utils import distributed
 from peft_sensi.utils.errors import DataError
+from peft_sensi.utils.task_types import TASK_TYPES, describe_type, kind_of_model, type_of_class
 
 
 ROWS = [
@@ -816,8 +819,16 @@ def test_a_record_from_anywhere_is_checked(tmp_path):
     assert saved({"kind": "evil"}) == saved({"kind": {}}) == saved([]) == saved(None) == {}
     (tmp_path / "metrics.json").unlink()
     assert saved_record(tmp_path) == {}
+
+
+def test_task_types_and_kinds_of_data():
     assert kind_of_model("TOKEN_CLS") == "words" and kind_of_model(None, ["BertForQuestionAnswering"]) == "answers"
-    assert kind_of_model("CAUSAL_LM") is None
+    assert kind_of_model("CAUSAL_LM") is None and kind_of_model("CAUSAL_LM", ["BertForTokenClassification"]) == "words"
+    assert type_of_class("GPT2LMHeadModel") == "CAUSAL_LM" and type_of_class("BertModel") == "FEATURE_EXTRACTION"
+    assert type_of_class("WhisperForAudioClassification") is None
+    for entry in TASK_TYPES.values():
+        assert hasattr(transformers, entry.auto_class)
+    assert describe_type("SEQ_CLS").pipeline == "text-classification" and not any(describe_type("none"))
 
 
 # -- data sets of the Hub ---------------------------------------------------------------------------------------------

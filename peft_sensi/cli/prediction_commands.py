@@ -12,11 +12,11 @@ from ..utils.formatting import human, interval_text, metric_text, size_of
 from . import arguments as args
 from .arguments import argument, option
 from .checks import check_apart, check_files
-from .data_options import task_options
+from .data_options import FORMATS, task_options
 from .loading import load_predictor, refuse_base
 from .prediction_files import SUFFIXES, unused_name, write_records
 from .terminal import print_result, print_understood, print_warning, step
-from .trained_options import FORMATS, LENGTHS, TRAINED_OPTIONS, read_as_trained, untrained_columns
+from .trained_options import LENGTHS, TRAINED_OPTIONS, read_as_trained, untrained_columns
 
 
 if TYPE_CHECKING:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from .arguments import DATA, option
-from .data_options import DATA_OPTIONS
+from ..tasks.options import DataOptions, Options
+from .data_options import DATA_OPTIONS, FORMATS, data_option
 
 
 if TYPE_CHECKING:
     from ..tasks.sources import Purpose
 
 
-FORMATS = ("subset", "split", "encoding", "delimiter", "quotes")
 LENGTHS = {
-    "max_length": option("--max-length", "N", "Cut texts after this many tokens. Default: as in training.", DATA,
-                         min=2),
-    "stride": option("--stride", "N", "Tokens that neighboring windows share, for answers. Default: as in training.",
-                     DATA, min=0),
-    "max_answer_length": option("--max-answer-length", "N", "The longest answer, in tokens. Default: as in training, "
-                                "or 30.", DATA, min=1),
-}  # fmt: skip
-TRAINED_OPTIONS = DATA_OPTIONS | {name: (Annotated[int | None, entry], None) for name, entry in LENGTHS.items()}
+    "max_length": "Cut texts after this many tokens. Default: as in training.",
+    "stride": "Tokens that neighboring windows share, for answers. Default: as in training.",
+    "max_answer_length": "The longest answer, in tokens. Default: as in training, or 30.",
+}
+TRAINED_OPTIONS = DATA_OPTIONS | {
+    field.name: data_option(field, LENGTHS[field.name], default=None)
+    for field in fields(DataOptions)
+    if field.name in LENGTHS
+}
 
 
 def read_as_trained(
@@ -39,7 +40,6 @@ def read_as_trained(
     other data that the options are about, too.
     """
     from ..tasks.sources import read_source
-    from ..tasks.task import Options
 
     trained = _values(record)
     if "max_length" in named:

@@ -178,10 +178,9 @@ def trim(
     from ..reporting.pretrained import TOKENIZER_CONFIG, load_pretrained
     from ..reporting.saved import base_config, is_adapter, load_adapter, open_adapter
     from ..reporting.task_record import saved_record
-    from ..tasks.kinds import kind_of_model
     from ..tasks.labels import labels_of_config
     from ..tasks.models import agree_on_padding
-    from ..tasks.task import KINDS
+    from ..utils.task_types import TASK_TYPES, kind_of_model
     from .resuming import note_data, resumed_state, saved_training
     from .run import Training, check_training
     from .train import trim_for
@@ -232,7 +231,7 @@ def trim(
             trained: Any = load_adapter(saved, base, is_trainable=True)
         else:
             transformers.set_seed(seed)
-            trained = load_pretrained(getattr(transformers, KINDS[task.kind][1]), absolute(model))
+            trained = load_pretrained(getattr(transformers, TASK_TYPES[task.task_type].auto_class), absolute(model))
             known = [name.removeprefix("Sensi") for name in config.architectures or ()]
             if known and type(trained).__name__ not in known:
                 print_warning(

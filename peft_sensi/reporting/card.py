@@ -27,6 +27,7 @@ from ..utils.errors import SensiError, how_to_install
 from ..utils.formatting import human, size_of
 from ..utils.hub_names import is_repo, reading
 from ..utils.states import TRIMMED
+from ..utils.task_types import describe_type
 from .card_files import load_card, save_card
 from .facts import limit_words, unit_facts
 from .pretrained import TOKENIZER_CONFIG, load_pretrained
@@ -34,7 +35,6 @@ from .results import model_index, results_table, training_rows
 from .saved import (
     CARD,
     PICTURE,
-    TASKS,
     SavedAdapter,
     base_config,
     head_settings_of,
@@ -153,11 +153,11 @@ def new_card(
     base_license: str | None = None,
 ) -> ModelCard:
     """Fills in the template for an adapter. Without a plan, the card contains numbers of units instead of shares."""
-    auto_class, pipeline = TASKS.get(head.task or "", (None, None))
+    task_type = describe_type(head.task)
     on_hub, shown = _base_words(base)
     trims = plan.trims if plan is not None else any(row.count(TRIMMED) for row in rows_of(config.plan))
     tags = [*(["pruning"] if trims else []), *([f"base_model:adapter:{on_hub}"] if on_hub else [])]
-    model_class = auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel")
+    model_class = task_type.auto_class or str((config.auto_mapping or {}).get("base_model_class") or "AutoModel")
     code = adapter_snippet(
         head, model_class, shown or "path/to/the/base", repo, repo if has_tokenizer else shown or "path/to/the/base",
         "a plain model with smaller matrices" if trims else "a plain model", other_head,
@@ -165,7 +165,7 @@ def new_card(
     fingerprint = short_fingerprint(config)
     link = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{shown or 'an unnamed base model'}`"
     return _fill(
-        repo, metrics or {}, pipeline, license, tags, on_hub,
+        repo, metrics or {}, task_type.pipeline, license, tags, on_hub,
         sentence=f"An adapter for {link}, made with `peft_sensi`, a method for "
         f"[PEFT](https://github.com/huggingface/peft): {_sentence(config, plan)}",
         picture=picture,
@@ -194,7 +194,7 @@ def merged_card(
     """Fills in the template for a merged model."""
     figures = merged_figures(saved)
     on_hub, shown = _base_words(base)
-    auto_class, pipeline = TASKS.get(saved.task or "", (None, None))
+    task_type = describe_type(saved.task)
     head = Head(saved.task, None, saved.labels, saved.values.get("problem_type"), checked_record(metrics.get("task")))
     facts = merged_facts(figures)
     origin = f"from `{shown}` " if shown else ""
@@ -208,11 +208,11 @@ def merged_card(
         done = "the attention heads and neurons that matter least were removed, so its matrices are smaller"
     tags = [*(["pruning"] if is_smaller else []), *([f"base_model:finetune:{on_hub}"] if on_hub else [])]
     return _fill(
-        repo, metrics, pipeline, license, tags, on_hub, library="transformers",
+        repo, metrics, task_type.pipeline, license, tags, on_hub, library="transformers",
         sentence=f"A {saved.architecture}, made {origin}with `peft_sensi`: {done}. It has {facts['parameters']} "
         f"parameters.",
         picture=None,
-        code=merged_snippet(head, auto_class or saved.architecture, repo, saved.is_plain),
+        code=merged_snippet(head, task_type.auto_class or saved.architecture, repo, saved.is_plain),
         budget=[],
         results=results,
         provenance=[

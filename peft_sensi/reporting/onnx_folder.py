@@ -17,9 +17,10 @@ from ..utils.errors import SensiError
 from ..utils.files import read_json_object, write_json_atomically
 from ..utils.heads import is_regressor
 from ..utils.hub_names import is_onnx
+from ..utils.task_types import describe_type
 from .saved import SavedAdapter
 from .saved_merged import SavedMerged, tokenizer_of
-from .task_record import KIND_OF_TASK, saved_record
+from .task_record import saved_record
 
 
 MADE_BY = "peft_sensi"
@@ -60,7 +61,7 @@ def write_companions(
     values = {
         "made_by": MADE_BY,
         "version": _version(),
-        "kind": KIND_OF_TASK.get(task or ""),
+        "kind": describe_type(task).kind,
         "model_class": type(root_of(model)).__name__,
         "labels": labels if task == "TOKEN_CLS" or is_classifier else [],
         "problem_type": config.problem_type,

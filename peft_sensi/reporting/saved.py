@@ -29,22 +29,12 @@ from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import open_safetensors, read_json_object
 from ..utils.formatting import short_repr
 from ..utils.hub_names import not_found
+from ..utils.task_types import describe_type
 from .pretrained import TOKENIZER_CONFIG, TOKENIZER_FILES, file_in, load_pretrained, pretrained_tokenizer
 
 
 CONFIG, WEIGHTS, METRICS = "adapter_config.json", "adapter_model.safetensors", "metrics.json"
 CARD, PICTURE = "README.md", "plan.png"
-# For each of PEFT's task types: the auto class, and the Hub's name of the task.
-TASKS = {
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
-    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
-}
-
-
 # For each tensor's name its dtype, as safetensors spells it (`"F32"`), and its shape.
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -183,10 +173,10 @@ def _class_of(adapter: SavedAdapter) -> Any:
     A file cannot choose what is imported: only classes that Transformers itself exports are accepted.
     """
     task = adapter.task
-    auto, _ = TASKS.get(task or "", (None, None))
+    auto = describe_type(task).auto_class
     name = auto or str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
     known = getattr(transformers, name.removeprefix("Sensi"), None)  # the prefix of classes in our modeling files
-    if auto is None and not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
+    if not auto and not (isinstance(known, type) and issubclass(known, PreTrainedModel)):
         raise SensiError(f"The adapter's task {task!r} and class {name!r} do not tell which model class to load.")
     return known
 

@@ -22,13 +22,9 @@ from ..utils.files import read_json_object
 from ..utils.formatting import human, size_of
 from ..utils.heads import label_names
 from ..utils.hub_names import UNFINISHED, is_onnx, not_found
+from ..utils.task_types import type_of_class
 from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
 from .saved import CARD, CONFIG, METRICS, SavedAdapter, Tensors, is_adapter, open_adapter, tensors_in
-
-
-_ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-            "ForQuestionAnswering": "QUESTION_ANS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
-            "Model": "FEATURE_EXTRACTION"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class SavedMerged:
         """PEFT's task type."""
         if self.architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():  # Marian's class ends in Model
             return "SEQ_2_SEQ_LM"
-        return next((task for ending, task in _ENDINGS.items() if self.architecture.endswith(ending)), None)
+        return type_of_class(self.architecture)
 
     @property
     def labels(self) -> list[str]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from ..utils.checks import is_count
 from ..utils.files import read_json_object
+from ..utils.task_types import TYPE_OF_KIND
 from .saved import METRICS
 
 
-KIND_OF_TASK = {"SEQ_CLS": "text", "TOKEN_CLS": "words", "QUESTION_ANS": "answers"}  # by PEFT's task type
 _TYPES: dict[str, tuple[type, ...]] = {
     "silent": (bool,), "problem_type": (str,), "label_separator": (str, type(None)), "labels": (list,),
     "text_columns": (list,), "label_columns": (list,),
@@ -31,7 +31,7 @@ def saved_record(folder: str | Path) -> dict[str, Any]:
 def checked_record(record: Any) -> dict[str, Any]:
     """The record without entries of another type than expected, because the file may come from anywhere."""
     kind = record.get("kind") if isinstance(record, dict) else None
-    if not isinstance(kind, str) or kind not in KIND_OF_TASK.values():
+    if not isinstance(kind, str) or kind not in TYPE_OF_KIND:
         return {}
     return {"kind": kind} | {name: value for name, value in record.items() if _fits(name, value)}
 

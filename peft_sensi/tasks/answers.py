@@ -16,7 +16,8 @@ from ..utils.formatting import counted
 from . import metrics
 from .labels import listed, name_of
 from .metrics import Quality
-from .task import MAX_ANSWER_LENGTH, Rows
+from .options import MAX_ANSWER_LENGTH
+from .task import Rows
 
 
 # In tables: the columns of the texts of the answers, and of the characters at which they start.

@@ -12,9 +12,10 @@ from . import answers, texts, word_files, words
 from .columns import label_columns, other_label_columns, text_columns
 from .labels import Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
 from .metrics import Quality
+from .options import VALIDATION_SHARE, Options, stride_of
 from .sources import Part, Source
 from .splitting import by_group, hold_out, sample
-from .task import Options, Rows, Task, record_of, stride_of
+from .task import Rows, Task, record_of
 
 
 def only_tables(parts: Sequence[Part], kind: str) -> None:
@@ -65,10 +66,10 @@ def task_of_texts(source: Source, options: Options, head: Labels | None, tokeniz
         more.append(f"the labels are taken for the numbers of the model's classes {listed(labels.names)}, from 0 on")
     if words.OUTSIDE in labels.names and all(map(is_tag, labels.names)):
         more.append("the labels look like tags of words: --task words reads words and sentences")
-    if not source.validation and options.validation_share:
+    if share := _held_share(len(train), source, options):
         strata = [None if labels.regression else str((parts_of(row["label"], labels.separator) or [""])[0])
                   for row in train]  # fmt: skip
-        kept, out = hold_out(strata, _held_share(len(train), options), options.seed)
+        kept, out = hold_out(strata, share, options.seed)
         train, held = [train[i] for i in kept], [train[i] for i in out]
     (rows, longest, cut), (held_rows, _, cut_too) = (
         texts.encode(name, part, labels, tokenizer, limit)
@@ -118,9 +119,12 @@ def _labels_for(
     return order_of_head(found, head.names, name, options.allow_unknown)
 
 
-def _held_share(rows: int, options: Options) -> float:
-    """The share of the rows that is held out for validation."""
-    return min(options.validation_share, (options.max_validation_rows or rows) / rows)
+def _held_share(rows: int, source: Source, options: Options) -> float:
+    """The share of the rows that is held out for validation: none if there are rows for that."""
+    if source.validation:
+        return 0.0
+    share = VALIDATION_SHARE if options.validation_share is None else options.validation_share
+    return min(share, (options.max_validation_rows or rows) / rows)
 
 
 def _count(rows: Rows, held: Rows, what: str) -> str:
@@ -149,9 +153,9 @@ def task_of_words(source: Source, options: Options, head: Labels | None, tokeniz
     if head is not None:
         labels = words.labels_for(head, labels, source.train[0].name)
     lines, doubts = words.describe(labels, train)
-    if not source.validation and options.validation_share:
+    if share := _held_share(len(train), source, options):
         strata = [any(tag != words.OUTSIDE for tag in row["tags"]) for row in train]
-        kept, out = hold_out(strata, _held_share(len(train), options), options.seed, "sentences")
+        kept, out = hold_out(strata, share, options.seed, "sentences")
         train, held = [train[i] for i in kept], [train[i] for i in out]
     doubts += _repeated(train, held, "sentences", "tokens")
     rows, longest, cut = words.encode(train, labels, tokenizer, limit)
@@ -184,8 +188,8 @@ def task_of_answers(source: Source, options: Options, head: Labels | None, token
     )
     train, held = _chosen(train, held, options)
     lines, doubts = answers.describe(train)
-    if not source.validation and options.validation_share:
-        kept, out = by_group([row["article"] for row in train], _held_share(len(train), options), options.seed)
+    if share := _held_share(len(train), source, options):
+        kept, out = by_group([row["article"] for row in train], share, options.seed)
         train, held = [train[i] for i in kept], [train[i] for i in out]
         held = [held[i] for i in sample(len(held), options.max_validation_rows, options.seed)]  # groups differ in size
     doubts += _repeated(train, held, "questions", "question", "context")

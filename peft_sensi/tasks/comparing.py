@@ -10,7 +10,8 @@ import numpy as np
 
 from . import metrics
 from .kinds import decode
-from .task import MAX_ANSWER_LENGTH, Task
+from .options import MAX_ANSWER_LENGTH
+from .task import Task
 
 
 RESAMPLES = 1000

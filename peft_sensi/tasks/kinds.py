@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import DataError
+from ..utils.task_types import Kind
 from . import answers, texts, word_files, words
 from .building import (
     check_columns,
@@ -23,8 +24,9 @@ from .columns import WRITTEN, text_columns, usual_label_columns
 from .encodings import TEXT_SUFFIXES, suffix_of
 from .labels import Labels
 from .models import load_tokenizer
+from .options import MAX_ANSWER_LENGTH, MAX_LENGTH, Options, stride_of
 from .sources import Part, Purpose, Source, read_source
-from .task import KINDS, MAX_ANSWER_LENGTH, Kind, Options, Rows, Task, stride_of, token_doubts
+from .task import Rows, Task, token_doubts
 
 
 Data = str | Path | Iterable[str | Path] | Source
@@ -66,7 +68,7 @@ def read_task(
     kind = kind or kind_of(source.train[0], bool(wanted.label_columns()))
     check_options(kind, wanted)
     tokenizer = load_tokenizer(kind, model, config)
-    limit = min(wanted.max_length or KINDS[kind][2], tokenizer.model_max_length)
+    limit = min(wanted.max_length or MAX_LENGTH[kind], tokenizer.model_max_length)
     read = {"text": task_of_texts, "words": task_of_words, "answers": task_of_answers}[kind]
     task = read(source, wanted, head, tokenizer, limit)
     task.doubts[:0] = [*notes_of(source), *token_doubts(task.train, tokenizer)]
@@ -94,7 +96,7 @@ def rows_for_prediction(
     """
     wanted = Options(**options)
     check_options(kind, wanted)
-    limit = min(max_length or KINDS[kind][2], tokenizer.model_max_length)
+    limit = min(max_length or MAX_LENGTH[kind], tokenizer.model_max_length)
     source = _source_of(data, kind, wanted, "prediction")
     parts = source.train
     if kind == "text":
@@ -159,7 +161,7 @@ def kind_of(part: Part, has_label: bool = False) -> Kind:
 def check_options(kind: Kind | str, options: Options) -> None:
     """Raises `DataError` for an option that changes nothing for this kind of task."""
     for name in _UNUSED[kind]:
-        if (value := getattr(options, name)) and value != getattr(_DEFAULTS, name):
+        if getattr(options, name) not in (getattr(_DEFAULTS, name), [], ()):
             raise DataError(f"--{name.replace('_', '-')} changes nothing for the task {kind}: leave it out.")
     if options.label_separator == "":
         raise DataError("--label-separator needs the text that is between two labels, such as a comma.")
@@ -184,11 +186,3 @@ def _source_of(
     data: Data, kind: str | None, options: Options, purpose: Purpose = "training", beside: Any = None
 ) -> Source:
     return data if isinstance(data, Source) else read_source(data, kind, options, purpose, beside)
-
-
-def kind_of_model(task_type: str | None, architectures: list[str] | None = None) -> str | None:
-    """The kind of an adapter's task type, or of a model's class (`BertForTokenClassification`); `None` if unknown."""
-    by_type = {KINDS[kind][0]: kind for kind in KINDS}
-    by_class = {KINDS[kind][1].removeprefix("AutoModel"): kind for kind in KINDS}
-    ends = [kind for end, kind in by_class.items() if any(name.endswith(end) for name in architectures or [])]
-    return by_type.get(task_type or "") or (ends[0] if ends else None)

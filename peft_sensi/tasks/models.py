@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from ..utils.errors import DataError
-from .task import KINDS, Task
+from ..utils.task_types import TASK_TYPES, TYPE_OF_KIND
+from .task import Task
 
 
 # With words as input, these byte-level tokenizers must be told that a space comes before each word.
@@ -98,7 +99,7 @@ def load_for(task: Task | str, model: str, dtype: str = "float32") -> Any:
     if labels is not None and kind != "answers":
         heads["problem_type"] = labels.problem_type  # that of the checkpoint may be another one
     # The checkpoint may have a head for other labels, which is replaced.
-    auto = getattr(transformers, KINDS[kind][1])
+    auto = getattr(transformers, TASK_TYPES[TYPE_OF_KIND[kind]].auto_class)
     if dtype == "float32":  # also for a merged model, which is loaded in its own dtype
         base = load_pretrained(auto, model, ignore_mismatched_sizes=True, **heads).float()
     else:

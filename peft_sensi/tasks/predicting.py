@@ -12,10 +12,12 @@ import numpy as np
 
 from ..reporting.task_record import checked_record, saved_record
 from ..utils.errors import SensiError, first_line, how_to_install
-from .kinds import decode, kind_of_model
+from ..utils.task_types import Kind, kind_of_model
+from .kinds import decode
 from .labels import Labels, labels_of_config, labels_of_head
 from .models import agree_on_padding, load_tokenizer
-from .task import MAX_ANSWER_LENGTH, Kind, Rows, collator_of
+from .options import MAX_ANSWER_LENGTH
+from .task import Rows, collator_of
 
 
 # The outputs that each kind needs, by their names in Transformers.

@@ -16,8 +16,8 @@ from ..utils.hub_names import not_found, reading
 from . import answers, word_files
 from .columns import usual_label_columns
 from .encodings import TEXT_SUFFIXES, read_text, suffix_of
+from .options import Options
 from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
-from .task import Options
 
 
 SPLITS = {

@@ -1,78 +1,19 @@
-"""What all kinds of tasks share: tokenized rows, the options about the data, and the task itself."""
+"""What all kinds of tasks share: tokenized rows, and the task itself."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ..utils.errors import DataError
+from ..utils.task_types import TYPE_OF_KIND, Kind
 from .labels import Labels
 from .metrics import Quality
-
-
-Kind = Literal["text", "words", "answers"]
-# For each kind: PEFT's task type, the auto class, and the tokens of an input or window unless the user says otherwise.
-KINDS: dict[str, tuple[str, str, int]] = {
-    "text": ("SEQ_CLS", "AutoModelForSequenceClassification", 128),
-    "words": ("TOKEN_CLS", "AutoModelForTokenClassification", 128),
-    "answers": ("QUESTION_ANS", "AutoModelForQuestionAnswering", 384),
-}
-MAX_ANSWER_LENGTH = 30  # tokens, unless the user says otherwise
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options about the data. The command and the example scripts have options of the same names.
-
-    Attributes:
-        text_column, pair_column: The columns of the texts. For words: the column of the words; in a file without a
-            header its number, counted from 0 (-1 is the last one).
-        label_column: The column of the labels, or several columns of 0 and 1, one for each label.
-        regression: Whether labels are numbers to predict. `None`: found from the labels.
-        label_separator: The text between the labels of a cell, if rows can have several labels.
-        skip_unlabeled: Whether rows without a label are left out; otherwise they are an error.
-        allow_unknown: Whether classes of texts that a trained head does not know are wrong predictions, as in an
-            evaluation; otherwise they are an error.
-        max_length: Longest input in tokens. `None`: the default of the kind, in `KINDS`.
-        stride: How many tokens neighboring windows of a long text share (answers only). `None`: see `stride_of`.
-        max_answer_length: The longest answer, in tokens.
-        silent: Whether a question may get no answer. `None`: if some questions of the training rows have none.
-        max_rows, max_validation_rows: At most so many rows, chosen at random.
-        validation_share: The share of the rows that is held out if there are no validation rows.
-        subset, split: The subset and the split of a data set of the Hub.
-        encoding, delimiter, quotes: The format of text files; `None` is recognized.
-        seed: The seed of all random choices.
-    """
-
-    text_column: str | None = None
-    pair_column: str | None = None
-    label_column: str | Sequence[str] | None = None
-    regression: bool | None = None
-    label_separator: str | None = None
-    skip_unlabeled: bool = False
-    allow_unknown: bool = False
-    max_length: int | None = None
-    stride: int | None = None
-    max_answer_length: int = MAX_ANSWER_LENGTH
-    silent: bool | None = None
-    max_rows: int | None = None
-    max_validation_rows: int | None = None
-    validation_share: float = 0.1
-    subset: str | None = None
-    split: str | None = None
-    encoding: str | None = None
-    delimiter: str | None = None
-    quotes: bool | None = None
-    seed: int = 0
-
-    def label_columns(self) -> list[str]:
-        if self.label_column is None:
-            return []
-        return [self.label_column] if isinstance(self.label_column, str) else list(self.label_column)
+from .options import Options
 
 
 @dataclass
@@ -130,7 +71,7 @@ class Task:
     @property
     def task_type(self) -> str:
         """PEFT's task type."""
-        return KINDS[self.kind][0]
+        return TYPE_OF_KIND[self.kind]
 
     @property
     def collator(self) -> Any:
@@ -208,11 +149,6 @@ def token_doubts(rows: Rows, tokenizer: Any) -> list[str]:
     share = ids.count(unknown) / max(1, len(ids))
     text = f"{share:.0%} of the tokens are unknown to the tokenizer: is the model for this language?"
     return [*found, text] if share > 0.1 else found
-
-
-def stride_of(options: Options, window: int) -> int:
-    """How many tokens neighboring windows of so many tokens share: 128, or a third of a short window, by default."""
-    return min(128, window // 3) if options.stride is None else options.stride
 
 
 def record_of(kind: str, labels: Labels, options: Options, max_length: int, **more: Any) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from .labels import (
     separator_of,
 )
 from .metrics import Quality
-from .task import Options, Rows, check_room
+from .options import Options
+from .task import Rows, check_room
 
 
 MANY = 25  # a table of so many classes is cut
