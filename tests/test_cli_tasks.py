@@ -595,6 +595,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_same_adapter_comes(case, wo
     assert "--resume" in interrupted(monkeypatch, step, *half, number=number)
     assert "--resume" in fails(*half)
     assert "--seed was not given, and is 3 now" in fails(*half, "--resume", "--seed", "3")
+    assert "--max-length was not given, and is 9 now" in fails(*half, "--resume", "--max-length", "9")
     seconds = json.loads((tmp_path / "half" / "unfinished.json").read_text())["seconds"]
     assert call(*half, "--resume")["seconds"]["training"] > seconds > 0
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.models import ArgumentInfo
 
 from ..planning.budget import LIMITS, TIMES, Budget, nanoseconds
 from ..plotting.canvas import STYLES
@@ -113,19 +114,20 @@ License = Annotated[
 ]
 
 
+# Of the options of a training, those that are no part of it: a training goes on with other ones.
+_MAY_CHANGE = ("out_folder", "overwrite", "resume", "as_json")
+
+
 def with_options(**tables: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command the options of tables. The values of each table come as one dict, the argument of its name.
 
     So a command lists its own options only, and a new option of a table appears in all commands that have the table.
+    A command that can go on after an interruption has an argument `given`: what must be the same then, by the names
+    that users see.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
-
-        @functools.wraps(command)
-        def wrapper(**given: Any) -> None:
-            values = {table: {name: given.pop(name) for name in names} for table, names in tables.items()}
-            command(**values, **given)
 
         shared = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -135,12 +137,28 @@ def with_options(**tables: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[
         others = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in own.parameters.items()
-            if name not in tables
+            if name not in (*tables, "given")
         ]
+        shown = {each.name: _shown_name(each) for each in (*others, *shared) if each.name not in _MAY_CHANGE}
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            own_values = (
+                {"given": {name: given[key] for key, name in shown.items()}} if "given" in own.parameters else {}
+            )
+            values = {table: {name: given.pop(name) for name in names} for table, names in tables.items()}
+            command(**own_values, **values, **given)
+
         _set_parameters(wrapper, [*others, *shared])
         return wrapper
 
     return decorate
+
+
+def _shown_name(parameter: inspect.Parameter) -> str:
+    """The name of an option, or the placeholder of an argument."""
+    entry = get_args(parameter.annotation)[1]
+    return str(entry.metavar) if isinstance(entry, ArgumentInfo) else f"--{parameter.name.replace('_', '-')}"
 
 
 def with_debug(command: Callable[..., None]) -> Callable[..., None]:

@@ -29,6 +29,7 @@ from .terminal import ascii_only, err, print_result, print_warning, step
 def sweep(
     model: args.Model,
     reading: dict[str, Any],
+    given: dict[str, Any],
     data: Annotated[list[str], LABELED],
     budgets: Annotated[
         str,
@@ -89,11 +90,8 @@ def sweep(
     args.check_overwrite(overwrite, resume)
     score = score or args.FISHER
     folders = {limit: out_folder / f"{limit:.15g}" for limit in limits}
-    options = {
-        "model": model, "--data": data, "--budgets": limits, "--score": score, "--epochs": epochs, "--lr": lr,
-        "--batch-size": batch_size, "--bf16": bf16, "--seed": seed, "--class-weights": class_weights,
-        "the options about the data": reading,
-    }  # fmt: skip
+    options = {**given, "--budgets": limits}
+    del options["LIMIT"]
     check_out(out_folder, overwrite, resume, [SCORES, PICTURE], places_of_rows(data, reading))
     if resume:
         state = {"finished": [], **read_state(out_folder)}

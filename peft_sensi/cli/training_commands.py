@@ -31,6 +31,7 @@ def train(
     model: args.Model,
     asked: dict[str, Any],
     reading: dict[str, Any],
+    given: dict[str, Any],
     data: Annotated[list[str], LABELED],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapter.")],
     recipe: Annotated[
@@ -111,13 +112,7 @@ def train(
     check_latency_tables(latency_tables, limits)
     saved = [SCORES] if scores is None else []
     check_out(out_folder, overwrite, resume, saved, places_of_rows(data, reading))
-    options = {
-        "model": model, "--data": data, "--recipe": recipe, "--score": score, "the budget": limits, "--lr": lr,
-        "--late": late, "--thorough": thorough, "--epochs": epochs, "--batch-size": batch_size, "--seed": seed,
-        "--bf16": bf16, "--class-weights": class_weights, "--early-stopping": early_stopping,
-        "--scores": scores, "--latency-table": latency_tables, "the options about the data": reading,
-    }  # fmt: skip
-    state = resumed_state(out_folder, options) if resume else {"options": options}
+    state = resumed_state(out_folder, given) if resume else {"options": given}
     training = Training(epochs, lr, batch_size, args.is_bf16(bf16), seed, class_weights, early_stopping)
     ranking = None if scores is None else Scores.load(scores)
     base, task = load_base(model, data, seed=seed, **task_options(reading))
@@ -145,6 +140,7 @@ def trim(
     model: Annotated[str, args.argument("MODEL_OR_ADAPTER", "A fine-tuned model, or an adapter of `train`.")],
     asked: dict[str, Any],
     reading: dict[str, Any],
+    given: dict[str, Any],
     data: Annotated[list[str], LABELED],
     out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the trimmed adapter.")],
     heal_epochs: Annotated[
@@ -194,13 +190,7 @@ def trim(
     args.check_overwrite(overwrite, resume)
     check_latency_tables(latency_tables, limits)
     check_out(out_folder, overwrite, resume, rows=places_of_rows(data, reading))
-    options = {
-        "model": model, "--data": data, "--base": base, "the budget": limits, "--lr": lr, "--seed": seed,
-        "--latency-table": latency_tables,
-        "--heal-epochs": heal_epochs, "--batch-size": batch_size, "--bf16": bf16, "--class-weights": class_weights,
-        "the options about the data": reading,
-    }  # fmt: skip
-    state = resumed_state(out_folder, options) if resume else {"options": options}
+    state = resumed_state(out_folder, given) if resume else {"options": given}
     saved = open_adapter(model) if is_adapter(model) else None
     task_type, record, source = None, dict[str, Any](), model
     if saved is None:
