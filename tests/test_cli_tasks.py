@@ -20,7 +20,7 @@ import torch
 from command import fails, run
 from interruptions import Signal, assert_same_adapter, interrupted
 from processes import run_code
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import made_up_table, only_slow, some_slow, tiny_config, wrap
 from transformers import (
     AutoModel,
@@ -251,6 +251,27 @@ def test_a_trim_of_a_model_without_a_trained_head_warns(work, tmp_path):
     said = " ".join(run(*trim).output.split())
     assert "The head is random" in said and "have no names: they are taken for bad, good, in this order" in said
     assert "--heal-epochs must be a number" in fails(*trim, "--heal-epochs", "inf", "--overwrite")
+
+
+@pytest.mark.parametrize("file", ["texts.csv", "rows.conll"])
+def test_a_head_without_names_whose_classes_are_in_another_order_is_refused(file, work, tmp_path):
+    """Its accuracy was 0, and it was trained on the wrong classes."""
+    folder, data = tmp_path / "a", ("--data", work / file, "--validation", work / file)
+    call("train", work / "base", *data, "--budget", "1", "--lr", "3e-3", "--epochs", "30", "--batch-size", "8",
+         "--out", folder)  # fmt: skip
+    call("merge", folder, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    count = len(config["id2label"])
+    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+    config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    for name in [name for name in weights if name.startswith("classifier.")]:
+        weights[name] = weights[name].roll(1, dims=0).contiguous()
+    save_file(weights, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "merged" / "metrics.json").unlink()
+    said = fails("trim", tmp_path / "merged", *data, "--budget", "0.7", "--out", tmp_path / "out")
+    assert "is probably wrong" in said and "In the order" in said
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
@@ -653,6 +674,28 @@ def test_an_interrupted_healing_goes_on(work, tmp_path, monkeypatch):
     assert_same_adapter(tmp_path / "whole", tmp_path / "half")
 
 
+def test_messages_about_labels_that_do_not_fit(work, tmp_path):
+    rows = [f"ann is {word}\t{i % 6}" for i, word in enumerate(["good", "bad"] * 24)]
+    (tmp_path / "scores.tsv").write_text("\n".join(["text\trelatedness_score", *rows]))
+    (tmp_path / "decimals.tsv").write_text("text\trelatedness_score\nann is good\t0.5\nbob is bad\t1.5\n")
+    (tmp_path / "unlabeled.tsv").write_text("id\ttext\n1\tann is good\n2\tbob is bad\n")
+    train = (
+        "train",
+        work / "base",
+        "--data",
+        tmp_path / "scores.tsv",
+        "--budget",
+        "1",
+        *SHORT,
+        "--out",
+        tmp_path / "a",
+    )
+    assert "train with --regression" in fails(*train, "--validation", tmp_path / "decimals.tsv")
+    call(*train)
+    said = fails("evaluate", tmp_path / "a", tmp_path / "unlabeled.tsv")
+    assert "no column relatedness_score, from which the training has read the labels" in said and "predict" in said
+
+
 def test_a_trim_reads_what_the_training_has_read(work, tmp_path):
     """The columns and the length of the training, also in a file with other texts; what is named replaces them."""
     pairs = [f"{text}\tstone\t{label}" for text, label in (("ann is good", "yes"), ("bob is bad", "no")) * 20]
@@ -954,7 +997,7 @@ def test_scores_are_saved_as_soon_as_they_exist(work, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("options", "rate"), [
     (("--budget", "0.7"), 1e-4), (("--trainable", "0.1"), 2e-3), (("--recipe", "binary_mask"), 3e-3),
-    (("--budget", "0.5", "--late"), 5e-5), (("--budget", "0.5", "--thorough"), 5e-5),
+    (("--budget", "0.5", "--late"), 5e-5), (("--budget", "0.5", "--thorough"), 5e-5), (("--budget", "1"), 5e-5),
     (("--budget", "0.7", "--lr", "1e-3"), 1e-3),
 ])  # fmt: skip
 def test_the_default_rate_follows_the_update(options, rate, work, tmp_path):

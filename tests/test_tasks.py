@@ -31,6 +31,7 @@ from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, Rober
 
 from peft_sensi.reporting.task_record import saved_record
 from peft_sensi.tasks import answers, metrics, sources, texts, word_files, words
+from peft_sensi.tasks.class_order import check_order
 from peft_sensi.tasks.columns import label_columns, text_columns
 from peft_sensi.tasks.encodings import encoding_of
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
@@ -819,6 +820,34 @@ def test_a_record_from_anywhere_is_checked(tmp_path):
     assert saved({"kind": "evil"}) == saved({"kind": {}}) == saved([]) == saved(None) == {}
     (tmp_path / "metrics.json").unlink()
     assert saved_record(tmp_path) == {}
+
+
+def test_labels_that_a_public_test_set_hides(base, tmp_path):
+    (tmp_path / "a.tsv").write_text("text\tlabel\none film\t-1\nsome plot\t-1\n")
+    (tmp_path / "b.tsv").write_text("text\tlabel\none film\t0\nsome plot\t1\n")
+    with pytest.raises(DataError, match="All labels of .*a.tsv are -1.*peft-sensi predict"):
+        read_task(str(base), tmp_path / "a.tsv", head=Labels(["no", "yes"]))
+    with pytest.raises(DataError, match="All labels of .*a.tsv are -1"):
+        read_task(str(base), tmp_path / "b.tsv", tmp_path / "a.tsv")
+
+
+def test_a_guessed_order_of_classes_that_is_plainly_wrong_is_refused():
+    guessed = Labels(["neg", "neutral", "pos"], guessed=True)
+    expected = np.arange(30) % 3
+    check_order(guessed, expected, expected)
+    check_order(guessed, np.zeros(30, dtype=int), expected)  # a constant answer
+    check_order(guessed, np.roll(expected, 1)[:3], expected[:3])  # three rows prove nothing
+    check_order(Labels(guessed.names), (expected + 1) % 3, expected)  # the names are those of the head
+    with pytest.raises(DataError, match="0% of the labels are right. In the order pos, neg, neutral it would be 100%"):
+        check_order(guessed, (expected + 1) % 3, expected)
+    generator = np.random.default_rng(0)
+    for _ in range(200):  # heads that know nothing
+        check_order(guessed, generator.integers(3, size=40), generator.integers(3, size=40))
+    several = Labels(["a", "b"], several=True, guessed=True)
+    rows = generator.random((40, 2)) < [0.2, 0.6]
+    check_order(several, rows, rows)
+    with pytest.raises(DataError, match="In the order b, a it would be 100%"):
+        check_order(several, rows[:, ::-1], rows)
 
 
 def test_task_types_and_kinds_of_data():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from processes import run_two
 from test_latency_plans import table_for
 from tiny import (
@@ -736,3 +737,28 @@ def test_batches_that_no_fit_would_use_are_not_read():
     for batches, count in ((images, 6), (long, 8), (short, 48)):
         remaining = iter(batches)
         assert len(read_batches(remaining, config)) == count and len(list(remaining)) == 60 - count
+
+
+def test_a_checkpoint_from_before_a_trim_makes_the_model_whole_with_a_warning(tmp_path):
+    """A training that resumes after a trim may find the larger checkpoint of the training before it."""
+    model = learned()
+    whole = get_peft_model_state_dict(model)
+    kept = model.base_model.plan().kept_params
+    model.base_model.trim(0.5, calibration=BATCHES)
+    half = get_peft_model_state_dict(model)
+    with pytest.warns(UserWarning, match="keeps 100.0% of the heads' and neurons' parameters.*Call `trim` again"):
+        set_peft_model_state_dict(model, whole)
+    assert model.base_model.plan().kept_params == kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        set_peft_model_state_dict(model, half)  # the smaller one is what was asked for
+    assert model.base_model.plan().params_share <= 0.5
+
+
+def test_an_adapter_whose_cut_has_not_come_is_used_with_a_warning(tmp_path):
+    wrap(tiny_model(), budget=0.5, schedule=recipes.LATE_CUT).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="was saved before its schedule had removed any unit"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)

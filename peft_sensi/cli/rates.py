@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..utils.states import TUNED
+
 
 SCALED_RANK, MASK, WHOLE = 2e-3, 3e-3, 5e-5
 # For the values that start from pretrained ones: at least this share of the base's values is trained, and the rate.
@@ -22,7 +24,11 @@ def default_rate(model: Any) -> float:
         return MASK
     if config.parts == ["low_rank"] and config.scale not in (None, 1.0):
         return SCALED_RANK
-    share = model.base_model.plan().trainable_share
+    plan = model.base_model.plan()
+    heads_and_neurons = [group for group in plan.anatomy.groups if group.kind != "token"]
+    if config.parts == ["dense"] and all((plan.of(group) == TUNED).all() for group in heads_and_neurons):
+        return WHOLE  # full fine-tuning, whose result is an adapter
+    share = plan.trainable_share
     return next(rate for least, rate in BY_SHARE if share >= least)
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ..tasks.columns import usual_label_columns
+from ..tasks.labels import listed
 from ..tasks.options import DataOptions, Options
+from ..utils.errors import DataError
 from .data_options import DATA_OPTIONS, FORMATS, data_option
 
 
@@ -50,7 +53,15 @@ def read_as_trained(
     labels = options.get("label_column") or record.get("label_columns")
     form = Options(label_column=labels, **{name: options[name] for name in FORMATS if name in options})
     source = read_source(data, "text", form, purpose, beside)
-    columns = _columns(record, source.train[0].rows[0], labels=purpose != "prediction")
+    first = source.train[0]
+    columns = _columns(record, first.rows[0], labels=purpose != "prediction")
+    before = [] if "label_column" in options or purpose == "prediction" else list(record.get("label_columns") or ())
+    if before and "label_column" not in columns and not usual_label_columns(first.rows):
+        otherwise = ", or use `peft-sensi predict`, which needs no labels" if purpose == "evaluation" else ""
+        raise DataError(
+            f"{first.name} has no column {listed(before)}, from which the training has read the labels: name their "
+            f"column with --label-column{otherwise}."
+        )
     if "text_column" in named:
         columns.pop("pair_column", None)  # of a model of pairs, one text only
     options = columns | options

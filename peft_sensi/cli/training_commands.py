@@ -53,8 +53,8 @@ def train(
             "--lr",
             "RATE",
             "The peak learning rate. Default: 2e-3 for a low-rank update, 1e-4 for dense units (3e-4 if they are "
-            "less than a quarter of the base, 2e-3 if less than 2 %), 3e-3 for masks, 5e-5 with --late and "
-            "--thorough.",
+            "less than a quarter of the base, 2e-3 if less than 2 %), 3e-3 for masks, 5e-5 for the whole model, also "
+            "with --late and --thorough.",
         ),
     ] = None,
     batch_size: args.BatchSize = 32,

@@ -47,6 +47,7 @@ def task_of_texts(source: Source, options: Options, head: Labels | None, tokeniz
         for part in parts:
             check_columns(part, [*columns, *label])
             rows, left_out = texts.to_raw(part.name, part.rows, columns, label, options)
+            texts.check_not_hidden(part.name, rows)
             found += rows
             notes.extend(f"{part.name}: {note}" for note in left_out)
         return [found[i] for i in sample(len(found), at_most, options.seed)]
@@ -58,7 +59,7 @@ def task_of_texts(source: Source, options: Options, head: Labels | None, tokeniz
     lines, more = texts.describe(labels, train)
     if others := other_label_columns(first.rows, options.label_columns(), label[0]):
         more.append(f"the labels could also be in {listed(others)} (--label-column)")
-    if head is not None and labels.names != head.names and not all(map(str.isdecimal, labels.names)):
+    if labels.guessed and not all(map(str.isdecimal, labels.names)):
         more.append(
             f"the classes of the model have no names: they are taken for {listed(labels.names)}, in this order"
         )

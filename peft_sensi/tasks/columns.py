@@ -12,7 +12,10 @@ from .encodings import TEXT_SUFFIXES, suffix_of
 from .labels import is_tag, listed, reads_as_number
 
 
-LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "score", "y")
+LABEL_COLUMNS = (
+    "label", "labels", "target", "class", "category", "sentiment", "score", "y", "gold_label", "similarity",
+    "similarity_score", "relatedness_score", "entailment_label", "entailment_judgment", "quality", "rating", "stars",
+)  # fmt: skip
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "body", "comment", "tweet", "message", "document", "question")
 WRITTEN = "Models that write texts are trained in Python, with SensiConfig, not by this command."
 _ID = re.compile(

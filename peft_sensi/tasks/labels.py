@@ -29,6 +29,7 @@ class Labels:
         separator: The text between the labels of a cell, if a row can have several.
         unknown: Further classes of a file, which a trained head cannot predict. Their numbers come after the others.
         numbered: Whether a file has the numbers of the classes, counted from 0, where a trained head has names.
+        guessed: Whether a trained head has no names, and the names of the file are in their own order.
     """
 
     names: list[str]
@@ -36,6 +37,7 @@ class Labels:
     separator: str | None = None
     unknown: tuple[str, ...] = ()
     numbered: bool = False
+    guessed: bool = False
 
     @property
     def in_data(self) -> list[str]:
@@ -139,7 +141,7 @@ def order_of_head(labels: Labels, head: Sequence[str], data: Any, allow_unknown:
                 f"{data} has {len(labels.names)} classes as labels, but the model's head has {len(head)} outputs."
             )
         names = [str(i) for i in range(len(head))] if whole else labels.names
-        return Labels(names if head else [], labels.several, labels.separator)
+        return Labels(names if head else [], labels.several, labels.separator, guessed=bool(head) and not whole)
     known = {*head, *map(name_of, head)}  # the names of a file have no blanks around them, and no ".0"
     unknown = [name for name in labels.names if name not in known]
     if unknown and len(unknown) == len(labels.names) and _count_from_0(labels.names, len(head)):

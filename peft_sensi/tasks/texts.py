@@ -13,6 +13,7 @@ from scipy.special import expit, softmax
 from ..utils.errors import DataError
 from ..utils.formatting import counted
 from . import metrics
+from .class_order import check_order
 from .columns import WRITTEN
 from .labels import (
     Labels,
@@ -100,6 +101,15 @@ def _several_of(name: Any, number: int, columns: Sequence[str], cells: Sequence[
         if text in ("1", "true"):
             chosen.append(column)
     return chosen
+
+
+def check_not_hidden(name: Any, raw: Sequence[dict[str, Any]]) -> None:
+    """Raises `DataError` if the labels are those of a public test set that keeps them secret: all are -1."""
+    if raw and all(str(row["label"]).strip() in ("-1", "-1.0") for row in raw):
+        raise DataError(
+            f"All labels of {name} are -1, which public test sets have instead of their labels: use rows with labels, "
+            f"or `peft-sensi predict`, which needs none."
+        )
 
 
 def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], options: Options) -> Labels:
@@ -207,8 +217,10 @@ def encode(
             values["labels"] = labels.encode(row["label"])
         except (KeyError, ValueError, TypeError):
             one = "a number" if labels.regression else f"one of {listed(labels.names)}"
+            are_amounts = reads_as_number(row["label"]) and labels.names and all(map(reads_as_number, labels.names))
+            advice = " If the labels are amounts, train with --regression." if are_amounts else ""
             raise DataError(
-                f"{name}: the label {row['label']!r} of row {row['row']} is not {one}, as in training."
+                f"{name}: the label {row['label']!r} of row {row['row']} is not {one}, as in training.{advice}"
             ) from None
     return Rows(inputs, list(raw)), max(lengths), sum(length > max_length for length in lengths)
 
@@ -299,6 +311,8 @@ def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Qua
                 f"All {len(expected):,} validation rows have the class {labels.in_data[int(expected[0])]!r}, so the "
                 f"metrics say nothing about the other classes: give more rows, or --validation."
             )
+    if not labels.regression:
+        check_order(labels, predicted, expected)
     shares = {} if labels.regression else {"accuracy": len(expected)}
     values, intervals = metrics.measured(
         lambda i: function(predicted[i], expected[i]), len(expected), shares,

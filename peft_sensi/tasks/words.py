@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import softmax
 
 from . import metrics
+from .class_order import check_order
 from .labels import OUTSIDE, Labels, listed, order_of_head
 from .metrics import Quality
 from .task import Rows, check_room
@@ -112,7 +113,11 @@ def describe(labels: Labels, raw: Sequence[dict[str, Any]]) -> tuple[list[str], 
 def measure(labels: Labels, outputs: Any, rows: Rows, train: Rows | None) -> Quality:
     """The quality of logits `[windows, tokens, classes]`, or of class numbers `[windows, tokens]`."""
     expected = [row["tags"] for row in rows.raw]
-    counts = metrics.word_counts(tags_of(labels, outputs, rows), expected)
+    found = tags_of(labels, outputs, rows)
+    if labels.guessed:
+        number = {name: i for i, name in enumerate(labels.names)}
+        check_order(labels, *(np.array([number[tag] for tags in part for tag in tags]) for part in (found, expected)))
+    counts = metrics.word_counts(found, expected)
     baseline = metrics.words(metrics.word_counts([[OUTSIDE] * len(tags) for tags in expected], expected))
     values, intervals = metrics.measured(lambda i: metrics.words(counts[i]), len(counts))
     remarks = [] if counts[:, 2].any() else ["The validation rows have no entities, so precision and F1 say nothing."]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -102,6 +103,17 @@ def check_task(model: nn.Module, config: SensiConfig) -> None:
         raise SensiError(
             f"`task_type` is {task!r}, but {type(model).__name__} generates no text: give a model that does, or "
             f"the task type of this model (or None)."
+        )
+
+
+def warn_of_pending_cut(config: SensiConfig) -> None:
+    """Warns of an adapter that is loaded for use only, if the cut of its schedule has not come yet."""
+    if config.inference_mode and config.phase == "cut":
+        warnings.warn(
+            f"{config.file_name} was saved before its schedule had removed any unit, so the model is as large as its "
+            f"base. To make it smaller, load the adapter with `is_trainable=True` and train on, or merge it: "
+            f"`merge_and_unload` makes the cut.",
+            stacklevel=2,
         )
 
 

@@ -21,12 +21,11 @@ from ..layers.whole_modules import activate, hold_masters
 from ..utils import distributed, replicas
 from ..utils.errors import SensiError
 from ..utils.undo import undone_on_error
-from . import wrapping
+from . import loading, wrapping
 from .admission import check_adapter_name_in_saved, check_addition
 from .checkpoint import check_hidden, check_pair, described_by, plan_from_tensor, plan_key
 from .config import SensiConfig
 from .decision import Decision, prepare
-from .loading import check_saved_modules, check_slices, check_state, check_task, errors_of_file, file_to_check
 from .operations import AdapterOperations
 from .saving import check_collected, check_takes_values, completed
 from .stale import check_wrapper
@@ -120,19 +119,19 @@ class SensiModel(AdapterOperations, BaseTuner):
         # PEFT does not copy configs, so without a copy the plan of this model would end up in the user's object.
         config = self.peft_config[adapter_name] = users_config.own_copy()
         self._sensi_source = described_by(self.peft_config, users_config, adapter_name)
-        file = file_to_check(config)
+        file = loading.file_to_check(config)
         has_plan = config.plan is not None
         config.from_file = config.from_file and has_plan  # a plan that is made here contradicts no file
         # With a finished plan, one process may load an adapter while the others do something else.
         joint = nullcontext() if has_plan else distributed.synchronized("wrapping the model")
         try:
             with joint, replicas.weights_from_rank_0(model, keep=True):
-                with errors_of_file(users_config):
-                    check_task(model, config)
+                with loading.errors_of_file(users_config):
+                    loading.check_task(model, config)
                     decision = prepare(model, config, users_config.inputs)
                     check_adapter_name_in_saved(model, config, adapter_name)
                 if file is not None:
-                    check_slices(file, model, {} if decision is None else decision.slices)
+                    loading.check_slices(file, model, {} if decision is None else decision.slices)
                 self._sensi_decision = decision
                 saved, excluded, heads = config.modules_to_save, config.exclude_modules, task_head(model)
                 heads = [name for name in heads if name in (saved or [])]
@@ -145,7 +144,7 @@ class SensiModel(AdapterOperations, BaseTuner):
                 wrap_head(model, heads, adapter_name, config.inference_mode, adapter_name in self.active_adapters)
                 hold_masters(model, adapter_name)
                 if file is not None:
-                    check_saved_modules(file, model, adapter_name)
+                    loading.check_saved_modules(file, model, adapter_name)
                 if decision is not None:
                     note_plan(model, config, adapter_name)
                     self.sensi_stepped = self.sensi_stepped - {adapter_name}
@@ -166,6 +165,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         for wrapper in companions:  # a second adapter is active before those of the first have a copy for it
             activate(wrapper, self.active_adapters, config.inference_mode)
         if config.from_file:  # if Transformers reads the file, it calls no hook
+            loading.warn_of_pending_cut(config)
             layers = layers_of(model, adapter_name)
             for layer in layers.values():
                 layer.note_start(adapter_name, layers)
@@ -336,7 +336,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         as_is = plan == config.plan and gated == (config.phase == "cut")
         with nullcontext() if as_is else replanned(model, config, adapter_name, plan, gated):
             tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            tensors = check_state(tensors, model, adapter_name)
+            tensors = loading.check_state(tensors, model, adapter_name)
         # The plan has been compared, so the layers need not warn that these tensors have no marks.
         layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SensiLayer)]
         tensors |= {f"{name}.{LAYER_MARK}": marks_to_tensor(layer.marks()) for name, layer in layers}

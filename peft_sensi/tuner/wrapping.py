@@ -168,6 +168,7 @@ def replanned(
             "model, or one without its base, cannot change its plan. Wrap the model with `SensiConfig(plan=...)` of "
             "the checkpoint."
         )
+    before = plan_of(root, config)
     with _rebuilding(root, config, adapter_name):
         config.plan = plan
         found = plan_of(root, config)
@@ -182,6 +183,13 @@ def replanned(
                 )
             config.past_cuts = config.schedule
             _follow(config, config_after(config, found))
+        elif not gated and found.kept_params > before.kept_params:
+            warnings.warn(
+                f"The checkpoint keeps {found.params_share:.1%} of the heads' and neurons' parameters, and the model "
+                f"had {before.params_share:.1%}, for example after a `trim`. The model follows the checkpoint, so it "
+                f"is larger now. Call `trim` again, or resume from a checkpoint that was saved after it.",
+                stacklevel=2,
+            )
         if gated != (config.phase == "cut"):
             raise SensiLoadError(
                 "The checkpoint is from before the cut of its schedule, and the model has no schedule with a cut. "
