@@ -34,7 +34,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from peft_sensi import Budget, SensiConfig, SensiError
-from peft_sensi.anatomy.modules import task_head
+from peft_sensi.anatomy.task_heads import task_head
 from peft_sensi.tasks.kinds import read_task
 from peft_sensi.tasks.models import load_for
 from peft_sensi.tasks.options import DataOptions

@@ -23,7 +23,7 @@ from peft_sensi import (
     load_merged,
     save_merged,
 )
-from peft_sensi.anatomy.modules import task_head
+from peft_sensi.anatomy.task_heads import task_head
 
 
 class Own(nn.Module):

@@ -16,7 +16,8 @@ from .blocks import Modules, groups_of_layout
 from .families import FAMILIES, layouts_of
 from .layouts import BlockLayout
 from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
-from .modules import base_of, is_base_parameter, not_linear, task_head, transformers_in, unwrapped
+from .modules import base_of, is_base_parameter, not_linear, unwrapped
+from .task_heads import task_head, transformers_in
 from .units import Anatomy, Group, Side
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any, Literal, cast
 
@@ -13,7 +12,6 @@ from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..utils.checks import shown
 from ..utils.errors import SensiError
@@ -99,109 +97,9 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and bool(values) and not list(module.children())
 
 
-def image_tokens(model: nn.Module) -> int | None:
-    """How many tokens an image model has per image: patches and special tokens. `None` if this is not known.
-
-    Position embeddings, a parameter `[1, tokens, hidden]` or the table `[tokens, hidden]` of an embedding, exist for
-    all tokens except registers (as in DINOv2 with registers). Models without such embeddings are BEiT and DINOv3.
-    """
-    if getattr(model, "main_input_name", "") != "pixel_values":
-        return None
-    endings = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
-    parameters = dict(model.named_parameters())
-    registers = _count(parameters, "register_tokens")
-    for name, parameter in parameters.items():
-        if name.endswith(endings) and parameter.dim() in (2, 3):
-            return parameter.shape[-2] + registers
-    sizes = [getattr(getattr(model, "config", None), name, None) for name in ("image_size", "patch_size")]
-    image, patch = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
-    if not all(isinstance(size, int) for size in (*image, *patch)):
-        return None
-    return (image[0] // patch[0]) * (image[1] // patch[1]) + _count(parameters, "cls_token") + registers
-
-
-def _count(parameters: Mapping[str, nn.Parameter], name: str) -> int:
-    """How many special tokens `[1, tokens, hidden]` have this name."""
-    return next((p.shape[-2] for path, p in parameters.items() if path.endswith(f"embeddings.{name}")), 0)
-
-
 def residual_factor(model: nn.Module, group: Group) -> torch.Tensor:
     """What a layer multiplies a sublayer's output by before it adds it to the residual sum, `[]` or `[features]`."""
     return torch.as_tensor(attrgetter(group.factor)(model) if group.factor else 1.0).detach().float()
-
-
-# Names of task heads, for models that do not hold a transformer in a module of its own.
-HEAD_NAMES = ("classifier", "score", "qa_outputs")
-
-
-def transformers_in(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """The outermost models of Transformers inside of a model, by their paths. The model itself does not count."""
-    found: dict[str, PreTrainedModel] = {}
-    for name, module in model.named_modules():
-        if name and isinstance(module, PreTrainedModel) and not name.startswith(tuple(f"{path}." for path in found)):
-            found[name] = module
-    return found
-
-
-def task_head(model: nn.Module) -> list[str]:
-    """Paths of the modules that make up a classification-like head: all that is outside the base transformer.
-
-    The list is empty for a transformer without a head, and for language models, whose head is pretrained. A model of
-    the user's own may hold several transformers, which may have heads themselves.
-    """
-    if embedding_of(model, "output") is not None:
-        return []
-    prefix, children = getattr(model, "base_model_prefix", ""), list(_with_parameters(model))
-    bases: dict[str, nn.Module] = {**transformers_in(model)}
-    if prefix in children:
-        bases[prefix] = model.get_submodule(prefix)
-    elif is_bare(model) or not bases:
-        return [name for name in children if name in HEAD_NAMES]
-    return _outside(model, "", bases, embedding_of(model, "input"))
-
-
-def is_bare(model: nn.Module) -> bool:
-    """Whether this is a model of Transformers without a head, such as `BertModel`."""
-    cls = type(model)
-    return cls.__module__.startswith(("transformers.", "transformers_modules.")) and "For" not in cls.__name__
-
-
-def _with_parameters(model: nn.Module) -> Iterator[str]:
-    return (name for name, child in model.named_children() if any(True for _ in child.parameters()))
-
-
-def _outside(module: nn.Module, path: str, bases: Mapping[str, nn.Module], table: nn.Module | None) -> list[str]:
-    """Paths of the modules below `module` that are outside of the transformers `bases`, and of the heads of these."""
-    found: list[str] = []
-    for name in _with_parameters(module):
-        child, full = module.get_submodule(name), f"{path}{name}"
-        if full in bases:
-            found += [f"{full}.{head}" for head in task_head(child)]
-        elif any(base.startswith(f"{full}.") for base in bases):
-            found += _outside(child, f"{full}.", bases, table)
-        elif base_of(child) is not table:
-            found += _wholes(child, full)
-    return found
-
-
-def _wholes(module: nn.Module, path: str) -> list[str]:
-    """The paths of what PEFT can save whole of a module: itself, or what is inside if it is a list or a dict."""
-    if isinstance(module, nn.ParameterList | nn.ParameterDict):
-        return []
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return [p for name in _with_parameters(module) for p in _wholes(module.get_submodule(name), f"{path}.{name}")]
-    return [path]
-
-
-def head_parameters_outside_modules(model: nn.Module) -> list[str]:
-    """Names of parameters outside the base transformers that no module of `task_head` holds. PEFT cannot save them."""
-    bases = list(transformers_in(model))
-    if isinstance(model, PreTrainedModel):
-        prefix = model.base_model_prefix
-        known = prefix in dict(model.named_children()) and embedding_of(model, "output") is None
-        bases = [prefix, *bases] if known else []
-    inside = tuple(f"{name}." for name in (*bases, *task_head(model)))
-    return [name for name, _ in model.named_parameters() if not name.startswith(inside)] if bases else []
 
 
 def unit_weights(model: nn.Module, group: Group, side: Side) -> torch.Tensor:
@@ -217,37 +115,6 @@ def input_embedding(model: nn.Module) -> str | None:
     if id(table) in in_several_places(model):
         return None
     return next((name for name, module in model.named_modules() if base_of(module) is table), None)
-
-
-# The last parts of the names that tables of positions have in Transformers.
-_POSITIONS = re.compile(r"(.*\.)?(position_embeddings?|wpe|embed_positions)")
-
-
-def positions_of(model: nn.Module) -> tuple[str, int] | None:
-    """Name of the table of learned positions, and the longest input in tokens. `None` if the model has no such table.
-
-    Some families do not use the first rows: OPT and BART two of them (`offset`), RoBERTa those up to its padding.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name):
-            first = module.padding_idx + 1 if module.padding_idx is not None else int(getattr(module, "offset", 0))
-            return name, module.weight.shape[0] - first
-    return None
-
-
-def usual_length(model: nn.Module, decode: bool = False) -> int:
-    """The tokens of the sequences that are measured by default: 128, or as many as the table of positions has."""
-    longest = longest_to_measure(model, decode)
-    return 128 if longest is None else min(128, longest)
-
-
-def longest_to_measure(model: nn.Module, decode: bool = False) -> int | None:
-    """The most tokens for which the table of positions is large enough; `None` without a table.
-
-    A decoding step (`decode`) needs a position more than the cached tokens before it.
-    """
-    table = positions_of(model)
-    return table[1] - decode if table else None
 
 
 def is_shared(model: nn.Module, table: nn.Module) -> bool:

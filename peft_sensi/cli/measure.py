@@ -147,7 +147,7 @@ def _load_to_measure(name: str) -> Any:
 
 def length_for(model: Any, given: int | None, decode: bool = False) -> int:
     """The given length, or `usual_length`. Raises `SensiError` if the model does not take inputs of the given one."""
-    from ..anatomy.modules import image_tokens, longest_to_measure, usual_length
+    from ..anatomy.inputs import image_tokens, longest_to_measure, usual_length
 
     if (tokens := image_tokens(model)) is not None:
         args.refuse({"--sequence-length": given}, f"is about texts, and an image has {tokens} tokens here")

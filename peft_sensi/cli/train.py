@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from .. import recipes
 from ..anatomy.build import build_anatomy
-from ..anatomy.modules import task_head
+from ..anatomy.task_heads import task_head
 from ..planning.budget import DEFAULT_LIMITS, TIMES
 from ..planning.latency_torch import fresh_copy
 from ..planning.plan import Plan

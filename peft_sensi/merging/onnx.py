@@ -23,7 +23,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.modules import positions_of, unwrapped
+from ..anatomy.inputs import positions_of
+from ..anatomy.modules import unwrapped
 from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError, first_line, how_to_install
 from ..utils.files import new_folder, writing

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..anatomy.build import build_anatomy, nothing_to_trim
+from ..anatomy.inputs import image_tokens
 from ..anatomy.latency import LatencyTable, shape_of
 from ..anatomy.latency_points import Counts, kinds_of, points_of, table_from
-from ..anatomy.modules import image_tokens
 from ..anatomy.units import Anatomy
 from ..scoring.calibration import to_device
 from ..utils.checks import shown

@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..anatomy.modules import embedding_of, task_head
+from ..anatomy.modules import embedding_of
+from ..anatomy.task_heads import task_head
 from ..anatomy.widths import classes_for
 from ..merging.load import without_weights
 from ..planning.plan import Plan

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..anatomy.linears import oriented
-from ..anatomy.modules import linear_of, task_head, unit_weights
+from ..anatomy.modules import linear_of, unit_weights
+from ..anatomy.task_heads import task_head
 from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from ..utils.errors import not_finite

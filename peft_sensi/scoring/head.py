@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.modules import is_base_parameter, name_in_base, task_head
+from ..anatomy.modules import is_base_parameter, name_in_base
+from ..anatomy.task_heads import task_head
 from ..utils import distributed
 
 

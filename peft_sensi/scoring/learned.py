@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..anatomy.modules import task_head
+from ..anatomy.task_heads import task_head
 from ..utils import distributed
 from ..utils.errors import CalibrationError
 from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of

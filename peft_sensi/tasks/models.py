@@ -58,7 +58,7 @@ def longest_input(tokenizer: Any, config: Any) -> int:
     """
     from transformers import AutoModel, PretrainedConfig
 
-    from ..anatomy.modules import positions_of
+    from ..anatomy.inputs import positions_of
     from ..anatomy.widths import on_meta
 
     longest = tokenizer.model_max_length

@@ -63,7 +63,7 @@ class Options(DataOptions):
     """The options about the data, and what the caller decides.
 
     Attributes:
-        label_column: One name or several; kept as a list.
+        label_column: One name, or several.
         allow_unknown: Whether classes of texts that a trained head does not know are wrong predictions, as in an
             evaluation; otherwise they are an error.
         silent: Whether a question may get no answer. `None`: if some questions of the training rows have none.

@@ -13,18 +13,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
-from ..anatomy.modules import (
-    HEAD_NAMES,
-    base_of,
-    embedding_of,
-    head_parameters_outside_modules,
-    in_several_places,
-    is_bare,
-    is_base_parameter,
-    name_in_base,
-    not_linear,
-    task_head,
-)
+from ..anatomy.modules import base_of, embedding_of, in_several_places, is_base_parameter, name_in_base, not_linear
+from ..anatomy.task_heads import HEAD_NAMES, head_parameters_outside_modules, is_bare, task_head
 from ..anatomy.units import Anatomy, Group
 from ..layers.layer import SensiLayer, base_is_dropped, layers_of
 from ..layers.marks import LAYER_MARK

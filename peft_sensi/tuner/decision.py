@@ -22,8 +22,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..anatomy.build import nothing_to_trim
+from ..anatomy.inputs import image_tokens
 from ..anatomy.linears import bias_of, is_quantized
-from ..anatomy.modules import image_tokens, linear_of
+from ..anatomy.modules import linear_of
 from ..anatomy.units import Anatomy
 from ..planning.allocate import check_fits, make_plan
 from ..planning.budget import DEFAULT_LIMITS, Budget

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy.inputs import usual_length
 from ..anatomy.latency import LatencyTable, check_records
-from ..anatomy.modules import usual_length
 from ..planning.budget import TIMES, Budget, allowance
 from ..planning.costs import costs_of, kept_counts, tables_by_limit
 from ..planning.latency_torch import measure_torch, tokens_of

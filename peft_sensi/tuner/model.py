@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..anatomy.modules import task_head, unwrapped
+from ..anatomy.modules import unwrapped
+from ..anatomy.task_heads import task_head
 from ..anatomy.widths import note_widths
 from ..layers.layer import SensiLayer, layers_of
 from ..layers.marks import EXTRA, LAYER_MARK, check_marks, marks_to_tensor

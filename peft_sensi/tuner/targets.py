@@ -22,9 +22,8 @@ from ..anatomy.modules import (
     is_norm,
     linear_of,
     name_in_base,
-    task_head,
-    transformers_in,
 )
+from ..anatomy.task_heads import task_head, transformers_in
 from ..anatomy.units import Anatomy
 from ..planning.budget import allowance
 from ..planning.plan import Plan
