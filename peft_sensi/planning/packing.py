@@ -10,7 +10,7 @@ import numpy as np
 
 from ..anatomy.units import Group
 from ..utils.checks import shown
-from ..utils.errors import SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError
 from ..utils.states import FROZEN, TRIMMED
 
 
@@ -110,6 +110,15 @@ def check_plan_dict(values: Any) -> None:
         raise SensiLoadError(
             f"The plan claims {largest:,} units in a group, and {total:,} in all groups, more than any model has. "
             f"{PLAN_DAMAGED}"
+        )
+
+
+def check_least(group: Group, kept: int, argument: str) -> None:
+    """Raises `SensiError` if an argument would leave a group fewer units than its layer needs to run."""
+    if kept < group.least:
+        raise SensiError(
+            f"{argument} would leave {kept} units of {group.name!r}, which cannot run with fewer than {group.least}: "
+            f"let at least {group.least} of its units stay."
         )
 
 
