@@ -498,8 +498,9 @@ def edit(path: list, value) -> dict:
     [
         None, [], {}, "plan",
         edit(["groups"], ...), edit(["groups"], []), edit(["groups"], {}), edit(["surplus"], 1),
-        edit(["sequence_length"], "128"), edit(["sequence_length"], -1), edit(["sequence_length"], True),
+        edit(["sequence_length"], "128"), edit(["sequence_length"], 0), edit(["sequence_length"], True),
         edit(["sequence_length"], 1.5), edit(["sequence_length"], 2**60), edit(["always_trained"], None),
+        edit(["always_trained"], -1), edit(["sequence_length"], -1),
         edit(["groups", "n"], ...), edit(["groups", "n"], None),
         edit(["groups", "other"], edit(["x"], 0)["groups"]["n"]),
         edit(["groups", "n", "size"], 13), edit(["groups", "n", "size"], "12"), edit(["groups", "n", "size"], True),
