@@ -57,8 +57,8 @@ def make_plan(
         budget: A limit on `params`, or a dict or `Budget` with several limits. `None`: everything stays and is tuned.
         targets: Names of the modules that may be trained. Default: all modules of all groups.
         protected: For each group a boolean mask `[units]`. These units are kept whatever their scores. If the budget
-            is too small for all of them, they are kept before the other units of their groups, with a warning.
-            Default: the protected units of `scores`.
+            is too small for all of them, they are kept where that costs nothing, with a warning. Default: the
+            protected units of `scores`.
         available: For each group a boolean mask `[units]` of the units that can be kept. Default: all. Where fewer
             than `min_units` are available, all of these stay.
         sequence_length: Number of tokens for which FLOPs are counted. Default: that of `scores`, else 128.

@@ -63,11 +63,15 @@ class FirstCut:
         ladders, mandatory = self._ladders(values, protected)
         if (mandatory <= self._allowed).all():
             return choose(ladders, self._allowed - mandatory, proportional)
-        # Limits must hold, protection is only a preference: the protected units come first, as far as their groups
-        # grow. Then scores per cost may rise from one step to the next, as for costs that are not proportional.
-        ladders, mandatory = self._ladders(values, protected, mandatory=False)
-        kept = choose(ladders, self._room(mandatory), proportional=False)
+        # Limits must hold, protection is only a preference. It remains where it costs nothing: in groups of which at
+        # least as many units stay in any case.
         marked = {name: mask & self.available[name] for name, mask in protected.items()}
+        smallest, _ = self._ladders(values, {name: np.zeros_like(mask) for name, mask in marked.items()})
+        stay = {group.name: int(ladder.counts[0]) for ladder in smallest for group, _ in ladder.orders}
+        ladders, mandatory = self._ladders(
+            values, {name: mask & (mask.sum() <= stay[name]) for name, mask in marked.items()}
+        )
+        kept = choose(ladders, self._room(mandatory), proportional)
         total = sum(int(mask.sum()) for mask in marked.values())
         lost = sum(int((mask & ~kept[name]).sum()) for name, mask in marked.items())
         warnings.warn(
@@ -88,13 +92,8 @@ class FirstCut:
         allowed = [allowance(getattr(self.limits, name), cost.whole) for name, cost in self.costs.items()]
         return np.array(allowed, dtype=np.int64) - self._rest
 
-    def _ladders(
-        self, values: Mapping[str, np.ndarray], protected: Masks, mandatory: bool = True
-    ) -> tuple[list[Ladder], np.ndarray]:
-        """How each group can grow, its protected units first, and the total costs of its mandatory units.
-
-        `mandatory` says whether the protected units are among these.
-        """
+    def _ladders(self, values: Mapping[str, np.ndarray], protected: Masks) -> tuple[list[Ladder], np.ndarray]:
+        """How each group can grow, and the total costs of the mandatory units: the protected ones are among these."""
         # Groups that grow together: in a uniform plan those that have the same number of units of the same kind.
         together: dict[object, list[Ladder]] = {}
         for g in self.anatomy.trimmable:
@@ -106,7 +105,6 @@ class FirstCut:
                 protected[g.name],
                 self.multiple_of if g.kind == "neuron" else 1,
                 max(self.min_units, g.least),
-                forced_stay=mandatory,
             )
             together.setdefault((g.kind, g.size) if self.uniform else g.name, []).append(ladder)
         ladders = [joint(same) for same in together.values()]

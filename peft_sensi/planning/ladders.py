@@ -64,17 +64,16 @@ def ladder_of(
     forced: np.ndarray,
     step: int = 1,
     min_units: int = 0,
-    forced_stay: bool = True,
 ) -> Ladder:
-    """The ladder of one group. Its mandatory units cover `min_units` and, if `forced_stay`, all forced candidates.
+    """The ladder of one group. Its mandatory units cover `min_units` and all forced candidates.
 
-    The forced candidates come first in any case. `values` are the scores, `candidates` and `forced` boolean masks, all
-    `[units]`. `costs` turns numbers of kept units `[n]` into costs (int64, `[limits, n]`).
+    `values` are the scores, `candidates` and `forced` boolean masks, all `[units]`. `costs` turns numbers of kept
+    units `[n]` into costs (int64, `[limits, n]`).
     """
     order = best_first(values, candidates, forced)
     size = len(order)
     counts = np.unique(np.append(np.arange(0, size, step), size))
-    mandatory = max(min_units, int((candidates & forced).sum()) if forced_stay else 0)
+    mandatory = max(min_units, int((candidates & forced).sum()))
     counts = counts[np.searchsorted(counts, min(size, mandatory)) :]
     scores = np.concatenate(([0.0], np.cumsum(values[order])))[counts]
     return Ladder([(group, order)], counts, scores, costs(counts))
@@ -104,8 +103,7 @@ def choose(ladders: list[Ladder], left: np.ndarray, proportional: bool = True) -
     """Chooses how many steps each ladder takes, and returns the chosen units.
 
     No limit is exceeded, and no further step fits. `left` (int64, `[limits]`) is what the limits allow beside the
-    mandatory units. `proportional` says that all costs are proportional to the numbers of units, and that the best
-    units of each group come first, so that scores per cost never rise from one step to the next.
+    mandatory units. `proportional` says that all costs are proportional to the numbers of units.
     """
     # With one limit and proportional costs, its price changes nothing in the order of the steps.
     is_simple = proportional and len(left) == 1
