@@ -21,6 +21,7 @@ WRONG = [
     0, 0.0, -0.0, -1, -0.5, 1.5, 2.0, math.nan, math.inf, -math.inf, True, False, None, "half", "0.5", b"1", [], [0.5],
     (0.5,), {}, {0.5}, 1j, {"param": 0.5}, {"params": 0.5, "flop": 0.5}, {"params": None}, {"params": True},
     {"flops": 1.5}, {"trainable": 0}, {"trainable": "all"}, {"params": math.nan}, {"params": {}}, {1: 0.5}, {None: 1},
+    {"params": None, "flops": None}, {"param": None}, {"params": 0.5, "flop": None},
 ]  # fmt: skip
 
 
@@ -64,6 +65,13 @@ def test_all_limits_of_a_mapping_are_read(values):
     assert all(getattr(budget, name) is None for name in set(LIMITS) - set(values))
     assert budget.trims == bool({"params", "flops"} & set(values))
     assert Budget.parse(budget) == budget
+
+
+def test_none_in_a_mapping_is_no_limit():
+    assert Budget.parse({"params": 0.5, "flops": None, "latency": None}) == Budget(params=0.5)
+    assert SensiConfig(budget={"flops": None, "trainable": 0.1}).limits == Budget(trainable=0.1)
+    with pytest.raises(BudgetError, match="The budget is empty"):
+        Budget.parse({"params": None})
 
 
 @given(st.floats() | st.integers(), st.sampled_from(LIMITS))

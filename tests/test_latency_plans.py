@@ -211,6 +211,16 @@ def test_equal_inputs_give_equal_plans():
     assert 0.499 * table.whole < spent <= 0.5 * table.whole
 
 
+def test_a_plan_without_more_units_predicts_nothing_until_it_is_asked():
+    anatomy = Anatomy((neurons("a", 4), neurons("b", 4, hidden=9)), 1000)
+    table = table_for(anatomy, lambda group: {0: 0, 4: 3})
+    plan = make_plan(anatomy, {g.name: np.ones(g.size) for g in anatomy.groups}, {"latency": 1.0}, latency=table)
+    assert plan.figures()["latency_ms"] == 7
+    smaller = plan.without({"a": np.ones(4, dtype=bool)})
+    assert "latency_ms" not in smaller.figures() and " ms" not in smaller.line() + smaller.summary()
+    assert smaller.predicted({"latency": table}).figures()["latency_ms"] == 4
+
+
 def test_a_missing_table_and_one_for_another_model():
     anatomy, other = Anatomy((neurons("a", 16),), 100), Anatomy((neurons("a", 24),), 100)
     scores = {"a": np.ones(16)}

@@ -10,6 +10,7 @@ import math
 import pickle
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from peft_sensi import (
     make_plan,
 )
 from peft_sensi.anatomy.units import Group, Side
+from peft_sensi.planning.allocate import check_fits
 from peft_sensi.planning.budget import allowance
 from peft_sensi.planning.rows import units_by_kind
 
@@ -206,8 +208,83 @@ def test_protected_units_are_kept_as_long_as_the_limit_allows():
     kept = make_plan(anatomy, scores, 0.25, protected=protected, multiple_of=1).of(anatomy.groups[0])
     assert np.flatnonzero(kept).tolist() == [0, 13, 14, 15]
     every = {"a": np.ones(16, dtype=bool)}
-    kept = make_plan(anatomy, scores, 0.25, protected=every, multiple_of=1).of(anatomy.groups[0])
+    with pytest.warns(UserWarning, match="too small for all protected units: 12 of 16 are cut"):
+        kept = make_plan(anatomy, scores, 0.25, protected=every, multiple_of=1).of(anatomy.groups[0])
     assert np.flatnonzero(kept).tolist() == [12, 13, 14, 15]  # the limit is a promise, protection is advice
+
+
+def marked_in_every_layer(first: int) -> tuple[Anatomy, dict, dict]:
+    """Four layers, each with a protected neuron of the lowest score; in the first layer there are `first` of them."""
+    anatomy = Anatomy(tuple(neurons(f"l{i}", 64) for i in range(4)), 10_000)
+    rng = np.random.default_rng(0)
+    scores = {g.name: 1 + rng.random(g.size) for g in anatomy.groups}
+    protected = {g.name: np.arange(g.size) < (first if g.name == "l0" else 1) for g in anatomy.groups}
+    return anatomy, {name: np.where(protected[name], 0.0, values) for name, values in scores.items()}, protected
+
+
+@pytest.mark.parametrize("budget", [0.125, 0.25, {"params": 0.25, "flops": 0.3}], ids=str)
+def test_protection_that_costs_nothing_stays_where_another_layer_has_too_much(budget):
+    for first, lost in ((1, 0), (64, 56)):
+        anatomy, scores, protected = marked_in_every_layer(first)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = make_plan(anatomy, scores, budget, protected=protected)
+        assert all(plan[f"l{i}"][0] for i in (1, 2, 3))
+        assert kept_counts(plan)["l0"] == 8 or not lost  # its units have no score, so that no more than must stay
+        assert plan.params_share <= 0.25
+        assert [str(w.message).partition(" are cut")[0] for w in caught] == (
+            [f"The budget is too small for all protected units: {lost} of 67"] if lost else []
+        )
+
+
+@given(problems(), trimming, steps, st.integers(0, 2), st.data())
+@settings(max_examples=60)
+def test_limits_hold_and_are_used_up_whatever_is_protected(problem, budget, multiple_of, min_units, data):
+    anatomy, scores = problem
+    marks = st.sampled_from([0.0, 0.1, 0.9]).flatmap(lambda share: st.floats(0, 1).map(lambda x: x < share))
+    protected = {
+        g.name: np.array(data.draw(st.lists(marks, min_size=g.size, max_size=g.size))) for g in anatomy.trimmable
+    }
+    options = {"multiple_of": multiple_of, "min_units": min_units}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            plan = make_plan(anatomy, scores, budget, protected=protected, **options)
+        except BudgetError:
+            assert plan_or_none(anatomy, scores, budget, **options) is None  # protection makes no plan impossible
+            return
+    lost = sum(int((mask & plan.trimmed_units[name]).sum()) for name, mask in protected.items())
+    assert any(f": {lost:,} of" in str(w.message) for w in caught) == bool(lost)
+    for g in anatomy.trimmable:  # protection stays where it costs nothing
+        least = min(g.size, -(-max(min_units, g.least) // (step := multiple_of if g.kind == "neuron" else 1)) * step)
+        assert protected[g.name].sum() > least or (~plan.trimmed_units[g.name])[protected[g.name]].all()
+    budget = Budget.parse(budget)
+    names = [n for n in ("params", "flops") if getattr(budget, n) is not None]
+    left = {n: allowed(plan, budget, n) - costs(plan)[n] for n in names}
+    assert all(rest >= 0 for rest in left.values())
+    for group in anatomy.trimmable:
+        count = kept_counts(plan)[group.name]
+        step = multiple_of if group.kind == "neuron" else 1
+        bigger = min(group.size, (count // step + 1) * step) - count
+        price = {"params": group.unit_params, "flops": 2 * group.unit_macs(plan.sequence_length)}
+        assert not bigger or any(bigger * price[name] > rest for name, rest in left.items())
+
+
+def test_a_layer_keeps_the_units_that_it_cannot_run_without():
+    anatomy = Anatomy((replace(heads("h", 4), least=1), neurons("n", 16)), 1000)
+    scores = {g.name: np.ones(g.size) + np.arange(g.size) for g in anatomy.groups}
+    none, one = np.zeros(4, dtype=bool), np.arange(4) == 2
+    message = "`available` would leave 0 units of 'h', which cannot run with fewer than 1"
+    with pytest.raises(SensiError, match=message):
+        make_plan(anatomy, scores, 0.5, available={"h": none})
+    with pytest.raises(SensiError, match=message):
+        check_fits(anatomy, Budget(params=0.5), 8, available={"h": none})
+    # Where fewer units than `min_units` are available, all of these stay.
+    plan = make_plan(anatomy, scores, 0.5, available={"h": one}, min_units=3, multiple_of=1)
+    assert plan["h"].astype(bool).tolist() == one.tolist()
+    with pytest.raises(SensiError, match="`units` would leave 0 units of 'h'"):
+        plan.without({"h": one})
+    assert kept_counts(plan.without({"n": np.ones(16, dtype=bool)})) == {"h": 1, "n": 0}
 
 
 @given(
@@ -411,8 +488,9 @@ def edit(path: list, value) -> dict:
     [
         None, [], {}, "plan",
         edit(["groups"], ...), edit(["groups"], []), edit(["groups"], {}), edit(["surplus"], 1),
-        edit(["sequence_length"], "128"), edit(["sequence_length"], -1), edit(["sequence_length"], True),
+        edit(["sequence_length"], "128"), edit(["sequence_length"], 0), edit(["sequence_length"], True),
         edit(["sequence_length"], 1.5), edit(["sequence_length"], 2**60), edit(["always_trained"], None),
+        edit(["always_trained"], -1), edit(["sequence_length"], -1),
         edit(["groups", "n"], ...), edit(["groups", "n"], None),
         edit(["groups", "other"], edit(["x"], 0)["groups"]["n"]),
         edit(["groups", "n", "size"], 13), edit(["groups", "n", "size"], "12"), edit(["groups", "n", "size"], True),

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import assert_same_tensors, clone, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BatchEncoding, GPT2Config, T5Config, T5ForConditionalGeneration
 
 from peft_sensi import (
     AnatomyError,
@@ -866,6 +866,20 @@ def test_losses_that_are_none_say_why():
     batch = tiny_batches(1, task="TOKEN_CLS")[0]
     with pytest.raises(CalibrationError, match="All labels of .* are -100"):
         compute_scores(model, [{**batch, "labels": torch.full_like(batch["labels"], -100)}])
+
+
+def test_single_tokens_give_a_language_model_nothing_to_predict():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    ids = torch.ones(3, 1, dtype=torch.long)
+    with pytest.raises(CalibrationError, match="only first tokens have others.* or give longer sequences"):
+        compute_scores(model, [{"input_ids": ids, "labels": ids}], priming_steps=0)
+    # One label for each example is none of a token, and the loss of a broken model is not finite for another reason.
+    model, batch = tiny_model(), tiny_batches(1)[0]
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(CalibrationError, match="the model is broken"):
+        compute_scores(model, [{**batch, "labels": batch["labels"][:, None]}], priming_steps=0)
 
 
 def test_models_that_return_tuples():

@@ -18,9 +18,10 @@ from ..anatomy.units import Anatomy, Group
 from ..scoring.scores import Scores
 from ..utils.checks import check_types
 from ..utils.errors import BudgetError, SensiError
-from .budget import Budget, allowance, in_words
-from .costs import Cost, costs_of, tables_by_limit
-from .ladders import Ladder, Masks, best_first, choose, first_units, joint, ladder_of
+from .budget import Budget, allowance
+from .costs import costs_of, tables_by_limit
+from .first_cut import FirstCut
+from .ladders import Masks, best_first, choose, first_units, ladder_of
 from .plan import Plan
 
 
@@ -45,15 +46,21 @@ def make_plan(
 ) -> Plan:
     """Chooses the states of all units under the budget. All limits hold.
 
+    A single limit on `params` or `flops` is filled by taking the steps with the best score per cost. The kept score
+    may then be slightly below the best possible one, because the last steps do not fit exactly. Under several limits,
+    or limits on latencies, a search improves on this choice.
+
     Args:
         anatomy: The groups of units, from `build_anatomy`.
         scores: The result of `compute_scores`, or for each group's name an array or tensor of shape `[units]`. Units
             with larger scores are kept first. This function divides the scores by the units' costs.
         budget: A limit on `params`, or a dict or `Budget` with several limits. `None`: everything stays and is tuned.
         targets: Names of the modules that may be trained. Default: all modules of all groups.
-        protected: For each group a boolean mask `[units]`. These units are kept whatever their scores, unless the
-            budget is too small for that. Default: the protected units of `scores`.
-        available: For each group a boolean mask `[units]` of the units that can be kept. Default: all.
+        protected: For each group a boolean mask `[units]`. These units are kept whatever their scores. If the budget
+            is too small for all of them, they are kept where that costs nothing, with a warning. Default: the
+            protected units of `scores`.
+        available: For each group a boolean mask `[units]` of the units that can be kept. Default: all. Where fewer
+            than `min_units` are available, all of these stay.
         sequence_length: Number of tokens for which FLOPs are counted. Default: that of `scores`, else 128.
         multiple_of: Neurons are kept in multiples of this number. Heads are kept one by one.
         min_units: Smallest number of units that stay in each block. With 0, whole sublayers may be trimmed.
@@ -69,7 +76,8 @@ def make_plan(
     Raises:
         BudgetError: If even the smallest plan exceeds a limit, or if a group's scores are missing, have the wrong
             shape or are not finite.
-        SensiError: If another argument has a wrong type or range, or names a module or group that is not in `anatomy`.
+        SensiError: If another argument has a wrong type or range, or names a module or group that is not in `anatomy`,
+            or if `available` has fewer units of a group than its layer needs to run.
     """
     if isinstance(scores, Scores):
         protected = scores.protected if protected is None else protected
@@ -105,18 +113,8 @@ def make_plan(
         must_stay = {g.name: _mask(protected, g, default=False) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
         costs = costs_of(limits, anatomy, length, tables)
-        ladders, left = _ladders_within(
-            anatomy,
-            values,
-            limits,
-            costs,
-            must_stay,
-            can_stay,
-            multiple_of=multiple_of,
-            min_units=min_units,
-            uniform=uniform,
-        )
-        kept |= choose(ladders, left, proportional=limits.latency is None and limits.decode_latency is None)
+        first_cut = FirstCut(anatomy, limits, costs, can_stay, multiple_of, min_units, uniform)
+        kept |= first_cut.choose(values, must_stay)
 
     prices = {g.name: g.unit_trainable(targets, with_bias=not biases_apart) for g in anatomy.groups}
     if tuned_layers is not None:
@@ -155,21 +153,9 @@ def check_fits(
     This needs no scores, which take long. The arguments are those of `make_plan`.
     """
     if limits.trims:
-        none = {g.name: np.zeros(g.size, dtype=bool) for g in anatomy.trimmable}
         can_stay = {g.name: _mask(available, g, default=True) for g in anatomy.trimmable}
-        scores = {g.name: np.zeros(g.size) for g in anatomy.trimmable}
         costs = costs_of(limits, anatomy, sequence_length, tables_by_limit(latency))
-        _ladders_within(
-            anatomy,
-            scores,
-            limits,
-            costs,
-            none,
-            can_stay,
-            multiple_of=multiple_of,
-            min_units=min_units,
-            uniform=uniform,
-        )
+        FirstCut(anatomy, limits, costs, can_stay, multiple_of, min_units, uniform).check_fits()
 
 
 def _check_names(argument: str, names: Iterable[str], known: Collection[str], kind: str) -> None:
@@ -245,77 +231,6 @@ def _outside_best_layers(
         )
     best = sorted(totals, key=lambda layer: -totals[layer][0] / max(1, totals[layer][1]))[:count]
     return [group.name for group in anatomy.groups if group.layer not in best]
-
-
-def _ladders_within(
-    anatomy: Anatomy,
-    values: Mapping[str, np.ndarray],
-    limits: Budget,
-    costs: Mapping[str, Cost],
-    protected: Masks,
-    available: Masks,
-    *,
-    multiple_of: int,
-    min_units: int,
-    uniform: bool,
-) -> tuple[list[Ladder], np.ndarray]:
-    """How each group can grow, and what the limits on the model's size allow beside the mandatory units.
-
-    Raises `BudgetError` if they do not even allow these, or if nothing can be trimmed.
-    """
-    if not anatomy.trimmable:
-        raise BudgetError(
-            "The budget limits the size of the model, and `anatomy` has no heads or neurons that can be trimmed: give "
-            "`build_anatomy` layouts of the `blocks`, or set only a `trainable` limit."
-        )
-    rest = np.array([cost.rest for cost in costs.values()], dtype=np.int64)
-    allowed = np.array([allowance(getattr(limits, n), cost.whole) for n, cost in costs.items()], dtype=np.int64) - rest
-
-    # Groups that grow together: in a uniform plan those that have the same number of units of the same kind.
-    together: dict[object, list[Group]] = {}
-    for group in anatomy.trimmable:
-        together.setdefault((group.kind, group.size) if uniform else group.name, []).append(group)
-
-    def ladders_with(keep_protected: bool) -> tuple[list[Ladder], np.ndarray]:
-        """The ladders of all groups, and the costs of their mandatory units."""
-        single = {
-            g.name: ladder_of(
-                g,
-                values[g.name],
-                partial(_costs_of_group, costs, g),
-                available[g.name],
-                protected[g.name] & keep_protected,
-                multiple_of if g.kind == "neuron" else 1,
-                max(min_units, g.least),
-            )
-            for g in anatomy.trimmable
-        }
-        ladders = [joint([single[g.name] for g in groups]) for groups in together.values()]
-        return ladders, np.sum([ladder.costs[:, 0] for ladder in ladders], axis=0)
-
-    ladders, mandatory = ladders_with(keep_protected=True)
-    if (mandatory > allowed).any():  # limits must hold, protection is only a preference
-        ladders, mandatory = ladders_with(keep_protected=False)
-    if (mandatory > allowed).any():
-        smallest = ", ".join(map(in_words, costs, (mandatory + rest).tolist()))
-        # Some families cannot run without certain units, whatever `min_units` is.
-        stays, ways, settings = "what the model cannot run without", "Raise the budget", []
-        if multiple_of > 1:
-            ways += ", or lower `multiple_of`"
-            settings.append("multiple_of")
-        if min_units:
-            number = " (the same number in all)" if uniform else ""
-            stays = f"{min_units} head(s) and {multiple_of} neurons in each block{number}, and {stays}"
-            ways += ", or let whole sublayers go with `min_units=0`"
-            settings.append("min_units")
-        problem = f"The budget is too small for {stays}: that alone needs {smallest}."
-        raise BudgetError(problem, f"{ways}.", limits=costs, settings=settings)
-    return ladders, allowed - mandatory
-
-
-def _costs_of_group(costs: Mapping[str, Cost], group: Group, counts: np.ndarray) -> np.ndarray:
-    """The costs of these numbers of units of a group, int64 `[limits, n]`."""
-    return np.array([cost.of(group, counts) for cost in costs.values()], dtype=np.int64)
 
 
 def _choose_tuned(

@@ -55,7 +55,7 @@ class Budget:
 
     @classmethod
     def parse(cls, budget: Any) -> Budget:
-        """Reads a number, which is a limit on `params`, or a mapping from names to limits.
+        """Reads a number, which is a limit on `params`, or a mapping from names to limits. There, `None` is no limit.
 
         Raises:
             BudgetError: If a limit has an unknown name or is neither a share nor a count or a time, or if there is no
@@ -65,11 +65,11 @@ class Budget:
             return budget
         limits = budget if isinstance(budget, Mapping) else {"params": budget}
         names = (*LIMITS, *TIMES)
-        if not limits:
-            raise BudgetError(f"The budget is empty: name at least one limit of {', '.join(names)}.")
         if unknown := [name for name in limits if name not in names]:
             raise BudgetError(f"Unknown limit {shown(unknown[0])} in the budget: the limits are {', '.join(names)}.")
-        return cls(**{name: _check_limit(name, value) for name, value in limits.items()})
+        if all(limit is None for limit in limits.values()):
+            raise BudgetError(f"The budget is empty: name at least one limit of {', '.join(names)}.")
+        return cls(**limits)
 
     @classmethod
     def of_amounts(cls, amounts: Mapping[str, int]) -> Budget:

@@ -153,7 +153,7 @@ def improve(ladders: list[Ladder], left: np.ndarray, prices: np.ndarray) -> None
     Decides one ladder after the other and follows all partial choices that can still become better than the best known
     one. At most as much can be added to a partial choice as the ladders that are still open are worth at these
     `prices`, beyond their costs (Lagrangian relaxation; Fisher 1981). If more than `WIDTH` partial choices are left,
-    only the most promising are followed. So small problems are solved exactly.
+    only the most promising are followed. So the choice is the best one if that never happens, as in small problems.
     """
     known = sum(float(ladder.scores[ladder.taken]) for ladder in ladders)
     costs = [ladder.costs - ladder.costs[:, :1] for ladder in ladders]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..anatomy.units import Group
 from ..utils.checks import shown
-from ..utils.errors import SensiLoadError
+from ..utils.errors import SensiError, SensiLoadError
 from ..utils.states import FROZEN, TRIMMED
 
 
@@ -78,8 +78,8 @@ def _unpack_mask(text: str, size: int, where: str) -> np.ndarray:
 def check_plan_dict(values: Any) -> None:
     """Checks the keys and types of a plan dict that came from a file. Raises `SensiLoadError`."""
 
-    def is_count(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 2**48
+    def is_amount(value: Any, least: int = 0) -> bool:  # unlike a count, it may need more than 32 bits
+        return type(value) is int and least <= value < 2**48
 
     keys = {"sequence_length", "always_trained", "groups"}
     if not isinstance(values, Mapping):
@@ -87,17 +87,18 @@ def check_plan_dict(values: Any) -> None:
     if set(values) != keys:
         found = sorted(map(str, values))
         raise SensiLoadError(f"A `plan` must have exactly the keys {sorted(keys)}, got {shown(found)}. {PLAN_DAMAGED}")
-    for name in ("sequence_length", "always_trained"):
-        if not is_count(values[name]):
+    for name, least in (("sequence_length", 1), ("always_trained", 0)):
+        if not is_amount(values[name], least):
             raise SensiLoadError(
-                f"The plan's `{name}` must be a whole number, got {shown(values[name])}. {PLAN_DAMAGED}"
+                f"The plan's `{name}` must be a whole number of at least {least}, got {shown(values[name])}. "
+                f"{PLAN_DAMAGED}"
             )
     if not isinstance(values["groups"], Mapping):
         raise SensiLoadError(
             f"The plan's groups must be a mapping from names, got {shown(values['groups'])}. {PLAN_DAMAGED}"
         )
     for name, entry in values["groups"].items():
-        good = isinstance(entry, Mapping) and set(entry) == {"size", "kept", "tuned"} and is_count(entry["size"])
+        good = isinstance(entry, Mapping) and set(entry) == {"size", "kept", "tuned"} and is_amount(entry["size"])
         if not good or not all(isinstance(entry[key], str) for key in ("kept", "tuned")):
             raise SensiLoadError(
                 f"The plan's group {shown(name)} must have a size and two masks, kept and tuned, got {shown(entry)}. "
@@ -110,6 +111,15 @@ def check_plan_dict(values: Any) -> None:
         raise SensiLoadError(
             f"The plan claims {largest:,} units in a group, and {total:,} in all groups, more than any model has. "
             f"{PLAN_DAMAGED}"
+        )
+
+
+def check_least(group: Group, kept: int, argument: str) -> None:
+    """Raises `SensiError` if an argument would leave a group fewer units than its layer needs to run."""
+    if kept < group.least:
+        raise SensiError(
+            f"{argument} would leave {kept} units of {group.name!r}, which cannot run with fewer than {group.least}: "
+            f"let at least {group.least} of its units stay."
         )
 
 

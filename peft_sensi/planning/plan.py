@@ -11,12 +11,12 @@ import numpy as np
 
 from ..anatomy.latency import LIMIT_OF, LatencyTable, latency_facts
 from ..anatomy.units import Anatomy, Group
-from ..plotting.plots import Ranking, plot_plan
+from ..plotting.plots import plot_plan
 from ..utils.errors import SensiError
 from ..utils.formatting import data_frame, find_name, html_table, human, short_names, text_table, wrapped
 from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, UPDATED, Row
-from .packing import check_plan_dict, other_group, pack_mask, states_for
-from .rows import drawn_rows, rows_of, units_by_kind
+from .packing import check_least, check_plan_dict, other_group, pack_mask, states_for
+from .rows import drawn_rows, ranking_of, rows_of, units_by_kind
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,14 +89,19 @@ class Plan:
     def without(self, units: Mapping[str, np.ndarray]) -> Plan:
         """This plan without more units: for some groups a boolean mask `[units]`, by name as in `plan[name]`.
 
-        Raises `SensiError` if a mask does not fit, or has units that cannot be removed."""
+        It has no predicted latencies until they are `predicted` again. Raises `SensiError` if a mask does not fit, or
+        has units that cannot be removed.
+        """
         masks = {find_name(name, self.anatomy.by_name, "plan"): np.asarray(mask) for name, mask in units.items()}
         for name, mask in masks.items():
             group = self.anatomy.by_name[name]
             if mask.shape != (group.size,) or (mask.any() and not group.trimmable):
                 raise SensiError(f"`units[{name!r}]` must be a mask of {group.size} units that can be removed.")
-        states = (np.where(masks.get(g.name, False), TRIMMED, s).astype(np.uint8).tobytes() for g, s in self._states())
-        return replace(self, states=tuple(states))
+        states = [np.where(masks.get(g.name, False), TRIMMED, s).astype(np.uint8) for g, s in self._states()]
+        for group, left in zip(self.anatomy.groups, states, strict=True):
+            if group.name in masks:
+                check_least(group, int((left != TRIMMED).sum()), "`units`")
+        return replace(self, states=tuple(left.tobytes() for left in states), latency={})
 
     @property
     def trims(self) -> bool:
@@ -316,7 +321,7 @@ class Plan:
         if self.trims:
             shares = f"{self.params_share:.1%} of prunable parameters and {self.flops_share:.1%} of their FLOPs"
             headline = f"{shares} kept; {headline}"
-        ranking = None if scores is None else self._ranking(scores.values, cost)
+        ranking = None if scores is None else ranking_of(self, scores.values, cost)
         plot_plan(drawn_rows(self), path, headline, ranking, style, note)
 
     def rows(self) -> list[Row]:
@@ -329,22 +334,3 @@ class Plan:
 
     def _shown(self, group: Group, states: np.ndarray) -> np.ndarray:
         return np.where(states == FROZEN, UPDATED, states).astype(np.uint8) if self.is_updated(group) else states
-
-    def _ranking(self, scores: Mapping[str, Any], cost: str) -> Ranking:
-        """The units that the budget is about: the trimmable ones, or all scored ones if no unit is trimmable."""
-        scored = [group for group in self.anatomy.groups if group.name in scores and group.kind != "token"]
-        groups = [group for group in scored if group.trimmable] or scored
-        if not groups or any(len(scores[group.name]) != group.size for group in groups):
-            raise SensiError(
-                "These scores do not belong to this plan's model: groups or numbers of units differ. Give the scores "
-                "from which the plan was made."
-            )
-        costs = [g.unit_params if cost == "params" else 2 * g.unit_macs(self.sequence_length) for g in groups]
-        unit_costs = np.repeat(np.array(costs, dtype=float), [group.size for group in groups])
-        return Ranking(
-            scores=np.concatenate([scores[group.name].double().numpy() for group in groups]) / unit_costs,
-            costs=unit_costs,
-            states=np.concatenate([self._shown(group, self.of(group)) for group in groups]),
-            cost="parameter" if cost == "params" else "FLOP",
-            part="prunable" if groups[0].trimmable else "targeted",
-        )

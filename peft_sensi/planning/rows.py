@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from ..plotting.plots import Ranking
+from ..utils.errors import SensiError
 from ..utils.states import KINDS, TUNED, Row
 from .packing import unpack_states
 
@@ -37,3 +41,27 @@ def units_by_kind(plan: Any) -> dict[str, dict[str, int]]:
         counts["kept"] += row.kept
         counts["tuned"] += row.count(TUNED)
     return units
+
+
+def ranking_of(plan: Any, scores: Mapping[str, Any], cost: str) -> Ranking:
+    """The units of a `Plan` that the budget is about: the trimmable ones, or all scored ones if no unit is trimmable.
+
+    `scores` are tensors `[units]`, `cost` is `params` or `flops`. Raises `SensiError` if the scores do not fit.
+    """
+    scored = [group for group in plan.anatomy.groups if group.name in scores and group.kind != "token"]
+    groups = [group for group in scored if group.trimmable] or scored
+    if not groups or any(len(scores[group.name]) != group.size for group in groups):
+        raise SensiError(
+            "These scores do not belong to this plan's model: groups or numbers of units differ. Give the scores from "
+            "which the plan was made."
+        )
+    costs = [g.unit_params if cost == "params" else 2 * g.unit_macs(plan.sequence_length) for g in groups]
+    unit_costs = np.repeat(np.array(costs, dtype=float), [group.size for group in groups])
+    states = {row.name: row.states for row in plan.rows()}
+    return Ranking(
+        scores=np.concatenate([scores[group.name].double().numpy() for group in groups]) / unit_costs,
+        costs=unit_costs,
+        states=np.concatenate([states[group.name] for group in groups]),
+        cost="parameter" if cost == "params" else "FLOP",
+        part="prunable" if groups[0].trimmable else "targeted",
+    )

@@ -158,11 +158,22 @@ def calibration_loss(
         )
     loss = loss.float().mean()
     if not torch.isfinite(loss):
-        labels = batch.get("labels")
-        if isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == -100).all()):
-            raise CalibrationError(f"All labels of {where} are -100, so it has no loss: leave it out.")
+        if not is_labeled(batch):
+            raise CalibrationError(
+                f"All labels of {where} are -100, or only first tokens have others, which language models do not "
+                f"predict. So it has no loss: leave it out, or give longer sequences."
+            )
         raise not_finite(f"The loss of {where} is {loss.item()}")
     return loss
+
+
+def is_labeled(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch may have a loss: its labels are not all negative. Language models predict no first token."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return True
+    one_a_token = labels.dim() > 1 and labels.shape == getattr(ids, "shape", labels.shape)
+    return bool(((labels[:, 1:] if one_a_token else labels) >= 0).any())
 
 
 def check_differentiable(loss: torch.Tensor, where: str) -> None:

@@ -28,6 +28,7 @@ from .calibration import (
     check_differentiable,
     examples_in,
     examples_of,
+    is_labeled,
     saved_buffers,
     weight_of,
 )
@@ -143,11 +144,7 @@ def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
         return batch
     rows = [(turn * EXAMPLES + i) % size for i in range(EXAMPLES)]
     part = examples_of(batch, rows)
-    labels = part.get("labels")
-    if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-        used = labels[:, 1:] if labels.dim() > 1 else labels  # language models do not predict the first token
-        return part if bool((used >= 0).any()) else batch
-    return part
+    return part if is_labeled(part) else batch
 
 
 def can_be_divided(batch: Mapping[str, Any]) -> bool:

@@ -222,8 +222,7 @@ def recounted(root: nn.Module, config: SensiConfig, before: Plan, after: Plan) -
     """The plan `after`, which trims more units than `before`, with the trained values counted again."""
     saved_values = before.always_trained - trained_beside_units(root, config, before)
     values = trained_beside_units(root, config_after(config, after), after)
-    # Latencies are predicted again when the config gets this plan.
-    return replace(after, always_trained=saved_values + values, latency={})
+    return replace(after, always_trained=saved_values + values)
 
 
 def _on_the_way(config: SensiConfig, anatomy: Anatomy, sequence_length: int, progress: float) -> Budget:

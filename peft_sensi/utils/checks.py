@@ -30,7 +30,7 @@ _LARGEST_NUMBER = 2**16  # of a block layout: sizes of heads, and how often a la
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number that fits into a float. Booleans are not numbers here."""
+    """Whether this is a finite number that fits into a float. In this module, booleans are not numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -40,7 +40,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_count(value: Any, least: int = 1) -> TypeGuard[int]:
-    """Whether this is a whole number of at least `least` that fits into 32 bits. Booleans are not numbers here."""
+    """Whether this is a whole number of at least `least` that fits into 32 bits."""
     return type(value) is int and least <= value < 2**31
 
 
