@@ -349,7 +349,7 @@ def test_outputs_of_other_families_get_closer(name, monkeypatch):
     for refits in (False, True):
         model = case.wrap(case.model(), budget=0.5, calibration=batches, calibration_steps=8, refit=refits)
         errors.append(float((run(model, unseen) - run(case.model(), unseen)).square().mean()))
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.85 * errors[0]
 
 
 def assert_cut_alike(bases, batches, task_type=None):

@@ -135,7 +135,7 @@ def examples_primed_on(batches: int, options: ScoringOptions) -> int:
 
 
 def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
-    """`EXAMPLES` examples of a batch, different ones in each turn. The whole batch if it cannot be divided, or is small.
+    """`EXAMPLES` examples of a batch, different ones in each turn. All of a batch that cannot be divided, or is small.
 
     The part must have a label: a loss over tokens is not finite without labels.
     """
