@@ -6,13 +6,11 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from methods import Method
-from scipy.stats import bootstrap
 from tasks import TASKS
 
 
@@ -33,12 +31,21 @@ def cell(values: list[float], form: str = ".3f") -> str:
     return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
 
 
-def with_interval(values: list[float]) -> str:
-    """Mean and 95 % bootstrap interval of paired differences over tasks and seeds, in percent."""
-    if len(values) < 3:
-        return cell(values, ".1%")
-    drawn = bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
-    return f"{statistics.fmean(values):.1%} [{drawn.low:.1%}, {drawn.high:.1%}]"
+def over_tasks(parts: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The mean over tasks of means over seeds, and its standard error, from these two numbers of each task.
+
+    Tasks differ by more than seeds do, and have different numbers of seeds. So runs are not pooled.
+    """
+    means, errors = zip(*parts, strict=True)
+    return statistics.fmean(means), math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def task_mean(values: Mapping[str, list[float]]) -> str:
+    """The mean over tasks with its standard error over seeds, in percent, from the values of each task's runs."""
+    if not values:
+        return "-"
+    mean, error = over_tasks(map(mean_and_error, values.values()))
+    return f"{mean:.1%}" if math.isnan(error) else f"{mean:.1%} ± {error:.1%}"
 
 
 def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:
@@ -164,18 +171,16 @@ def front_series(results: list[dict[str, Any]], names: Mapping[str, str]) -> dic
         mine = [run for run in runs if run["method"] == row]
         if shown is None or {run["task"] for run in mine} != tasks:
             continue
-        cells = [mean_and_error([run["dev"] for run in mine if run["task"] == task]) for task in sorted(tasks)]
-        error = math.sqrt(sum(error**2 for _, error in cells)) / len(cells)
-        mean = statistics.fmean(mean for mean, _ in cells)
+        mean, error = over_tasks(mean_and_error([r["dev"] for r in mine if r["task"] == task]) for task in tasks)
         series[shown].append((statistics.fmean(run["flops_share"] for run in mine), mean, error))
     return dict(series)
 
 
 def quality_table(results: list[dict[str, Any]]) -> str:
-    """The metric per task, and the mean retention in percent, with its standard error over tasks and seeds.
+    """The metric per task, and the mean retention over tasks in percent, with its standard error over seeds.
 
-    `behind ours` is how much more `ours` retains at the same budget, on the same tasks and seeds, with a bootstrap
-    interval. Retention and `behind ours` leave out noisy tasks (see `Task`).
+    `behind ours` is how much more `ours` retains at the same budget, on the same tasks and seeds. Retention and
+    `behind ours` leave out noisy tasks (see `Task`).
     """
     runs = retentions(results)
     deciding = deciding_runs(runs)
@@ -187,8 +192,8 @@ def quality_table(results: list[dict[str, Any]]) -> str:
         mine = [run for run in runs if run["method"] == name]
         scores = [cell([run["dev"] for run in mine if run["task"] == task]) for task in tasks]
         rates = sorted({f"{run['rate']:g}" for run in mine})
-        kept = cell([run["retention"] for run in deciding_runs(mine)], ".1%")
-        behind = with_interval(_behind_ours(name, deciding))
+        kept = task_mean(_by_task((run["task"], run["retention"]) for run in deciding_runs(mine)))
+        behind = task_mean(_behind_ours(name, deciding))
         lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
     return "\n".join(lines)
 
@@ -236,9 +241,7 @@ def ways_summary(results: list[dict[str, Any]]) -> str:
         cells = []
         for group, split in columns:
             parts = [part for (_, task), part in kept[split].get(way, {}).items() if task in groups[group]]
-            error = math.sqrt(sum(error**2 for _, error in parts)) / max(1, len(parts))
-            mean = statistics.fmean(mean for mean, _ in parts) if parts else math.nan
-            cells.append(f"{mean:.1%} ± {error:.1%} ({len(parts)})" if parts else "-")
+            cells.append("{:.1%} ± {:.1%} ({})".format(*over_tasks(parts), len(parts)) if parts else "-")
         if way != "full" and set(cells) != {"-"}:
             lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -297,7 +300,7 @@ def kept_by_way(
     """For each way, model and task, the share of full fine-tuning's gain on these rows that is kept, and its error.
 
     The share is 1 + the mean of the differences from full fine-tuning with the same seed / its mean gain over
-    `Task.constant` (for the held-out rows, too). A way "at <rate>" is compared with full fine-tuning at this rate, if
+    the constant answer (`Task.constant_on`). A way "at <rate>" is compared with full fine-tuning at this rate, if
     that was run with the same seeds, and otherwise at its usual rate. The share is left out if there are fewer than
     `least` seeds, if full fine-tuning lacks one of them, and if it learns nothing.
     """
@@ -315,20 +318,27 @@ def kept_by_way(
             full = {seed: score for seed, score in reference.items() if seed in own}
             if len(full) < least or len(own) > len(full):
                 continue
-            gain = statistics.fmean(full.values()) - TASKS[column[1]].constant
+            gain = statistics.fmean(full.values()) - TASKS[column[1]].constant_on(split)
             if gain > 0:
                 kept[way][column] = mean_and_error([1 + (own[seed] - full[seed]) / gain for seed in full])
     return kept
 
 
-def _behind_ours(name: str, runs: list[dict[str, Any]]) -> list[float]:
-    """How much more `ours` retains than this row, for each task and seed that both have."""
+def _by_task(values: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for task, value in values:
+        found[task].append(value)
+    return found
+
+
+def _behind_ours(name: str, runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """How much more `ours` retains than this row, for each task the differences of the seeds that both have."""
     budget = " ".join(name.split(" ")[:2])
     if name in ("full", f"{budget} ours"):
-        return []
+        return {}
     mine = {(r["task"], r["seed"]): r["retention"] for r in runs if r["method"] == name}
     ours = {(r["task"], r["seed"]): r["retention"] for r in runs if r["method"] == f"{budget} ours"}
-    return [ours[key] - mine[key] for key in sorted(mine.keys() & ours.keys())]
+    return _by_task((key[0], ours[key] - mine[key]) for key in sorted(mine.keys() & ours.keys()))
 
 
 def _by_kind_and_budget(name: str) -> tuple[str, float, str]:

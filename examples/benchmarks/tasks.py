@@ -42,12 +42,13 @@ PAIRS = {"train": 3_000, "dev": 1_500}
 class Task:
     """A task.
 
-    `rows` limits the number of training rows; 0 means all. `constant` is the dev metric of always answering the most
-    frequent class. Learning rates are chosen on `held_out` training rows. With 500 rows the error is one point, so a
-    task with many rows holds out more. `kind` says what is predicted: the class of a text (TSV files), the class of
-    every word (CoNLL files), or an answer in a text (a JSON file in the format of SQuAD, split by article). With
-    `pairs_of`, the texts of that task are paired (see `make_pairs`). A `noisy` task is shown, but left out of means
-    over tasks: it cannot separate methods at this model size, or it is no task of its own.
+    `rows` limits the number of training rows; 0 means all. `constant` is the dev metric of always answering the
+    most frequent class, and `held_out_constant` that on the held-out rows, if it is another one. Learning rates
+    are chosen on `held_out` training rows. With 500 rows the error is one point, so a task with many rows holds
+    out more. `kind` says what is predicted: the class of a text (TSV files), the class of every word (CoNLL
+    files), or an answer in a text (a JSON file in the format of SQuAD, split by article). With `pairs_of`, the
+    texts of that task are paired (see `make_pairs`). A `noisy` task is shown, but left out of means over tasks: it
+    cannot separate methods at this model size, or it is no task of its own.
     """
 
     name: str
@@ -62,16 +63,21 @@ class Task:
     noisy: bool = False
     dev: str = "dev.tsv"
     pairs_of: str | None = None
+    held_out_constant: float | None = None
+
+    def constant_on(self, split: str) -> float:
+        """The metric of always answering the most frequent class of the `"dev"` or the `"held_out"` rows."""
+        return self.constant if split == "dev" or self.held_out_constant is None else self.held_out_constant
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("trec6", classes=6, epochs=4, constant=0.276, dev="test.tsv"),
-        Task("sst2", classes=2, epochs=1, constant=0.509, rows=16_000, held_out=4_000),
+        Task("trec6", classes=6, epochs=4, constant=0.276, held_out_constant=0.24, dev="test.tsv"),
+        Task("sst2", classes=2, epochs=1, constant=0.509, held_out_constant=0.5515, rows=16_000, held_out=4_000),
         Task("wnut17", classes=13, epochs=3, constant=0.0, metric="f1", kind="words", dev="dev.conll"),
         Task("cola", classes=2, epochs=3, constant=0.0, metric="matthews_correlation", noisy=True),
-        Task("rte", classes=2, epochs=4, constant=0.527, pair=True, noisy=True),
+        Task("rte", classes=2, epochs=4, constant=0.527, held_out_constant=0.508, pair=True, noisy=True),
         Task(
             "trec6_pairs", classes=2, epochs=3, constant=0.5, pair=True, noisy=True, dev="test.tsv", pairs_of="trec6"
         ),
