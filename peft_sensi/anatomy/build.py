@@ -14,7 +14,7 @@ from ..utils.checks import shown
 from ..utils.errors import AnatomyError
 from .blocks import Modules, groups_of_layout
 from .families import FAMILIES, layouts_of
-from .layouts import BlockLayout
+from .layouts import BlockLayout, is_lone_decoder
 from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
 from .modules import base_of, is_base_parameter, not_linear, task_head, transformers_in, unwrapped
 from .units import Anatomy, Group, Side
@@ -101,8 +101,7 @@ def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[Bl
     # The keys of these layers tell Transformers' caches how many tokens they hold.
     cached = frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
     groups = [group for layout in layouts for group in groups_of_layout(modules, layout, cached, blocks is None)]
-    if not getattr(config, "is_encoder_decoder", True):
-        # A decoder that is used alone has cross-attention, which never runs.
+    if is_lone_decoder(config):
         groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
     return [
         replace(group, fixed=True) if any(is_quantized(base_of(modules[name])) for name in group.modules) else group

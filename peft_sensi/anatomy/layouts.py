@@ -113,6 +113,11 @@ Layouts = tuple[BlockLayout, ...]
 Family = Layouts | Callable[[Any], Layouts]  # a family with variants has a function of the config
 
 
+def is_lone_decoder(config: Any) -> bool:
+    """Whether a model with this config is a decoder without an encoder. Its cross-attention, if any, never runs."""
+    return not getattr(config, "is_encoder_decoder", True) and not getattr(config, "add_cross_attention", False)
+
+
 def _expanded(paths: str) -> list[str]:
     """The paths of a text with braces: `mlp.{up,down}_proj` is `mlp.up_proj` and `mlp.down_proj`."""
     start, names, end = re.split("[{}]", paths)

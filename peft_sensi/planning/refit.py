@@ -198,8 +198,15 @@ def _refit_layer(
         last: list[list[torch.Tensor]] = []  # activations and residuals of the last sublayer
         for group in groups:
             last = []
-            if len(targets[group]) != len(streams):
-                continue  # the layer did not run this sublayer
+            if len(targets[group]) != len(streams):  # the layer did not run this sublayer
+                if (plan.of(group) == TRIMMED).any():
+                    warnings.warn(
+                        f"The residual sum after {group.name!r} was not observed once for each calibration batch, so "
+                        f"its kept units are not fitted to them. Set `refit=False` to leave the refit out without "
+                        f"this warning.",
+                        stacklevel=3,
+                    )
+                continue
             system = LeastSquares(*originals[group])
             held_out: list[list[torch.Tensor]] = []
             for stream, target in zip(streams, targets[group], strict=True):
