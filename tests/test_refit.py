@@ -10,7 +10,7 @@ import tiny
 import torch
 from family_checks import Case, check_sums, run, token_batch
 from peft import get_peft_model
-from test_families import CASES
+from test_families import CASES, RELATIVES
 from test_families_decoders import BY_NAME
 from test_families_decoders import CASES as DECODERS
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
@@ -440,6 +440,26 @@ def test_padding_is_left_out(family):
     for name in first:
         for one, other in zip(first[name], second[name], strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("length", [9, 8])
+def test_padding_is_left_out_if_tokens_come_first(length, rounds, monkeypatch):
+    """Also with as many examples as tokens, where shapes do not tell them apart."""
+    monkeypatch.setattr(refit_module, "MARGIN", 1.0)  # four batches are few
+    (case,) = [case for case in RELATIVES if case.name == "xlnet"]
+    model = case.model()
+    plan = half_plan(model, multiple_of=1)
+    batches = [case.batch(8, length, seed=seed) for seed in range(4)]
+    for batch in batches:  # padding comes first, because the model's head reads the last token
+        batch |= {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+        batch["wanted"] = run(model, batch)
+    others = [{**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], 5)} for b in batches]
+    first, second = (fit(model, plan, b, loss_fn=distance, rounds=rounds, joint=b) for b in (batches, others))
+    assert first.keys() == second.keys() and first
+    for name in first:
+        for one, other in zip(first[name], second[name], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_a_base_of_half_precision_is_refitted_in_single():

@@ -13,11 +13,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from family_checks import make_lively, token_batch
 from peft import LoraConfig, get_peft_model
 from tiny import assert_same_tensors, clone, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from peft_sensi import (
     AnatomyError,
@@ -216,6 +224,46 @@ def test_fast_gradients_equal_the_reference_for_lone_linears():
     batch = tiny_batches(1)[0]
     fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
     torch.testing.assert_close(fast["bert.pooler.dense"], slow["bert.pooler.dense"], atol=1e-6, rtol=1e-4)
+
+
+def tokens_first_model():
+    """An XLNet, whose layers get `[tokens, batch, features]`."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 64, "num_labels": 3}
+    model = XLNetForSequenceClassification(XLNetConfig(**sizes, pad_token_id=1)).eval()
+    make_lively(model)
+    return model
+
+
+@pytest.mark.parametrize("length", [9, 6])
+def test_fast_gradients_equal_the_reference_if_tokens_come_first(length):
+    """Also with as many examples as tokens, where shapes do not tell them apart."""
+    model, batch = tokens_first_model(), token_batch(6, length)
+    anatomy = build_anatomy(model, ["transformer.word_embedding"])
+    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    for name in slow:
+        assert slow[name].abs().max() > 1e-4
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
+    options = {"priming_steps": 0, "progress": False, "score": "fisher"}
+    single = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(6)]
+    together, apart = compute_scores(model, [batch], **options), compute_scores(model, single, **options)
+    for name, values in apart.values.items():
+        torch.testing.assert_close(together.values[name], values, atol=1e-9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [9, 6])
+def test_padding_has_no_influence_on_outliers_if_tokens_come_first(length):
+    model, batch = tokens_first_model(), token_batch(6, length)
+    anatomy = build_anatomy(model)
+    group = anatomy.trimmable[0]
+    shares = []
+    for token in (1, 5):
+        ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], token)
+        finder = OutlierFinder(model, anatomy)
+        with torch.no_grad(), finder.watching({**batch, "input_ids": ids}):
+            model(**{**batch, "input_ids": ids})
+        shares.append(finder.share[group.name])
+    torch.testing.assert_close(*shares)
 
 
 def test_padding_has_no_influence():

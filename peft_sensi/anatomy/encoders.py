@@ -65,7 +65,7 @@ _DEBERTA = replace(
     fixed_heads=True,
 )
 # Its attention has no Linears. The layers are in `transformer`, except in a bare `XLNetModel`.
-_XLNET = BlockLayout("layer.*", **ffn_fields("ff.{layer_1,layer_2}"), ffn_norm="ff.layer_norm")
+_XLNET = BlockLayout("layer.*", **ffn_fields("ff.{layer_1,layer_2}"), ffn_norm="ff.layer_norm", tokens_first=True)
 _MPNET = replace(
     _BERT,
     **attention_fields("attention.attn.{q,k,v,o}", size="attention_head_size"),

@@ -65,13 +65,19 @@ def _batch_gradients(
     def gated(group: Group, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         shape = x.shape
         if ids is not None:
+            if group.tokens_first:
+                x, ids = x.transpose(0, 1), ids.transpose(0, 1)
             gates.setdefault(group.name, ones(len(ids), group.size, device=x.device))
-            return apply_gate(x, gates[group.name], ids)
+            x = apply_gate(x, gates[group.name], ids)
+            return x.transpose(0, 1) if group.tokens_first else x
         if x.dim() == 2 and shape[0] % examples == 0:  # OPT's FFN gets the tokens of all examples as one list
             x = x.reshape(examples, -1, shape[-1])
+        rows = x.shape[1 if group.tokens_first else 0]
         if group.name not in gates:
-            gates[group.name] = ones(x.shape[0], group.size, device=x.device)
-        return apply_gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size)).reshape(shape)
+            gates[group.name] = ones(rows, group.size, device=x.device)
+        shared = [1] * (x.dim() - 2)  # the gates are the same for all tokens
+        sizes = (*shared, rows) if group.tokens_first else (rows, *shared)
+        return apply_gate(x, gates[group.name].view(*sizes, group.size)).reshape(shape)
 
     with hooked(model, anatomy, gated), torch.enable_grad():
         loss = calibration_loss(model, batch, loss_fn, where)
