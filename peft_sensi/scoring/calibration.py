@@ -208,8 +208,16 @@ def _is_text(values: list[Any]) -> bool:
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:
-    """The number of examples of a batch: the largest first dimension of its tensors."""
-    return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
+    """The number of examples of a batch: the first dimension of its texts or labels.
+
+    Without these, it is the largest first dimension of its tensors. Images can have more rows than there are examples,
+    because some models get the tiles or patches of all images as one list.
+    """
+    sizes = {name: len(value) for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels"):
+        if name in sizes:
+            return sizes[name]
+    return max(sizes.values(), default=1)
 
 
 def tokens_in(batch: Any) -> float:
@@ -234,6 +242,13 @@ def examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
     """These examples of a batch. Values that do not have one row for each example stay as they are."""
     size = examples_in(batch)
     return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
+
+
+def can_be_divided(batch: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a batch have one row for each example, and it has no lists."""
+    size = examples_in(batch)
+    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
+    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
 
 
 @contextmanager

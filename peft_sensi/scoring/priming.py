@@ -25,6 +25,7 @@ from ..utils.undo import surely
 from .calibration import (
     ScoringOptions,
     calibration_loss,
+    can_be_divided,
     check_differentiable,
     examples_in,
     examples_of,
@@ -148,13 +149,6 @@ def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
         used = labels[:, 1:] if labels.dim() > 1 else labels  # language models do not predict the first token
         return part if bool((used >= 0).any()) else batch
     return part
-
-
-def can_be_divided(batch: Mapping[str, Any]) -> bool:
-    """Whether all tensors of a batch have one row for each example, and it has no lists."""
-    size = examples_in(batch)
-    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
-    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
 
 
 class AdamSteps(ExitStack):
