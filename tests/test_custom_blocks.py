@@ -80,7 +80,16 @@ def test_fixed_heads_are_tuned_in_their_own_order(example, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", [{"fixed_heads": True}, {"min_heads": 1}, {"cached": True}, {"cross": True}, {"repeats": 2}], ids=str
+    "field",
+    [
+        {"fixed_heads": True},
+        {"min_heads": 1},
+        {"cached": True},
+        {"cross": True},
+        {"repeats": 2},
+        {"tokens_first": True},
+    ],
+    ids=str,
 )
 def test_numbers_and_flags_of_a_layout_are_saved_with_the_adapter(example, field, tmp_path):
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ from transformers import (
     ViTConfig,
 )
 
-from peft_sensi import SensiError
+from peft_sensi import SensiError, build_anatomy
 from peft_sensi.merging.load import load_merged
 from peft_sensi.merging.save import save_merged
 
@@ -425,6 +425,17 @@ def test_bases_in_16_bits(name, dtype, tmp_path):
 
 def test_calibration_and_training(case, tmp_path):
     check_training_step(case, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["albert", "bart", "bert", "distilbert", "xlnet"])
+def test_models_without_a_head_have_the_same_units(name):
+    """In these, the paths of the layers are shorter."""
+    (case,) = [case for case in (*CASES, *RELATIVES) if case.name == name]
+    units = [
+        sorted((group.kind, group.size) for group in build_anatomy(model).groups)
+        for model in (AutoModel.from_config(case.config()), case.model())
+    ]
+    assert units[0] == units[1] != []
 
 
 def test_the_length_is_that_of_the_images():

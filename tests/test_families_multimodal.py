@@ -25,8 +25,11 @@ from test_families import LAYERS
 from tiny import some_slow
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from peft_sensi import build_anatomy
+from peft_sensi import build_anatomy, compute_scores
 from peft_sensi.anatomy.families import layouts_of
+from peft_sensi.scoring.examples import examples_in
+from peft_sensi.scoring.gates import gate_gradients
+from peft_sensi.scoring.gates_reference import gate_gradients_reference
 
 
 IMAGE, START = 4, 6  # tokens
@@ -124,6 +127,84 @@ def test_images_and_texts(case, tmp_path):
         check_gates_equal_removal(case, attention)
     check_trim(case, tmp_path / "trim")
     check_merged_files(case, tmp_path / "merged")
+
+
+def example_with_images(case: Case, sizes: list[tuple[int, int]], texts: int, seed: int) -> dict[str, torch.Tensor]:
+    """One example: images of these sizes in patches, and so many tokens of text. All but the first have labels."""
+    generator = torch.Generator().manual_seed(seed)
+    is_qwen = case.name.startswith("qwen")
+    ids = [token for height, width in sizes for token in [START] * is_qwen + [IMAGE] * (height * width)]
+    words = torch.randint(8, VOCABULARY, (texts,), generator=generator).tolist()
+    labels = [-100] * (len(ids) + 1) + words[1:]
+    found = {"input_ids": torch.tensor([ids + words]), "labels": torch.tensor([labels])}
+    found["attention_mask"] = torch.ones_like(found["input_ids"])
+    if is_qwen:
+        count = sum(height * width for height, width in sizes)
+        found["pixel_values"] = torch.randn(count, 3 * 4 * 4, generator=generator)
+        found["image_grid_thw"] = torch.tensor([(1, *size) for size in sizes]).long().view(-1, 3)
+        found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).long()
+    else:
+        found["pixel_values"] = torch.randn(len(sizes), 3, 12, 12, generator=generator)
+    if "token_type_ids" in case.batch():
+        found["token_type_ids"] = (found["input_ids"] == IMAGE).long()
+    if case.name in ("smolvlm", "idefics3"):
+        found["pixel_values"] = found["pixel_values"][None]
+    return found
+
+
+def joined(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One batch of examples with texts of different lengths and different numbers of images."""
+    found = {}
+    for name in examples[0]:
+        values = [example[name] for example in examples]
+        if name in ("image_grid_thw", "pixel_values") and values[0].dim() < 5:
+            found[name] = torch.cat(values)
+            continue
+        longest = max(value.shape[1] for value in values)
+        fill = {"input_ids": 1, "labels": -100}.get(name, 0)
+        rows = []
+        for value in values:
+            padding = value.new_full((1, longest - value.shape[1], *value.shape[2:]), fill)
+            rows.append(torch.cat([value, padding], dim=1))
+        found[name] = torch.cat(rows)
+    return found
+
+
+IMAGES_OF_EXAMPLES = {
+    "one each": [1, 1, 1],
+    "two each": [2, 2, 2],
+    "one to three": [1, 3, 2],
+    "as many as examples": [2, 0, 1],
+    "one less": [1, 0, 1],
+}
+
+
+@pytest.mark.parametrize("images", IMAGES_OF_EXAMPLES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_images_of_an_example_share_its_gates(case, images):
+    """The scores are those of the examples one by one, whatever the numbers and sizes of their images."""
+    numbers = IMAGES_OF_EXAMPLES[images]
+    if 0 in numbers and case.name in ("smolvlm", "idefics3"):
+        numbers = [max(number, 1) for number in numbers]
+    sizes = [(3, 3)] * 6
+    if case.name.startswith("qwen") and images != "two each":
+        sizes = [(2, 2), (4, 3), (3, 3), (2, 5), (1, 4), (3, 2)]
+    singles = []
+    for i in range(3):
+        own = sizes[sum(numbers[:i]) : sum(numbers[: i + 1])]
+        singles.append(example_with_images(case, own, texts=3 + 2 * i, seed=i))
+    model, batch = case.model(), joined(singles)
+    singles = [{k: v for k, v in single.items() if v.numel()} for single in singles]  # some have no images
+    anatomy = case.anatomy(model)
+    assert examples_in(batch) == 3
+    fast = gate_gradients(model, anatomy, batch)
+    slow = [gate_gradients_reference(model, anatomy, single) for single in singles]
+    scores = compute_scores(model, [batch], priming_steps=0, progress=False).values
+    assert any("vision" in name or "visual" in name for name in fast)
+    for name, rows in fast.items():
+        expected = torch.cat([gradients[name] for gradients in slow])
+        torch.testing.assert_close(rows.expand_as(expected), expected, atol=2e-6, rtol=2e-3)
+        torch.testing.assert_close(scores[name], expected.square().mean(0), atol=1e-8, rtol=5e-3)
 
 
 def test_a_described_model_is_one_model():

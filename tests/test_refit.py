@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
 import torch
-from family_checks import run
+from family_checks import Case, check_sums, run, token_batch
 from peft import get_peft_model
-from test_families import CASES
+from test_families import CASES, RELATIVES
 from test_families_decoders import BY_NAME
 from test_families_decoders import CASES as DECODERS
 from tiny import assert_same_tensors, logits, snapshot, tiny_batches, wrap
 from torch import nn
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 import peft_sensi.planning.layerwise as layerwise
 import peft_sensi.planning.refit as refit_module
@@ -21,6 +23,7 @@ from peft_sensi import BlockLayout, CalibrationError, Plan, SensiConfig, SensiEr
 from peft_sensi.planning.least_squares import RIDGE
 from peft_sensi.planning.refit import refit
 from peft_sensi.planning.trimmed import trimmed
+from peft_sensi.scoring.outliers import find_outliers
 from peft_sensi.utils.states import TRIMMED
 
 
@@ -439,6 +442,26 @@ def test_padding_is_left_out(family):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("length", [9, 8])
+def test_padding_is_left_out_if_tokens_come_first(length, rounds, monkeypatch):
+    """Also with as many examples as tokens, where shapes do not tell them apart."""
+    monkeypatch.setattr(refit_module, "MARGIN", 1.0)  # four batches are few
+    (case,) = [case for case in RELATIVES if case.name == "xlnet"]
+    model = case.model()
+    plan = half_plan(model, multiple_of=1)
+    batches = [case.batch(8, length, seed=seed) for seed in range(4)]
+    for batch in batches:  # padding comes first, because the model's head reads the last token
+        batch |= {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+        batch["wanted"] = run(model, batch)
+    others = [{**b, "input_ids": torch.where(b["attention_mask"].bool(), b["input_ids"], 5)} for b in batches]
+    first, second = (fit(model, plan, b, loss_fn=distance, rounds=rounds, joint=b) for b in (batches, others))
+    assert first.keys() == second.keys() and first
+    for name in first:
+        for one, other in zip(first[name], second[name], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_a_base_of_half_precision_is_refitted_in_single():
     model = tiny_model(dtype=torch.bfloat16)
     plan = half_plan(model)
@@ -632,6 +655,55 @@ def test_layers_that_run_more_than_once_are_named(name):
         model, batches = tiny_model(), data(tiny_model(), 4)
     with pytest.warns(UserWarning, match=r"more than once.*not fitted.*`refit=False`"):
         assert not fit(model, half_plan(model, multiple_of=1), batches, loss_fn=called_twice)
+
+
+LONE_DECODERS = ["bart", "blenderbot", "mbart", "pegasus", "whisper"]
+
+
+def lone_decoder(name):
+    """The decoder of a model with encoder and decoder, without the encoder: its cross-attention does not run."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 50}
+    config = partial(AutoConfig.for_model, name, **sizes, pad_token_id=1, is_decoder=True, is_encoder_decoder=False)
+    return Case(name, config, AutoModelForCausalLM, partial(token_batch, task="CAUSAL_LM"), "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("name", LONE_DECODERS)
+def test_heads_of_a_decoder_without_an_encoder_are_refitted(name, monkeypatch):
+    monkeypatch.setattr(refit_module, "MARGIN", 1.0)
+    case = lone_decoder(name)
+    check_sums(case)
+    model, batches = case.model(), [case.batch(8, seed=seed) for seed in range(4)]
+    heads = [group for group in build_anatomy(model).trimmable if group.name.endswith(".heads")]
+    fitted = fit(model, half_plan(model, multiple_of=1), batches)
+    assert len(heads) == 2 and {group.output for group in heads} <= set(fitted)
+
+
+@pytest.mark.parametrize("name", LONE_DECODERS)
+def test_outlier_heads_of_a_decoder_without_an_encoder_are_found(name):
+    case = lone_decoder(name)
+    model, batches = case.model(), [case.batch(8)]
+    group = next(group for group in build_anatomy(model).trimmable if group.name.endswith(".heads"))
+    with torch.no_grad():
+        model.get_submodule(group.output).weight[:, 8:16] *= 1000  # the second head
+    protected = find_outliers(model, build_anatomy(model), batches)
+    assert protected[group.name].tolist() == [False, True, False, False]
+
+
+def test_a_sublayer_whose_sum_is_not_seen_is_named():
+    """With a wrong norm in the layout, its kept units would stay as they are, and the user would not see it."""
+
+    class Unused(Named):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.LayerNorm(16)
+
+    layout = BlockLayout(layer="layer.*", up="up", down="down", ffn_norm="unused")
+    model = Own(Unused)
+    anatomy = build_anatomy(model, blocks=[layout])
+    plan = make_plan(anatomy, {g.name: np.arange(g.size) for g in anatomy.groups}, 0.5, multiple_of=1)
+    batches = [{"values": torch.randn(8, 16)} for _ in range(4)]
+    with pytest.warns(UserWarning, match=r"sum after 'layer\.0\.neurons' was not observed.*`refit=False`"):
+        assert not fit(model, plan, batches, loss_fn=lambda model, batch: model(batch["values"]).square().mean())
 
 
 def test_batches_of_the_refit_only_are_checked_too():

@@ -13,11 +13,22 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from family_checks import make_lively, token_batch
 from peft import LoraConfig, get_peft_model
 from tiny import assert_same_tensors, clone, snapshot, tiny_batches, tiny_config, tiny_model, trained, wrap
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BatchEncoding, GPT2Config, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    BertForMultipleChoice,
+    GPT2Config,
+    PretrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from peft_sensi import (
     AnatomyError,
@@ -38,6 +49,7 @@ from peft_sensi.scoring import learned, priming
 from peft_sensi.scoring.calibration import ScoringOptions, materialize, preserved
 from peft_sensi.scoring.compute import score_units
 from peft_sensi.scoring.criteria import CRITERIA
+from peft_sensi.scoring.examples import RowsOfExamples, examples_in
 from peft_sensi.scoring.gates import (
     find_weighting,
     gate_gradients,
@@ -216,6 +228,129 @@ def test_fast_gradients_equal_the_reference_for_lone_linears():
     batch = tiny_batches(1)[0]
     fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
     torch.testing.assert_close(fast["bert.pooler.dense"], slow["bert.pooler.dense"], atol=1e-6, rtol=1e-4)
+
+
+def test_fast_gradients_equal_the_reference_for_multiple_choice():
+    """All choices of an example have the same gates. The encoder gets them as rows of their own."""
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(tiny_config("bert")).eval()
+    make_lively(model)
+    ids = torch.randint(2, 64, (4, 3, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1, 0])}
+    batch["attention_mask"][1, :, 6:] = 0
+    anatomy = build_anatomy(model, ["bert.embeddings.word_embeddings", "bert.pooler.dense"])
+    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    for name in slow:
+        assert slow[name].abs().max() > 1e-4
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
+
+
+class Windows(nn.Module):
+    """Its Linear gets three windows of each example `[tokens, features]`: first the first window of all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.out = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        windows = values.unflatten(1, (3, -1)).transpose(0, 1).flatten(0, 1)
+        return self.out(self.linear(windows)).unflatten(0, (3, -1)).mean((0, 2))
+
+
+def test_rows_of_unknown_examples_are_scored_with_a_warning():
+    torch.manual_seed(0)
+    model = Windows()
+    batch = {"values": torch.randn(5, 6, 8), "labels": torch.randn(5, 1)}
+
+    def loss_fn(model, batch):
+        return (model(batch["values"]) - batch["labels"]).square().mean()
+
+    anatomy = build_anatomy(model, ["linear"])
+    with pytest.warns(UserWarning, match="'linear' gets 15 rows for 5 examples.*not known which rows belong"):
+        rows = gate_gradients(model, anatomy, batch, loss_fn)["linear"]
+    expected = gate_gradients_reference(model, anatomy, batch, loss_fn)["linear"]
+    torch.testing.assert_close(rows.unflatten(0, (3, 5)).sum(0), expected, atol=1e-6, rtol=1e-4)
+    options = {"targets": ["linear"], "loss_fn": loss_fn, "priming_steps": 0, "progress": False}
+    with pytest.warns(UserWarning, match="not known"):
+        scores = compute_scores(model, [batch], **options)
+    torch.testing.assert_close(scores.values["linear"], rows.square().sum(0) / 5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [
+        ({"input_ids": (4, 9), "pixel_values": (36, 48), "image_grid_thw": (4, 3), "labels": (4, 9)}, 4),
+        ({"input_ids": (4, 9), "pixel_values": (6, 3, 12, 12)}, 4),
+        ({"input_ids": (1, 40), "cu_seq_lens": (5,), "labels": (1, 40)}, 1),
+        ({"input_ids": (4, 3, 9), "labels": (4,)}, 4),
+        ({"input_ids": (4, 9), "start_positions": (4,), "class_weights": (7,)}, 4),
+        ({"inputs_embeds": (4, 9, 8), "class_weights": (7,)}, 4),
+        ({"pixel_values": (4, 3, 12, 12), "labels": (4,), "class_weights": (7,)}, 4),
+        ({"input_features": (4, 80, 30), "decoder_input_ids": (4, 9)}, 4),
+        ({"input_values": (4, 400)}, 4),
+        ({"anything": (4, 2), "more": ()}, 4),
+        ({}, 1),
+    ],
+    ids=str,
+)
+def test_the_number_of_examples(shapes, size):
+    assert examples_in({name: torch.zeros(shape) for name, shape in shapes.items()}) == size
+
+
+def test_rows_of_images_and_videos():
+    """The model gets the images (token 4) and the videos (token 5) of a batch one after the other."""
+    model = nn.Module()
+    model.config = PretrainedConfig(image_token_id=4, video_token_id=5)
+    ids = torch.tensor([[4, 4, 9, 9, 9], [4, 5, 5, 5, 9]])
+    batch = {"input_ids": ids, "pixel_values": torch.zeros(12, 8), "pixel_values_videos": torch.zeros(16, 8)}
+    rows = RowsOfExamples(model, batch)
+    assert rows.of(torch.Size([2, 5, 8])) == [1, 1]
+    assert rows.of(torch.Size([12, 8])) == [8, 4] and rows.of(torch.Size([16, 8])) == [0, 16]
+    assert rows.of(torch.Size([7, 8])) is None
+    batch["pixel_values_videos"] = torch.zeros(12, 8)
+    assert RowsOfExamples(model, batch).of(torch.Size([12, 8])) is None, "it may be the one or the other"
+    batch |= {"pixel_values_videos": None, "input_ids": ids.where(ids != 5, 9)}
+    assert RowsOfExamples(model, batch).of(torch.Size([12, 8])) == [8, 4]
+
+
+def tokens_first_model():
+    """An XLNet, whose layers get `[tokens, batch, features]`."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 64, "num_labels": 3}
+    model = XLNetForSequenceClassification(XLNetConfig(**sizes, pad_token_id=1)).eval()
+    make_lively(model)
+    return model
+
+
+@pytest.mark.parametrize("length", [9, 6])
+def test_fast_gradients_equal_the_reference_if_tokens_come_first(length):
+    """Also with as many examples as tokens, where shapes do not tell them apart."""
+    model, batch = tokens_first_model(), token_batch(6, length)
+    anatomy = build_anatomy(model, ["transformer.word_embedding"])
+    fast, slow = gate_gradients(model, anatomy, batch), gate_gradients_reference(model, anatomy, batch)
+    for name in slow:
+        assert slow[name].abs().max() > 1e-4
+        torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
+    options = {"priming_steps": 0, "progress": False, "score": "fisher"}
+    single = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(6)]
+    together, apart = compute_scores(model, [batch], **options), compute_scores(model, single, **options)
+    for name, values in apart.values.items():
+        torch.testing.assert_close(together.values[name], values, atol=1e-9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [9, 6])
+def test_padding_has_no_influence_on_outliers_if_tokens_come_first(length):
+    model, batch = tokens_first_model(), token_batch(6, length)
+    anatomy = build_anatomy(model)
+    group = anatomy.trimmable[0]
+    shares = []
+    for token in (1, 5):
+        ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], token)
+        finder = OutlierFinder(model, anatomy)
+        with torch.no_grad(), finder.watching({**batch, "input_ids": ids}):
+            model(**{**batch, "input_ids": ids})
+        shares.append(finder.share[group.name])
+    torch.testing.assert_close(*shares)
 
 
 def test_padding_has_no_influence():

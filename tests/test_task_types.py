@@ -235,6 +235,8 @@ def test_the_decoder_has_its_own_padding():
     assert kept(decoder, decoder_input_ids=ids) == 10  # nothing says which tokens are padding
     assert kept(decoder, labels=torch.tensor([0, 1])) == 6  # a classifier's decoder reads the encoder's tokens
     assert seen_by("bert.encoder.layer.0", tiny_model(), batch) is batch
+    choices = {"attention_mask": torch.tensor([[[1, 1, 0], [1, 0, 0]]])}
+    assert seen_by(encoder, model, choices, tokens_first=True)["attention_mask"].tolist() == [[1, 1], [1, 0], [0, 0]]
     own = nn.Module()  # of the user's own, without a config
     own.get_decoder = lambda: own
     assert seen_by("", own, batch) is batch

@@ -126,6 +126,7 @@ def _heads(modules: Modules, name: str, layout: BlockLayout, measures_cache: boo
         attributes=tuple((f"{name}.{path}", amount) for paths, amount in per_unit for path in paths),
         attention_width=width,
         least=min(int(least), units),
+        tokens_first=layout.tokens_first,
         fixed=layout.fixed_heads or _depends_on_all_heads(modules, name, layout, sides, head_size),
         relative_rows=relative_rows,
     )
@@ -147,6 +148,7 @@ def _neurons(modules: Modules, name: str, layout: BlockLayout) -> Group:
         norm=_norm(modules, name, layout.ffn_norm),
         factor=_factor(modules, name, layout.ffn_factor, out),
         least=min(int(isinstance(down, Conv1D)), size),
+        tokens_first=layout.tokens_first,
     )
 
 

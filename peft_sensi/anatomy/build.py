@@ -14,7 +14,7 @@ from ..utils.checks import shown
 from ..utils.errors import AnatomyError
 from .blocks import Modules, groups_of_layout
 from .families import FAMILIES, layouts_of
-from .layouts import BlockLayout
+from .layouts import BlockLayout, is_lone_decoder
 from .linears import LINEARS, bias_of, count, features, is_plain_embedding, is_quantized
 from .modules import base_of, is_base_parameter, not_linear, unwrapped
 from .task_heads import task_head, transformers_in
@@ -57,7 +57,7 @@ def build_anatomy(
             f"{[layout.layer for layout in blocks]}. `layer` is the end of the layer modules' paths, such as "
             f"'encoder.layer.*'; `dict(model.named_modules())` shows the paths."
         )
-    layers = list(dict.fromkeys(group.layer for group in groups))
+    layers = {group.layer: group.tokens_first for group in groups}
     if whole == "sublayers":
         groups = [group.as_one_unit() for group in groups]
     elif whole == "tensors":
@@ -102,8 +102,7 @@ def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[Bl
     # The keys of these layers tell Transformers' caches how many tokens they hold.
     cached = frozenset({0, *(kinds.index(kind) for kind in set(kinds))})
     groups = [group for layout in layouts for group in groups_of_layout(modules, layout, cached, blocks is None)]
-    if not getattr(config, "is_encoder_decoder", True):
-        # A decoder that is used alone has cross-attention, which never runs.
+    if is_lone_decoder(config):
         groups = [replace(group, repeats=0) if group.name.endswith(".cross_heads") else group for group in groups]
     return [
         replace(group, fixed=True) if any(is_quantized(base_of(modules[name])) for name in group.modules) else group
@@ -111,14 +110,18 @@ def _groups_in_blocks(modules: Modules, path: str, config: Any, blocks: tuple[Bl
     ]
 
 
-def _group_of_target(modules: Modules, name: str, layers: list[str], whole: str) -> Group:
-    """The rows of a Linear, or the tokens of an embedding, that belongs to no block."""
+def _group_of_target(modules: Modules, name: str, layers: dict[str, bool], whole: str) -> Group:
+    """The rows of a Linear, or the tokens of an embedding, that belongs to no block.
+
+    `layers` are those with known blocks, and say whether their hidden states have the tokens first.
+    """
     if name not in modules:
         raise AnatomyError(f"The target {name!r} is not in the model; `dict(model.named_modules())` shows the names.")
     linear = base_of(modules[name])
     if is_plain_embedding(linear) and not whole:
         size, width = features(linear)
-        return Group(f"{name}.tokens", "token", size, (Side(name, 0, 1, width, tokens=False),), output=name)
+        side, tokens_first = Side(name, 0, 1, width, tokens=False), any(layers.values())
+        return Group(f"{name}.tokens", "token", size, (side,), output=name, tokens_first=tokens_first)
     if not isinstance(linear, LINEARS):
         raise not_linear(linear)
     out, into = features(linear)
@@ -126,7 +129,7 @@ def _group_of_target(modules: Modules, name: str, layers: list[str], whole: str)
     # In a model with unknown blocks, the layer of `model.layers.3.mlp.up` is `model.layers.3`.
     indexed = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
     layer = next((layer for layer in layers if name.startswith(f"{layer}.")), indexed.group() if indexed else "")
-    group = Group(name, "row", out, (side,), output=name, layer=layer)
+    group = Group(name, "row", out, (side,), output=name, layer=layer, tokens_first=layers.get(layer, False))
     return replace(group.as_one_unit(), kind="tensor") if whole == "tensors" else group
 
 

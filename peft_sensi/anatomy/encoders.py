@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .layouts import BlockLayout, Family, Layouts, attention_fields, ffn_fields
+from .layouts import BlockLayout, Family, Layouts, attention_fields, ffn_fields, is_lone_decoder
 
 
 _BERT = BlockLayout(
@@ -64,8 +64,8 @@ _DEBERTA = replace(
     interleaved=True,
     fixed_heads=True,
 )
-# Its attention has no Linears.
-_XLNET = BlockLayout("transformer.layer.*", **ffn_fields("ff.{layer_1,layer_2}"), ffn_norm="ff.layer_norm")
+# Its attention has no Linears. The layers are in `transformer`, except in a bare `XLNetModel`.
+_XLNET = BlockLayout("layer.*", **ffn_fields("ff.{layer_1,layer_2}"), ffn_norm="ff.layer_norm", tokens_first=True)
 _MPNET = replace(
     _BERT,
     **attention_fields("attention.attn.{q,k,v,o}", size="attention_head_size"),
@@ -165,8 +165,11 @@ def _t5(config: Any) -> Layouts:
     return encoder, decoder, replace(decoder, **across, up="", gate="", down="", cross=True)
 
 
-def _bart(norm_first: bool = False) -> Layouts:
-    """Self-attention, cross-attention and FFN of encoder and decoder. `norm_first`: norms come before sublayers."""
+def _bart(norm_first: bool = False, alone: bool = False) -> Layouts:
+    """Self-attention, cross-attention and FFN of encoder and decoder. `norm_first`: norms come before sublayers.
+
+    `alone`: the decoder runs without the cross-attention and without its norm.
+    """
 
     def heads(stack: str, module: str, norm: str, **more: Any) -> BlockLayout:
         attention = attention_fields(f"{module}." + "{q,k,v,out}_proj", size="head_dim", count="num_heads")
@@ -174,12 +177,22 @@ def _bart(norm_first: bool = False) -> Layouts:
 
     # The residual sum after a sublayer enters the sublayer's own norm or, with `norm_first`, the next sublayer's norm.
     own, cross, last = "self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"
+    following = last if alone else cross
     ffn = ffn_fields("{fc1,fc2}") | {"ffn_norm": "" if norm_first else last}
     return (
         heads("encoder", "self_attn", last if norm_first else own, **ffn),
-        heads("decoder", "self_attn", cross if norm_first else own, cached=True),
+        heads("decoder", "self_attn", following if norm_first else own, cached=True),
         heads("decoder", "encoder_attn", last if norm_first else cross, cross=True, **ffn),
     )
+
+
+def _mbart(config: Any) -> Layouts:
+    return _bart(norm_first=True, alone=is_lone_decoder(config))
+
+
+def _whisper(config: Any) -> Layouts:
+    """Without heads, its code cannot infer its shapes."""
+    return tuple(replace(layout, min_heads=1) for layout in _mbart(config))
 
 
 # Like BART, but its code reads the width of all heads from an attribute.
@@ -207,7 +220,7 @@ _LIKE_WAV2VEC2 = "data2vec-audio hubert sew unispeech unispeech-sat wav2vec2".sp
 ENCODERS: dict[str, Family] = {
     **dict.fromkeys(_LIKE_BERT, (_BERT,)),
     **dict.fromkeys(("bart", "blenderbot-small", "marian", "plbart"), _bart()),
-    **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _bart(norm_first=True)),
+    **dict.fromkeys(("blenderbot", "m2m_100", "mbart", "pegasus"), _mbart),
     **dict.fromkeys(_LIKE_CLIP, (_CLIP,)),
     **dict.fromkeys(_LIKE_VIT, (_VIT,)),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
@@ -233,8 +246,7 @@ ENCODERS: dict[str, Family] = {
     "qwen2_5_vl_vision": (_QWEN_VISION,),
     "qwen3_vl_vision": (replace(_QWEN_VISION, **ffn_fields("mlp.{linear_fc1,linear_fc2}")),),
     "roberta-prelayernorm": (replace(_BERT_PRE_NORM, attention_norm="intermediate.LayerNorm"),),
-    # Without heads, its code cannot infer its shapes.
-    "whisper": tuple(replace(layout, min_heads=1) for layout in _bart(norm_first=True)),
+    "whisper": _whisper,
     "xlm-roberta-xl": (replace(_BERT_PRE_NORM, attention_norm="LayerNorm"),),
     "xlnet": (_XLNET,),
     "xmod": _xmod,

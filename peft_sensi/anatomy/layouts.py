@@ -39,6 +39,7 @@ class BlockLayout:
         cached: A generation cache measures its length by the keys of the first layer of each kind in
             `config.layer_types`. One head stays in these layers.
         cross: The attention reads another sequence (cross-attention). Its heads have a group of their own.
+        tokens_first: The layer's hidden states are `[tokens, batch, features]` (XLNet).
         relative: Path of an attention that projects relative positions, too (DeBERTa, see `build`).
         repeats: How often the layer runs in one pass. Either a number, or the paths of two attributes: the number of
             runs of all layers together, and the number of layers (the first `*`) that share these runs.
@@ -68,6 +69,7 @@ class BlockLayout:
     min_heads: int = 0
     cached: bool = False
     cross: bool = False
+    tokens_first: bool = False
     relative: str = ""
     repeats: int | tuple[str, ...] = 1
 
@@ -111,6 +113,11 @@ class BlockLayout:
 
 Layouts = tuple[BlockLayout, ...]
 Family = Layouts | Callable[[Any], Layouts]  # a family with variants has a function of the config
+
+
+def is_lone_decoder(config: Any) -> bool:
+    """Whether a model with this config is a decoder without an encoder. Its cross-attention, if any, never runs."""
+    return not getattr(config, "is_encoder_decoder", True) and not getattr(config, "add_cross_attention", False)
 
 
 def _expanded(paths: str) -> list[str]:

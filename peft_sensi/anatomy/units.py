@@ -83,6 +83,7 @@ class Group:
         least: How many units must stay, so that the layer's code can run.
         fixed: The units can be tuned, but neither trimmed nor reordered, because other code relies on them.
         relative_rows: Number of relative positions that an attention multiplies with each token (DeBERTa).
+        tokens_first: The layer's hidden states are `[tokens, batch, features]`, not `[batch, tokens, features]`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Group:
     least: int = 0
     fixed: bool = False
     relative_rows: int = 0
+    tokens_first: bool = False
 
     __repr__ = short_repr
 
@@ -185,6 +187,11 @@ class Anatomy:
     @cached_property
     def by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
+
+    @cached_property
+    def tokens_first(self) -> frozenset[str]:
+        """Names of the layers whose hidden states are `[tokens, batch, features]`."""
+        return frozenset(group.layer for group in self.groups if group.tokens_first)
 
     @property
     def trimmable(self) -> tuple[Group, ...]:

@@ -59,7 +59,8 @@ def fit_layers(
         targets = compared.targets(runner)
         with trimmed(model, plan, plan.anatomy.trimmable, refitted):
             outputs = functional_call(runner, cast_like(runner, values), (compared.batch,))
-        pairs = zip(outputs, targets, (seen_by(layer, model, compared.batch) for layer in layers), strict=True)
+        seen = [seen_by(layer, model, compared.batch, layer in plan.anatomy.tokens_first) for layer in layers]
+        pairs = zip(outputs, targets, seen, strict=True)
         errors, weights = zip(*(distance(*pair) for pair in pairs), strict=True)
         return torch.stack(errors).sum(), sum(weights)
 

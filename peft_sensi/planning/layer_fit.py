@@ -29,12 +29,14 @@ from .least_squares import Values
 RATE = 0.02  # see `descent.fit_linears`
 
 
-def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stream], rounds: int) -> dict[str, Values]:
+def fit_layer(
+    model: nn.Module, layer: str, names: list[str], streams: list[Stream], rounds: int, tokens_first: bool = False
+) -> dict[str, Values]:
     """New values for the Linears `names` of a layer of the trimmed `model`, which is left as it is.
 
     The streams must have the hidden states before the trimmed layer and those after the untrimmed layer. `rounds` says
-    how often each batch is used. See `descent.fit_linears` for the result. Raises `CalibrationError` if the hidden
-    states were recorded under `torch.inference_mode()`.
+    how often each batch is used; for `tokens_first`, see `padding.seen_by`. See `descent.fit_linears` for the result.
+    Raises `CalibrationError` if the hidden states were recorded under `torch.inference_mode()`.
     """
     if any(entry.is_inference() for stream in streams for entry in stream.trimmed_calls.entries.values()):
         raise CalibrationError(
@@ -46,7 +48,7 @@ def fit_layer(model: nn.Module, layer: str, names: list[str], streams: list[Stre
     def error_of(values: Weights, stream: Stream) -> tuple[torch.Tensor, float]:
         args, kwargs = stream.trimmed_calls.arguments[layer]
         output = first_of(functional_call(module, cast_like(module, values), (stream.trimmed, *args), kwargs))
-        return distance(output, stream.untrimmed, seen_by(layer, model, stream.batch))
+        return distance(output, stream.untrimmed, seen_by(layer, model, stream.batch, tokens_first))
 
     linears = {name: linear_of(model, name) for name in names}
     start = {name: (matrix(linear), bias_of(linear)) for name, linear in linears.items()}

@@ -144,7 +144,7 @@ def _follow_trimmed_model(
         stream.trimmed_calls = calls
 
 
-def _check_output(model: nn.Module, stream: Stream, layer: str) -> None:
+def _check_output(stream: Stream, layer: str, seen: Mapping[str, Any]) -> None:
     """Raises an error if the untrimmed model has no finite hidden states after a layer: nothing could be fitted."""
     hidden = stream.untrimmed
     if not isinstance(hidden, torch.Tensor):
@@ -152,7 +152,7 @@ def _check_output(model: nn.Module, stream: Stream, layer: str) -> None:
             f"{layer!r} returns a {type(hidden).__name__}, and only layers that return hidden states, alone or first "
             f"in a tuple, can be refitted. Set `refit=False`."
         )
-    if not without_padding(seen_by(layer, model, stream.batch), hidden).isfinite().all():
+    if not without_padding(seen, hidden).isfinite().all():
         raise not_finite(f"The output of {layer!r} is not finite for a calibration batch (refit)")
 
 
@@ -167,6 +167,7 @@ def _refit_layer(
 ) -> None:
     """Adds the fitted values of these groups of one layer to `refitted`, and moves all streams to the next layer."""
     targets: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
+    tokens_first = layer in plan.anatomy.tokens_first
 
     def keep_sum(group: Group, z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
         targets[group].append(total.detach().float())
@@ -177,7 +178,7 @@ def _refit_layer(
             stream.trimmed = stream.trimmed_calls.entries[layer]
         arguments, observers = stream.untrimmed_calls.arguments[layer], {g: partial(keep_sum, g) for g in groups}
         stream.untrimmed = run_layer(model, layer, arguments, stream.untrimmed, observers)
-        _check_output(model, stream, layer)
+        _check_output(stream, layer, seen_by(layer, model, stream.batch, tokens_first))
     # What is fitted is a part of the residual sum: a weight and a bias, multiplied by the layer's factor.
     factors = {group: residual_factor(model, group) for group in groups}
     # The kept columns of the base model's weights, and its biases.
@@ -198,13 +199,20 @@ def _refit_layer(
         last: list[list[torch.Tensor]] = []  # activations and residuals of the last sublayer
         for group in groups:
             last = []
-            if len(targets[group]) != len(streams):
-                continue  # the layer did not run this sublayer
+            if len(targets[group]) != len(streams):  # the layer did not run this sublayer
+                if (plan.of(group) == TRIMMED).any():
+                    warnings.warn(
+                        f"The residual sum after {group.name!r} was not observed once for each calibration batch, so "
+                        f"its kept units are not fitted to them. Set `refit=False` to leave the refit out without "
+                        f"this warning.",
+                        stacklevel=3,
+                    )
+                continue
             system = LeastSquares(*originals[group])
             held_out: list[list[torch.Tensor]] = []
             for stream, target in zip(streams, targets[group], strict=True):
                 z, residual = run_up_to(group, stream)
-                seen = seen_by(layer, model, stream.batch)
+                seen = seen_by(layer, model, stream.batch, tokens_first)
                 tokens = [without_padding(seen, part) for part in (z.float(), residual, target)]
                 if stream.fits:
                     system.add(*tokens)
@@ -223,7 +231,7 @@ def _refit_layer(
                 assign(linear_of(model, group.output), *refitted[group.output])
         if rounds:
             names = [name for group in groups for name in group.modules if name in plan.targets]
-            fitted = fit_layer(model, layer, names, streams, rounds)
+            fitted = fit_layer(model, layer, names, streams, rounds, tokens_first)
             for name, values in fitted.items():
                 refitted[name] = values
                 assign(linear_of(model, name), *values)

@@ -21,6 +21,7 @@ from ..anatomy.units import Group
 from ..utils.checks import shown
 from ..utils.errors import CalibrationError, SensiError, not_finite
 from ..utils.undo import snapshot, surely
+from .examples import examples_in
 
 
 LossFn = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -218,11 +219,6 @@ def _is_text(values: list[Any]) -> bool:
     return any(isinstance(value, str) for value in values)
 
 
-def examples_in(batch: Mapping[str, Any]) -> int:
-    """The number of examples of a batch: the largest first dimension of its tensors."""
-    return max((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), default=1)
-
-
 def tokens_in(batch: Any) -> float:
     """The number of tokens, padding included; infinite for inputs that are not token ids."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
@@ -245,6 +241,13 @@ def examples_of(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
     """These examples of a batch. Values that do not have one row for each example stay as they are."""
     size = examples_in(batch)
     return {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() and len(v) == size else v for k, v in batch.items()}
+
+
+def can_be_divided(batch: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a batch have one row for each example, and it has no lists."""
+    size = examples_in(batch)
+    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
+    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
 
 
 @contextmanager

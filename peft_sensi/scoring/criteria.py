@@ -24,6 +24,7 @@ from ..utils import distributed
 from ..utils.errors import not_finite
 from ..utils.progress import progress_bar
 from .calibration import ScoringOptions, device_of
+from .examples import examples_in
 from .gates import apply_gate, find_weighting, gate_gradients, hooked
 from .head import head_state
 from .learned import primed_until_learned
@@ -138,7 +139,7 @@ def _mean_over_examples(
                 where = f"calibration batch {index}"
                 with outliers.watching(batch):
                     gradients = gate_gradients(model, anatomy, batch, options.loss_fn, where, weighting)
-                examples += next(iter(gradients.values())).shape[0]
+                examples += examples_in(batch)
                 for name, gradient in gradients.items():
                     total = function(gradient).sum(0).cpu()
                     if not torch.isfinite(total).all():

@@ -7,6 +7,7 @@ single Linear and for tokens, it acts on the output of the Linear or embedding.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..anatomy.units import Anatomy, Group
 from ..utils.errors import CalibrationError, not_finite
-from .calibration import LossFn, calibration_loss, check_differentiable, examples_in, examples_of
+from .calibration import LossFn, calibration_loss, can_be_divided, check_differentiable, examples_of
+from .examples import RowsOfExamples, examples_in
 
 
 # The loss of a batch is a mean over terms, such as examples or labeled tokens. A `Weighting` takes a batch and returns
@@ -46,9 +48,8 @@ def gate_gradients(
     terms = weighting(batch)
     factors = torch.where(terms > 0, terms.sum() / terms, 0.0)[:, None]
     gradients = _batch_gradients(model, anatomy, batch, loss_fn, where)
-    # Some modules see another number of rows than there are examples, such as one for each choice.
     return {
-        name: rows * (factors.to(rows.device) if len(rows) == len(factors) else len(rows))
+        name: rows * (factors.to(rows.device) if len(rows) == len(factors) else len(factors))
         for name, rows in gradients.items()
     }
 
@@ -56,22 +57,34 @@ def gate_gradients(
 def _batch_gradients(
     model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any], loss_fn: LossFn | None, where: str
 ) -> dict[str, torch.Tensor]:
-    """Derivatives of the batch's loss with respect to the gates, `{group: [examples, units]}` in float32."""
-    gates: dict[str, torch.Tensor] = {}
-    examples = examples_in(batch)
-    # The dtype is named everywhere, because a user can have set another default.
-    ones = partial(torch.ones, dtype=torch.float32, requires_grad=True)
+    """Derivatives of the batch's loss with respect to the gates, `{group: [examples, units]}` in float32.
+
+    If it is not known which rows of a module's input belong to an example, each row has gates of its own.
+    """
+    gates: dict[tuple[str, int], torch.Tensor] = {}
+    examples = RowsOfExamples(model, batch)
 
     def gated(group: Group, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-        shape = x.shape
-        if ids is not None:
-            gates.setdefault(group.name, ones(len(ids), group.size, device=x.device))
-            return apply_gate(x, gates[group.name], ids)
-        if x.dim() == 2 and shape[0] % examples == 0:  # OPT's FFN gets the tokens of all examples as one list
-            x = x.reshape(examples, -1, shape[-1])
-        if group.name not in gates:
-            gates[group.name] = ones(x.shape[0], group.size, device=x.device)
-        return apply_gate(x, gates[group.name].view(x.shape[0], *[1] * (x.dim() - 2), group.size)).reshape(shape)
+        if group.tokens_first:
+            x, ids = x.transpose(0, 1), None if ids is None else ids.transpose(0, 1)
+        shape, rows = x.shape, examples.of(x.shape if ids is None else ids.shape)
+        if rows is None:
+            _warn_of_rows(group, shape, examples.size)
+        size = shape[0] if rows is None else examples.size
+        gate = gates.get((group.name, size))
+        if gate is None:
+            # The dtype is named, because a user can have set another default.
+            gate = torch.ones(size, group.size, dtype=torch.float32, device=x.device, requires_grad=True)
+            gates[group.name, size] = gate
+        if rows is not None and len(set(rows)) == 1:  # as in most models: without copies of the gates
+            x = x.unflatten(0, (size, rows[0]))
+            ids = None if ids is None else ids.unflatten(0, (size, rows[0]))
+        elif rows is not None:
+            gate = gate.repeat_interleave(torch.tensor(rows, device=x.device), dim=0, output_size=shape[0])
+        if ids is None:
+            gate = gate.view(len(gate), *[1] * (x.dim() - 2), group.size)
+        x = apply_gate(x, gate, ids).reshape(shape)
+        return x.transpose(0, 1) if group.tokens_first else x
 
     with hooked(model, anatomy, gated), torch.enable_grad():
         loss = calibration_loss(model, batch, loss_fn, where)
@@ -82,14 +95,22 @@ def _batch_gradients(
                 f"that it gets."
             )
         grads = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
-    found = dict(zip(gates, grads, strict=True))
+    found = {key: grad.float() for key, grad in zip(gates, grads, strict=True) if grad is not None}
     result = {}
     for group in anatomy.groups:
-        grad = found.get(group.name)
-        if grad is not None and not torch.isfinite(grad).all():
+        own = [grad for (name, _), grad in found.items() if name == group.name]
+        if not all(grad.isfinite().all() for grad in own):
             raise not_finite(f"The gradient of {group.name!r} is not finite for {where}")
-        result[group.name] = group.zeros()[None] if grad is None else grad.float()
+        result[group.name] = torch.cat(own) if own else group.zeros()[None]
     return result
+
+
+def _warn_of_rows(group: Group, shape: torch.Size, examples: int) -> None:
+    warnings.warn(
+        f"The module {group.output!r} gets {shape[0]} rows for {examples} examples, and it is not known which rows "
+        f"belong to which example. The units of {group.name!r} are scored as if every row came from another example.",
+        stacklevel=2,
+    )
 
 
 def mean_over_examples(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -120,8 +141,10 @@ def find_weighting(
     """Finds out whether the loss of a batch is a mean over examples or over labels. This works for any `loss_fn`.
 
     Two small batches are run: the two examples `a` and `b` that differ most in their number of labels, and `a` twice.
-    The gradient of `a` in the first batch is its own gradient times `share`; in the second batch it is half of its own
-    gradient. The ratio of the two gives `share`, which is compared with `n_a / (n_a + n_b)` of each weighting.
+    A batch that cannot be divided, or has images in its texts, is run as a whole: once with the labels of `a` and `b`
+    only, and once with those of `a` only. If the loss is a mean over labels, the gradient of `a` in the first run is
+    `n_a / (n_a + n_b)` of its own gradient, and in the second run a half or all of it. The ratio of the two gradients
+    is compared with that of each weighting.
 
     If all examples have equally many labels, nothing is run, and the result is `mean_over_examples`. The result is the
     same if no weighting is within 5 % (as with a contrastive loss), or if gradients are zero or not finite. If
@@ -133,24 +156,35 @@ def find_weighting(
     contrast, rows, batch = max(pairs, key=lambda found: found[0], default=(0, [], {}))
     if not contrast:
         return mean_over_examples
-    pair, twice = examples_of(batch, rows), examples_of(batch, [rows[0], rows[0]])
+    # With images, a tensor with one row for each example may still hold several images of one of them.
+    if can_be_divided(batch) and not RowsOfExamples(model, batch).media:
+        first, pair, alone = 0, examples_of(batch, rows), examples_of(batch, [rows[0], rows[0]])
+    else:
+        first, pair, alone = rows[0], _labeled_only(batch, rows), _labeled_only(batch, rows[:1])
     try:
-        mixed, alone = (_batch_gradients(model, anatomy, b, loss_fn, "two examples") for b in (pair, twice))
+        mixed, own = (_batch_gradients(model, anatomy, b, loss_fn, "two examples") for b in (pair, alone))
     except CalibrationError:
         return mean_over_examples
-    # Some modules see another number of rows than there are examples.
-    both = [(mixed[name][0].cpu().double(), own[0].cpu().double()) for name, own in alone.items() if len(own) == 2]
-    product, square = sum(float(m @ own) for m, own in both), sum(float(own @ own) for _, own in both)
+    # It may be unknown to which example the rows of a module belong.
+    size = examples_in(pair)
+    both = [(mixed[n][first].cpu().double(), o[first].cpu().double()) for n, o in own.items() if len(o) == size]
+    product, square = sum(float(m @ o) for m, o in both), sum(float(o @ o) for _, o in both)
     if product <= 0:
         return mean_over_examples
-    share = product / square / 2
 
     def error(weighting: Weighting) -> float:
-        terms = weighting(pair)
-        return abs(math.log(share * float(terms.sum() / terms[0])))
+        shares = [float(terms[first] / terms.sum()) for terms in map(weighting, (pair, alone))]
+        return abs(math.log(product / square * shares[1] / shares[0]))
 
     best = min(_WEIGHTINGS, key=error)
     return best if error(best) < 0.05 else mean_over_examples
+
+
+def _labeled_only(batch: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The batch without the labels of other examples than these."""
+    labels = torch.full_like(batch["labels"], -100)
+    labels[rows] = batch["labels"][rows]
+    return {**batch, "labels": labels}
 
 
 def _unequal_pair(batch: Mapping[str, Any]) -> tuple[float, list[int]]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..anatomy.units import Anatomy, Group
-from .calibration import LossFn, calibration_loss, examples_in
+from .calibration import LossFn, calibration_loss, examples_of
+from .examples import examples_in
 from .gates import hooked
 
 
@@ -29,9 +30,8 @@ def gate_gradients_reference(
                 return x * gates[group.name].to(x)[ids].unsqueeze(-1)
             return x * gates[group.name].to(x).repeat_interleave(x.shape[-1] // group.size)
 
-        example = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with hooked(model, anatomy, gated), torch.enable_grad():
-            calibration_loss(model, example, loss_fn).backward()
+            calibration_loss(model, examples_of(batch, [i]), loss_fn).backward()
         for name, gate in gates.items():
             rows[name].append(gate.grad if gate.grad is not None else torch.zeros_like(gate))
     return {name: torch.stack(values).float() for name, values in rows.items()}

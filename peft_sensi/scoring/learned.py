@@ -12,7 +12,8 @@ from torch import nn
 from ..anatomy.task_heads import task_head
 from ..utils import distributed
 from ..utils.errors import CalibrationError
-from .calibration import ScoringOptions, calibration_loss, examples_in, examples_of
+from .calibration import ScoringOptions, calibration_loss, examples_of
+from .examples import examples_in
 from .priming import can_be_divided, examples_primed_on, primed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.units import Anatomy
+from ..anatomy.units import Anatomy, Group
 from ..utils import distributed
 from .calibration import LossFn, device_of, observing, run_forward, to_device
 
@@ -51,7 +51,11 @@ def _observed(
     found, seen, device = list[int](), list[int](), device_of(model)
     groups = [group for group in anatomy.groups if group.in_block]
     model.eval()
-    with torch.no_grad(), observing(model, groups, lambda group, z, y, total: seen.append(z.shape[-2])):
+
+    def observe(group: Group, z: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
+        seen.append(z.shape[0 if group.tokens_first else -2])
+
+    with torch.no_grad(), observing(model, groups, observe):
         for index, batch in enumerate(batches):
             seen.clear()
             run_forward(model, to_device(batch, device), loss_fn, f"calibration batch {index}")

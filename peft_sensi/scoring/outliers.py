@@ -60,7 +60,8 @@ class OutlierFinder:
                 x = x.unflatten(-1, (group.size, -1))
                 energy = torch.einsum("...uw,uwv,...uv->...u", x, weight @ weight.mT, x)
             share = energy / total.detach().float().square().sum(-1, keepdim=True).clamp_min(1e-12)
-            if len(tokens := without_padding(seen_by(group.layer, self.model, batch), share)):
+            seen = seen_by(group.layer, self.model, batch, group.tokens_first)
+            if len(tokens := without_padding(seen, share)):
                 self.share[group.name] = torch.maximum(self.share[group.name], tokens.amax(0).cpu())
 
         return observing(self.model, self.groups, observe)

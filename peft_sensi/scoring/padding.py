@@ -9,13 +9,18 @@ import torch
 from torch import nn
 
 
-def seen_by(layer: str, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The batch with the mask of the tokens that this layer sees.
+def seen_by(layer: str, model: nn.Module, batch: Mapping[str, Any], tokens_first: bool = False) -> Mapping[str, Any]:
+    """The batch with the mask of the tokens that this layer sees, in the order of the layer's hidden states.
+
+    These are `[batch, tokens, features]`, or `[tokens, batch, features]` with `tokens_first`.
 
     The decoder of a model with encoder and decoder sees other tokens than the encoder: their mask is
     `decoder_attention_mask`. Without it, Transformers makes the decoder's tokens from the labels, shifted by one, and
     those for labels below 0 are padding.
     """
+    mask = batch.get("attention_mask")
+    if tokens_first and isinstance(mask, torch.Tensor) and mask.dim() in (2, 3):
+        return {**batch, "attention_mask": mask.flatten(0, -2).T}
     find_decoder: Any = getattr(model, "get_decoder", None)
     if find_decoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return batch
@@ -32,9 +37,9 @@ def seen_by(layer: str, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[s
 def without_padding(batch: Mapping[str, Any], values: torch.Tensor) -> torch.Tensor:
     """The values of all tokens, `[tokens, features]`. Those of padding are left out, if the batch's mask fits.
 
-    `values` are `[batch, tokens, features]` or `[batch * tokens, features]`, and may be on another device than the
-    batch, if a model is spread over several. Multiple-choice models get `[batch, choices, tokens]` and run it as
-    `[batch * choices, tokens]`.
+    `values` are `[batch, tokens, features]` or `[batch * tokens, features]`, or have the tokens first like the mask.
+    They may be on another device than the batch, if a model is spread over several. Multiple-choice models get
+    `[batch, choices, tokens]` and run it as `[batch * choices, tokens]`.
     """
     mask, shape = batch.get("attention_mask"), values.shape[:-1]
     if isinstance(mask, torch.Tensor) and mask.dim() in (2, 3):

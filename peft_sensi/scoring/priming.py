@@ -25,13 +25,14 @@ from ..utils.undo import surely
 from .calibration import (
     ScoringOptions,
     calibration_loss,
+    can_be_divided,
     check_differentiable,
-    examples_in,
     examples_of,
     is_labeled,
     saved_buffers,
     weight_of,
 )
+from .examples import examples_in
 from .head import head_bias, start_head_at_prior
 
 
@@ -145,13 +146,6 @@ def _some_examples(batch: Mapping[str, Any], turn: int) -> Mapping[str, Any]:
     rows = [(turn * EXAMPLES + i) % size for i in range(EXAMPLES)]
     part = examples_of(batch, rows)
     return part if is_labeled(part) else batch
-
-
-def can_be_divided(batch: Mapping[str, Any]) -> bool:
-    """Whether all tensors of a batch have one row for each example, and it has no lists."""
-    size = examples_in(batch)
-    values = [v for v in batch.values() if v is not None and not isinstance(v, (bool, int, float, str))]
-    return all(isinstance(v, torch.Tensor) and v.dim() and len(v) == size for v in values)
 
 
 class AdamSteps(ExitStack):
