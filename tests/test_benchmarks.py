@@ -315,6 +315,10 @@ def test_noisy_tasks_are_shown_but_decide_nothing(grid):
     runs = [run("trec6", "full", 0.9), run("cola", "full", 0.5), run("trec6", "trim 0.5 ours", 0.9)]
     line = tables.quality_table([*runs, run("cola", "trim 0.5 ours", 0.1)]).splitlines()[3]
     assert "0.900 | 0.100 | 100.0% |" in line
+    started = [run("full, head started", score, seed=seed) for seed, score in enumerate((0.9, 1.0, 0.8))]
+    for used, share in ((started[:2], 1.0), (started, (0.8 - 0.276) / (0.9 - 0.276))):  # of three seeds or more
+        kept = {r["method"]: r["retention"] for r in tables.retentions([*runs, *used])}
+        assert kept["trim 0.5 ours"] == pytest.approx(share)
     drawn = tables.budgets_series([*runs, run("cola", "trim 0.5 ours", 0.1)])
     assert [record["method"] for record in drawn] == ["full fine-tuning", "peft_sensi"]
     # A row without all tasks of `ours` is not drawn.
@@ -340,6 +344,10 @@ def test_tables_tell_who_loses_to_a_control_and_choose_rates_on_held_out_rows(gr
     kept = {(r["method"], r["seed"]): r["retention"] for r in tables.retentions(runs)}
     assert ("full", 1) in kept and kept["trim 0.25 ours", 0] == 0
     assert kept["trim 0.5 ours", 0] == pytest.approx((0.8 - 0.276) / (0.8 - 0.276))
+    started = [run("full, head started", score, seed=seed) for seed, score in enumerate((0.9, 1.0, 0.8))]
+    for used, share in ((started[:2], 1.0), (started, (0.8 - 0.276) / (0.9 - 0.276))):  # of three seeds or more
+        kept = {r["method"]: r["retention"] for r in tables.retentions([*runs, *used])}
+        assert kept["trim 0.5 ours"] == pytest.approx(share)
     drawn = tables.budgets_series([*runs, run("tune 0.01 LoRA", 0.8), run("tune 0.01 SHiRA", 0.8)])
     assert [r["budget"] for r in drawn if "budget" in r] == [0.5, 0.25]
     assert {r["method"] for r in drawn if "budget" not in r} == {"full fine-tuning", "LoRA, 1% trained"}
