@@ -18,6 +18,8 @@ from test_examples import encoder  # noqa: F401  (a fixture)
 from tiny import made_up_table
 from transformers import AutoModelForSequenceClassification
 
+from peft_sensi import SensiError
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,6 +112,13 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path,
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     grid.run_all([task], chosen, [0], *common)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    # A result of another precision or model is not taken for one of this run; one without these settings is.
+    monkeypatch.setattr(grid, "bf16_pays", lambda device: True)
+    path = tmp_path / "results" / "trec6" / "bitfit-0.001-0.json"
+    with pytest.raises(SensiError, match=r"bitfit.*`bf16` is False there, and True in this run. Remove this file, or"):
+        grid.run_all([task], {"BitFit": chosen["BitFit"]}, [0], *common)
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("bf16", "model")}))
+    grid.run_all([task], {"BitFit": chosen["BitFit"]}, [0], *common)
 
 
 def test_rankings_are_compared_with_the_reference(grid, encoder, tmp_path):  # noqa: F811
@@ -131,9 +140,10 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
 
     write_six_classes(tmp_path)
     data = tasks.load_task(replace(tasks.TASKS["trec6"], rows=64, epochs=1), tmp_path, str(encoder), 0)
-    common = {"model": "tiny", "task": "trec6", "seed": 0, "bf16": False}
-    rows = learn_first.Rows(tmp_path / "results", common, data)
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
+    common = {"model": "tiny", "task": "trec6", "seed": 0}
+    settings = learn_first.settings_of(str(encoder), bf16=False)
+    rows = learn_first.Rows(tmp_path / "results", common, data, settings)
+    learn_first.run_seed(rows, str(encoder), [0.5], models=tmp_path / "models")
     results = tables.read_results(tmp_path / "results")
     found = {r["method"] for r in results}
     assert {"full", "fine-tuned, trimmed to 0.5", "fast to 0.5", "late to 0.5"} <= found
@@ -142,8 +152,15 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     without_full = [r for r in results if r["method"] != "full"]
     assert len(tables.ways_table(without_full).splitlines()) == 1 + len(found)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
+    learn_first.run_seed(rows, str(encoder), [0.5])
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    # Neither a row nor a kept model of another rate is used.
+    rows.settings = learn_first.settings_of(str(encoder), bf16=False, usual_rates=(1e-3, 1e-4))
+    with pytest.raises(SensiError, match=r"`usual_rates` is \[5e-05, 0.0001\] there, and \[0.001, 0.0001\]"):
+        learn_first.run_seed(rows, str(encoder), [0.5])
+    rows.folder = tmp_path / "others"
+    with pytest.raises(SensiError, match=r"seconds.json .*`rate` is 5e-05 there, and 0.001 in this run"):
+        learn_first.run_seed(rows, str(encoder), [0.5], models=tmp_path / "models")
 
 
 def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, monkeypatch):  # noqa: F811
@@ -158,11 +175,12 @@ def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, mon
         return made_up_table(model) if function is latency.measure_latency else (6e-3, 1e-2)
 
     monkeypatch.setattr(latency, "in_new_process", made_up)
+    monkeypatch.setattr(latency, "processor_name", lambda: "x")  # as in the made-up table
     page = tmp_path / "page.md"
     page.write_text("<!-- latency_accuracy: begin -->\n<!-- latency_accuracy: end -->\n")
     command = ["accuracy", "--model", f"tiny={encoder}", "--data", tmp_path, "--results", tmp_path / "results",
                "--tasks", "trec6", "--seeds", 0, "--shares", 0.75, "--page", page,
-               "--runtimes", "torch", "--picture", tmp_path / "picture.png"]  # fmt: skip
+               "--length", 8, "--picture", tmp_path / "picture.png"]  # fmt: skip
     latency.main(list(map(str, command)))
     results = tables.read_results(tmp_path / "results" / "accuracy")
     assert {r["method"] for r in results} == {"full", *latency.METHODS}
@@ -172,6 +190,41 @@ def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, mon
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     latency.main(list(map(str, command)))
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+def test_a_picture_has_one_point_for_each_limit_and_one_metric(grid):
+    import latency
+
+    def run(method, dev, task="trec6", **more):
+        return {"method": method, "dev": dev, "task": task, **more}
+
+    runs = [run("full", 0.9), run("params", 0.7, limit=0.5, latency=0.41), run("params", 0.8, limit=0.5, latency=0.43)]
+    whole, *others = latency.points(runs)
+    assert whole == {"method": "whole model", "dev": 0.9}
+    assert [r["dev"] for r in others] == [0.7, 0.8] and [r["latency"] for r in others] == pytest.approx([0.42] * 2)
+    with pytest.raises(SensiError, match=r"one metric, but these have accuracy and f1: draw one picture for each"):
+        latency.points([*runs, run("full", 0.5, "wnut17")])
+
+
+def test_a_quick_check_leaves_the_committed_results_alone(grid, monkeypatch, capsys):
+    import latency
+
+    used = []
+    monkeypatch.setattr(latency, "promise", lambda options: used.append(options.results))
+    latency.main(["promise", "--quick"])
+    latency.main(["promise"])
+    assert used[0] != latency.RESULTS == used[1] and not used[0].exists()
+
+
+def test_a_latency_table_of_another_processor_is_refused(grid, tmp_path):
+    import latency
+    from tiny import tiny_model
+
+    file, table = tmp_path / "tables" / "minilm.json", made_up_table(tiny_model())
+    where = {"batch_size": table.batch_size, "sequence_length": table.sequence_length}
+    assert latency.table_at(file, where, lambda: table) == table
+    with pytest.raises(SensiError, match=r"`device` is .* there, and .* in this run"):
+        latency.table_at(file, where, lambda: table)
 
 
 @pytest.mark.slow
@@ -299,9 +352,9 @@ def test_answers_are_scored_as_texts_of_whole_articles(grid, encoder, tmp_path):
     model = Perfect()
     model.wrong = 5
     assert 0.5 < grid.score(model, data, "dev") < 1.0
-    rows = learn_first.Rows(tmp_path / "results", {"model": "tiny", "task": "mlqa_en", "seed": 0, "bf16": False}, data)
-    ways = ["trimmed", "taught", "late"]
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=ways, late_cuts=[0.3])
+    common, settings = {"model": "tiny", "task": "mlqa_en", "seed": 0}, learn_first.settings_of(str(encoder), False)
+    rows = learn_first.Rows(tmp_path / "results", common, data, settings)
+    learn_first.run_seed(rows, str(encoder), [0.5], ways=["trimmed", "taught", "late"], late_cuts=[0.3])
     results = tables.read_results(tmp_path / "results")
     assert len(results) == 3 and all(0 <= r["dev"] <= 1 for r in results)
 
