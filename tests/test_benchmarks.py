@@ -47,6 +47,62 @@ def test_speed_in_its_quick_form(tmp_path):
     assert output.read_text() == before and "step" not in again.stdout
 
 
+@pytest.fixture
+def speed(grid, monkeypatch):
+    """The benchmark of speed, with processes that only count, and of which `fails` has the failing commands."""
+    import speed
+
+    speed.fails, speed.asked = set(), []
+
+    class Process:
+        def __init__(self, arguments):
+            self.name = arguments["method"]
+
+        def __call__(self, command, **fields):
+            speed.asked.append((self.name, command))
+            if (self.name, command) in speed.fails:
+                raise RuntimeError("out of memory")
+            return {"trained": 1} if command == "setup" else 1.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(speed, "Process", Process)
+    return speed
+
+
+@pytest.mark.parametrize("command", ["setup", "step", "infer", "merge"])
+def test_a_method_that_fails_does_not_stop_the_others(speed, command):
+    arguments, names = {"compiled": False}, ["lora_all", "half"]
+    speed.fails = {("lora_all", command)}
+    found = speed.compare_steps(names, arguments, 2, {"lora_all", "half"})
+    assert found["lora_all"] == {"error": "out of memory"}
+    assert found["half"]["step_over_full"]["median"] == found["half"]["infer_merged_over_full"]["median"] == 1
+    if command != "merge":  # nothing is merged in full fine-tuning
+        speed.fails = {("full", command)}
+        found = speed.compare_steps(names, arguments, 2, {"lora_all", "half"})
+        assert all("out of memory" in values["error"] for values in found.values())
+
+
+def test_a_failed_measurement_is_repeated_and_another_machine_is_refused(speed, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "speed.json"
+    command = ["--quick", "--device", "cpu", "--output", str(output), "--only", "full", "half", "--parts", "step"]
+    speed.fails = {("half", "step")}
+    assert "error" in speed.main(command)["tiny/fp32/cpu"]["methods"]["half"]["step"]
+    speed.fails.clear()
+    assert "error" not in speed.main(command)["tiny/fp32/cpu"]["methods"]["half"]["step"]
+    speed.asked.clear()
+    monkeypatch.setattr("peft_sensi.utils.timing.processor_name", lambda: "another")
+    speed.main(command)
+    assert not speed.asked
+    with pytest.raises(SensiError, match="`cpu` is .* there, and 'another' in this run"):
+        speed.main([*command, "--parts", "memory"])
+    for mistake in (["--only", "halff"], ["--shapes", "tinny"]):
+        with pytest.raises(SystemExit):
+            speed.main(mistake)
+        assert f"there is no {mistake[1]}; choose from" in capsys.readouterr().err
+
+
 def test_the_cost_of_a_wrap_is_measured_by_part(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     import wrap_cost
