@@ -103,6 +103,31 @@ def test_a_failed_measurement_is_repeated_and_another_machine_is_refused(speed, 
         assert f"there is no {mistake[1]}; choose from" in capsys.readouterr().err
 
 
+def test_copies_of_weights_are_told_from_activations_of_the_same_shape(grid):
+    from memory_split import WeightCopies, saved_bytes
+    from speed_methods import SHAPES
+
+    shape, found = SHAPES["tiny"], []
+    for rows in (2, 3):  # two rows have as many tokens as the model has hidden values
+        model = shape.build().train()
+        with WeightCopies(model) as copies, torch.autocast("cpu", torch.bfloat16):
+            loss = model(**shape.batches(1, torch.device("cpu"), rows, 16)[0]).loss
+        found.append(saved_bytes(model, loss, copies.found))
+    (few, copied), (many, copied_too) = found
+    assert copied == copied_too > 2 * 8 * 32 * 32  # 2 bytes; two layers with four matrices of this size, and more
+    assert many == pytest.approx(1.5 * few, rel=0.01)
+
+
+def test_a_page_is_written_as_a_whole_and_in_utf_8(grid, tmp_path, monkeypatch):
+    import pages
+
+    page = tmp_path / "page.md"
+    page.write_bytes("± <!-- a: begin -->\n<!-- a: end --> 中".encode())
+    pages.write_part(page, "a", "é")
+    assert page.read_bytes().decode() == "± <!-- a: begin -->\né\n<!-- a: end --> 中"
+    assert [*tmp_path.iterdir()] == [page]
+
+
 def test_the_cost_of_a_wrap_is_measured_by_part(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     import wrap_cost

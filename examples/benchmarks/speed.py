@@ -112,7 +112,14 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Bytes of a training step by use, and the measured peak, after two warm-up steps."""
-        from memory_split import free_at_once, held_tensors, peak_of_process, saved_bytes, storage_bytes
+        from memory_split import (
+            WeightCopies,
+            free_at_once,
+            held_tensors,
+            peak_of_process,
+            saved_bytes,
+            storage_bytes,
+        )
 
         free_at_once()
         cuda = self.device.type == "cuda"
@@ -130,9 +137,9 @@ class Worker:
             self.step()
             peak = peak_of_process() - empty
         rows, columns = self.batch["input_ids"].shape
-        with self._autocast():
+        with WeightCopies(self.model) as copies, self._autocast():
             loss = self.model(**self.batch).loss
-        activations, weight_copies = saved_bytes(self.model, loss, rows, columns)
+        activations, weight_copies = saved_bytes(self.model, loss, copies.found)
         loss.backward()
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, self.torch.Tensor)]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
