@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, set_seed
 from peft_sensi import SensiConfig, save_merged
 
 from common import TRAINING_DEFAULTS, DataError, check_columns, folder_bytes, parameters, read_table, write_json
-from runner import FileOptions, readable_errors, share_or_count, split_files
+from runner import FileOptions, check_numbers, readable_errors, share_or_count, split_files
 
 
 SCALE = 20.0  # of the cosines in the loss, as in `MultipleNegativesRankingLoss`
@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         # One length of padding for each batch of pairs, so rows are not sorted by length.
         parser.set_defaults(**{**TRAINING_DEFAULTS, "train_sampling_strategy": "random"})
         options, training = parser.parse_args_into_dataclasses(arguments)
+        check_numbers(options)
         if training.resume_from_checkpoint:
             raise DataError("--resume_from_checkpoint has no effect here: this script always trains from the start")
         set_seed(training.seed)

@@ -393,8 +393,8 @@ def test_causal_lm(tmp_path):
 
 
 def test_image_classification(tmp_path):
-    few = ["--max_train_rows", 64, "--max_validation_rows", 30, "--layers", 2, "--hidden_size", 32]
-    whole = run("image_classification", "--method", "full", *few, "--output_dir", tmp_path / "small")
+    few, size = ["--max_train_rows", 64, "--max_validation_rows", 30], ["--layers", 2, "--hidden_size", 32]
+    whole = run("image_classification", "--method", "full", *few, *size, "--output_dir", tmp_path / "small")
     assert whole["differences"]["reloaded"] == 0
     metrics = run("image_classification", "--model", tmp_path / "small", *few, "--budget", 0.5,
                   "--output_dir", tmp_path / "out")  # fmt: skip
@@ -453,6 +453,17 @@ WRONG = {
     "vocabulary": ("causal_lm", ["--train_file", "text.txt", "--vocab_size", 100], "257"),
     "image column": ("image_classification", ROWS, "no column 'image'"),
     "no model there": ("causal_lm", ["--train_file", "text.txt", "--model", "nowhere"], "--model nowhere"),
+    "score for full": ("text_classification", [*ROWS, "--method", "full", "--score", "taylor"],
+                       "--score has no effect"),
+    "rank for sensi": ("text_classification", [*ROWS, "--lora_rank", 3], "--lora_rank has no effect"),
+    "size for a given model": ("causal_lm", ["--model", "any", "--layers", 3, "--heads", 8], "--heads, --layers"),
+    "no tokens": ("causal_lm", ["--train_file", "text.txt", "--block_size", 0], "--block_size must be at least 1"),
+    "no rows": ("causal_lm", ["--train_file", "text.txt", "--max_rows", 0], "--max_rows must be at least 1"),
+    "no layers": ("causal_lm", ["--train_file", "text.txt", "--layers", 0], "--layers must be at least 1"),
+    "no heads": ("image_classification", ["--heads", 0], "--heads must be at least 1"),
+    "no images": ("image_classification", ["--max_train_rows", 0], "--max_rows must be at least 1"),
+    "no pixels": ("image_classification", ["--image_size", 0], "--image_size must be at least 1"),
+    "no patch": ("image_classification", ["--patch_size", 0], "--patch_size must be at least 1"),
     "one row": ("causal_lm", ["--train_file", "one.txt"], "--validation"),
 }  # fmt: skip
 
