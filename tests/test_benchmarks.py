@@ -95,7 +95,7 @@ def test_a_failed_measurement_is_repeated_and_another_machine_is_refused(speed, 
     monkeypatch.setattr("peft_sensi.utils.timing.processor_name", lambda: "another")
     speed.main(command)
     assert not speed.asked
-    with pytest.raises(SensiError, match="`cpu` is .* there, and 'another' in this run"):
+    with pytest.raises(SystemExit, match="error: .*`cpu` is .* there, and 'another' in this run"):
         speed.main([*command, "--parts", "memory"])
     for mistake in (["--only", "halff"], ["--shapes", "tinny"]):
         with pytest.raises(SystemExit):

@@ -49,6 +49,7 @@ from peft_sensi.merging.latency import check_prediction, compare_latency
 from peft_sensi.utils.timing import processor_name
 
 from common import is_done, write_json
+from runner import readable_errors
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "latency"
@@ -248,6 +249,7 @@ def fewer_layers(model: Any, share: float) -> nn.Module:
     return model
 
 
+@readable_errors()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)

@@ -47,6 +47,7 @@ from peft_sensi.scoring.head import head_to_train, start_head_at_prior
 from peft_sensi.utils.files import read_json_object
 
 from common import is_done, write_json
+from runner import readable_errors
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
@@ -283,6 +284,7 @@ def run_seed(
         WAYS[way](run, budgets)
 
 
+@readable_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)

@@ -448,7 +448,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         from peft_sensi.utils.precision import bf16_pays
 
         options.precisions = ["fp32", "bf16"] if bf16_pays(options.device) else ["fp32"]
-    results = run(options)
+    from runner import readable_errors
+
+    with readable_errors():
+        results = run(options)
     from speed_table import write_table
 
     text = write_table(results, options.page)
