@@ -26,15 +26,19 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 
 # No test depends on the wall clock: other work on the machine makes the tests slower, and nothing else. One that takes
 # longer than any process is given (`PATIENCE` in tests/processes.py) hangs: it fails, and shows where it was.
-HANGS := -o faulthandler_timeout=2400 -o faulthandler_exit_on_timeout=true
+HANG_SECONDS = 2400
+HANGS = -o faulthandler_timeout=$(HANG_SECONDS) -o faulthandler_exit_on_timeout=true
 test: $(VENV)/.stamp-dev
 	$(VENV)/bin/python -m pytest --durations 20 $(HANGS) $(PYTEST_ARGS)
 
 # Thousands of mutated files, hundreds of kills, every family. This takes an hour on a small machine.
+# A single one may take long on a busy machine.
+slow: HANG_SECONDS = 7200
 slow: $(VENV)/.stamp-dev
-	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m slow $(HANGS) $(PYTEST_ARGS)
 
-# The same tests with the lowest versions that pyproject.toml allows, in an environment of their own. Not in CI.
+# The same tests with the lowest versions of `dependencies` in pyproject.toml (except torch), in an environment of their
+# own. The packages of the extras are as new as fits beside them. Not in CI.
 floors: $(VENV)-floors/.stamp
 	$(VENV)-floors/bin/python -m pytest $(HANGS) $(PYTEST_ARGS)
 

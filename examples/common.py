@@ -23,8 +23,8 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from peft_sensi.tasks import splitting
 from peft_sensi.tasks.reading import read_rows
-from peft_sensi.utils.errors import DataError
-from peft_sensi.utils.files import write_json_atomically
+from peft_sensi.utils.errors import DataError, SensiError
+from peft_sensi.utils.files import read_json_object, write_json_atomically
 from peft_sensi.utils.progress import progress_bar
 
 
@@ -135,6 +135,33 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically, so that a killed run leaves no partial file. Creates the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json_atomically(path, content)
+
+
+def is_done(path: str | Path, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a result at `path`. The settings are those of this run, which every result records.
+
+    Raises:
+        SensiError: The result was made with other settings. Older results lack some; these are not compared.
+    """
+    path = Path(path)
+    if not path.exists():
+        return False
+    check_settings(read_json_object(path), settings, path)
+    return True
+
+
+def check_settings(found: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
+    """Raises `SensiError` if a result in the file `path` records another value of one of the settings."""
+    wrong = [
+        f"`{name}` is {found[name]!r} there, and {value!r} in this run"
+        for name, value in settings.items()
+        if name in found and found[name] != value
+    ]
+    if wrong:
+        raise SensiError(
+            f"{path} has a result with other settings: {'; '.join(wrong)}. Remove this file, or write the results of "
+            f"this run elsewhere (`--results` or `--output`)."
+        )
 
 
 def folder_bytes(folder: str | Path) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -32,16 +33,16 @@ from transformers import HfArgumentParser, set_seed
 
 from peft_sensi import SensiConfig, save_merged
 
-from common import TRAINING_DEFAULTS, check_columns, folder_bytes, parameters, read_table, write_json
-from runner import FileOptions, readable_errors, share_or_count, split_files
+from common import TRAINING_DEFAULTS, DataError, check_columns, folder_bytes, parameters, read_table, write_json
+from runner import FileOptions, check_numbers, readable_errors, share_or_count, split_files
 
 
 SCALE = 20.0  # of the cosines in the loss, as in `MultipleNegativesRankingLoss`
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options(FileOptions):
-    model: str = field(default="", metadata={"help": "A model of sentence-transformers, or any encoder, or a folder"})
+    model: str = field(metadata={"help": "A model of sentence-transformers, or any encoder, or a folder"})
     budget: float = field(default=0.5, metadata={"help": "Share or number of the heads' and neurons' parameters kept"})
     first_column: str = "first"
     second_column: str = "second"
@@ -78,8 +79,10 @@ def pair_loss(model: SentenceTransformer) -> Any:
 
 
 def recall(model: SentenceTransformer, pairs: Dataset, columns: Sequence[str]) -> float:
+    """The share of pairs whose second text is the nearest one to the first. Several pairs may have the same one."""
     first, second = (model.encode(list(pairs[c]), normalize_embeddings=True, show_progress_bar=False) for c in columns)
-    return float(((first @ second.T).argmax(1) == range(len(pairs))).mean())
+    answers = np.array(pairs[columns[1]])
+    return float((answers[(first @ second.T).argmax(1)] == answers).mean())
 
 
 def merge(name: str, adapter: Path, folder: Path) -> SentenceTransformer:
@@ -100,6 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         # One length of padding for each batch of pairs, so rows are not sorted by length.
         parser.set_defaults(**{**TRAINING_DEFAULTS, "train_sampling_strategy": "random"})
         options, training = parser.parse_args_into_dataclasses(arguments)
+        check_numbers(options)
+        if training.resume_from_checkpoint:
+            raise DataError("--resume_from_checkpoint has no effect here: this script always trains from the start")
         set_seed(training.seed)
         columns = [options.first_column, options.second_column]
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,9 @@ from common import (
 )
 
 
+POSITIVE = (
+    "max_rows max_validation_rows block_size lora_rank vocab_size hidden_size layers heads image_size patch_size"
+).split()
 CHECKED_ROWS = 128  # the reloaded model is compared on this many validation rows
 
 
@@ -155,10 +158,33 @@ def parse(
     bf16 = not given.fp16 and bf16_pays("cpu" if use_cpu else None)
     parser.set_defaults(use_cpu=use_cpu, bf16=bf16)
     method, data, training = parser.parse_args_into_dataclasses(arguments)
+    check_numbers(method, data)
+    if isinstance(method, MethodOptions):
+        check_used(method)
     if isinstance(method, MethodOptions) and (limits := budget_of(method)) is not None:
         Budget.parse(limits)
     set_seed(training.seed)
     return method, data, training
+
+
+def check_numbers(*groups: Any) -> None:
+    """Raises `DataError` if one of the options in `POSITIVE` is less than 1."""
+    given = {name: value for options in groups for name, value in vars(options).items() if name in POSITIVE}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise DataError(f"--{name} must be at least 1, got {value}")
+
+
+def check_used(options: MethodOptions) -> None:
+    """Raises `DataError` if an option has another value than its default, but no effect on this method or model."""
+    changed = {f.name for f in fields(options) if f.default is not MISSING and getattr(options, f.name) != f.default}
+    for name, method in {"score": "sensi", "lora_rank": "lora"}.items():
+        if name in changed and options.method != method:
+            raise DataError(f"--{name} has no effect with --method {options.method}: leave it out")
+    sizes = changed - {f.name for f in fields(MethodOptions)}
+    if options.model and sizes:
+        names = ", ".join(f"--{name}" for name in sorted(sizes))
+        raise DataError(f"only a model that is made here has {names}: leave this out, or --model {options.model}")
 
 
 def budget_of(options: MethodOptions) -> float | dict[str, float] | None:

@@ -26,6 +26,9 @@ from common import DataError, batches, write_json
 from runner import OrderedTrainer, Task, TaskOptions, parse, pretrained, read_for, readable_errors, share_or_count
 
 
+NOT_GIVEN = 0.0  # the default of --num_train_epochs here, which shows whether the option is given
+
+
 @dataclass
 class TrimOptions:
     model: str = field(metadata={"help": "The fine-tuned model: a model id on the Hub, or a folder"})
@@ -36,9 +39,19 @@ class TrimOptions:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
 
 
+def check_options(options: TrimOptions, training: TrainingArguments) -> None:
+    """Raises `DataError` for options of `TrainingArguments` that would have no effect here."""
+    if training.num_train_epochs != NOT_GIVEN:
+        raise DataError("--num_train_epochs has no effect here: give the epochs after the trim as --heal_epochs")
+    if training.resume_from_checkpoint:
+        raise DataError("--resume_from_checkpoint has no effect here: the model is trimmed and healed anew")
+
+
 @readable_errors()
 def main(arguments: list[str] | None = None) -> None:
-    options, data, training = parse(__doc__.splitlines()[0], TaskOptions, TrimOptions, arguments=arguments)
+    defaults = {"num_train_epochs": NOT_GIVEN}
+    options, data, training = parse(__doc__.splitlines()[0], TaskOptions, TrimOptions, defaults, arguments)
+    check_options(options, training)
     budgets = [share_or_count(budget) for budget in options.budgets]
     for budget in budgets:
         Budget.parse(budget)
@@ -68,12 +81,12 @@ def trimmed(
     model: Any = get_peft_model(task.load_base().to(training.device), config)
     model.base_model.trim(budget, calibration)
     row = {"budget": budget, "plan": model.base_model.plan().figures(), "trimmed": evaluate(model, task, training)}
-    print(f"{budget:g} of the parameters, no training: {line(row['trimmed'])}")
+    print(f"{budget} of the parameters, no training: {line(row['trimmed'])}")
     if options.heal_epochs:
         trainer(model, task, training).train()
         row["healed"] = evaluate(model, task, training)
-        print(f"{budget:g} of the parameters, {options.heal_epochs:g} epochs of healing: {line(row['healed'])}")
-    model.save_pretrained(folder / f"{budget:g}")
+        print(f"{budget} of the parameters, {options.heal_epochs:g} epochs of healing: {line(row['healed'])}")
+    model.save_pretrained(folder / str(budget))
     return row
 
 

@@ -7,6 +7,14 @@ data=$1 minilm=$2 twelve=$3 work=$4
 shift 4
 here=$(cd "$(dirname "$0")" && pwd)
 cards=("$@")
+# A mistyped name would make nothing, and say nothing.
+known=$(sed -n 's/^make \([^ ]*\) .*/\1/p' "$0")
+for card in "$@"; do
+  if ! grep -qxF -- "$card" <<<"$known"; then
+    echo "There is no card '$card'. The cards are:" $known >&2
+    exit 2
+  fi
+done
 wanted() { [ ${#cards[@]} -eq 0 ] || [[ " ${cards[*]} " == *" $1 "* ]]; }
 
 # make NAME PUBLIC_NAME_OF_THE_BASE BASE OPTIONS_OF_TRAIN...

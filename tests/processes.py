@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 
 HERE = Path(__file__).resolve().parent
+TAKEN = ("eaddrinuse", "address already in use", "another process is utilizing it")  # by PyTorch, Linux, Accelerate
 # Seconds after which a process is taken for hung. No test measures time with it: on a machine with much other work, a
 # process that needs 10 seconds alone may need many minutes.
 PATIENCE = 1800.0
@@ -66,14 +67,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def on_free_port(run: Callable[[int], None]) -> None:
+    """Calls `run` with a free port. If another test takes the port before `run` uses it, tries other ports."""
+    for left in (2, 1, 0):
+        try:
+            return run(free_port())
+        except AssertionError as error:
+            if not left or not any(text in str(error).lower() for text in TAKEN):
+                raise
+
+
 def run_two(script: str, folder: Path, *arguments: str, **extra: str) -> list[Any]:
     """Runs `tests/<script> <folder> <arguments>` in two processes. Returns what each saved as `<folder>/<rank>.pt`.
 
     Raises `AssertionError` with the output of both processes if one of them fails or hangs.
     """
-    port = free_port()
     command = [str(HERE / script), str(folder), *arguments]
-    _succeed([command] * 2, [environment(rank, port, **extra) for rank in range(2)], folder)
+    on_free_port(lambda port: _succeed([command] * 2, [environment(rank, port, **extra) for rank in range(2)], folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -84,8 +94,8 @@ def launch_two(script: str, folder: Path, *arguments: str, options: tuple[str, .
     """
     command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), *options, str(HERE / script), str(folder), *arguments]
-    _succeed([command], [environment()], folder)
+    rest = [*options, str(HERE / script), str(folder), *arguments]
+    on_free_port(lambda port: _succeed([[*command, "--main_process_port", str(port), *rest]], [environment()], folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

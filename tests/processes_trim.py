@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -68,10 +69,10 @@ def main() -> None:
     failed = message_of(lambda: model.base_model.trim(0.3, calibration=batches if rank else None))
     state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     # In stages, which fits all layers together. One process has more batches than the other.
-    rescoring.LEAST_JOINT_TOKENS = 1
     other = wrap(tiny_model(), budget=1.0, calibration=batches)
     train(other)
-    other.base_model.trim(0.25, calibration=batches[rank:][: 5 - rank])
+    with mock.patch.object(rescoring, "LEAST_JOINT_TOKENS", 1):
+        other.base_model.trim(0.25, calibration=batches[rank:][: 5 - rank])
     small = {n: p.detach().clone() for n, p in other.named_parameters() if p.requires_grad}
     third = wrap(tiny_model(), budget=1.0, calibration=batches)
     train(third)

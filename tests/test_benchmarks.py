@@ -18,6 +18,8 @@ from test_examples import encoder  # noqa: F401  (a fixture)
 from tiny import made_up_table
 from transformers import AutoModelForSequenceClassification
 
+from peft_sensi import SensiError
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +45,87 @@ def test_speed_in_its_quick_form(tmp_path):
     options = {"cwd": ROOT, "env": environment, "check": True, "timeout": PATIENCE}
     again = subprocess.run(command, **options, capture_output=True, text=True)
     assert output.read_text() == before and "step" not in again.stdout
+
+
+@pytest.fixture
+def speed(grid, monkeypatch):
+    """The benchmark of speed, with processes that only count, and of which `fails` has the failing commands."""
+    import speed
+
+    speed.fails, speed.asked = set(), []
+
+    class Process:
+        def __init__(self, arguments):
+            self.name = arguments["method"]
+
+        def __call__(self, command, **fields):
+            speed.asked.append((self.name, command))
+            if (self.name, command) in speed.fails:
+                raise RuntimeError("out of memory")
+            return {"trained": 1} if command == "setup" else 1.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(speed, "Process", Process)
+    return speed
+
+
+@pytest.mark.parametrize("command", ["setup", "step", "infer", "merge"])
+def test_a_method_that_fails_does_not_stop_the_others(speed, command):
+    arguments, names = {"compiled": False}, ["lora_all", "half"]
+    speed.fails = {("lora_all", command)}
+    found = speed.compare_steps(names, arguments, 2, {"lora_all", "half"})
+    assert found["lora_all"] == {"error": "out of memory"}
+    assert found["half"]["step_over_full"]["median"] == found["half"]["infer_merged_over_full"]["median"] == 1
+    if command != "merge":  # nothing is merged in full fine-tuning
+        speed.fails = {("full", command)}
+        found = speed.compare_steps(names, arguments, 2, {"lora_all", "half"})
+        assert all("out of memory" in values["error"] for values in found.values())
+
+
+def test_a_failed_measurement_is_repeated_and_another_machine_is_refused(speed, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "speed.json"
+    command = ["--quick", "--device", "cpu", "--output", str(output), "--only", "full", "half", "--parts", "step"]
+    speed.fails = {("half", "step")}
+    assert "error" in speed.main(command)["tiny/fp32/cpu"]["methods"]["half"]["step"]
+    speed.fails.clear()
+    assert "error" not in speed.main(command)["tiny/fp32/cpu"]["methods"]["half"]["step"]
+    speed.asked.clear()
+    monkeypatch.setattr("peft_sensi.utils.timing.processor_name", lambda: "another")
+    speed.main(command)
+    assert not speed.asked
+    with pytest.raises(SystemExit, match="error: .*`cpu` is .* there, and 'another' in this run"):
+        speed.main([*command, "--parts", "memory"])
+    for mistake in (["--only", "halff"], ["--shapes", "tinny"]):
+        with pytest.raises(SystemExit):
+            speed.main(mistake)
+        assert f"there is no {mistake[1]}; choose from" in capsys.readouterr().err
+
+
+def test_copies_of_weights_are_told_from_activations_of_the_same_shape(grid):
+    from memory_split import WeightCopies, saved_bytes
+    from speed_methods import SHAPES
+
+    shape, found = SHAPES["tiny"], []
+    for rows in (2, 3):  # two rows have as many tokens as the model has hidden values
+        model = shape.build().train()
+        with WeightCopies(model) as copies, torch.autocast("cpu", torch.bfloat16):
+            loss = model(**shape.batches(1, torch.device("cpu"), rows, 16)[0]).loss
+        found.append(saved_bytes(model, loss, copies.found))
+    (few, copied), (many, copied_too) = found
+    assert copied == copied_too > 2 * 8 * 32 * 32  # 2 bytes; two layers with four matrices of this size, and more
+    assert many == pytest.approx(1.5 * few, rel=0.01)
+
+
+def test_a_page_is_written_as_a_whole_and_in_utf_8(grid, tmp_path, monkeypatch):
+    import pages
+
+    page = tmp_path / "page.md"
+    page.write_bytes("± <!-- a: begin -->\n<!-- a: end --> 中".encode())
+    pages.write_part(page, "a", "é")
+    assert page.read_bytes().decode() == "± <!-- a: begin -->\né\n<!-- a: end --> 中"
+    assert [*tmp_path.iterdir()] == [page]
 
 
 def test_the_cost_of_a_wrap_is_measured_by_part(tmp_path, monkeypatch):
@@ -110,6 +193,13 @@ def test_accuracy_runs_are_made_once_and_become_a_table(grid, encoder, tmp_path,
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     grid.run_all([task], chosen, [0], *common)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    # A result of another precision or model is not taken for one of this run; one without these settings is.
+    monkeypatch.setattr(grid, "bf16_pays", lambda device: True)
+    path = tmp_path / "results" / "trec6" / "bitfit-0.001-0.json"
+    with pytest.raises(SensiError, match=r"bitfit.*`bf16` is False there, and True in this run. Remove this file, or"):
+        grid.run_all([task], {"BitFit": chosen["BitFit"]}, [0], *common)
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("bf16", "model")}))
+    grid.run_all([task], {"BitFit": chosen["BitFit"]}, [0], *common)
 
 
 def test_rankings_are_compared_with_the_reference(grid, encoder, tmp_path):  # noqa: F811
@@ -131,9 +221,10 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
 
     write_six_classes(tmp_path)
     data = tasks.load_task(replace(tasks.TASKS["trec6"], rows=64, epochs=1), tmp_path, str(encoder), 0)
-    common = {"model": "tiny", "task": "trec6", "seed": 0, "bf16": False}
-    rows = learn_first.Rows(tmp_path / "results", common, data)
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
+    common = {"model": "tiny", "task": "trec6", "seed": 0}
+    settings = learn_first.settings_of(str(encoder), bf16=False)
+    rows = learn_first.Rows(tmp_path / "results", common, data, settings)
+    learn_first.run_seed(rows, str(encoder), [0.5], models=tmp_path / "models")
     results = tables.read_results(tmp_path / "results")
     found = {r["method"] for r in results}
     assert {"full", "fine-tuned, trimmed to 0.5", "fast to 0.5", "late to 0.5"} <= found
@@ -142,8 +233,15 @@ def test_learning_first_is_compared_and_resumed(grid, encoder, tmp_path, capsys)
     without_full = [r for r in results if r["method"] != "full"]
     assert len(tables.ways_table(without_full).splitlines()) == 1 + len(found)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False)
+    learn_first.run_seed(rows, str(encoder), [0.5])
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    # Neither a row nor a kept model of another rate is used.
+    rows.settings = learn_first.settings_of(str(encoder), bf16=False, usual_rates=(1e-3, 1e-4))
+    with pytest.raises(SensiError, match=r"`usual_rates` is \[5e-05, 0.0001\] there, and \[0.001, 0.0001\]"):
+        learn_first.run_seed(rows, str(encoder), [0.5])
+    rows.folder = tmp_path / "others"
+    with pytest.raises(SensiError, match=r"seconds.json .*`rate` is 5e-05 there, and 0.001 in this run"):
+        learn_first.run_seed(rows, str(encoder), [0.5], models=tmp_path / "models")
 
 
 def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, monkeypatch):  # noqa: F811
@@ -158,11 +256,12 @@ def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, mon
         return made_up_table(model) if function is latency.measure_latency else (6e-3, 1e-2)
 
     monkeypatch.setattr(latency, "in_new_process", made_up)
+    monkeypatch.setattr(latency, "processor_name", lambda: "x")  # as in the made-up table
     page = tmp_path / "page.md"
     page.write_text("<!-- latency_accuracy: begin -->\n<!-- latency_accuracy: end -->\n")
     command = ["accuracy", "--model", f"tiny={encoder}", "--data", tmp_path, "--results", tmp_path / "results",
                "--tasks", "trec6", "--seeds", 0, "--shares", 0.75, "--page", page,
-               "--runtimes", "torch", "--picture", tmp_path / "picture.png"]  # fmt: skip
+               "--length", 8, "--picture", tmp_path / "picture.png"]  # fmt: skip
     latency.main(list(map(str, command)))
     results = tables.read_results(tmp_path / "results" / "accuracy")
     assert {r["method"] for r in results} == {"full", *latency.METHODS}
@@ -172,6 +271,41 @@ def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, mon
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     latency.main(list(map(str, command)))
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+def test_a_picture_has_one_point_for_each_limit_and_one_metric(grid):
+    import latency
+
+    def run(method, dev, task="trec6", **more):
+        return {"method": method, "dev": dev, "task": task, **more}
+
+    runs = [run("full", 0.9), run("params", 0.7, limit=0.5, latency=0.41), run("params", 0.8, limit=0.5, latency=0.43)]
+    whole, *others = latency.points(runs)
+    assert whole == {"method": "whole model", "dev": 0.9}
+    assert [r["dev"] for r in others] == [0.7, 0.8] and [r["latency"] for r in others] == pytest.approx([0.42] * 2)
+    with pytest.raises(SensiError, match=r"one metric, but these have accuracy and f1: draw one picture for each"):
+        latency.points([*runs, run("full", 0.5, "wnut17")])
+
+
+def test_a_quick_check_leaves_the_committed_results_alone(grid, monkeypatch, capsys):
+    import latency
+
+    used = []
+    monkeypatch.setattr(latency, "promise", lambda options: used.append(options.results))
+    latency.main(["promise", "--quick"])
+    latency.main(["promise"])
+    assert used[0] != latency.RESULTS == used[1] and not used[0].exists()
+
+
+def test_a_latency_table_of_another_processor_is_refused(grid, tmp_path):
+    import latency
+    from tiny import tiny_model
+
+    file, table = tmp_path / "tables" / "minilm.json", made_up_table(tiny_model())
+    where = {"batch_size": table.batch_size, "sequence_length": table.sequence_length}
+    assert latency.table_at(file, where, lambda: table) == table
+    with pytest.raises(SensiError, match=r"`device` is .* there, and .* in this run"):
+        latency.table_at(file, where, lambda: table)
 
 
 @pytest.mark.slow
@@ -299,9 +433,9 @@ def test_answers_are_scored_as_texts_of_whole_articles(grid, encoder, tmp_path):
     model = Perfect()
     model.wrong = 5
     assert 0.5 < grid.score(model, data, "dev") < 1.0
-    rows = learn_first.Rows(tmp_path / "results", {"model": "tiny", "task": "mlqa_en", "seed": 0, "bf16": False}, data)
-    ways = ["trimmed", "taught", "late"]
-    learn_first.run_seed(rows, str(encoder), [0.5], bf16=False, ways=ways, late_cuts=[0.3])
+    common, settings = {"model": "tiny", "task": "mlqa_en", "seed": 0}, learn_first.settings_of(str(encoder), False)
+    rows = learn_first.Rows(tmp_path / "results", common, data, settings)
+    learn_first.run_seed(rows, str(encoder), [0.5], ways=["trimmed", "taught", "late"], late_cuts=[0.3])
     results = tables.read_results(tmp_path / "results")
     assert len(results) == 3 and all(0 <= r["dev"] <= 1 for r in results)
 

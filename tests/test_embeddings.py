@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -69,6 +70,26 @@ def test_the_example_trims_and_reloads(script, encoder, tmp_path):
     assert metrics["difference after loading"] < 1e-6
     assert metrics["recall"] == metrics["recall, merged"] > 0.1
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_pairs_with_the_same_second_text_count_as_found(script):
+    class Perfect:
+        def encode(self, texts, **options):
+            return np.array([[text.endswith("a"), text.endswith("b")] for text in texts], dtype=float)
+
+    rows = {"first": ["to a", "also to a", "to b"], "second": ["a", "a", "b"]}
+    assert script.recall(Perfect(), Dataset.from_dict(rows), ["first", "second"]) == 1.0
+    rows["first"][0] = "to b"
+    assert script.recall(Perfect(), Dataset.from_dict(rows), ["first", "second"]) == pytest.approx(2 / 3)
+
+
+def test_what_the_example_cannot_do_is_said(script, tmp_path, capsys):
+    given = ["--train_file", "pairs.tsv", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        script.main(given)
+    assert "the following arguments are required: --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint has no effect here"):
+        script.main([*given, "--model", "any", "--resume_from_checkpoint", "nowhere"])
 
 
 def test_an_adapter_is_saved_and_loaded_by_sentence_transformers(encoder, tmp_path):

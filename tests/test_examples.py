@@ -36,10 +36,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = "the city of is in lives and red green blue stone who where what".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # In float32, so that the figures are the same on every machine.
-QUICK = (
-    "--use_cpu --bf16 false --disable_tqdm True --num_train_epochs 1 --per_device_train_batch_size 8 "
-    "--learning_rate 1e-3"
-).split()
+QUICK = ("--use_cpu --bf16 false --disable_tqdm True --per_device_train_batch_size 8 --learning_rate 1e-3").split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +49,8 @@ def scripts_on_the_path():
 def run(script: str, *arguments: object) -> dict:
     """Runs a script in this process, and returns the content of its metrics.json."""
     given = [str(argument) for argument in arguments]
-    importlib.import_module(script).main([*given, *(a for a in QUICK if a)])
+    epochs = [] if "--heal_epochs" in given else ["--num_train_epochs", "1"]
+    importlib.import_module(script).main([*given, *QUICK, *epochs])
     folder = Path(given[given.index("--output_dir") + 1])
     return json.loads((folder / "metrics.json").read_text())
 
@@ -150,8 +148,8 @@ def test_numbers_are_a_regression(encoder, tmp_path):
 def test_a_finetuned_model_is_trimmed(encoder, tmp_path):
     file, whole = write_sentences(tmp_path / "rows.tsv"), tmp_path / "whole"
     run("text_classification", "--model", encoder, "--train_file", file, "--method", "full", "--output_dir", whole)
-    metrics = run("trim_finetuned", "--model", whole, "--train_file", file, "--budgets", 0.5, 0.25,
-                  "--output_dir", tmp_path / "out")  # fmt: skip
+    given = ["--model", whole, "--train_file", file, "--heal_epochs", 1, "--output_dir", tmp_path / "out"]
+    metrics = run("trim_finetuned", *given, "--budgets", 0.5, 0.25)
     assert [row["budget"] for row in metrics["budgets"]] == [0.5, 0.25]
     for row in metrics["budgets"]:
         assert row["plan"]["params_share"] <= row["budget"]
@@ -163,7 +161,10 @@ def test_a_finetuned_model_is_trimmed(encoder, tmp_path):
         three = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
         three.save_pretrained(tmp_path / "three")
         AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "three")
-        run("trim_finetuned", "--model", tmp_path / "three", "--train_file", file, "--output_dir", tmp_path / "out")
+        run("trim_finetuned", *given, "--model", tmp_path / "three")
+    for option in (["--num_train_epochs", 7], ["--resume_from_checkpoint", "nowhere"]):
+        with pytest.raises(SystemExit, match=f"{option[0]} has no effect here"):
+            run("trim_finetuned", *given, *option)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -392,8 +393,8 @@ def test_causal_lm(tmp_path):
 
 
 def test_image_classification(tmp_path):
-    few = ["--max_train_rows", 64, "--max_validation_rows", 30, "--layers", 2, "--hidden_size", 32]
-    whole = run("image_classification", "--method", "full", *few, "--output_dir", tmp_path / "small")
+    few, size = ["--max_train_rows", 64, "--max_validation_rows", 30], ["--layers", 2, "--hidden_size", 32]
+    whole = run("image_classification", "--method", "full", *few, *size, "--output_dir", tmp_path / "small")
     assert whole["differences"]["reloaded"] == 0
     metrics = run("image_classification", "--model", tmp_path / "small", *few, "--budget", 0.5,
                   "--output_dir", tmp_path / "out")  # fmt: skip
@@ -452,6 +453,17 @@ WRONG = {
     "vocabulary": ("causal_lm", ["--train_file", "text.txt", "--vocab_size", 100], "257"),
     "image column": ("image_classification", ROWS, "no column 'image'"),
     "no model there": ("causal_lm", ["--train_file", "text.txt", "--model", "nowhere"], "--model nowhere"),
+    "score for full": ("text_classification", [*ROWS, "--method", "full", "--score", "taylor"],
+                       "--score has no effect"),
+    "rank for sensi": ("text_classification", [*ROWS, "--lora_rank", 3], "--lora_rank has no effect"),
+    "size for a given model": ("causal_lm", ["--model", "any", "--layers", 3, "--heads", 8], "--heads, --layers"),
+    "no tokens": ("causal_lm", ["--train_file", "text.txt", "--block_size", 0], "--block_size must be at least 1"),
+    "no rows": ("causal_lm", ["--train_file", "text.txt", "--max_rows", 0], "--max_rows must be at least 1"),
+    "no layers": ("causal_lm", ["--train_file", "text.txt", "--layers", 0], "--layers must be at least 1"),
+    "no heads": ("image_classification", ["--heads", 0], "--heads must be at least 1"),
+    "no images": ("image_classification", ["--max_train_rows", 0], "--max_rows must be at least 1"),
+    "no pixels": ("image_classification", ["--image_size", 0], "--image_size must be at least 1"),
+    "no patch": ("image_classification", ["--patch_size", 0], "--patch_size must be at least 1"),
     "one row": ("causal_lm", ["--train_file", "one.txt"], "--validation"),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from processes import environment, free_port, run_script, run_two
+from processes import environment, free_port, on_free_port, run_script, run_two
 from processes_decide import ALL, FISHER, STILL, joint, refitted, scores_of
 from tiny import tiny_batches, tiny_model, wrap
 
@@ -133,6 +133,21 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     with pytest.raises(AssertionError, match=r"Exit codes \[1, 9\]") as failure:
         run_two("processes_decide.py", tmp_path, "killed")
     assert "SensiError: Another process has ended or does not respond" in str(failure.value)
+
+
+def test_a_port_that_another_test_has_taken_is_replaced():
+    ports = []
+
+    def run(port, failure):
+        ports.append(port)
+        assert len(ports) > 1, failure
+
+    on_free_port(lambda port: run(port, "code: -98, name: EADDRINUSE"))
+    assert len(set(ports)) == 2
+    ports.clear()
+    with pytest.raises(AssertionError, match="another reason"):
+        on_free_port(lambda port: run(port, "another reason"))
+    assert len(ports) == 1
 
 
 def test_weight_of_a_batch():

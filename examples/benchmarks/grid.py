@@ -32,17 +32,21 @@ from peft_sensi.tasks import metrics
 from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import progress_bar
 
-from common import flops, folder_bytes, parameters, write_json
+from common import flops, folder_bytes, is_done, parameters, write_json
 
 
-def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -> dict[str, Any]:
-    """Trains with AdamW and a linear schedule, under bf16 autocast where the hardware is faster with it. Returns the
-    metrics on the dev rows and on the held-out training rows, and the costs."""
+def on_cpu(bf16: bool) -> Accelerator:
+    """Sets the precision. The benchmarks of accuracy use the CPU on every machine, so all results are comparable."""
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
+
+
+def train(data: Data, method: Method, model_name: str, rate: float, seed: int, bf16: bool = False) -> dict[str, Any]:
+    """Trains with AdamW and a linear schedule. Returns the metrics on the dev rows and on the held-out training rows,
+    and the costs. With `bf16`, training and evaluation are under autocast to bfloat16."""
     task = data.task
     logging.set_verbosity_error()  # no warnings about fresh heads
     logging.disable_progress_bar()
-    bf16 = bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+    accelerator = on_cpu(bf16)
     set_seed(seed)
     base = fresh_base(task, model_name)
     whole = parameters(base)
@@ -56,13 +60,12 @@ def train(data: Data, method: Method, model_name: str, rate: float, seed: int) -
     train_seconds = fit(model, data, accelerator, task.epochs, rate, seed)
     figures = {
         "rate": rate,
-        "bf16": bf16,
         "steps": steps,
         "wrap_seconds": wrap_seconds,
         "step_seconds": train_seconds / steps,
         "trained_values": trained_values,
-        "dev": score(model, data, "dev"),
-        "held_out": score(model, data, "held_out"),
+        "dev": score(model, data, "dev", bf16),
+        "held_out": score(model, data, "held_out", bf16),
         "bytes": stored_bytes(model),
     }
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
@@ -129,12 +132,13 @@ def fresh_base(task: Task, model_name: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def score(model: nn.Module, data: Data, split: str) -> float:
+def score(model: nn.Module, data: Data, split: str, bf16: bool = False) -> float:
+    """The metric of the task. `bf16` is the precision of the training: a CPU must not decide on another one here."""
     model.eval()
     predicted: list[Any] = []
     labels: list[Any] = []
     for batch in data.batches(split):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16_pays(model.device)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = model(**batch)
         if data.task.kind == "answers":
             predicted += zip(output.start_logits.float().numpy(), output.end_logits.float().numpy(), strict=True)
@@ -178,29 +182,35 @@ def run_all(
 ) -> None:
     """Makes all runs that have no result yet. Methods that cannot meet their budget are skipped.
 
-    `rates` replaces the learning rates of the methods.
+    `rates` replaces the learning rates of the methods. The runs are under bf16 autocast where the CPU is faster with
+    it. Raises `SensiError` if a result was made with another precision or model.
     """
+    settings = {"model": base_name(model_name), "bf16": bf16_pays("cpu")}
     wanted = [
-        (task, seed, name, rate)
+        (path, task, seed, name, rate)
         for seed in seeds
         for task in tasks
         for name in methods
         for rate in (rates or (methods[name].rate,))
+        if not is_done(path := results / task.name / f"{slug(name)}-{rate:g}-{seed}.json", settings)
     ]
     loaded: tuple[tuple[str, int], Data] | None = None
-    for task, seed, name, rate in (bar := progress_bar(wanted)):
-        path = results / task.name / f"{slug(name)}-{rate:g}-{seed}.json"
+    for path, task, seed, name, rate in (bar := progress_bar(wanted)):
         bar.set_description(f"{task.name} {name} {rate:g} seed {seed}")
-        if path.exists():
-            continue
         if loaded is None or loaded[0] != (task.name, seed):
             loaded = ((task.name, seed), load_task(task, data_folder, model_name, seed))
         try:
-            figures = train(loaded[1], methods[name], model_name, rate, seed)
+            figures = train(loaded[1], methods[name], model_name, rate, seed, settings["bf16"])
         except BudgetMissed as error:
             bar.write(f"{name} is skipped: {error}")
             continue
-        write_json(path, {"task": task.name, "method": name, "seed": seed, "metric": task.metric} | figures)
+        row = {"task": task.name, "method": name, "seed": seed, "metric": task.metric}
+        write_json(path, settings | row | figures)
+
+
+def base_name(model: str) -> str:
+    """The name of a base model in the results: of its folder, which may be elsewhere on another machine."""
+    return Path(model).resolve().name
 
 
 def slug(name: str) -> str:

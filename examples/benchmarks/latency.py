@@ -18,6 +18,9 @@ import copy
 import itertools
 import multiprocessing
 import pickle
+import statistics
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -26,7 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from learn_first import RATES, Rows, Seed, full
+from grid import base_name
+from learn_first import RATES, Rows, Seed, full, settings_of
 from pages import write_part
 from peft import get_peft_model
 from plots import plot_budgets
@@ -40,16 +44,19 @@ from transformers import (
     LlamaConfig,
 )
 
-from peft_sensi import LatencyTable, SensiConfig, measure_latency
+from peft_sensi import LatencyTable, SensiConfig, SensiError, measure_latency
 from peft_sensi.merging.latency import check_prediction, compare_latency
+from peft_sensi.utils.timing import processor_name
 
-from common import write_json
+from common import is_done, write_json
+from runner import readable_errors
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "latency"
 SMALL_LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
                "num_key_value_heads": 4, "vocab_size": 8000}  # fmt: skip
 TINY = {"dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 4, "vocab_size": 100}
+RUNTIMES = ["torch", "onnxruntime"]
 METHODS = ["params", "flops", "latency", "layers"]
 
 
@@ -72,16 +79,15 @@ def promise(options: argparse.Namespace) -> None:
         where = {"batch_size": size, "sequence_length": options.length, "runtime": runtime, "threads": threads}
         for share in options.shares:
             path = options.results / "promise" / f"{key}-{share}.json"
-            if path.exists():
+            record = {"model": name, "limit": share, **where}
+            if folder := getattr(options, name, None):
+                record["base"] = base_name(folder)
+            if is_done(path, record):
                 continue
             base = build(name, options) if base is None else base
             file = options.results / "tables" / f"{key}.json"
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                measure_latency(base, rounds=options.rounds, **where).save(file)
-            table = LatencyTable.load(file)
+            table = table_at(file, where, partial(measure_latency, base, rounds=options.rounds, **where))
             config = SensiConfig(budget={"latency": share}, latency=table, score="random", min_units=0)
-            record = {"model": name, "limit": share, **where}
             model = get_peft_model(copy.deepcopy(base), config)
             predicted = model.peft_config["default"].latency["latency"]
             merged = model.merge_and_unload().eval()
@@ -89,6 +95,14 @@ def promise(options: argparse.Namespace) -> None:
             over = found["measured_share"] / share - 1
             write_json(path, {**record, **found, "over": over})
             print(key, share, f"off {found['off']:+.1%}, over the limit {over:+.1%}", flush=True)
+
+
+def table_at(file: Path, where: dict[str, Any], measure: Callable[[], LatencyTable]) -> LatencyTable:
+    """The table in the file, or a measured one. One of another processor is an error: plans would be wrong."""
+    if not is_done(file, {**where, "device": processor_name()}):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        measure().save(file)
+    return LatencyTable.load(file)
 
 
 def promise_table(results: Path) -> str:
@@ -116,22 +130,21 @@ def promise_table(results: Path) -> str:
 
 def accuracy(options: argparse.Namespace) -> None:
     name, _, folder = options.model.partition("=")
-    where = {"batch_size": 1, "sequence_length": options.length, "runtime": options.runtimes[0], "threads": 1}
+    where = {"batch_size": 1, "sequence_length": options.length, "runtime": options.runtime, "threads": 1}
+    settings = settings_of(folder, options.bf16, (options.rate, options.rate)) | where
     for seed, task in itertools.product(options.seeds, options.tasks):
         common = {"model": name, "task": task, "seed": seed}
         data = load_task(TASKS[task], options.data, folder, seed)
-        rows = Rows(options.results / "accuracy", common, data)
-        run = Seed(rows, folder, options.bf16, options.models, usual_rates=(options.rate, options.rate))
+        rows = Rows(options.results / "accuracy", common, data, settings)
+        run = Seed(rows, folder, options.models)
         file = options.results / "tables" / f"{name}-{task}-{where['runtime']}.json"
         whole = run.base().eval()
         full(run, [])
         for method, share in itertools.product(options.methods, options.shares):
             if not run.rows.missing(row := f"{method} {share}"):
                 continue
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                in_new_process(measure_latency, whole, rounds=options.rounds, **where).save(file)
-            model = _model_within(run, method, share, LatencyTable.load(file))
+            measure = partial(in_new_process, measure_latency, whole, rounds=options.rounds, **where)
+            model = _model_within(run, method, share, table_at(file, where, measure))
             own, base = in_new_process(compare_latency, model.eval(), whole, rounds=options.rounds, **where)
             run.rows.add(row, model, 0.0, method=method, limit=share, latency=own / base)
 
@@ -194,6 +207,37 @@ def accuracy_table(results: Path, shares: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
+def draw(options: argparse.Namespace) -> None:
+    """Draws the chosen model, tasks and seeds: one point for each method and limit."""
+    name = options.model.partition("=")[0]
+    chosen = [
+        r
+        for r in read_results(options.results / "accuracy")
+        if r["model"] == name and r["task"] in options.tasks and r["seed"] in options.seeds
+    ]
+    labels = {"xlabel": "share of the base's measured latency", "ylabel": ", ".join(options.tasks)}
+    plot_budgets(points(chosen), options.picture, x="latency", y="dev", runs="tasks and seeds", **labels)
+
+
+def points(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records for `plot_budgets`. All runs of a method at a limit are at the mean of their latencies, so they become
+    one point. Raises `SensiError` if the tasks do not have the same metric."""
+    if len(metrics := {TASKS[r["task"]].metric for r in results}) > 1:
+        raise SensiError(
+            f"The tasks of a picture must have one metric, but these have {' and '.join(sorted(metrics))}: draw one "
+            f"picture for each of them, with --tasks."
+        )
+    latencies: dict[tuple[str, float | None], list[float]] = defaultdict(list)
+    for r in results:
+        if "latency" in r:
+            latencies[r["method"], r["limit"]].append(r["latency"])
+    return [
+        {"method": LINES[r["method"]], "dev": r["dev"]}
+        | ({"latency": statistics.fmean(latencies[r["method"], r["limit"]])} if "latency" in r else {})
+        for r in results
+    ]
+
+
 def fewer_layers(model: Any, share: float) -> nn.Module:
     """The model with the first layers only, `share` of them, rounded."""
     stack = next(
@@ -205,19 +249,23 @@ def fewer_layers(model: Any, share: float) -> nn.Module:
     return model
 
 
+@readable_errors()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     first, second = commands.add_parser("promise"), commands.add_parser("accuracy")
     for command in (first, second):
-        command.add_argument("--results", type=Path, default=RESULTS)
+        command.add_argument(
+            "--results", type=Path, help="default: the committed results; with --quick, a temporary folder"
+        )
         command.add_argument("--length", type=int, default=128, help="tokens of each sequence")
         command.add_argument("--rounds", type=int, default=7)
-        command.add_argument("--runtimes", nargs="+", default=["torch", "onnxruntime"])
         command.add_argument("--shares", nargs="+", type=float, default=[0.75, 0.5, 0.35])
     first.add_argument("--minilm", help="the folder of all-MiniLM-L6-v2")
     first.add_argument("--twelve", help="the folder of a model with 12 layers")
     first.add_argument("--models", nargs="+", default=["minilm", "twelve", "distilbert", "llama"])
+    first.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
+    second.add_argument("--runtime", choices=RUNTIMES, default="torch")
     first.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     first.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     first.add_argument("--page", type=Path, help="page with the markers `latency: begin` and `end`")
@@ -234,26 +282,22 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--picture", type=Path, help="accuracy over measured latency; .png, .svg or .pdf")
     options = parser.parse_args(arguments)
     if options.command == "accuracy":
+        options.results = options.results or RESULTS
         accuracy(options)
         text = accuracy_table(options.results, options.shares)
         print(text)
         if options.page is not None:
             write_part(options.page, "latency_accuracy", text)
         if options.picture is not None:
-            name, found = options.model.partition("=")[0], read_results(options.results / "accuracy")
-            found = [r for r in found if r["task"] in options.tasks and r["model"] == name]
-            records = [
-                {**r, "method": LINES[r["method"]]} | ({"latency": round(r["latency"], 2)} if "latency" in r else {})
-                for r in found
-            ]
-            labels = {"xlabel": "share of the base's measured latency", "ylabel": ", ".join(options.tasks)}
-            plot_budgets(records, options.picture, x="latency", y="dev", **labels)
+            draw(options)
         return
     if options.quick:
         options.models, options.batches, options.threads, options.shares = ["tiny"], [1], [1], [0.9]
         options.length = 16
-    promise(options)
-    text = promise_table(options.results)
+    with tempfile.TemporaryDirectory() as folder:
+        options.results = options.results or (Path(folder) if options.quick else RESULTS)
+        promise(options)
+        text = promise_table(options.results)
     print(text)
     if options.page is not None:
         write_part(options.page, "latency", text)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import time
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
@@ -32,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from grid import fit, fresh_base, own_loss, score, slug
+from grid import base_name, fit, fresh_base, on_cpu, own_loss, score, slug
 from methods import task_type
 from pages import write_part
 from peft import get_peft_model
@@ -46,8 +44,10 @@ from transformers.utils import logging
 
 from peft_sensi import SensiConfig, recipes
 from peft_sensi.scoring.head import head_to_train, start_head_at_prior
+from peft_sensi.utils.files import read_json_object
 
-from common import write_json
+from common import is_done, write_json
+from runner import readable_errors
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
@@ -56,20 +56,24 @@ LATE = recipes.LATE_CUT["start"]  # when the late way trims
 
 
 class Rows:
-    """Writes one file per row, and skips the work of rows that have one."""
+    """Writes one file per row, and skips the work of rows that have one.
 
-    def __init__(self, folder: Path, common: dict[str, Any], data: Data) -> None:
-        self.folder, self.common, self.data = folder, common, data
+    `common` names the rows. `settings` are further settings that change them (see `is_done`).
+    """
+
+    def __init__(self, folder: Path, common: dict[str, Any], data: Data, settings: dict[str, Any]) -> None:
+        self.folder, self.common, self.data, self.settings = folder, common, data, settings
 
     def path(self, row: str) -> Path:
         return self.folder / self.common["task"] / f"{self.common['model']}-{slug(row)}-{self.common['seed']}.json"
 
     def missing(self, *rows: str) -> bool:
-        return any(not self.path(row).exists() for row in rows)
+        return not all(is_done(self.path(row), self.settings) for row in rows)
 
     def add(self, row: str, model: nn.Module, seconds: float, **more: Any) -> None:
-        figures = {split: score(model, self.data, split) for split in ("held_out", "dev")}
-        write_json(self.path(row), {**self.common, "method": row, "seconds": seconds, **figures, **more})
+        figures = {split: score(model, self.data, split, self.settings["bf16"]) for split in ("held_out", "dev")}
+        named = {**self.common, **self.settings, "method": row}
+        write_json(self.path(row), {**named, "seconds": seconds, **figures, **more})
         print(*self.common.values(), row, figures, f"{seconds:.0f} s", flush=True)
 
 
@@ -80,9 +84,7 @@ class Seed:
         self,
         rows: Rows,
         model_name: str,
-        bf16: bool,
         models: Path | None = None,
-        usual_rates: tuple[float, float] = RATES,
         rates: Iterable[float] = (),
         late_cuts: Iterable[float] = (LATE,),
     ) -> None:
@@ -90,8 +92,8 @@ class Seed:
         self.rates, self.late_cuts = list(rates), list(late_cuts)
         self.small: dict[float, tuple[Any, float]] = {}
         self.seed, self.epochs = rows.common["seed"], rows.data.task.epochs
-        self.rate, self.fast_rate = usual_rates
-        self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
+        self.rate, self.fast_rate = rows.settings["usual_rates"]
+        self.accelerator = on_cpu(rows.settings["bf16"])
 
     def named(self, row: str, usual: float | None = None) -> dict[str, float]:
         """The name of a row for each learning rate. The usual rate of a way is not part of the name."""
@@ -132,12 +134,13 @@ class Seed:
         """`trained` at the usual rate. An earlier run may have kept it."""
         if self.models is not None:
             folder = self.models / "-".join(str(self.rows.common[name]) for name in ("model", "task", "seed"))
-            if (times := folder / "seconds.json").exists():
-                return fresh_base(self.data.task, str(folder)), json.loads(times.read_text())["seconds"]
+            settings = {"base": self.rows.settings["base"], "bf16": self.rows.settings["bf16"], "rate": self.rate}
+            if is_done(times := folder / "seconds.json", settings):
+                return fresh_base(self.data.task, str(folder)), read_json_object(times)["seconds"]
         model, seconds = self.trained(self.epochs, self.rate)
         if self.models is not None:
             model.save_pretrained(folder)
-            write_json(times, {"seconds": seconds})
+            write_json(times, {**settings, "seconds": seconds})
         return model, seconds
 
 
@@ -263,20 +266,25 @@ def taught_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], teacher: nn
     return (output.loss + sum(parts) / len(parts) + distance) / 2
 
 
+def settings_of(model_name: str, bf16: bool, usual_rates: Iterable[float] = RATES) -> dict[str, Any]:
+    """The settings of a run that change its rows and are not in their names."""
+    return {"base": base_name(model_name), "bf16": bf16, "usual_rates": list(usual_rates)}
+
+
 def run_seed(
     rows: Rows,
     model_name: str,
     budgets: list[float],
-    bf16: bool,
     ways: Iterable[str] = WAYS,
     models: Path | None = None,
     **more: Any,
 ) -> None:
-    run = Seed(rows, model_name, bf16, models, **more)
+    run = Seed(rows, model_name, models, **more)
     for way in ways:
         WAYS[way](run, budgets)
 
 
+@readable_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -310,12 +318,12 @@ def main() -> None:
         name, _, folder = options.model.partition("=")
         for seed in options.seeds:
             for task in options.tasks:
-                common = {"model": name, "task": task, "seed": seed, "bf16": options.bf16}
+                common = {"model": name, "task": task, "seed": seed}
                 data = load_task(TASKS[task], options.data, folder, seed)
-                rows = Rows(options.results, common, data)
-                given = (options.budgets, options.bf16, options.ways, options.models)
-                rates = {"usual_rates": options.usual_rates, "rates": options.rates}
-                run_seed(rows, folder, *given, **rates, late_cuts=options.late_cuts)
+                settings = settings_of(folder, options.bf16, options.usual_rates)
+                rows = Rows(options.results, common, data, settings)
+                given = (options.budgets, options.ways, options.models)
+                run_seed(rows, folder, *given, rates=options.rates, late_cuts=options.late_cuts)
     results = read_results(options.results)
     tables = {"shares": shares_table, "means": ways_summary, "rows": ways_table}
     for name, found in ((f"learn_first_{name}", table(results)) for name, table in tables.items()):

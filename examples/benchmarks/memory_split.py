@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -60,19 +61,41 @@ def saved_tensors(loss: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def saved_bytes(model: nn.Module, loss: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
+class WeightCopies(TorchDispatchMode):
+    """Collects, in `found`, the addresses of what is computed from the model's own tensors alone.
+
+    These are copies of weights, such as the 16-bit ones that autocast makes. Their shapes would not tell: where a
+    batch has as many tokens as the model has hidden values, activations have the shape of weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held, self.found = storage_bytes(held_tensors(model)).keys(), set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = storage_bytes(_tensors([*args, *kwargs.values()]))
+        # The vectors of positions depend on the model alone, but there are as many as tokens.
+        is_copy = given and func.overloadpacket is not torch.ops.aten.embedding
+        is_copy = is_copy and all(at in self.held or at in self.found for at in given)
+        for at in storage_bytes(_tensors([result])):
+            if is_copy:
+                self.found.add(at)
+            else:  # memory that was freed and is now used for something else
+                self.found.discard(at)
+        return result
+
+
+def saved_bytes(model: nn.Module, loss: torch.Tensor, copies: Collection[int]) -> tuple[int, int]:
     """Bytes of the activations and of the copies of weights that are saved for the backward pass of `loss`.
 
-    Each storage is counted once, without parameters and caches. Autocast makes 16-bit copies of weights. A matrix is
-    an activation if one of its dimensions is `rows` or `rows * columns`, the size of the batch.
+    Each storage is counted once, without parameters and caches. `copies` are addresses (see `WeightCopies`).
     """
-    sizes, held = {rows, rows * columns}, storage_bytes(held_tensors(model))
-    activations: dict[int, int] = {}
-    copies: dict[int, int] = {}
-    for tensor in saved_tensors(loss):
-        kind = activations if tensor.dim() > 2 or sizes & set(tensor.shape) else copies
-        kind |= storage_bytes([tensor])
-    return tuple(sum(n for at, n in kind.items() if at not in held) for kind in (activations, copies))  # type: ignore[return-value]
+    held = storage_bytes(held_tensors(model))
+    saved = {at: size for at, size in storage_bytes(saved_tensors(loss)).items() if at not in held}
+    of_copies = sum(size for at, size in saved.items() if at in copies)
+    return sum(saved.values()) - of_copies, of_copies
 
 
 def free_at_once() -> None:

@@ -22,6 +22,8 @@ from plots import plot_budgets, plot_front
 from tables import best_rates, budgets_series, front_series, quality_table, read_results
 from tasks import TASKS
 
+from runner import readable_errors
+
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality"
 RATES = [5e-5, 1.5e-4, 3e-4]
@@ -50,6 +52,7 @@ def rows(kind: str, names: list[str] | None, budgets: list[float] | None) -> dic
     return methods
 
 
+@readable_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)

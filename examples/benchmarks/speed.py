@@ -22,7 +22,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # also for the processes that are started here
+# Also for the processes that are started here.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
 PARTS = ("step", "memory", "files", "wrap")
 PRECISIONS = ("fp32", "bf16")
@@ -62,7 +62,6 @@ class Worker:
         torch = self.torch
         self.batch = self.shape.batches(1, self.device, size, length)[0]
         base = self.shape.build().to(self.device)
-        self.baseline = sum(p.numel() * p.element_size() for p in base.parameters())
         extra = {"calibration": self.shape.batches(calibration, self.device, size, length)} if calibration else {}
         self._wait()
         start = time.perf_counter()
@@ -113,7 +112,14 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Bytes of a training step by use, and the measured peak, after two warm-up steps."""
-        from memory_split import free_at_once, held_tensors, peak_of_process, saved_bytes, storage_bytes
+        from memory_split import (
+            WeightCopies,
+            free_at_once,
+            held_tensors,
+            peak_of_process,
+            saved_bytes,
+            storage_bytes,
+        )
 
         free_at_once()
         cuda = self.device.type == "cuda"
@@ -131,9 +137,9 @@ class Worker:
             self.step()
             peak = peak_of_process() - empty
         rows, columns = self.batch["input_ids"].shape
-        with self._autocast():
+        with WeightCopies(self.model) as copies, self._autocast():
             loss = self.model(**self.batch).loss
-        activations, weight_copies = saved_bytes(self.model, loss, rows, columns)
+        activations, weight_copies = saved_bytes(self.model, loss, copies.found)
         loss.backward()
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, self.torch.Tensor)]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -157,17 +163,16 @@ class Worker:
             size = (Path(folder) / "adapter_model.safetensors").stat().st_size
             del self.model, self.optimizer, self.forward
             base = self.shape.build().to(self.device)
-            times: dict[bool, list[float]] = {False: [], True: []}
+            times = []
             for _ in range(4):
-                for low, found in times.items():
-                    fresh = copy.deepcopy(base)
-                    self._wait()
-                    start = time.perf_counter()
-                    PeftModel.from_pretrained(fresh, folder, low_cpu_mem_usage=low)
-                    self._wait()
-                    found.append(time.perf_counter() - start)
-                    del fresh
-        return {"bytes": size, "load_s": min(times[False]), "load_low_s": min(times[True])}
+                fresh = copy.deepcopy(base)
+                self._wait()
+                start = time.perf_counter()
+                PeftModel.from_pretrained(fresh, folder)
+                self._wait()
+                times.append(time.perf_counter() - start)
+                del fresh
+        return {"bytes": size, "load_s": min(times)}
 
     def wrap(self, calibration: int, size: int, length: int) -> dict[str, Any]:
         """Time to wrap with calibration data, in full fine-tuning steps of the same batch size."""
@@ -258,35 +263,48 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compare_steps(names: list[str], arguments: dict[str, Any], rounds: int, merges: set[str]) -> dict[str, Any]:
-    """Seconds, and ratios to full fine-tuning in the same round, for `full` and the given methods."""
+    """Seconds, and ratios to full fine-tuning in the same round, for `full` and the given methods.
+
+    A method that fails has only its error, and the others continue. Without the reference, all have failed.
+    """
     names = ["full", *(n for n in names if n != "full")]
     found: dict[str, Any] = {}
     processes: dict[str, Process] = {}
+    warm_up = 3 if arguments["compiled"] else 1
+
+    def ask(name: str, command: str) -> Any:
+        try:
+            if name not in processes:
+                processes[name] = Process({**arguments, "method": name})
+            return processes[name](command)
+        except RuntimeError as error:
+            found[name] = {"error": str(error)}
+            if name in processes:
+                processes.pop(name).close()
+            return None
+
     try:
         for name in names:
-            try:
-                processes[name] = Process({**arguments, "method": name})
-                found[name] = processes[name]("setup")
-            except RuntimeError as error:
-                found[name] = {"error": str(error)}
-                processes.pop(name, None)
-        if "full" not in processes:
-            return found
+            if (values := ask(name, "setup")) is not None:
+                found[name] = values
         for command, key in (("step", "step"), ("infer", "infer"), ("infer", "infer_merged")):
             if key == "infer_merged":
                 for name in processes.keys() & merges:
-                    processes[name]("merge")
+                    ask(name, "merge")
             taking = [n for n in names if n in processes and (key != "infer_merged" or n in merges | {"full"})]
             times: dict[str, list[float]] = {name: [] for name in taking}
-            for turn in range(rounds + (3 if arguments["compiled"] else 1)):
+            for _ in range(warm_up + rounds):
                 for name in taking:
-                    times[name].append(processes[name](command))
-                if turn < (3 if arguments["compiled"] else 1):
-                    times = {name: [] for name in taking}  # warm-up
+                    if name in processes:
+                        times[name].append(ask(name, command))
+            if "full" not in processes:
+                failed = {"error": f"full fine-tuning, the reference, has failed: {found['full']['error']}"}
+                return {name: failed if name in processes else found[name] for name in names}
             for name in taking:
-                found[name][f"{key}_s"] = spread(times[name])
-                ratios = [a / b for a, b in zip(times[name], times["full"], strict=True)]
-                found[name][f"{key}_over_full"] = spread(ratios)
+                if name in processes:
+                    own, full = times[name][warm_up:], times["full"][warm_up:]
+                    found[name][f"{key}_s"] = spread(own)
+                    found[name][f"{key}_over_full"] = spread([a / b for a, b in zip(own, full, strict=True)])
     finally:
         for process in processes.values():
             process.close()
@@ -307,6 +325,7 @@ def alone(name: str, arguments: dict[str, Any], command: str, **fields: Any) -> 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     from peft_sensi.utils.files import write_json_atomically
 
+    from common import check_settings
     from speed_methods import METHODS, SHAPES
 
     path = Path(options.output)
@@ -318,8 +337,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if SHAPES[shape].needs_gpu and options.device == "cpu":
                 continue
             key = "/".join([shape, precision, options.device, *(["compile"] if options.compile else [])])
-            setting = results.setdefault(key, {"methods": {}})
-            setting["machine"] = machine(options)
+            here = machine(options)
+            setting = results.setdefault(key, {"methods": {}, "machine": here})
             arguments = {
                 "shape": shape,
                 "precision": precision,
@@ -329,12 +348,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             }
             methods = setting["methods"]
             for part in options.parts:
-                open_names = [n for n in names if part not in methods.get(n, {}) and _applies(METHODS[n], n, part)]
+                open_names = [n for n in names if not _is_done(methods, n, part) and _applies(METHODS[n], n, part)]
                 size = options.group if part == "step" else 1
                 others = [n for n in open_names if part != "step" or n != "full"] or open_names
                 for at in range(0, len(others), size):
                     if options.seconds and time.monotonic() - start > options.seconds:
                         return results
+                    check_settings(setting["machine"], here, path)
                     group = others[at : at + size]
                     if part == "step":
                         merges = {n for n in group if METHODS[n].merges}
@@ -345,13 +365,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     else:
                         found = {group[0]: alone(group[0], arguments, part)}
                     for name, values in found.items():
-                        if name == "full" and part == "step" and "step" in methods.get("full", {}):
+                        if name == "full" and part == "step" and _is_done(methods, "full", "step"):
                             continue  # keep the reference of the first group
                         methods.setdefault(name, {})[part] = values
                         print(f"{key} {part:6} {name:14} {_short(values)}", flush=True)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json_atomically(path, results)
     return results
+
+
+def _is_done(methods: dict[str, Any], name: str, part: str) -> bool:
+    """Whether a part of a method is measured. One that failed is measured again."""
+    return "error" not in methods.get(name, {}).get(part, {"error": ""})
 
 
 def _applies(method: Any, name: str, part: str) -> bool:
@@ -368,14 +393,25 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
+    from peft_sensi.utils.timing import processor_name
+
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads"
     return {
         "device": device,
-        "processor": platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
+
+
+def check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with an error if a shape or method does not exist. Otherwise nothing would be measured."""
+    from speed_methods import METHODS, SHAPES
+
+    for option, given, known in (("--shapes", options.shapes, SHAPES), ("--only", options.only or (), METHODS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{option}: there is no {', '.join(unknown)}; choose from {', '.join(known)}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -397,6 +433,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--quick", action="store_true", help="check that everything runs, with a tiny model and few rounds"
     )
     options = parser.parse_args(arguments)
+    check_names(parser, options)
     if options.quick:
         options.shapes, options.precisions, options.rounds, options.threads = ["tiny"], ["fp32"], 2, 1
     rows, _, tokens = options.wrap_batch.partition("x")
@@ -411,7 +448,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         from peft_sensi.utils.precision import bf16_pays
 
         options.precisions = ["fp32", "bf16"] if bf16_pays(options.device) else ["fp32"]
-    results = run(options)
+    from runner import readable_errors
+
+    with readable_errors():
+        results = run(options)
     from speed_table import write_table
 
     text = write_table(results, options.page)

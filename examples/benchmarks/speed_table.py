@@ -74,5 +74,4 @@ def _mib(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     write_table(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])

@@ -17,10 +17,13 @@ from pages import write_part
 from tables import read_results, systems_table
 from tasks import TASKS
 
+from runner import readable_errors
+
 
 RESULTS = Path(__file__).resolve().parent / "results" / "systems"
 
 
+@readable_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
