@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,10 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     write_json_atomically(path, content)
 
 
-def is_done(path: str | Path, settings: Mapping[str, Any]) -> bool:
+def is_done(path: str | Path, settings: Mapping[str, Any], noted: Collection[str] = ()) -> bool:
     """Whether there is a result at `path`. The settings are those of this run, which every result records.
+
+    A difference in one of the settings `noted` is printed only.
 
     Raises:
         SensiError: The result was made with other settings. Older results lack some; these are not compared.
@@ -146,7 +149,11 @@ def is_done(path: str | Path, settings: Mapping[str, Any]) -> bool:
     path = Path(path)
     if not path.exists():
         return False
-    check_settings(read_json_object(path), settings, path)
+    found = read_json_object(path)
+    for name in noted:
+        if name in found and name in settings and found[name] != settings[name]:
+            print(f"note: {path} is kept, which was made with {name} = {found[name]}", file=sys.stderr)
+    check_settings(found, {name: value for name, value in settings.items() if name not in noted}, path)
     return True
 
 

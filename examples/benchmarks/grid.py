@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from methods import Method, Run, is_sensi
-from other_trimmers import BudgetMissed
-from tasks import BATCH_SIZE, Data, Task, load_task
 from torch import nn
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -33,6 +30,9 @@ from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import progress_bar
 
 from common import flops, folder_bytes, is_done, parameters, write_json
+from methods import Method, Run, is_sensi
+from other_trimmers import BudgetMissed
+from tasks import BATCH_SIZE, Data, Task, load_task
 
 
 def on_cpu(bf16: bool) -> Accelerator:
@@ -183,7 +183,7 @@ def run_all(
     """Makes all runs that have no result yet. Methods that cannot meet their budget are skipped.
 
     `rates` replaces the learning rates of the methods. The runs are under bf16 autocast where the CPU is faster with
-    it. Raises `SensiError` if a result was made with another precision or model.
+    it. Raises `SensiError` if a result was made with another model.
     """
     settings = {"model": base_name(model_name), "bf16": bf16_pays("cpu")}
     wanted = [
@@ -192,7 +192,7 @@ def run_all(
         for task in tasks
         for name in methods
         for rate in (rates or (methods[name].rate,))
-        if not is_done(path := results / task.name / f"{slug(name)}-{rate:g}-{seed}.json", settings)
+        if not is_done(path := results / task.name / f"{slug(name)}-{rate:g}-{seed}.json", settings, noted=["bf16"])
     ]
     loaded: tuple[tuple[str, int], Data] | None = None
     for path, task, seed, name, rate in (bar := progress_bar(wanted)):

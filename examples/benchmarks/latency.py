@@ -29,13 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from grid import base_name
-from learn_first import RATES, Rows, Seed, full, settings_of
-from pages import write_part
 from peft import get_peft_model
-from plots import plot_budgets
-from tables import read_results
-from tasks import TASKS, load_task
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -49,7 +43,13 @@ from peft_sensi.merging.latency import check_prediction, compare_latency
 from peft_sensi.utils.timing import processor_name
 
 from common import is_done, write_json
+from grid import base_name
+from learn_first import RATES, Rows, Seed, full, settings_of
+from pages import write_part
+from plots import plot_budgets
 from runner import readable_errors
+from tables import read_results
+from tasks import TASKS, load_task
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "latency"

@@ -31,12 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import base_name, fit, fresh_base, on_cpu, own_loss, score, slug
-from methods import task_type
-from pages import write_part
 from peft import get_peft_model
-from tables import read_results, shares_table, ways_summary, ways_table
-from tasks import TASKS, Data, load_task
 from torch import nn
 from torch.nn.functional import kl_div
 from transformers import set_seed
@@ -47,7 +42,12 @@ from peft_sensi.scoring.head import head_to_train, start_head_at_prior
 from peft_sensi.utils.files import read_json_object
 
 from common import is_done, write_json
+from grid import base_name, fit, fresh_base, on_cpu, own_loss, score, slug
+from methods import task_type
+from pages import write_part
 from runner import readable_errors
+from tables import read_results, shares_table, ways_summary, ways_table
+from tasks import TASKS, Data, load_task
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learn_first"
@@ -68,7 +68,8 @@ class Rows:
         return self.folder / self.common["task"] / f"{self.common['model']}-{slug(row)}-{self.common['seed']}.json"
 
     def missing(self, *rows: str) -> bool:
-        return not all(is_done(self.path(row), self.settings) for row in rows)
+        # The precision is that of the machine, and the rows of several machines lie in one folder.
+        return not all(is_done(self.path(row), self.settings, noted=["bf16"]) for row in rows)
 
     def add(self, row: str, model: nn.Module, seconds: float, **more: Any) -> None:
         figures = {split: score(model, self.data, split, self.settings["bf16"]) for split in ("held_out", "dev")}

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from other_trimmers import lower_layers, torch_pruning
 from peft import AdaLoraConfig, LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
 
 from peft_sensi import SensiConfig, compute_scores, recipes
 from peft_sensi.scoring.head import head_to_train
+
+from other_trimmers import lower_layers, torch_pruning
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from grid import run_all
 from methods import TRIMMING, TUNING, Method, blocks_only, full, started
 from pages import write_part
 from plots import plot_budgets, plot_front
+from runner import readable_errors
 from tables import best_rates, budgets_series, front_series, quality_table, read_results
 from tasks import TASKS
-
-from runner import readable_errors
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality"

@@ -16,8 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from grid import fresh_base
-from tasks import TASKS, Data, load_task
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -25,6 +23,9 @@ from peft_sensi import compute_scores
 from peft_sensi.anatomy.build import build_anatomy
 from peft_sensi.scoring import priming
 from peft_sensi.utils.progress import progress_bar
+
+from grid import fresh_base
+from tasks import TASKS, Data, load_task
 
 
 REFERENCE = "64x32/64"

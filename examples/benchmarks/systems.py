@@ -14,10 +14,9 @@ from pathlib import Path
 from grid import run_all
 from methods import SYSTEMS
 from pages import write_part
+from runner import readable_errors
 from tables import read_results, systems_table
 from tasks import TASKS
-
-from runner import readable_errors
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "systems"
