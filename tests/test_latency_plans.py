@@ -271,7 +271,7 @@ def test_times_of_a_budget(text, expected):
 
 @pytest.mark.parametrize(
     "value",
-    ["12", "0ms", "-1ms", "1e3ms", "ms", "1 m", "", 2, 0, 1.5, True, None, "1" * 40 + "ms", "0.1ns", "\u0661ms"],
+    ["12", "0ms", "-1ms", "1e3ms", "ms", "1 m", "", 2, 0, 1.5, True, "1" * 40 + "ms", "0.1ns", "\u0661ms"],
 )
 @pytest.mark.parametrize("name", ["latency", "decode_latency"])
 def test_wrong_times_are_refused(name, value):
