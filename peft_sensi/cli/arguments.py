@@ -143,11 +143,9 @@ def with_options(**tables: Mapping[str, tuple[Any, Any]]) -> Callable[[Callable[
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> None:
-            own_values = (
-                {"given": {name: given[key] for key, name in shown.items()}} if "given" in own.parameters else {}
-            )
-            values = {table: {name: given.pop(name) for name in names} for table, names in tables.items()}
-            command(**own_values, **values, **given)
+            values = {"given": {name: given[key] for key, name in shown.items()}} if "given" in own.parameters else {}
+            values |= {table: {name: given.pop(name) for name in names} for table, names in tables.items()}
+            command(**values, **given)
 
         _set_parameters(wrapper, [*others, *shared])
         return wrapper
