@@ -107,6 +107,7 @@ class TaskOptions(DataOptions):
     validation: list[str] | None = HfArg(
         default=None, aliases=["--validation_file"], help="Without it, a part of the training rows is held out"
     )
+    max_rows: int | None = HfArg(default=None, aliases=["--max_train_rows"], help="At most so many training rows")
 
 
 @dataclass

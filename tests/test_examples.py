@@ -124,6 +124,11 @@ def test_examples_have_the_options_of_the_command_about_the_data():
     data = importlib.import_module("runner").TaskOptions
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     assert {field.name for field in fields(data)} <= {each.name for each in command.params}
+    # The names that the scripts of Transformers use.
+    aliases = ["--train_file", "a.tsv", "--validation_file", "b.tsv", "--max_train_rows", "9"]
+    arguments = ["--model", "any", "--output_dir", "out", "--use_cpu", *aliases]
+    _, found, _ = importlib.import_module("runner").parse("", data, arguments=arguments)
+    assert (found.data, found.validation, found.max_rows) == (["a.tsv"], ["b.tsv"], 9)
 
 
 def test_text_classification(encoder, tmp_path):

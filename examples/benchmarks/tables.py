@@ -27,7 +27,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def cell(values: list[float], form: str = ".3f") -> str:
     if not values:
         return "-"
-    mean, error = mean_and_error(values)
+    return with_error(*mean_and_error(values), form)
+
+
+def with_error(mean: float, error: float, form: str) -> str:
     return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
 
 
@@ -44,8 +47,7 @@ def task_mean(values: Mapping[str, list[float]]) -> str:
     """The mean over tasks with its standard error over seeds, in percent, from the values of each task's runs."""
     if not values:
         return "-"
-    mean, error = over_tasks(map(mean_and_error, values.values()))
-    return f"{mean:.1%}" if math.isnan(error) else f"{mean:.1%} ± {error:.1%}"
+    return with_error(*over_tasks(map(mean_and_error, values.values())), ".1%")
 
 
 def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) -> str:

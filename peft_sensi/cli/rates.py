@@ -17,7 +17,8 @@ def default_rate(model: Any) -> float:
 
     The rates are those at which the rows of `docs/quality.md` and `docs/results-systems.md` were measured, rounded. A
     low-rank update with the default scale needs the same rate at every rank. Dense units, and low-rank terms with
-    `scale=1`, need higher rates the fewer values are trained.
+    `scale=1`, need higher rates the fewer values are trained. If all heads and neurons are tuned, this is full
+    fine-tuning, and has its rate.
     """
     config = model.active_peft_config
     if "mask" in config.parts:
@@ -27,7 +28,7 @@ def default_rate(model: Any) -> float:
     plan = model.base_model.plan()
     heads_and_neurons = [group for group in plan.anatomy.groups if group.kind != "token"]
     if config.parts == ["dense"] and all((plan.of(group) == TUNED).all() for group in heads_and_neurons):
-        return WHOLE  # full fine-tuning, whose result is an adapter
+        return WHOLE
     share = plan.trainable_share
     return next(rate for least, rate in BY_SHARE if share >= least)
 
