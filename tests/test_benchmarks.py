@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -141,6 +142,29 @@ def test_the_cost_of_a_wrap_is_measured_by_part(tmp_path, monkeypatch):
     parts = [costs[part] for part in (*wrap_cost.PARTS, "the rest")]
     assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(costs["the wrap"])
     assert costs["share of an epoch"] == pytest.approx(costs["the wrap"] / 8)
+
+
+def test_the_path_is_set_before_the_modules_of_the_examples_are_imported():
+    benchmarks = ROOT / "examples" / "benchmarks"
+    of_examples = {path.stem for path in benchmarks.parent.glob("*.py")}
+    for path in benchmarks.glob("*.py"):
+        code = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        lines = {}
+        for node in code:
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                lines[name] = min(node.lineno, lines.get(name, node.lineno))
+        first = min((line for name, line in lines.items() if name in of_examples), default=None)
+        assert first is None or lines.get("examples_path", first) < first, path.name
+
+
+@pytest.mark.parametrize("name", ["learn_first", "systems"])
+def test_a_benchmark_is_started_as_the_docs_say(name, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    script = ROOT / "examples" / "benchmarks" / f"{name}.py"
+    found = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=environment, capture_output=True)
+    assert found.returncode == 0, found.stderr.decode()
 
 
 @pytest.fixture

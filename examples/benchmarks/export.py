@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,7 @@ from transformers import set_seed
 
 from peft_sensi import SensiConfig, export_onnx, load_merged, save_merged
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import examples_path  # noqa: F401 (for the imports from examples/)
 from common import batches, interleaved_medians, parameters, write_json
 from quickstart import SEED, Task, build_task, fresh_base, train
 

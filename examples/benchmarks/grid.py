@@ -29,6 +29,7 @@ from peft_sensi.tasks import metrics
 from peft_sensi.utils.precision import bf16_pays
 from peft_sensi.utils.progress import progress_bar
 
+import examples_path  # noqa: F401 (for the imports from examples/)
 from common import flops, folder_bytes, is_done, parameters, write_json
 from methods import Method, Run, is_sensi
 from other_trimmers import BudgetMissed

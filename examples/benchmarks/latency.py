@@ -42,6 +42,7 @@ from peft_sensi import LatencyTable, SensiConfig, SensiError, measure_latency
 from peft_sensi.merging.latency import check_prediction, compare_latency
 from peft_sensi.utils.timing import processor_name
 
+import examples_path  # noqa: F401 (for the imports from examples/)
 from common import is_done, write_json
 from grid import base_name
 from learn_first import RATES, Rows, Seed, full, settings_of

@@ -41,6 +41,7 @@ from peft_sensi import SensiConfig, recipes
 from peft_sensi.scoring.head import head_to_train, start_head_at_prior
 from peft_sensi.utils.files import read_json_object
 
+import examples_path  # noqa: F401 (for the imports from examples/)
 from common import is_done, write_json
 from grid import base_name, fit, fresh_base, on_cpu, own_loss, score, slug
 from methods import task_type

@@ -15,6 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
+import examples_path  # noqa: F401 (for the imports from examples/)
 from grid import run_all
 from methods import TRIMMING, TUNING, Method, blocks_only, full, started
 from pages import write_part

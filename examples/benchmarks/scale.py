@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from peft import PeftModel, get_peft_model

@@ -23,19 +23,17 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import examples_path  # noqa: F401 (for the imports from examples/)
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-# Also for the processes that are started here.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-
 PARTS = ("step", "memory", "files", "wrap")
 PRECISIONS = ("fp32", "bf16")
 

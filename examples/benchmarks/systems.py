@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import examples_path  # noqa: F401 (for the imports from examples/)
 from grid import run_all
 from methods import SYSTEMS
 from pages import write_part

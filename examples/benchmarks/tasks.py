@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,6 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from peft_sensi.tasks import answers, word_files, words
 from peft_sensi.tasks.encodings import read_text
 from peft_sensi.tasks.labels import Labels
@@ -31,6 +27,7 @@ from peft_sensi.tasks.models import load_tokenizer
 from peft_sensi.tasks.reading import parse_json
 from peft_sensi.tasks.task import Rows
 
+import examples_path  # noqa: F401 (for the imports from examples/)
 from common import hold_out, read_table, sample, tokenize
 
 
