@@ -295,11 +295,34 @@ def test_accuracy_at_equal_latency_is_measured_once(grid, encoder, tmp_path, mon
     results = tables.read_results(tmp_path / "results" / "accuracy")
     assert {r["method"] for r in results} == {"full", *latency.METHODS}
     assert {(r["limit"], r["latency"]) for r in results if r["method"] != "full"} == {(0.75, 0.6)}
-    assert "| tiny | trec6 | 0 | nothing (the whole model) |" in page.read_text()
+    assert "| tiny | trec6 | nothing (the whole model) | 1 |" in page.read_text()
     assert (tmp_path / "picture.png").exists()
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     latency.main(list(map(str, command)))
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+
+
+def test_accuracy_at_equal_latency_is_averaged_over_seeds(grid, tmp_path):
+    import latency
+
+    folder = tmp_path / "accuracy"
+    folder.mkdir()
+    rows = {
+        0: [("full", None, 0.9), ("latency", 0.5, 0.8), ("flops", 0.6, 0.8)],
+        1: [("full", None, 0.7), ("latency", 0.4, 0.6), ("flops", 0.5, 0.5)],
+    }
+    for seed, found in rows.items():
+        for method, share, dev in found:
+            row = {"model": "tiny", "task": "trec6", "seed": seed, "method": method, "dev": dev}
+            (folder / f"{method}{seed}.json").write_text(json.dumps(row | ({"latency": share} if share else {})))
+    table = latency.accuracy_table(tmp_path, [0.75, 0.5]).splitlines()[2:]
+    assert table == [
+        # The first run's plan by FLOPs takes 60 %, so it has no value at 50 %.
+        "| tiny | trec6 | flops | 2 | 0.719 ± 0.119 | 0.500 (1) |",
+        "| tiny | trec6 | latency | 2 | 0.754 ± 0.096 | 0.708 ± 0.092 |",
+        "| tiny | trec6 | nothing (the whole model) | 2 | 0.800 ± 0.100 | 0.800 ± 0.100 |",
+        "| tiny | trec6 | latency, points above flops | 2 | +3.5 ± 2.3 | +11.7 (1) |",
+    ]
 
 
 def test_a_picture_has_one_point_for_each_limit_and_one_metric(grid):

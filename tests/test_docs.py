@@ -7,7 +7,10 @@ is assumed to have (`my-finetuned-model`) are folders where the blocks run. A bl
 
 from __future__ import annotations
 
+import argparse
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +130,45 @@ def test_commands_in_the_documentation_exist():
             assert not unknown, f"{path.name}: peft-sensi {name} has no {unknown[0]}"
             seen += 1
     assert seen >= 5
+
+
+class Parsed(BaseException):
+    """A script has read its options."""
+
+
+def test_scripts_in_the_documentation_accept_their_options(monkeypatch):
+    """Each line `python examples/... OPTIONS` is parsed by its script, which then stops."""
+    parse, depth = argparse.ArgumentParser.parse_known_args, 0
+
+    def parse_and_stop(parser, *arguments, **options):
+        nonlocal depth
+        depth += 1  # a command of a parser has a parser of its own
+        try:
+            found, unknown = parse(parser, *arguments, **options)
+        finally:
+            depth -= 1
+        if depth:
+            return found, unknown
+        assert not unknown, f"{parser.prog} has no {unknown[0]}"
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    sources = [path for folder in ("examples", "hub_cards") for path in (ROOT / folder).rglob("*.py")]
+    seen = set()
+    for path in [*FILES, *sources]:
+        text = re.sub(r"\\+\n", " ", path.read_text(encoding="utf-8"))
+        lines = re.findall(r"python (examples/[\w/]+\.py)((?: [^`#\n]*)?)", text)
+        lines += re.findall(r"(?:accelerate launch|torchrun) .*?(examples/[\w/]+\.py)((?: [^`#\n]*)?)", text)
+        for script, words in lines:
+            if script in ("examples/quickstart.py", "examples/benchmarks/speed_table.py"):
+                continue  # without options
+            monkeypatch.setattr(sys, "argv", [script, *shlex.split(words)])
+            with pytest.raises(Parsed):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            seen.add(script)
+    assert len(seen) > 10
 
 
 def test_commands_fit_the_site():

@@ -21,7 +21,7 @@ import pickle
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from learn_first import RATES, Rows, Seed, full, settings_of
 from pages import write_part
 from plots import plot_budgets
 from runner import readable_errors
-from tables import read_results
+from tables import cell, read_results
 from tasks import TASKS, load_task
 
 
@@ -183,29 +183,55 @@ LINES = {
 
 
 def accuracy_table(results: Path, shares: Sequence[float]) -> str:
-    """The dev metric at equal measured latency, between the measured points of each method and the whole model.
+    """The dev metric at equal measured latency: means over seeds, and how plans by latency compare with the others.
 
-    A cell is a dash where a method has no model as fast as that (to two points).
+    A cell is a dash where a method has no model as fast as that. A cell with fewer seeds than its row names them.
     """
-    runs: dict[tuple, dict[str, dict[float, float]]] = {}
-    for r in read_results(results / "accuracy"):
-        methods = runs.setdefault((r["model"], r["task"], r["seed"]), {})
-        methods.setdefault(r["method"], {})[r.get("latency", 1.0)] = r["dev"]
-    lines = ["| model | task | seed | limit on | " + " | ".join(f"at {s:.0%}" for s in shares) + " |"]
+    found: dict[tuple, dict[str, dict[int, list[float | None]]]] = defaultdict(lambda: defaultdict(dict))
+    for (model, task, seed), methods in runs_by_method(results).items():
+        whole = methods.pop("full")
+        found[model, task]["full"][seed] = [*whole.values()] * len(shares)
+        for method, points in methods.items():
+            found[model, task][method][seed] = [at_latency(points | whole, share) for share in shares]
+    lines = ["| model | task | limit on | seeds | " + " | ".join(f"at {s:.0%}" for s in shares) + " |"]
     lines.append("| --- " * 4 + "| ---: " * len(shares) + "|")
-    for run, methods in sorted(runs.items()):
-        whole = methods.pop("full", {})
-        for method, found in methods.items():
-            points = sorted((found | whole).items())
-            values = [
-                float(np.interp(s, *zip(*points, strict=True))) if s > points[0][0] - 0.02 else None for s in shares
-            ]
-            cells = ["-" if value is None else f"{value:.3f}" for value in values]
-            lines.append("| " + " | ".join([*map(str, run), method, *cells]) + " |")
-        if whole:
-            cells = [f"{whole[1.0]:.3f}"] * len(shares)
-            lines.append("| " + " | ".join([*map(str, run), "nothing (the whole model)", *cells]) + " |")
+    for run, methods in sorted(found.items()):
+        whole = methods.pop("full")
+        rows = {**dict(sorted(methods.items())), "nothing (the whole model)": whole}
+        for method in (name for name in ("flops", "params") if name in methods):
+            rows[f"latency, points above {method}"] = points_ahead(methods["latency"], methods[method])
+        for name, seeds in rows.items():
+            form = "+z.1f" if "points" in name else ".3f"
+            cells = []
+            for column in zip(*seeds.values(), strict=True):
+                values = [value for value in column if value is not None]
+                cells.append(cell(values, form) + f" ({len(values)})" * (0 < len(values) < len(seeds)))
+            lines.append("| " + " | ".join([*run, name, str(len(seeds)), *cells]) + " |")
     return "\n".join(lines)
+
+
+def runs_by_method(results: Path) -> dict[tuple[str, str, int], dict[str, dict[float, float]]]:
+    """For each model, task and seed, the dev metric of each method by its measured share of the time."""
+    runs: dict[tuple, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in read_results(results / "accuracy"):
+        runs[r["model"], r["task"], r["seed"]][r["method"]][r.get("latency", 1.0)] = r["dev"]
+    return runs
+
+
+def at_latency(points: Mapping[float, float], share: float) -> float | None:
+    """The metric at this share of the time, between measured models; `None` if none is as fast (to two points)."""
+    found = sorted(points.items())
+    return float(np.interp(share, *zip(*found, strict=True))) if share > found[0][0] - 0.02 else None
+
+
+def points_ahead(
+    own: Mapping[int, list[float | None]], other: Mapping[int, list[float | None]]
+) -> dict[int, list[float | None]]:
+    """By how many points each seed's values are above those of the other method with this seed."""
+    return {
+        seed: [None if a is None or b is None else 100 * (a - b) for a, b in zip(own[seed], other[seed], strict=True)]
+        for seed in own.keys() & other.keys()
+    }
 
 
 def draw(options: argparse.Namespace) -> None:

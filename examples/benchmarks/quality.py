@@ -1,6 +1,6 @@
 """Accuracy at every budget: `SensiConfig` and its alternatives, with the same learning rates to choose from.
 
-    python examples/benchmarks/quality.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
+    python examples/benchmarks/quality.py run --model BERT --data FOLDER
     python examples/benchmarks/quality.py table --page docs/quality.md
     python examples/benchmarks/quality.py plot docs/accuracy.png
     python examples/benchmarks/quality.py front docs/front.png --tasks trec6 sst2

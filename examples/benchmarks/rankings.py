@@ -1,6 +1,6 @@
 """How close the ranking of a wrap is to that of a long priming on many examples: the share of best units in common.
 
-    python examples/benchmarks/rankings.py --model <folder of a BERT> --data <folder with sst2/, trec6/, ...> --bf16
+    python examples/benchmarks/rankings.py --model BERT --data FOLDER --bf16
 
 A setting is named `<priming steps>x<examples of a step>/<scored batches>`. Its ranking is compared with the mean of
 two rankings of `REFERENCE`, made with other seeds. Each row is a mean over seeds. All heads are ranked together, by

@@ -1,6 +1,6 @@
 """The five systems and their controls on real tasks. Each run writes a JSON file; a Markdown table shows all runs.
 
-    python examples/benchmarks/systems.py run --model <folder of a BERT> --data <folder with sst2/, cola/, ...>
+    python examples/benchmarks/systems.py run --model BERT --data FOLDER
     python examples/benchmarks/systems.py table --page docs/results-systems.md
 
 Runs that have a result are not repeated. The data folder has `<task>/train.tsv` and `dev.tsv` (TREC: `test.tsv`).
