@@ -831,6 +831,14 @@ def test_labels_that_a_public_test_set_hides(base, tmp_path):
         read_task(str(base), tmp_path / "b.tsv", tmp_path / "a.tsv")
 
 
+@pytest.mark.parametrize("hidden", ["-1", "-1.0", "", "  "])
+def test_a_test_set_without_labels_is_not_measured(hidden, tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\none film,0\nsome plot,1\n")
+    (tmp_path / "test.csv").write_text(f"text,label\none film,{hidden}\nsome plot,{hidden}\n")
+    found = read_source(tmp_path, None, Options(), "evaluation")
+    assert [Path(part.name).name for part in found.train] == ["train.csv"]
+
+
 def test_a_guessed_order_of_classes_that_is_plainly_wrong_is_refused():
     guessed = Labels(["neg", "neutral", "pos"], guessed=True)
     expected = np.arange(30) % 3

@@ -210,6 +210,11 @@ def is_missing(value: Any, numbers: bool) -> bool:
     return nan and not math.isfinite(float(value))
 
 
+def is_hidden(value: Any) -> bool:
+    """Whether this is what public test sets have in each row instead of its label: -1, as a number or as a text."""
+    return str(value).strip() in ("-1", "-1.0")
+
+
 def listed(names: Sequence[Any], most: int = 12) -> str:
     """Names of classes or columns in one line, at most so many. Those with commas, quotes or odd blanks are quoted."""
     shown = [

@@ -16,6 +16,7 @@ from ..utils.hub_names import not_found, reading
 from . import answers, word_files
 from .columns import usual_label_columns
 from .encodings import TEXT_SUFFIXES, read_text, suffix_of
+from .labels import is_hidden, is_missing
 from .options import Options
 from .reading import SUFFIXES, Format, flat_rows, parse_json, read_rows, with_texts
 
@@ -210,16 +211,14 @@ def _to_measure(name: str, places: Mapping[str, Callable[[], list[Part]]], optio
 
 
 def _has_labels(part: Part, options: Options) -> bool:
-    """Whether the rows of a table have a label; those of words and answers have been read with theirs.
-
-    Tests of the Hub without labels have -1 in each row.
-    """
+    """Whether the rows of a table have a label; those of words and answers have been read with theirs."""
     if part.form != "table" or not part.rows:
         return part.form != "table"
     # The options may name the columns of the training, and these rows have others.
     named = [column for column in options.label_columns() if column in part.rows[0]]
     columns = named or usual_label_columns(part.rows)
-    return any(row.get(column) not in (None, "", -1) for row in part.rows for column in columns)
+    values = [row.get(column) for row in part.rows for column in columns]
+    return not all(is_missing(value, numbers=False) or is_hidden(value) for value in values)
 
 
 def _load_from_disk(folder: Path) -> Any:

@@ -20,6 +20,7 @@ from .labels import (
     counts_of,
     find_labels,
     find_several,
+    is_hidden,
     is_missing,
     listed,
     look,
@@ -105,7 +106,7 @@ def _several_of(name: Any, number: int, columns: Sequence[str], cells: Sequence[
 
 def check_not_hidden(name: Any, raw: Sequence[dict[str, Any]]) -> None:
     """Raises `DataError` if the labels are those of a public test set that keeps them secret: all are -1."""
-    if raw and all(str(row["label"]).strip() in ("-1", "-1.0") for row in raw):
+    if raw and all(is_hidden(row["label"]) for row in raw):
         raise DataError(
             f"All labels of {name} are -1, which public test sets have instead of their labels: use rows with labels, "
             f"or `peft-sensi predict`, which needs none."
