@@ -315,7 +315,9 @@ def test_accuracy_at_equal_latency_is_averaged_over_seeds(grid, tmp_path):
         for method, share, dev in found:
             row = {"model": "tiny", "task": "trec6", "seed": seed, "method": method, "dev": dev}
             (folder / f"{method}{seed}.json").write_text(json.dumps(row | ({"latency": share} if share else {})))
+    (folder / "other.json").write_text(json.dumps(row | {"model": "whole only", "method": "full", "dev": 0.5}))
     table = latency.accuracy_table(tmp_path, [0.75, 0.5]).splitlines()[2:]
+    assert table.pop() == "| whole only | trec6 | nothing (the whole model) | 1 | 0.500 | 0.500 |"
     assert table == [
         # The first run's plan by FLOPs takes 60 %, so it has no value at 50 %.
         "| tiny | trec6 | flops | 2 | 0.719 ± 0.119 | 0.500 (1) |",

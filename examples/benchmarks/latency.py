@@ -198,8 +198,9 @@ def accuracy_table(results: Path, shares: Sequence[float]) -> str:
     for run, methods in sorted(found.items()):
         whole = methods.pop("full")
         rows = {**dict(sorted(methods.items())), "nothing (the whole model)": whole}
-        for method in (name for name in ("flops", "params") if name in methods):
-            rows[f"latency, points above {method}"] = points_ahead(methods["latency"], methods[method])
+        for method in ("flops", "params"):
+            if ahead := points_ahead(methods["latency"], methods[method]):
+                rows[f"latency, points above {method}"] = ahead
         for name, seeds in rows.items():
             form = "+z.1f" if "points" in name else ".3f"
             cells = []
