@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import cast_mixed_precision_params
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from tiny import TRIM, TUNE, assert_same_tensors, logits, some_slow, tiny_batches, tiny_model, wrap
 
 from peft_sensi import SensiConfig, SensiError
@@ -291,3 +291,25 @@ def test_a_base_that_was_unfrozen_is_not_trained_in_silence():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.eval()(**tiny_batches(1)[0])
+
+
+def test_weights_that_are_trained_beside_the_adapter_are_not_lost_in_silence(tmp_path):
+    model = wrap(tiny_model(), **TRIM)
+    positions = "base_model.model.bert.embeddings.position_embeddings.weight"
+    model.get_parameter(positions).requires_grad_(True)
+    with pytest.warns(UserWarning, match="position_embeddings.weight' .1 in all.. The adapter is saved without them"):
+        model.save_pretrained(tmp_path)
+    model.get_parameter(positions).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
+def test_trained_embeddings_that_peft_saves_are_not_reported_as_lost(tmp_path):
+    model = wrap(tiny_model(), **TUNE)
+    table = model.get_input_embeddings().weight.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(torch.equal(table, tensor) for tensor in load_file(tmp_path / "adapter_model.safetensors").values())

@@ -404,6 +404,24 @@ def test_cuts_of_one_adapter_end_beside_another():
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["add", "load"])
+def test_an_adapter_that_comes_after_the_last_was_deleted_is_active(way, tmp_path):
+    """PEFT has no active adapter then, and refused to add one."""
+    first = trained(adapter_name="a", **TRIM)
+    first.save_pretrained(tmp_path)
+    model = wrap(tiny_model(), "b", **TUNE)
+    model.delete_adapter("b")
+    if way == "load":
+        model.load_adapter(tmp_path / "a", "a", is_trainable=True)
+    else:
+        model.add_adapter("a", config(**TRIM))
+        set_peft_model_state_dict(model, get_peft_model_state_dict(first, adapter_name="a"), "a")
+    assert model.active_adapters == ["a"] and model.active_adapter == "a"
+    assert torch.equal(logits(model), logits(first))
+    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, first)]
+    assert trainable[0] == trainable[1]
+
+
 @pytest.mark.parametrize("deleted", ["a", "c"])
 def test_deleting_an_adapter_activates_the_same_one_everywhere(deleted):
     """The adapters that stay are on different layers."""

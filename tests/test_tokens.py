@@ -143,6 +143,16 @@ def test_fast_gradients_equal_the_reference(family):
     torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
 
 
+def test_rows_of_a_base_that_was_unfrozen_are_not_trained():
+    """They would be trained, and the adapter's file would not have them."""
+    model = wrapped(tiny_model())
+    embeddings = model.get_input_embeddings()
+    with pytest.warns(UserWarning, match="Weights of the base require gradients"):
+        embeddings.base_layer.weight.requires_grad_(True)
+        model.train()(**tiny_batches(1)[0]).loss.backward()
+    assert embeddings.base_layer.weight.grad is None and embeddings.sensi_weight["default"].grad.any()
+
+
 def test_files_merging_and_switching_are_exact(tmp_path):
     base = tiny_model()
     before, batch = snapshot(base), tiny_batches(1, seed=3)[0]

@@ -227,21 +227,24 @@ def taught(run: Seed, budgets: list[float]) -> None:
 
 
 def thorough(run: Seed, budgets: list[float]) -> None:
-    healing = (0, 1, run.epochs)
-    names = {(b, n): f"thorough to {b:g}, {n} epochs after" for b in budgets for n in healing}
-    if not run.rows.missing("thorough, untrimmed", *names.values()):
+    """The rates of `--rates` are those after the trim."""
+    healing = dict.fromkeys((1, run.epochs))
+    rows = {(b, n): run.named(f"thorough to {b:g}, {n} epochs after") for b in budgets for n in healing}
+    untouched = {b: f"thorough to {b:g}, 0 epochs after" for b in budgets}
+    if not run.rows.missing("thorough, untrimmed", *untouched.values(), *itertools.chain(*rows.values())):
         return
     whole, seconds = run.wrapped(run.base(), budget=1.0)
     seconds += run.fit(whole, run.epochs, run.rate)
     run.rows.add("thorough, untrimmed", whole, seconds)
     for budget in budgets:
-        half = copy.deepcopy(whole)
-        seconds_there = seconds + run.trim(half, budget)
-        run.rows.add(names[budget, 0], half, seconds_there)
-        for count in dict.fromkeys(healing[1:]):
-            healed = copy.deepcopy(half)
-            more = run.fit(healed, count, run.rate, run.seed + 100)
-            run.rows.add(names[budget, count], healed, seconds_there + more)
+        small = copy.deepcopy(whole)
+        seconds_there = seconds + run.trim(small, budget)
+        run.rows.add(untouched[budget], small, seconds_there)
+        for count in healing:
+            for row, rate in rows[budget, count].items():
+                healed = copy.deepcopy(small)
+                more = run.fit(healed, count, rate, run.seed + 100)
+                run.rows.add(row, healed, seconds_there + more)
 
 
 _ALL = (full, trimmed, random, healed, taught, late, thorough, fast, fast_longer, longer, prior)
@@ -306,7 +309,11 @@ def main() -> None:
         help="of all ways, and of those that trim first; not part of the names of rows",
     )
     run.add_argument(
-        "--rates", nargs="+", type=float, default=[], help="of the ways full, late, fast, fast_longer, healed, taught"
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[],
+        help="of the ways full, late, fast, fast_longer, healed, taught, thorough",
     )
     run.add_argument("--late-cuts", nargs="+", type=float, default=[LATE], help="when the way `late` trims")
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow on CPUs without its instructions")

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..anatomy.linears import check_weight
 from .layer import SensiLayer
+from .masters import warn_of_unfrozen
 
 
 class SensiEmbedding(SensiLayer):
@@ -30,12 +31,14 @@ class SensiEmbedding(SensiLayer):
         rows, base = self._trained(active[0], slice_).get("weight"), self.base_layer.weight
         if rows is None:
             return self.base_layer(ids)
+        if self.training and torch.is_grad_enabled():
+            warn_of_unfrozen(self.base_layer)
         if slice_.whole:
             return F.embedding(ids, rows.to(base.dtype))
         tokens = slice_.tuned_positions.to(ids.device)  # ascending, because an embedding keeps its own order
         slots = torch.searchsorted(tokens, ids).clamp_(max=len(tokens) - 1)
         is_tuned = (tokens[slots] == ids).unsqueeze(-1)
-        return torch.where(is_tuned, F.embedding(slots, rows).to(base.dtype), F.embedding(ids, base))
+        return torch.where(is_tuned, F.embedding(slots, rows).to(base.dtype), F.embedding(ids, base.detach()))
 
     @property
     def weight(self) -> torch.Tensor:

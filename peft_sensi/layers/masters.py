@@ -58,8 +58,9 @@ def warn_of_unfrozen(base: torch.nn.Module) -> None:
     if weight is not None and weight.requires_grad and not torch.compiler.is_compiling():
         warnings.warn(
             "Weights of the base require gradients, as after `model.requires_grad_(True)`. In layers that have an "
-            "adapter they get none, and are not trained: the adapter's own tensors are trained in their place. To "
-            "train more of the base, use a larger `budget`, `target_modules` or `modules_to_save`.",
+            "adapter they get none, and are not trained: the adapter's own tensors are trained in their place. "
+            "Elsewhere they are trained, but not saved with the adapter. To train more of the base, use a larger "
+            "`budget`, `target_modules` or `modules_to_save`.",
             stacklevel=2,
         )
 

@@ -97,6 +97,13 @@ def activate(wrapper: AuxiliaryTrainingWrapper, adapters: list[str], inference_m
         wrapper.set_adapter(names, inference_mode=inference_mode)
 
 
+def freeze_saved_modules(model: nn.Module) -> None:
+    """Freezes all modules that adapters save whole. Transformers freezes only layers of what it loads to be used."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.requires_grad_(False)
+
+
 def hold_masters(model: nn.Module, adapter_name: str, wanted: bool = True) -> None:
     """Gives the modules that this adapter saves whole float32 masters. Warns if they are not `wanted`, but needed."""
     if not wanted and any(parameter.dtype in SHORT for parameter in model.parameters()):

@@ -139,6 +139,8 @@ class SensiModel(AdapterOperations, BaseTuner):
                 if decision is not None:
                     config.modules_to_save = [name for name in saved or [] if name not in heads] or None
                     config.exclude_modules = None  # an excluded module is not tuned, but its units may be trimmed
+                if not self.active_adapters:  # all others were deleted
+                    self.active_adapter = adapter_name
                 # The decision says which modules are replaced, so a state dict adds nothing.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
                 config.modules_to_save, config.exclude_modules = saved, excluded

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,12 +31,14 @@ from ..anatomy.widths import is_merged
 from ..layers.layer import layers_of
 from ..layers.versions import writes
 from ..layers.weights import untouched
+from ..layers.whole_modules import freeze_saved_modules
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import make_readable, open_safetensors, read_json_object
 from ..utils.undo import snapshot, surely, undone_on_error
 from .checkpoint import PLAN_KEY, check_config_file, plan_key
 from .config import SensiConfig
 from .loading import named_as_in, sizes_must_fit
+from .saving import warn_of_unsaved
 from .stale import unmark_stale
 from .targets import name_saved_modules
 from .trainer_loads import hook_trainer
@@ -68,7 +71,8 @@ def hook_peft_calls() -> None:
 
 
 def _saving(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`save_pretrained` that refuses to write what no loader of this package reads, and warns of a merged model there.
+    """`save_pretrained` that refuses to write what no loader of this package reads, and warns of a merged model there
+    and of what the adapter does not hold.
 
     PEFT sets `inference_mode` of the config while it saves. If the save fails, for example because the disk is full,
     it is set back: the adapter stays trainable. Afterwards other users may read the weights file, as all other files.
@@ -89,9 +93,11 @@ def _saving(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             function(self, save_directory, safe_serialization, *args, **kwargs)
             if configs and kwargs.get("is_main_process", True):
-                for path in (Path(save_directory, name, SAFETENSORS_WEIGHTS_NAME) for name in ("", *self.peft_config)):
-                    if path.is_file():
-                        make_readable(path)
+                paths = [Path(save_directory, name, SAFETENSORS_WEIGHTS_NAME) for name in ("", *self.peft_config)]
+                written = [path for path in paths if path.is_file()]
+                for path in written:
+                    make_readable(path)
+                warn_of_unsaved(self, written)
         finally:
             for config, inference_mode in configs:
                 config.inference_mode = inference_mode
@@ -165,9 +171,14 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 with _plan_expected(model):
                     result = function(*args, **kwargs)
                 _check_filled(model)
+                if not inspect.signature(function).bind(*args, **kwargs).arguments.get("is_trainable"):
+                    freeze_saved_modules(model)
                 return result
             with sizes_must_fit(is_load and not kwargs.get("ignore_mismatched_sizes")):
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            if isinstance(model, PeftModel) and layers_of(model) and model.active_adapter not in model.peft_config:
+                model.active_adapter = model.active_adapters[0]  # PEFT would look for one that was deleted
+            return result
         except BaseException as error:
             if is_ours or isinstance(error, SensiError) or layers_of(model):
                 surely(restore)

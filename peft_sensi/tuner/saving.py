@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -12,6 +14,7 @@ from ..anatomy.modules import is_base_parameter
 from ..layers.layer import layers_of
 from ..layers.marks import LAYER_MARK
 from ..utils.errors import SensiError
+from ..utils.files import open_safetensors
 from ..utils.replicas import has_shards, is_spread
 from .checkpoint import PEFT_PREFIX, PLAN_KEY, plan_to_tensor
 from .config import SensiConfig
@@ -47,6 +50,29 @@ def check_collected(state_dict: Mapping[str, torch.Tensor], model: nn.Module) ->
         raise SensiError(
             "The state dict holds shards of FSDP or DeepSpeed ZeRO-3. Collect it in all processes, and save it in one "
             "with `save_pretrained(folder, state_dict=...)` (see docs/multi_gpu.md)."
+        )
+
+
+def warn_of_unsaved(model: nn.Module, files: Iterable[Path]) -> None:
+    """Warns of weights of the base that are trained outside of the adapters' layers, and are in none of their files.
+
+    In layers that have an adapter, the base gets no gradients, and forward passes warn of it.
+    """
+    inside = (*(f"{name}." for name in layers_of(model)),)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and is_base_parameter(n)]
+    trained = [name for name in trained if not name.startswith(inside) and "original_module" not in name.split(".")]
+    if not trained:
+        return
+    saved = set[str]()  # if the vocabulary was resized, PEFT saves the embeddings
+    for path in files:
+        with open_safetensors(path) as file:
+            saved.update(file.keys())
+    if unsaved := [name for name in trained if name not in saved]:
+        warnings.warn(
+            f"Weights of the base require gradients outside of the adapter's layers, such as {unsaved[0]!r} "
+            f"({len(unsaved)} in all). The adapter is saved without them, so on a fresh base they have their old "
+            f"values. To train and save them, name their modules in `modules_to_save`; otherwise freeze them.",
+            stacklevel=3,
         )
 
 
