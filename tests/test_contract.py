@@ -56,6 +56,7 @@ from transformers import (
     BertModel,
     BlipConfig,
     BlipForConditionalGeneration,
+    PreTrainedModel,
 )
 
 import peft_sensi
@@ -1269,6 +1270,16 @@ def test_load_adapter_of_transformers(saved, options):
     assert torch.equal(logits(model), expected)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert bool(trainable) == bool(options.get("is_trainable"))
+
+
+def test_load_adapter_of_transformers_for_other_methods_is_as_without_this_package(tmp_path):
+    get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    found = []
+    for call in (PreTrainedModel.load_adapter, PreTrainedModel.load_adapter.__wrapped__):
+        model = tiny_model()
+        call(model, str(tmp_path))
+        found.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert found[0] == found[1]
 
 
 def test_save_pretrained_and_from_pretrained_of_transformers(budget, base_folder, tmp_path):

@@ -166,14 +166,7 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
         values = [(parameter, writes(parameter)) for parameter in (model.parameters() if is_load else ())]
         try:
             if function.__name__ == "load_adapter" and isinstance(model, PreTrainedModel):
-                if (config := _config_of_folder(*args, **kwargs)) is not None:
-                    kwargs = {**kwargs, "peft_config": config}
-                with _plan_expected(model):
-                    result = function(*args, **kwargs)
-                _check_filled(model)
-                if not inspect.signature(function).bind(*args, **kwargs).arguments.get("is_trainable"):
-                    freeze_saved_modules(model)
-                return result
+                return _loaded_by_transformers(function, model, args, kwargs)
             with sizes_must_fit(is_load and not kwargs.get("ignore_mismatched_sizes")):
                 result = function(*args, **kwargs)
             if isinstance(model, PeftModel) and layers_of(model) and model.active_adapter not in model.peft_config:
@@ -195,6 +188,18 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.sensi_undoes = function  # type: ignore[attr-defined]
     return call
+
+
+def _loaded_by_transformers(function: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """`load_adapter` of Transformers, with the checks of `PeftModel.load_adapter`."""
+    if (config := _config_of_folder(*args, **kwargs)) is not None:
+        kwargs = {**kwargs, "peft_config": config}
+    with _plan_expected(model):
+        result = function(*args, **kwargs)
+    _check_filled(model)
+    if layers_of(model) and not inspect.signature(function).bind(*args, **kwargs).arguments.get("is_trainable"):
+        freeze_saved_modules(model)
+    return result
 
 
 def _snapshot_with_configs(model: nn.Module) -> Callable[[], None]:
