@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -27,6 +29,7 @@ from family_checks import (
 )
 from peft import PeftModel
 from test_families_decoders import GPT2
+from tiny import TRIM, TUNE, train, wrap
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -482,3 +485,21 @@ def test_tied_embeddings_are_not_trained(name):
     case = next(c for c in CASES if c.name == name)
     with pytest.raises(SensiError, match="tied"):
         case.wrap(case.model(), budget=0.5, also_train=["embeddings"])
+
+
+@pytest.mark.parametrize("fields", [TUNE, TRIM, {**TUNE, "modules_to_save": ["batch_norm"]}], ids=str)
+def test_statistics_of_batch_norms_are_saved_or_said(fields, tmp_path):
+    """PEFT does not save buffers of the base. An adapter that trims trains and saves norms."""
+    case = speech("hubert", conv_pos_batch_norm=True)
+    base, batches = case.auto.from_config(case.config()), [speech_batch(seed=i) for i in range(3)]
+    start = copy.deepcopy(base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = wrap(base, task_type=None, calibration=batches, **fields)
+    said = any("batch_norm' is a batch norm (1 of them" in str(warning.message) for warning in caught)
+    assert said == (fields == TUNE)
+    train(model, batches)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(start, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batches[0]).logits, model(**batches[0]).logits) != said

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ..anatomy.linears import LINEARS, computed_by_hooks, is_plain, is_plain_embedding, is_quantized, obstacle
@@ -296,6 +297,23 @@ def warn_of_frozen_linears(model: nn.Module, blocks: Anatomy, targets: Iterable[
         warnings.warn(
             f"The Linears outside of the blocks stay frozen, such as {left[0]!r}. If one is a new task head, name it "
             f"in `modules_to_save`.",
+            stacklevel=2,
+        )
+
+
+def warn_of_statistics(model: nn.Module, config: SensiConfig) -> None:
+    """Warns about batch norms that are not saved whole: the training changes their statistics all the same."""
+    saved = saved_whole(model, config)
+    norms = [
+        name_in_base(path)
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and is_base_parameter(path)
+    ]
+    if lost := [name for name in norms if not saved(name)]:
+        warnings.warn(
+            f"{lost[0]!r} is a batch norm ({len(lost)} of them in the base). In training mode, each forward pass "
+            f"changes its statistics, but the adapter does not save them, so on a fresh base it computes something "
+            f"else. Name it in `modules_to_save`, or keep it in evaluation mode while you train.",
             stacklevel=2,
         )
 

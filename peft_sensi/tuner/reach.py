@@ -23,6 +23,7 @@ from .admission import (
     is_partly_frozen,
     leave_frozen,
     warn_of_frozen_linears,
+    warn_of_statistics,
     warn_of_unknown_names,
 )
 from .config import RunInputs, SensiConfig
@@ -78,6 +79,7 @@ def reach_of(model: nn.Module, config: SensiConfig, inputs: RunInputs) -> Reach 
     check_targets(model, config, targets, anatomy)
     if config.plan is None:
         warn_of_frozen_linears(model, blocks, targets, config)
+        warn_of_statistics(model, config)
         whole_blocks = config.limits.trims or config.chooses_nothing or config.sparsity is not None
         whole_blocks |= config.phase == "cut"
         check_saved_whole(model, config, list(anatomy.trimmable) if whole_blocks else [])
