@@ -100,6 +100,24 @@ class SensiLinear(SensiLayer):
         is_open, _ = self._cached(f"{name}.gate", version_of(gate), lambda: (bool(gate.all()), gate))
         return bool(is_open)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can convert this layer: it keeps all units, and the bias of the base."""
+        slice_ = self.sensi_slices.get(adapter_name)
+        if slice_ is None:
+            return True
+        return not (slice_.trims or self.sensi_base_dropped or self.part("bias", adapter_name) is not None)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's change of the base's weight, in its orientation: `[out, in]`, or `[in, out]` of a `Conv1D`.
+
+        It is float32, and zero in layers that the adapter does not have. `peft.convert_to_lora` calls this.
+        """
+        if adapter_name not in self.sensi_slices:
+            return oriented(self.base_layer, torch.zeros_like(self._base()[0], dtype=torch.float32))
+        change = self.get_adapted_weight(adapter_name)[0].float() - self.get_original_weight(adapter_name).float()
+        return oriented(self.base_layer, change)
+
     def _forward_beside(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The forward pass on a quantized base: the output of the base's own kernel plus the adapter's changes."""
         slice_, base = self.sensi_slices[name], self.base_layer
