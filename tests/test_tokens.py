@@ -143,6 +143,20 @@ def test_fast_gradients_equal_the_reference(family):
     torch.testing.assert_close(fast[name], slow[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["plan", "dict"])
+def test_the_plan_of_another_model_brings_its_tokens(form, tmp_path):
+    """Without `calibration`, which a finished plan does not take, nothing else says which tokens are trained."""
+    plan = wrapped(tiny_model()).plan()
+    given = plan if form == "plan" else plan.to_dict()
+    model = get_peft_model(tiny_model(), SensiConfig(plan=given, task_type="SEQ_CLS"))
+    assert model.plan() == plan
+    rows = model.get_input_embeddings().sensi_weight["default"]
+    assert rows.requires_grad and len(rows) == len(seen(few_tokens()))
+    train(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
 def test_rows_of_a_base_that_was_unfrozen_are_not_trained():
     """They would be trained, and the adapter's file would not have them."""
     model = wrapped(tiny_model())

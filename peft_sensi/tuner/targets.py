@@ -58,7 +58,8 @@ def _matching(model: nn.Module, config: SensiConfig, names: Iterable[str]) -> It
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """`targets_of`, after the config's regular expressions are replaced by the names that they match.
 
-    Names are what an adapter saves. `also_train=["tokens"]` adds the name of the input embeddings.
+    Names are what an adapter saves. `also_train=["tokens"]`, or a plan with tokens, adds the name of the
+    input embeddings.
     """
     targets = targets_of(model, config)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
@@ -70,8 +71,13 @@ def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
                 "The regular expression chooses between modules that PEFT cannot tell apart by name, so the adapter "
                 "could not be saved: give a list of names instead."
             )
-    if "tokens" in (config.also_train or ()) and config.plan is None:
-        if (table := input_embedding(model)) is None:
+    table = input_embedding(model)
+    if config.plan is not None:
+        with_tokens = table is not None and f"{name_in_base(table)}.tokens" in config.plan["groups"]
+    else:
+        with_tokens = "tokens" in (config.also_train or ())
+    if with_tokens:
+        if table is None:
             raise SensiError(
                 "'tokens' in `also_train` needs input embeddings that no other module shares and that only look up "
                 "rows, but this model has none: leave 'tokens' out."
