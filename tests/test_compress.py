@@ -229,6 +229,17 @@ def test_training_a_compressed_adapter_is_refused(kind, tmp_path):
         PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
 
 
+def test_a_compressed_adapter_is_not_trained_on(kind):
+    """Only the task head and the norms would be trained."""
+    model, batch = compressed(kind, **TRIM), tiny_batches(1)[0]
+    with pytest.raises(SensiError, match="only its task head and norms would be trained"):
+        model.train()(**batch)
+    with torch.no_grad():
+        model(**batch)
+    model.eval()(**batch).loss.backward()  # no training: gradients of inputs, for example
+    model.requires_grad_(False).train()(**batch)
+
+
 @pytest.mark.parametrize("stored", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("running", [None, "bfloat16", "int8"])
 def test_checkpoints_of_another_form_are_refused(stored, running, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import tiny_batches, tiny_model
+from tiny import TRIM, tiny_batches, tiny_model, wrap
 
 from peft_sensi import (
     Anatomy,
@@ -651,3 +651,11 @@ def test_a_plan_needs_an_anatomy():
 def test_the_name_of_a_file_is_no_plan():
     with pytest.raises(SensiError, match="must be a `Plan` or its dict .*, got 'plan.json'"):
         SensiConfig(plan="plan.json")
+
+
+def test_states_of_what_is_no_group_are_refused():
+    plan = wrap(tiny_model(), **TRIM).plan()
+    assert (plan.of(plan.anatomy.groups[0]) == plan[plan.anatomy.groups[0].name]).all()
+    for other in ("0.heads", 0, None):
+        with pytest.raises(SensiError, match="is no group of this plan"):
+            plan.of(other)

@@ -101,11 +101,12 @@ class SensiLinear(SensiLayer):
         return bool(is_open)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` can convert this layer: it keeps all units, and the bias of the base."""
+        """Whether `peft.convert_to_lora` can convert this layer: it keeps all units, and its change is low-rank.
+
+        PEFT would take the largest singular values of any other change, which is too rough.
+        """
         slice_ = self.sensi_slices.get(adapter_name)
-        if slice_ is None:
-            return True
-        return not (slice_.trims or self.sensi_base_dropped or self.part("bias", adapter_name) is not None)
+        return slice_ is None or (not slice_.trims and set(self.own_parts(adapter_name)) == {"down", "up"})
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

@@ -64,7 +64,15 @@ class Plan:
         return replace(self, latency=records)
 
     def of(self, group: Group) -> np.ndarray:
-        """The states of a group's units, uint8 of shape `[group.size]`, read-only."""
+        """The states of a group's units, uint8 of shape `[group.size]`, read-only.
+
+        Raises `SensiError` for anything else than a group of this plan.
+        """
+        if group not in self.anatomy.groups:
+            raise SensiError(
+                f"{group!r} is no group of this plan: `of` takes one of `plan.anatomy.groups`. By name, write "
+                f"`plan[{self.anatomy.groups[0].name!r}]`."
+            )
         return np.frombuffer(self.states[self.anatomy.groups.index(group)], dtype=np.uint8)
 
     def __getitem__(self, name: str) -> np.ndarray:

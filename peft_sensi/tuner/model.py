@@ -286,12 +286,7 @@ class SensiModel(AdapterOperations, BaseTuner):
         if self.model.training and torch.is_grad_enabled():
             check_wrapper()
             replicas.check_values(self.model)
-            for name in self.active_adapters:
-                if self.peft_config[name].schedule is not None and name not in self.sensi_stepped:
-                    raise SensiError(
-                        f"The adapter {name!r} has a schedule, but nothing steps it, so it would be trained without "
-                        f"it. Give `SensiCallback()` to `Trainer`, or call `Schedule.step` in your own loop."
-                    )
+            self._check_training()
         yield
 
     # -- state dicts --------------------------------------------------------------------------------------------------

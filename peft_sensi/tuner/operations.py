@@ -254,6 +254,23 @@ class AdapterOperations:
             if is_quantized(layer.get_base_layer()):
                 raise not_mergeable() if layer.sensi_coded else quantized_later(layer.get_base_layer().weight)
 
+    def _check_training(self) -> None:
+        """Raises `SensiError` if an active adapter would not be trained as its config says."""
+        for name in self.active_adapters:  # type: ignore[attr-defined]
+            config = self.peft_config[name]
+            if config.schedule is not None and name not in self.sensi_stepped:  # type: ignore[attr-defined]
+                data = "calibration=batches" if config.phase == "cut" else ""
+                raise SensiError(
+                    f"The adapter {name!r} has a schedule, but nothing steps it, so it would be trained without it. "
+                    f"Give `SensiCallback({data})` to `Trainer`, or call `Schedule.step` in your own loop."
+                )
+            if config.compressed is not None and any(p.requires_grad for p in self.model.parameters()):
+                raise SensiError(
+                    f"The values of the adapter {name!r} are compressed to {config.compressed}, so only its task head "
+                    f"and norms would be trained. Train from the checkpoint that was compressed, or call "
+                    f"`model.eval()` if this is no training."
+                )
+
     def _check_base(self, action: str) -> None:
         if any(layer.sensi_base_dropped for layer in self._layers()):
             raise base_is_dropped(action)
