@@ -68,7 +68,7 @@ def test_an_interrupted_sweep_keeps_what_is_finished(work, tmp_path, monkeypatch
             point |= {"parameters": 1, "ms": None}
 
     monkeypatch.setattr("peft_sensi.cli.sweep.add_times", untimed)
-    arguments = ("sweep", work / "base", "--data", work / "data.tsv", "--budgets", "0.8 0.5", "--epochs", "1",
+    arguments = ("sweep", work / "base", "0.8", "0.5", "--data", work / "data.tsv", "--epochs", "1",
                  "--batch-size", "8", "--validation-share", "0.3")  # fmt: skip
     whole = json.loads(call(*arguments, "--out", tmp_path / "whole", "--json"))
     half = (*arguments, "--out", tmp_path / "half")
@@ -98,6 +98,11 @@ def test_budgets_are_read_before_anything_slow(work):
     for wrong in ("half", "2.5", "0"):
         with pytest.raises(SensiError):
             budgets_of([wrong])
+
+
+def test_a_sweep_without_budgets_says_so(work):
+    result = run("sweep", work / "base", "--data", work / "data.tsv", "--out", work / "no")
+    assert result.exit_code == 1 and "--budgets needs at least one share" in " ".join(result.output.split())
     result = run("sweep", "nowhere", "--data", work / "data.tsv", "--budgets", "0", "--out", work / "no")
     assert result.exit_code == 1 and "--budgets must be a share in (0, 1]" in " ".join(result.output.split())
     assert not (work / "no").exists()

@@ -148,6 +148,55 @@ def test_int8_with_size_and_accuracy(tmp_path):
     assert "int8.onnx" in str(report) and "opset 17" in str(report)
 
 
+def accuracy_of(model: torch.nn.Module, data: list[dict[str, torch.Tensor]], path: Path) -> float | None:
+    report = export_onnx(model, path, data=data)
+    assert report.file.agreement in (1.0, None)
+    return report.file.accuracy
+
+
+def test_the_accuracy_of_a_causal_model_is_that_of_the_next_token(tmp_path):
+    """Its labels are its input: compared in place, a model that repeats its input would be right."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
+    data = tiny_batches(2, task="CAUSAL_LM")
+    data = [{**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in data]
+    right = count = 0
+    for batch in data:
+        with torch.no_grad():
+            found, wanted = model(**batch).logits[:, :-1].argmax(-1), batch["labels"][:, 1:]
+        right, count = right + int((found == wanted).sum()), count + int((wanted >= 0).sum())
+    assert accuracy_of(model, data, tmp_path / "model.onnx") == right / count
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", None])
+def test_the_accuracy_of_several_labels_is_that_of_each_yes_and_no(problem, tmp_path):
+    model = tiny_model(problem_type=problem)
+    data = [{**batch, "labels": (torch.rand(4, 3) > 0.5).float()} for batch in tiny_batches(2)]
+    with torch.no_grad():
+        hits = [(model(**{**b, "labels": None}).logits > 0) == b["labels"].bool() for b in data]
+    assert accuracy_of(model, data, tmp_path / "model.onnx") == pytest.approx(float(torch.cat(hits).float().mean()))
+
+
+def test_an_answer_is_right_if_both_ends_are(tmp_path):
+    model = tiny_model(task="QUESTION_ANS")
+    data = tiny_batches(2, task="QUESTION_ANS")
+    with torch.no_grad():
+        outputs = model(**data[0])
+    data[0]["start_positions"], data[0]["end_positions"] = (
+        outputs.start_logits.argmax(-1),
+        outputs.end_logits.argmax(-1),
+    )
+    data[0]["end_positions"][0] += 1  # of the four answers, one has a wrong end
+    assert accuracy_of(model, data[:1], tmp_path / "model.onnx") == 0.75
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_predicted_numbers_have_no_accuracy(shape, tmp_path):
+    model = tiny_model(num_labels=1)
+    data = [{**tiny_batches(1)[0], "labels": torch.rand(shape)}]
+    report = export_onnx(model, tmp_path / "model.onnx", data=data)
+    assert report.file.agreement is None and report.file.accuracy is None
+
+
 def test_weights_in_a_file_of_their_own(tmp_path):
     for budget in (0.5, 0.6):  # the second replaces the first
         report = export_onnx(trained("bert", budget=budget), tmp_path / "model.onnx", external_data=True, int8=True)

@@ -31,8 +31,9 @@ def sweep(
     reading: dict[str, Any],
     given: dict[str, Any],
     data: Annotated[list[str], LABELED],
+    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapters, the table and the picture.")],
     budgets: Annotated[
-        str,
+        str | None,
         option(
             "--budgets",
             "LIMITS",
@@ -40,9 +41,10 @@ def sweep(
             "to keep. 1 is the whole model.",
             args.BUDGET,
         ),
-    ],
-    out_folder: Annotated[Path, option("--out", "FOLDER", "The folder for the adapters, the table and the picture.")],
-    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="LIMIT")] = None,  # after --budgets
+    ] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="LIMIT", help="Budgets, with or without --budgets before the first.")
+    ] = None,
     score: args.Ranking = None,
     epochs: Annotated[float, option("--epochs", "N", "Passes over the data for each budget.", min=0)] = 3,
     lr: Annotated[
@@ -84,7 +86,7 @@ def sweep(
     from .run import Training, check_training, write_record
     from .train import save_scores, score_for, train_for
 
-    limits = budgets_of([budgets, *(more or [])])
+    limits = budgets_of([budgets or "", *(more or [])])
     args.check_rate(lr)
     args.check_epochs(epochs)
     args.check_overwrite(overwrite, resume)

@@ -28,6 +28,7 @@ from ..anatomy.modules import unwrapped
 from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError, first_line, how_to_install
 from ..utils.files import new_folder, writing
+from .onnx_agreement import LABELS, Agreement
 from .onnx_graph import move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
 
@@ -36,7 +37,6 @@ from .save import merged_copy
 _SHAPES = ((2, 7), (1, 12), (3, 5))
 _OTHER_INPUTS = {"pixel_values": "images", "input_values": "sounds", "input_features": "sounds"}
 OPSET = 17  # the version of ONNX's operators, if the user names no other
-_LABELS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class ExportedFile:
         path: Where it is.
         bytes: Its size, with its external data.
         difference: The largest absolute difference between its outputs and the model's.
-        agreement: The share of predictions (arg maxima of the first output) in `data` that are those of the model;
-            `None` without `data`.
-        accuracy: The share of predictions in `data` that are equal to `labels`; `None` without labels.
+        agreement: The share of decisions on `data` that are those of the model (see `Agreement`); `None` without
+            `data`, and for predicted numbers.
+        accuracy: The share of decisions that are the labels of `data`; `None` without labels.
     """
 
     path: Path
@@ -194,7 +194,7 @@ def _examples(model: PreTrainedModel, given: Mapping[str, torch.Tensor] | None) 
         given = {
             name: value.cpu()
             for name, value in values
-            if name in accepted and name not in _LABELS and isinstance(value, torch.Tensor)
+            if name in accepted and name not in LABELS and isinstance(value, torch.Tensor)
         }
         if not given or any(v.dim() != 2 or v.shape != next(iter(given.values())).shape for v in given.values()):
             raise SensiError(
@@ -322,20 +322,14 @@ def _measure(
         for outputs, wanted_outputs in zip(found, expected, strict=True)
         for values, wanted in zip(outputs, wanted_outputs.values(), strict=True)
     )
-    agreed, right = list[np.ndarray](), list[np.ndarray]()
-    for batch in batches if next(iter(expected[0].values())).shape[-1] > 1 else ():  # one output is a regression
+    agreement = Agreement(model)
+    for batch in batches:
         tensors = _inputs(batch, names)
-        own = next(iter(_run(model, tensors).values())).argmax(-1)
-        theirs = session.run(None, {name: value.numpy() for name, value in tensors.items()})[0].argmax(-1)
-        labels = np.asarray(torch.as_tensor(batch.get("labels", ())).cpu())
-        counted = np.ones(own.shape, dtype=bool)
-        if labels.shape == own.shape:
-            counted = labels >= 0  # -100 stands for "no label"
-            right.append((theirs == labels)[counted])
-        agreed.append((own == theirs)[counted])
+        own = _run(model, tensors)
+        theirs = session.run(None, {name: value.numpy() for name, value in tensors.items()})
+        agreement.add(own, dict(zip(own, theirs, strict=True)), batch)
     size = sum(file.stat().st_size for file in parts(source))
-    shares = [float(np.concatenate(hits).mean()) if any(map(len, hits)) else None for hits in (agreed, right)]
-    return ExportedFile(path, size, difference, *shares)
+    return ExportedFile(path, size, difference, *agreement.shares())
 
 
 def _inputs(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -55,7 +55,7 @@ def label_columns(name: Any, rows: Sequence[dict[str, Any]], given: Sequence[str
             hint += " For words with tags, give --task words."
         raise DataError(
             f"{name}: name the column that holds the labels with --label-column (several times for columns of 0 and "
-            f"1); there are {listed(names)}.{hint} {WRITTEN}"
+            f"1); the columns are {listed(names)}.{hint} {WRITTEN}"
         )
     return found[:1]
 
@@ -90,14 +90,14 @@ def text_columns(
         if len(usual) != 1:
             raise DataError(
                 f"{name}: name the column that holds the text with --text-column (and a second one with "
-                f"--pair-column); there are {listed(names)}."
+                f"--pair-column); the columns are {listed(names)}."
             )
         left_out = listed([column for column in found if column not in usual])
         doubt = [f"{name}: not read are the texts in {left_out} (--text-column, --pair-column)"]
         return (usual[0], pair) if pair else (usual[0],), doubt
     if not found:
         raise DataError(
-            f"{name}: name the column that holds the text with --text-column; there are {listed(names)}. Empty "
+            f"{name}: name the column that holds the text with --text-column; the columns are {listed(names)}. Empty "
             f"columns, numbers and ids are not taken for texts."
         )
     columns = (*found, pair) if pair else tuple(found)

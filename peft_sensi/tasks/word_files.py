@@ -152,7 +152,7 @@ def to_raw(
         label = label or next((column for column in TAG_COLUMNS if column in names), None)
     if text is None or (label is None and needs_tags):
         option = "words with --text-column" if text is None else "tags with --label-column"
-        raise DataError(f"{name}: name the column that holds the {option}; there are {listed(names)}. {FORMS}")
+        raise DataError(f"{name}: name the column that holds the {option}; the columns are {listed(names)}. {FORMS}")
     found = []
     for number, row in enumerate(rows, start=1):
         tokens = row.get(text)
@@ -189,7 +189,8 @@ def in_sentences(
     """
     if tag is None and needs_tags:
         raise DataError(
-            f"{name}: name the column that holds the tags with --label-column; there are {listed(list(rows[0]))}."
+            f"{name}: name the column that holds the tags with --label-column; the columns are "
+            f"{listed(list(rows[0]))}."
         )
     found: list[dict[str, Any]] = []
     current: Any = None
