@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -197,6 +199,21 @@ def test_predicted_numbers_have_no_accuracy(shape, tmp_path):
     assert report.file.agreement is None and report.file.accuracy is None
 
 
+def test_the_int8_file_may_be_on_another_file_system(bert, tmp_path, monkeypatch):
+    """A file cannot be renamed to another one, so it must be made where it will be."""
+    rename = os.replace
+
+    def within_one_folder(source, target):
+        if Path(source).parent.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", within_one_folder)
+    report = export_onnx(bert, tmp_path / "a" / "model.onnx", int8=tmp_path / "b" / "small.onnx")
+    assert names(tmp_path / "a") == {"model.onnx"} and names(tmp_path / "b") == {"small.onnx"}
+    assert report.int8.path == tmp_path / "b" / "small.onnx"
+
+
 def test_weights_in_a_file_of_their_own(tmp_path):
     for budget in (0.5, 0.6):  # the second replaces the first
         report = export_onnx(trained("bert", budget=budget), tmp_path / "model.onnx", external_data=True, int8=True)
@@ -263,7 +280,11 @@ def test_a_bad_file_never_replaces_a_good_one(tmp_path, monkeypatch):
         ({"inputs": {}}, "one shape"),
         ({"inputs": {"input_ids": torch.ones(3, dtype=torch.long)}}, "one shape"),
         ({"int8": "model.onnx"}, "another path"),
+        ({"int8": "."}, r"`int8` must end in \.onnx"),
+        ({"int8": "model.int8"}, r"`int8` must end in \.onnx"),
         ({"data": [{"labels": torch.zeros(1)}]}, "lacks 'attention_mask'"),
+        ({"data": {"input_ids": torch.ones(1, 3, dtype=torch.long)}}, "`data` must be batches"),
+        ({"data": [{"input_ids": torch.ones(1, 200, dtype=torch.long)}]}, "cannot run a batch"),
     ],
 )
 def test_mistakes_in_arguments(options, message, bert, tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,8 @@ from ..anatomy.inputs import positions_of
 from ..anatomy.modules import unwrapped
 from ..tuner.wrapping import root_of
 from ..utils.errors import SensiError, first_line, how_to_install
-from ..utils.files import new_folder, writing
 from .onnx_agreement import LABELS, Agreement
-from .onnx_graph import move_graph, open_session, pack, parts, quantize
+from .onnx_graph import file_to_write, folder_beside, move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
 
 
@@ -127,14 +126,10 @@ def export_onnx(
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise SensiError(f"`export_onnx` needs onnx and onnxruntime ({error}): {how_to_install('onnx')}") from error
-    path = Path(path)
-    if path.suffix != ".onnx":
-        raise SensiError(f"`path` must end in .onnx, got {str(path)!r}.")
+    path = file_to_write("path", path)
     if isinstance(opset, bool) or not isinstance(opset, int) or not 14 <= opset <= 20:
         raise SensiError(f"`opset` must be a whole number from 14 to 20, got {opset!r}.")
-    if path.is_dir():
-        raise SensiError(f"{path} is a folder: give the path of a file.")
-    small_path = (path.with_suffix(".int8.onnx") if int8 is True else Path(int8)) if int8 else None
+    small_path = file_to_write("int8", path.with_suffix(".int8.onnx") if int8 is True else int8) if int8 else None
     if small_path is not None and small_path.resolve() == path.resolve():
         raise SensiError("`int8` must be another path than `path`.")
     # The reference still has its adapter, so the comparison checks the merge, too.
@@ -145,16 +140,14 @@ def export_onnx(
         tuner.enable_adapter_layers()  # the adapter is exported, also if it is disabled now
     merged = merged_copy(reference)
     merged = (copy.deepcopy(merged) if merged is reference else merged).eval()
-    batches = [dict(batch) for batch in data] if data is not None else []
+    batches = [] if data is None else list(data)
+    if isinstance(data, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
+        raise SensiError("`data` must be batches, each a dict of tensors: `[batch]` for a single one.")
     examples = _examples(merged, inputs)
     names = tuple(examples[0])
     expected = _run_all(reference, examples)
-    with (
-        writing(path),
-        new_folder(path.parent),
-        tempfile.TemporaryDirectory(prefix=".sensi-", dir=path.parent) as name,
-    ):
-        folder, small = Path(name), None
+    with ExitStack() as stack:
+        folder, small = stack.enter_context(folder_beside(path)), None
         _trace(merged, examples[0], expected, folder / "draft.onnx", opset)
         table = positions_of(merged)
         is_external = pack(folder / "draft.onnx", folder / path.name, external_data, merged.config.id2label, table)
@@ -165,10 +158,8 @@ def export_onnx(
                 f"{tolerance}: nothing was written to {path}."
             )
         if small_path is not None:
-            small_path.parent.mkdir(parents=True, exist_ok=True)
+            small_draft = stack.enter_context(folder_beside(small_path)) / small_path.name
             quantize(folder / path.name, folder / "int8.onnx", is_external)
-            small_draft = folder / "int8" / small_path.name
-            small_draft.parent.mkdir()
             pack(folder / "int8.onnx", small_draft, external_data)
             small = _measure(small_draft, small_path, names, examples, expected, reference, batches)
             move_graph(small_draft, small_path)
@@ -309,7 +300,7 @@ def _measure(
     examples: list[dict[str, torch.Tensor]],
     expected: list[dict[str, np.ndarray]],
     model: nn.Module,
-    batches: list[dict[str, Any]],
+    batches: Sequence[Mapping[str, Any]],
 ) -> ExportedFile:
     """Runs a file in onnxruntime and compares. `path` is where the file will be moved to."""
     try:
@@ -325,7 +316,7 @@ def _measure(
     agreement = Agreement(model)
     for batch in batches:
         tensors = _inputs(batch, names)
-        own = _run(model, tensors)
+        own = _run_all(model, [tensors])[0]
         theirs = session.run(None, {name: value.numpy() for name, value in tensors.items()})
         agreement.add(own, dict(zip(own, theirs, strict=True)), batch)
     size = sum(file.stat().st_size for file in parts(source))

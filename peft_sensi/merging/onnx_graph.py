@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import move_files
+from ..utils.errors import SensiError
+from ..utils.files import move_files, new_folder, writing
 from ..utils.heads import label_names
 
 
 LARGEST_PROTOBUF = 2**31 - 2**20
+
+
+def file_to_write(option: str, path: str | os.PathLike[str]) -> Path:
+    """The path of a file to write, which an option gave. Raises `SensiError` if it cannot be one."""
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise SensiError(f"`{option}` must end in .onnx, got {str(path)!r}.")
+    if path.is_dir():
+        raise SensiError(f"{path} is a folder: give the path of a file.")
+    return path
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `path`, so that a file in it can be renamed to `path`.
+
+    The folder of `path` is created. If nothing is written into it, it is removed again.
+    """
+    parent = path.parent
+    with writing(path), new_folder(parent), tempfile.TemporaryDirectory(prefix=".sensi-", dir=parent) as name:
+        yield Path(name)
 
 
 def pack(
