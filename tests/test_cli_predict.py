@@ -286,6 +286,15 @@ def test_compare_a_model_with_itself_and_with_another(work, tmp_path):
     assert "labels are x, y, z" in fails("compare", work / "merged", tmp_path / "merged", *data[:2])
 
 
+def test_predicted_numbers_are_not_compared_for_equality(tmp_path):
+    save_adapter(tmp_path, problem="regression")
+    (tmp_path / "rows.csv").write_text("text,label\na film,0.5\nthe plot,1.5\nso good,2.5\n")
+    arguments = ("compare", tmp_path / "adapter", tmp_path / "merged", "--data", tmp_path / "rows.csv")
+    assert json.loads(call(*arguments, "--json"))["difference"]["same"] is None
+    text = call(*arguments)
+    assert "negative squared error" in text and "same prediction" not in text
+
+
 @pytest.mark.parametrize("order", [("one", "several"), ("several", "one")])
 def test_models_with_one_and_with_several_labels_are_not_compared(order, tmp_path):
     for name, problem in (("one", None), ("several", "multi_label_classification")):

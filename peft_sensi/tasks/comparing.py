@@ -25,7 +25,7 @@ class Difference:
         metric: What `mean` and `interval` are about: the share of rows that are right, or a score of each row.
         mean: The mean difference of the rows' scores.
         interval: Its 95 % interval, from a bootstrap over rows: the rows of both models are drawn together.
-        same: The share of rows for which both give the same prediction.
+        same: The share of rows for which both give the same prediction; `None` for numbers, which hardly ever are.
         only_a, only_b: The number of rows that only one of them has right; `None` if rows are not just right or wrong.
         p: The p-value of McNemar's exact test of these two numbers, or `None`.
     """
@@ -33,7 +33,7 @@ class Difference:
     metric: str
     mean: float
     interval: tuple[float, float]
-    same: float
+    same: float | None
     only_a: int | None = None
     only_b: int | None = None
     p: float | None = None
@@ -44,10 +44,9 @@ class Difference:
     def facts(self) -> dict[str, str]:
         """The difference as texts, by label."""
         low, high = self.interval
-        facts = {
-            f"B minus A, {self.metric}": f"{self.mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f})",
-            "same prediction": f"{self.same:.1%} of the rows",
-        }
+        facts = {f"B minus A, {self.metric}": f"{self.mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"}
+        if self.same is not None:
+            facts["same prediction"] = f"{self.same:.1%} of the rows"
         if self.p is not None:
             facts["only A is right, only B"] = (
                 f"{self.only_a:,}, {self.only_b:,} rows (McNemar's exact p = {self.p:.3g})"
@@ -76,7 +75,7 @@ def compare_rows(tasks: Sequence[Task], outputs: Sequence[Any]) -> Difference:
     pairs = [(row[key], other[key]) for row, other in zip(*found, strict=True)]
     if key == "labels":  # each model has them in the order of its head
         pairs = [(sorted(a), sorted(b)) for a, b in pairs]
-    same = float(np.mean([a == b for a, b in pairs]))
+    same = None if key == "value" else float(np.mean([a == b for a, b in pairs]))
     if name != "accuracy":
         return Difference(name, float(difference.mean()), (float(low), float(high)), same)
     only_a, only_b = int((difference < 0).sum()), int((difference > 0).sum())
