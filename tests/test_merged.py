@@ -40,11 +40,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertTokenizerFast,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -202,6 +205,24 @@ def test_a_class_that_builds_its_base_model_by_the_config(family, task, tmp_path
     assert type(foreign).__name__.startswith("Sensi")
     for own, theirs in zip(merged(**batch).values(), foreign(**batch).values(), strict=True):
         assert not isinstance(own, torch.Tensor) or torch.equal(own, theirs)
+    foreign.save_pretrained(tmp_path / "again")
+    assert_same_tensors(snapshot(load_merged(tmp_path / "again")), snapshot(merged))
+
+
+def test_a_class_that_checks_the_class_of_its_config(tmp_path):
+    """It refused ours, whose class is a subclass of the generated file."""
+    encoder = tiny_config("bert")
+    decoder = tiny_config("bert", is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder, decoder, decoder_start_token_id=1, pad_token_id=0
+    )
+    model = wrap(EncoderDecoderModel(config), budget=0.45, score="random", multiple_of=1, seed=5, task_type=None)
+    assert save_merged(model, tmp_path) is False
+    merged, ids = load_merged(tmp_path).eval(), tiny_batches(1, labels=False)[0]["input_ids"]
+    foreign = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(foreign).config_class is type(foreign.config)
+    with torch.no_grad():
+        assert torch.equal(foreign(ids, decoder_input_ids=ids).logits, merged(ids, decoder_input_ids=ids).logits)
     foreign.save_pretrained(tmp_path / "again")
     assert_same_tensors(snapshot(load_merged(tmp_path / "again")), snapshot(merged))
 

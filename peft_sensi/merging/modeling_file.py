@@ -104,13 +104,14 @@ class _Widths:
 
     def __init__(self, config, *args, **kwargs):
         # Some classes build the base model in them by the class of the config. Transformers does not know ours, and
-        # would ask the user again whether to run this file.
+        # would ask the user again whether to run this file. Others check that the class is that of their config.
         own = type(config)
-        config.__class__ = {config}
+        config.__class__ = vars(self)["config_class"] = {config}
         try:
             super().__init__(config, *args, **kwargs)
         finally:
             config.__class__ = own
+            del vars(self)["config_class"]
         record = _record(config, type(self).__name__.removeprefix("Sensi"))
         if hasattr(config, "peft_sensi"):
             self.config.peft_sensi = record
