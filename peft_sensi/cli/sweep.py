@@ -38,7 +38,7 @@ def sweep(
             "--budgets",
             "LIMITS",
             "Budgets, such as 0.75 0.5 0.25: shares of the parameters of heads and neurons "
-            "to keep. 1 is the whole model.",
+            "to keep. 1 is the whole model. Default: those given as LIMIT.",
             args.BUDGET,
         ),
     ] = None,
