@@ -68,12 +68,14 @@ class Plan:
 
         Raises `SensiError` for anything else than a group of this plan.
         """
-        if group not in self.anatomy.groups:
+        try:
+            index = self.anatomy.groups.index(group)
+        except ValueError:
             raise SensiError(
                 f"{group!r} is no group of this plan: `of` takes one of `plan.anatomy.groups`. By name, write "
                 f"`plan[{self.anatomy.groups[0].name!r}]`."
-            )
-        return np.frombuffer(self.states[self.anatomy.groups.index(group)], dtype=np.uint8)
+            ) from None
+        return np.frombuffer(self.states[index], dtype=np.uint8)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The states of the group with this name, or with the only name that ends so: uint8 of shape `[units]`.

@@ -71,8 +71,9 @@ def hook_peft_calls() -> None:
 
 
 def _saving(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`save_pretrained` that refuses to write what no loader of this package reads, and warns of a merged model there
-    and of what the adapter does not hold.
+    """`save_pretrained` that refuses to write what no loader of this package reads.
+
+    It warns of a merged model in the folder, and of trained weights that the adapter does not hold.
 
     PEFT sets `inference_mode` of the config while it saves. If the save fails, for example because the disk is full,
     it is set back: the adapter stays trainable. Afterwards other users may read the weights file, as all other files.
@@ -169,7 +170,7 @@ def _undoing(function: Callable[..., Any]) -> Callable[..., Any]:
                 return _loaded_by_transformers(function, model, args, kwargs)
             with sizes_must_fit(is_load and not kwargs.get("ignore_mismatched_sizes")):
                 result = function(*args, **kwargs)
-            if isinstance(model, PeftModel) and layers_of(model) and model.active_adapter not in model.peft_config:
+            if isinstance(model, PeftModel) and model.active_adapter not in model.peft_config and layers_of(model):
                 model.active_adapter = model.active_adapters[0]  # PEFT would look for one that was deleted
             return result
         except BaseException as error:

@@ -58,8 +58,8 @@ def _matching(model: nn.Module, config: SensiConfig, names: Iterable[str]) -> It
 def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
     """`targets_of`, after the config's regular expressions are replaced by the names that they match.
 
-    Names are what an adapter saves. `also_train=["tokens"]`, or a plan with tokens, adds the name of the
-    input embeddings.
+    Names are what an adapter saves. `also_train=["tokens"]` adds the name of the input embeddings, and a
+    user's plan those of the embeddings whose tokens it has.
     """
     targets = targets_of(model, config)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
@@ -71,18 +71,18 @@ def name_targets(model: nn.Module, config: SensiConfig) -> frozenset[str]:
                 "The regular expression chooses between modules that PEFT cannot tell apart by name, so the adapter "
                 "could not be saved: give a list of names instead."
             )
-    table = input_embedding(model)
-    if config.plan is not None:
-        with_tokens = table is not None and f"{name_in_base(table)}.tokens" in config.plan["groups"]
-    else:
-        with_tokens = "tokens" in (config.also_train or ())
-    if with_tokens:
-        if table is None:
+    tables = set[str]()
+    if config.plan is not None and not config.from_file:  # a file lists its targets
+        tables = {name.removesuffix(".tokens") for name in config.plan["groups"] if name.endswith(".tokens")}
+    elif config.plan is None and "tokens" in (config.also_train or ()):
+        if (table := input_embedding(model)) is None:
             raise SensiError(
                 "'tokens' in `also_train` needs input embeddings that no other module shares and that only look up "
                 "rows, but this model has none: leave 'tokens' out."
             )
-        config.target_modules = {*(config.target_modules or ()), name_in_base(table)}  # type: ignore[assignment]
+        tables = {name_in_base(table)}
+    if tables:
+        config.target_modules = {*(config.target_modules or ()), *tables}  # type: ignore[assignment]
         targets = targets_of(model, config)
     return targets
 
