@@ -175,6 +175,28 @@ def test_train_saves_what_is_needed_to_load(adapter):
     assert not [name for name in names if name.endswith(".bin")], "a pickle"
 
 
+def test_without_epochs_no_training_is_described(work, tmp_path):
+    """The metrics and the card had a learning rate, a batch size and a training time of 0 s."""
+    trim = ("--data", work / "data.tsv", "--validation-share", "0", "--budget", "0.7")
+    train = ("train", work / "base", *trim, "--epochs", "0", "--out", tmp_path / "a")
+    call(*train)
+    text = call("trim", tmp_path / "a", *trim, "--out", tmp_path / "b")
+    assert "trimmed" not in text  # there are no columns without rows
+    for name in ("a", "b"):
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["learning_rate"] is metrics["batch_size"] is None
+        call("card", tmp_path / name)
+        assert not re.search("learning rate|batch size|training time", (tmp_path / name / "README.md").read_text())
+
+
+def test_the_line_on_the_learning_rate_is_that_of_the_help(work, tmp_path):
+    given = ("train", work / "base", "--data", work / "data.tsv", "--epochs", "0", "--out")
+    said = " ".join(run(*given, tmp_path / "a", "--budget", "1").output.split())
+    assert "learning rate 5e-05, the default if all heads and neurons are tuned (--lr)" in said
+    said = " ".join(run(*given, tmp_path / "b", "--budget", "0.5").output.split())
+    assert "the default for a dense update of" in said
+
+
 def test_the_default_budget_is_noted_as_one_that_was_asked_for(work, tmp_path):
     no_rows = ("--validation-share", "0", "--epochs", "0", "--out", tmp_path / "out")
     text = call("train", work / "base", "--data", work / "data.tsv", *no_rows)

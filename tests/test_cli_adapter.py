@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from peft_sensi.cli.commands import app
 from peft_sensi.cli.data_options import DATA_OPTIONS, VALIDATION_OPTIONS
 from peft_sensi.cli.measure import length_for
 from peft_sensi.planning.latency_torch import tokens_of
+from peft_sensi.reporting.saved_merged import merged_facts, merged_figures, open_saved
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,28 @@ def test_a_merge_leaves_nothing_of_the_model_that_was_there(folder, tmp_path):
     assert (tmp_path / "small" / "tokenizer.json").is_file()
 
 
+def test_a_merge_writes_the_card_of_the_former_model_again(folder, tmp_path):
+    """It kept the results of the former model. What somebody wrote around it stays."""
+    merge = ("merge", folder / "adapter", tmp_path / "small", "--overwrite")
+    (tmp_path / "small").mkdir()
+    readme = tmp_path / "small" / "README.md"
+    readme.write_text("---\nnot: [a card\n")
+    call(*merge)
+    assert readme.read_text() == "---\nnot: [a card\n"  # no card of ours
+    readme.unlink()
+    (tmp_path / "small" / "metrics.json").write_text(json.dumps({"validation": {"accuracy": 0.123}}))
+    call("card", tmp_path / "small")
+    readme.write_text(readme.read_text() + "\nMy words.\n")
+    assert "0.123" in readme.read_text()
+    call(*merge)
+    assert "0.123" not in readme.read_text() and readme.read_text().endswith("\nMy words.\n")
+    damaged = readme.read_text().replace("---\n", "---\nnot: [a\n", 1)
+    readme.write_text(damaged)
+    before = sorted((tmp_path / "small").iterdir())
+    assert "cannot be read as a model card" in fails(*merge)
+    assert sorted((tmp_path / "small").iterdir()) == before and readme.read_text() == damaged
+
+
 def test_names_of_onnx_files_that_belong_to_others(folder, tmp_path):
     adapter = shutil.copytree(folder / "adapter", tmp_path / "adapter")
     before = (adapter / "adapter_config.json").read_bytes()
@@ -184,6 +208,20 @@ def test_inspect_a_merged_model(folder):
     assert {group["name"]: group["kept"] for group in found["groups"]} == kept
     text = call("inspect", folder / "merged")
     assert "load_merged" in text and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("id2label", "line"),
+    [({"0": "a, b", "1": "c\nd"}, "'a, b', 'c\\nd'"), ({"0": "LABEL_0"}, None), ({"0": "yes"}, None)],
+)
+def test_inspect_shows_classes_so_that_they_can_be_told_apart(folder, tmp_path, id2label, line):
+    """A head with one output predicts a number, and has no classes."""
+    merged = shutil.copytree(folder / "merged", tmp_path / "merged")
+    config = json.loads((merged / "config.json").read_text())
+    figures = merged_figures(
+        replace(open_saved(merged), values={**config, "id2label": id2label, "problem_type": None})
+    )
+    assert merged_facts(figures).get("classes") == line
 
 
 def test_a_merged_folder_has_what_the_next_command_needs(folder, tmp_path):

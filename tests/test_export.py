@@ -284,7 +284,11 @@ def test_a_bad_file_never_replaces_a_good_one(tmp_path, monkeypatch):
         ({"int8": "model.int8"}, r"`int8` must end in \.onnx"),
         ({"data": [{"labels": torch.zeros(1)}]}, "lacks 'attention_mask'"),
         ({"data": {"input_ids": torch.ones(1, 3, dtype=torch.long)}}, "`data` must be batches"),
-        ({"data": [{"input_ids": torch.ones(1, 200, dtype=torch.long)}]}, "cannot run a batch"),
+        ({"data": [{"input_ids": torch.ones(1, 200, dtype=torch.long)}]}, r"whose shape is \[1, 200\]"),
+        ({"data": [{"input_ids": [["a", "b"]]}]}, "no tensor"),
+        ({"data": 5}, "`data` must be batches"),
+        ({"tolerance": "x"}, "`tolerance` must be a number"),
+        ({"tolerance": float("nan")}, "`tolerance` must be a number"),
     ],
 )
 def test_mistakes_in_arguments(options, message, bert, tmp_path, monkeypatch):

@@ -1048,6 +1048,26 @@ def test_the_base_inside_of_clips_projection_models_is_found(tmp_path):
         assert torch.equal(again.eval()(ids).last_hidden_state, expected)
 
 
+@pytest.mark.parametrize("family", ["t5", *only_slow("mt5", "umt5")])
+def test_auto_model_finds_a_base_whose_parts_are_those_of_the_whole(family, tmp_path):
+    """T5 with a head has no submodule with the base model: its encoder and decoder are its own."""
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    config = AutoConfig.for_model(family, **sizes, decoder_start_token_id=0, tie_word_embeddings=True)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    assert (
+        save_merged(wrap(model, budget=0.45, score="random", multiple_of=1, seed=5, task_type=None), tmp_path) is False
+    )
+    merged, ids = load_merged(tmp_path).eval(), torch.randint(3, 40, (2, 8))
+    expected = merged(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True)
+    found = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    found.save_pretrained(tmp_path / "again")
+    for base in (found, AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()):
+        assert type(base).__name__ == f"Sensi{type(model).__name__.replace('ForConditionalGeneration', 'Model')}"
+        assert torch.equal(base(ids, decoder_input_ids=ids).last_hidden_state, expected.decoder_hidden_states[-1])
+    whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert torch.equal(whole(ids, decoder_input_ids=ids).logits, expected.logits)
+
+
 def test_positions_without_a_table_may_be_many_also_in_the_model_inside():
     """Models of images and texts have the config of their text model inside of theirs."""
     rotary = {"rope_parameters": {"rope_theta": 1e4}, "max_position_embeddings": 2**20}

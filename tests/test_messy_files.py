@@ -21,11 +21,12 @@ from peft_sensi.cli.prediction_files import write_records
 from peft_sensi.cli.terminal import print_result
 from peft_sensi.tasks import answers, texts, words
 from peft_sensi.tasks.kinds import kind_of, read_task, rows_for_prediction
-from peft_sensi.tasks.labels import Labels, find_labels, listed, separator_of
+from peft_sensi.tasks.labels import Labels, find_labels, separator_of
 from peft_sensi.tasks.options import Options, stride_of
 from peft_sensi.tasks.reading import Format, read_rows
 from peft_sensi.tasks.sources import Part, read_part
 from peft_sensi.utils.errors import DataError
+from peft_sensi.utils.formatting import listed
 
 
 ROWS = [(f"a film number {i}", "good" if i % 2 else "bad") for i in range(12)]
@@ -216,6 +217,13 @@ def test_only_numbers_are_told_that_they_can_be_predicted_as_numbers(value, is_n
     with pytest.raises(DataError, match="probably not the label") as error:
         texts.labels_of("f.csv", raw, ["day"], Options())
     assert ("--regression" in str(error.value)) == is_number
+
+
+def test_the_one_value_that_is_no_number_is_named():
+    raw = [{"row": i, "text": f"film {i}", "label": f"{i}.5"} for i in range(1, 21)]
+    raw.append({"row": 21, "text": "film", "label": "1e400"})
+    with pytest.raises(DataError, match=r"with --regression \(1e400 is not a finite number"):
+        texts.labels_of("f.csv", raw, ["day"], Options())
 
 
 def test_data_on_stdout_keeps_letters_that_the_locale_lacks(monkeypatch):

@@ -82,14 +82,16 @@ def merge(
 ) -> None:
     """Merge an adapter into its base. The result is a Transformers model with smaller matrices.
 
-    The folder gets the tokenizer and the metrics of the adapter, too.
+    The folder gets the tokenizer and the metrics of the adapter, too. If it has a card of another model by this
+    package, the card is written again.
     """
     from ..merging.foreign import MODEL_CONFIG
     from ..merging.save import save_merged
-    from ..reporting.card import named_base
+    from ..reporting.card import named_base, write_card
+    from ..reporting.card_files import has_section, load_card
     from ..reporting.pretrained import TOKENIZER_FILES
-    from ..reporting.saved import METRICS
-    from ..reporting.saved_merged import SavedMerged, tokenizer_of
+    from ..reporting.saved import CARD, METRICS
+    from ..reporting.saved_merged import SavedMerged, open_saved, tokenizer_of
     from ..reporting.task_record import metrics_of
     from ..utils.files import write_json_atomically
     from ..utils.hub_names import absolute
@@ -100,6 +102,8 @@ def merge(
         raise SensiError(f"{adapter} is a merged model already, so there is nothing to do.")
     # Before anything is written, because they may be damaged.
     tokenizer, metrics = tokenizer_of(saved, base), metrics_of(saved.folder)
+    if has_card := has_section(folder / CARD):
+        load_card(folder / CARD)
     if metrics and (named := named_base(base, saved.base)) is not None:
         metrics["model"] = absolute(named)  # the card of a merged model takes its base from here
     with step("merging", show=not as_json):
@@ -112,6 +116,8 @@ def merge(
             tokenizer.save_pretrained(folder)
         if metrics:
             write_json_atomically(folder / METRICS, metrics)
+        if has_card:
+            write_card(open_saved(folder))
     count = sum(parameter.numel() for parameter in small.parameters())
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print_result(
@@ -188,7 +194,7 @@ def card(
     In a card that exists, only our section is written again, between two comments. What is around it stays.
     """
     from ..reporting.card import write_card
-    from ..reporting.card_files import SECTION, load_card
+    from ..reporting.card_files import has_section
     from ..reporting.repositories import check_name
     from ..reporting.saved import CARD, PICTURE
     from ..reporting.saved_merged import open_saved
@@ -202,8 +208,8 @@ def card(
         if folder.exists() and not folder.is_dir():
             raise SensiError(f"{folder} is a file: --out needs the path of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        is_ours = (folder / CARD).is_file() and SECTION.search(load_card(folder / CARD).text)
-        if (folder / PICTURE).exists() and not is_ours and folder.resolve() != saved.folder.resolve():
+        other_folder = folder.resolve() != saved.folder.resolve()
+        if other_folder and (folder / PICTURE).exists() and not has_section(folder / CARD):
             raise SensiError(
                 f"{folder / PICTURE} belongs to no card of this command, and would be replaced: move it, or give "
                 f"another folder with --out."

@@ -25,16 +25,23 @@ def default_rate(model: Any) -> float:
         return MASK
     if config.parts == ["low_rank"] and config.scale not in (None, 1.0):
         return SCALED_RANK
-    plan = model.base_model.plan()
-    heads_and_neurons = [group for group in plan.anatomy.groups if group.kind != "token"]
-    if config.parts == ["dense"] and all((plan.of(group) == TUNED).all() for group in heads_and_neurons):
+    if tunes_all_units(model):
         return WHOLE
-    share = plan.trainable_share
+    share = model.base_model.plan().trainable_share
     return next(rate for least, rate in BY_SHARE if share >= least)
+
+
+def tunes_all_units(model: Any) -> bool:
+    """Whether all heads and neurons are trained as a whole. Tokens need not be."""
+    plan = model.base_model.plan()
+    groups = [group for group in plan.anatomy.groups if group.kind != "token"]
+    return model.active_peft_config.parts == ["dense"] and all((plan.of(group) == TUNED).all() for group in groups)
 
 
 def rate_line(rate: float, model: Any) -> str:
     """What the default was chosen for, in words for the user."""
+    if tunes_all_units(model):
+        return f"learning rate {rate:g}, the default if all heads and neurons are tuned (--lr)"
     config, share = model.active_peft_config, model.base_model.plan().trainable_share
     update = " + ".join(part.replace("_", "-") for part in config.parts)
     return f"learning rate {rate:g}, the default for a {update} update of {share:.1%} of the base (--lr)"

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tasks.labels import listed
 from ..utils.checks import is_count
 from ..utils.errors import SensiError
 from ..utils.files import read_json_object
+from ..utils.formatting import listed
 from ..utils.hub_names import UNFINISHED
 
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..tasks.columns import usual_label_columns
-from ..tasks.labels import listed
 from ..tasks.options import DataOptions, Options
 from ..utils.errors import DataError
+from ..utils.formatting import listed
 from .data_options import DATA_OPTIONS, FORMATS, data_option
 
 

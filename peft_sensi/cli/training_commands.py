@@ -241,8 +241,8 @@ def trim(
         measured[f"after {heal_epochs:g} epoch{'s' * (heal_epochs != 1)}"] = "validation"
     print_remarks(result)
     rows = [[name, *(metric_text(result[key][name]) for key in measured.values())] for name in result["validation"]]
-    table = records_table(["", *measured], rows)
-    print_result(as_json, result, table, f"saved in {out_folder}")
+    tables = [records_table(["", *measured], rows)] if rows else []
+    print_result(as_json, result, *tables, f"saved in {out_folder}")
 
 
 def print_remarks(result: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ loads a merged model without this package."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -56,7 +57,7 @@ def _record(config, architecture):
     if saved == architecture:
         return record
     # The other one of the two classes below was saved: the names differ by the place of the base model in the other.
-    prefix, own = "{prefix}.", dict(record, architecture=architecture)
+    prefix, own = "{prefix}", dict(record, architecture=architecture)
     for key in ("shapes", "attributes"):
         if architecture == "{base}":
             inside = {{name: value for name, value in record[key].items() if name.startswith(prefix)}}
@@ -167,7 +168,7 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
 
     Returns the config's `auto_map`: for each of Transformers' auto classes that knows a class, the one in the file.
     """
-    cls, inner = type(empty), getattr(empty, empty.base_model_prefix, None)
+    cls = type(empty)
     assert cls.config_class is not None  # Transformers' abstract classes have none
     module, config = f"modeling_sensi_{cls.__name__.lower()}", cls.config_class.__name__
     known = {
@@ -175,13 +176,14 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
         for name in transformers.__all__  # type: ignore[attr-defined]  # `dir` takes a third of a second
         if name.startswith("AutoModel")
     }
-    base: type[PreTrainedModel] = type(inner) if inner is not None and type(inner) in known["AutoModel"] else cls
+    base, prefix = _base_model(empty, known["AutoModel"])
     functions = "\n\n".join(inspect.getsource(function) for function in (read_header, hashes_of, check_hashes))
-    names = {"architecture": cls.__name__, "config": config, "base": base.__name__, "prefix": empty.base_model_prefix}
+    names = {"architecture": cls.__name__, "config": config, "base": base.__name__, "prefix": prefix}
     imports = ", ".join(dict.fromkeys([cls.__name__, base.__name__, config]))
     text = _TEXT.format(**names, imports=imports, functions=functions.rstrip())
-    if inner is not None and base is not cls:
-        fresh = set(on_meta(base, empty.config).state_dict()) - set(inner.state_dict())
+    if base is not cls:
+        saved = {name.removeprefix(prefix) for name in empty.state_dict() if name.startswith(prefix)}
+        fresh = set(on_meta(base, empty.config).state_dict()) - saved
         inside = None if base.base_model_prefix == cls.base_model_prefix else cls.base_model_prefix  # as in CLIP
         text += _BASE.format(**names, fresh=tuple(sorted(fresh)), inside=repr(inside))
     (folder / f"{module}.py").write_text(text, encoding="utf-8")
@@ -190,3 +192,18 @@ def write_modeling_file(empty: PreTrainedModel, folder: Path) -> dict[str, str]:
         if found := next((c for c in (cls, base) if c in classes), None):
             entries[name] = f"{module}.Sensi{found.__name__}"
     return entries
+
+
+def _base_model(empty: PreTrainedModel, classes: Sequence[type[PreTrainedModel]]) -> tuple[type[PreTrainedModel], str]:
+    """The one of `AutoModel`'s classes that is in a model, and the prefix of its tensors there.
+
+    It is a submodule in most models. T5 with a head has its parts without one. The model's own class if there is none.
+    """
+    inner = getattr(empty, empty.base_model_prefix, None)
+    if isinstance(inner, PreTrainedModel) and type(inner) in classes:
+        return type(inner), f"{empty.base_model_prefix}."
+    if inner is None:
+        names = set(empty.state_dict())
+        found = (c for c in classes if names.issuperset(on_meta(c, empty.config).state_dict()))
+        return next(found, type(empty)), ""
+    return type(empty), ""

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 from ..anatomy.inputs import positions_of
 from ..anatomy.modules import unwrapped
 from ..tuner.wrapping import root_of
+from ..utils.checks import is_number, shown
 from ..utils.errors import SensiError, first_line, how_to_install
-from .onnx_agreement import LABELS, Agreement
+from .onnx_agreement import LABELS, Agreement, graph_inputs
 from .onnx_graph import file_to_write, folder_beside, move_graph, open_session, pack, parts, quantize
 from .save import merged_copy
 
@@ -129,6 +130,8 @@ def export_onnx(
     path = file_to_write("path", path)
     if isinstance(opset, bool) or not isinstance(opset, int) or not 14 <= opset <= 20:
         raise SensiError(f"`opset` must be a whole number from 14 to 20, got {opset!r}.")
+    if not is_number(tolerance) or tolerance < 0:
+        raise SensiError(f"`tolerance` must be a number of at least 0, got {shown(tolerance)}.")
     small_path = file_to_write("int8", path.with_suffix(".int8.onnx") if int8 is True else int8) if int8 else None
     if small_path is not None and small_path.resolve() == path.resolve():
         raise SensiError("`int8` must be another path than `path`.")
@@ -140,8 +143,9 @@ def export_onnx(
         tuner.enable_adapter_layers()  # the adapter is exported, also if it is disabled now
     merged = merged_copy(reference)
     merged = (copy.deepcopy(merged) if merged is reference else merged).eval()
-    batches = [] if data is None else list(data)
-    if isinstance(data, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
+    batches = list(data) if isinstance(data, Iterable) else []
+    wrong = isinstance(data, Mapping) or not all(isinstance(batch, Mapping) for batch in batches)
+    if wrong or not isinstance(data, Iterable | None):
         raise SensiError("`data` must be batches, each a dict of tensors: `[batch]` for a single one.")
     examples = _examples(merged, inputs)
     names = tuple(examples[0])
@@ -229,15 +233,22 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, np.nd
     return {name: value.numpy() for name, value in _outputs(model, batch).items()}
 
 
-def _run_all(model: nn.Module, examples: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
-    """The outputs for each batch. Raises `SensiError` if the model cannot run one."""
+_ADVICE = (
+    "A decoder that classifies needs `model.config.pad_token_id` for batches. For other kinds of input, give an "
+    "example as `inputs=`."
+)
+
+
+def _run_all(
+    model: nn.Module, examples: Sequence[Mapping[str, torch.Tensor]], advice: str = _ADVICE
+) -> list[dict[str, np.ndarray]]:
+    """The outputs for each batch. Raises `SensiError`, with this advice, if the model cannot run one."""
     try:
         return [_run(model, example) for example in examples]
     except Exception as error:  # a model can raise anything for a batch that it does not take
         raise SensiError(
-            f"{type(root_of(model)).__name__} cannot run a batch of {', '.join(examples[0])}: {first_line(error)} A "
-            f"decoder that classifies needs `model.config.pad_token_id` for batches. For other kinds of input, give "
-            f"an example as `inputs=`."
+            f"{type(root_of(model)).__name__} cannot run a batch of {', '.join(examples[0])}: {first_line(error)} "
+            f"{advice}"
         ) from error
 
 
@@ -315,20 +326,10 @@ def _measure(
     )
     agreement = Agreement(model)
     for batch in batches:
-        tensors = _inputs(batch, names)
-        own = _run_all(model, [tensors])[0]
+        tensors = graph_inputs(batch, examples[0])
+        shape = list(next(iter(tensors.values())).shape)
+        own = _run_all(model, [tensors], f"Check this batch of `data`, whose shape is {shape}.")[0]
         theirs = session.run(None, {name: value.numpy() for name, value in tensors.items()})
         agreement.add(own, dict(zip(own, theirs, strict=True)), batch)
     size = sum(file.stat().st_size for file in parts(source))
     return ExportedFile(path, size, difference, *agreement.shares())
-
-
-def _inputs(batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The graph's inputs. A missing mask or missing token types get the values that the model would assume."""
-    tensors = {name: torch.as_tensor(batch[name]).cpu() for name in names if name in batch}
-    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
-        if name in names and name not in tensors and "input_ids" in tensors:
-            tensors[name] = torch.full_like(tensors["input_ids"], value)
-    if missing := set(names) - set(tensors):
-        raise SensiError(f"A batch of `data` lacks {sorted(missing)[0]!r}, which the graph takes.")
-    return {name: tensors[name] for name in names}

@@ -10,9 +10,28 @@ import torch
 from torch import nn
 
 from ..tuner.wrapping import root_of
+from ..utils.errors import SensiError, first_line
 
 
 LABELS = ("labels", "start_positions", "end_positions")
+
+
+def graph_inputs(batch: Mapping[str, Any], example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of a graph in a batch, with the dtypes of the graph's example.
+
+    A missing mask or missing token types get the values that the model would assume. Raises `SensiError` if another
+    input is missing, or a value is no tensor.
+    """
+    try:
+        tensors = {name: torch.as_tensor(batch[name]).cpu() for name in example if name in batch}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SensiError(f"A batch of `data` has values that are no tensor: {first_line(error)}") from error
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if name in example and name not in tensors and "input_ids" in tensors:
+            tensors[name] = torch.full_like(tensors["input_ids"], value)
+    if missing := set(example) - set(tensors):
+        raise SensiError(f"A batch of `data` lacks {sorted(missing)[0]!r}, which the graph takes.")
+    return {name: tensors[name].to(example[name].dtype) for name in example}
 
 
 class Agreement:

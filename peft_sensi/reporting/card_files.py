@@ -40,6 +40,11 @@ def load_card(path: Path) -> Any:
     return card
 
 
+def has_section(path: Path) -> bool:
+    """Whether the file, if there is one, has our section. Others can also be no cards at all."""
+    return path.is_file() and SECTION.search(path.read_text(encoding="utf-8", errors="replace")) is not None
+
+
 def save_card(card: ModelCard, path: Path, former_titles: Collection[str] = ()) -> None:
     """Saves the card. If there is one already, its metadata and the text around our section stay.
 

@@ -39,9 +39,9 @@ def results_table(results: Any) -> str:
     """Measured numbers as a Markdown table; see `write_card` for their forms and the errors. Empty for `None`."""
     if results is None:
         return ""
-    source = results
+    source = repr(results)
     if isinstance(results, (str, Path)):
-        results = read_json(results)
+        source, results = str(results), read_json(results)
     if isinstance(results, Mapping):
         numbers = results["validation"] if isinstance(results.get("validation"), Mapping) else results
         rows = [(name, cell(value)) for name, value in numbers.items() if is_number(value)]
@@ -54,7 +54,7 @@ def results_table(results: Any) -> str:
         header = list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, str) or is_number(v)))
         rows = [tuple(cell(record.get(name)) for name in header) for record in records]  # type: ignore[misc]
     if not rows:
-        raise SensiError(f"There are no numbers for the card in {source!r:.80}.")
+        raise SensiError(f"There are no numbers for the card in {source:.80}.")
     return markdown([header, ["---"] * len(header), *rows])
 
 
@@ -72,7 +72,7 @@ def training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, str) or value is True or (is_number(value) and value):
             rows.append((label, "yes" if value is True else value if isinstance(value, str) else f"{value:g}"))
     seconds = metrics.get("seconds")
-    if isinstance(seconds, Mapping) and is_number(seconds.get("training")):
+    if isinstance(seconds, Mapping) and is_number(seconds.get("training")) and metrics.get("epochs") != 0:
         rows.append(("training time", f"{seconds['training']:,.0f} s"))
     versions = metrics.get("versions")
     if isinstance(versions, Mapping):

@@ -19,8 +19,8 @@ from ..merging.foreign import MODEL_CONFIG, architecture_of, check_unchanged, we
 from ..merging.load import without_weights
 from ..utils.errors import SensiError, SensiLoadError
 from ..utils.files import read_json_object
-from ..utils.formatting import human, size_of
-from ..utils.heads import label_names
+from ..utils.formatting import human, listed, size_of
+from ..utils.heads import is_regressor, label_names
 from ..utils.hub_names import UNFINISHED, is_onnx, not_found
 from ..utils.task_types import type_of_class
 from .pretrained import TOKENIZER_FILES, TOKENIZER_MARKS, file_in, load_pretrained, pretrained_tokenizer
@@ -69,6 +69,12 @@ class SavedMerged:
     def labels(self) -> list[str]:
         """Names of the classes; empty if nobody named them."""
         return label_names(self.values.get("id2label"))
+
+    @property
+    def predicts_numbers(self) -> bool:
+        """Whether its head predicts a number instead of a class."""
+        outputs = len(self.values.get("id2label") or ())
+        return str(self.task).endswith("_CLS") and is_regressor(self.values.get("problem_type"), outputs)
 
     @property
     def parameters(self) -> int:
@@ -140,6 +146,7 @@ def merged_figures(model: SavedMerged) -> dict[str, Any]:
         "folder": str(model.folder),
         "class": model.architecture,
         "task_type": model.task,
+        "predicts_numbers": model.predicts_numbers,
         "labels": model.labels,
         "parameters": model.parameters,
         "parameters_before": None if model.is_plain else before,
@@ -155,14 +162,14 @@ def merged_facts(figures: dict[str, Any]) -> dict[str, str]:
     facts = {
         "model class": figures["class"],
         "task": figures["task_type"] or "unknown",
-        "classes": ", ".join(figures["labels"]) or "without names",
+        "classes": listed(figures["labels"], most=20) or "without names",
         "parameters": human(count) + (f" of {human(before)} ({count / before:.1%})" if before else ""),
         "file": size_of(figures["file_bytes"]),
         "loads with": "AutoModel...from_pretrained, without peft_sensi"
         if figures["loads_without_peft_sensi"]
         else "peft_sensi.load_merged(folder), or trust_remote_code=True",
     }
-    if not str(figures["task_type"]).endswith("_CLS"):
+    if figures["predicts_numbers"] or not str(figures["task_type"]).endswith("_CLS"):
         facts.pop("classes")
     return facts
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..utils.errors import DataError
-from ..utils.formatting import counted
+from ..utils.formatting import counted, listed
 from . import metrics
-from .labels import listed, name_of
+from .labels import name_of
 from .metrics import Quality
 from .options import MAX_ANSWER_LENGTH
 from .task import Rows

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from ..utils.errors import DataError
+from ..utils.formatting import listed
 from . import answers, texts, word_files, words
 from .columns import label_columns, other_label_columns, text_columns
-from .labels import Labels, find_labels, find_several, is_tag, listed, name_of, order_of_head, parts_of
+from .labels import Labels, find_labels, find_several, is_tag, name_of, order_of_head, parts_of
 from .metrics import Quality
 from .options import VALIDATION_SHARE, Options, stride_of
 from .sources import Part, Source

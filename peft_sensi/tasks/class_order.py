@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..utils.errors import DataError
-from .labels import Labels, listed
+from ..utils.formatting import listed
+from .labels import Labels
 
 
 CHANCE = 0.001  # an order is wrong if a constant answer would be as good as the best order less often than this

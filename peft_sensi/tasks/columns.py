@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import DataError
+from ..utils.formatting import listed
 from .encodings import TEXT_SUFFIXES, suffix_of
-from .labels import is_tag, listed, reads_as_number
+from .labels import is_tag, reads_as_number
 
 
 LABEL_COLUMNS = (

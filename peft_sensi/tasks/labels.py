@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..utils.errors import DataError
+from ..utils.formatting import listed
 from ..utils.heads import is_regressor, label_names
 
 
@@ -213,14 +214,6 @@ def is_missing(value: Any, numbers: bool) -> bool:
 def is_hidden(value: Any) -> bool:
     """Whether this is what public test sets have in each row instead of its label: -1, as a number or as a text."""
     return str(value).strip() in ("-1", "-1.0")
-
-
-def listed(names: Sequence[Any], most: int = 12) -> str:
-    """Names of classes or columns in one line, at most so many. Those with commas, quotes or odd blanks are quoted."""
-    shown = [
-        name if re.fullmatch(r"[^\s,\"']+( [^\s,\"']+)*", name) else repr(name) for name in map(str, names[:most])
-    ]
-    return ", ".join(shown) + (f", and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def is_tag(tag: Any) -> bool:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import DataError
-from ..utils.formatting import counted
+from ..utils.formatting import counted, listed
 from .cells import with_lists
 from .delimited import DELIMITERS, delimiter_of, has_quotes, lines_of, open_quote
 from .encodings import OFFICE, OFFICE_SUFFIXES, TEXT_SUFFIXES, read_text, suffix_of, unpacked
-from .labels import listed
 
 
 SUFFIXES = (*TEXT_SUFFIXES, ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")

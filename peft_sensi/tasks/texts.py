@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from ..utils.errors import DataError
-from ..utils.formatting import counted
+from ..utils.formatting import counted, listed
 from . import metrics
 from .class_order import check_order
 from .columns import WRITTEN
@@ -22,7 +22,6 @@ from .labels import (
     find_several,
     is_hidden,
     is_missing,
-    listed,
     look,
     name_of,
     parts_of,
@@ -148,7 +147,10 @@ def labels_of(name: Any, raw: Sequence[dict[str, Any]], columns: Sequence[str], 
             f"a point, and nothing between thousands. If they are several labels, give --label-separator ','."
         )
     if len(labels.names) > max(2, len(raw) // 2):
-        numbers = ", or predict numbers with --regression" if all(map(reads_as_number, labels.names)) else ""
+        strange = [label for label in labels.names if not reads_as_number(label)]
+        numbers = ", or predict numbers with --regression" if 2 * len(strange) < len(labels.names) else ""
+        if numbers and strange:
+            numbers += f" ({listed(strange[:1])} is not a finite number: correct it, or leave it empty)"
         raise DataError(
             f"{name}: {shown} has {len(labels.names):,} different labels in {len(raw):,} rows, so it is probably "
             f"not the label: name the right column with --label-column{numbers}. {WRITTEN}"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import DataError
-from ..utils.formatting import counted
+from ..utils.formatting import counted, listed
 from .columns import check_known
 from .encodings import read_text
-from .labels import is_tag, listed
+from .labels import is_tag
 
 
 CONLL_SUFFIXES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".tab")

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
+from ..utils.formatting import listed
 from . import metrics
 from .class_order import check_order
-from .labels import OUTSIDE, Labels, listed, order_of_head
+from .labels import OUTSIDE, Labels, order_of_head
 from .metrics import Quality
 from .task import Rows, check_room
 from .texts import logits_in

@@ -33,6 +33,14 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def listed(names: Sequence[Any], most: int = 12) -> str:
+    """Names of classes or columns in one line, at most so many. Those with commas, quotes or odd blanks are quoted."""
+    shown = [
+        name if re.fullmatch(r"[^\s,\"']+( [^\s,\"']+)*", name) else repr(name) for name in map(str, names[:most])
+    ]
+    return ", ".join(shown) + (f", and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def metric_text(value: float | None) -> str:
     """A metric with four digits, or six in all if it is large. `None` is one that is undefined."""
     return "undefined" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"
