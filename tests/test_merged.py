@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -1066,6 +1067,18 @@ def test_auto_model_finds_a_base_whose_parts_are_those_of_the_whole(family, tmp_
         assert torch.equal(base(ids, decoder_input_ids=ids).last_hidden_state, expected.decoder_hidden_states[-1])
     whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert torch.equal(whole(ids, decoder_input_ids=ids).logits, expected.logits)
+
+
+def test_numbers_that_json_lacks_are_read_in_the_form_of_transformers(tmp_path):
+    """Mamba 2 has an infinite limit in its config."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "head_dim": 8}
+    config = AutoConfig.for_model("mamba2", **sizes, num_heads=8, n_groups=1)
+    assert math.inf in config.time_step_limit
+    model = wrap(AutoModelForCausalLM.from_config(config), budget={"trainable": 0.05}, task_type=None)
+    assert save_merged(model, tmp_path) is True
+    again = load_merged(tmp_path)
+    assert list(again.config.time_step_limit) == list(config.time_step_limit)
+    assert_same_tensors(snapshot(again), snapshot(model.merge_and_unload()))
 
 
 def test_positions_without_a_table_may_be_many_also_in_the_model_inside():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -92,7 +93,12 @@ def test_resume_when_the_fresh_wrap_chose_another_plan(trained_under, wrapped_un
     other = wrapped(rows, seed=1, **options, **wrapped_under)
     assert other.base_model.plan() != whole.base_model.plan()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "half" / "checkpoint-4")
-    trainer(other, rows, tmp_path / "half").train(resume_from_checkpoint=True)
+    with warnings.catch_warnings(record=True) as caught:
+        trainer(other, rows, tmp_path / "half").train(resume_from_checkpoint=True)
+    # A plan that is a little larger is no news, unless it exceeds the limit of this wrap.
+    limits, plan = other.active_peft_config.limits, whole.base_model.plan()
+    is_over = plan.params_share > (limits.params or 1.0) or plan.flops_share > (limits.flops or 1.0)
+    assert any("The checkpoint keeps" in str(warning.message) for warning in caught) == is_over
     assert other.base_model.plan() == whole.base_model.plan()
     with pytest.raises(SensiError, match="scores of 'default' are not known"):
         other.explain()  # its own scores are not behind this plan

@@ -111,11 +111,20 @@ def _without_code(values: Any) -> Any:
     return [_without_code(value) for value in values] if isinstance(values, list) else values
 
 
+def with_floats(values: Any) -> Any:
+    """The values of a config's file, with the numbers that JSON lacks: Transformers writes `{"__float__": "NaN"}`."""
+    if isinstance(values, dict):
+        if values.keys() == {"__float__"} and values["__float__"] in ("NaN", "Infinity", "-Infinity"):
+            return float(values["__float__"])
+        return {key: with_floats(value) for key, value in values.items()}
+    return [with_floats(value) for value in values] if isinstance(values, list) else values
+
+
 def config_of(cls: type[PreTrainedModel], values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     """The config object. Raises `SensiLoadError` for numbers that are too large for the tensors of the file."""
     try:
         check_counts(values, tensors)
-        values = _without_code(values)
+        values = with_floats(_without_code(values))
     except RecursionError as error:
         raise SensiLoadError(f"{MODEL_CONFIG} is nested too deeply.") from error
     assert cls.config_class is not None  # see `architecture_of`

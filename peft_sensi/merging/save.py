@@ -34,7 +34,7 @@ from ..layers.layer import SensiLayer
 from ..tuner.model import SensiModel
 from ..utils.errors import SensiError
 from ..utils.files import move_files, new_folder, open_safetensors, read_json_object, writing
-from .foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS
+from .foreign import MODEL_CONFIG, MODEL_WEIGHTS, OTHER_WEIGHTS, OWN_WEIGHTS, with_floats
 from .hashes import HASH_KEY, hashes_of
 from .modeling_file import write_modeling_file
 
@@ -150,7 +150,7 @@ def _complete(values: dict[str, Any], config: Any) -> dict[str, Any]:
     Transformers leaves out what equals the default of all configs, also where a family has another default: two labels
     of a BART, whose default is three.
     """
-    read_again = type(config).from_dict(dict(values))
+    read_again = type(config).from_dict(with_floats(values))
     wanted, found = (json.loads(each.to_json_string(use_diff=False)) for each in (config, read_again))
     return values | {key: value for key, value in wanted.items() if key not in values and value != found.get(key)}
 

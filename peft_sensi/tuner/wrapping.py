@@ -35,7 +35,7 @@ from ..utils.errors import SensiError, SensiLoadError
 from ..utils.undo import snapshot, surely
 from .carry import Before, carry_over, noted
 from .config import SensiConfig
-from .latencies import exceeds, note_latency
+from .latencies import exceeds, may_exceed, note_latency
 from .slicing import Slices, config_after, slices_of
 from .stale import mark_stale, unmark_stale
 from .targets import plan_of
@@ -183,7 +183,7 @@ def replanned(
                 )
             config.past_cuts = config.schedule
             _follow(config, config_after(config, found))
-        elif not gated and found.kept_params > before.kept_params:
+        elif not gated and found.kept_params > before.kept_params and may_exceed(found, config):
             warnings.warn(
                 f"The checkpoint keeps {found.params_share:.1%} of the heads' and neurons' parameters, and the model "
                 f"had {before.params_share:.1%}, for example after a `trim`. The model follows the checkpoint, so it "
