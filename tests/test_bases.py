@@ -84,6 +84,11 @@ SPECIAL = {
 }
 
 
+def test_a_target_with_modules_inside_is_named_in_one_line():
+    with pytest.raises(TypeError, match=r"^Target module BertEncoder\(\.\.\.\) is not supported[^\n]*$"):
+        wrap(tiny_model(), score="random", target_modules=["encoder"])
+
+
 @pytest.mark.parametrize("options", [TRIM, TUNE, {"sparsity": 0.5}, {"target_modules": "all-linear"}], ids=str)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_a_linear_that_is_more_than_a_weight_is_refused_before_anything_is_touched(name, options):

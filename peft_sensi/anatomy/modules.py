@@ -32,8 +32,9 @@ _HOOKS = (
 
 def not_linear(module: nn.Module) -> TypeError:
     """The error for a target of a kind that has no rows to tune."""
+    name = f"{type(module).__name__}(...)" if any(module.children()) else module  # that of a whole model has pages
     return TypeError(
-        f"Target module {module} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
+        f"Target module {name} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
         f"`torch.nn.Embedding` can be targeted."
     )
 
