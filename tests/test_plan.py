@@ -659,3 +659,10 @@ def test_states_of_what_is_no_group_are_refused():
     for other in ("0.heads", 0, None):
         with pytest.raises(SensiError, match="is no group of this plan"):
             plan.of(other)
+
+
+def test_units_that_are_whole_sublayers_are_called_so():
+    """They were called heads and neurons, as if a model had two neurons."""
+    line = wrap(tiny_model(), budget=0.8, granularity="tensor", score="magnitude").base_model.plan().line()
+    assert line.startswith("kept ") and "attentions, " in line and "FFNs; " in line
+    assert "2 of 2 heads" not in line and "neurons" not in line

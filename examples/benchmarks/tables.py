@@ -12,6 +12,7 @@ from typing import Any
 
 from methods import Method
 from tasks import TASKS
+from times import relative_times
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -55,13 +56,15 @@ def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) 
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     latest: dict[str, dict[str, Any]] = {}
     rates: dict[str, set[float]] = defaultdict(set)
-    for result in at_best_rates(results):
+    best = at_best_rates(results)
+    times = relative_times(best, "full fine-tuning")
+    for result in best:
         found[result["method"]][result["task"]][result["seed"]] = result["dev"]
         latest[result["method"]] = result
         rates[result["method"]].add(result["rate"])
     tasks = [name for name in TASKS if any(name in scores for scores in found.values())]
-    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "rates",
-              "points above its control"]  # fmt: skip
+    header = ["method", *tasks, "trained values", "parameters", "FLOPs", "zeros", "bytes", "time",
+              "rates", "points above its control"]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for name, method in methods.items():
         if name not in latest:
@@ -75,6 +78,7 @@ def systems_table(results: list[dict[str, Any]], methods: Mapping[str, Method]) 
             f"{figures['flops_share']:.0%}",
             f"{figures['zeros_share']:.0%}",
             f"{figures['bytes']:,}",
+            times[name],
             ", ".join(f"{rate:g}" for rate in sorted(rates[name])),
             points_above(scores, found[method.control], method.control) if method.control in latest else "-",
         ]
@@ -196,7 +200,8 @@ def quality_table(results: list[dict[str, Any]]) -> str:
     deciding = deciding_runs(runs)
     tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     names = sorted({run["method"] for run in runs}, key=_by_kind_and_budget)
-    header = ["method", *tasks, "retention", "behind ours", "rates", "runs"]
+    times = relative_times(runs, "full")
+    header = ["method", *tasks, "retention", "behind ours", "time", "rates", "runs"]
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for name in names:
         mine = [run for run in runs if run["method"] == name]
@@ -204,7 +209,8 @@ def quality_table(results: list[dict[str, Any]]) -> str:
         rates = sorted({f"{run['rate']:g}" for run in mine})
         kept = task_mean(_by_task((run["task"], run["retention"]) for run in deciding_runs(mine)))
         behind = task_mean(_behind_ours(name, deciding))
-        lines.append(f"| {name} | {' | '.join(scores)} | {kept} | {behind} | {', '.join(rates)} | {len(mine)} |")
+        cells = [name, *scores, kept, behind, times[name], ", ".join(rates), str(len(mine))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -214,8 +220,9 @@ def ways_table(results: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys((r["model"], r["task"]) for r in sorted(results, key=lambda r: r["model"])))
     found = {(r["model"], r["task"], r["method"], r["seed"]): r["dev"] for r in results}
     kept = kept_by_way(results, "dev")
-    lines = ["| way | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
-    lines.append("| --- " * (1 + len(columns)) + "|")
+    times = relative_times(results, "full")
+    lines = ["| way | time | " + " | ".join(f"{model}, {task}" for model, task in columns) + " |"]
+    lines.append("| --- " * (2 + len(columns)) + "|")
     for row in sorted({r["method"] for r in results}):
         cells = []
         for column in columns:
@@ -227,7 +234,7 @@ def ways_table(results: list[dict[str, Any]]) -> str:
             elif values and all((*column, "full", seed) in found for seed in seeds):
                 text += " (full learns nothing)"
             cells.append(text)
-        lines.append("| " + " | ".join([row, *cells]) + " |")
+        lines.append("| " + " | ".join([row, times[row], *cells]) + " |")
     return "\n".join(lines)
 
 

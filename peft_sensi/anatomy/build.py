@@ -123,7 +123,7 @@ def _group_of_target(modules: Modules, name: str, layers: dict[str, bool], whole
         side, tokens_first = Side(name, 0, 1, width, tokens=False), any(layers.values())
         return Group(f"{name}.tokens", "token", size, (side,), output=name, tokens_first=tokens_first)
     if not isinstance(linear, LINEARS):
-        raise not_linear(linear)
+        raise not_linear(name, linear)
     out, into = features(linear)
     side = Side(name, 0, 1, into, bias_of(linear) is not None)
     # In a model with unknown blocks, the layer of `model.layers.3.mlp.up` is `model.layers.3`.

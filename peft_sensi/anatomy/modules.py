@@ -30,12 +30,12 @@ _HOOKS = (
 )
 
 
-def not_linear(module: nn.Module) -> TypeError:
-    """The error for a target of a kind that has no rows to tune."""
-    name = f"{type(module).__name__}(...)" if any(module.children()) else module  # that of a whole model has pages
-    return TypeError(
-        f"Target module {name} is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` and, unit by unit, "
-        f"`torch.nn.Embedding` can be targeted."
+def not_linear(name: str, module: nn.Module) -> SensiError:
+    """The error for a target of a kind that has no rows to tune. `name` is its path in the model."""
+    shown = f"{type(module).__name__}(...)" if any(module.children()) else module  # that of a whole model has pages
+    return SensiError(
+        f"Target module {name!r}, {shown}, is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` "
+        f"and, unit by unit, `torch.nn.Embedding` can be targeted."
     )
 
 

@@ -207,7 +207,8 @@ def start_run(
     except Exception as error:  # of any class: the model's own code
         what = f"a step after {length} cached tokens" if decode else f"a batch of {batch_size} x {length}"
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise SensiError(f"{type(model).__name__} cannot run {what}: {reason}") from error
+        advice = "" if inputs is not None or decode else ". Give a batch that the model accepts as `inputs=`."
+        raise SensiError(f"{type(model).__name__} cannot run {what}: {reason}{advice}") from error
     return run
 
 

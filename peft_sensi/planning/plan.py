@@ -14,9 +14,9 @@ from ..anatomy.units import Anatomy, Group
 from ..plotting.plots import plot_plan
 from ..utils.errors import SensiError
 from ..utils.formatting import data_frame, find_name, html_table, human, short_names, text_table, wrapped
-from ..utils.states import FROZEN, KINDS, TRIMMED, TUNED, UPDATED, Row
+from ..utils.states import FROZEN, TRIMMED, TUNED, UPDATED, Row
 from .packing import check_least, check_plan_dict, other_group, pack_mask, states_for
-from .rows import drawn_rows, ranking_of, rows_of, units_by_kind
+from .rows import drawn_rows, kind_names, ranking_of, rows_of, units_by_kind
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,7 +274,8 @@ class Plan:
     def line(self) -> str:
         """The most important figures in one line, for a log."""
         units = {kind: counts for kind, counts in units_by_kind(self).items() if kind in ("head", "neuron")}
-        kept = ", ".join(f"{c['kept']} of {c['size']} {KINDS[kind]}" for kind, c in units.items())
+        names = kind_names(self.rows())
+        kept = ", ".join(f"{c['kept']} of {c['size']} {names[kind]}" for kind, c in units.items())
         times = [f"{self.latency[n]['predicted_ms']:.3g} ms {n}, " for n in LIMIT_OF.values() if n in self.latency]
         shares = f"{self.params_share:.1%} of prunable parameters, {self.flops_share:.1%} of prunable FLOPs, "
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,13 @@ def units_by_kind(plan: Any) -> dict[str, dict[str, int]]:
         counts["kept"] += row.kept
         counts["tuned"] += row.count(TUNED)
     return units
+
+
+def kind_names(rows: Iterable[Row]) -> dict[str, str]:
+    """What the units of each kind are called. With `granularity="tensor"`, each one is a whole attention or FFN."""
+    sizes = [row.size for row in rows if row.kind in ("head", "neuron")]
+    whole = {"head": "attentions", "neuron": "FFNs"} if sizes and set(sizes) == {1} else {}
+    return KINDS | whole
 
 
 def ranking_of(plan: Any, scores: Mapping[str, Any], cost: str) -> Ranking:

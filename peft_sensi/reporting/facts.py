@@ -10,9 +10,9 @@ from typing import Any
 
 from ..anatomy.latency import latency_facts
 from ..planning.plan import Plan
-from ..planning.rows import rows_of, units_by_kind
+from ..planning.rows import kind_names, rows_of, units_by_kind
 from ..utils.formatting import human, size_of
-from ..utils.states import KINDS, STATES
+from ..utils.states import STATES
 from .saved import SavedAdapter, short_fingerprint
 
 
@@ -96,12 +96,12 @@ def adapter_facts(adapter: SavedAdapter, plan: Plan | None) -> dict[str, str]:
 
 def unit_facts(plan: Plan | Mapping[str, Any]) -> dict[str, str]:
     """The numbers of kept and tuned units, by kind. Where no unit is tuned (low-rank updates), only the kept ones."""
-    units = units_by_kind(plan)
+    units, names = units_by_kind(plan), kind_names(rows_of(plan))
     tunes = any(counts["tuned"] for counts in units.values())
     facts = {}
     for kind, counts in units.items():
         tuned = f", {counts['tuned']:,} tuned" if tunes else ""
-        facts[KINDS[kind]] = f"{counts['kept']:,} of {counts['size']:,} kept{tuned}"
+        facts[names[kind]] = f"{counts['kept']:,} of {counts['size']:,} kept{tuned}"
     return facts
 
 

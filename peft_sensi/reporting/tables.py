@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planning.plan import Plan
-from ..planning.rows import drawn_rows
+from ..planning.rows import drawn_rows, kind_names
 from ..utils.formatting import human, short_names, shortened
 from ..utils.states import FROZEN, KINDS, STATES, TRIMMED, TUNED, UPDATED, Row, shown_states
 
@@ -64,11 +64,11 @@ def plan_table(plan: Plan | Mapping[str, Any], ascii_only: bool = False) -> Tabl
     tuned, or none.
     """
     table, rows = _table(), drawn_rows(plan)
-    kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
+    kinds, names = [kind for kind in KINDS if any(row.kind == kind for row in rows)], kind_names(rows)
     both = any(row.count(FROZEN, UPDATED) for row in rows) and any(row.count(TUNED) for row in rows)
     table.add_column("block", no_wrap=True)
     for kind in kinds:
-        for header in [f"{KINDS[kind]} kept", "tuned"][: 1 + both]:
+        for header in [f"{names[kind]} kept", "tuned"][: 1 + both]:
             table.add_column(header, justify="right", no_wrap=True)
         table.add_column()  # the bars: rich narrows only columns that may wrap
     for label, line in _lines(rows):

@@ -133,7 +133,7 @@ def check_plain(model: nn.Module, names: Iterable[str]) -> None:
                 )
             raise SensiError(f"{name!r} cannot be adapted, because {reason}. Or {way}.")
         if not (is_plain(module) or is_plain_embedding(module)):
-            raise not_linear(module)
+            raise not_linear(name, module)
         if (other := owners.setdefault(id(module._parameters["weight"]), name)) != name:
             warnings.warn(
                 f"{other!r} and {name!r} are one parameter in the base. The adapter changes each of them on its own, "

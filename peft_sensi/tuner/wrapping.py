@@ -68,7 +68,7 @@ def wrap_module(
     layer: Any = model.get_submodule(name)
     if not isinstance(layer, SensiLinear | SensiEmbedding):
         if not (is_plain(layer) or is_plain_embedding(layer)):
-            raise not_linear(layer)
+            raise not_linear(name, layer)
         layer = (SensiLinear if is_plain(layer) else SensiEmbedding)(layer, adapter_name)
         # The search ends at the first one: this runs for each Linear of the model.
         if (other := next((m for m in model.modules() if isinstance(m, SensiLayer)), None)) is not None:
