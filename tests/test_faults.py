@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -105,8 +105,11 @@ def test_a_fork_that_is_killed_with_the_lock_of_tqdm_blocks_nothing():
     lock.release()
 
 
-def kill_savers(folder: Path, kills: int) -> collections.Counter:
-    """Adapters of two plans, and one of them trained further, are written over each other until the kill."""
+def kill_savers(folder: Path, kills: int, least: Mapping[str, int] | None = None) -> collections.Counter:
+    """Adapters of two plans, and one of them trained further, are written over each other until the kill.
+
+    On a busy machine most kills may come on one side. Up to four times as many follow until both have `least` ones.
+    """
     models = [trained(**TRIM), trained(**BOTH), trained(**TRIM)]
     train(models[2], tiny_batches(2, seed=31), steps=2)
     expected = [logits(model) for model in models]
@@ -118,7 +121,9 @@ def kill_savers(folder: Path, kills: int) -> collections.Counter:
             models[(i + 1) % 3].save_pretrained(folder)
 
     models[0].save_pretrained(folder)
-    for kill in range(kills):
+    for kill in range(4 * kills):
+        if kill >= kills and all(outcomes[side] >= count for side, count in (least or {}).items()):
+            break
         seconds = seconds_of(lambda: models[0].save_pretrained(folder / "another"))
         if kill % 2:  # between the files of one save
             kill_at_a_change(in_child(save_forever), folder)
@@ -135,7 +140,7 @@ def kill_savers(folder: Path, kills: int) -> collections.Counter:
             outcomes["loaded"] += 1
             assert sum(torch.equal(found, one) for one in expected) == 1
             base = model.unload()
-    print(f"{kills} kills of save_pretrained: {dict(outcomes)}")
+    print(f"{outcomes.total()} kills of save_pretrained: {dict(outcomes)}")
     return outcomes
 
 
@@ -145,8 +150,9 @@ def test_a_killed_save(tmp_path):
 
 @pytest.mark.slow
 def test_many_killed_saves(tmp_path):
-    outcomes = kill_savers(tmp_path, 150)
-    assert outcomes["loaded"] > 20 and outcomes["refused"] > 5  # the kills hit both sides
+    least = {"loaded": 21, "refused": 6}
+    outcomes = kill_savers(tmp_path, 150, least)
+    assert all(outcomes[side] >= count for side, count in least.items())
 
 
 def kill_mergers(folder: Path, kills: int) -> collections.Counter:
