@@ -252,7 +252,7 @@ def test_malformed_layouts(values):
 
 
 def test_a_target_that_is_no_linear():
-    with pytest.raises(TypeError, match="only `torch.nn.Linear`"):
+    with pytest.raises(AnatomyError, match="'bert.embeddings.LayerNorm'.*only `torch.nn.Linear`"):
         build_anatomy(tiny_model(), targets=["bert.embeddings.LayerNorm"])
 
 

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..utils.checks import shown
-from ..utils.errors import SensiError
+from ..utils.errors import AnatomyError, SensiError
 from .linears import is_plain_embedding, matrix
 from .units import Group, Side
 
@@ -30,10 +30,10 @@ _HOOKS = (
 )
 
 
-def not_linear(name: str, module: nn.Module) -> SensiError:
+def not_linear(name: str, module: nn.Module) -> AnatomyError:
     """The error for a target of a kind that has no rows to tune. `name` is its path in the model."""
     shown = f"{type(module).__name__}(...)" if any(module.children()) else module  # that of a whole model has pages
-    return SensiError(
+    return AnatomyError(
         f"Target module {name!r}, {shown}, is not supported: only `torch.nn.Linear`, Transformers' `Conv1D` "
         f"and, unit by unit, `torch.nn.Embedding` can be targeted."
     )
